@@ -1,0 +1,28 @@
+"""Fused kernels for CrossViT: single-query cross-attention and transformer blocks."""
+
+from crossvit_kernels.backends import backends, use_backend
+from crossvit_kernels.functional import (
+    attention_core,
+    attention_pool,
+    cross_attention_fusion,
+    layernorm_ffn,
+    layernorm_msa,
+)
+from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
+from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FfnWeights",
+    "FusionWeights",
+    "MsaWeights",
+    "attention_core",
+    "attention_pool",
+    "backends",
+    "cross_attention_fusion",
+    "layernorm_ffn",
+    "layernorm_msa",
+    "use_backend",
+]

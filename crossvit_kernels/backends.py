@@ -1,0 +1,172 @@
+"""Which backends exist here, and which one runs a call.
+
+Each operation names, per backend, a function that says why it cannot run an input, or None where
+it can (``BACKENDS`` in its op.py). The choice is the first that can, in the order below; the
+reference can run everything.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from crossvit_kernels import extension
+
+#: Fastest first. "reference" is eager PyTorch, on any device.
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+ENVIRONMENT_VARIABLE = "CROSSVIT_KERNELS_BACKEND"
+
+# What use_backend() asks for; None outside of it. A plain global rather than a context variable:
+# torch.compile guards on it, so that compiled functions follow a change.
+_requested: str | None = None
+
+# operation -> backends that have kernels for it.
+_operations: dict[str, tuple[str, ...]] = {}
+
+
+class Backends(dict[str, bool]):
+    """Backend name -> usable here; ``reasons`` says why the others are not."""
+
+    def __init__(self, reasons: Mapping[str, str | None]) -> None:
+        super().__init__({name: reason is None for name, reason in reasons.items()})
+        self.reasons = {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def __str__(self) -> str:
+        width = max(map(len, self))
+        return "\n".join(
+            f"{name:{width}}  {'usable' if ok else 'not usable: ' + self.reasons[name]}"
+            for name, ok in self.items()
+        )
+
+
+def backends() -> Backends:
+    """The backends, whether each can be used on this machine, and why not.
+
+    Returns:
+        A dict of name to bool, e.g. ``{"reference": True, "cpu": True, "cuda": False, "triton":
+        False}``, whose attribute ``reasons`` maps each unusable backend to the reason. An
+        operation may still decline an input that its backend could run otherwise.
+    """
+    reasons = {
+        "reference": None,
+        "cpu": extension.missing,
+        "cuda": _why_not_cuda(),
+        "triton": _why_not_triton(),
+    }
+    for name, reason in reasons.items():
+        if reason is None and name != "reference" and not _operations_with(name):
+            reasons[name] = f"no operation has kernels for it in this version ({name})"
+    return Backends(reasons)
+
+
+def register_operation(operation: str, names: tuple[str, ...]) -> None:
+    """Record that ``operation`` has kernels for these backends."""
+    _operations[operation] = names
+
+
+def _operations_with(backend: str) -> list[str]:
+    return [operation for operation, names in _operations.items() if backend in names]
+
+
+def _why_not_cuda() -> str | None:
+    if extension.missing:
+        return extension.missing
+    if not extension.cuda_architectures():
+        return (
+            "the extension was built without CUDA: no CUDA toolkit was found, or "
+            "CROSSVIT_BUILD_CUDA=0 was set"
+        )
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    failure = extension.cuda_self_check(torch.cuda.current_device())
+    return f"its check kernel did not run: {failure}" if failure else None
+
+
+def _why_not_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if torch.cuda.is_available() else "torch finds no GPU"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operation in the block on one backend, unless a call names another.
+
+    Args:
+        name: One of ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``. The setting
+            is that of the process, not of a thread.
+
+    Raises:
+        ValueError: ``name`` is no backend. A call in the block that the backend cannot run raises
+            ``ValueError`` with the reason.
+    """
+    global _requested
+    check_name(name)
+    previous, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def check_name(name: str) -> None:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {sorted(NAMES)}")
+
+
+@torch.compiler.assume_constant_result
+def _from_environment() -> str:
+    return os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+
+
+def choose(
+    operation: str,
+    requested: str | None,
+    why_not: Mapping[str, Callable[[], str | None]],
+    prefer_reference: bool = False,
+) -> str:
+    """The backend that runs a call of ``operation``.
+
+    Args:
+        operation: Name, for messages.
+        requested: The call's ``backend`` argument; None for that of ``use_backend`` or, outside
+            of it, of the environment.
+        why_not: For each backend with kernels, a function that says why it cannot run this call.
+        prefer_reference: Whether the reference is the faster one here; a named backend runs all
+            the same.
+
+    Raises:
+        ValueError: The backend is unknown, or was named and cannot run the call.
+    """
+    name = requested or _requested or _from_environment()
+    check_name(name)
+    if name == "reference":
+        return name
+    if name == "auto":
+        for candidate in () if prefer_reference else NAMES:
+            if candidate in why_not and why_not[candidate]() is None:
+                return candidate
+        return "reference"
+    if name not in why_not:
+        raise ValueError(
+            f"backend {name!r} cannot run {operation}: it has no kernels for it. "
+            + _all_reasons(why_not)
+        )
+    reason = why_not[name]()
+    if reason is not None:
+        raise ValueError(
+            f"backend {name!r} cannot run this call of {operation}: {reason}. "
+            + _all_reasons(why_not)
+        )
+    return name
+
+
+def _all_reasons(why_not: Mapping[str, Callable[[], str | None]]) -> str:
+    verdicts = {name: why_not[name]() for name in NAMES if name in why_not}
+    listed = "; ".join(f"{name}: {reason or 'can run it'}" for name, reason in verdicts.items())
+    return f"Backends: {listed}; reference: can run it"

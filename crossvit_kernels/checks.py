@@ -1,0 +1,100 @@
+"""Argument checks of the public functions: they raise before any kernel starts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(name: str, t: object, *shape: int | str) -> None:
+    """A floating-point tensor of a shape; letters stand for sizes that are free."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, found {type(t).__name__}")
+    if t.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected a floating-point tensor, found {t.dtype}")
+    fits = t.dim() == len(shape) and all(
+        isinstance(size, str) or size == found for size, found in zip(shape, t.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name}: expected shape {_show(shape)}, found {_show(t.shape)}")
+
+
+def optional_tensor(name: str, t: object, *shape: int | str) -> None:
+    if t is not None:
+        tensor(name, t, *shape)
+
+
+def unit_stride(name: str, t: Tensor) -> None:
+    """Rows must be contiguous: a kernel reads them in whole vectors."""
+    if t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: expected unit stride in the last dimension, found strides {t.stride()}; "
+            "call .contiguous() on it"
+        )
+
+
+def same_device_and_dtype(like_name: str, like: Tensor, **tensors: Tensor | None) -> None:
+    """One device for all and, outside of autocast, one dtype."""
+    mixing_allowed = torch.is_autocast_enabled(like.device.type)
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.device != like.device:
+            raise ValueError(f"{name}: is on {t.device}, but {like_name} is on {like.device}")
+        if t.dtype != like.dtype and not mixing_allowed:
+            raise TypeError(
+                f"{name}: is {t.dtype}, but {like_name} is {like.dtype}; convert one, or use "
+                "torch.autocast"
+            )
+
+
+def heads(num_heads: int, **widths: int) -> None:
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected an int, found {type(num_heads).__name__}")
+    if num_heads < 1:
+        raise ValueError(f"num_heads: expected at least 1, found {num_heads}")
+    for name, width in widths.items():
+        if width % num_heads:
+            raise ValueError(f"num_heads: {num_heads} does not divide {name} = {width}")
+
+
+def eps(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a float, found {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"{name}: expected a number >= 0, found {value}")
+
+
+def probability(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected 0 <= p < 1, found {value}")
+
+
+def key_mask(mask: Tensor | None, tokens: Tensor) -> None:
+    """Bool [B, N] for tokens [B, N, C]."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"key_mask: expected a tensor, found {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_mask: expected torch.bool (True = attend), found {mask.dtype}")
+    if mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"key_mask: expected shape {_show(tokens.shape[:2])}, found {_show(mask.shape)}"
+        )
+    if mask.device != tokens.device:
+        raise ValueError(f"key_mask: is on {mask.device}, but the tokens are on {tokens.device}")
+
+
+def residual_scale(scale: Tensor | None, batch: int, device: torch.device) -> None:
+    if scale is None:
+        return
+    tensor("residual_scale", scale, batch)
+    if scale.device != device:
+        raise ValueError(f"residual_scale: is on {scale.device}, but the input is on {device}")
+
+
+def _show(shape: tuple[int | str, ...] | torch.Size) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

@@ -1,0 +1,64 @@
+"""The compiled extension ``_C``: whether it is there, and tensors as it takes them.
+
+The extension knows nothing of torch: a tensor crosses as a tuple of its address, dtype code and
+strides in elements (csrc/bindings.cpp).
+"""
+
+from __future__ import annotations
+
+import torch  # the extension runs its loops on the thread pool of a torch loaded before it
+from torch import Tensor
+
+try:
+    from crossvit_kernels import _C
+
+    missing: str | None = None
+except ImportError as error:  # not built, or built for another Python
+    _C = None  # type: ignore[assignment]
+    missing = (
+        f"the compiled extension crossvit_kernels._C cannot be imported ({error}); "
+        "build it with `pip install -e .` in the source tree"
+    )
+
+# csrc/common/dtype.h
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+_NOTHING = 0
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """The type of all arithmetic on tokens x: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def cuda_architectures() -> list[str]:
+    """Compute capabilities that the extension's CUDA code was compiled for; empty without CUDA."""
+    return _C.cuda_architectures.split(";") if _C and _C.cuda_architectures else []
+
+
+def cuda_self_check(device: int) -> str:
+    """Runs a kernel of the extension on a device; returns "" or what went wrong."""
+    failure: str = _C.cuda_self_check(device)
+    return failure
+
+
+def rows(t: Tensor) -> tuple[int, int, int]:
+    """[B, R, C] with unit stride along C, of the type that ``accumulate_dtype`` names."""
+    return t.data_ptr(), t.stride(0), t.stride(1)
+
+
+def tokens(x: Tensor, extra: Tensor | None) -> tuple[int, int, int, int, int, int]:
+    """[B, N, C] and, where given, one more token [B, C] in front of each image's, same dtype."""
+    front = (_NOTHING, 0) if extra is None else (extra.data_ptr(), extra.stride(0))
+    return x.data_ptr(), DTYPE_CODES[x.dtype], x.stride(0), x.stride(1), *front
+
+
+def mask(key_mask: Tensor | None) -> tuple[int, int, int]:
+    """bool [B, N], any strides."""
+    if key_mask is None:
+        return _NOTHING, 0, 0
+    return key_mask.data_ptr(), key_mask.stride(0), key_mask.stride(1)
+
+
+def optional(t: Tensor | None) -> int:
+    return _NOTHING if t is None else t.data_ptr()

@@ -1,0 +1,412 @@
+"""The public functions: what they compute, what they take, what they raise.
+
+Every function runs on the backend that ``backend`` names, or on the best that can where it is None
+or ``"auto"`` (see ``use_backend``). All of them support autograd, ``torch.compile(fullgraph=True)``,
+``torch.export`` and autocast: under autocast linear layers run in autocast's dtype as in eager mode,
+while tokens are read in the precision they come in and statistics stay in float32. Attention dropout
+and a ``residual_scale`` that requires a gradient are not fused: the reference runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels import checks
+from crossvit_kernels.ops.attention_core import op as core_op
+from crossvit_kernels.ops.attention_core import reference as core_reference
+from crossvit_kernels.ops.attention_pool import op as pool_op
+from crossvit_kernels.ops.attention_pool.parameters import Norm, PoolCall, PoolParameters
+from crossvit_kernels.ops.cross_attention import op as fusion_op
+from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+from crossvit_kernels.ops.layernorm_ffn import op as ffn_op
+from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
+from crossvit_kernels.ops.layernorm_msa import op as msa_op
+from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+
+
+def attention_core(
+    u: Tensor,
+    x: Tensor,
+    norm_eps: float | None = 1e-6,
+    key_mask: Tensor | None = None,
+    extra_token: Tensor | None = None,
+    return_weights: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Attention of any score rows over tokens that are LayerNorm-ed on the fly.
+
+    ``m_r = sum_n p_rn xhat_n`` with ``p_r = softmax_n(u_r . xhat_n)`` and ``xhat`` the tokens after
+    a LayerNorm without affine part. Keys and values never exist: u holds queries times W_k, and
+    W_v can be applied to m. One pass over the tokens forward, one backward.
+
+    Args:
+        u: Score rows [B, R, C], or [1, R, C] shared by all images. R counts queries times heads.
+        x: Tokens [B, N, C], N >= 1, any strides with unit last; of u's dtype, or of lower
+            precision than a float32 u.
+        norm_eps: LayerNorm's eps, or None to use the tokens as they are.
+        key_mask: bool [B, N], True where a token is attended to. Masked tokens are never read.
+        extra_token: [B, C]: one more token in front of each image's, always attended to.
+        return_weights: Also return p, formed after the fact at the cost of another pass.
+        backend: Name of a backend, or None.
+
+    Returns:
+        m [B, R, C] in u's dtype; lse [B, R], the log-sum-exp of the scores, in float32 (float64
+        for float64 tokens); with ``return_weights`` also p [B, R, N], or [B, R, 1 + N] with an
+        extra token. Where an image's mask is all False, m is 0 and lse is -inf.
+
+    Raises:
+        ValueError: A shape, stride, device or eps does not fit, N is 0, or the backend cannot run.
+        TypeError: A dtype does not fit.
+
+    Source: docs/derivation.md; with W_k and W_v around it, CrossViT Eq. 6.
+    """
+    checks.tensor("x", x, "B", "N", "C")
+    batch, num_tokens, channels = x.shape
+    checks.tensor("u", u, "B", "R", channels)
+    if u.shape[0] not in (1, batch):
+        raise ValueError(f"u: expected a batch of 1 or {batch}, found {u.shape[0]}")
+    if num_tokens == 0:
+        raise ValueError("x: expected at least one token, found shape " + str(list(x.shape)))
+    if channels == 0:
+        raise ValueError("x: expected at least one channel, found shape " + str(list(x.shape)))
+    checks.unit_stride("x", x)
+    checks.optional_tensor("extra_token", extra_token, batch, channels)
+    checks.same_device_and_dtype("x", x, extra_token=extra_token)
+    if u.device != x.device:
+        raise ValueError(f"u: is on {u.device}, but x is on {x.device}")
+    if u.dtype != x.dtype and (u.dtype != torch.float32 or x.dtype == torch.float64):
+        raise TypeError(f"u: expected {x.dtype} as x or torch.float32, found {u.dtype}")
+    if norm_eps is not None:
+        checks.eps("norm_eps", norm_eps)
+    checks.key_mask(key_mask, x)
+    m, lse = core_op.attention_core(u, x, norm_eps, key_mask, extra_token, backend)
+    if not return_weights:
+        return m, lse
+    return m, lse, core_reference.attention_weights(u, x, lse, norm_eps, key_mask, extra_token)
+
+
+def attention_pool(
+    query: Tensor,
+    tokens: Tensor,
+    w_q: Tensor | None,
+    b_q: Tensor | None,
+    w_k: Tensor,
+    b_k: Tensor | None,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    w_o: Tensor | None,
+    b_o: Tensor | None,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    include_query: bool = False,
+    key_mask: Tensor | None = None,
+    query_norm: Norm | None = None,
+    token_norm: Norm | None = None,
+    norm_eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-head attention of one or a few queries over many tokens, with all projections.
+
+    The general single- or few-query head: SigLIP's MAP head, CaiT's class attention, CLIP's
+    AttentionPool2d, V-JEPA's attentive probe (see ``crossvit_kernels.modules``). From about
+    head_dim queries on, keys and values are cheaper and the reference forms them, unless a
+    backend is named.
+
+    Args:
+        query: [B, Q, C_q], or [1, Q, C_q] shared by all images (a parameter).
+        tokens: [B, N, C], any strides with unit last.
+        w_q: [D, C_q], or None where the query is projected already (then D = C_q).
+        b_q: [D] or None.
+        w_k: [D, C].
+        b_k: [D] or None. Its gradient is exactly zero: softmax drops it.
+        w_v: [D_v, C].
+        b_v: [D_v] or None.
+        w_o: [C_out, D_v], or None for no output projection.
+        b_o: [C_out] or None.
+        num_heads: h; divides D and D_v.
+        scale: Of the scores; None for 1 / sqrt(D / h).
+        include_query: Also attend to the query rows themselves, in front of the tokens (needs
+            C_q = C). One query joins without a copy of the tokens.
+        key_mask: bool [B, N], True where a token is attended to. Query rows always are.
+        query_norm: (weight, bias) of a LayerNorm on the query before w_q; either may be None.
+        token_norm: Likewise on the tokens (and the included query rows) before w_k and w_v.
+        norm_eps: Of both LayerNorms.
+        dropout_p: Attention dropout; above 0 the reference runs.
+        return_weights: Also return the attention weights.
+        backend: Name of a backend, or None.
+
+    Returns:
+        out [B, Q, C_out]; with ``return_weights`` also the weights [B, Q, h, N], or
+        [B, Q, h, Q + N] with ``include_query``. An image whose mask is all False pools to 0.
+
+    Raises:
+        ValueError: A shape, stride, device, eps or head count does not fit, or the backend cannot
+            run the call.
+        TypeError: A dtype does not fit.
+    """
+    checks.tensor("tokens", tokens, "B", "N", "C")
+    batch, num_tokens, channels = tokens.shape
+    checks.tensor("query", query, "B", "Q", "C_q")
+    query_width = query.shape[2]
+    if query.shape[0] not in (1, batch):
+        raise ValueError(f"query: expected a batch of 1 or {batch}, found {query.shape[0]}")
+    if query.shape[1] == 0:
+        raise ValueError("query: expected at least one query, found none")
+    if num_tokens == 0 and not include_query:
+        raise ValueError("tokens: expected at least one token, found none")
+    checks.unit_stride("tokens", tokens)
+    checks.tensor("w_k", w_k, "D", channels)
+    checks.tensor("w_v", w_v, "D_v", channels)
+    width, value_width = w_k.shape[0], w_v.shape[0]
+    checks.optional_tensor("w_q", w_q, width, query_width)
+    if w_q is None and query_width != width:
+        raise ValueError(f"query: without w_q its width must be {width}, found {query_width}")
+    if w_q is None and b_q is not None:
+        raise ValueError("b_q: given without w_q")
+    if w_o is None and b_o is not None:
+        raise ValueError("b_o: given without w_o")
+    checks.optional_tensor("b_q", b_q, width)
+    checks.optional_tensor("b_k", b_k, width)
+    checks.optional_tensor("b_v", b_v, value_width)
+    checks.optional_tensor("w_o", w_o, "C_out", value_width)
+    checks.optional_tensor("b_o", b_o, w_o.shape[0] if w_o is not None else "C_out")
+    if include_query and query_width != channels:
+        raise ValueError(
+            f"include_query: the query's width {query_width} is not the tokens' {channels}"
+        )
+    norms = {
+        "query_norm": _check_norm("query_norm", query_norm, query_width),
+        "token_norm": _check_norm("token_norm", token_norm, channels),
+    }
+    checks.same_device_and_dtype(
+        "tokens",
+        tokens,
+        query=query,
+        w_q=w_q,
+        b_q=b_q,
+        w_k=w_k,
+        b_k=b_k,
+        w_v=w_v,
+        b_v=b_v,
+        w_o=w_o,
+        b_o=b_o,
+        **{f"{name}[{i}]": t for name, norm in norms.items() for i, t in enumerate(norm)},
+    )
+    checks.heads(num_heads, w_k_rows=width, w_v_rows=value_width)
+    checks.eps("norm_eps", norm_eps)
+    checks.probability("dropout_p", dropout_p)
+    checks.key_mask(key_mask, tokens)
+    parameters = PoolParameters(
+        w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, query_norm, token_norm, norm_eps
+    )
+    scale = (width // num_heads) ** -0.5 if scale is None else scale
+    call = PoolCall(num_heads, scale, include_query, dropout_p, return_weights)
+    out, weights = pool_op.attention_pool(query, tokens, parameters, call, key_mask, backend)
+    return out if weights is None else (out, weights)
+
+
+def cross_attention_fusion(
+    cls: Tensor,
+    tokens: Tensor,
+    weights: FusionWeights,
+    num_heads: int,
+    eps: float = 1e-6,
+    residual_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """The fusion of one CrossViT branch: f, LayerNorm, cross-attention, residual, g.
+
+    The CLS of one branch, lifted to the other branch's width by f, queries itself and the other
+    branch's patch tokens; the result is added to f(cls) and brought back by g. f and g are
+    LayerNorm -> GELU -> Linear.
+
+    Args:
+        cls: CLS tokens [B, C_own].
+        tokens: The other branch's patch tokens [B, N, C] without its CLS; any strides with unit
+            last, so ``x[:, 1:]`` is fine. N = 0 is: the CLS then attends to itself.
+        weights: ``FusionWeights``. The gradient of k_bias is exactly zero: softmax drops it.
+        num_heads: h; divides C.
+        eps: Of all three LayerNorms.
+        residual_scale: [B]: factor of each image's attention update (drop path), or None.
+        dropout_p: Attention dropout; above 0 the reference runs.
+        backend: Name of a backend, or None.
+
+    Returns:
+        The new CLS tokens [B, C_own].
+
+    Raises:
+        ValueError: A shape, stride, device, eps or head count does not fit, or the backend cannot
+            run the call.
+        TypeError: A dtype does not fit, or weights is no FusionWeights.
+
+    Source: CrossViT (ICCV 2021), Eq. 5-7 and Figure 4.
+    """
+    checks.tensor("cls", cls, "B", "C_own")
+    batch, own = cls.shape
+    checks.tensor("tokens", tokens, batch, "N", "C")
+    channels = tokens.shape[2]
+    checks.unit_stride("tokens", tokens)
+    _check_weights(weights, FusionWeights, _FUSION_SHAPES, {"C": channels, "C_own": own}, cls)
+    checks.same_device_and_dtype("cls", cls, tokens=tokens)
+    checks.heads(num_heads, C=channels)
+    checks.eps("eps", eps)
+    checks.probability("dropout_p", dropout_p)
+    checks.residual_scale(residual_scale, batch, cls.device)
+    return fusion_op.cross_attention_fusion(
+        cls, tokens, weights, num_heads, eps, residual_scale, dropout_p, backend
+    )
+
+
+def layernorm_msa(
+    x: Tensor,
+    weights: MsaWeights,
+    num_heads: int,
+    eps: float = 1e-6,
+    residual_scale: Tensor | None = None,
+    cls: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """``x + residual_scale * MSA(LN(x))``: the first half of a transformer block.
+
+    Args:
+        x: Tokens [B, N, C], any strides with unit last.
+        weights: ``MsaWeights``.
+        num_heads: h; divides C.
+        eps: LayerNorm's.
+        residual_scale: [B]: factor of each image's update (drop path), or None.
+        cls: [B, C]: stands in for row 0 of x, so that a fused CLS costs no copy of its tokens.
+        dropout_p: Attention dropout; above 0 the reference runs.
+        backend: Name of a backend, or None.
+
+    Returns:
+        y [B, N, C].
+
+    Raises:
+        ValueError: A shape, stride, device, eps or head count does not fit, or the backend cannot
+            run the call.
+        TypeError: A dtype does not fit, or weights is no MsaWeights.
+
+    Source: CrossViT (ICCV 2021), Eq. 1.
+    """
+    checks.tensor("x", x, "B", "N", "C")
+    batch, num_tokens, channels = x.shape
+    checks.unit_stride("x", x)
+    checks.optional_tensor("cls", cls, batch, channels)
+    if cls is not None and num_tokens == 0:
+        raise ValueError("cls: x has no row 0 that it could stand in for")
+    _check_weights(weights, MsaWeights, _MSA_SHAPES, {"C": channels, "3 C": 3 * channels}, x)
+    checks.same_device_and_dtype("x", x, cls=cls)
+    checks.heads(num_heads, C=channels)
+    checks.eps("eps", eps)
+    checks.probability("dropout_p", dropout_p)
+    checks.residual_scale(residual_scale, batch, x.device)
+    return msa_op.layernorm_msa(x, weights, num_heads, eps, residual_scale, cls, dropout_p, backend)
+
+
+def layernorm_ffn(
+    x: Tensor,
+    weights: FfnWeights,
+    eps: float = 1e-6,
+    residual_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``x + residual_scale * FFN(LN(x))``, FFN = Linear, GELU (exact), Linear.
+
+    Args:
+        x: Tokens [B, N, C], any strides with unit last.
+        weights: ``FfnWeights``, with any number F of hidden units.
+        eps: LayerNorm's.
+        residual_scale: [B]: factor of each image's update (drop path), or None.
+        backend: Name of a backend, or None.
+
+    Returns:
+        y [B, N, C].
+
+    Raises:
+        ValueError: A shape, stride, device or eps does not fit, or the backend cannot run the call.
+        TypeError: A dtype does not fit, or weights is no FfnWeights.
+
+    Source: CrossViT (ICCV 2021), Eq. 1.
+    """
+    checks.tensor("x", x, "B", "N", "C")
+    checks.unit_stride("x", x)
+    fc1 = getattr(weights, "fc1_weight", None)
+    hidden = fc1.shape[0] if isinstance(fc1, Tensor) and fc1.dim() == 2 else 0
+    _check_weights(weights, FfnWeights, _FFN_SHAPES, {"C": x.shape[2], "F": hidden}, x)
+    checks.eps("eps", eps)
+    checks.residual_scale(residual_scale, x.shape[0], x.device)
+    return ffn_op.layernorm_ffn(x, weights, eps, residual_scale, backend)
+
+
+_FUSION_SHAPES = {
+    "proj_norm_weight": ("C_own",),
+    "proj_norm_bias": ("C_own",),
+    "proj_weight": ("C", "C_own"),
+    "proj_bias": ("C",),
+    "norm_weight": ("C",),
+    "norm_bias": ("C",),
+    "q_weight": ("C", "C"),
+    "q_bias": ("C",),
+    "k_weight": ("C", "C"),
+    "k_bias": ("C",),
+    "v_weight": ("C", "C"),
+    "v_bias": ("C",),
+    "out_weight": ("C", "C"),
+    "out_bias": ("C",),
+    "back_norm_weight": ("C",),
+    "back_norm_bias": ("C",),
+    "back_weight": ("C_own", "C"),
+    "back_bias": ("C_own",),
+}
+_MSA_SHAPES = {
+    "norm_weight": ("C",),
+    "norm_bias": ("C",),
+    "qkv_weight": ("3 C", "C"),
+    "qkv_bias": ("3 C",),
+    "out_weight": ("C", "C"),
+    "out_bias": ("C",),
+}
+_FFN_SHAPES = {
+    "norm_weight": ("C",),
+    "norm_bias": ("C",),
+    "fc1_weight": ("F", "C"),
+    "fc1_bias": ("F",),
+    "fc2_weight": ("C", "F"),
+    "fc2_bias": ("C",),
+}
+_OPTIONAL = {"q_bias", "k_bias", "v_bias", "qkv_bias"}
+
+
+def _check_weights(
+    weights: FusionWeights | MsaWeights | FfnWeights,
+    kind: type,
+    shapes: dict[str, tuple[str, ...]],
+    sizes: dict[str, int],
+    like: Tensor,
+) -> None:
+    """Every field of a NamedTuple of weights: shape, device, dtype."""
+    if not isinstance(weights, kind):
+        raise TypeError(f"weights: expected {kind.__name__}, found {type(weights).__name__}")
+    for name, t in zip(weights._fields, weights, strict=True):
+        if t is None and name in _OPTIONAL:
+            continue
+        checks.tensor(f"weights.{name}", t, *(sizes[letter] for letter in shapes[name]))
+    checks.same_device_and_dtype(
+        "the input", like, **{f"weights.{k}": t for k, t in weights._asdict().items()}
+    )
+
+
+def _check_norm(name: str, norm: Norm | None, width: int) -> Norm:
+    if norm is None:
+        return None, None
+    if not isinstance(norm, tuple) or len(norm) != 2:
+        raise TypeError(f"{name}: expected a pair (weight, bias), found {type(norm).__name__}")
+    for i, t in enumerate(norm):
+        checks.optional_tensor(f"{name}[{i}]", t, width)
+    return norm

@@ -1,0 +1,1 @@
+"""One folder an operation: its reference, its kernels, its operators and its dispatch."""

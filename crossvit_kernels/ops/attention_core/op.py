@@ -1,0 +1,151 @@
+"""attention_core: operators, autograd and dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from crossvit_kernels.backends import choose, register_operation
+from crossvit_kernels.extension import accumulate_dtype
+from crossvit_kernels.ops import library
+from crossvit_kernels.ops.attention_core import native, reference
+
+#: Modules with why_not, forward and backward.
+BACKENDS = {"cpu": native}
+register_operation("attention_core", tuple(BACKENDS))
+
+
+def attention_core(
+    u: Tensor,
+    x: Tensor,
+    norm_eps: float | None,
+    key_mask: Tensor | None,
+    extra_token: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(m, lse) on the chosen backend; see functional.attention_core."""
+    name = choose(
+        "attention_core",
+        backend,
+        {name: lambda m=module: m.why_not(x) for name, module in BACKENDS.items()},
+    )
+    if name == "reference":
+        return reference.attention_core(u, x, norm_eps, key_mask, extra_token)
+    m, lse = run(u.to(accumulate_dtype(x)), x, key_mask, extra_token, norm_eps, name)
+    return m.to(library.autocast_dtype(x) or u.dtype), lse
+
+
+def run(
+    u: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    extra_token: Tensor | None,
+    norm_eps: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if library.needs_grad(u, x, extra_token):
+        return _AttentionCore.apply(u, x, key_mask, extra_token, norm_eps, backend)
+    return _forward(u, x, key_mask, extra_token, norm_eps, backend)
+
+
+class _AttentionCore(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        x: Tensor,
+        key_mask: Tensor | None,
+        extra_token: Tensor | None,
+        norm_eps: float | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        m, lse = _forward(u, x, key_mask, extra_token, norm_eps, backend)
+        ctx.save_for_backward(u, x, key_mask, extra_token, m, lse)
+        ctx.norm_eps, ctx.backend = norm_eps, backend
+        return m, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dm: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        u, x, key_mask, extra_token, m, lse = ctx.saved_tensors
+        du, dx, dextra = _backward(
+            dm, dlse, u, x, key_mask, extra_token, m, lse, ctx.norm_eps, ctx.backend
+        )
+        return du, dx, None, None if extra_token is None else dextra, None, None
+
+
+def _forward_kernel(
+    u: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    extra_token: Tensor | None,
+    norm_eps: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return BACKENDS[backend].forward(u, x, key_mask, extra_token, norm_eps)
+
+
+def _forward_fake(
+    u: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    extra_token: Tensor | None,
+    norm_eps: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], u.shape[1], x.shape[2])
+    return u.new_empty(shape), u.new_empty(shape[:2])
+
+
+def _backward_kernel(
+    dm: Tensor,
+    dlse: Tensor | None,
+    u: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    extra_token: Tensor | None,
+    m: Tensor,
+    lse: Tensor,
+    norm_eps: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    du, dx, dextra = BACKENDS[backend].backward(
+        dm, dlse, u, x, key_mask, extra_token, m, lse, norm_eps
+    )
+    if u.shape[0] == 1 and du.shape[0] != 1:
+        du = du.sum(dim=0, keepdim=True)
+    return du, dx, x.new_empty(0) if dextra is None else dextra
+
+
+def _backward_fake(
+    dm: Tensor,
+    dlse: Tensor | None,
+    u: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    extra_token: Tensor | None,
+    m: Tensor,
+    lse: Tensor,
+    norm_eps: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dextra = x.new_empty(0) if extra_token is None else x.new_empty(extra_token.shape)
+    return u.new_empty(u.shape), x.new_empty(x.shape), dextra
+
+
+_forward = library.define(
+    "attention_core_forward(Tensor u, Tensor x, Tensor? key_mask, Tensor? extra_token, "
+    "float? norm_eps, str backend) -> (Tensor m, Tensor lse)",
+    _forward_kernel,
+    _forward_fake,
+)
+_backward = library.define(
+    "attention_core_backward(Tensor dm, Tensor? dlse, Tensor u, Tensor x, Tensor? key_mask, "
+    "Tensor? extra_token, Tensor m, Tensor lse, float? norm_eps, str backend) "
+    "-> (Tensor du, Tensor dx, Tensor dextra_token)",
+    _backward_kernel,
+    _backward_fake,
+)

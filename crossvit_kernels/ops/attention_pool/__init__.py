@@ -1,0 +1,1 @@
+"""Attention pooling: one or a few queries over many tokens, with all projections."""

@@ -1,0 +1,70 @@
+"""attention_pool over attention_core: W_k is absorbed into the query, W_v applied after pooling.
+
+    u_qh = gamma * (W_k,h^T q_qh)       o_qh = W_v,h (gamma * m_qh + beta) + b_v,h
+
+b_k, and the beta part of the keys, shift all scores of a row alike: softmax drops them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels.ops.attention_core import op as core
+from crossvit_kernels.ops.attention_core import reference as core_reference
+from crossvit_kernels.ops.attention_pool.parameters import PoolCall, PoolParameters
+from crossvit_kernels.ops.attention_pool.reference import project_out, project_query
+
+
+def attention_pool(
+    query: Tensor,
+    tokens: Tensor,
+    parameters: PoolParameters,
+    call: PoolCall,
+    key_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """As reference.attention_pool, on a backend of attention_core."""
+    p = parameters
+    batch, channels = tokens.shape[0], tokens.shape[2]
+    num_queries, num_heads = query.shape[1], call.num_heads
+    norm_eps = None if p.token_norm is None else p.norm_eps
+    gamma, beta = p.token_norm or (None, None)
+
+    tokens, key_mask, extra_token = _keys(query, tokens, key_mask, call.include_query)
+    q = project_query(query, p).unflatten(-1, (num_heads, -1)) * call.scale
+    u = torch.einsum("bqhd,hdc->bqhc", q, p.w_k.unflatten(0, (num_heads, -1)))
+    u = u.flatten(1, 2) if gamma is None else u.flatten(1, 2) * gamma
+    m, lse = core.attention_core(u, tokens, norm_eps, key_mask, extra_token, backend)
+
+    z = m if gamma is None else m * gamma
+    z = z if beta is None else z + beta
+    z = z.view(batch, num_queries, num_heads, channels)
+    o = torch.einsum("bqhc,hdc->bqhd", z, p.w_v.unflatten(0, (num_heads, -1)).to(z.dtype))
+    if p.b_v is not None:
+        o = o + p.b_v.view(num_heads, -1)
+    if key_mask is not None:  # an image without any key pools to 0
+        o = o * (lse > -torch.inf).view(batch, num_queries, num_heads, 1)
+    pooled = o.flatten(2)
+    if p.b_k is not None:
+        # b_k's gradient is zero, not missing: distributed training waits for every gradient.
+        pooled = pooled + p.b_k.sum() * 0
+    out = project_out(pooled, p)
+    if not call.return_weights:
+        return out, None
+    weights = core_reference.attention_weights(u, tokens, lse, norm_eps, key_mask, extra_token)
+    return out, weights.unflatten(1, (num_queries, num_heads))
+
+
+def _keys(
+    query: Tensor, tokens: Tensor, key_mask: Tensor | None, include_query: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(tokens, key_mask, extra_token): one query rides along as the extra token, uncopied."""
+    if not include_query:
+        return tokens, key_mask, None
+    query = query.expand(tokens.shape[0], -1, -1)
+    if query.shape[1] == 1:
+        return tokens, key_mask, query[:, 0].to(tokens.dtype)
+    if key_mask is not None:
+        key_mask = torch.nn.functional.pad(key_mask, (query.shape[1], 0), value=True)
+    return torch.cat([query, tokens], dim=1), key_mask, None

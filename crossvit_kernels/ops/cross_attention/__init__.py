@@ -1,0 +1,1 @@
+"""The fusion of one CrossViT branch: f, LayerNorm, cross-attention, residual, g."""

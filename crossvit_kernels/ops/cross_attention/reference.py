@@ -1,0 +1,56 @@
+"""The fusion of one branch in plain PyTorch, with materialised keys and values: the definition.
+
+The letters are those of the paper (CrossViT, ICCV 2021), Eq. 5-7, for the branch that owns ``cls``.
+Its f and g are LayerNorm -> GELU -> Linear.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+
+
+def cross_attention_fusion(
+    cls: Tensor,
+    tokens: Tensor,
+    weights: FusionWeights,
+    num_heads: int,
+    eps: float,
+    residual_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Cls [B, C_own], tokens [B, N, C] -> new cls [B, C_own]."""
+    w = weights
+    batch, _, channels = tokens.shape
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.view(batch, -1, num_heads, channels // num_heads).transpose(1, 2)
+
+    # Eq. 5: the projected CLS joins the other branch's patch tokens.
+    f_cls = F.linear(
+        F.gelu(norm(cls, w.proj_norm_weight, w.proj_norm_bias)), w.proj_weight, w.proj_bias
+    )
+    joined = norm(torch.cat([f_cls.unsqueeze(1), tokens], dim=1), w.norm_weight, w.norm_bias)
+
+    # Eq. 6: the CLS is the only query.
+    q = heads(F.linear(joined[:, :1], w.q_weight, w.q_bias))
+    k = heads(F.linear(joined, w.k_weight, w.k_bias))
+    v = heads(F.linear(joined, w.v_weight, w.v_bias))
+    attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    attention = F.dropout(attention, dropout_p)
+    pooled = (attention @ v).transpose(1, 2).reshape(batch, channels)
+    update = F.linear(pooled, w.out_weight, w.out_bias)
+
+    # Eq. 7: residual to f(cls), then back to the branch's own width.
+    if residual_scale is not None:
+        update = update * residual_scale.to(update.dtype).unsqueeze(-1)
+    y = f_cls + update
+    return F.linear(
+        F.gelu(norm(y, w.back_norm_weight, w.back_norm_bias)), w.back_weight, w.back_bias
+    )

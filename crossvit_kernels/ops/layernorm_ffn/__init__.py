@@ -1,0 +1,1 @@
+"""x + FFN(LN(x)): the second half of a transformer block."""

@@ -1,0 +1,133 @@
+"""layernorm_ffn: operators, autograd and dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from crossvit_kernels.backends import choose, register_operation
+from crossvit_kernels.ops import library
+from crossvit_kernels.ops.layernorm_ffn import composed, reference
+from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
+
+#: Modules with why_not, forward, backward and empty_saved.
+BACKENDS = {"cpu": composed}
+register_operation("layernorm_ffn", tuple(BACKENDS))
+
+
+def layernorm_ffn(
+    x: Tensor,
+    weights: FfnWeights,
+    eps: float,
+    residual_scale: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Y on the chosen backend; see functional.layernorm_ffn."""
+    not_fused = library.why_not_fused(0.0, residual_scale)
+    name = choose(
+        "layernorm_ffn",
+        backend,
+        {name: lambda m=module: not_fused or m.why_not(x) for name, module in BACKENDS.items()},
+    )
+    if name == "reference":
+        return reference.layernorm_ffn(x, weights, eps, residual_scale)
+    weights = FfnWeights(*library.autocast_linears(weights, x, norms=("norm",)))
+    if library.needs_grad(x, *weights):
+        return _LayerNormFfn.apply(x, residual_scale, eps, name, *weights)
+    return _forward(x, list(weights), residual_scale, eps, False, name)[0]
+
+
+class _LayerNormFfn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual_scale: Tensor | None,
+        eps: float,
+        backend: str,
+        *weights: Tensor,
+    ) -> Tensor:
+        y, *saved = _forward(x, list(weights), residual_scale, eps, True, backend)
+        ctx.save_for_backward(x, residual_scale, *weights, *saved)
+        ctx.constants = (eps, backend)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual_scale, *rest = ctx.saved_tensors
+        count = len(FfnWeights._fields)
+        dx, *d_weights = _backward(
+            dy, x, rest[:count], residual_scale, rest[count:], *ctx.constants
+        )
+        return dx, None, None, None, *d_weights
+
+
+def _forward_kernel(
+    x: Tensor,
+    weights: list[Tensor],
+    residual_scale: Tensor | None,
+    eps: float,
+    save: bool,
+    backend: str,
+) -> list[Tensor]:
+    y, saved = BACKENDS[backend].forward(x, FfnWeights(*weights), residual_scale, eps, save)
+    return [y, *(saved or ())]
+
+
+def _forward_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    residual_scale: Tensor | None,
+    eps: float,
+    save: bool,
+    backend: str,
+) -> list[Tensor]:
+    w = FfnWeights(*weights)
+    y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, w.fc2_weight.dtype))
+    return [y, *(BACKENDS[backend].empty_saved(x, w) if save else ())]
+
+
+def _backward_kernel(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    residual_scale: Tensor | None,
+    saved: list[Tensor],
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    module = BACKENDS[backend]
+    dx, d_weights = module.backward(
+        dy, x, FfnWeights(*weights), residual_scale, module.Saved(*saved), eps
+    )
+    return [dx, *d_weights]
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    residual_scale: Tensor | None,
+    saved: list[Tensor],
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (x, *weights)]
+
+
+_forward = library.define(
+    "layernorm_ffn_forward(Tensor x, Tensor[] weights, Tensor? residual_scale, float eps, "
+    "bool save, str backend) -> Tensor[]",
+    _forward_kernel,
+    _forward_fake,
+)
+_backward = library.define(
+    "layernorm_ffn_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor? residual_scale, "
+    "Tensor[] saved, float eps, str backend) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
+)

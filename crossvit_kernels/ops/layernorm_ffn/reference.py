@@ -1,0 +1,21 @@
+"""y = x + FFN(LN(x)) in plain PyTorch (the paper's Eq. 1, second line): the definition."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
+
+
+def layernorm_ffn(
+    x: Tensor, weights: FfnWeights, eps: float, residual_scale: Tensor | None = None
+) -> Tensor:
+    """X [B, N, C] -> y [B, N, C]."""
+    w = weights
+    normed = F.layer_norm(x, x.shape[-1:], w.norm_weight, w.norm_bias, eps)
+    hidden = F.gelu(F.linear(normed, w.fc1_weight, w.fc1_bias))
+    update = F.linear(hidden, w.fc2_weight, w.fc2_bias)
+    if residual_scale is not None:
+        update = update * residual_scale.to(update.dtype).view(-1, 1, 1)
+    return x + update

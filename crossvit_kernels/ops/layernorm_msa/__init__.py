@@ -1,0 +1,1 @@
+"""x + MSA(LN(x)): the first half of a transformer block."""

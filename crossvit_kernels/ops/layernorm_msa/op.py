@@ -1,0 +1,154 @@
+"""layernorm_msa: operators, autograd and dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from crossvit_kernels.backends import choose, register_operation
+from crossvit_kernels.ops import library
+from crossvit_kernels.ops.layernorm_msa import composed, reference
+from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+
+#: Modules with why_not, forward, backward and empty_saved.
+BACKENDS = {"cpu": composed}
+register_operation("layernorm_msa", tuple(BACKENDS))
+
+
+def layernorm_msa(
+    x: Tensor,
+    weights: MsaWeights,
+    num_heads: int,
+    eps: float,
+    residual_scale: Tensor | None,
+    cls: Tensor | None,
+    dropout_p: float,
+    backend: str | None,
+) -> Tensor:
+    """Y on the chosen backend; see functional.layernorm_msa."""
+    not_fused = library.why_not_fused(dropout_p, residual_scale)
+    name = choose(
+        "layernorm_msa",
+        backend,
+        {name: lambda m=module: not_fused or m.why_not(x) for name, module in BACKENDS.items()},
+    )
+    if name == "reference":
+        return reference.layernorm_msa(x, weights, num_heads, eps, residual_scale, cls, dropout_p)
+    arguments = (x, residual_scale, cls, num_heads, eps, name)
+    weights = MsaWeights(*library.autocast_linears(weights, x, norms=("norm",)))
+    if library.needs_grad(x, cls, *weights):
+        return _LayerNormMsa.apply(*arguments, *weights)
+    return _forward(x, list(weights), *arguments[1:])[0]
+
+
+class _LayerNormMsa(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual_scale: Tensor | None,
+        cls: Tensor | None,
+        num_heads: int,
+        eps: float,
+        backend: str,
+        *weights: Tensor | None,
+    ) -> Tensor:
+        y, *saved = _forward(x, list(weights), residual_scale, cls, num_heads, eps, backend)
+        ctx.save_for_backward(x, residual_scale, cls, *weights, *saved)
+        ctx.constants = (num_heads, eps, backend)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual_scale, cls, *rest = ctx.saved_tensors
+        count = len(MsaWeights._fields)
+        weights, saved = rest[:count], rest[count:]
+        dx, dcls, *d_weights = _backward(dy, x, weights, residual_scale, cls, saved, *ctx.constants)
+        d_weights = [None if w is None else dw for w, dw in zip(weights, d_weights, strict=True)]
+        return dx, None, None if cls is None else dcls, None, None, None, *d_weights
+
+
+def _forward_kernel(
+    x: Tensor,
+    weights: list[Tensor | None],
+    residual_scale: Tensor | None,
+    cls: Tensor | None,
+    num_heads: int,
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    y, saved = BACKENDS[backend].forward(
+        x, MsaWeights(*weights), residual_scale, cls, num_heads, eps
+    )
+    return [y, *saved]
+
+
+def _forward_fake(
+    x: Tensor,
+    weights: list[Tensor | None],
+    residual_scale: Tensor | None,
+    cls: Tensor | None,
+    num_heads: int,
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    w = MsaWeights(*weights)
+    y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, w.out_weight.dtype))
+    return [y, *BACKENDS[backend].empty_saved(x, w, num_heads)]
+
+
+def _backward_kernel(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor | None],
+    residual_scale: Tensor | None,
+    cls: Tensor | None,
+    saved: list[Tensor],
+    num_heads: int,
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    module = BACKENDS[backend]
+    dx, dcls, d_weights = module.backward(
+        dy,
+        x,
+        MsaWeights(*weights),
+        residual_scale,
+        cls,
+        module.Saved(*saved),
+        num_heads,
+        eps,
+    )
+    return [x.new_empty(0) if t is None else t for t in (dx, dcls, *d_weights)]
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor | None],
+    residual_scale: Tensor | None,
+    cls: Tensor | None,
+    saved: list[Tensor],
+    num_heads: int,
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, cls, *weights)]
+
+
+_forward = library.define(
+    "layernorm_msa_forward(Tensor x, Tensor?[] weights, Tensor? residual_scale, Tensor? cls, "
+    "int num_heads, float eps, str backend) -> Tensor[]",
+    _forward_kernel,
+    _forward_fake,
+)
+_backward = library.define(
+    "layernorm_msa_backward(Tensor dy, Tensor x, Tensor?[] weights, Tensor? residual_scale, "
+    "Tensor? cls, Tensor[] saved, int num_heads, float eps, str backend) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
+)

@@ -1,0 +1,38 @@
+"""y = x + MSA(LN(x)) in plain PyTorch (the paper's Eq. 1, first line): the definition."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+
+
+def layernorm_msa(
+    x: Tensor,
+    weights: MsaWeights,
+    num_heads: int,
+    eps: float,
+    residual_scale: Tensor | None = None,
+    cls: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """X [B, N, C] -> y [B, N, C]; cls [B, C], if given, stands in for row 0 of x."""
+    w = weights
+    if cls is not None:
+        x = torch.cat([cls.unsqueeze(1).to(x.dtype), x[:, 1:]], dim=1)
+    batch, num_tokens, channels = x.shape
+    normed = F.layer_norm(x, (channels,), w.norm_weight, w.norm_bias, eps)
+    qkv = F.linear(normed, w.qkv_weight, w.qkv_bias)
+    q, k, v = qkv.view(batch, num_tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    attention = F.dropout(attention, dropout_p)
+    update = F.linear(
+        (attention @ v).transpose(1, 2).reshape(batch, num_tokens, channels),
+        w.out_weight,
+        w.out_bias,
+    )
+    if residual_scale is not None:
+        update = update * residual_scale.to(update.dtype).view(-1, 1, 1)
+    return x + update

@@ -1,0 +1,145 @@
+#pragma once
+
+#include "attention_core/cpu/scratch.h"
+
+// A few tokens, centred, in float or double. Element types, strides, masks and channel counts that
+// are no multiple of the vector width all end here.
+
+namespace crossvit::attention_core {
+namespace {
+
+template <class Token>
+class Tile {
+ public:
+  using Scalar = ScalarFor<Token>;
+  using V = Vector<Scalar>;
+
+  static int64_t scratch(const Shape<Scalar>& shape) {
+    return (shape.tile + 1) * shape.channels + 2 * kMaxTile;
+  }
+
+  Tile(const Problem& problem, const Tokens& x, const Mask& mask, const Shape<Scalar>& shape,
+       Scratch<Scalar>& memory)
+      : rows(memory.take(shape.tile * shape.channels)),
+        rstd(memory.take(kMaxTile)),
+        bias(memory.take(kMaxTile)),
+        problem_(problem),
+        x_(x),
+        mask_(mask),
+        stride_(shape.channels),
+        no_token_(reinterpret_cast<Token*>(memory.take(shape.channels))) {
+    std::memset(no_token_, 0, stride_ * sizeof(Scalar));
+    for (int i = 0; i < kLanes<Scalar>; ++i)
+      last_lanes_[i] = problem.channels - (stride_ - kLanes<Scalar>) > i;
+  }
+
+  // Tokens [begin, begin + count) of image b, centred, and zero rows up to a whole token block.
+  // Tokens that are masked out are not read: garbage in padding is allowed.
+  void read(int64_t b, int64_t begin, int count) {
+    const Token* from[kMaxTile];
+    for (int t = 0; t < kMaxTile; ++t) {
+      const bool attended = t < count && is_attended(b, begin + t);
+      from[t] = attended ? token_row<Token>(x_, b, begin + t) : no_token_;
+      bias[t] = attended ? 0 : -__builtin_inf();
+    }
+    const int filled = round_up(count, kBlock);
+    for (int t = 0; t < filled; t += kLanes<Scalar>)
+      centre(t, from + t, minimum(filled - t, kLanes<Scalar>));
+  }
+
+  // Row n of [extra; tokens] of image b.
+  template <class Element>
+  static Element* token_row(const Tokens& tokens, int64_t b, int64_t n) {
+    if (tokens.extra) {
+      if (n == 0) return static_cast<Element*>(tokens.extra) + b * tokens.extra_batch_stride;
+      --n;
+    }
+    return static_cast<Element*>(tokens.data) + b * tokens.batch_stride + n * tokens.token_stride;
+  }
+
+  Scalar* const rows;  // [tile, channels]: x - mean
+  Scalar* const rstd;  // [kMaxTile]; 0 where there is no token
+  Scalar* const bias;  // [kMaxTile]; 0 or, where there is no token, -inf
+
+ private:
+  static constexpr int kBlock = Shape<Scalar>::kTokenBlock;
+  static constexpr int kRowsAtOnce = kBlock < 4 ? kBlock : 4;
+
+  bool is_attended(int64_t b, int64_t n) const {
+    if (!mask_.data) return true;
+    if (x_.extra && n-- == 0) return true;
+    return mask_.data[b * mask_.batch_stride + n * mask_.token_stride];
+  }
+
+  // Up to a vector of rows, first = their place in the tile: the sums over rows are formed for all
+  // of them together. The variance takes a second look at the row; E[x^2] - mean^2 would cancel.
+  void centre(int first, const Token* const* from, int count) {
+    V means{};
+    if (problem_.normalize) {
+      V sums[kLanes<Scalar>] = {};
+      for (int t = 0; t < count; t += kRowsAtOnce) add_channels(from + t, sums + t);
+      means = sum_each<Scalar>(sums) / Scalar(problem_.channels);
+    }
+    V squares[kLanes<Scalar>] = {};
+    for (int t = 0; t < count; t += kRowsAtOnce)
+      subtract_means(rows + (first + t) * stride_, from + t, means, t, squares + t);
+    V scale = V{} + 1;
+    if (problem_.normalize) {
+      V std = sum_each<Scalar>(squares) / Scalar(problem_.channels) + Scalar(problem_.eps);
+      for (int t = 0; t < kLanes<Scalar>; ++t) std[t] = sqrt(std[t]);
+      scale = 1 / std;
+    }
+    store(rstd + first, load(bias + first) < 0 ? V{} : scale);
+  }
+
+  void add_channels(const Token* const* from, V* sums) const {
+    constexpr int kStep = kLanes<Scalar>;
+    const int64_t channels = problem_.channels;
+    const Token* row[kRowsAtOnce];
+    V total[kRowsAtOnce] = {};
+    for (int i = 0; i < kRowsAtOnce; ++i) row[i] = from[i];
+    int64_t c = 0;
+    for (; c + kStep <= channels; c += kStep)
+      for (int i = 0; i < kRowsAtOnce; ++i) total[i] += load(row[i] + c);
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      if (c < channels) total[i] += load_partial<Scalar>(row[i] + c, channels - c);
+      sums[i] = total[i];
+    }
+  }
+
+  void subtract_means(Scalar* to, const Token* const* from, V means, int first, V* squares) const {
+    constexpr int kStep = kLanes<Scalar>;
+    const int64_t channels = problem_.channels, stride = stride_;
+    const Token* row[kRowsAtOnce];
+    V mean[kRowsAtOnce], total[kRowsAtOnce] = {};
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      row[i] = from[i];
+      mean[i] = broadcast(means[first + i]);
+    }
+    int64_t c = 0;
+    for (; c + kStep <= channels; c += kStep)
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        const V v = load(row[i] + c) - mean[i];
+        store(to + i * stride + c, v);
+        total[i] += v * v;
+      }
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      if (c < channels) {
+        const V v = load_partial<Scalar>(row[i] + c, channels - c) - mean[i] * last_lanes_;
+        store(to + i * stride + c, v);
+        total[i] += v * v;
+      }
+      squares[i] = total[i];
+    }
+  }
+
+  const Problem& problem_;
+  const Tokens& x_;
+  const Mask& mask_;
+  const int64_t stride_;
+  Token* const no_token_;  // a row of zeros
+  V last_lanes_;           // 1 in the lanes of the last vector that hold channels, else 0
+};
+
+}  // namespace
+}  // namespace crossvit::attention_core

@@ -1,0 +1,87 @@
+// The only file that knows Python. Tensors arrive as tuples of address, dtype code and strides in
+// elements (crossvit_kernels/extension.py makes them), so nothing here depends on torch.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "attention_core/params.h"
+#include "common/isa.h"
+#ifdef CROSSVIT_WITH_CUDA
+#include "common/device.h"
+#endif
+
+namespace py = pybind11;
+namespace core = crossvit::attention_core;
+
+namespace {
+
+using Address = std::uintptr_t;
+using ProblemArg = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, double>;
+using RowsArg = std::tuple<Address, int64_t, int64_t>;
+using TokensArg = std::tuple<Address, int, int64_t, int64_t, Address, int64_t>;
+using MaskArg = std::tuple<Address, int64_t, int64_t>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+core::Problem to_problem(const ProblemArg& arg) {
+  const auto& [batch, num_tokens, num_rows, channels, normalize, eps] = arg;
+  return {batch, num_tokens, num_rows, channels, normalize, eps};
+}
+
+core::Rows to_rows(const RowsArg& arg) {
+  const auto& [data, batch_stride, row_stride] = arg;
+  return {pointer<void>(data), batch_stride, row_stride};
+}
+
+core::Tokens to_tokens(const TokensArg& arg) {
+  const auto& [data, dtype, batch_stride, token_stride, extra, extra_batch_stride] = arg;
+  return {pointer<void>(data), crossvit::DType(dtype), batch_stride,      token_stride,
+          pointer<void>(extra), extra_batch_stride};
+}
+
+core::Mask to_mask(const MaskArg& arg) {
+  const auto& [data, batch_stride, token_stride] = arg;
+  return {pointer<const bool>(data), batch_stride, token_stride};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using Released = py::call_guard<py::gil_scoped_release>;
+
+  m.def(
+      "attention_core_forward",
+      [](const ProblemArg& problem, const TokensArg& x, const RowsArg& u, const MaskArg& mask,
+         const RowsArg& m_out, Address lse) {
+        core::forward({to_problem(problem), to_tokens(x), to_rows(u), to_mask(mask),
+                       to_rows(m_out), pointer<void>(lse)});
+      },
+      py::arg("problem"), py::arg("x"), py::arg("u"), py::arg("mask"), py::arg("m"),
+      py::arg("lse"), Released());
+
+  m.def(
+      "attention_core_backward",
+      [](const ProblemArg& problem, const TokensArg& x, const RowsArg& u, const MaskArg& mask,
+         const RowsArg& m_in, Address lse, const RowsArg& dm, Address dlse, const RowsArg& du,
+         const TokensArg& dx) {
+        core::backward({to_problem(problem), to_tokens(x), to_rows(u), to_mask(mask),
+                        to_rows(m_in), pointer<const void>(lse), to_rows(dm),
+                        pointer<const void>(dlse), to_rows(du), to_tokens(dx)});
+      },
+      py::arg("problem"), py::arg("x"), py::arg("u"), py::arg("mask"), py::arg("m"),
+      py::arg("lse"), py::arg("dm"), py::arg("dlse"), py::arg("du"), py::arg("dx"), Released());
+
+  m.def("usable_isas", &crossvit::usable_isas);
+  m.def("active_isa", &crossvit::active_isa_name);
+  m.def("use_isa", &crossvit::use_isa, py::arg("name"));
+
+#ifdef CROSSVIT_WITH_CUDA
+  m.attr("cuda_architectures") = CROSSVIT_CUDA_ARCH_LIST;
+  m.def("cuda_self_check", &crossvit::cuda_self_check, py::arg("device"), Released());
+#else
+  m.attr("cuda_architectures") = "";
+#endif
+}

@@ -1,0 +1,23 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+// Instruction-set levels that the CPU kernels are compiled for, and the one in use: the highest
+// that this processor has, unless another was asked for.
+
+namespace crossvit {
+
+enum class Isa { kBaseline, kX86V3, kX86V4 };  // portable; AVX2 and FMA; AVX-512
+
+Isa active_isa();
+
+// Names of the levels that this processor can run, best first: "x86-64-v4", "x86-64-v3",
+// "baseline".
+std::vector<std::string> usable_isas();
+std::string active_isa_name();
+
+// Throws std::invalid_argument for a level that this processor does not have.
+void use_isa(const std::string& name);
+
+}  // namespace crossvit

@@ -1,0 +1,147 @@
+"""Builds crossvit_kernels._C from csrc/ through one generated build.ninja.
+
+The extension holds no torch headers: torch is not needed to build it, and any torch can run it.
+CROSSVIT_BUILD_CUDA = auto (default) | 1 | 0, CROSSVIT_CUDA_ARCH_LIST, CUDA_HOME, CXX and MAX_JOBS
+are read from the environment; README.md explains them.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_CUDA_ARCH_LIST = "80;90a;100"  # the newest one is included as PTX too
+
+# Sources compiled once per instruction-set level, chosen among at run time (csrc/common/isa.h).
+PER_ISA_SOURCES = {"csrc/attention_core/cpu/forward.cpp", "csrc/attention_core/cpu/backward.cpp"}
+ISA_LEVELS = {"baseline": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_LEVELS.update(
+        x86_64_v3="-march=x86-64-v3", x86_64_v4="-march=x86-64-v4 -mprefer-vector-width=512"
+    )
+
+
+def find_cuda() -> Path | None:
+    """The CUDA toolkit's root. A bare nvcc may be a script that lives elsewhere."""
+    wanted = os.environ.get("CROSSVIT_BUILD_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"CROSSVIT_BUILD_CUDA is {wanted!r}, expected auto, 0 or 1")
+    if wanted == "0":
+        return None
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    for home in map(Path, filter(None, [*candidates, "/usr/local/cuda"])):
+        if (home / "bin/nvcc").is_file() and (home / "include/cuda_runtime.h").is_file():
+            return home.resolve()
+    if wanted == "1":
+        sys.exit("CROSSVIT_BUILD_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME")
+    return None
+
+
+def ninja_program() -> str:
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        return shutil.which("ninja") or sys.exit("ninja is missing: pip install ninja")
+
+
+def gencode_flags(arch_list: str) -> str:
+    archs = arch_list.split(";")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    newest = archs[-1].rstrip("a")
+    return " ".join([*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"])
+
+
+class NinjaBuild(build_ext):
+    """Writes build.ninja and runs it: a touched file is the only one compiled again."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        cuda = find_cuda()
+        arch_list = os.environ.get("CROSSVIT_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCH_LIST)
+        arch_list = arch_list.replace(",", ";").replace(" ", ";")
+        if not cuda:
+            self.warn("CUDA kernels are left out: no CUDA toolkit, or CROSSVIT_BUILD_CUDA=0")
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # Not setuptools' build_temp: an editable install throws that away.
+        work = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        work.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        cxx = os.environ.get("CXX", "c++")
+        flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
+        # Only the bindings see pybind11, whose path is new in every isolated build.
+        binding_flags = (
+            f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        )
+        libs = "-ldl -lpthread" if sys.platform != "darwin" else "-undefined dynamic_lookup"
+        lines = [
+            f"cxx = {cxx}",
+            f"flags = {flags} -I{ROOT / 'csrc'}",
+            "rule cxx",
+            "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = C++ $out",
+            "rule link",
+            "  command = $cxx -shared $in -o $out $libs",
+        ]
+        if cuda:
+            binding_flags += f" -DCROSSVIT_WITH_CUDA -DCROSSVIT_CUDA_ARCH_LIST='\"{arch_list}\"'"
+            libs += f" -L{cuda / 'lib64'} -lcudart_static -lrt"
+            lines += [
+                "rule nvcc",
+                f"  command = {cuda / 'bin/nvcc'} -ccbin $cxx -MD -MF $out.d -O3 -std=c++17 "
+                "-lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall "
+                f"{gencode_flags(arch_list)} -I{ROOT / 'csrc'} -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "  description = CUDA $out",
+            ]
+
+        objects = []
+
+        def compile_rule(source: str, rule: str, stem: str, extra: str = "") -> None:
+            objects.append(f"{stem}.o")
+            lines.extend([f"build {stem}.o: {rule} {ROOT / source}", f"  extra = {extra}"])
+
+        for source in sorted(ext.sources):
+            stem = str(Path(source).relative_to("csrc").with_suffix("")).replace("/", "_")
+            if source.endswith(".cu"):
+                if cuda:
+                    compile_rule(source, "nvcc", f"{stem}_cuda")
+            elif source in PER_ISA_SOURCES:
+                for level, march in ISA_LEVELS.items():
+                    extra = f"{march} -DCROSSVIT_ISA={level}"
+                    compile_rule(source, "cxx", f"{stem}_{level}", extra)
+            else:
+                extra = binding_flags if source == "csrc/bindings.cpp" else ""
+                compile_rule(source, "cxx", stem, extra)
+        lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {libs}"]
+        (work / "build.ninja").write_text("\n".join(lines) + "\n")
+
+        jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
+        subprocess.check_call([ninja_program(), "-C", str(work), *jobs])
+
+
+def sources() -> list[str]:
+    found = [p for pattern in ("*.cpp", "*.cu") for p in (ROOT / "csrc").rglob(pattern)]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+setup(
+    ext_modules=[Extension("crossvit_kernels._C", sources())],
+    cmdclass={"build_ext": NinjaBuild},
+)
