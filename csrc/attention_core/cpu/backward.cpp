@@ -117,9 +117,9 @@ class Backward {
     constexpr int kStep = kLanes<Scalar>;
     const int64_t channels = params_.problem.channels;
     const Scalar rstd = tile_.rstd[t];
-    const Scalar average = params_.problem.normalize ? Scalar{1} / channels : Scalar{0};
-    const Scalar shift = rstd * average * mean_dxhat_[t];
-    const Scalar slope = rstd * rstd * average * mean_dxhat_xhat_[t];
+    const bool normalize = params_.problem.normalize;
+    const Scalar shift = normalize ? rstd * mean_dxhat_[t] / channels : 0;
+    const Scalar slope = normalize ? rstd * rstd * mean_dxhat_xhat_[t] / channels : 0;
     const Scalar* const dxhat = dxhat_ + t * shape.channels;
     const Scalar* const x = tile_.rows + t * shape.channels;
     const auto dx = [&](int64_t c) { return load(dxhat + c) * rstd - shift - load(x + c) * slope; };

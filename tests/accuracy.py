@@ -1,0 +1,73 @@
+"""The project's rule for how far a result may be from the float64 reference.
+
+For a dtype T: the RMS error is at most k times the RMS error that the eager module makes in T on the
+same inputs, and the largest error at most 2 k times its largest. k = 2 in bfloat16 and float16, 8
+in float32 and float64, where the order of summation differs. One eps(T) of the reference's own RMS
+is allowed on top, so that an eager result that happens to be exact does not forbid rounding.
+Eager float64 is the reference itself: its own error is taken to be one eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FACTOR = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 8, torch.float64: 8}
+
+
+def rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def assert_within_rule(
+    actual: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    name: str = "result",
+    dtype: torch.dtype | None = None,
+    absolute_floor: float = 0.0,
+) -> None:
+    """actual and eager against exact (float64); dtype: that of the arithmetic, if not eager's."""
+    dtype = dtype or eager.dtype
+    assert actual.shape == exact.shape, (name, actual.shape, exact.shape)
+    assert actual.dtype == eager.dtype, (name, actual.dtype, eager.dtype)
+    if exact.numel() == 0:
+        return
+    error = (actual.double() - exact).abs()
+    eager_error = (eager.double() - exact).abs()
+    if dtype == torch.float64:
+        eager_error = torch.finfo(dtype).eps * exact.abs()
+    factor = FACTOR[dtype]
+    floor = torch.finfo(dtype).eps * rms(exact) + absolute_floor
+    assert rms(error) <= factor * rms(eager_error) + floor, (
+        f"{name}: RMS error {rms(error):.3g}, eager's {rms(eager_error):.3g}, floor {floor:.3g}"
+    )
+    largest, eager_largest = error.max().item(), eager_error.max().item()
+    assert largest <= 2 * factor * eager_largest + 2 * floor + absolute_floor, (
+        f"{name}: largest error {largest:.3g}, eager's {eager_largest:.3g}, floor {floor:.3g}"
+    )
+
+
+def outputs_and_gradients(
+    function: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    upstream: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Outputs and the gradients of every input, computed with all tensors cast to dtype."""
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    wanted = [t for t in leaves if t is not None]
+    # Upstream gradients are rounded to dtype in every run, so that all runs see the same.
+    gradients = torch.autograd.grad(
+        outputs, wanted, [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)]
+    )
+    return [t.detach() for t in (*outputs, *gradients)]
+
+
+def representable(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t rounded to dtype, in float64: what every run is given."""
+    return t.to(dtype).double()
