@@ -31,8 +31,11 @@ def attention_pool(
     norm_eps = None if p.token_norm is None else p.norm_eps
     gamma, beta = p.token_norm or (None, None)
 
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads))
+
     tokens, key_mask, extra_token = _keys(query, tokens, key_mask, call.include_query)
-    q = project_query(query, p).unflatten(-1, (num_heads, -1)) * call.scale
+    q = split(project_query(query, p)) * call.scale
     u = torch.einsum("bqhd,hdc->bqhc", q, p.w_k.unflatten(0, (num_heads, -1)))
     u = u.flatten(1, 2) if gamma is None else u.flatten(1, 2) * gamma
     m, lse = core.attention_core(u, tokens, norm_eps, key_mask, extra_token, backend)

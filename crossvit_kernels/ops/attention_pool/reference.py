@@ -56,4 +56,4 @@ def project_out(pooled: Tensor, p: PoolParameters) -> Tensor:
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, N, D] -> [B, h, N, D / h]."""
-    return x.view(*x.shape[:2], num_heads, -1).transpose(1, 2)
+    return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)

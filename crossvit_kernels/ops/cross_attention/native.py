@@ -183,7 +183,7 @@ def backward(
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, C] -> [h, B, d], a view."""
-    return x.view(x.shape[0], num_heads, -1).transpose(0, 1)
+    return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(0, 1)
 
 
 def _column(residual_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,7 +30,7 @@ def cross_attention_fusion(
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     def heads(x: Tensor) -> Tensor:
-        return x.view(batch, -1, num_heads, channels // num_heads).transpose(1, 2)
+        return x.unflatten(-1, (num_heads, channels // num_heads)).transpose(1, 2)
 
     # Eq. 5: the projected CLS joins the other branch's patch tokens.
     f_cls = F.linear(

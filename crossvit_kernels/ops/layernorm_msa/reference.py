@@ -25,7 +25,7 @@ def layernorm_msa(
     batch, num_tokens, channels = x.shape
     normed = F.layer_norm(x, (channels,), w.norm_weight, w.norm_bias, eps)
     qkv = F.linear(normed, w.qkv_weight, w.qkv_bias)
-    q, k, v = qkv.view(batch, num_tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unflatten(-1, (3, num_heads, channels // num_heads)).permute(2, 0, 3, 1, 4)
     attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
     attention = F.dropout(attention, dropout_p)
     update = F.linear(

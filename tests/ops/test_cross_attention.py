@@ -1,0 +1,267 @@
+"""cross_attention_fusion on the CPU backend against the materialised definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_within_rule, outputs_and_gradients, representable
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import crossvit_kernels as ck
+from crossvit_kernels import FusionWeights
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+# (C_own, C, heads) of both fusions of CrossViT-Ti, S, B, 9, 15 and 18.
+NAMED_WIDTHS = [
+    (own, other, heads)
+    for small, heads in ((96, 3), (192, 6), (384, 12), (128, 4), (224, 7))
+    for own, other in ((small, 2 * small), (2 * small, small))
+]
+
+
+def make_weights(own: int, channels: int, biases: bool = True) -> FusionWeights:
+    """Float64 weights of a trained model's size."""
+
+    def linear(out: int, inp: int) -> list[Tensor]:
+        return [torch.randn(out, inp).double() * inp**-0.5, torch.randn(out).double() * 0.1]
+
+    def norm(width: int) -> list[Tensor]:
+        return [1 + 0.2 * torch.randn(width).double(), 0.2 * torch.randn(width).double()]
+
+    attention = [linear(channels, channels) for _ in range(4)]
+    weights = FusionWeights(
+        *norm(own),
+        *linear(channels, own),
+        *norm(channels),
+        *sum(attention, []),
+        *norm(channels),
+        *linear(own, channels),
+    )
+    return weights if biases else weights._replace(q_bias=None, k_bias=None, v_bias=None)
+
+
+def check_rule(
+    own: int,
+    channels: int,
+    heads: int,
+    batch: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    biases: bool = True,
+    scaled: bool = False,
+    mean: float = 0.0,
+) -> None:
+    """The new CLS and the gradients of the CLS, the tokens and every weight."""
+    weights = make_weights(own, channels, biases)
+    inputs = [
+        torch.randn(batch, own).double(),
+        mean + torch.randn(batch, num_tokens, channels).double(),
+        *weights,
+    ]
+    inputs = [None if t is None else representable(t, dtype) for t in inputs]
+    upstream = [representable(torch.randn(batch, own).double(), dtype)]
+    scale = (torch.rand(batch) < 0.7).double() / 0.7 if scaled else None
+
+    def run(backend: str):
+        def fusion(cls: Tensor, tokens: Tensor, *w: Tensor | None) -> Tensor:
+            w = iter(w)
+            w = FusionWeights(*(None if f is None else next(w) for f in weights))
+            return ck.cross_attention_fusion(
+                cls, tokens, w, heads, residual_scale=scale, backend=backend
+            )
+
+        return fusion
+
+    present = [t for t in inputs if t is not None]
+    exact = outputs_and_gradients(run("reference"), present, upstream, torch.float64)
+    eager = outputs_and_gradients(run("reference"), present, upstream, dtype)
+    actual = outputs_and_gradients(run("cpu"), present, upstream, dtype)
+    fields = [f for f, w in zip(FusionWeights._fields, weights, strict=True) if w is not None]
+    names = ["new_cls", "cls", "tokens", *fields]
+    eps = torch.finfo(dtype).eps
+    for name, a, e, x in zip(names, actual, eager, exact, strict=True):
+        if name == "k_bias":
+            assert (a == 0).all()
+            continue
+        # q and k act through differences of scores: where there are few tokens these cancel.
+        floor = 8 * eps * batch**0.5 if num_tokens < 4 else 0.0
+        assert_within_rule(a, e, x, name, absolute_floor=floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
+def test_named_widths(own: int, channels: int, heads: int, dtype: torch.dtype) -> None:
+    check_rule(own, channels, heads, batch=8, num_tokens=49, dtype=dtype, scaled=own > channels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_crossvit_15_at_full_size(dtype: torch.dtype) -> None:
+    check_rule(384, 192, 6, batch=4, num_tokens=400, dtype=dtype)
+    check_rule(192, 384, 6, batch=4, num_tokens=196, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_mean_small_spread(dtype: torch.dtype) -> None:
+    check_rule(64, 96, 3, batch=8, num_tokens=50, dtype=dtype, mean=100.0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    own=st.integers(2, 40).map(lambda i: 8 * i),
+    head_dim=st.sampled_from([8, 16, 24, 32, 64]),
+    heads=st.sampled_from([1, 2, 3, 6, 7, 22]),
+    batch=st.integers(1, 5),
+    num_tokens=st.integers(0, 80),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    biases=st.booleans(),
+    scaled=st.booleans(),
+)
+def test_fuzz(own, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
+    torch.manual_seed(2)
+    check_rule(own, head_dim * heads, heads, batch, num_tokens, dtype, biases, scaled)
+
+
+def test_gradcheck() -> None:
+    weights = make_weights(6, 8)
+    inputs = [torch.randn(2, 6).double(), torch.randn(2, 5, 8).double(), *weights]
+    inputs = [t.requires_grad_() for t in inputs]
+    scale = torch.tensor([0.5, 2.0]).double()
+
+    def fusion(cls: Tensor, tokens: Tensor, *w: Tensor) -> Tensor:
+        return ck.cross_attention_fusion(
+            cls, tokens, FusionWeights(*w), 2, residual_scale=scale, backend="cpu"
+        )
+
+    assert torch.autograd.gradcheck(fusion, inputs)
+
+
+def cast(weights: FusionWeights, dtype: torch.dtype) -> FusionWeights:
+    return FusionWeights(*(None if w is None else w.to(dtype) for w in weights))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_patches_the_cls_attends_to_itself(backend: str) -> None:
+    weights = cast(make_weights(32, 24), torch.float32)
+    cls, tokens = torch.randn(3, 32), torch.empty(3, 0, 24, requires_grad=True)
+    out = ck.cross_attention_fusion(cls, tokens, weights, 3, backend=backend)
+    exact = ck.cross_attention_fusion(
+        cls.double(), tokens.double(), cast(weights, torch.float64), 3, backend="reference"
+    )
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(out.sum(), tokens)
+    assert gradient.shape == (3, 0, 24)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_empty_batch(backend: str) -> None:
+    weights = cast(make_weights(32, 24), torch.float32)
+    weights = FusionWeights(*(w.requires_grad_() for w in weights))
+    cls, tokens = torch.randn(0, 32), torch.randn(0, 7, 24)
+    out = ck.cross_attention_fusion(cls, tokens, weights, 3, backend=backend)
+    assert out.shape == (0, 32)
+    gradients = torch.autograd.grad(out.sum(), weights)
+    assert all((g == 0).all() for g in gradients)
+
+
+def test_a_view_of_the_other_branch() -> None:
+    """x[:, 1:] of [B, 1 + N, C] needs no copy, and its gradient lands in the right rows."""
+    weights = cast(make_weights(32, 48), torch.float32)
+    cls, x = torch.randn(3, 32), torch.randn(3, 30, 48, requires_grad=True)
+    out = ck.cross_attention_fusion(cls, x[:, 1:], weights, 6, backend="cpu")
+    copied = ck.cross_attention_fusion(cls, x[:, 1:].contiguous(), weights, 6, backend="cpu")
+    assert torch.equal(out, copied)
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert (dx[:, 0] == 0).all() and (dx[:, 1:] != 0).any()
+
+
+def test_nan_stays_in_its_image() -> None:
+    weights = cast(make_weights(32, 48), torch.float32)
+    cls, x = torch.randn(4, 32), torch.randn(4, 30, 48)
+    clean = ck.cross_attention_fusion(cls, x, weights, 6, backend="cpu")
+    x[1, 3, 5] = torch.nan
+    cls[2, 0] = torch.nan
+    out = ck.cross_attention_fusion(cls, x, weights, 6, backend="cpu")
+    assert torch.isnan(out[[1, 2]]).all()
+    torch.testing.assert_close(out[[0, 3]], clean[[0, 3]])
+
+
+def test_dropped_path_keeps_the_projected_cls() -> None:
+    """residual_scale 0 leaves g(f(cls))."""
+    weights = cast(make_weights(32, 48), torch.float32)
+    cls, x = torch.randn(2, 32), torch.randn(2, 9, 48)
+    scale = torch.tensor([0.0, 1.0])
+    out = ck.cross_attention_fusion(cls, x, weights, 6, residual_scale=scale, backend="cpu")
+    other = ck.cross_attention_fusion(cls, x + 1, weights, 6, residual_scale=scale, backend="cpu")
+    full = ck.cross_attention_fusion(cls, x, weights, 6, backend="cpu")
+    assert torch.equal(out[0], other[0])
+    torch.testing.assert_close(out[1], full[1])
+
+
+@pytest.mark.parametrize("tokens_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(tokens_dtype: torch.dtype) -> None:
+    """Same dtype as eager mode under autocast, no larger error, float32 weight gradients."""
+    weights = cast(make_weights(96, 192), torch.float32)
+    cls, tokens = torch.randn(8, 96), torch.randn(8, 60, 192).to(tokens_dtype)
+    upstream = torch.randn(8, 96)
+
+    def run(backend: str, dtype: torch.dtype, enabled: bool) -> list[Tensor]:
+        leaves = [cls.to(dtype), tokens.to(dtype) if not enabled else tokens, *weights]
+        leaves = [t.detach().to(dtype if i != 1 else t.dtype) for i, t in enumerate(leaves)]
+        leaves = [t.requires_grad_() for t in leaves]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = ck.cross_attention_fusion(
+                leaves[0], leaves[1], FusionWeights(*leaves[2:]), 6, backend=backend
+            )
+        return [out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+    exact = run("reference", torch.float64, enabled=False)
+    eager = run("reference", torch.float32, enabled=True)
+    actual = run("cpu", torch.float32, enabled=True)
+    names = ["new_cls", "cls", "tokens", *FusionWeights._fields]
+    for name, a, e, x in zip(names, actual, eager, exact, strict=True):
+        if name != "k_bias":
+            assert_within_rule(a, e, x.detach(), name, dtype=torch.bfloat16)
+    assert actual[0].dtype == torch.bfloat16 and actual[3].dtype == torch.float32
+
+
+def test_backward_inside_autocast() -> None:
+    weights = FusionWeights(
+        *(w.requires_grad_() for w in cast(make_weights(32, 48), torch.float32))
+    )
+    cls, x = torch.randn(2, 32), torch.randn(2, 9, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ck.cross_attention_fusion(cls, x, weights, 6, backend="cpu")
+        inside = torch.autograd.grad(out.sum(), weights, retain_graph=True)
+    outside = torch.autograd.grad(out.sum(), weights)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_attention_dropout_runs_the_reference() -> None:
+    weights = cast(make_weights(32, 48), torch.float32)
+    cls, x = torch.randn(2, 32), torch.randn(2, 90, 48)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        results.append(ck.cross_attention_fusion(cls, x, weights, 6, dropout_p=0.5))
+        torch.manual_seed(5)
+        results.append(
+            ck.cross_attention_fusion(cls, x, weights, 6, dropout_p=0.5, backend="reference")
+        )
+    assert all(torch.equal(results[0], r) for r in results[1:])
+    assert not torch.equal(results[0], ck.cross_attention_fusion(cls, x, weights, 6))
+    with pytest.raises(ValueError, match="dropout"):
+        ck.cross_attention_fusion(cls, x, weights, 6, dropout_p=0.5, backend="cpu")
+
+
+def test_gradient_of_the_residual_scale_comes_from_the_reference() -> None:
+    weights = cast(make_weights(32, 48), torch.float32)
+    cls, x = torch.randn(2, 32), torch.randn(2, 9, 48)
+    scale = torch.tensor([0.3, 1.0], requires_grad=True)
+    out = ck.cross_attention_fusion(cls, x, weights, 6, residual_scale=scale)
+    (gradient,) = torch.autograd.grad(out.sum(), scale)
+    assert (gradient != 0).all()
+    with pytest.raises(ValueError, match="residual_scale"):
+        ck.cross_attention_fusion(cls, x, weights, 6, residual_scale=scale, backend="cpu")

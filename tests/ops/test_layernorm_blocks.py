@@ -1,0 +1,230 @@
+"""layernorm_msa and layernorm_ffn on the CPU backend against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_within_rule, outputs_and_gradients, representable
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import crossvit_kernels as ck
+from crossvit_kernels import FfnWeights, MsaWeights
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear(out: int, inp: int) -> list[Tensor]:
+    return [torch.randn(out, inp).double() * inp**-0.5, torch.randn(out).double() * 0.1]
+
+
+def norm(width: int) -> list[Tensor]:
+    return [1 + 0.2 * torch.randn(width).double(), 0.2 * torch.randn(width).double()]
+
+
+def msa_weights(channels: int, bias: bool = True) -> MsaWeights:
+    weights = MsaWeights(
+        *norm(channels), *linear(3 * channels, channels), *linear(channels, channels)
+    )
+    return weights if bias else weights._replace(qkv_bias=None)
+
+
+def ffn_weights(channels: int, hidden: int) -> FfnWeights:
+    return FfnWeights(*norm(channels), *linear(hidden, channels), *linear(channels, hidden))
+
+
+def compare(function, inputs: list[Tensor | None], names: list[str], dtype: torch.dtype) -> None:
+    """function(backend) on inputs: output and every gradient under the rule."""
+    present = [representable(t, dtype) for t in inputs if t is not None]
+    names = [n for n, t in zip(names, inputs, strict=True) if t is not None]
+    upstream = [representable(torch.randn(inputs[0].shape).double(), dtype)]
+
+    def run(backend: str):
+        def call(*leaves: Tensor) -> Tensor:
+            given = iter(leaves)
+            return function(backend, *(None if t is None else next(given) for t in inputs))
+
+        return call
+
+    exact = outputs_and_gradients(run("reference"), present, upstream, torch.float64)
+    eager = outputs_and_gradients(run("reference"), present, upstream, dtype)
+    actual = outputs_and_gradients(run("cpu"), present, upstream, dtype)
+    floor = torch.finfo(dtype).eps if inputs[0].numel() < 1000 else 0.0
+    for name, a, e, x in zip(["y", *names], actual, eager, exact, strict=True):
+        if name == "qkv_bias":  # its k third is exactly zero
+            third = len(x) // 3
+            keep = torch.cat([torch.arange(third), torch.arange(2 * third, 3 * third)])
+            a, e, x = a[keep], e[keep], x[keep]
+        assert_within_rule(a, e, x, name, absolute_floor=floor)
+
+
+def check_msa(
+    channels: int,
+    heads: int,
+    batch: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    scaled: bool = False,
+    with_cls: bool = False,
+    bias: bool = True,
+) -> None:
+    scale = (torch.rand(batch) < 0.7).double() / 0.7 if scaled else None
+    inputs = [
+        torch.randn(batch, num_tokens, channels).double(),
+        torch.randn(batch, channels).double() if with_cls else None,
+        *msa_weights(channels, bias),
+    ]
+
+    def msa(backend: str, x: Tensor, cls: Tensor | None, *w: Tensor | None) -> Tensor:
+        return ck.layernorm_msa(
+            x, MsaWeights(*w), heads, residual_scale=scale, cls=cls, backend=backend
+        )
+
+    compare(msa, inputs, ["x", "cls", *MsaWeights._fields], dtype)
+
+
+def check_ffn(
+    channels: int,
+    hidden: int,
+    batch: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    scaled: bool = False,
+) -> None:
+    scale = (torch.rand(batch) < 0.7).double() / 0.7 if scaled else None
+    inputs = [torch.randn(batch, num_tokens, channels).double(), *ffn_weights(channels, hidden)]
+
+    def ffn(backend: str, x: Tensor, *w: Tensor) -> Tensor:
+        return ck.layernorm_ffn(x, FfnWeights(*w), residual_scale=scale, backend=backend)
+
+    compare(ffn, inputs, ["x", *FfnWeights._fields], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels, heads", [(96, 3), (192, 6), (384, 6), (448, 7)])
+@pytest.mark.parametrize("with_cls", [False, True])
+def test_msa(channels: int, heads: int, with_cls: bool, dtype: torch.dtype) -> None:
+    check_msa(channels, heads, 3, 50, dtype, scaled=with_cls, with_cls=with_cls)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels, hidden", [(96, 384), (192, 576), (448, 1344)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_ffn(channels: int, hidden: int, scaled: bool, dtype: torch.dtype) -> None:
+    check_ffn(channels, hidden, 3, 50, dtype, scaled)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    head_dim=st.sampled_from([8, 24, 32, 64]),
+    heads=st.sampled_from([1, 2, 3, 7]),
+    batch=st.integers(1, 4),
+    num_tokens=st.integers(1, 70),
+    scaled=st.booleans(),
+    with_cls=st.booleans(),
+    bias=st.booleans(),
+)
+def test_msa_fuzz(head_dim, heads, batch, num_tokens, scaled, with_cls, bias):
+    torch.manual_seed(3)
+    check_msa(
+        head_dim * heads, heads, batch, num_tokens, torch.float32, scaled, with_cls, bias
+    )
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    channels=st.integers(1, 30).map(lambda i: 8 * i),
+    hidden=st.integers(1, 300),
+    batch=st.integers(1, 4),
+    num_tokens=st.integers(1, 70),
+    scaled=st.booleans(),
+)
+def test_ffn_fuzz(channels, hidden, batch, num_tokens, scaled):
+    torch.manual_seed(4)
+    check_ffn(channels, hidden, batch, num_tokens, torch.float32, scaled)
+
+
+def test_gradcheck() -> None:
+    x, cls = torch.randn(2, 4, 6).double(), torch.randn(2, 6).double()
+    msa = [t.requires_grad_() for t in (x, cls, *msa_weights(6))]
+    assert torch.autograd.gradcheck(
+        lambda x, cls, *w: ck.layernorm_msa(x, MsaWeights(*w), 2, cls=cls, backend="cpu"), msa
+    )
+    ffn = [t.requires_grad_() for t in (x, *ffn_weights(6, 9))]
+    assert torch.autograd.gradcheck(
+        lambda x, *w: ck.layernorm_ffn(x, FfnWeights(*w), backend="cpu"), ffn
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)])
+def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for y in (
+        ck.layernorm_msa(x, msa_weights(24), 3),
+        ck.layernorm_ffn(x, ffn_weights(24, 48)),
+        ck.layernorm_ffn(x, ffn_weights(24, 48), backend="cpu"),
+    ):
+        assert y.shape == shape
+        assert torch.autograd.grad(y.sum(), x)[0].shape == shape
+
+
+def test_inputs_are_left_alone() -> None:
+    """The fused CLS stands in for row 0 without being written there."""
+    x, cls = torch.randn(2, 9, 24).double(), torch.randn(2, 24).double()
+    before = x.clone()
+    y = ck.layernorm_msa(x, msa_weights(24), 3, cls=cls, backend="cpu")
+    ck.layernorm_ffn(y, ffn_weights(24, 48), backend="cpu")
+    assert torch.equal(x, before)
+
+
+def test_strided_tokens() -> None:
+    x = torch.randn(3, 10, 24).double()
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    weights, ffn = msa_weights(24), ffn_weights(24, 48)
+    torch.testing.assert_close(
+        ck.layernorm_msa(strided, weights, 3, backend="cpu"),
+        ck.layernorm_msa(x, weights, 3, backend="cpu"),
+    )
+    torch.testing.assert_close(
+        ck.layernorm_ffn(strided, ffn, backend="cpu"), ck.layernorm_ffn(x, ffn, backend="cpu")
+    )
+
+
+@pytest.mark.parametrize("operation", ["msa", "ffn"])
+def test_autocast(operation: str) -> None:
+    """The residual stream stays float32, the GEMMs run in bfloat16, as in eager mode."""
+    x, cls = torch.randn(4, 30, 96), torch.randn(4, 96)
+    weights = msa_weights(96) if operation == "msa" else ffn_weights(96, 288)
+    upstream = torch.randn(x.shape)
+
+    def run(backend: str, dtype: torch.dtype, enabled: bool) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, cls, *weights)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            if operation == "msa":
+                y = ck.layernorm_msa(
+                    leaves[0], MsaWeights(*leaves[2:]), 3, cls=leaves[1], backend=backend
+                )
+            else:
+                y = ck.layernorm_ffn(leaves[0], FfnWeights(*leaves[2:]), backend=backend)
+        used = leaves if operation == "msa" else [leaves[0], *leaves[2:]]
+        return [y.detach(), *torch.autograd.grad(y, used, upstream.to(y.dtype))]
+
+    exact = run("reference", torch.float64, enabled=False)
+    eager = run("reference", torch.float32, enabled=True)
+    actual = run("cpu", torch.float32, enabled=True)
+    for i, (a, e, x64) in enumerate(zip(actual, eager, exact, strict=True)):
+        assert_within_rule(a, e, x64, f"result {i}", dtype=torch.bfloat16)
+    assert actual[0].dtype == torch.float32
+
+
+def test_dropout_runs_the_reference() -> None:
+    x, weights = torch.randn(2, 20, 24).double(), msa_weights(24)
+    torch.manual_seed(1)
+    y = ck.layernorm_msa(x, weights, 3, dropout_p=0.3)
+    torch.manual_seed(1)
+    assert torch.equal(
+        y, ck.layernorm_msa(x, weights, 3, dropout_p=0.3, backend="reference")
+    )
+    with pytest.raises(ValueError, match="dropout"):
+        ck.layernorm_msa(x, weights, 3, dropout_p=0.3, backend="cpu")
