@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_within_rule, outputs_and_gradients, representable
+from accuracy import assert_within_rule, eager_dtype, outputs_and_gradients, representable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -77,7 +77,7 @@ def check_rule(
 
     present = [t for t in inputs if t is not None]
     exact = outputs_and_gradients(run("reference"), present, upstream, torch.float64)
-    eager = outputs_and_gradients(run("reference"), present, upstream, dtype)
+    eager = outputs_and_gradients(run("reference"), present, upstream, eager_dtype(dtype))
     actual = outputs_and_gradients(run("cpu"), present, upstream, dtype)
     fields = [f for f, w in zip(FusionWeights._fields, weights, strict=True) if w is not None]
     names = ["new_cls", "cls", "tokens", *fields]

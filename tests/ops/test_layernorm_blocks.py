@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_within_rule, outputs_and_gradients, representable
+from accuracy import assert_within_rule, eager_dtype, outputs_and_gradients, representable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -48,7 +48,7 @@ def compare(function, inputs: list[Tensor | None], names: list[str], dtype: torc
         return call
 
     exact = outputs_and_gradients(run("reference"), present, upstream, torch.float64)
-    eager = outputs_and_gradients(run("reference"), present, upstream, dtype)
+    eager = outputs_and_gradients(run("reference"), present, upstream, eager_dtype(dtype))
     actual = outputs_and_gradients(run("cpu"), present, upstream, dtype)
     floor = torch.finfo(dtype).eps if inputs[0].numel() < 1000 else 0.0
     for name, a, e, x in zip(["y", *names], actual, eager, exact, strict=True):
