@@ -81,7 +81,8 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
 
         cxx = os.environ.get("CXX", "c++")
-        flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
+        flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
+        flags += " -ffp-contract=fast -fno-math-errno"
         # Only the bindings see pybind11, whose path is new in every isolated build.
         binding_flags = (
             f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"

@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -127,7 +128,8 @@ def _from_environment() -> str:
 def choose(
     operation: str,
     requested: str | None,
-    why_not: Mapping[str, Callable[[], str | None]],
+    modules: Mapping[str, Any],
+    why_not: Callable[[Any], str | None],
     prefer_reference: bool = False,
 ) -> str:
     """The backend that runs a call of ``operation``.
@@ -136,7 +138,8 @@ def choose(
         operation: Name, for messages.
         requested: The call's ``backend`` argument; None for that of ``use_backend`` or, outside
             of it, of the environment.
-        why_not: For each backend with kernels, a function that says why it cannot run this call.
+        modules: For each backend with kernels, the module that runs it.
+        why_not: Says of such a module why it cannot run this call; None where it can.
         prefer_reference: Whether the reference is the faster one here; a named backend runs all
             the same.
 
@@ -145,28 +148,22 @@ def choose(
     """
     name = requested or _requested or _from_environment()
     check_name(name)
-    if name == "reference":
-        return name
     if name == "auto":
-        for candidate in () if prefer_reference else NAMES:
-            if candidate in why_not and why_not[candidate]() is None:
-                return candidate
+        if not prefer_reference:
+            for candidate in NAMES:
+                if candidate in modules and why_not(modules[candidate]) is None:
+                    return candidate
         return "reference"
-    if name not in why_not:
-        raise ValueError(
-            f"backend {name!r} cannot run {operation}: it has no kernels for it. "
-            + _all_reasons(why_not)
-        )
-    reason = why_not[name]()
-    if reason is not None:
-        raise ValueError(
-            f"backend {name!r} cannot run this call of {operation}: {reason}. "
-            + _all_reasons(why_not)
-        )
-    return name
-
-
-def _all_reasons(why_not: Mapping[str, Callable[[], str | None]]) -> str:
-    verdicts = {name: why_not[name]() for name in NAMES if name in why_not}
-    listed = "; ".join(f"{name}: {reason or 'can run it'}" for name, reason in verdicts.items())
-    return f"Backends: {listed}; reference: can run it"
+    if name == "reference" or (name in modules and why_not(modules[name]) is None):
+        return name
+    reasons = [
+        f"{other}: {why_not(modules[other]) or 'can run it'}"
+        if other in modules
+        else f"{other}: no kernels for this operation"
+        for other in NAMES
+        if other != "reference"
+    ]
+    raise ValueError(
+        f"backend {name!r} cannot run this call of {operation}. "
+        + "; ".join([*reasons, "reference: can run it"])
+    )

@@ -37,17 +37,20 @@ def unit_stride(name: str, t: Tensor) -> None:
 
 def same_device_and_dtype(like_name: str, like: Tensor, **tensors: Tensor | None) -> None:
     """One device for all and, outside of autocast, one dtype."""
-    mixing_allowed = torch.is_autocast_enabled(like.device.type)
     for name, t in tensors.items():
         if t is None:
             continue
         if t.device != like.device:
             raise ValueError(f"{name}: is on {t.device}, but {like_name} is on {like.device}")
-        if t.dtype != like.dtype and not mixing_allowed:
+        if t.dtype != like.dtype and not _autocast_is_on(like.device.type):
             raise TypeError(
                 f"{name}: is {t.dtype}, but {like_name} is {like.dtype}; convert one, or use "
                 "torch.autocast"
             )
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def heads(num_heads: int, **widths: int) -> None:

@@ -6,15 +6,17 @@ strides in elements (csrc/bindings.cpp).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch  # the extension runs its loops on the thread pool of a torch loaded before it
 from torch import Tensor
 
 try:
-    from crossvit_kernels import _C
+    from crossvit_kernels import _C as _C
 
     missing: str | None = None
 except ImportError as error:  # not built, or built for another Python
-    _C = None  # type: ignore[assignment]
+    _C: Any = None  # type: ignore[no-redef]
     missing = (
         f"the compiled extension crossvit_kernels._C cannot be imported ({error}); "
         "build it with `pip install -e .` in the source tree"
@@ -34,6 +36,16 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 def cuda_architectures() -> list[str]:
     """Compute capabilities that the extension's CUDA code was compiled for; empty without CUDA."""
     return _C.cuda_architectures.split(";") if _C and _C.cuda_architectures else []
+
+
+def location() -> str:
+    """The file of the extension."""
+    return str(_C.__file__)
+
+
+def cpu_instruction_set() -> str:
+    """The level that the CPU kernels run at here: x86-64-v4 (AVX-512), x86-64-v3 or baseline."""
+    return str(_C.active_isa())
 
 
 def cuda_self_check(device: int) -> str:

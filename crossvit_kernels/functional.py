@@ -1,10 +1,11 @@
 """The public functions: what they compute, what they take, what they raise.
 
 Every function runs on the backend that ``backend`` names, or on the best that can where it is None
-or ``"auto"`` (see ``use_backend``). All of them support autograd, ``torch.compile(fullgraph=True)``,
-``torch.export`` and autocast: under autocast linear layers run in autocast's dtype as in eager mode,
-while tokens are read in the precision they come in and statistics stay in float32. Attention dropout
-and a ``residual_scale`` that requires a gradient are not fused: the reference runs.
+or ``"auto"`` (see ``use_backend``). All of them support autograd (first derivatives),
+``torch.compile(fullgraph=True)``, ``torch.export`` and autocast: under autocast linear layers run
+in autocast's dtype as in eager mode, while tokens are read in the precision they come in and
+statistics stay in float32. Attention dropout and a ``residual_scale`` that requires a gradient are
+not fused: the reference runs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The project's rule for how far a result may be from the float64 reference.
 
-For a dtype T: the RMS error is at most k times the RMS error that the eager module makes in T on the
-same inputs, and the largest error at most 2 k times its largest. k = 2 in bfloat16 and float16, 8
-in float32 and float64, where the order of summation differs. One eps(T) of the reference's own RMS
-is allowed on top, so that an eager result that happens to be exact does not forbid rounding.
+For a dtype T: the RMS error is at most k times the RMS error that the eager module makes in T on
+the same inputs, and the largest error at most 2 k times its largest. k = 2 in bfloat16 and float16,
+8 in float32 and float64, where the order of summation differs. One eps(T) of the reference's own
+RMS is allowed on top, so that an eager result that happens to be exact does not forbid rounding.
 Eager float64 is the reference itself: its error is estimated by that of eager float32, scaled by
 the ratio of their eps.
 """

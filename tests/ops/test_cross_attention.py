@@ -31,12 +31,12 @@ def make_weights(own: int, channels: int, biases: bool = True) -> FusionWeights:
     def norm(width: int) -> list[Tensor]:
         return [1 + 0.2 * torch.randn(width).double(), 0.2 * torch.randn(width).double()]
 
-    attention = [linear(channels, channels) for _ in range(4)]
+    attention = [t for _ in range(4) for t in linear(channels, channels)]
     weights = FusionWeights(
         *norm(own),
         *linear(channels, own),
         *norm(channels),
-        *sum(attention, []),
+        *attention,
         *norm(channels),
         *linear(own, channels),
     )

@@ -127,9 +127,7 @@ def test_ffn(channels: int, hidden: int, scaled: bool, dtype: torch.dtype) -> No
 )
 def test_msa_fuzz(head_dim, heads, batch, num_tokens, scaled, with_cls, bias):
     torch.manual_seed(3)
-    check_msa(
-        head_dim * heads, heads, batch, num_tokens, torch.float32, scaled, with_cls, bias
-    )
+    check_msa(head_dim * heads, heads, batch, num_tokens, torch.float32, scaled, with_cls, bias)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -223,8 +221,6 @@ def test_dropout_runs_the_reference() -> None:
     torch.manual_seed(1)
     y = ck.layernorm_msa(x, weights, 3, dropout_p=0.3)
     torch.manual_seed(1)
-    assert torch.equal(
-        y, ck.layernorm_msa(x, weights, 3, dropout_p=0.3, backend="reference")
-    )
+    assert torch.equal(y, ck.layernorm_msa(x, weights, 3, dropout_p=0.3, backend="reference"))
     with pytest.raises(ValueError, match="dropout"):
         ck.layernorm_msa(x, weights, 3, dropout_p=0.3, backend="cpu")

@@ -14,7 +14,7 @@ from crossvit_kernels.ops import library
 from crossvit_kernels.ops.attention_core import native, reference
 
 #: Modules with why_not, forward and backward.
-BACKENDS = {"cpu": native}
+BACKENDS: dict[str, Any] = {"cpu": native}
 register_operation("attention_core", tuple(BACKENDS))
 
 
@@ -30,7 +30,8 @@ def attention_core(
     name = choose(
         "attention_core",
         backend,
-        {name: lambda m=module: m.why_not(x) for name, module in BACKENDS.items()},
+        BACKENDS,
+        lambda module: module.why_not(x),
     )
     if name == "reference":
         return reference.attention_core(u, x, norm_eps, key_mask, extra_token)

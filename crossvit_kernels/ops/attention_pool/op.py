@@ -27,10 +27,8 @@ def attention_pool(
     name = choose(
         "attention_pool",
         backend,
-        {
-            name: lambda m=module: not_fused or m.why_not(tokens)
-            for name, module in core.BACKENDS.items()
-        },
+        core.BACKENDS,
+        lambda module: not_fused or module.why_not(tokens),
         # A score row costs C multiply-adds a token; head_dim rows cost as much as keys and values.
         prefer_reference=num_queries >= head_dim,
     )

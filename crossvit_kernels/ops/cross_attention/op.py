@@ -14,7 +14,7 @@ from crossvit_kernels.ops.cross_attention import native, reference
 from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 
 #: Modules with why_not, forward, backward and empty_saved.
-BACKENDS = {"cpu": native}
+BACKENDS: dict[str, Any] = {"cpu": native}
 register_operation("cross_attention_fusion", tuple(BACKENDS))
 
 _NORMS = ("proj_norm", "norm", "back_norm")
@@ -35,10 +35,8 @@ def cross_attention_fusion(
     name = choose(
         "cross_attention_fusion",
         backend,
-        {
-            name: lambda m=module: not_fused or m.why_not(tokens)
-            for name, module in BACKENDS.items()
-        },
+        BACKENDS,
+        lambda module: not_fused or module.why_not(tokens),
     )
     if name == "reference":
         return reference.cross_attention_fusion(
@@ -86,7 +84,7 @@ class _CrossAttentionFusion(torch.autograd.Function):
 def _forward_kernel(
     cls: Tensor,
     tokens: Tensor,
-    weights: list[Tensor | None],
+    weights: list[Any],
     residual_scale: Tensor | None,
     num_heads: int,
     eps: float,
@@ -101,7 +99,7 @@ def _forward_kernel(
 def _forward_fake(
     cls: Tensor,
     tokens: Tensor,
-    weights: list[Tensor | None],
+    weights: list[Any],
     residual_scale: Tensor | None,
     num_heads: int,
     eps: float,
@@ -116,7 +114,7 @@ def _backward_kernel(
     d_new_cls: Tensor,
     cls: Tensor,
     tokens: Tensor,
-    weights: list[Tensor | None],
+    weights: list[Any],
     residual_scale: Tensor | None,
     saved: list[Tensor],
     num_heads: int,
@@ -141,7 +139,7 @@ def _backward_fake(
     d_new_cls: Tensor,
     cls: Tensor,
     tokens: Tensor,
-    weights: list[Tensor | None],
+    weights: list[Any],
     residual_scale: Tensor | None,
     saved: list[Tensor],
     num_heads: int,

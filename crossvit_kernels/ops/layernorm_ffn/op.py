@@ -14,7 +14,7 @@ from crossvit_kernels.ops.layernorm_ffn import composed, reference
 from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
 
 #: Modules with why_not, forward, backward and empty_saved.
-BACKENDS = {"cpu": composed}
+BACKENDS: dict[str, Any] = {"cpu": composed}
 register_operation("layernorm_ffn", tuple(BACKENDS))
 
 
@@ -30,7 +30,8 @@ def layernorm_ffn(
     name = choose(
         "layernorm_ffn",
         backend,
-        {name: lambda m=module: not_fused or m.why_not(x) for name, module in BACKENDS.items()},
+        BACKENDS,
+        lambda module: not_fused or module.why_not(x),
     )
     if name == "reference":
         return reference.layernorm_ffn(x, weights, eps, residual_scale)
@@ -68,7 +69,7 @@ class _LayerNormFfn(torch.autograd.Function):
 
 def _forward_kernel(
     x: Tensor,
-    weights: list[Tensor],
+    weights: list[Any],
     residual_scale: Tensor | None,
     eps: float,
     save: bool,
@@ -80,7 +81,7 @@ def _forward_kernel(
 
 def _forward_fake(
     x: Tensor,
-    weights: list[Tensor],
+    weights: list[Any],
     residual_scale: Tensor | None,
     eps: float,
     save: bool,
@@ -94,7 +95,7 @@ def _forward_fake(
 def _backward_kernel(
     dy: Tensor,
     x: Tensor,
-    weights: list[Tensor],
+    weights: list[Any],
     residual_scale: Tensor | None,
     saved: list[Tensor],
     eps: float,
@@ -110,7 +111,7 @@ def _backward_kernel(
 def _backward_fake(
     dy: Tensor,
     x: Tensor,
-    weights: list[Tensor],
+    weights: list[Any],
     residual_scale: Tensor | None,
     saved: list[Tensor],
     eps: float,

@@ -14,7 +14,7 @@ from crossvit_kernels.ops.layernorm_msa import composed, reference
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
 
 #: Modules with why_not, forward, backward and empty_saved.
-BACKENDS = {"cpu": composed}
+BACKENDS: dict[str, Any] = {"cpu": composed}
 register_operation("layernorm_msa", tuple(BACKENDS))
 
 
@@ -33,7 +33,8 @@ def layernorm_msa(
     name = choose(
         "layernorm_msa",
         backend,
-        {name: lambda m=module: not_fused or m.why_not(x) for name, module in BACKENDS.items()},
+        BACKENDS,
+        lambda module: not_fused or module.why_not(x),
     )
     if name == "reference":
         return reference.layernorm_msa(x, weights, num_heads, eps, residual_scale, cls, dropout_p)
@@ -74,7 +75,7 @@ class _LayerNormMsa(torch.autograd.Function):
 
 def _forward_kernel(
     x: Tensor,
-    weights: list[Tensor | None],
+    weights: list[Any],
     residual_scale: Tensor | None,
     cls: Tensor | None,
     num_heads: int,
@@ -89,7 +90,7 @@ def _forward_kernel(
 
 def _forward_fake(
     x: Tensor,
-    weights: list[Tensor | None],
+    weights: list[Any],
     residual_scale: Tensor | None,
     cls: Tensor | None,
     num_heads: int,
@@ -104,7 +105,7 @@ def _forward_fake(
 def _backward_kernel(
     dy: Tensor,
     x: Tensor,
-    weights: list[Tensor | None],
+    weights: list[Any],
     residual_scale: Tensor | None,
     cls: Tensor | None,
     saved: list[Tensor],
@@ -129,7 +130,7 @@ def _backward_kernel(
 def _backward_fake(
     dy: Tensor,
     x: Tensor,
-    weights: list[Tensor | None],
+    weights: list[Any],
     residual_scale: Tensor | None,
     cls: Tensor | None,
     saved: list[Tensor],

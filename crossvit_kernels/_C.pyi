@@ -1,0 +1,28 @@
+"""The compiled extension (csrc/bindings.cpp). Addresses are ints; strides count elements."""
+
+_Problem = tuple[int, int, int, int, bool, float]
+_Rows = tuple[int, int, int]
+_Tokens = tuple[int, int, int, int, int, int]
+_Mask = tuple[int, int, int]
+
+cuda_architectures: str
+
+def attention_core_forward(
+    problem: _Problem, x: _Tokens, u: _Rows, mask: _Mask, m: _Rows, lse: int
+) -> None: ...
+def attention_core_backward(
+    problem: _Problem,
+    x: _Tokens,
+    u: _Rows,
+    mask: _Mask,
+    m: _Rows,
+    lse: int,
+    dm: _Rows,
+    dlse: int,
+    du: _Rows,
+    dx: _Tokens,
+) -> None: ...
+def usable_isas() -> list[str]: ...
+def active_isa() -> str: ...
+def use_isa(name: str) -> None: ...
+def cuda_self_check(device: int) -> str: ...

@@ -1,0 +1,81 @@
+"""``python -m crossvit_kernels``: what a bug report needs to say about this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import crossvit_kernels as ck
+from crossvit_kernels import extension
+from crossvit_kernels.backends import ENVIRONMENT_VARIABLE
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    names = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        names.append(
+            f"{properties.name} (sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB)"
+        )
+    return ", ".join(names)
+
+
+def _extension() -> str:
+    if extension.missing:
+        return extension.missing
+    architectures = " ".join(f"sm_{a}" for a in extension.cuda_architectures())
+    return (
+        f"{extension.location()}; CPU code {extension.cpu_instruction_set()}; "
+        f"CUDA code {architectures or 'left out'}"
+    )
+
+
+def report() -> str:
+    """Versions, devices, and each backend with the reason where it is not usable."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("CROSSVIT_") or name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    }
+    rows = {
+        "crossvit_kernels": ck.__version__,
+        "extension": _extension(),
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "cpu": f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "gpu": _gpus(),
+        "environment": " ".join(f"{k}={v}" for k, v in environment.items()) or "nothing set",
+    }
+    width = max(map(len, rows)) + 2
+    lines = [f"{name:{width}}{value}" for name, value in rows.items()]
+    requested = f" ({ENVIRONMENT_VARIABLE} chooses one)"
+    return "\n".join([*lines, "", f"backends{requested}", str(ck.backends())])
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,149 @@
+"""Which backend runs a call, and what is said where one cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import crossvit_kernels as ck
+from crossvit_kernels.backends import NAMES, choose
+
+
+def run_python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_backends_says_what_is_usable_and_why_not() -> None:
+    found = ck.backends()
+    assert set(found) == set(NAMES) and found["reference"] is True
+    assert set(found.reasons) == {name for name, usable in found.items() if not usable}
+    for name in found:
+        assert name in str(found)
+    for reason in found.reasons.values():
+        assert reason in str(found)
+
+
+def test_auto_takes_the_compiled_kernel(cpu_backend: str, monkeypatch) -> None:
+    from crossvit_kernels.ops.attention_core import native
+
+    calls = []
+    forward = native.forward
+    monkeypatch.setattr(native, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    u, x = torch.randn(1, 2, 8), torch.randn(1, 3, 8)
+    ck.attention_core(u, x)
+    ck.attention_core(u, x, backend="auto")
+    assert len(calls) == 2
+    ck.attention_core(u, x, backend="reference")
+    with ck.use_backend("reference"):
+        ck.attention_core(u, x)
+        assert len(calls) == 2
+        ck.attention_core(u, x, backend="cpu")  # the call's own choice wins
+        assert len(calls) == 3
+    ck.attention_core(u, x)
+    assert len(calls) == 4
+
+
+def test_use_backend_nests_and_survives_errors() -> None:
+    x = torch.randn(1, 3, 8)
+    with pytest.raises(RuntimeError, match="inside"), ck.use_backend("cuda"):
+        with ck.use_backend("reference"):
+            ck.attention_core(x, x)
+        with pytest.raises(ValueError, match="'cuda'"):
+            ck.attention_core(x, x)
+        raise RuntimeError("inside")
+    ck.attention_core(x, x)
+    with pytest.raises(ValueError, match="unknown backend 'tpu'"), ck.use_backend("tpu"):
+        pass
+
+
+def test_a_named_backend_that_cannot_run_gives_all_reasons() -> None:
+    x = torch.randn(1, 3, 8)
+    with pytest.raises(ValueError) as caught:
+        ck.attention_core(x, x, backend="cuda")
+    message = str(caught.value)
+    assert "'cuda'" in message and "attention_core" in message
+    assert all(f"{name}:" in message for name in NAMES)
+
+
+def test_choose_prefers_the_first_that_can() -> None:
+    modules = {"cuda": "fast", "cpu": "slow"}
+    assert choose("op", None, modules, lambda module: None) == "cuda"
+    assert choose("op", None, modules, {"fast": "no", "slow": None}.get) == "cpu"
+    assert choose("op", None, modules, lambda module: "no") == "reference"
+    assert choose("op", "auto", modules, lambda module: None, prefer_reference=True) == "reference"
+    assert choose("op", "cpu", modules, lambda module: None, prefer_reference=True) == "cpu"
+    with pytest.raises(ValueError, match=r"cuda: too wide; .*cpu: can run it"):
+        choose("op", "cuda", modules, {"fast": "too wide", "slow": None}.get)
+    with pytest.raises(ValueError, match="triton: no kernels for this operation"):
+        choose("op", "triton", modules, lambda module: None)
+
+
+def test_environment_variable() -> None:
+    code = (
+        "import torch, crossvit_kernels as ck; x = torch.randn(1, 3, 8)\n"
+        "try: ck.attention_core(x, x); print('ran')\n"
+        "except ValueError as e: print(e)\n"
+    )
+    assert run_python(code, CROSSVIT_KERNELS_BACKEND="reference") == "ran\n"
+    assert "'cuda' cannot run" in run_python(code, CROSSVIT_KERNELS_BACKEND="cuda")
+    assert "unknown backend 'abacus'" in run_python(code, CROSSVIT_KERNELS_BACKEND="abacus")
+
+
+WITHOUT_EXTENSION = """
+import sys
+sys.modules["crossvit_kernels._C"] = None
+import torch, crossvit_kernels as ck
+"""
+
+
+def test_without_the_extension() -> None:
+    """Import, reference and environment report work; the reason names the cure."""
+    out = run_python(
+        WITHOUT_EXTENSION
+        + "x = torch.randn(1, 3, 8)\n"
+        + "assert ck.backends()['cpu'] is False\n"
+        + "ck.attention_core(x, x)\n"
+        + "try: ck.attention_core(x, x, backend='cpu')\n"
+        + "except ValueError as e: print(e)\n"
+        + "from crossvit_kernels.__main__ import report; print(report())\n"
+    )
+    assert out.count("cannot be imported") >= 3 and "pip install" in out
+
+
+def test_without_triton_and_without_a_gpu() -> None:
+    out = run_python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n, *a: None if n == 'triton' else find(n, *a)\n"
+        "import crossvit_kernels as ck; print(ck.backends())",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert "triton is not installed" in out and "reference  usable" in out
+
+
+def test_environment_report() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "crossvit_kernels"], capture_output=True, text=True, check=True
+    )
+    for expected in (torch.__version__, ck.__version__, "triton", "numpy", "gpu", *NAMES):
+        assert expected in result.stdout
+
+
+def test_import_starts_no_cuda_and_loads_no_triton() -> None:
+    run_python(
+        "import sys, crossvit_kernels, torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'triton' not in sys.modules or torch.cuda.is_available()\n"
+    )

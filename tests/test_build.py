@@ -1,0 +1,138 @@
+"""The extension as built, and the build itself: torch-free, incremental, switchable."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crossvit_kernels import extension
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_build_tools = pytest.mark.skipif(
+    shutil.which("c++") is None or not (ROOT / "csrc").is_dir(),
+    reason="needs a C++ compiler and the source tree",
+)
+
+
+@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_the_extension_needs_no_torch_and_no_openmp() -> None:
+    dynamic = subprocess.run(
+        ["readelf", "-d", extension.location()], capture_output=True, text=True, check=True
+    ).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    assert needed and not [lib for lib in needed if re.search("torch|c10|gomp|cuda", lib)]
+
+
+@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_wide_code_is_not_shared_by_the_linker() -> None:
+    """An object for AVX-512 must define no weak symbol: the linker keeps one copy for all."""
+    objects = list((ROOT / "build").glob("*/*_x86_64_v4.o"))
+    if not objects:
+        pytest.skip("no object files of an x86-64 build in build/")
+    for path in objects:
+        symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+        weak = [line for line in symbols.splitlines() if re.search(r" [WwVu] ", line)]
+        assert not [line for line in weak if "DW.ref.__gxx_personality" not in line], weak
+
+
+def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CROSSVIT_BUILD_CUDA": "0", "MAX_JOBS": "2", **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the build reads, built once without CUDA."""
+    tree = tmp_path_factory.mktemp("build") / "crossvit"
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    (tree / "crossvit_kernels").mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("__init__.py",):
+        shutil.copy(ROOT / "crossvit_kernels" / name, tree / "crossvit_kernels")
+    result = build(tree)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return tree
+
+
+def compiled_files(output: str) -> list[str]:
+    return re.findall(r"\] (?:C\+\+|CUDA) (\S+)\.o", output)
+
+
+@needs_build_tools
+def test_a_touched_file_is_the_only_one_compiled_again(tree: Path) -> None:
+    assert compiled_files(build(tree).stdout) == []
+    source = tree / "csrc/common/isa.cpp"
+    source.write_text(source.read_text() + "\n// touched\n")
+    assert compiled_files(build(tree).stdout) == ["common_isa"]
+    header = tree / "csrc/attention_core/cpu/tile.h"
+    header.write_text(header.read_text() + "\n// touched\n")
+    assert set(compiled_files(build(tree).stdout)) == {
+        f"attention_core_cpu_{direction}_{level}"
+        for direction in ("forward", "backward")
+        for level in levels()
+    }
+
+
+def levels() -> list[str]:
+    return sorted(
+        {re.sub(".*_cpu_forward_", "", p.stem) for p in (ROOT / "build").glob("*/*_forward_*.o")}
+    ) or ["baseline", "x86_64_v3", "x86_64_v4"]
+
+
+@needs_build_tools
+def test_what_is_left_out_is_said(tree: Path) -> None:
+    result = build(tree)
+    assert "CUDA kernels are left out" in result.stdout + result.stderr
+
+
+@needs_build_tools
+def test_cuda_that_was_asked_for_must_be_there(tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("build", "*.so"))
+    empty = str(tmp_path / "nowhere")
+    setup = tmp_path / "tree/setup.py"
+    setup.write_text(setup.read_text().replace("/usr/local/cuda", empty))
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("c++", "ninja"):
+        if program := shutil.which(name):
+            (programs / name).symlink_to(program)
+    result = build(
+        tmp_path / "tree",
+        CROSSVIT_BUILD_CUDA="1",
+        CUDA_HOME=empty,
+        CUDA_PATH=empty,
+        PATH=str(programs),
+    )
+    assert result.returncode != 0 and "no CUDA toolkit was found" in result.stderr
+
+
+@needs_build_tools
+def test_a_misspelt_switch_is_refused(tree: Path) -> None:
+    result = build(tree, CROSSVIT_BUILD_CUDA="yes")
+    assert result.returncode != 0 and "CROSSVIT_BUILD_CUDA is 'yes'" in result.stderr
+
+
+@pytest.mark.usefixtures("cpu_backend")
+def test_cuda_code_imports_without_a_driver_and_says_so() -> None:
+    """With CUDA built in, a machine without a driver gets a reason, not a crash."""
+    if not extension.cuda_architectures():
+        pytest.skip("the extension was built without CUDA")
+    failure = extension.cuda_self_check(1000)  # no machine has that device
+    assert failure.startswith("cuda"), failure

@@ -1,0 +1,230 @@
+"""Operators under torch.library's own checks, torch.compile, torch.export and no_grad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.library import opcheck
+
+import crossvit_kernels as ck
+from crossvit_kernels import FfnWeights, FusionWeights, MsaWeights
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+ops = torch.ops.crossvit_kernels
+C, OWN, HEADS, EPS = 24, 16, 3, 1e-6
+
+
+def fusion_weights() -> FusionWeights:
+    shapes = [[OWN], [OWN], [C, OWN], [C], [C], [C]] + [[C, C], [C]] * 4
+    return FusionWeights(*(torch.randn(s) for s in (*shapes, [C], [C], [OWN, C], [OWN])))
+
+
+def msa_weights() -> MsaWeights:
+    shapes = ([C], [C], [3 * C, C], [3 * C], [C, C], [C])
+    return MsaWeights(*(torch.randn(s) for s in shapes))
+
+
+def ffn_weights() -> FfnWeights:
+    shapes = ([C], [C], [40, C], [40], [C, 40], [C])
+    return FfnWeights(*(torch.randn(s) for s in shapes))
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_opcheck_attention_core(extra: bool, shared: bool) -> None:
+    u, x = torch.randn(1 if shared else 3, 4, C), torch.randn(3, 6, C)[:, 1:]
+    mask = torch.rand(3, 5) > 0.2
+    extra_token = torch.randn(3, C) if extra else None
+    arguments = (u, x, mask, extra_token, EPS, "cpu")
+    opcheck(ops.attention_core_forward.default, arguments)
+    m, lse = ops.attention_core_forward(*arguments)
+    backward = (torch.randn_like(m), torch.randn_like(lse), *arguments[:4], m, lse, EPS, "cpu")
+    opcheck(ops.attention_core_backward.default, backward)
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.0, 1.0, 2.0])])
+def test_opcheck_cross_attention_fusion(scale: Tensor | None) -> None:
+    weights = list(fusion_weights()._replace(q_bias=None))
+    arguments = (torch.randn(3, OWN), torch.randn(3, 6, C)[:, 1:], weights, scale)
+    arguments += (HEADS, EPS, "cpu")
+    opcheck(ops.cross_attention_fusion_forward.default, arguments)
+    new_cls, *saved = ops.cross_attention_fusion_forward(*arguments)
+    backward = (new_cls, *arguments[:4], saved, HEADS, EPS, "cpu")
+    opcheck(ops.cross_attention_fusion_backward.default, backward)
+
+
+@pytest.mark.parametrize("cls", [None, torch.randn(3, C)])
+def test_opcheck_layernorm_msa(cls: Tensor | None) -> None:
+    arguments = (torch.randn(3, 5, C), list(msa_weights()), torch.rand(3), cls, HEADS, EPS, "cpu")
+    opcheck(ops.layernorm_msa_forward.default, arguments)
+    y, *saved = ops.layernorm_msa_forward(*arguments)
+    opcheck(ops.layernorm_msa_backward.default, (y, *arguments[:4], saved, HEADS, EPS, "cpu"))
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_opcheck_layernorm_ffn(save: bool) -> None:
+    arguments = (torch.randn(3, 5, C), list(ffn_weights()), torch.rand(3), EPS, save, "cpu")
+    opcheck(ops.layernorm_ffn_forward.default, arguments)
+    if save:
+        y, *saved = ops.layernorm_ffn_forward(*arguments)
+        opcheck(ops.layernorm_ffn_backward.default, (y, *arguments[:3], saved, EPS, "cpu"))
+
+
+class Operation(nn.Module):
+    """One public function with its weights as parameters."""
+
+    def __init__(self, function: Callable[..., Tensor], weights: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.kind = type(weights)
+        self.parameters_ = nn.ParameterList(nn.Parameter(w) for w in weights)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs, self.kind(*self.parameters_))
+
+
+def fusion_module() -> tuple[Operation, Callable[[int], tuple[Tensor, ...]]]:
+    module = Operation(
+        lambda cls, x, w: ck.cross_attention_fusion(cls, x, w, HEADS), fusion_weights()
+    )
+    return module, lambda batch: (torch.randn(batch, OWN), torch.randn(batch, 7, C))
+
+
+def msa_module() -> tuple[Operation, Callable[[int], tuple[Tensor, ...]]]:
+    module = Operation(lambda x, cls, w: ck.layernorm_msa(x, w, HEADS, cls=cls), msa_weights())
+    return module, lambda batch: (torch.randn(batch, 7, C), torch.randn(batch, C))
+
+
+def ffn_module() -> tuple[Operation, Callable[[int], tuple[Tensor, ...]]]:
+    return Operation(ck.layernorm_ffn, ffn_weights()), lambda batch: (torch.randn(batch, 7, C),)
+
+
+def core_module() -> tuple[Operation, Callable[[int], tuple[Tensor, ...]]]:
+    module = Operation(lambda x, w: ck.attention_core(w[0], x)[0], (torch.randn(1, 4, C),))
+    module.kind = tuple_of
+    return module, lambda batch: (torch.randn(batch, 7, C),)
+
+
+def tuple_of(*items: Tensor) -> tuple[Tensor, ...]:
+    return items
+
+
+def pool_module() -> tuple[Operation, Callable[[int], tuple[Tensor, ...]]]:
+    square, vector = torch.randn(3, C, C), torch.randn(2, C)
+
+    def pool(x: Tensor, w: tuple[Tensor, ...]) -> Tensor:
+        q, k, v = w[1]
+        out = ck.attention_pool(w[0], x, q, w[2][0], k, w[2][1], v, None, None, None, num_heads=3)
+        assert isinstance(out, Tensor)
+        return out
+
+    module = Operation(pool, (torch.randn(1, 1, C), square, vector))
+    module.kind = tuple_of
+    return module, lambda batch: (torch.randn(batch, 7, C),)
+
+
+MODULES = [fusion_module, msa_module, ffn_module, core_module, pool_module]
+
+
+@pytest.mark.parametrize("make", MODULES)
+def test_compile_full_graph_without_recompiles(make: Any) -> None:
+    """One graph serves every batch size, with the gradients of eager mode."""
+    torch._dynamo.reset()
+    module, inputs = make()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for step, batch in enumerate((3, 5, 11)):
+        arguments = inputs(batch)
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            out = compiled(*arguments)
+            gradients = torch.autograd.grad(out.square().sum(), list(module.parameters()))
+        expected = module(*arguments)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(
+            gradients,
+            torch.autograd.grad(expected.square().sum(), list(module.parameters())),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside of inductor
+def test_compile_with_inductor() -> None:
+    torch._dynamo.reset()
+    module, inputs = fusion_module()
+    compiled = torch.compile(module, fullgraph=True)
+    arguments = inputs(3)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*arguments), module(*arguments))
+    out = compiled(*arguments)
+    torch.testing.assert_close(out, module(*arguments))
+    out.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_a_compiled_function_follows_use_backend(monkeypatch) -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(ck.attention_core, fullgraph=True, backend=record)
+    u, x = torch.randn(2, 4, C), torch.randn(2, 7, C)
+    compiled(u, x)
+    with ck.use_backend("reference"):
+        compiled(u, x)
+    assert "attention_core_forward" in graphs[0] and "attention_core_forward" not in graphs[1]
+
+
+@pytest.mark.parametrize("make", MODULES)
+def test_export_with_a_dynamic_batch(make: Any) -> None:
+    module, inputs = make()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    example = inputs(3)
+    program = torch.export.export(
+        module,
+        example,
+        dynamic_shapes=({0: batch},) * len(example)
+        if module.forward.__code__.co_argcount > 1
+        else (tuple({0: batch} for _ in example),),
+    )
+    assert "crossvit_kernels" in str(program.graph)
+    arguments = inputs(9)
+    torch.testing.assert_close(program.module()(*arguments), module(*arguments))
+
+
+@pytest.mark.parametrize("make", MODULES)
+def test_no_grad_pays_for_no_autograd(make: Any, monkeypatch) -> None:
+    """Neither an autograd function nor saved tensors under no_grad or with frozen weights."""
+    module, inputs = make()
+    arguments = inputs(2)
+    applied = []
+    apply = torch.autograd.Function.apply.__func__
+    monkeypatch.setattr(
+        torch.autograd.Function,
+        "apply",
+        classmethod(lambda cls, *a: applied.append(cls) or apply(cls, *a)),
+    )
+    with torch.no_grad():
+        assert module(*arguments).grad_fn is None
+    module.requires_grad_(False)
+    assert module(*arguments).grad_fn is None
+    assert not applied
+    module.requires_grad_(True)
+    assert module(*arguments).grad_fn is not None
+    assert applied
+
+
+@pytest.mark.parametrize("make", [fusion_module, msa_module, ffn_module, core_module])
+def test_a_second_derivative_is_refused(make: Any) -> None:
+    module, inputs = make()
+    arguments = tuple(t.requires_grad_() for t in inputs(2))
+    (gradient,) = torch.autograd.grad(module(*arguments).sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), arguments[0])

@@ -1,0 +1,92 @@
+"""What the fusion allocates and what it keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import crossvit_kernels as ck
+from crossvit_kernels import FusionWeights
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+BATCH, OWN, C, HEADS = 4, 32, 16, 2
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes in elements of the storages that operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, Tensor):
+                self.sizes.append(t.untyped_storage().nbytes() // t.element_size())
+        return result
+
+
+def inputs(num_tokens: int) -> tuple[Tensor, Tensor, FusionWeights]:
+    shapes = [[OWN], [OWN], [C, OWN], [C], [C], [C]] + [[C, C], [C]] * 4
+    weights = FusionWeights(
+        *(torch.randn(s, requires_grad=True) for s in (*shapes, [C], [C], [OWN, C], [OWN]))
+    )
+    return torch.randn(BATCH, OWN), torch.randn(BATCH, num_tokens, C), weights
+
+
+def fused(cls: Tensor, tokens: Tensor, weights: FusionWeights) -> Tensor:
+    return ck.cross_attention_fusion(cls, tokens, weights, HEADS, backend="cpu")
+
+
+def new_storages(num_tokens: int, backward: bool) -> list[int]:
+    """Elements of every storage that the kernels' own code allocates."""
+    from crossvit_kernels.ops.cross_attention import native
+
+    cls, tokens, weights = inputs(num_tokens)
+    with torch.no_grad():
+        with Allocations() as forward:
+            new_cls, saved = native.forward(cls, tokens, weights, None, HEADS, 1e-6)
+        if not backward:
+            return forward.sizes
+        with Allocations() as allocations:
+            native.backward(new_cls, cls, tokens, weights, None, saved, HEADS, 1e-6)
+    return allocations.sizes
+
+
+def test_forward_allocates_nothing_of_the_tokens_size() -> None:
+    few, many = new_storages(50, backward=False), new_storages(5000, backward=False)
+    assert sorted(few) == sorted(many)
+    assert max(many) < BATCH * 5000 * C // 10
+
+
+def test_backward_allocates_the_token_gradient_alone() -> None:
+    few, many = new_storages(50, backward=True), new_storages(5000, backward=True)
+    token_sized = [size for size in many if size >= BATCH * 5000 * C // 10]
+    assert token_sized == [BATCH * 5000 * C]
+    assert sum(many) - sum(few) == BATCH * (5000 - 50) * C
+
+
+def saved_elements(num_tokens: int) -> int:
+    """Elements kept for backward, besides the inputs and weights themselves."""
+    cls, tokens, weights = inputs(num_tokens)
+    tokens.requires_grad_()
+    known = {t.data_ptr() for t in (cls, tokens, *weights)}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in known:
+            kept[t.data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fused(cls, tokens, weights)
+    return sum(kept.values())
+
+
+def test_what_is_kept_does_not_grow_with_the_tokens() -> None:
+    few, many = saved_elements(50), saved_elements(5000)
+    assert few == many <= BATCH * (2 * HEADS * C + HEADS + 5 * C)
