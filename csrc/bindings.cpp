@@ -38,8 +38,8 @@ core::Rows to_rows(const RowsArg& arg) {
 
 core::Tokens to_tokens(const TokensArg& arg) {
   const auto& [data, dtype, batch_stride, token_stride, extra, extra_batch_stride] = arg;
-  return {pointer<void>(data), crossvit::DType(dtype), batch_stride,      token_stride,
-          pointer<void>(extra), extra_batch_stride};
+  return {pointer<void>(data), crossvit::DType(dtype), batch_stride,
+          token_stride,        pointer<void>(extra),   extra_batch_stride};
 }
 
 core::Mask to_mask(const MaskArg& arg) {
@@ -56,23 +56,23 @@ PYBIND11_MODULE(_C, m) {
       "attention_core_forward",
       [](const ProblemArg& problem, const TokensArg& x, const RowsArg& u, const MaskArg& mask,
          const RowsArg& m_out, Address lse) {
-        core::forward({to_problem(problem), to_tokens(x), to_rows(u), to_mask(mask),
-                       to_rows(m_out), pointer<void>(lse)});
+        core::forward({to_problem(problem), to_tokens(x), to_rows(u), to_mask(mask), to_rows(m_out),
+                       pointer<void>(lse)});
       },
-      py::arg("problem"), py::arg("x"), py::arg("u"), py::arg("mask"), py::arg("m"),
-      py::arg("lse"), Released());
+      py::arg("problem"), py::arg("x"), py::arg("u"), py::arg("mask"), py::arg("m"), py::arg("lse"),
+      Released());
 
   m.def(
       "attention_core_backward",
       [](const ProblemArg& problem, const TokensArg& x, const RowsArg& u, const MaskArg& mask,
          const RowsArg& m_in, Address lse, const RowsArg& dm, Address dlse, const RowsArg& du,
          const TokensArg& dx) {
-        core::backward({to_problem(problem), to_tokens(x), to_rows(u), to_mask(mask),
-                        to_rows(m_in), pointer<const void>(lse), to_rows(dm),
-                        pointer<const void>(dlse), to_rows(du), to_tokens(dx)});
+        core::backward({to_problem(problem), to_tokens(x), to_rows(u), to_mask(mask), to_rows(m_in),
+                        pointer<const void>(lse), to_rows(dm), pointer<const void>(dlse),
+                        to_rows(du), to_tokens(dx)});
       },
-      py::arg("problem"), py::arg("x"), py::arg("u"), py::arg("mask"), py::arg("m"),
-      py::arg("lse"), py::arg("dm"), py::arg("dlse"), py::arg("du"), py::arg("dx"), Released());
+      py::arg("problem"), py::arg("x"), py::arg("u"), py::arg("mask"), py::arg("m"), py::arg("lse"),
+      py::arg("dm"), py::arg("dlse"), py::arg("du"), py::arg("dx"), Released());
 
   m.def("usable_isas", &crossvit::usable_isas);
   m.def("active_isa", &crossvit::active_isa_name);

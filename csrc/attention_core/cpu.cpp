@@ -4,8 +4,8 @@
 namespace crossvit::attention_core {
 
 // Defined by cpu/forward.cpp and cpu/backward.cpp, once for each level.
-#define CROSSVIT_DECLARE_LEVEL(level)       \
-  namespace level {                         \
+#define CROSSVIT_DECLARE_LEVEL(level)          \
+  namespace level {                            \
   void forward(const ForwardParams& params);   \
   void backward(const BackwardParams& params); \
   }

@@ -207,8 +207,8 @@ inline FloatVector exp(FloatVector x) {
   // Scale by 2^n in two steps: n = 128 alone would overflow the exponent.
   const BitsVector exponent = as_bits(shifted) - 0x4b400000u;
   const BitsVector half = BitsVector(VectorOf<int32_t, kLanes<float>>(exponent) >> 1);
-  const FloatVector scaled = poly * as_float((half + 127u) << 23) *
-                             as_float((exponent - half + 127u) << 23);
+  const FloatVector scaled =
+      poly * as_float((half + 127u) << 23) * as_float((exponent - half + 127u) << 23);
   const FloatVector overflow_or_scaled = x > kLargest ? broadcast(__builtin_inff()) : scaled;
   return x < kSmallest ? FloatVector{} : overflow_or_scaled;
 }

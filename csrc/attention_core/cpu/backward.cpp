@@ -150,7 +150,8 @@ class Backward {
 
 template <class Scalar>
 void add_to(Scalar* total, const Scalar* part, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<Scalar>) store(total + i, load(total + i) + load(part + i));
+  for (int64_t i = 0; i < count; i += kLanes<Scalar>)
+    store(total + i, load(total + i) + load(part + i));
 }
 
 template <class Token>

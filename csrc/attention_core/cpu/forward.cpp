@@ -1,5 +1,6 @@
-// attention_core forward in one pass over the tokens: online softmax over tiles, chunk states merged
-// in order. Compiled once for each instruction-set level; CROSSVIT_ISA names the level's namespace.
+// attention_core forward in one pass over the tokens: online softmax over tiles, chunk states
+// merged in order. Compiled once for each instruction-set level; CROSSVIT_ISA names the level's
+// namespace.
 
 #include "attention_core/cpu/micro_kernels.h"
 #include "attention_core/cpu/rows.h"
@@ -54,8 +55,8 @@ class Forward {
   explicit Forward(const ForwardParams& params)
       : shape(params.problem),
         params_(params),
-        memory_(Tile<Token>::scratch(shape) + shape.rows * shape.channels +
-                shape.rows * kMaxTile + round_up(shape.rows, kLanes<Scalar>)),
+        memory_(Tile<Token>::scratch(shape) + shape.rows * shape.channels + shape.rows * kMaxTile +
+                round_up(shape.rows, kLanes<Scalar>)),
         tile_(params.problem, params.x, params.mask, shape, memory_),
         u_(memory_.take(shape.rows * shape.channels)),
         scores_(memory_.take(shape.rows * kMaxTile)),

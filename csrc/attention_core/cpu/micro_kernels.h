@@ -31,8 +31,9 @@ void dot_products(Scalar* out, const Scalar* rows, int64_t num_rows, const Scala
       }
       const V sums = sum_each<Scalar>(products);
       std::memcpy(out + r * kMaxTile + t, &sums, kBlock * sizeof(Scalar));
-      std::memcpy(out + (r + 1) * kMaxTile + t, reinterpret_cast<const char*>(&sums) +
-                  kBlock * sizeof(Scalar), kBlock * sizeof(Scalar));
+      std::memcpy(out + (r + 1) * kMaxTile + t,
+                  reinterpret_cast<const char*>(&sums) + kBlock * sizeof(Scalar),
+                  kBlock * sizeof(Scalar));
     }
   }
 }
@@ -94,10 +95,10 @@ void rank_update(Scalar* out, const Scalar* decay, Weights<Scalar> weights, int6
   int64_t i = 0;
   const auto update = [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
-    rank_update_rows<kRows>(out + i * channels, decay ? decay + i : nullptr,
-                            {weights.data + i * weights.row_stride, weights.row_stride,
-                             weights.term_stride},
-                            terms, num_terms, channels);
+    rank_update_rows<kRows>(
+        out + i * channels, decay ? decay + i : nullptr,
+        {weights.data + i * weights.row_stride, weights.row_stride, weights.term_stride}, terms,
+        num_terms, channels);
     i += kRows;
   };
   while (num_rows - i >= 6) update(std::integral_constant<int, 6>{});

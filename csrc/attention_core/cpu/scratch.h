@@ -59,7 +59,8 @@ struct Shape {
       : channels(round_up(problem.channels, kLanes<Scalar>)),
         rows(round_up(problem.num_rows, 2)),
         tile(kMaxTile) {
-    while (tile > kMinTile && tile * channels * int64_t{sizeof(Scalar)} > kTileBytes) tile -= kMinTile;
+    while (tile > kMinTile && tile * channels * int64_t{sizeof(Scalar)} > kTileBytes)
+      tile -= kMinTile;
   }
 
   // Tokens that dot_products takes at once: with two rows, one accumulator per lane.
