@@ -120,11 +120,6 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {sorted(NAMES)}")
 
 
-@torch.compiler.assume_constant_result
-def _from_environment() -> str:
-    return os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-
-
 def choose(
     operation: str,
     requested: str | None,
@@ -146,7 +141,7 @@ def choose(
     Raises:
         ValueError: The backend is unknown, or was named and cannot run the call.
     """
-    name = requested or _requested or _from_environment()
+    name = requested or _requested or os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     check_name(name)
     if name == "auto":
         if not prefer_reference:

@@ -64,13 +64,18 @@ def heads(num_heads: int, **widths: int) -> None:
 
 
 def eps(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a float, found {type(value).__name__}")
+    number(name, value)
     if not value >= 0:
         raise ValueError(f"{name}: expected a number >= 0, found {value}")
 
 
+def number(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a float, found {type(value).__name__}")
+
+
 def probability(name: str, value: float) -> None:
+    number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{name}: expected 0 <= p < 1, found {value}")
 

@@ -197,6 +197,10 @@ def attention_pool(
         b_o=b_o,
         **{f"{name}[{i}]": t for name, norm in norms.items() for i, t in enumerate(norm)},
     )
+    if width == 0:
+        raise ValueError("w_k: expected at least one row, found none")
+    if scale is not None:
+        checks.number("scale", scale)
     checks.heads(num_heads, w_k_rows=width, w_v_rows=value_width)
     checks.eps("norm_eps", norm_eps)
     checks.probability("dropout_p", dropout_p)

@@ -52,8 +52,7 @@ def drop_path_scale(batch: int, drop_path: float, training: bool, like: Tensor) 
 class _FusedModule(nn.Module):
     """The settings that modules share."""
 
-    attn_drop = 0.0
-    drop_path = 0.0
+    attn_drop = drop_path = 0.0
 
     def __init__(self, dim: int, num_heads: int, backend: str | None, **rates: float) -> None:
         super().__init__()

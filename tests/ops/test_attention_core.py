@@ -169,13 +169,14 @@ def test_mask_that_leaves_nothing() -> None:
         assert (du[1] == 0).all() and (dx[1] == 0).all()
 
 
-def test_masked_tokens_are_never_read() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_masked_tokens_reach_nothing(backend: str) -> None:
     (u, x, _), mask = make(2, 60, 3, 40, masked=True)
     u, x = u.float(), x.float()
-    expected = ck.attention_core(u, x, key_mask=mask, backend="cpu")
+    expected = ck.attention_core(u, x, key_mask=mask, backend=backend)
     x[~mask] = torch.nan
     x.requires_grad_()
-    actual = ck.attention_core(u, x, key_mask=mask, backend="cpu")
+    actual = ck.attention_core(u, x, key_mask=mask, backend=backend)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     (dx,) = torch.autograd.grad(actual[0].sum(), x)
     assert (dx[~mask] == 0).all() and torch.isfinite(dx).all()

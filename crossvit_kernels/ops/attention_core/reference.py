@@ -20,6 +20,11 @@ def normalized_tokens(x: Tensor, extra_token: Tensor | None, norm_eps: float | N
     return x if norm_eps is None else F.layer_norm(x, x.shape[-1:], eps=norm_eps)
 
 
+def without_masked(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Zeros in place of masked tokens: whatever they hold (NaN, say) must reach nothing."""
+    return x if key_mask is None else x.masked_fill(~key_mask.unsqueeze(-1), 0)
+
+
 def full_mask(key_mask: Tensor | None, extra_token: Tensor | None) -> Tensor | None:
     """The mask [B, 1 + N] that also covers the extra token, which is always attended to."""
     if key_mask is None or extra_token is None:
@@ -38,9 +43,9 @@ def attention_core(
 
     Where the mask leaves a row nothing to attend to, m is 0 and lse is -inf.
     """
+    x, mask = without_masked(x, key_mask), full_mask(key_mask, extra_token)
     xhat = normalized_tokens(x, extra_token, norm_eps)
     scores = u @ xhat.to(u.dtype).transpose(-2, -1)
-    mask = full_mask(key_mask, extra_token)
     if mask is None:
         weights = scores.softmax(dim=-1)
         lse = torch.logsumexp(_in_statistics_dtype(scores), dim=-1)
@@ -62,10 +67,16 @@ def attention_weights(
     key_mask: Tensor | None = None,
     extra_token: Tensor | None = None,
 ) -> Tensor:
-    """p [B, R, N] (1 + N with an extra token) from the lse that attention_core returned."""
-    xhat = normalized_tokens(x, extra_token, norm_eps)
-    scores = _in_statistics_dtype(u @ xhat.to(u.dtype).transpose(-2, -1))
-    mask = full_mask(key_mask, extra_token)
+    """p [B, R, N] (1 + N with an extra token) from the lse that attention_core returned.
+
+    Scores are formed in the precision of lse, whatever autocast says: its exp takes no less.
+    """
+    x, mask = without_masked(x, key_mask), full_mask(key_mask, extra_token)
+    if extra_token is not None:
+        extra_token = extra_token.to(lse.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        xhat = normalized_tokens(x.to(lse.dtype), extra_token, norm_eps)
+        scores = u.to(lse.dtype) @ xhat.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask.unsqueeze(1), -torch.inf)
         lse = lse.masked_fill(lse == -torch.inf, 0)

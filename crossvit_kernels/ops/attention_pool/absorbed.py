@@ -45,7 +45,7 @@ def attention_pool(
     z = z.view(batch, num_queries, num_heads, channels)
     o = torch.einsum("bqhc,hdc->bqhd", z, p.w_v.unflatten(0, (num_heads, -1)).to(z.dtype))
     if p.b_v is not None:
-        o = o + p.b_v.view(num_heads, -1)
+        o = o + p.b_v.view(num_heads, -1).to(o.dtype)
     if key_mask is not None:  # an image without any key pools to 0
         o = o * (lse > -torch.inf).view(batch, num_queries, num_heads, 1)
     pooled = o.flatten(2)
@@ -56,7 +56,7 @@ def attention_pool(
     if not call.return_weights:
         return out, None
     weights = core_reference.attention_weights(u, tokens, lse, norm_eps, key_mask, extra_token)
-    return out, weights.unflatten(1, (num_queries, num_heads))
+    return out, weights.to(out.dtype).unflatten(1, (num_queries, num_heads))
 
 
 def _keys(
@@ -66,8 +66,8 @@ def _keys(
     if not include_query:
         return tokens, key_mask, None
     query = query.expand(tokens.shape[0], -1, -1)
-    if query.shape[1] == 1:
-        return tokens, key_mask, query[:, 0].to(tokens.dtype)
+    if query.shape[1] == 1 and query.dtype == tokens.dtype:
+        return tokens, key_mask, query[:, 0]
     if key_mask is not None:
         key_mask = torch.nn.functional.pad(key_mask, (query.shape[1], 0), value=True)
     return torch.cat([query, tokens], dim=1), key_mask, None

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossvit_kernels.ops.attention_core.reference import without_masked
 from crossvit_kernels.ops.attention_pool.parameters import Norm, PoolCall, PoolParameters
 
 
@@ -19,7 +20,7 @@ def attention_pool(
     """(out [B, Q, C_out], weights [B, Q, h, keys] or None); query [B or 1, Q, C_q]."""
     p = parameters
     query = query.expand(tokens.shape[0], -1, -1)
-    keys = tokens
+    keys = tokens = without_masked(tokens, key_mask)
     if call.include_query:
         keys = torch.cat([query, tokens], dim=1)
         key_mask = None if key_mask is None else F.pad(key_mask, (query.shape[1], 0), value=True)

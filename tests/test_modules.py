@@ -1,0 +1,573 @@
+"""The modules against eager replicas of what they replace: names, values, gradients, training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossvit_kernels import modules
+
+B, N, C, HEADS, C_OWN = 3, 11, 24, 3, 40
+X = (B, N, C)
+
+
+# What the modules replace, as plain modules with the same names.
+
+
+class DropPath(nn.Module):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, update: Tensor) -> Tensor:  # [B, rows, C]
+        if self.rate == 0 or not self.training:
+            return update
+        kept = update.new_empty(update.shape[0], 1, 1).bernoulli_(1 - self.rate)
+        return update * kept / (1 - self.rate)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """[B, rows, C] each; softmax attention head by head, the heads side by side again."""
+    outputs = []
+    for q_h, k_h, v_h in zip(
+        q.chunk(heads, dim=-1), k.chunk(heads, dim=-1), v.chunk(heads, dim=-1), strict=True
+    ):
+        scores = q_h @ k_h.mT / q_h.shape[-1] ** 0.5
+        outputs.append(scores.softmax(dim=-1) @ v_h)
+    return torch.cat(outputs, dim=-1)
+
+
+class EagerCrossAttention(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.wq, self.wk, self.wv = (nn.Linear(C, C, bias=bias) for _ in range(3))
+        self.proj = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(attend(self.wq(x[:, :1]), self.wk(x), self.wv(x), HEADS))
+
+
+class EagerCrossAttentionBlock(nn.Module):
+    def __init__(self, bias: bool, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(C, eps=1e-6)
+        self.attn = EagerCrossAttention(bias)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1] + self.drop_path(self.attn(self.norm1(x)))
+
+
+class EagerFusion(nn.Module):
+    def __init__(self, bias: bool = True, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(nn.LayerNorm(C_OWN, eps=1e-6), nn.GELU(), nn.Linear(C_OWN, C))
+        self.fusion = EagerCrossAttentionBlock(bias, drop_path)
+        self.revert_proj = nn.Sequential(nn.LayerNorm(C, eps=1e-6), nn.GELU(), nn.Linear(C, C_OWN))
+
+    def forward(self, cls: Tensor, tokens: Tensor) -> Tensor:
+        joined = torch.cat([self.proj(cls).unsqueeze(1), tokens], dim=1)
+        return self.revert_proj(self.fusion(joined))[:, 0]
+
+
+class EagerMlp(nn.Module):
+    def __init__(self, hidden: int, approximate: str = "none") -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(C, hidden), nn.Linear(hidden, C)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+
+
+class EagerSelfAttention(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(C, 3 * C, bias=bias), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(attend(*self.qkv(x).chunk(3, dim=-1), HEADS))
+
+
+class EagerBlock(nn.Module):
+    def __init__(self, bias: bool = True, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(C, eps=1e-6), nn.LayerNorm(C, eps=1e-6)
+        self.attn = EagerSelfAttention(bias)
+        self.mlp = EagerMlp(2 * C)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, cls: Tensor | None = None) -> Tensor:
+        if cls is not None:
+            x = torch.cat([cls.unsqueeze(1), x[:, 1:]], dim=1)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class EagerMapHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, C))
+        self.attention = nn.MultiheadAttention(C, HEADS, batch_first=True)
+        self.layernorm = nn.LayerNorm(C, eps=1e-6)
+        self.mlp = EagerMlp(50, approximate="tanh")
+
+    def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        probe = self.probe.repeat(tokens.shape[0], 1, 1)
+        ignored = None if key_mask is None else ~key_mask
+        pooled, _ = self.attention(probe, tokens, tokens, key_padding_mask=ignored)
+        return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
+
+
+class EagerClassAttention(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(C, C, bias=bias) for _ in range(3))
+        self.proj = nn.Linear(C, C)
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        x = x if norm is None else norm(x)
+        return self.proj(attend(self.q(x[:, :1]), self.k(x), self.v(x), HEADS))
+
+
+class EagerAttentionPool2d(nn.Module):
+    def __init__(self, positions: int, output_dim: int) -> None:
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(1 + positions, C))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(C, C) for _ in range(3))
+        self.c_proj = nn.Linear(C, output_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(2).permute(2, 0, 1)  # [H W, B, C]
+        rows = torch.cat([rows.mean(dim=0, keepdim=True), rows])
+        rows = rows + self.positional_embedding.unsqueeze(1)
+        q, k, v = self.q_proj, self.k_proj, self.v_proj
+        pooled, _ = F.multi_head_attention_forward(
+            *(rows, rows, rows, C, HEADS),
+            in_proj_weight=None,
+            in_proj_bias=torch.cat([q.bias, k.bias, v.bias]),
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=self.c_proj.weight,
+            out_proj_bias=self.c_proj.bias,
+            need_weights=False,
+            use_separate_proj_weight=True,
+            q_proj_weight=q.weight,
+            k_proj_weight=k.weight,
+            v_proj_weight=v.weight,
+        )
+        return pooled[0]
+
+
+class EagerProbeAttention(nn.Module):
+    def __init__(self, bias: bool, out_proj: bool) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(C, C, bias=bias), nn.Linear(C, 2 * C, bias=bias)
+        self.proj = nn.Linear(C, C) if out_proj else nn.Identity()
+
+    def forward(self, queries: Tensor, x: Tensor) -> Tensor:
+        return self.proj(attend(self.q(queries), *self.kv(x).chunk(2, dim=-1), HEADS))
+
+
+class EagerProbeBlock(nn.Module):
+    def __init__(self, bias: bool, out_proj: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.xattn = EagerProbeAttention(bias, out_proj)
+        self.mlp = EagerMlp(3 * C)
+
+    def forward(self, queries: Tensor, x: Tensor) -> Tensor:
+        queries = queries + self.xattn(queries, self.norm1(x))
+        return queries + self.mlp(self.norm2(queries))
+
+
+class EagerProbe(nn.Module):
+    def __init__(self, num_queries: int = 1, bias: bool = True, out_proj: bool = True) -> None:
+        super().__init__()
+        self.query_tokens = nn.Parameter(torch.randn(1, num_queries, C))
+        self.cross_attention_block = EagerProbeBlock(bias, out_proj)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        queries = self.query_tokens.repeat(tokens.shape[0], 1, 1)
+        return self.cross_attention_block(queries, tokens)
+
+
+class Case(NamedTuple):
+    fused: Callable[[], nn.Module]
+    eager: Callable[[], nn.Module]
+    shapes: tuple[tuple[int, ...], ...]  # of the inputs
+
+
+CASES = {
+    "fusion": Case(
+        lambda: modules.CrossAttentionFusion(C_OWN, C, HEADS),
+        EagerFusion,
+        ((B, C_OWN), X),
+    ),
+    "fusion without qkv bias": Case(
+        lambda: modules.CrossAttentionFusion(C_OWN, C, HEADS, qkv_bias=False),
+        lambda: EagerFusion(bias=False),
+        ((B, C_OWN), X),
+    ),
+    "block": Case(
+        lambda: modules.TransformerBlock(C, HEADS, mlp_ratio=2.0),
+        EagerBlock,
+        (X,),
+    ),
+    "block with cls, without qkv bias": Case(
+        lambda: modules.TransformerBlock(C, HEADS, mlp_ratio=2.0, qkv_bias=False),
+        lambda: EagerBlock(bias=False),
+        (X, (B, C)),
+    ),
+    "MAP head": Case(lambda: modules.MAPHead(C, HEADS, hidden_dim=50), EagerMapHead, (X,)),
+    "class attention": Case(
+        lambda: modules.ClassAttention(C, HEADS),
+        lambda: EagerClassAttention(bias=False),
+        ((B, 1 + N, C),),
+    ),
+    "class attention with qkv bias": Case(
+        lambda: modules.ClassAttention(C, HEADS, qkv_bias=True),
+        lambda: EagerClassAttention(bias=True),
+        ((B, 1 + N, C),),
+    ),
+    "class attention of one row": Case(
+        lambda: modules.ClassAttention(C, HEADS),
+        lambda: EagerClassAttention(bias=False),
+        ((B, 1, C),),
+    ),
+    "pool 2d": Case(
+        lambda: modules.AttentionPool2d((3, 5), C, HEADS, output_dim=17),
+        lambda: EagerAttentionPool2d(15, 17),
+        ((B, C, 3, 5),),
+    ),
+    "pool 2d, square": Case(
+        lambda: modules.AttentionPool2d(4, C, HEADS),
+        lambda: EagerAttentionPool2d(16, C),
+        ((B, C, 4, 4),),
+    ),
+    "probe": Case(
+        lambda: modules.AttentiveProbe(C, HEADS, mlp_ratio=3.0),
+        EagerProbe,
+        (X,),
+    ),
+    "probe of three queries, without projection and bias": Case(
+        lambda: modules.AttentiveProbe(
+            C, HEADS, num_queries=3, mlp_ratio=3.0, qkv_bias=False, out_proj=False
+        ),
+        lambda: EagerProbe(3, bias=False, out_proj=False),
+        (X,),
+    ),
+}
+FUSIONS_AND_BLOCKS = {
+    "fusion": (modules.CrossAttentionFusion, (C_OWN, C, HEADS), EagerFusion, CASES["fusion"]),
+    "block": (modules.TransformerBlock, (C, HEADS, 2.0), EagerBlock, CASES["block"]),
+}
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu":
+        request.getfixturevalue("cpu_backend")
+    return request.param
+
+
+def pair(case: Case, backend: str | None) -> tuple[nn.Module, nn.Module]:
+    """(fused, eager) in float64 with the same random parameters; no LayerNorm is the identity."""
+    fused, eager = case.fused().double(), case.eager().double()
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    fused.load_state_dict(eager.state_dict(), strict=True)
+    fused.backend = backend
+    return fused, eager
+
+
+def random_inputs(case: Case, batch: int = B) -> list[Tensor]:
+    shapes = [(batch, *shape[1:]) for shape in case.shapes]
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+def outcome(module: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of all inputs and parameters, by name."""
+    out = module(*inputs)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    leaves = {f"input {i}": t for i, t in enumerate(inputs) if t.requires_grad}
+    leaves |= dict(module.named_parameters())
+    grads = torch.autograd.grad(out, list(leaves.values()), direction)
+    return {"output": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def assert_agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_dicts_are_exchangeable(name: str) -> None:
+    fused, eager = CASES[name].fused(), CASES[name].eager()
+    assert list(fused.state_dict().keys() ^ eager.state_dict().keys()) == []
+    fused.load_state_dict(eager.state_dict(), strict=True)
+    eager.load_state_dict(CASES[name].fused().state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_what_it_replaces(name: str, backend: str) -> None:
+    case = CASES[name]
+    fused, eager = pair(case, backend)
+    inputs = random_inputs(case)
+    assert_agree(outcome(fused, *inputs), outcome(eager, *inputs))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(*inputs), eager(*inputs), rtol=1e-10, atol=1e-10)
+
+
+def test_map_head_with_a_mask(backend: str) -> None:
+    fused, eager = pair(CASES["MAP head"], backend)
+    (tokens,) = random_inputs(CASES["MAP head"])
+    key_mask = torch.rand(B, N) < 0.5
+    key_mask[:, 3] = True
+    assert_agree(outcome(fused, tokens, key_mask), outcome(eager, tokens, key_mask))
+
+
+def test_probe_ignores_masked_tokens(backend: str) -> None:
+    fused, _ = pair(CASES["probe"], backend)
+    (tokens,) = random_inputs(CASES["probe"])
+    key_mask = torch.arange(N).expand(B, N) < 7
+    torch.testing.assert_close(fused(tokens, key_mask), fused(tokens[:, :7]), rtol=0, atol=1e-12)
+
+
+def test_class_attention_fuses_the_layernorm_before_it(backend: str) -> None:
+    fused, eager = pair(CASES["class attention"], backend)
+    (x,) = random_inputs(CASES["class attention"])
+    norm = nn.LayerNorm(C, eps=1e-6, dtype=torch.float64)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+
+    class NormThenAttention(nn.Module):
+        def __init__(self, attn: nn.Module) -> None:
+            super().__init__()
+            self.norm, self.attn = norm, attn
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attn(x, self.norm)
+
+    assert_agree(outcome(NormThenAttention(fused), x), outcome(NormThenAttention(eager), x))
+
+
+def test_memory_formats_and_strided_tokens(backend: str) -> None:
+    pool, eager = pair(CASES["pool 2d"], backend)
+    x = torch.randn(B, C, 3, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(pool(x), eager(x), rtol=1e-10, atol=1e-10)
+
+    fusion, eager = pair(CASES["fusion"], backend)
+    branches = torch.randn(B, 1 + N, C + C_OWN, dtype=torch.float64)
+    cls, tokens = branches[:, 0, :C_OWN], branches[:, 1:, C_OWN:]
+    torch.testing.assert_close(fusion(cls, tokens), eager(cls, tokens), rtol=1e-10, atol=1e-10)
+
+
+# Drop path and dropout
+
+
+def test_drop_path_scale() -> None:
+    like = torch.empty(0, dtype=torch.float64)
+    scale = modules.drop_path_scale(20_000, 0.25, training=True, like=like)
+    assert scale.shape == (20_000,) and scale.dtype == torch.float64
+    assert set(scale.tolist()) == {0.0, 1 / 0.75}
+    # The mean of n draws lies within five of its standard deviations of 1.
+    assert abs(scale.mean().item() - 1) < 5 * (0.25 / 0.75 / 20_000) ** 0.5
+    assert modules.drop_path_scale(4, 0.25, training=False, like=like) is None
+    assert modules.drop_path_scale(4, 0.0, training=True, like=like) is None
+    for rate in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="drop_path"):
+            modules.drop_path_scale(4, rate, training=True, like=like)
+
+
+@pytest.mark.parametrize("name", FUSIONS_AND_BLOCKS)
+def test_drop_path_draws_as_the_replaced_module(name: str, backend: str) -> None:
+    make, arguments, make_eager, case = FUSIONS_AND_BLOCKS[name]
+    rated = Case(
+        lambda: make(*arguments, drop_path=0.4), lambda: make_eager(drop_path=0.4), case.shapes
+    )
+    fused, eager = pair(rated, backend)
+    inputs = random_inputs(case, batch=16)
+    torch.manual_seed(7)
+    found = outcome(fused, *inputs)
+    torch.manual_seed(7)
+    assert_agree(found, outcome(eager, *inputs))
+    assert not torch.equal(found["output"], fused(*inputs))  # another draw
+
+
+@pytest.mark.parametrize("name", FUSIONS_AND_BLOCKS)
+def test_nothing_is_dropped_in_evaluation(name: str) -> None:
+    make, arguments, _, case = FUSIONS_AND_BLOCKS[name]
+    plain = make(*arguments).eval()
+    rated = make(*arguments, drop_path=0.9, attn_drop=0.9).eval()
+    rated.load_state_dict(plain.state_dict())
+    inputs = [torch.randn(s) for s in case.shapes]
+    assert torch.equal(rated(*inputs), plain(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [
+        (lambda: modules.CrossAttentionFusion(C_OWN, C, HEADS, attn_drop=0.5), ((B, C_OWN), X)),
+        (lambda: modules.TransformerBlock(C, HEADS, attn_drop=0.5), (X,)),
+        (lambda: modules.ClassAttention(C, HEADS, attn_drop=0.5), (X,)),
+    ],
+    ids=["fusion", "block", "class attention"],
+)
+def test_attention_dropout_runs_the_reference(
+    make: Callable[[], nn.Module],
+    shapes: tuple[tuple[int, ...], ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, inputs, rates = make(), [torch.randn(s) for s in shapes], []
+    dropout = F.dropout
+
+    def spy(weights: Tensor, p: float) -> Tensor:
+        rates.append(p)
+        return dropout(weights, p)
+
+    monkeypatch.setattr(F, "dropout", spy)  # only references call it
+    assert not torch.equal(module(*inputs), module(*inputs))
+    assert rates == [0.5, 0.5]
+    module.backend = "cpu"
+    with pytest.raises(ValueError, match="cpu"):
+        module(*inputs)
+    module.backend = "reference"
+    module.eval()
+    assert torch.equal(module(*inputs), module(*inputs))
+    assert rates == [0.5, 0.5, 0.0, 0.0]
+
+
+# Settings
+
+
+@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize("name", CASES)
+def test_backend_can_be_switched(name: str) -> None:
+    fused, _ = pair(CASES[name], None)
+    inputs = random_inputs(CASES[name])
+    keys = list(fused.state_dict())
+    results = {}
+    for backend in ("reference", "cpu", None, "reference"):
+        fused.backend = backend
+        assert f"backend={backend!r}" in repr(fused)
+        results.setdefault(backend, []).append(fused(*inputs).detach())
+    assert list(fused.state_dict()) == keys
+    assert torch.equal(*results["reference"])
+    assert torch.equal(results["cpu"][0], results[None][0])
+    fused.backend = "cupboard"
+    with pytest.raises(ValueError, match="cupboard"):
+        fused(*inputs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda heads: modules.CrossAttentionFusion(C_OWN, C, heads),
+        lambda heads: modules.TransformerBlock(C, heads),
+        lambda heads: modules.MAPHead(C, heads),
+        lambda heads: modules.ClassAttention(C, heads),
+        lambda heads: modules.AttentionPool2d(4, C, heads),
+        lambda heads: modules.AttentiveProbe(C, heads),
+    ],
+)
+def test_construction_checks_the_heads(make: Callable[[int], nn.Module]) -> None:
+    assert f"dim={C}, num_heads={HEADS}" in repr(make(HEADS))
+    with pytest.raises(ValueError, match="num_heads: 5 does not divide dim = 24"):
+        make(5)
+    with pytest.raises(TypeError, match="num_heads"):
+        make(3.0)
+
+
+@pytest.mark.parametrize("rate", ["attn_drop", "drop_path"])
+def test_construction_checks_the_rates(rate: str) -> None:
+    with pytest.raises(ValueError, match=rate):
+        modules.CrossAttentionFusion(C_OWN, C, HEADS, **{rate: 1.0})
+    with pytest.raises(ValueError, match=rate):
+        modules.TransformerBlock(C, HEADS, **{rate: -0.1})
+
+
+@pytest.mark.parametrize("shape", [(B, C, 4, 4), (B, C + 8, 3, 5), (B, 15, C)])
+def test_pool_2d_checks_the_feature_map(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x: expected shape \[B, 24, H, W\] with H \* W = 15"):
+        modules.AttentionPool2d((3, 5), C, HEADS)(torch.zeros(shape))
+
+
+def test_initialisation() -> None:
+    def deviation(parameter: Tensor) -> float:
+        return parameter.std().item()
+
+    vit = {
+        "fusion": modules.CrossAttentionFusion(96, 192, 6),
+        "block": modules.TransformerBlock(192, 6),
+        "class attention": modules.ClassAttention(192, 6, qkv_bias=True),
+    }
+    for module in vit.values():
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                assert deviation(layer.weight) == pytest.approx(0.02, rel=0.05)
+                assert not layer.bias.any()
+            if isinstance(layer, nn.LayerNorm):
+                assert (layer.weight == 1).all() and not layer.bias.any()
+
+    probe = modules.AttentiveProbe(192, 6, num_queries=50)
+    block = probe.cross_attention_block
+    assert deviation(probe.query_tokens) == pytest.approx(0.02, rel=0.05)
+    for layer, std in {
+        block.xattn.q: 0.02,
+        block.xattn.kv: 0.02,
+        block.xattn.proj: 0.02 / 2**0.5,
+        block.mlp.fc1: 0.02,
+        block.mlp.fc2: 0.02 / 2**0.5,
+    }.items():
+        assert deviation(layer.weight) == pytest.approx(std, rel=0.05)
+
+    head = modules.MAPHead(192, 6)
+    assert head.attention.in_proj_weight.abs().max() <= (6 / (4 * 192)) ** 0.5  # Xavier
+    assert deviation(head.attention.out_proj.weight) == pytest.approx(192**-0.5, rel=0.05)
+    assert deviation(head.mlp.fc1.weight) == pytest.approx((2 / (5 * 192)) ** 0.5, rel=0.05)
+    assert 0 < head.mlp.fc2.bias.abs().max() < 1e-5
+
+    pool = modules.AttentionPool2d(7, 192, 6)
+    assert deviation(pool.positional_embedding) == pytest.approx(192**-0.5, rel=0.05)
+    assert deviation(pool.c_proj.weight) == pytest.approx(192**-0.5, rel=0.05)
+
+
+# torch.compile. The warning is Dynamo's about itself: it instantiates what it traces.
+
+compiles = pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+
+
+@compiles
+@pytest.mark.parametrize("name", ["fusion", "block", "MAP head", "pool 2d", "probe"])
+def test_compiles_as_one_graph(name: str, backend: str) -> None:
+    fused, _ = pair(CASES[name], backend)
+    inputs = random_inputs(CASES[name])
+    expected = outcome(fused, *inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    found = outcome(compiled, *inputs)
+    assert_agree({k.removeprefix("_orig_mod."): v for k, v in found.items()}, expected)
+
+
+@compiles
+def test_drop_path_compiles(backend: str) -> None:
+    fused = modules.CrossAttentionFusion(C_OWN, C, HEADS, drop_path=0.5, backend=backend)
+    cls, tokens = torch.randn(16, C_OWN), torch.randn(16, N, C)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(7)
+    expected = fused(cls, tokens)
+    torch.manual_seed(7)
+    torch.testing.assert_close(compiled(cls, tokens), expected)
