@@ -398,6 +398,14 @@ def _check_weights(
     """Every field of a NamedTuple of weights: shape, device, dtype."""
     if not isinstance(weights, kind):
         raise TypeError(f"weights: expected {kind.__name__}, found {type(weights).__name__}")
+    # Good weights are the rule and host time counts: only a mismatch is looked into.
+    dtype, device = like.dtype, like.device
+    expected = [tuple(sizes[letter] for letter in shape) for shape in shapes.values()]
+    if all(
+        isinstance(t, Tensor) and t.shape == shape and t.dtype is dtype and t.device == device
+        for t, shape in zip(weights, expected, strict=True)
+    ):
+        return
     for name, t in zip(weights._fields, weights, strict=True):
         if t is None and name in _OPTIONAL:
             continue

@@ -2,7 +2,7 @@
 
 Keys and values never exist (docs/derivation.md): with one query per head,
 
-    kt_h = W_k,h^T q_h        u_h = gamma * kt_h        m_h = sum_n p_hn xhat_n
+    kt_h = W_k,h^T q_h / sqrt(d)       u_h = gamma * kt_h       m_h = sum_n p_hn xhat_n
     z_h  = gamma * m_h + beta                           o_h = W_v,h z_h + b_v,h
 
 Per-head vectors are stored [h, B, C], as the batched GEMMs want them; the token pass reads and
@@ -27,7 +27,7 @@ class Saved(NamedTuple):
     """What forward keeps for backward: O(h C) an image, whatever the number of tokens."""
 
     y0: Tensor  # [B, C]: f(cls)
-    q: Tensor  # [B, C], scaled by 1 / sqrt(d)
+    q: Tensor  # [B, C], before the scale 1 / sqrt(d)
     kt: Tensor  # [h, B, C]
     m: Tensor  # [h, B, C], float32 or float64
     lse: Tensor  # [B, h], likewise
@@ -73,8 +73,10 @@ def forward(
         cls, w.proj_norm_weight, w.proj_norm_bias, w.proj_weight, w.proj_bias, eps
     )
     normed = norm.forward(y0, w.norm_weight, w.norm_bias, eps).to(dtype)
-    q = F.linear(normed, w.q_weight, w.q_bias) * head_dim**-0.5
-    kt = torch.bmm(_heads(q, num_heads), w.k_weight.view(num_heads, head_dim, channels))
+    q = F.linear(normed, w.q_weight, w.q_bias)
+    kt = _scaled_bmm(
+        _heads(q, num_heads), w.k_weight.view(num_heads, head_dim, channels), head_dim**-0.5
+    )
     m = kt.new_empty(kt.shape, dtype=accumulate)
     _, lse = core.forward(
         (kt * gamma).transpose(0, 1),
@@ -85,10 +87,12 @@ def forward(
         m_out=m.transpose(0, 1),
     )
     z = torch.addcmul(beta, m, gamma).to(dtype)
-    o = torch.bmm(z, w.v_weight.view(num_heads, head_dim, channels).transpose(1, 2))
+    v_weight = w.v_weight.view(num_heads, head_dim, channels).transpose(1, 2)
+    if w.v_bias is None:
+        o = torch.bmm(z, v_weight)
+    else:
+        o = torch.baddbmm(w.v_bias.view(num_heads, 1, head_dim), z, v_weight)
     o = o.transpose(0, 1).reshape(batch, channels)
-    if w.v_bias is not None:
-        o += w.v_bias
     update = F.linear(o, w.out_weight, w.out_bias)
     y = y0 + (update if residual_scale is None else update * _column(residual_scale, dtype))
     new_cls = _norm_gelu_linear(
@@ -150,9 +154,10 @@ def backward(
     # kt_h = W_k,h^T q_h, q = (W_q LN(y0) + b_q) / sqrt(d)
     dgamma += (du * kt).sum(dim=(0, 1))
     dkt = (du * gamma).to(dtype)
-    d_k_weight = torch.bmm(_heads(q, num_heads).transpose(1, 2), dkt).view(channels, channels)
-    dq = torch.bmm(dkt, w.k_weight.view(per_head).transpose(1, 2))
-    dq = dq.transpose(0, 1).reshape(batch, channels) * head_dim**-0.5
+    scale = head_dim**-0.5
+    d_k_weight = _scaled_bmm(_heads(q, num_heads).transpose(1, 2), dkt, scale)
+    dq = _scaled_bmm(dkt, w.k_weight.view(per_head).transpose(1, 2), scale)
+    dq = dq.transpose(0, 1).reshape(batch, channels)
     dy0_as_query, dgamma_query, dbeta_query, normed = norm.backward(
         dq @ w.q_weight, y0, w.norm_weight, w.norm_bias, eps
     )
@@ -167,7 +172,7 @@ def backward(
         norm_bias=(dbeta + dbeta_query).to(w.norm_bias.dtype),
         q_weight=dq.t() @ normed.to(dtype),
         q_bias=None if w.q_bias is None else dq.sum(dim=0),
-        k_weight=d_k_weight,
+        k_weight=d_k_weight.view(channels, channels),
         k_bias=None if w.k_bias is None else torch.zeros_like(w.k_bias),  # softmax drops b_k
         v_weight=d_v_weight,
         v_bias=None if w.v_bias is None else do.sum(dim=1).flatten(),
@@ -184,6 +189,12 @@ def backward(
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, C] -> [h, B, d], a view."""
     return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(0, 1)
+
+
+def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Scale * (a @ b) without a pass for the scale."""
+    unused = a.new_empty(())
+    return torch.baddbmm(unused, a, b, beta=0, alpha=scale)
 
 
 def _column(residual_scale: Tensor, dtype: torch.dtype) -> Tensor:
