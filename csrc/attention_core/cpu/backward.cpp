@@ -67,22 +67,25 @@ class Backward {
     for (int64_t n = begin; n < end; n += shape.tile) {
       const int count = minimum(shape.tile, end - n);
       tile_.read(b, n, count);
-      dot_products(scores_, u_, shape.rows, tile_.rows, count, shape.channels);
-      dot_products(dp_, dm_, shape.rows, tile_.rows, count, shape.channels);
+      auto dx = tile_.template rows_of<Prefetch<true>>(params_.dx, b, n, count);
+      auto ahead = tile_.template next<Prefetch<false>>(b, n, count);
+      dot_products(scores_, u_, shape.rows, tile_.rows, count, shape.channels, dx);
+      dot_products(dp_, dm_, shape.rows, tile_.rows, count, shape.channels, ahead);
       std::memset(mean_dxhat_, 0, kMaxTile * sizeof(Scalar));
       std::memset(mean_dxhat_xhat_, 0, kMaxTile * sizeof(Scalar));
       for (int64_t r = 0; r < shape.rows; ++r) softmax_gradient(r, count);
 
       // dxhat_n = sum_r p_rn dm_r + ds_rn u_r
       rank_update<Scalar>(dxhat_, nullptr, {p_, 1, kMaxTile}, round_up(count, 2), dm_,
-                          2 * shape.rows, shape.channels);
+                          2 * shape.rows, shape.channels, ahead);
       for (int t = 0; t < count; ++t)
         write_dx(Tile<Token>::template token_row<Token>(params_.dx, b, n + t), t);
 
       // du_r = sum_n ds_rn xhat_n
       for (int64_t i = 0; i < shape.rows * kMaxTile; i += kLanes<Scalar>)
         store(ds_ + i, load(ds_ + i) * load(tile_.rstd + i % kMaxTile));
-      rank_update(du, ones_, {ds_, kMaxTile, 1}, shape.rows, tile_.rows, count, shape.channels);
+      rank_update(du, ones_, {ds_, kMaxTile, 1}, shape.rows, tile_.rows, count, shape.channels,
+                  ahead);
     }
   }
 

@@ -51,6 +51,7 @@ class Forward {
  public:
   using Scalar = ScalarFor<Token>;
   using V = Vector<Scalar>;
+  using Ahead = std::conditional_t<sizeof(Token) == 2, NoPrefetch, Prefetch<false>>;
 
   explicit Forward(const ForwardParams& params)
       : shape(params.problem),
@@ -71,10 +72,11 @@ class Forward {
     for (int64_t n = begin; n < end; n += shape.tile) {
       const int count = minimum(shape.tile, end - n);
       tile_.read(b, n, count);
-      dot_products(scores_, u_, shape.rows, tile_.rows, count, shape.channels);
+      auto ahead = tile_.template next<Ahead>(b, n, count);
+      dot_products(scores_, u_, shape.rows, tile_.rows, count, shape.channels, ahead);
       softmax(count, state);
       rank_update(state.acc, decay_, {scores_, kMaxTile, 1}, shape.rows, tile_.rows, count,
-                  shape.channels);
+                  shape.channels, ahead);
     }
   }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "attention_core/cpu/prefetch.h"
 #include "attention_core/cpu/scratch.h"
 
 // A few tokens, centred, in float or double. Element types, strides, masks and channel counts that
@@ -45,6 +46,21 @@ class Tile {
     const int filled = round_up(count, kBlock);
     for (int t = 0; t < filled; t += kLanes<Scalar>)
       centre(t, from + t, minimum(filled - t, kLanes<Scalar>));
+  }
+
+  // The memory of the tile behind [begin, begin + count) of image b. It may reach past the image,
+  // into the next one; asking for memory is allowed anywhere.
+  template <class Ahead>
+  Ahead next(int64_t b, int64_t begin, int count) const {
+    return rows_of<Ahead>(x_, b, begin + count, kMaxTile);
+  }
+
+  // The memory of tokens [begin, begin + count) of image b where they lie close together.
+  template <class Ahead>
+  Ahead rows_of(const Tokens& tokens, int64_t b, int64_t begin, int count) const {
+    const bool close = tokens.token_stride < 2 * problem_.channels;
+    return {token_row<Token>(tokens, b, begin + (tokens.extra && begin == 0)),
+            close ? count * tokens.token_stride * int64_t{sizeof(Token)} : 0};
   }
 
   // Row n of [extra; tokens] of image b.
