@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_CUDA_ARCH_LIST = "80;90a;100"  # the newest one is included as PTX too
 
 # Sources compiled once per instruction-set level, chosen among at run time (csrc/common/isa.h).
-PER_ISA_SOURCES = {"csrc/attention_core/cpu/forward.cpp", "csrc/attention_core/cpu/backward.cpp"}
+PER_ISA_SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/cpu/*.cpp")}
 ISA_LEVELS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_LEVELS.update(

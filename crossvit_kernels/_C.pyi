@@ -4,6 +4,7 @@ _Problem = tuple[int, int, int, int, bool, float]
 _Rows = tuple[int, int, int]
 _Tokens = tuple[int, int, int, int, int, int]
 _Mask = tuple[int, int, int]
+_Parameter = tuple[int, int]
 
 cuda_architectures: str
 
@@ -21,6 +22,15 @@ def attention_core_backward(
     dlse: int,
     du: _Rows,
     dx: _Tokens,
+) -> None: ...
+def cross_attention_forward(
+    problem: tuple[int, int, int, int, int, float],
+    cls: _Parameter,
+    tokens: _Tokens,
+    weights: list[_Parameter],
+    residual_scale: _Parameter,
+    saved: list[int],
+    new_cls: _Parameter,
 ) -> None: ...
 def usable_isas() -> list[str]: ...
 def active_isa() -> str: ...

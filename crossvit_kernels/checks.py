@@ -36,13 +36,15 @@ def unit_stride(name: str, t: Tensor) -> None:
 
 
 def same_device_and_dtype(like_name: str, like: Tensor, **tensors: Tensor | None) -> None:
-    """One device for all and, outside of autocast, one dtype."""
+    """One device for all and one dtype; autocast may mix all but float64."""
     for name, t in tensors.items():
         if t is None:
             continue
         if t.device != like.device:
             raise ValueError(f"{name}: is on {t.device}, but {like_name} is on {like.device}")
-        if t.dtype != like.dtype and not _autocast_is_on(like.device.type):
+        if t.dtype != like.dtype and (
+            torch.float64 in (t.dtype, like.dtype) or not _autocast_is_on(like.device.type)
+        ):
             raise TypeError(
                 f"{name}: is {t.dtype}, but {like_name} is {like.dtype}; convert one, or use "
                 "torch.autocast"

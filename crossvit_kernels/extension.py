@@ -72,5 +72,10 @@ def mask(key_mask: Tensor | None) -> tuple[int, int, int]:
     return key_mask.data_ptr(), key_mask.stride(0), key_mask.stride(1)
 
 
+def parameter(t: Tensor | None) -> tuple[int, int]:
+    """A contiguous tensor of any shape; None is a null address."""
+    return (_NOTHING, 0) if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype])
+
+
 def optional(t: Tensor | None) -> int:
     return _NOTHING if t is None else t.data_ptr()

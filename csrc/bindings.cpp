@@ -6,12 +6,14 @@
 
 #include "attention_core/params.h"
 #include "common/isa.h"
+#include "cross_attention/params.h"
 #ifdef CROSSVIT_WITH_CUDA
 #include "common/device.h"
 #endif
 
 namespace py = pybind11;
 namespace core = crossvit::attention_core;
+namespace fusion = crossvit::cross_attention;
 
 namespace {
 
@@ -47,6 +49,29 @@ core::Mask to_mask(const MaskArg& arg) {
   return {pointer<const bool>(data), batch_stride, token_stride};
 }
 
+using ParameterArg = std::tuple<Address, int>;
+
+fusion::Parameter to_parameter(const ParameterArg& arg) {
+  return {pointer<const void>(std::get<0>(arg)), crossvit::DType(std::get<1>(arg))};
+}
+
+// In the order of crossvit_kernels.FusionWeights.
+fusion::Weights to_weights(const std::vector<ParameterArg>& args) {
+  if (args.size() != 18) throw py::value_error("a fusion has 18 weights");
+  const auto layer = [&](int i) {
+    return fusion::Layer{to_parameter(args[2 * i]), to_parameter(args[2 * i + 1])};
+  };
+  return {layer(0), layer(1), layer(2), layer(3), layer(4), layer(5), layer(6), layer(7), layer(8)};
+}
+
+// y0, q, kt, m, lse, o, y
+using SavedArg = std::array<Address, 7>;
+
+fusion::Saved to_saved(const SavedArg& arg) {
+  const auto at = [&](int i) { return pointer<void>(arg[i]); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -73,6 +98,20 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("problem"), py::arg("x"), py::arg("u"), py::arg("mask"), py::arg("m"), py::arg("lse"),
       py::arg("dm"), py::arg("dlse"), py::arg("du"), py::arg("dx"), Released());
+
+  m.def(
+      "cross_attention_forward",
+      [](const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, double>& problem,
+         const ParameterArg& cls, const TokensArg& tokens, const std::vector<ParameterArg>& weights,
+         const ParameterArg& residual_scale, const SavedArg& saved, const ParameterArg& new_cls) {
+        const auto& [batch, num_tokens, channels, own_channels, num_heads, eps] = problem;
+        fusion::forward(
+            {batch, num_tokens, channels, own_channels, num_heads, eps, to_parameter(cls),
+             to_tokens(tokens), to_weights(weights), to_parameter(residual_scale), to_saved(saved),
+             pointer<void>(std::get<0>(new_cls)), crossvit::DType(std::get<1>(new_cls))});
+      },
+      py::arg("problem"), py::arg("cls"), py::arg("tokens"), py::arg("weights"),
+      py::arg("residual_scale"), py::arg("saved"), py::arg("new_cls"), Released());
 
   m.def("usable_isas", &crossvit::usable_isas);
   m.def("active_isa", &crossvit::active_isa_name);

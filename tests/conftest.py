@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import crossvit_kernels as ck
+from crossvit_kernels import extension
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +21,20 @@ def cpu_backend() -> str:
     if not backends["cpu"]:
         pytest.skip(backends.reasons["cpu"])
     return "cpu"
+
+
+def _isa_levels() -> list[str]:
+    return extension._C.usable_isas() if extension._C else []
+
+
+@pytest.fixture(params=_isa_levels())
+def isa_level(request: pytest.FixtureRequest):
+    """Each instruction-set level that this processor has, in use during the test."""
+    active = extension._C.active_isa()
+    extension._C.use_isa(request.param)
+    assert extension._C.active_isa() == request.param
+    yield request.param
+    extension._C.use_isa(active)
 
 
 @pytest.fixture

@@ -62,7 +62,9 @@ def autocast_dtype(t: torch.Tensor) -> torch.dtype | None:
 
 
 def autocast_linears(weights: Any, like: torch.Tensor, norms: tuple[str, ...]) -> Any:
-    """A NamedTuple of weights with those of the linear layers in autocast's dtype, as lists go.
+    """The weights of a NamedTuple, those of its linear layers in autocast's dtype.
+
+    Like autocast itself, it leaves float64 alone.
 
     Args:
         weights: NamedTuple whose fields are ``<layer>_weight`` and ``<layer>_bias``.
@@ -73,7 +75,9 @@ def autocast_linears(weights: Any, like: torch.Tensor, norms: tuple[str, ...]) -
     if dtype is None:
         return weights
     return [
-        w if w is None or name.rsplit("_", 1)[0] in norms else w.to(dtype)
+        w
+        if w is None or w.dtype == torch.float64 or name.rsplit("_", 1)[0] in norms
+        else w.to(dtype)
         for name, w in zip(weights._fields, weights, strict=True)
     ]
 

@@ -1,12 +1,12 @@
-"""The fusion on a CPU: the CLS path as small GEMMs of torch, the tokens in one C++ pass.
+"""The fusion on a CPU: forward in one C++ call, backward as GEMMs of torch around one C++ pass.
 
 Keys and values never exist (docs/derivation.md): with one query per head,
 
     kt_h = W_k,h^T q_h / sqrt(d)       u_h = gamma * kt_h       m_h = sum_n p_hn xhat_n
     z_h  = gamma * m_h + beta                           o_h = W_v,h z_h + b_v,h
 
-Per-head vectors are stored [h, B, C], as the batched GEMMs want them; the token pass reads and
-writes them through strides. Nothing of the tokens' size is allocated but their gradient.
+Per-head vectors are stored [h, B, C], as batched GEMMs want them; the token pass reads and writes
+them through strides. Nothing of the tokens' size is allocated but their gradient.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossvit_kernels.extension import accumulate_dtype
+from crossvit_kernels import extension
+from crossvit_kernels.extension import _C, accumulate_dtype
 from crossvit_kernels.ops import norm
 from crossvit_kernels.ops.attention_core import native as core
 from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 
 
 class Saved(NamedTuple):
-    """What forward keeps for backward: O(h C) an image, whatever the number of tokens."""
+    """What forward keeps for backward: O(h C) an image, whatever the number of tokens.
 
-    y0: Tensor  # [B, C]: f(cls)
+    In ``extension.accumulate_dtype`` of the tokens, except y0.
+    """
+
+    y0: Tensor  # [B, C], in the tokens' dtype: f(cls), as token 0
     q: Tensor  # [B, C], before the scale 1 / sqrt(d)
     kt: Tensor  # [h, B, C]
-    m: Tensor  # [h, B, C], float32 or float64
-    lse: Tensor  # [B, h], likewise
+    m: Tensor  # [h, B, C]
+    lse: Tensor  # [B, h]
     o: Tensor  # [B, C]
     y: Tensor  # [B, C]: f(cls) + scaled update
 
@@ -39,20 +43,19 @@ def why_not(tokens: Tensor) -> str | None:
     return core.why_not(tokens)
 
 
-def empty_saved(tokens: Tensor, w: FusionWeights, num_heads: int) -> Saved:
-    """Tensors of the shapes and dtypes that forward saves, for tracing."""
+def empty_saved(tokens: Tensor, num_heads: int) -> Saved:
+    """Memory for what forward saves."""
     batch, _, channels = tokens.shape
-    dtype, accumulate = w.proj_weight.dtype, accumulate_dtype(tokens)
-    vector = tokens.new_empty(batch, channels, dtype=dtype)
-    per_head = tokens.new_empty(num_heads, batch, channels, dtype=dtype)
+    dtype = accumulate_dtype(tokens)
+    vector, per_head = (batch, channels), (num_heads, batch, channels)
     return Saved(
-        y0=vector,
-        q=torch.empty_like(vector),
-        kt=per_head,
-        m=torch.empty_like(per_head, dtype=accumulate),
-        lse=tokens.new_empty(batch, num_heads, dtype=accumulate),
-        o=torch.empty_like(vector),
-        y=torch.empty_like(vector),
+        y0=tokens.new_empty(vector),
+        q=tokens.new_empty(vector, dtype=dtype),
+        kt=tokens.new_empty(per_head, dtype=dtype),
+        m=tokens.new_empty(per_head, dtype=dtype),
+        lse=tokens.new_empty((batch, num_heads), dtype=dtype),
+        o=tokens.new_empty(vector, dtype=dtype),
+        y=tokens.new_empty(vector, dtype=dtype),
     )
 
 
@@ -64,41 +67,25 @@ def forward(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Saved]:
-    batch, _, channels = tokens.shape
-    head_dim = channels // num_heads
-    dtype, accumulate = w.proj_weight.dtype, accumulate_dtype(tokens)
-    gamma, beta = w.norm_weight.to(accumulate), w.norm_bias.to(accumulate)
-
-    y0 = _norm_gelu_linear(
-        cls, w.proj_norm_weight, w.proj_norm_bias, w.proj_weight, w.proj_bias, eps
-    )
-    normed = norm.forward(y0, w.norm_weight, w.norm_bias, eps).to(dtype)
-    q = F.linear(normed, w.q_weight, w.q_bias)
-    kt = _scaled_bmm(
-        _heads(q, num_heads), w.k_weight.view(num_heads, head_dim, channels), head_dim**-0.5
-    )
-    m = kt.new_empty(kt.shape, dtype=accumulate)
-    _, lse = core.forward(
-        (kt * gamma).transpose(0, 1),
-        tokens,
-        key_mask=None,
-        extra_token=y0.to(tokens.dtype),
-        norm_eps=eps,
-        m_out=m.transpose(0, 1),
-    )
-    z = torch.addcmul(beta, m, gamma).to(dtype)
-    v_weight = w.v_weight.view(num_heads, head_dim, channels).transpose(1, 2)
-    if w.v_bias is None:
-        o = torch.bmm(z, v_weight)
-    else:
-        o = torch.baddbmm(w.v_bias.view(num_heads, 1, head_dim), z, v_weight)
-    o = o.transpose(0, 1).reshape(batch, channels)
-    update = F.linear(o, w.out_weight, w.out_bias)
-    y = y0 + (update if residual_scale is None else update * _column(residual_scale, dtype))
-    new_cls = _norm_gelu_linear(
-        y, w.back_norm_weight, w.back_norm_bias, w.back_weight, w.back_bias, eps
-    )
-    return new_cls, Saved(y0, q, kt, m, lse, o, y)
+    batch, num_tokens, channels = tokens.shape
+    dtype = accumulate_dtype(tokens)
+    saved = empty_saved(tokens, num_heads)
+    new_cls = cls.new_empty(cls.shape, dtype=w.back_weight.dtype)
+    if residual_scale is not None:
+        residual_scale = residual_scale.to(dtype).contiguous()
+    cls = cls.contiguous() if dtype != torch.float64 else cls.to(dtype).contiguous()
+    parameters = [None if p is None else p.contiguous() for p in w]
+    if batch:
+        _C.cross_attention_forward(
+            problem=(batch, num_tokens, channels, cls.shape[1], num_heads, eps),
+            cls=extension.parameter(cls),
+            tokens=extension.tokens(core.unit_stride(tokens), None),
+            weights=[extension.parameter(p) for p in parameters],
+            residual_scale=extension.parameter(residual_scale),
+            saved=[t.data_ptr() for t in saved],
+            new_cls=extension.parameter(new_cls),
+        )
+    return new_cls, saved
 
 
 def backward(
@@ -143,7 +130,7 @@ def backward(
         (kt * gamma).transpose(0, 1),
         tokens,
         key_mask=None,
-        extra_token=y0.to(tokens.dtype),
+        extra_token=y0,
         m=m.transpose(0, 1),
         lse=lse,
         norm_eps=eps,
@@ -155,7 +142,8 @@ def backward(
     dgamma += (du * kt).sum(dim=(0, 1))
     dkt = (du * gamma).to(dtype)
     scale = head_dim**-0.5
-    d_k_weight = _scaled_bmm(_heads(q, num_heads).transpose(1, 2), dkt, scale)
+    q_heads = _heads(q.to(dtype), num_heads)
+    d_k_weight = _scaled_bmm(q_heads.transpose(1, 2), dkt, scale)
     dq = _scaled_bmm(dkt, w.k_weight.view(per_head).transpose(1, 2), scale)
     dq = dq.transpose(0, 1).reshape(batch, channels)
     dy0_as_query, dgamma_query, dbeta_query, normed = norm.backward(
@@ -176,7 +164,7 @@ def backward(
         k_bias=None if w.k_bias is None else torch.zeros_like(w.k_bias),  # softmax drops b_k
         v_weight=d_v_weight,
         v_bias=None if w.v_bias is None else do.sum(dim=1).flatten(),
-        out_weight=dupdate.t() @ o,
+        out_weight=dupdate.t() @ o.to(dtype),
         out_bias=dupdate.sum(dim=0),
         back_norm_weight=d_back[0],
         back_norm_bias=d_back[1],
@@ -199,13 +187,6 @@ def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def _column(residual_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return residual_scale.to(dtype).unsqueeze(-1)
-
-
-def _norm_gelu_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
-    activated = F.gelu(norm.forward(x, norm_weight, norm_bias, eps))
-    return F.linear(activated.to(weight.dtype), weight, bias)
 
 
 def _norm_gelu_linear_backward(

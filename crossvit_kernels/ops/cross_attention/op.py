@@ -107,7 +107,7 @@ def _forward_fake(
 ) -> list[Tensor]:
     w = FusionWeights(*weights)
     new_cls = cls.new_empty(cls.shape, dtype=w.back_weight.dtype)
-    return [new_cls, *BACKENDS[backend].empty_saved(tokens, w, num_heads)]
+    return [new_cls, *BACKENDS[backend].empty_saved(tokens, num_heads)]
 
 
 def _backward_kernel(

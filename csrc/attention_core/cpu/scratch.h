@@ -34,7 +34,7 @@ class Scratch {
  public:
   explicit Scratch(int64_t count)
       : data_(static_cast<Scalar*>(
-            std::aligned_alloc(kVectorBytes, round_up(count * sizeof(Scalar), kVectorBytes)))) {
+            std::aligned_alloc(kVectorBytes, round_up(count * sizeof(Scalar) + 1, kVectorBytes)))) {
     if (!data_) throw std::bad_alloc();
   }
   ~Scratch() { std::free(data_); }

@@ -1,0 +1,265 @@
+"""The fusion's shapes and inputs, and its contenders: what they are, and what they must compute."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable
+
+import measure
+import torch
+import torch.nn.functional as F
+from measure import Tolerance
+from torch import Tensor
+
+import crossvit_kernels as ck
+from crossvit_kernels.ops.cross_attention import reference
+
+EPS = 1e-6
+
+Fusion = Callable[[Tensor, Tensor, ck.FusionWeights, int], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One point of measurement. ``tokens`` counts the rows attended to, the CLS included."""
+
+    tokens: int
+    batch: int
+    dim: int
+    own_dim: int
+    heads: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        return self.batch * (self.tokens - 1) * self.dim * self.dtype.itemsize
+
+    def floor_bytes(self, mode: str) -> int:
+        """What must cross the memory interface: the patches once, thrice with their gradient."""
+        cls = self.batch * self.own_dim
+        weights = 4 * self.dim**2 + 2 * self.dim * self.own_dim + 9 * self.dim + 3 * self.own_dim
+        if mode == "forward":
+            return self.token_bytes + (2 * cls + weights) * self.dtype.itemsize
+        # Read, read again, gradient written; of the CLS: in, out, and both gradients.
+        return 3 * self.token_bytes + (4 * cls + 3 * weights) * self.dtype.itemsize
+
+    def flops(self, mode: str) -> int:
+        """Of the absorbed algorithm: two products a head over the tokens, seven with backward."""
+        pass_over_tokens = 2 * self.tokens * self.dim * self.heads
+        projections = 8 * self.dim**2 + 4 * self.dim * self.own_dim
+        if mode == "forward":
+            return self.batch * (2 * pass_over_tokens + projections)
+        return self.batch * (7 * pass_over_tokens + 3 * projections)
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Weights, the upstream gradient, and (cls, tokens) pairs to rotate through."""
+
+    weights: ck.FusionWeights
+    upstream: Tensor
+    sets: list[tuple[Tensor, Tensor]]
+
+    def leaves(self, index: int) -> list[Tensor]:
+        """What gradients are taken of, for one pair."""
+        return [*self.sets[index], *(w for w in self.weights if w is not None)]
+
+
+def make_inputs(shape: Shape, device: torch.device, sets: int) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        x = torch.randn(*size, generator=generator, device=device) * scale + mean
+        return x.to(shape.dtype).requires_grad_()
+
+    def norm(width: int) -> list[Tensor]:
+        return [normal(width, scale=0.1, mean=1.0), normal(width, scale=0.1)]
+
+    def linear(fan_in: int, fan_out: int) -> list[Tensor]:
+        return [normal(fan_out, fan_in, scale=fan_in**-0.5), normal(fan_out, scale=0.1)]
+
+    def cls_and_tokens() -> tuple[Tensor, Tensor]:
+        branch = normal(shape.batch, shape.tokens, shape.dim)
+        patches = branch.detach()[:, 1:].requires_grad_()  # a view, as the model passes them
+        return normal(shape.batch, shape.own_dim), patches
+
+    dim, own_dim = shape.dim, shape.own_dim
+    tensors = norm(own_dim) + linear(own_dim, dim) + norm(dim)
+    for _ in range(4):  # q, k, v, out
+        tensors += linear(dim, dim)
+    tensors += norm(dim) + linear(dim, own_dim)
+    return Inputs(
+        # Parameters, so that CUDA graphs of compiled baselines need not copy them.
+        weights=ck.FusionWeights(*map(torch.nn.Parameter, tensors)),
+        upstream=normal(shape.batch, own_dim).detach(),
+        sets=[cls_and_tokens() for _ in range(sets)],
+    )
+
+
+def rotated_sets(shape: Shape, device: torch.device) -> int:
+    """So many that their tokens are four times a GPU's L2, or 2048; one on a CPU."""
+    if device.type == "cpu":
+        return 1
+    return min(max(2, math.ceil(4 * measure.l2_bytes(device) / shape.token_bytes)), 2048)
+
+
+# The contenders that PyTorch offers. They share f and g with the definition.
+
+
+def _lift(cls: Tensor, w: ck.FusionWeights) -> Tensor:
+    x = F.layer_norm(cls, cls.shape[-1:], w.proj_norm_weight, w.proj_norm_bias, EPS)
+    return F.linear(F.gelu(x), w.proj_weight, w.proj_bias)
+
+
+def _lower(y: Tensor, w: ck.FusionWeights) -> Tensor:
+    x = F.layer_norm(y, y.shape[-1:], w.back_norm_weight, w.back_norm_bias, EPS)
+    return F.linear(F.gelu(x), w.back_weight, w.back_bias)
+
+
+def eager(cls: Tensor, tokens: Tensor, w: ck.FusionWeights, heads: int) -> Tensor:
+    return reference.cross_attention_fusion(cls, tokens, w, heads, EPS)
+
+
+def sdpa(cls: Tensor, tokens: Tensor, w: ck.FusionWeights, heads: int) -> Tensor:
+    y0 = _lift(cls, w)
+    x = torch.cat([y0.unsqueeze(1), tokens], dim=1)
+    x = F.layer_norm(x, x.shape[-1:], w.norm_weight, w.norm_bias, EPS)
+
+    def split(t: Tensor) -> Tensor:
+        return t.view(*t.shape[:2], heads, -1).transpose(1, 2)
+
+    q = split(F.linear(x[:, :1], w.q_weight, w.q_bias))
+    k = split(F.linear(x, w.k_weight, w.k_bias))
+    v = split(F.linear(x, w.v_weight, w.v_bias))
+    pooled = F.scaled_dot_product_attention(q, k, v).flatten(1)  # [B, h, 1, d]
+    return _lower(y0 + F.linear(pooled, w.out_weight, w.out_bias), w)
+
+
+def _pool(u: Tensor, xhat: Tensor) -> Tensor:
+    return (u @ xhat.transpose(1, 2)).softmax(dim=-1) @ xhat
+
+
+def _pool_sdpa(u: Tensor, xhat: Tensor) -> Tensor:
+    # One head whose queries are our heads: keys and values are read once for all of them.
+    x = xhat.unsqueeze(1)
+    return F.scaled_dot_product_attention(u.unsqueeze(1), x, x, scale=1.0).squeeze(1)
+
+
+def absorbed(
+    cls: Tensor,
+    tokens: Tensor,
+    w: ck.FusionWeights,
+    heads: int,
+    pool: Callable[[Tensor, Tensor], Tensor] = _pool,
+) -> Tensor:
+    """W_k and W_v act on the query and on the pooled tokens, so that K and V never exist."""
+    dim = tokens.shape[-1]
+    y0 = _lift(cls, w)
+    q = F.linear(F.layer_norm(y0, (dim,), w.norm_weight, w.norm_bias, EPS), w.q_weight, w.q_bias)
+    q = (q * (dim // heads) ** -0.5).view(len(q), heads, -1).transpose(0, 1)  # [h, B, d]
+    u = (q @ w.k_weight.view(heads, -1, dim)).transpose(0, 1) * w.norm_weight  # [B, h, C]
+    xhat = F.layer_norm(torch.cat([y0.unsqueeze(1), tokens], dim=1), (dim,), eps=EPS)
+    z = pool(u, xhat) * w.norm_weight + w.norm_bias  # [B, h, C]
+    o = z.transpose(0, 1) @ w.v_weight.view(heads, -1, dim).transpose(1, 2)  # [h, B, d]
+    o = o.transpose(0, 1).flatten(1)
+    if w.v_bias is not None:
+        o = o + w.v_bias
+    return _lower(y0 + F.linear(o, w.out_weight, w.out_bias), w)
+
+
+def absorbed_sdpa(cls: Tensor, tokens: Tensor, w: ck.FusionWeights, heads: int) -> Tensor:
+    return absorbed(cls, tokens, w, heads, _pool_sdpa)
+
+
+def our_backend(name: str) -> Fusion:
+    """The fusion of crossvit_kernels on one backend."""
+
+    def fusion(cls: Tensor, tokens: Tensor, w: ck.FusionWeights, heads: int) -> Tensor:
+        return ck.cross_attention_fusion(cls, tokens, w, num_heads=heads, eps=EPS, backend=name)
+
+    return fusion
+
+
+def our_name(backend: str) -> str:
+    return f"ours ({backend})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    name: str
+    fusion: Fusion
+    ours: bool = False
+    compiled: bool = False
+    skip: str | None = None  # why it is not run
+
+
+def contenders(options: argparse.Namespace, shape: Shape, device: torch.device) -> list[Contender]:
+    torch._dynamo.reset()  # or each shape would count as a recompilation, and soon run eager
+
+    def compiled(fusion: Fusion) -> Fusion:
+        if options.no_compile:  # importing the compiler takes seconds
+            return fusion
+        run: Fusion = torch.compile(fusion, mode=options.compile_mode, dynamic=False)
+        if device.type == "cpu":
+            return run
+        new_step: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
+
+        def step(cls: Tensor, tokens: Tensor, w: ck.FusionWeights, heads: int) -> Tensor:
+            new_step()  # the last call's results are done with
+            return run(cls, tokens, w, heads)
+
+        return step
+
+    no_compile = "--no-compile" if options.no_compile else None
+    too_wide = "SDPA's fused kernels end at head dim 256" if shape.dim > 256 else None
+    return [
+        Contender("eager", eager),
+        Contender("eager, compiled", compiled(eager), compiled=True, skip=no_compile),
+        Contender("SDPA", sdpa),
+        Contender("absorbed", absorbed),
+        Contender("absorbed, compiled", compiled(absorbed), compiled=True, skip=no_compile),
+        Contender("absorbed, SDPA", absorbed_sdpa, skip=too_wide),
+        *(Contender(our_name(name), our_backend(name), ours=True) for name in options.backends),
+    ]
+
+
+Caller = Callable[[int], tuple[Tensor | None, ...]]
+
+RESULTS = ("output", "grad cls", "grad tokens", *map("grad {}".format, ck.FusionWeights._fields))
+
+
+def caller(fusion: Fusion, inputs: Inputs, heads: int, mode: str) -> Caller:
+    """A function of an input set's number that returns what ``RESULTS`` names."""
+    sets, count = inputs.sets, len(inputs.sets)
+    leaves = [inputs.leaves(index) for index in range(count)]
+
+    def forward(index: int) -> tuple[Tensor]:
+        return (fusion(*sets[index % count], inputs.weights, heads),)
+
+    def train(index: int) -> tuple[Tensor | None, ...]:
+        (output,) = forward(index)
+        # allow_unused: the absorbed form has no use for k_bias, whose gradient is zero.
+        gradients = torch.autograd.grad(
+            output, leaves[index % count], inputs.upstream, allow_unused=True
+        )
+        return output, *gradients
+
+    return forward if mode == "forward" else train
+
+
+def tolerances(inputs: Inputs, heads: int, mode: str) -> dict[str, Tolerance]:
+    """For each result its float64 value, and the error that eager makes in the run's dtype."""
+    cls, tokens, *weights = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves(0)]
+    doubled = Inputs(ck.FusionWeights(*weights), inputs.upstream.double(), [(cls, tokens)])
+    allowed = {}
+    exact = caller(eager, doubled, heads, mode)(0)
+    usual = caller(eager, inputs, heads, mode)(0)
+    for name, e, u in zip(RESULTS, exact, usual, strict=False):
+        assert e is not None and u is not None, "the definition uses every input"
+        allowed[name] = Tolerance(e.detach(), measure.error_of(u, e.detach()), u.dtype)
+    if mode == "train":  # that of k_bias is exactly zero: rounding is relative to its like
+        scale = measure.rms(allowed["grad v_bias"].exact)
+        allowed["grad k_bias"] = dataclasses.replace(allowed["grad k_bias"], scale=scale)
+    return allowed

@@ -1,0 +1,211 @@
+// The fusion of one branch, forward. Compiled once for each instruction-set level; CROSSVIT_ISA
+// names the level's namespace.
+//
+// Three parallel loops: over blocks of kImages images the CLS paths up to u, as small matrix
+// products that share each weight read; the token pass; and the CLS paths from m on. Between the
+// first and the last the tokens stream through the caches: the weights are read from memory twice,
+// not once an image.
+
+#include "attention_core/cpu/forward.h"
+#include "cross_attention/cpu/linear.h"
+
+namespace crossvit::cross_attention {
+namespace {
+
+namespace core = attention_core;
+
+template <class Token>
+class Fusion {
+ public:
+  using Scalar = core::ScalarFor<Token>;
+  using V = Vector<Scalar>;
+
+  explicit Fusion(const ForwardParams& params)
+      : params_(params),
+        channels_(params.channels),
+        head_dim_(params.channels / params.num_heads),
+        stride_(padded<Scalar>(channels_)),
+        own_stride_(padded<Scalar>(params.own_channels)),
+        batch_(round_up(params.batch, kImages)),
+        proj_(matrix(params.weights.proj, channels_, params.own_channels)),
+        query_(matrix(params.weights.query, channels_, channels_)),
+        key_(params.weights.key.weight, channels_, channels_, true),
+        value_(params.weights.value.weight, channels_, channels_, head_dim_ % 2 == 0),
+        out_(matrix(params.weights.out, channels_, channels_)),
+        back_(matrix(params.weights.back, params.own_channels, channels_)),
+        vectors_(9 * stride_ + 3 * own_stride_),
+        proj_norm_{vectors_.load(params.weights.proj_norm.weight, params.own_channels),
+                   vectors_.load(params.weights.proj_norm.bias, params.own_channels)},
+        norm_{vectors_.load(params.weights.norm.weight, channels_),
+              vectors_.load(params.weights.norm.bias, channels_)},
+        back_norm_{vectors_.load(params.weights.back_norm.weight, channels_),
+                   vectors_.load(params.weights.back_norm.bias, channels_)},
+        proj_bias_(vectors_.load(params.weights.proj.bias, channels_)),
+        query_bias_(vectors_.load(params.weights.query.bias, channels_)),
+        value_bias_(vectors_.load(params.weights.value.bias, channels_)),
+        out_bias_(vectors_.load(params.weights.out.bias, channels_)),
+        back_bias_(vectors_.load(params.weights.back.bias, params.own_channels)),
+        u_memory_(params.num_heads * batch_ * stride_),
+        u_(u_memory_.take(params.num_heads * batch_ * stride_)) {
+    core::Tokens tokens = params.tokens;
+    tokens.extra = params.saved.y0;
+    tokens.extra_batch_stride = channels_;
+    core_ = {{params.batch, params.num_tokens + 1, params.num_heads, channels_, true, params.eps},
+             tokens,
+             {u_, stride_, batch_ * stride_},
+             {nullptr, 0, 0},
+             {params.saved.m, channels_, params.batch * channels_},
+             params.saved.lse};
+  }
+
+  void run() {
+    each_block([&](Block& block, int64_t first) { before_tokens(block, first); });
+    core::forward_tokens<Token>(core_);
+    each_block([&](Block& block, int64_t first) { after_tokens(block, first); });
+  }
+
+ private:
+  // Scratch for kImages images.
+  struct Block {
+    explicit Block(const Fusion& fusion)
+        : memory(kImages * (3 * fusion.stride_ + 2 * fusion.own_stride_)),
+          own(memory.take(kImages * fusion.own_stride_)),
+          own_out(memory.take(kImages * fusion.own_stride_)),
+          a(memory.take(kImages * fusion.stride_)),
+          b(memory.take(kImages * fusion.stride_)),
+          c(memory.take(kImages * fusion.stride_)) {
+      std::memset(own, 0, kImages * 2 * fusion.own_stride_ * sizeof(Scalar));
+      std::memset(a, 0, kImages * 3 * fusion.stride_ * sizeof(Scalar));
+    }
+
+    Scratch<Scalar> memory;
+    Scalar *own, *own_out;  // [kImages, C_own]
+    Scalar *a, *b, *c;      // [kImages, C]
+  };
+
+  template <class Run>
+  void each_block(const Run& run) {
+    parallel_for(batch_ / kImages, [&](int64_t begin, int64_t end) {
+      Block block(*this);
+      for (int64_t i = begin; i < end; ++i) run(block, i * kImages);
+    });
+  }
+
+  static Matrix<Scalar> matrix(const Layer& layer, int64_t out, int64_t in) {
+    return {layer.weight, out, in, out % 2 == 0};
+  }
+
+  int images(int64_t first) const { return minimum(kImages, params_.batch - first); }
+  Scalar* saved(void* tensor, int64_t b) const {
+    return static_cast<Scalar*>(tensor) + b * channels_;
+  }
+  Scalar* saved(void* tensor, int64_t h, int64_t b) const {
+    return saved(tensor, h * params_.batch + b);
+  }
+
+  // y0 = f(cls), q = W_q LN(y0) + b_q, kt_h = W_k,h^T q_h / sqrt(d), u_h = gamma * kt_h
+  void before_tokens(Block& block, int64_t first) {
+    const int count = images(first);
+    for (int i = 0; i < count; ++i) {
+      Scalar* const cls = block.own + i * own_stride_;
+      load_row(cls, params_.cls, (first + i) * params_.own_channels, params_.own_channels);
+      norm_gelu(cls, cls, proj_norm_, params_.own_channels);
+    }
+    linear(block.c, stride_, block.own, own_stride_, proj_.rows, proj_bias_, channels_);
+    for (int i = 0; i < count; ++i) {
+      Token* const y0 = static_cast<Token*>(params_.saved.y0) + (first + i) * channels_;
+      write_row(y0, block.c + i * stride_, channels_);
+      // In full precision it waits where y will be.
+      write_row(saved(params_.saved.y, first + i), block.c + i * stride_, channels_);
+      norm_.apply(block.a + i * stride_, block.c + i * stride_, channels_, Scalar(params_.eps));
+    }
+    linear(block.b, stride_, block.a, stride_, query_.rows, query_bias_, channels_);
+    for (int i = 0; i < count; ++i)
+      write_row(saved(params_.saved.q, first + i), block.b + i * stride_, channels_);
+
+    const Scalar scale = 1 / sqrt(Scalar(head_dim_));
+    core::NoPrefetch ahead(nullptr, 0);
+    for (int64_t h = 0; h < params_.num_heads; ++h) {
+      core::rank_update<Scalar>(block.c, nullptr, {block.b + h * head_dim_, stride_, 1}, kImages,
+                                key_.rows + h * head_dim_ * stride_, head_dim_, stride_, ahead);
+      for (int i = 0; i < count; ++i) {
+        Scalar* const kt = block.c + i * stride_;
+        Scalar* const u = u_ + (h * batch_ + first + i) * stride_;
+        for (int64_t c = 0; c < stride_; c += kLanes<Scalar>) {
+          store(kt + c, load(kt + c) * scale);
+          store(u + c, load(kt + c) * load(norm_.weight + c));
+        }
+        write_row(saved(params_.saved.kt, h, first + i), kt, channels_);
+      }
+    }
+  }
+
+  // o_h = W_v,h (gamma * m_h + beta) + b_v,h, y = y0 + r (W_o o + b_o), new_cls = g(y)
+  void after_tokens(Block& block, int64_t first) {
+    const int count = images(first);
+    for (int64_t h = 0; h < params_.num_heads; ++h) {
+      for (int i = 0; i < count; ++i) {
+        Scalar* const z = block.a + i * stride_;
+        const Scalar* const m = saved(params_.saved.m, h, first + i);
+        for (int64_t c = 0; c < channels_; ++c) z[c] = m[c] * norm_.weight[c] + norm_.bias[c];
+      }
+      linear(block.b + h * head_dim_, stride_, block.a, stride_,
+             value_.rows + h * head_dim_ * stride_, value_bias_ + h * head_dim_, head_dim_);
+    }
+    linear(block.c, stride_, block.b, stride_, out_.rows, out_bias_, channels_);
+    for (int i = 0; i < count; ++i) {
+      write_row(saved(params_.saved.o, first + i), block.b + i * stride_, channels_);
+      Scalar* const y = block.c + i * stride_;
+      const void* const scales = params_.residual_scale.data;
+      const Scalar scale = scales ? static_cast<const Scalar*>(scales)[first + i] : Scalar{1};
+      Scalar* const y_out = saved(params_.saved.y, first + i);  // y0 until now
+      for (int64_t c = 0; c < channels_; ++c) y_out[c] = y[c] = y_out[c] + y[c] * scale;
+      norm_gelu(block.a + i * stride_, y, back_norm_, channels_);
+    }
+    linear(block.own_out, own_stride_, block.a, stride_, back_.rows, back_bias_,
+           params_.own_channels);
+    for (int i = 0; i < count; ++i) write_new_cls(first + i, block.own_out + i * own_stride_);
+  }
+
+  void norm_gelu(Scalar* to, const Scalar* from, const LayerNorm<Scalar>& norm, int64_t channels) {
+    norm.apply(to, from, channels, Scalar(params_.eps));
+    for (int64_t c = 0; c < padded<Scalar>(channels); c += kLanes<Scalar>)
+      store(to + c, gelu(load(to + c)));
+  }
+
+  template <class Element>
+  static void write_row(Element* to, const Scalar* from, int64_t count) {
+    int64_t c = 0;
+    for (; c + kLanes<Scalar> <= count; c += kLanes<Scalar>) store(to + c, load(from + c));
+    if (c < count) store_partial<Scalar>(to + c, load(from + c), count - c);
+  }
+
+  void write_new_cls(int64_t b, const Scalar* from) {
+    const int64_t own = params_.own_channels;
+    visit<Scalar>({params_.new_cls, params_.new_cls_dtype}, [&](const auto* data) {
+      using Element = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+      write_row(const_cast<Element*>(data) + b * own, from, own);
+    });
+  }
+
+  const ForwardParams& params_;
+  const int64_t channels_, head_dim_, stride_, own_stride_, batch_;
+  const Matrix<Scalar> proj_, query_, key_, value_, out_, back_;
+  Vectors<Scalar> vectors_;
+  const LayerNorm<Scalar> proj_norm_, norm_, back_norm_;
+  const Scalar *proj_bias_, *query_bias_, *value_bias_, *out_bias_, *back_bias_;
+  Scratch<Scalar> u_memory_;
+  Scalar* const u_;  // [h, batch_, C]
+  core::ForwardParams core_;
+};
+
+}  // namespace
+
+namespace CROSSVIT_ISA {
+
+void forward(const ForwardParams& params) {
+  core::dispatch(params.tokens.dtype, [&](auto token) { Fusion<decltype(token)>(params).run(); });
+}
+
+}  // namespace CROSSVIT_ISA
+}  // namespace crossvit::cross_attention
