@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) in the dtype of its parameters: float32 under autocast, as in eager mode."""
-    return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps)
+class Normalized(NamedTuple):
+    """LayerNorm(x) and its statistics [..., 1], all in the dtype of LayerNorm's parameters.
+
+    That is float32 under autocast, as in eager mode.
+    """
+
+    normed: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Normalized:
+    normed = torch.native_layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps)
+    return Normalized(*normed)
 
 
 def backward(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx in x's dtype, dweight, dbias, LayerNorm(x)): statistics and output are recomputed."""
-    x_cast, shape = x.to(weight.dtype), x.shape[-1:]
-    normed, mean, rstd = torch.native_layer_norm(x_cast, shape, weight, bias, eps)
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx in x's dtype, dweight, dbias)."""
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dout.to(weight.dtype), x_cast, shape, mean, rstd, weight, bias, [True, True, True]
+        dout.to(weight.dtype),
+        x.to(weight.dtype),
+        x.shape[-1:],
+        mean,
+        rstd,
+        weight,
+        bias,
+        [True, True, True],
     )
-    return dx.to(x.dtype), dweight, dbias, normed
+    return dx.to(x.dtype), dweight, dbias
 
 
 def add_residual(

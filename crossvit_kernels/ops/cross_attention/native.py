@@ -146,8 +146,9 @@ def backward(
     d_k_weight = _scaled_bmm(q_heads.transpose(1, 2), dkt, scale)
     dq = _scaled_bmm(dkt, w.k_weight.view(per_head).transpose(1, 2), scale)
     dq = dq.transpose(0, 1).reshape(batch, channels)
-    dy0_as_query, dgamma_query, dbeta_query, normed = norm.backward(
-        dq @ w.q_weight, y0, w.norm_weight, w.norm_bias, eps
+    normed, *statistics = norm.forward(y0, w.norm_weight, w.norm_bias, eps)
+    dy0_as_query, dgamma_query, dbeta_query = norm.backward(
+        dq @ w.q_weight, y0, w.norm_weight, w.norm_bias, *statistics
     )
 
     dy0 = dy + dy0_as_query + dy0_as_token
@@ -194,11 +195,8 @@ def _norm_gelu_linear_backward(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """dx, and the gradients of norm_weight, norm_bias, weight and bias."""
     dout = dout.to(weight.dtype)
-    x_cast, shape = x.to(norm_weight.dtype), x.shape[-1:]
-    normed, mean, rstd = torch.native_layer_norm(x_cast, shape, norm_weight, norm_bias, eps)
+    normed, *statistics = norm.forward(x, norm_weight, norm_bias, eps)
     dweight = dout.t() @ F.gelu(normed).to(weight.dtype)
     dnormed = torch.ops.aten.gelu_backward((dout @ weight).to(normed.dtype), normed)
-    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-        dnormed, x_cast, shape, mean, rstd, norm_weight, norm_bias, [True, True, True]
-    )
-    return dx.to(x.dtype), (dnorm_weight, dnorm_bias, dweight, dout.sum(dim=0))
+    dx, dnorm_weight, dnorm_bias = norm.backward(dnormed, x, norm_weight, norm_bias, *statistics)
+    return dx, (dnorm_weight, dnorm_bias, dweight, dout.sum(dim=0))

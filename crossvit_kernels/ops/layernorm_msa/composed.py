@@ -21,8 +21,11 @@ _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class Saved(NamedTuple):
-    """What forward keeps for backward: no N x N matrix, and not LayerNorm's output."""
+    """What forward keeps for backward: no N x N matrix."""
 
+    normed: Tensor  # [B, N, C]
+    mean: Tensor  # [B, N, 1], of x whatever stands in for its row 0
+    rstd: Tensor  # [B, N, 1]
     qkv: Tensor  # [B, N, 3 C]
     heads: Tensor  # [B, h, N, d]: the attention's output
     lse: Tensor  # [B, h, N]
@@ -41,7 +44,15 @@ def empty_saved(x: Tensor, w: MsaWeights, num_heads: int) -> Saved:
     heads = x.new_empty(batch, num_tokens, num_heads, channels // num_heads, dtype=dtype)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     lse = x.new_empty(batch, num_tokens, num_heads, dtype=statistics)
-    return Saved(qkv, heads.transpose(1, 2), lse.transpose(1, 2))
+    mean = x.new_empty(batch, num_tokens, 1, dtype=w.norm_weight.dtype)
+    return Saved(
+        normed=x.new_empty(x.shape, dtype=dtype),
+        mean=mean,
+        rstd=torch.empty_like(mean),
+        qkv=qkv,
+        heads=heads.transpose(1, 2),
+        lse=lse.transpose(1, 2),
+    )
 
 
 def forward(
@@ -52,11 +63,15 @@ def forward(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Saved]:
-    normed = _normed(x, cls, w, eps).to(w.qkv_weight.dtype)
+    normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
+    if cls is not None:
+        normed[:, 0] = norm.forward(cls, w.norm_weight, w.norm_bias, eps).normed
+    normed = normed.to(w.qkv_weight.dtype)
     qkv = F.linear(normed, w.qkv_weight, w.qkv_bias)
     heads, lse = _attention(*_split(qkv, num_heads))
     update = F.linear(_joined(heads), w.out_weight, w.out_bias)
-    return norm.add_residual(x, update, residual_scale, cls), Saved(qkv, heads, lse)
+    y = norm.add_residual(x, update, residual_scale, cls)
+    return y, Saved(normed, mean, rstd, qkv, heads, lse)
 
 
 def backward(
@@ -70,7 +85,7 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None, MsaWeights]:
     """(dx, dcls, gradients of the weights; None where the weight is None)."""
-    qkv, heads, lse = saved
+    normed, mean, rstd, qkv, heads, lse = saved
     channels = x.shape[-1]
     dupdate = norm.scale_update(dy, residual_scale, w.out_weight.dtype).reshape(-1, channels)
     dheads = (dupdate @ w.out_weight).view(*x.shape[:2], num_heads, -1).transpose(1, 2)
@@ -84,40 +99,32 @@ def backward(
         dim=2,
     ).view(-1, 3 * channels)
     dnormed = (dqkv @ w.qkv_weight).view(x.shape)
-    if cls is None:
-        dcls = None
-    else:
+    dcls = None
+    if cls is not None:
         # Row 0 belongs to cls: with its gradient taken out, x's own row 0 contributes nothing.
-        dcls, *d_norm_cls, cls_normed = norm.backward(
-            dnormed[:, 0], cls, w.norm_weight, w.norm_bias, eps
+        _, *statistics = norm.forward(cls, w.norm_weight, w.norm_bias, eps)
+        dcls, *d_norm_cls = norm.backward(
+            dnormed[:, 0], cls, w.norm_weight, w.norm_bias, *statistics
         )
         dnormed[:, 0] = 0
-    dx, d_norm_weight, d_norm_bias, normed = norm.backward(
-        dnormed, x, w.norm_weight, w.norm_bias, eps
+    dx, d_norm_weight, d_norm_bias = norm.backward(
+        dnormed, x, w.norm_weight, w.norm_bias, mean, rstd
     )
     dx.add_(dy)
     if dcls is not None:
         dcls += dy[:, 0]
         dx[:, 0] = 0
-        normed[:, 0] = cls_normed
         d_norm_weight += d_norm_cls[0]
         d_norm_bias += d_norm_cls[1]
     d_weights = MsaWeights(
         norm_weight=d_norm_weight,
         norm_bias=d_norm_bias,
-        qkv_weight=dqkv.t() @ normed.view(-1, channels).to(dqkv.dtype),
+        qkv_weight=dqkv.t() @ normed.view(-1, channels),
         qkv_bias=None if w.qkv_bias is None else dqkv.sum(dim=0),
         out_weight=dupdate.t() @ _joined(heads).view(-1, channels),
         out_bias=dupdate.sum(dim=0),
     )
     return dx, dcls, d_weights
-
-
-def _normed(x: Tensor, cls: Tensor | None, w: MsaWeights, eps: float) -> Tensor:
-    normed = norm.forward(x, w.norm_weight, w.norm_bias, eps)
-    if cls is not None:
-        normed[:, 0] = norm.forward(cls, w.norm_weight, w.norm_bias, eps)
-    return normed
 
 
 def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
