@@ -11,7 +11,8 @@ them through strides. Nothing of the tokens' size is allocated but their gradien
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,42 +93,43 @@ def backward(
     d_new_cls: Tensor,
     cls: Tensor,
     tokens: Tensor,
-    w: FusionWeights,
+    weights: FusionWeights,
     residual_scale: Tensor | None,
     saved: Saved,
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, FusionWeights]:
     """(dcls, dtokens, gradients of the weights; None where the weight is None)."""
+    # In the precision of the token pass throughout: casting the weights costs less than small GEMMs
+    # in 16 bits do.
+    dtype = accumulate_dtype(tokens)
+    w = _cast(weights, [dtype] * len(weights))
     y0, q, kt, m, lse, o, y = saved
     batch, _, channels = tokens.shape
     head_dim = channels // num_heads
-    dtype, accumulate = w.proj_weight.dtype, accumulate_dtype(tokens)
-    gamma, beta = w.norm_weight.to(accumulate), w.norm_bias.to(accumulate)
     per_head = (num_heads, head_dim, channels)
+    scale = head_dim**-0.5
 
     # g, residual, W_o
     dy, d_back = _norm_gelu_linear_backward(
-        d_new_cls, y, w.back_norm_weight, w.back_norm_bias, w.back_weight, eps
+        d_new_cls.to(dtype), y, w.back_norm_weight, w.back_norm_bias, w.back_weight, eps
     )
-    dupdate = dy.to(dtype)
-    if residual_scale is not None:
-        dupdate = dupdate * _column(residual_scale, dtype)
+    dupdate = dy if residual_scale is None else dy * residual_scale.to(dtype).unsqueeze(-1)
     do = _heads(dupdate @ w.out_weight, num_heads)
 
     # o_h = W_v,h z_h + b_v,h with z_h = gamma * m_h + beta
-    z = torch.addcmul(beta, m, gamma).to(dtype)
-    d_v_weight = torch.bmm(do.transpose(1, 2), z).view(channels, channels)
-    dz = torch.bmm(do, w.v_weight.view(per_head)).to(accumulate)
+    z = torch.addcmul(w.norm_bias, m, w.norm_weight)
+    d_v_weight = torch.bmm(do.transpose(1, 2), z)
+    dz = torch.bmm(do, w.v_weight.view(per_head))
     dgamma = (dz * m).sum(dim=(0, 1))
     dbeta = dz.sum(dim=(0, 1))
 
     # The token pass, with u_h = gamma * kt_h
     du = torch.empty_like(m)
     _, dtokens, dy0_as_token = core.backward(
-        (dz * gamma).transpose(0, 1),
+        (dz * w.norm_weight).transpose(0, 1),
         None,
-        (kt * gamma).transpose(0, 1),
+        (kt * w.norm_weight).transpose(0, 1),
         tokens,
         key_mask=None,
         extra_token=y0,
@@ -138,14 +140,13 @@ def backward(
     )
     assert dy0_as_token is not None
 
-    # kt_h = W_k,h^T q_h, q = (W_q LN(y0) + b_q) / sqrt(d)
+    # kt_h = W_k,h^T q_h / sqrt(d), q = W_q LN(y0) + b_q
     dgamma += (du * kt).sum(dim=(0, 1))
-    dkt = (du * gamma).to(dtype)
-    scale = head_dim**-0.5
-    q_heads = _heads(q.to(dtype), num_heads)
-    d_k_weight = _scaled_bmm(q_heads.transpose(1, 2), dkt, scale)
+    dkt = du * w.norm_weight
+    d_k_weight = _scaled_bmm(_heads(q, num_heads).transpose(1, 2), dkt, scale)
     dq = _scaled_bmm(dkt, w.k_weight.view(per_head).transpose(1, 2), scale)
     dq = dq.transpose(0, 1).reshape(batch, channels)
+    y0 = y0.to(dtype)
     normed, *statistics = norm.forward(y0, w.norm_weight, w.norm_bias, eps)
     dy0_as_query, dgamma_query, dbeta_query = norm.backward(
         dq @ w.q_weight, y0, w.norm_weight, w.norm_bias, *statistics
@@ -153,26 +154,36 @@ def backward(
 
     dy0 = dy + dy0_as_query + dy0_as_token
     dcls, d_proj = _norm_gelu_linear_backward(
-        dy0, cls, w.proj_norm_weight, w.proj_norm_bias, w.proj_weight, eps
+        dy0, cls.to(dtype), w.proj_norm_weight, w.proj_norm_bias, w.proj_weight, eps
     )
     d_weights = FusionWeights(
         *d_proj,
-        norm_weight=(dgamma + dgamma_query).to(w.norm_weight.dtype),
-        norm_bias=(dbeta + dbeta_query).to(w.norm_bias.dtype),
-        q_weight=dq.t() @ normed.to(dtype),
-        q_bias=None if w.q_bias is None else dq.sum(dim=0),
+        norm_weight=dgamma + dgamma_query,
+        norm_bias=dbeta + dbeta_query,
+        q_weight=dq.t() @ normed,
+        q_bias=dq.sum(dim=0),
         k_weight=d_k_weight.view(channels, channels),
-        k_bias=None if w.k_bias is None else torch.zeros_like(w.k_bias),  # softmax drops b_k
-        v_weight=d_v_weight,
-        v_bias=None if w.v_bias is None else do.sum(dim=1).flatten(),
-        out_weight=dupdate.t() @ o.to(dtype),
+        k_bias=torch.zeros_like(dgamma),  # softmax drops b_k
+        v_weight=d_v_weight.view(channels, channels),
+        v_bias=do.sum(dim=1).flatten(),
+        out_weight=dupdate.t() @ o,
         out_bias=dupdate.sum(dim=0),
         back_norm_weight=d_back[0],
         back_norm_bias=d_back[1],
         back_weight=d_back[2],
         back_bias=d_back[3],
     )
-    return dcls, dtokens, d_weights
+    dtypes = [None if t is None else t.dtype for t in weights]
+    return dcls.to(cls.dtype), dtokens, _cast(d_weights, dtypes)
+
+
+def _cast(weights: FusionWeights, dtypes: Sequence[torch.dtype | None]) -> FusionWeights:
+    """Each weight in its dtype; None where there is no weight or no dtype."""
+    pairs: list[Any] = [
+        None if t is None or dtype is None else t.to(dtype)
+        for t, dtype in zip(weights, dtypes, strict=True)
+    ]
+    return FusionWeights(*pairs)
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -186,17 +197,12 @@ def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(unused, a, b, beta=0, alpha=scale)
 
 
-def _column(residual_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return residual_scale.to(dtype).unsqueeze(-1)
-
-
 def _norm_gelu_linear_backward(
     dout: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """dx, and the gradients of norm_weight, norm_bias, weight and bias."""
-    dout = dout.to(weight.dtype)
     normed, *statistics = norm.forward(x, norm_weight, norm_bias, eps)
-    dweight = dout.t() @ F.gelu(normed).to(weight.dtype)
-    dnormed = torch.ops.aten.gelu_backward((dout @ weight).to(normed.dtype), normed)
+    dnormed = torch.ops.aten.gelu_backward(dout @ weight, normed)
     dx, dnorm_weight, dnorm_bias = norm.backward(dnormed, x, norm_weight, norm_bias, *statistics)
+    dweight = dout.t() @ F.gelu(normed)
     return dx, (dnorm_weight, dnorm_bias, dweight, dout.sum(dim=0))

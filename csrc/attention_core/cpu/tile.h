@@ -78,6 +78,7 @@ class Tile {
   Scalar* const bias;  // [kMaxTile]; 0 or, where there is no token, -inf
 
  private:
+  static constexpr bool kConverts = !std::is_same_v<Token, Scalar>;
   static constexpr int kBlock = Shape<Scalar>::kTokenBlock;
   static constexpr int kRowsAtOnce = kBlock < 4 ? kBlock : 4;
 
@@ -91,10 +92,11 @@ class Tile {
   // of them together. The variance takes a second look at the row; E[x^2] - mean^2 would cancel.
   void centre(int first, const Token* const* from, int count) {
     V means{};
-    if (problem_.normalize) {
+    if (problem_.normalize || kConverts) {
       V sums[kLanes<Scalar>] = {};
-      for (int t = 0; t < count; t += kRowsAtOnce) add_channels(from + t, sums + t);
-      means = sum_each<Scalar>(sums) / Scalar(problem_.channels);
+      for (int t = 0; t < count; t += kRowsAtOnce)
+        add_channels(rows + (first + t) * stride_, from + t, sums + t);
+      if (problem_.normalize) means = sum_each<Scalar>(sums) / Scalar(problem_.channels);
     }
     V squares[kLanes<Scalar>] = {};
     for (int t = 0; t < count; t += kRowsAtOnce)
@@ -108,17 +110,22 @@ class Tile {
     store(rstd + first, load(bias + first) < 0 ? V{} : scale);
   }
 
-  void add_channels(const Token* const* from, V* sums) const {
+  // Sums over the channels; 16-bit elements are converted on the way, once for both looks.
+  void add_channels(Scalar* to, const Token* const* from, V* sums) const {
     constexpr int kStep = kLanes<Scalar>;
-    const int64_t channels = problem_.channels;
+    const int64_t channels = problem_.channels, stride = stride_;
     const Token* row[kRowsAtOnce];
     V total[kRowsAtOnce] = {};
     for (int i = 0; i < kRowsAtOnce; ++i) row[i] = from[i];
+    const auto add = [&](int i, int64_t c, V v) {
+      if constexpr (kConverts) store(to + i * stride + c, v);
+      total[i] += v;
+    };
     int64_t c = 0;
     for (; c + kStep <= channels; c += kStep)
-      for (int i = 0; i < kRowsAtOnce; ++i) total[i] += load(row[i] + c);
+      for (int i = 0; i < kRowsAtOnce; ++i) add(i, c, load(row[i] + c));
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      if (c < channels) total[i] += load_partial<Scalar>(row[i] + c, channels - c);
+      if (c < channels) add(i, c, load_partial<Scalar>(row[i] + c, channels - c));
       sums[i] = total[i];
     }
   }
@@ -126,10 +133,15 @@ class Tile {
   void subtract_means(Scalar* to, const Token* const* from, V means, int first, V* squares) const {
     constexpr int kStep = kLanes<Scalar>;
     const int64_t channels = problem_.channels, stride = stride_;
-    const Token* row[kRowsAtOnce];
+    using Source = std::conditional_t<kConverts, Scalar, Token>;
+    const Source* row[kRowsAtOnce];
     V mean[kRowsAtOnce], total[kRowsAtOnce] = {};
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      row[i] = from[i];
+      if constexpr (kConverts) {
+        row[i] = to + i * stride;
+      } else {
+        row[i] = from[i];
+      }
       mean[i] = broadcast(means[first + i]);
     }
     int64_t c = 0;
