@@ -149,66 +149,15 @@ def attention_pool(
             run the call.
         TypeError: A dtype does not fit.
     """
-    checks.tensor("tokens", tokens, "B", "N", "C")
-    batch, num_tokens, channels = tokens.shape
-    checks.tensor("query", query, "B", "Q", "C_q")
-    query_width = query.shape[2]
-    if query.shape[0] not in (1, batch):
-        raise ValueError(f"query: expected a batch of 1 or {batch}, found {query.shape[0]}")
-    if query.shape[1] == 0:
-        raise ValueError("query: expected at least one query, found none")
-    if num_tokens == 0 and not include_query:
-        raise ValueError("tokens: expected at least one token, found none")
-    checks.unit_stride("tokens", tokens)
-    checks.tensor("w_k", w_k, "D", channels)
-    checks.tensor("w_v", w_v, "D_v", channels)
-    width, value_width = w_k.shape[0], w_v.shape[0]
-    checks.optional_tensor("w_q", w_q, width, query_width)
-    if w_q is None and query_width != width:
-        raise ValueError(f"query: without w_q its width must be {width}, found {query_width}")
-    if w_q is None and b_q is not None:
-        raise ValueError("b_q: given without w_q")
-    if w_o is None and b_o is not None:
-        raise ValueError("b_o: given without w_o")
-    checks.optional_tensor("b_q", b_q, width)
-    checks.optional_tensor("b_k", b_k, width)
-    checks.optional_tensor("b_v", b_v, value_width)
-    checks.optional_tensor("w_o", w_o, "C_out", value_width)
-    checks.optional_tensor("b_o", b_o, w_o.shape[0] if w_o is not None else "C_out")
-    if include_query and query_width != channels:
-        raise ValueError(
-            f"include_query: the query's width {query_width} is not the tokens' {channels}"
-        )
-    norms = {
-        "query_norm": _check_norm("query_norm", query_norm, query_width),
-        "token_norm": _check_norm("token_norm", token_norm, channels),
-    }
-    checks.same_device_and_dtype(
-        "tokens",
-        tokens,
-        query=query,
-        w_q=w_q,
-        b_q=b_q,
-        w_k=w_k,
-        b_k=b_k,
-        w_v=w_v,
-        b_v=b_v,
-        w_o=w_o,
-        b_o=b_o,
-        **{f"{name}[{i}]": t for name, norm in norms.items() for i, t in enumerate(norm)},
-    )
-    if width == 0:
-        raise ValueError("w_k: expected at least one row, found none")
-    if scale is not None:
-        checks.number("scale", scale)
-    checks.heads(num_heads, w_k_rows=width, w_v_rows=value_width)
-    checks.eps("norm_eps", norm_eps)
-    checks.probability("dropout_p", dropout_p)
-    checks.key_mask(key_mask, tokens)
     parameters = PoolParameters(
         w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, query_norm, token_norm, norm_eps
     )
-    scale = (width // num_heads) ** -0.5 if scale is None else scale
+    _check_pool(query, tokens, parameters, num_heads, include_query)
+    if scale is not None:
+        checks.number("scale", scale)
+    checks.probability("dropout_p", dropout_p)
+    checks.key_mask(key_mask, tokens)
+    scale = (w_k.shape[0] // num_heads) ** -0.5 if scale is None else scale
     call = PoolCall(num_heads, scale, include_query, dropout_p, return_weights)
     out, weights = pool_op.attention_pool(query, tokens, parameters, call, key_mask, backend)
     return out if weights is None else (out, weights)
@@ -413,6 +362,59 @@ def _check_weights(
     checks.same_device_and_dtype(
         "the input", like, **{f"weights.{k}": t for k, t in weights._asdict().items()}
     )
+
+
+def _check_pool(
+    query: Tensor, tokens: Tensor, p: PoolParameters, num_heads: int, include_query: bool
+) -> None:
+    """attention_pool's tensors: shapes that fit each other, devices, dtypes."""
+    checks.tensor("tokens", tokens, "B", "N", "C")
+    batch, num_tokens, channels = tokens.shape
+    checks.tensor("query", query, "B", "Q", "C_q")
+    query_width = query.shape[2]
+    if query.shape[0] not in (1, batch):
+        raise ValueError(f"query: expected a batch of 1 or {batch}, found {query.shape[0]}")
+    if query.shape[1] == 0:
+        raise ValueError("query: expected at least one query, found none")
+    if num_tokens == 0 and not include_query:
+        raise ValueError("tokens: expected at least one token, found none")
+    checks.unit_stride("tokens", tokens)
+    checks.tensor("w_k", p.w_k, "D", channels)
+    checks.tensor("w_v", p.w_v, "D_v", channels)
+    width, value_width = p.w_k.shape[0], p.w_v.shape[0]
+    if width == 0:
+        raise ValueError("w_k: expected at least one row, found none")
+    checks.optional_tensor("w_q", p.w_q, width, query_width)
+    if p.w_q is None and query_width != width:
+        raise ValueError(f"query: without w_q its width must be {width}, found {query_width}")
+    if p.w_q is None and p.b_q is not None:
+        raise ValueError("b_q: given without w_q")
+    if p.w_o is None and p.b_o is not None:
+        raise ValueError("b_o: given without w_o")
+    checks.optional_tensor("b_q", p.b_q, width)
+    checks.optional_tensor("b_k", p.b_k, width)
+    checks.optional_tensor("b_v", p.b_v, value_width)
+    checks.optional_tensor("w_o", p.w_o, "C_out", value_width)
+    checks.optional_tensor("b_o", p.b_o, p.w_o.shape[0] if p.w_o is not None else "C_out")
+    if include_query and query_width != channels:
+        raise ValueError(
+            f"include_query: the query's width {query_width} is not the tokens' {channels}"
+        )
+    checks.eps("norm_eps", p.norm_eps)
+    norms = {
+        "query_norm": _check_norm("query_norm", p.query_norm, query_width),
+        "token_norm": _check_norm("token_norm", p.token_norm, channels),
+    }
+    checks.same_device_and_dtype(
+        "tokens",
+        tokens,
+        query=query,
+        **{name: getattr(p, name) for name in ("w_q", "b_q", "w_k", "b_k", "w_v", "b_v")},
+        w_o=p.w_o,
+        b_o=p.b_o,
+        **{f"{name}[{i}]": t for name, norm in norms.items() for i, t in enumerate(norm)},
+    )
+    checks.heads(num_heads, w_k_rows=width, w_v_rows=value_width)
 
 
 def _check_norm(name: str, norm: Norm | None, width: int) -> Norm:
