@@ -12,6 +12,10 @@ from torch.library import opcheck
 
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, FusionWeights, MsaWeights
+from crossvit_kernels.ops.attention_core import op as core_op
+from crossvit_kernels.ops.cross_attention import op as fusion_op
+from crossvit_kernels.ops.layernorm_ffn import op as ffn_op
+from crossvit_kernels.ops.layernorm_msa import op as msa_op
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -199,18 +203,33 @@ def test_export_with_a_dynamic_batch(make: Any) -> None:
     torch.testing.assert_close(program.module()(*arguments), module(*arguments))
 
 
+AUTOGRAD_FUNCTIONS = [
+    (core_op, "_AttentionCore"),
+    (fusion_op, "_CrossAttentionFusion"),
+    (msa_op, "_LayerNormMsa"),
+    (ffn_op, "_LayerNormFfn"),
+]
+
+
+class Spy:
+    """Stands in for an autograd function and notes each use."""
+
+    def __init__(self, function: type[torch.autograd.Function], applied: list[str]) -> None:
+        self.function, self.applied = function, applied
+
+    def apply(self, *args: Any) -> Any:
+        self.applied.append(self.function.__name__)
+        return self.function.apply(*args)
+
+
 @pytest.mark.parametrize("make", MODULES)
 def test_no_grad_pays_for_no_autograd(make: Any, monkeypatch) -> None:
     """Neither an autograd function nor saved tensors under no_grad or with frozen weights."""
     module, inputs = make()
     arguments = inputs(2)
-    applied = []
-    apply = torch.autograd.Function.apply.__func__
-    monkeypatch.setattr(
-        torch.autograd.Function,
-        "apply",
-        classmethod(lambda cls, *a: applied.append(cls) or apply(cls, *a)),
-    )
+    applied: list[str] = []
+    for op, name in AUTOGRAD_FUNCTIONS:
+        monkeypatch.setattr(op, name, Spy(getattr(op, name), applied))
     with torch.no_grad():
         assert module(*arguments).grad_fn is None
     module.requires_grad_(False)
