@@ -7,6 +7,7 @@ are read from the environment; README.md explains them.
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_CUDA_ARCH_LIST = "80;90a;100"  # the newest one is included as PTX too
 
 # Sources compiled once per instruction-set level, chosen among at run time (csrc/common/isa.h).
 PER_ISA_SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/cpu/*.cpp")}
@@ -55,7 +55,16 @@ def ninja_program() -> str:
         return shutil.which("ninja") or sys.exit("ninja is missing: pip install ninja")
 
 
+def default_cuda_arch_list(cuda: Path) -> str:
+    """Ampere, Hopper and, where the toolkit knows it (from 12.8 on), Blackwell."""
+    version = subprocess.check_output([str(cuda / "bin/nvcc"), "--version"], text=True)
+    found = re.search(r"release (\d+)\.(\d+)", version)
+    knows_blackwell = found is not None and tuple(map(int, found.groups())) >= (12, 8)
+    return "80;90a;100" if knows_blackwell else "80;90a"
+
+
 def gencode_flags(arch_list: str) -> str:
+    """Machine code for each architecture, and PTX of the last."""
     archs = arch_list.split(";")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     newest = archs[-1].rstrip("a")
@@ -69,7 +78,9 @@ class NinjaBuild(build_ext):
         import pybind11
 
         cuda = find_cuda()
-        arch_list = os.environ.get("CROSSVIT_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCH_LIST)
+        arch_list = os.environ.get("CROSSVIT_CUDA_ARCH_LIST", "")
+        if cuda and not arch_list:
+            arch_list = default_cuda_arch_list(cuda)
         arch_list = arch_list.replace(",", ";").replace(" ", ";")
         if not cuda:
             self.warn("CUDA kernels are left out: no CUDA toolkit, or CROSSVIT_BUILD_CUDA=0")
