@@ -65,7 +65,7 @@ def check_rule(
 
     # ds = p (dp - delta) with dp = dm . x of size sqrt(C): with few tokens the difference cancels,
     # to zero for one, and the rounding of its terms is all that is left.
-    terms = channels**0.5 if num_tokens <= 4 else 0.25
+    terms = channels**0.5 if num_tokens <= 4 else 0.0
     floor = terms * torch.finfo(dtype).eps
     exact = outputs_and_gradients(eager, inputs, upstream, torch.float64)
     in_dtype = outputs_and_gradients(eager, inputs, upstream, eager_dtype(dtype))
