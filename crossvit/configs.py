@@ -1,0 +1,135 @@
+"""The named models of the paper (Table 1) and the sizes that follow from a configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+Size = tuple[int, int]  # height, width, in pixels
+ImageSize = int | Size | tuple[Size, Size]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Architecture of a CrossViT; pairs are (S branch, L branch).
+
+    Attributes:
+        dims: Widths C of the branches.
+        num_heads: Attention heads of the branches.
+        depths: Transformer blocks of each branch in one multi-scale block: N and M.
+        mlp_ratios: Hidden units of the feed-forward networks per channel: r.
+        num_blocks: Multi-scale blocks: K.
+        cross_depth: Cross-attention blocks of one fusion: L.
+        patch_sizes: P_s and P_l, in pixels.
+        conv_stem: Whether patches are embedded by three convolutions (dagger) instead of one.
+        img_size: See ``branch_sizes``.
+    """
+
+    dims: tuple[int, int]
+    num_heads: tuple[int, int]
+    depths: tuple[int, int]
+    mlp_ratios: tuple[float, float]
+    num_blocks: int = 3
+    cross_depth: int = 1
+    patch_sizes: tuple[int, int] = (12, 16)
+    conv_stem: bool = False
+    img_size: ImageSize = 240
+
+
+#: Side of the L branch's image over that of the S branch's: 224 for 240.
+_L_SCALE = (14, 15)
+
+# Name -> width of S (L is twice as wide), heads, M, mlp ratio.
+_TABLE_1 = {
+    "tiny": (96, 3, 4, 4.0),
+    "small": (192, 6, 4, 4.0),
+    "base": (384, 12, 4, 4.0),
+    "9": (128, 4, 3, 3.0),
+    "15": (192, 6, 5, 3.0),
+    "18": (224, 7, 6, 3.0),
+}
+_DAGGERS = ("9", "15", "18")
+_IMG_SIZES = (240, 408, 504)
+
+
+def _named() -> dict[str, Config]:
+    found = {}
+    for name, (dim, heads, depth, ratio) in _TABLE_1.items():
+        for stem in ("", "_dagger") if name in _DAGGERS else ("",):
+            for size in _IMG_SIZES:
+                found[f"crossvit_{name}{stem}_{size}"] = Config(
+                    dims=(dim, 2 * dim),
+                    num_heads=(heads, heads),
+                    depths=(1, depth),
+                    mlp_ratios=(ratio, ratio),
+                    conv_stem=bool(stem),
+                    img_size=size,
+                )
+    return found
+
+
+_CONFIGS = _named()
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models, e.g. ``crossvit_15_dagger_408``.
+
+    The number at the end is the side of the S branch's image: 240, 408 (the paper's @384, after
+    its L branch) or 504 (@480).
+
+    Args:
+        pattern: Shell-style pattern that the names match.
+    """
+    from fnmatch import fnmatchcase
+
+    return [name for name in _CONFIGS if fnmatchcase(name, pattern)]
+
+
+def named_config(name: str) -> Config:
+    """The configuration of a named model; without a size at the end, that for 240 pixels.
+
+    Raises:
+        ValueError: There is no model of this name.
+    """
+    for candidate in (name, f"{name}_240"):
+        if candidate in _CONFIGS:
+            return _CONFIGS[candidate]
+    raise ValueError(f"unknown model {name!r}: expected one of {', '.join(_CONFIGS)}")
+
+
+def branch_sizes(img_size: Any, patch_sizes: tuple[int, int]) -> tuple[Size, Size]:
+    """Height and width of the image that each branch sees, whole numbers of its patches.
+
+    Args:
+        img_size: Side of a square image, or its (height, width): the S branch then sees this size
+            and the L branch 14/15 of it (224 for 240), both rounded up to whole patches. Or
+            ((height, width), (height, width)), one for each branch, exact.
+        patch_sizes: P_s and P_l.
+
+    Raises:
+        ValueError: A size is not positive, or one given for a branch is no multiple of its patch.
+        TypeError: img_size is none of the three forms.
+    """
+    if isinstance(img_size, int):
+        img_size = (img_size, img_size)
+    if not isinstance(img_size, (tuple, list)) or len(img_size) != 2:
+        raise TypeError(
+            f"img_size: expected an int, (h, w) or ((h, w), (h, w)), found {img_size!r}"
+        )
+    if all(isinstance(side, int) for side in img_size):
+        sides = [img_size, [side * _L_SCALE[0] / _L_SCALE[1] for side in img_size]]
+        sizes = [
+            tuple(math.ceil(side / patch) * patch for side in branch)
+            for branch, patch in zip(sides, patch_sizes, strict=True)
+        ]
+    else:
+        sizes = [tuple(branch) if isinstance(branch, (tuple, list)) else () for branch in img_size]
+        for size, patch in zip(sizes, patch_sizes, strict=True):
+            if len(size) != 2 or not all(isinstance(side, int) for side in size):
+                raise TypeError(f"img_size: expected ((h, w), (h, w)), found {img_size!r}")
+            if any(side % patch for side in size):
+                raise ValueError(f"img_size: {size} is no multiple of the patch size {patch}")
+    if min(min(size) for size in sizes) <= 0:
+        raise ValueError(f"img_size: expected positive sizes, found {img_size!r}")
+    return sizes[0], sizes[1]

@@ -1,0 +1,88 @@
+"""From an image to the tokens of one branch (the paper's Eq. 1, first line)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossvit.configs import Size
+
+
+class PatchEmbed(nn.Module):
+    """An image as patch tokens: one convolution over patches, or the dagger models' three.
+
+    Args:
+        img_size: (H, W) of the image, multiples of patch_size.
+        patch_size: P.
+        in_chans: Channels of the image.
+        dim: C.
+        conv_stem: Three convolutions with ReLU between them. Their strides make patches of 12 or
+            16 pixels only.
+
+    Raises:
+        ValueError: conv_stem with another patch size, or with a dim that 4 does not divide.
+    """
+
+    def __init__(
+        self, img_size: Size, patch_size: int, in_chans: int, dim: int, conv_stem: bool = False
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size = img_size, patch_size
+        self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.proj: nn.Module
+        if conv_stem:
+            self.proj = _conv_stem(patch_size, in_chans, dim)
+        else:
+            self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [B, in_chans, H, W] -> patch tokens [B, N, C], a transposed view."""
+        return cast(Tensor, self.proj(x)).flatten(2).transpose(1, 2)
+
+
+def _conv_stem(patch_size: int, in_chans: int, dim: int) -> nn.Sequential:
+    if patch_size not in (12, 16):
+        raise ValueError(f"conv_stem: its strides make patches of 12 or 16, not of {patch_size}")
+    if dim % 4:
+        raise ValueError(f"conv_stem: needs a width that 4 divides, found {dim}")
+    # Both take four pixels to one first, then three or twice two.
+    (stride_2, padding_2), (stride_3, padding_3) = (
+        ((3, 0), (1, 1)) if patch_size == 12 else ((2, 1), (2, 1))
+    )
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim // 4, kernel_size=7, stride=4, padding=3),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(dim // 4, dim // 2, kernel_size=3, stride=stride_2, padding=padding_2),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(dim // 2, dim, kernel_size=3, stride=stride_3, padding=padding_3),
+    )
+
+
+def resize_image(x: Tensor, size: Size) -> Tensor:
+    """X [B, C, H, W] at another size, bicubic, as the released models do it; x where it fits."""
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+
+
+def resize_position_embedding(embedding: Tensor, old_grid: Size, new_grid: Size) -> Tensor:
+    """The position embedding of a branch for another grid of patches, bicubic in float32.
+
+    Args:
+        embedding: [1, 1 + old height * old width, C], the CLS first.
+        old_grid: (height, width) in patches.
+        new_grid: (height, width) in patches.
+
+    Returns:
+        [1, 1 + new height * new width, C] in the same dtype.
+    """
+    if old_grid == new_grid:
+        return embedding
+    cls, patches = embedding[:, :1], embedding[:, 1:]
+    image = patches.unflatten(1, old_grid).permute(0, 3, 1, 2).float()
+    image = F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False, antialias=True)
+    patches = image.flatten(2).transpose(1, 2).to(embedding.dtype)
+    return torch.cat([cls, patches], dim=1)

@@ -1,0 +1,260 @@
+"""CrossViT: two branches over two patch sizes, fused by cross-attention (ICCV 2021)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crossvit.configs import Config, branch_sizes, named_config
+from crossvit.embed import PatchEmbed, resize_image
+from crossvit.fusion import EPS, Branch, MultiScaleBlock
+
+
+class CrossViT(nn.Module):
+    """A CrossViT of the paper, or one of any other sizes.
+
+    Args:
+        name: A model of ``list_models``, whose size at the end may be left out, or a ``Config``.
+        use_fused: Run the kernels of crossvit_kernels. False runs its eager reference. Parameters
+            and state-dict keys are the same; ``set_fused`` switches.
+        backend: Name of a crossvit_kernels backend where use_fused; None for the fastest.
+        num_classes: Classes of both heads; 0 for none: the model then returns the CLS features
+            of both branches side by side, [B, C_S + C_L].
+        in_chans: Channels of an image.
+        drop_rate: Dropout before the heads.
+        pos_drop_rate: Dropout after the position embedding.
+        attn_drop_rate: Attention dropout, which the reference runs.
+        drop_path_rate: Stochastic depth: its rate rises linearly from 0 to this.
+        qkv_bias: Whether query, key and value projections have biases.
+        reread_patches: With ``cross_depth`` > 1, whether every cross-attention block reads the
+            patches of the other branch. In the released code only the first does.
+        **changes: Fields of ``Config`` that differ from the named model's, e.g. ``img_size=256``,
+            ``patch_sizes=(8, 16)``, ``num_blocks=6``.
+
+    Raises:
+        ValueError: The name is unknown or sizes do not fit each other.
+        TypeError: A keyword is no field of ``Config``.
+    """
+
+    blocks: Any  # ModuleLists, as are the next three
+    patch_embed: Any
+    norm: Any
+    head: Any
+    backend: Any
+
+    def __init__(
+        self,
+        name: str | Config = "crossvit_15_240",
+        *,
+        use_fused: bool = False,
+        backend: str | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        qkv_bias: bool = True,
+        reread_patches: bool = False,
+        **changes: Any,
+    ) -> None:
+        super().__init__()
+        config = name if isinstance(name, Config) else named_config(name)
+        self.config = config = dataclasses.replace(config, **changes)
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_features = sum(config.dims)
+        self.grad_checkpointing = False
+        sizes = branch_sizes(config.img_size, config.patch_sizes)
+
+        self.patch_embed = nn.ModuleList(
+            PatchEmbed(sizes[b], config.patch_sizes[b], in_chans, config.dims[b], config.conv_stem)
+            for b in (0, 1)
+        )
+        for b, dim in enumerate(config.dims):
+            height, width = self.grid_sizes[b]
+            self.register_parameter(
+                f"pos_embed_{b}", nn.Parameter(torch.zeros(1, 1 + height * width, dim))
+            )
+            self.register_parameter(f"cls_token_{b}", nn.Parameter(torch.zeros(1, 1, dim)))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.blocks = nn.ModuleList(
+            MultiScaleBlock(config, rates, qkv_bias, attn_drop_rate, reread_patches)
+            for rates in _drop_paths(config, drop_path_rate)
+        )
+        self.norm = nn.ModuleList(nn.LayerNorm(dim, eps=EPS) for dim in config.dims)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = self._make_head(num_classes)
+        self._initialise()
+        self.set_fused(use_fused, backend)
+
+    # Setting up
+
+    @property
+    def grid_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each branch, in patches."""
+        return [embed.grid_size for embed in self.patch_embed]
+
+    def set_fused(self, fused: bool = True, backend: str | None = None) -> CrossViT:
+        """Choose what runs the blocks; the parameters stay.
+
+        Args:
+            fused: The kernels of crossvit_kernels, or its eager reference.
+            backend: Name of a backend to run them on; None for the fastest.
+
+        Raises:
+            ValueError: A backend together with ``fused=False``.
+        """
+        if not fused and backend not in (None, "reference"):
+            raise ValueError(f"backend {backend!r}: eager mode is the backend 'reference'")
+        self.use_fused, self.backend = fused, backend
+        for module in self.blocks.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend if fused else "reference"
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each multi-scale block in backward instead of keeping what it saves."""
+        self.grad_checkpointing = enable
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """New heads for another number of classes; 0 for none."""
+        old = next(self.parameters())
+        self.num_classes = num_classes
+        self.head = self._make_head(num_classes).to(old.device, old.dtype)
+        for layer in self.head:
+            _init(layer)
+        self.head.train(self.training)
+
+    def get_classifier(self) -> nn.Module:
+        """The heads of both branches."""
+        return self.head
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone, besides biases and norms."""
+        return {f"{kind}_{b}" for kind in ("pos_embed", "cls_token") for b in (0, 1)}
+
+    def _make_head(self, num_classes: int) -> nn.ModuleList:
+        return nn.ModuleList(
+            nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
+            for dim in self.config.dims
+        )
+
+    def _initialise(self) -> None:
+        for name in sorted(self.no_weight_decay()):
+            nn.init.trunc_normal_(self.get_parameter(name), std=0.02)
+        self.apply(_init)
+
+    # Running
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """Class scores of images.
+
+        Args:
+            x: Images [B, in_chans, H, W], which each branch resizes to its own size (bicubic)
+                where that differs; or a pair of them, one of each branch's size.
+
+        Returns:
+            Logits [B, num_classes]: the mean of both heads'. Without heads, the features
+            [B, C_S + C_L].
+        """
+        return self.forward_head([self.norm[b](c) for b, c in enumerate(self.forward_cls(x))])
+
+    def forward_cls(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """The CLS tokens of both branches, [B, C_S] and [B, C_L], before the last LayerNorm."""
+        return [branch.cls for branch in self._encode(self.embed(x))]
+
+    def forward_features(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """All tokens of both branches, [B, 1 + N, C], after the last LayerNorm."""
+        branches = self._encode(self.embed(x))
+        return [norm(b.tokens()) for norm, b in zip(self.norm, branches, strict=True)]
+
+    def forward_head(self, features: Sequence[Tensor], pre_logits: bool = False) -> Tensor:
+        """Logits from what ``forward_features`` returned, or from the CLS [B, C] of each branch.
+
+        Args:
+            features: For each branch [B, 1 + N, C] or [B, C].
+            pre_logits: Return the features that the heads see, [B, C_S + C_L].
+        """
+        cls = [self.head_drop(t[:, 0] if t.dim() == 3 else t) for t in features]
+        if pre_logits or self.num_classes == 0:
+            return torch.cat(cls, dim=1)
+        small, large = (head(c) for head, c in zip(self.head, cls, strict=True))
+        return cast(Tensor, (small + large) / 2)
+
+    def forward_branches(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The logits of each branch's own head, [B, num_classes] twice."""
+        cls = self.forward_cls(x)
+        small, large = (self.head[b](self.head_drop(self.norm[b](cls[b]))) for b in (0, 1))
+        return small, large
+
+    def forward_feature_maps(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Patch tokens of both branches as maps [B, C, height, width], after the last LayerNorm."""
+        small, large = (
+            tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
+            for tokens, grid in zip(self.forward_features(x), self.grid_sizes, strict=True)
+        )
+        return small, large
+
+    def embed(self, x: Tensor | Sequence[Tensor]) -> tuple[Branch, Branch]:
+        """Patches, CLS and positions of both branches: x_0 = [x_cls || x_patch] + x_pos (Eq. 1)."""
+        small, large = (self._embed(b, image) for b, image in enumerate(self._images(x)))
+        return small, large
+
+    def _embed(self, b: int, image: Tensor) -> Branch:
+        patches = self.patch_embed[b](image)
+        cls = self.get_parameter(f"cls_token_{b}").to(patches.dtype).expand(len(patches), -1, -1)
+        tokens = torch.cat([cls, patches], dim=1) + self.get_parameter(f"pos_embed_{b}")
+        return Branch(self.pos_drop(tokens))
+
+    def _images(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """The image of each branch, at its size."""
+        pair = [x, x] if isinstance(x, Tensor) else list(x)
+        if len(pair) != 2:
+            raise ValueError(f"x: expected images or a pair of them, found {len(pair)} tensors")
+        sizes = [embed.img_size for embed in self.patch_embed]
+        for image, size in zip(pair, sizes, strict=True):
+            if image.dim() != 4 or image.shape[1] != self.in_chans:
+                found = list(image.shape)
+                raise ValueError(f"x: expected shape [B, {self.in_chans}, H, W], found {found}")
+            if not isinstance(x, Tensor) and image.shape[-2:] != size:
+                found = list(image.shape)
+                raise ValueError(f"x: expected images of {size} for this branch, found {found}")
+        return [resize_image(image, size) for image, size in zip(pair, sizes, strict=True)]
+
+    def _encode(self, branches: tuple[Branch, Branch]) -> tuple[Branch, Branch]:
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                branches = checkpoint(block, *branches, use_reentrant=False)
+            else:
+                branches = block(*branches)
+        return branches
+
+
+def create_model(name: str, use_fused: bool = False, **options: Any) -> CrossViT:
+    """A named model, with the arguments of ``CrossViT``.
+
+    Raises:
+        ValueError: The name is unknown or sizes do not fit each other.
+    """
+    return CrossViT(name, use_fused=use_fused, **options)
+
+
+def _drop_paths(config: Config, rate: float) -> list[list[float]]:
+    """The rates of each multi-scale block, as in the released code."""
+    # It writes a single cross-attention block as L = 0, which then takes no step of its own.
+    steps = max(config.depths) + (config.cross_depth if config.cross_depth > 1 else 0)
+    rates = torch.linspace(0, rate, steps * config.num_blocks, device="cpu").tolist()
+    return [rates[k * steps : (k + 1) * steps] for k in range(config.num_blocks)]
+
+
+def _init(module: nn.Module) -> None:
+    """Linear layers; convolutions keep PyTorch's default and LayerNorms are 1 and 0 already."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,210 @@
+"""The model family: sizes of the paper, forms of input, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from crossvit import Config, CrossViT, count_macs, create_model, list_models
+from crossvit.configs import branch_sizes, named_config
+from crossvit.embed import resize_position_embedding
+
+# Name: parameters, multiply-accumulates in G as the paper rounds them further.
+PAPER = {
+    "crossvit_tiny_240": (7_014_800, 1.563),
+    "crossvit_small_240": (26_856_272, 5.616),
+    "crossvit_base_240": (105_025_232, 21.191),
+    "crossvit_9_240": (8_553_296, 1.841),
+    "crossvit_15_240": (27_528_464, 5.791),
+    "crossvit_18_240": (43_271_408, 9.031),
+    "crossvit_9_dagger_240": (8_776_592, 1.979),
+    "crossvit_15_dagger_240": (28_209_008, 6.112),
+    "crossvit_18_dagger_240": (44_266_976, 9.473),
+    "crossvit_15_dagger_408": (28_500_080, 21.399),
+    "crossvit_18_dagger_408": (44_606_560, 32.409),
+    "crossvit_18_dagger_504": (44_887_904, 56.602),
+}
+
+TINY = Config(
+    dims=(32, 64), num_heads=(2, 2), depths=(1, 2), mlp_ratios=(2.0, 2.0), num_blocks=2, img_size=48
+)
+
+
+@pytest.fixture
+def tiny() -> CrossViT:
+    return CrossViT(TINY, use_fused=True, num_classes=7).eval()
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameters_and_macs_are_the_papers(name):
+    with torch.device("meta"):
+        model = create_model(name)
+    parameters, giga = PAPER[name]
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert round(count_macs(model) / 1e9, 3) == giga
+
+
+def test_ablations_have_the_papers_macs():
+    def giga(**changes):
+        with torch.device("meta"):
+            return round(count_macs(CrossViT("crossvit_small", **changes)) / 1e9, 3)
+
+    assert giga(patch_sizes=(8, 16), img_size=((224, 224), (224, 224))) == 6.731
+    assert giga(depths=(2, 4)) == 6.333
+    assert giga(cross_depth=2) == 5.618
+    assert giga(num_blocks=6, depths=(1, 2)) == 6.599
+
+
+def test_names():
+    assert len(list_models()) == 27
+    assert list_models("*_9_*_240") == ["crossvit_9_dagger_240"]
+    assert CrossViT(use_fused=True).config == named_config("crossvit_15")
+    with pytest.raises(ValueError, match="crossvit_15_240"):
+        create_model("crossvit_16")
+    with pytest.raises(TypeError, match="width"):
+        CrossViT(TINY, width=3)
+
+
+@pytest.mark.parametrize(
+    ("img_size", "expected"),
+    [
+        (240, ((240, 240), (224, 224))),
+        (408, ((408, 408), (384, 384))),
+        (504, ((504, 504), (480, 480))),
+        (224, ((228, 228), (224, 224))),
+        (256, ((264, 264), (240, 240))),
+        ((240, 480), ((240, 480), (224, 448))),
+        (((24, 36), (32, 48)), ((24, 36), (32, 48))),
+    ],
+)
+def test_branch_sizes(img_size, expected):
+    assert branch_sizes(img_size, (12, 16)) == expected
+
+
+@pytest.mark.parametrize(
+    ("img_size", "error"),
+    [
+        (0, ValueError),
+        ((24, -12), ValueError),
+        (((24, 36), (32, 40)), ValueError),
+        ("a", TypeError),
+    ],
+)
+def test_bad_sizes_are_refused(img_size, error):
+    with pytest.raises(error, match="img_size"):
+        branch_sizes(img_size, (12, 16))
+
+
+@pytest.mark.parametrize("img_size", [48, (24, 60), ((36, 24), (16, 48))])
+@pytest.mark.parametrize("fused", [True, False])
+def test_any_image_size(img_size, fused):
+    model = CrossViT(TINY, img_size=img_size, in_chans=1, num_classes=5, use_fused=fused).eval()
+    sizes = [embed.img_size for embed in model.patch_embed]
+    assert model(torch.randn(2, 1, *sizes[0])).shape == (2, 5)
+    maps = model.forward_feature_maps(torch.randn(2, 1, *sizes[0]))
+    assert [tuple(m.shape) for m in maps] == [
+        (2, dim, *grid) for dim, grid in zip(model.config.dims, model.grid_sizes, strict=True)
+    ]
+
+
+def test_one_image_or_two_ready_made(tiny):
+    x = torch.randn(2, 3, 48, 48)
+    l_size = tiny.patch_embed[1].img_size
+    resized = torch.nn.functional.interpolate(x, size=l_size, mode="bicubic", align_corners=False)
+    assert torch.equal(tiny(x), tiny((x, resized)))
+    with pytest.raises(ValueError, match="for this branch"):
+        tiny((x, x[..., :-1]))
+    with pytest.raises(ValueError, match="expected shape"):
+        tiny(x[:, :1])
+    with pytest.raises(ValueError, match="pair"):
+        tiny((x,))
+
+
+def test_heads_and_features(tiny):
+    x = torch.randn(2, 3, 48, 48)
+    logits = tiny(x)
+    features = tiny.forward_features(x)
+    torch.testing.assert_close(tiny.forward_head(features), logits)
+    small, large = tiny.forward_branches(x)
+    torch.testing.assert_close((small + large) / 2, logits)
+    tiny.reset_classifier(3)
+    assert tiny(x).shape == (2, 3)
+    tiny.reset_classifier(0)
+    pre_logits = torch.cat([t[:, 0] for t in features], dim=1)
+    torch.testing.assert_close(tiny(x), pre_logits)
+
+
+def test_no_weight_decay_names_parameters(tiny):
+    names = dict(tiny.named_parameters())
+    assert tiny.no_weight_decay() <= set(names)
+    assert all(names[name].dim() == 3 for name in tiny.no_weight_decay())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = CrossViT(TINY, use_fused=True, drop_path_rate=0.5, num_classes=7).train()
+    x = torch.randn(4, 3, 48, 48)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)
+        grads.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_drop_path_is_that_of_the_released_code():
+    model = CrossViT("crossvit_9", drop_path_rate=0.1, img_size=48)
+    steps = torch.linspace(0, 0.1, 9).tolist()
+    for k, block in enumerate(model.blocks):
+        rates = steps[3 * k : 3 * k + 3]
+        assert [b.drop_path for b in block.blocks[0]] == rates[:1]
+        assert [b.drop_path for b in block.blocks[1]] == rates
+        assert block.drop_path == rates[-1]
+
+
+@pytest.mark.parametrize("reread", [False, True])
+def test_two_cross_attention_blocks(reread):
+    model = CrossViT(TINY, cross_depth=2, reread_patches=reread, num_blocks=1, num_classes=7)
+    block = model.blocks[0]
+    cls = torch.randn(2, 32)
+    patches = torch.randn(2, 9, 64, requires_grad=True)
+    y = block.projs[0](cls).unsqueeze(1)
+    for index, cross in enumerate(block.fusion[0]):
+        seen = torch.cat([y, patches], dim=1) if index == 0 or reread else y
+        normed, a = cross.norm1(seen), cross.attn
+        q, k, v = (
+            w(t).unflatten(2, (2, 32)).transpose(1, 2)
+            for w, t in ((a.wq, normed[:, :1]), (a.wk, normed), (a.wv, normed))
+        )
+        pooled = ((q @ k.transpose(2, 3)) / 32**0.5).softmax(-1) @ v
+        y = y + a.proj(pooled.transpose(1, 2).flatten(2))
+    expected = block.revert_projs[0](y[:, 0])
+    for fused in (False, True):
+        model.set_fused(fused)
+        torch.testing.assert_close(block.fuse(0, cls, patches), expected)
+
+
+def test_stem_is_refused_early_where_it_cannot_work():
+    with pytest.raises(ValueError, match="12 or 16"):
+        CrossViT(dataclasses.replace(TINY, conv_stem=True, patch_sizes=(8, 16)))
+
+
+def test_set_fused(tiny):
+    with pytest.raises(ValueError, match="eager"):
+        tiny.set_fused(False, backend="cpu")
+    tiny.set_fused(True, backend="cpu")
+    assert {m.backend for m in tiny.modules() if hasattr(m, "backend")} == {"cpu"}
+
+
+def test_position_embedding_is_resized():
+    embedding = torch.randn(1, 1 + 6, 4)
+    assert resize_position_embedding(embedding, (2, 3), (2, 3)) is embedding
+    resized = resize_position_embedding(embedding, (2, 3), (4, 5))
+    assert resized.shape == (1, 21, 4)
+    assert torch.equal(resized[:, 0], embedding[:, 0])
+    flat = torch.ones(1, 7, 4)
+    torch.testing.assert_close(
+        resize_position_embedding(flat, (2, 3), (4, 5)), torch.ones(1, 21, 4)
+    )
