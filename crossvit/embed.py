@@ -39,8 +39,16 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B, in_chans, H, W] -> patch tokens [B, N, C], a transposed view."""
+        """X [B, in_chans, H, W] -> patch tokens [B, N, C]."""
+        if isinstance(self.proj, nn.Conv2d):
+            return self._project_patches(x, self.proj)
         return cast(Tensor, self.proj(x)).flatten(2).transpose(1, 2)
+
+    def _project_patches(self, x: Tensor, proj: nn.Conv2d) -> Tensor:
+        """The convolution as one matrix product: tokens come out in rows."""
+        (height, width), p = self.grid_size, self.patch_size
+        patches = x.unflatten(2, (height, p)).unflatten(4, (width, p)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
 
 
 def _conv_stem(patch_size: int, in_chans: int, dim: int) -> nn.Sequential:

@@ -5,6 +5,9 @@ _Rows = tuple[int, int, int]
 _Tokens = tuple[int, int, int, int, int, int]
 _Mask = tuple[int, int, int]
 _Parameter = tuple[int, int]
+_TokenRows = tuple[int, int, int, int, int, int, int, int]
+_Norm = tuple[int, int, float, int, int, int]
+_Linear = tuple[int, int]
 
 cuda_architectures: str
 
@@ -31,6 +34,29 @@ def cross_attention_forward(
     residual_scale: _Parameter,
     saved: list[int],
     new_cls: _Parameter,
+) -> None: ...
+def layernorm_msa_forward(
+    x: _TokenRows,
+    norm: _Norm,
+    qkv: _Linear,
+    out: _Linear,
+    num_heads: int,
+    residual_scale: int,
+    qkv_rows: int,
+    heads: int,
+    lse: int,
+    y: int,
+) -> None: ...
+def layernorm_ffn_forward(
+    x: _TokenRows,
+    norm: _Norm,
+    fc1: _Linear,
+    fc2: _Linear,
+    hidden_width: int,
+    residual_scale: int,
+    hidden: int,
+    activated: int,
+    y: int,
 ) -> None: ...
 def usable_isas() -> list[str]: ...
 def active_isa() -> str: ...

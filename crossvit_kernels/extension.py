@@ -77,5 +77,35 @@ def parameter(t: Tensor | None) -> tuple[int, int]:
     return (_NOTHING, 0) if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype])
 
 
+def all_float32(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.dtype == torch.float32 for t in tensors)
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """t, or a copy where its rows are not contiguous (a compiler may choose such a layout)."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def token_rows(x: Tensor, cls: Tensor | None) -> tuple[int, int, int, int, int, int, int, int]:
+    """[B, N, C] and, in place of its row 0, cls [B, C]."""
+    row_0 = (_NOTHING, 0) if cls is None else (cls.data_ptr(), cls.stride(0))
+    return x.data_ptr(), *x.shape, x.stride(0), x.stride(1), *row_0
+
+
+def norm(
+    weight: Tensor, bias: Tensor, eps: float, saved: Any
+) -> tuple[int, int, float, int, int, int]:
+    """A LayerNorm; saved has normed, mean and rstd to write to, or is None."""
+    if not saved:
+        return weight.data_ptr(), bias.data_ptr(), eps, _NOTHING, _NOTHING, _NOTHING
+    out = saved.normed.data_ptr(), saved.mean.data_ptr(), saved.rstd.data_ptr()
+    return weight.data_ptr(), bias.data_ptr(), eps, *out
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """A contiguous weight [out, in] and its bias."""
+    return weight.data_ptr(), optional(bias)
+
+
 def optional(t: Tensor | None) -> int:
     return _NOTHING if t is None else t.data_ptr()

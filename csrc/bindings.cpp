@@ -7,6 +7,8 @@
 #include "attention_core/params.h"
 #include "common/isa.h"
 #include "cross_attention/params.h"
+#include "layernorm_ffn/params.h"
+#include "layernorm_msa/params.h"
 #ifdef CROSSVIT_WITH_CUDA
 #include "common/device.h"
 #endif
@@ -14,6 +16,8 @@
 namespace py = pybind11;
 namespace core = crossvit::attention_core;
 namespace fusion = crossvit::cross_attention;
+namespace ffn = crossvit::layernorm_ffn;
+namespace msa = crossvit::layernorm_msa;
 
 namespace {
 
@@ -72,6 +76,30 @@ fusion::Saved to_saved(const SavedArg& arg) {
   return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
 }
 
+// [B, N, C], batch and token strides, cls and its stride
+using TokenRowsArg =
+    std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, Address, int64_t>;
+// weight, bias, eps, normed, mean, rstd
+using NormArg = std::tuple<Address, Address, double, Address, Address, Address>;
+using LinearArg = std::tuple<Address, Address>;
+
+crossvit::TokensParams to_token_rows(const TokenRowsArg& arg) {
+  const auto& [data, batch, num_tokens, channels, batch_stride, token_stride, cls, cls_stride] =
+      arg;
+  return {pointer<const float>(data), batch,     num_tokens, channels, batch_stride, token_stride,
+          pointer<const float>(cls),  cls_stride};
+}
+
+crossvit::NormParams to_norm(const NormArg& arg) {
+  const auto& [weight, bias, eps, normed, mean, rstd] = arg;
+  return {pointer<const float>(weight), pointer<const float>(bias), eps,
+          pointer<float>(normed),       pointer<float>(mean),       pointer<float>(rstd)};
+}
+
+crossvit::LinearParams to_linear(const LinearArg& arg) {
+  return {pointer<const float>(std::get<0>(arg)), pointer<const float>(std::get<1>(arg))};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -112,6 +140,31 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("problem"), py::arg("cls"), py::arg("tokens"), py::arg("weights"),
       py::arg("residual_scale"), py::arg("saved"), py::arg("new_cls"), Released());
+
+  m.def(
+      "layernorm_msa_forward",
+      [](const TokenRowsArg& x, const NormArg& norm, const LinearArg& qkv, const LinearArg& out,
+         int64_t num_heads, Address residual_scale, Address qkv_rows, Address heads, Address lse,
+         Address y) {
+        msa::forward({to_token_rows(x), to_norm(norm), to_linear(qkv), to_linear(out), num_heads,
+                      pointer<const float>(residual_scale), pointer<float>(qkv_rows),
+                      pointer<float>(heads), pointer<float>(lse), pointer<float>(y)});
+      },
+      py::arg("x"), py::arg("norm"), py::arg("qkv"), py::arg("out"), py::arg("num_heads"),
+      py::arg("residual_scale"), py::arg("qkv_rows"), py::arg("heads"), py::arg("lse"),
+      py::arg("y"), Released());
+
+  m.def(
+      "layernorm_ffn_forward",
+      [](const TokenRowsArg& x, const NormArg& norm, const LinearArg& fc1, const LinearArg& fc2,
+         int64_t hidden_width, Address residual_scale, Address hidden, Address activated,
+         Address y) {
+        ffn::forward({to_token_rows(x), to_norm(norm), to_linear(fc1), to_linear(fc2), hidden_width,
+                      pointer<const float>(residual_scale), pointer<float>(y),
+                      pointer<float>(hidden), pointer<float>(activated)});
+      },
+      py::arg("x"), py::arg("norm"), py::arg("fc1"), py::arg("fc2"), py::arg("hidden_width"),
+      py::arg("residual_scale"), py::arg("hidden"), py::arg("activated"), py::arg("y"), Released());
 
   m.def("usable_isas", &crossvit::usable_isas);
   m.def("active_isa", &crossvit::active_isa_name);

@@ -63,11 +63,13 @@ def test_opcheck_cross_attention_fusion(scale: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("cls", [None, torch.randn(3, C)])
-def test_opcheck_layernorm_msa(cls: Tensor | None) -> None:
-    arguments = (torch.randn(3, 5, C), list(msa_weights()), torch.rand(3), cls, HEADS, EPS, "cpu")
-    opcheck(ops.layernorm_msa_forward.default, arguments)
-    y, *saved = ops.layernorm_msa_forward(*arguments)
-    opcheck(ops.layernorm_msa_backward.default, (y, *arguments[:4], saved, HEADS, EPS, "cpu"))
+@pytest.mark.parametrize("save", [False, True])
+def test_opcheck_layernorm_msa(cls: Tensor | None, save: bool) -> None:
+    arguments = (torch.randn(3, 5, C), list(msa_weights()), torch.rand(3), cls, HEADS, EPS)
+    opcheck(ops.layernorm_msa_forward.default, (*arguments, save, "cpu"))
+    if save:
+        y, *saved = ops.layernorm_msa_forward(*arguments, save, "cpu")
+        opcheck(ops.layernorm_msa_backward.default, (y, *arguments[:4], saved, HEADS, EPS, "cpu"))
 
 
 @pytest.mark.parametrize("save", [False, True])

@@ -28,4 +28,16 @@ void parallel_for(int64_t count, const Body& body) {
       const_cast<Body*>(&body));
 }
 
+// Calls body(take) once on each thread; take() returns a task that is nobody else's, or a number
+// >= count when none is left. A thread that the system holds up does not keep the others waiting.
+template <class Body>
+void parallel_tasks(int64_t count, const Body& body) {
+  int64_t next = 0;
+  const int64_t threads = num_threads();
+  parallel_for(threads < count ? threads : count, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin)
+      body([&] { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); });
+  });
+}
+
 }  // namespace crossvit

@@ -188,6 +188,21 @@ inline Scalar sum(Vector<Scalar> v) {
   return total;
 }
 
+// Element j of v[i] changes places with element i of v[j].
+template <class Scalar, int kStep = kLanes<Scalar> / 2>
+inline void transpose(Vector<Scalar> (&v)[kLanes<Scalar>]) {
+  if constexpr (kStep > 0) {
+    using Lanes = std::make_integer_sequence<int, kLanes<Scalar>>;
+    for (int i = 0; i < kLanes<Scalar>; ++i)
+      if (!(i & kStep)) {
+        const Vector<Scalar> a = v[i], b = v[i + kStep];
+        v[i] = lanes::interleave_halves<kStep, 0>(a, b, Lanes{});
+        v[i + kStep] = lanes::interleave_halves<kStep, kStep>(a, b, Lanes{});
+      }
+    transpose<Scalar, kStep / 2>(v);
+  }
+}
+
 // ---- exp ----
 
 // exp(x) within about 1 ulp; exactly 0 below the smallest normal result; NaN stays NaN.
@@ -213,6 +228,22 @@ inline FloatVector exp(FloatVector x) {
   return x < kSmallest ? FloatVector{} : overflow_or_scaled;
 }
 
+constexpr float kLog2E = 1.44269504f;
+
+// 2^x for x <= 0, as a softmax needs it: half the instructions of exp.
+inline FloatVector exp2_nonpositive(FloatVector x) {
+  const FloatVector shifted = x + 12582912.0f;  // rounds to an integer in the low bits
+  const FloatVector r = x - (shifted - 12582912.0f);
+  const FloatVector r2 = r * r;
+  // In pairs, for a short chain of operations.
+  const FloatVector low = r * 6.93147188e-1f + 1.0f;
+  const FloatVector middle = r * 5.55035711e-2f + 2.40226508e-1f;
+  const FloatVector high = r * 1.33908634e-3f + 9.61808256e-3f;
+  const FloatVector poly = ((r2 * 1.54531629e-4f + high) * r2 + middle) * r2 + low;
+  const FloatVector power = as_float((as_bits(shifted) - 0x4b400000u + 127u) << 23);
+  return x < -126.0f ? FloatVector{} : poly * power;
+}
+
 inline Vector<double> exp(Vector<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
@@ -220,34 +251,36 @@ inline Vector<double> exp(Vector<double> x) {
 
 // ---- GELU ----
 
-// The standard normal's distribution function at -a sqrt(2), a >= 0, as exp(-a^2) times a
-// polynomial in t = 1 / (1 + 0.4 a): a minimax fit of erfc(a) exp(a^2) / 2, relative error 2e-9.
-inline FloatVector normal_tail(FloatVector a) {
-  const FloatVector t = 1.0f / (1.0f + 0.4f * a);
-  FloatVector poly = t * -0.01837907645828926f + 0.07746649944905017f;
-  poly = poly * t - 0.07535567128846422f;
-  poly = poly * t - 0.09663151508219539f;
-  poly = poly * t + 0.17060693377382888f;
-  poly = poly * t - 0.04983967860902324f;
-  poly = poly * t + 0.17404694802121448f;
-  poly = poly * t + 0.15680330721278762f;
-  poly = poly * t + 0.2101688143092664f;
-  poly = poly * t + 0.22542713115300061f;
-  poly = poly * t + 0.2256863057145423f;
-  return 0.5f * t * poly * exp(-a * a);
-}
+// erf(z) for |z| <= kErfIsOne: z times a rational function of z^2, a minimax fit within 2.1e-8.
+constexpr float kErfIsOne = 3.95f;
 
-inline Vector<double> normal_tail(Vector<double> a) {
-  for (int i = 0; i < kLanes<double>; ++i) a[i] = 0.5 * __builtin_erfc(a[i]);
-  return a;
+inline FloatVector erf(FloatVector z) {
+  const FloatVector t = z * z;
+  FloatVector p = t * 2.02594691e-06f + 2.84685167e-04f;
+  FloatVector q = t * 3.78320750e-05f + 1.17069013e-03f;
+  p = p * t + 3.80800670e-03f;
+  q = q * t + 1.50547759e-02f;
+  p = p * t + 5.28749635e-02f;
+  q = q * t + 1.14558088e-01f;
+  p = p * t + 1.91546568e-01f;
+  q = q * t + 5.03086402e-01f;
+  p = p * t + 1.12837914f;
+  q = q * t + 1.0f;
+  return z * p / q;
 }
 
 // The exact GELU: x times the normal distribution function.
-template <class V>
-inline V gelu(V x) {
-  constexpr auto half_sqrt_2 = decltype(x[0] + 0){0.70710678118654752440};
-  const V tail = normal_tail((x < 0 ? -x : x) * half_sqrt_2);
-  return x * (x < 0 ? tail : 1 - tail);
+inline FloatVector gelu(FloatVector x) {
+  const FloatVector z = x * 0.70710678f;
+  const FloatVector y = 0.5f * x * (1.0f + erf(z));
+  const FloatVector y_or_zero = z < -kErfIsOne ? FloatVector{} : y;
+  return z > kErfIsOne ? x : y_or_zero;
+}
+
+inline Vector<double> gelu(Vector<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i)
+    x[i] *= 0.5 * __builtin_erfc(x[i] * -0.70710678118654752440);
+  return x;
 }
 
 // Not std::exp and the like: those are inline functions with external linkage.

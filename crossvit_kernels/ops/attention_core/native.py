@@ -33,7 +33,7 @@ def forward(
     m_out: memory for m, [B, R, C] with any strides that end in 1.
     """
     batch, num_rows, channels = x.shape[0], u.shape[1], x.shape[2]
-    u, x = unit_stride(u), unit_stride(x)
+    u, x = extension.unit_stride(u), extension.unit_stride(x)
     m = u.new_empty(batch, num_rows, channels) if m_out is None else m_out
     lse = u.new_empty(batch, num_rows)
     if m.numel():
@@ -62,7 +62,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared."""
     batch, num_rows, channels = m.shape
-    u, x, dm = unit_stride(u), unit_stride(x), unit_stride(dm)
+    u, x, dm = extension.unit_stride(u), extension.unit_stride(x), extension.unit_stride(dm)
     du = torch.empty_like(m) if du_out is None else du_out
     dx = x.new_empty(x.shape)
     dextra = None if extra_token is None else x.new_empty(batch, channels)
@@ -88,8 +88,3 @@ def _problem(
     batch, num_tokens, channels = x.shape
     num_tokens += extra_token is not None
     return batch, num_tokens, num_rows, channels, norm_eps is not None, norm_eps or 0.0
-
-
-def unit_stride(t: Tensor) -> Tensor:
-    """t, or a copy where its rows are not contiguous (a compiler may choose such a layout)."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()

@@ -80,7 +80,7 @@ def forward(
         _C.cross_attention_forward(
             problem=(batch, num_tokens, channels, cls.shape[1], num_heads, eps),
             cls=extension.parameter(cls),
-            tokens=extension.tokens(core.unit_stride(tokens), None),
+            tokens=extension.tokens(extension.unit_stride(tokens), None),
             weights=[extension.parameter(p) for p in parameters],
             residual_scale=extension.parameter(residual_scale),
             saved=[t.data_ptr() for t in saved],

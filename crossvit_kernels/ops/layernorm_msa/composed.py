@@ -62,7 +62,8 @@ def forward(
     cls: Tensor | None,
     num_heads: int,
     eps: float,
-) -> tuple[Tensor, Saved]:
+    save: bool,
+) -> tuple[Tensor, Saved | None]:
     normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
     if cls is not None:
         normed[:, 0] = norm.forward(cls, w.norm_weight, w.norm_bias, eps).normed
@@ -71,7 +72,7 @@ def forward(
     heads, lse = _attention(*_split(qkv, num_heads))
     update = F.linear(_joined(heads), w.out_weight, w.out_bias)
     y = norm.add_residual(x, update, residual_scale, cls)
-    return y, Saved(normed, mean, rstd, qkv, heads, lse)
+    return y, Saved(normed, mean, rstd, qkv, heads, lse) if save else None
 
 
 def backward(

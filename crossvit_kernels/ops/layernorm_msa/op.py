@@ -10,11 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from crossvit_kernels.backends import choose, register_operation
 from crossvit_kernels.ops import library
-from crossvit_kernels.ops.layernorm_msa import composed, reference
+from crossvit_kernels.ops.layernorm_msa import native, reference
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
 
 #: Modules with why_not, forward, backward and empty_saved.
-BACKENDS: dict[str, Any] = {"cpu": composed}
+BACKENDS: dict[str, Any] = {"cpu": native}
 register_operation("layernorm_msa", tuple(BACKENDS))
 
 
@@ -38,11 +38,10 @@ def layernorm_msa(
     )
     if name == "reference":
         return reference.layernorm_msa(x, weights, num_heads, eps, residual_scale, cls, dropout_p)
-    arguments = (x, residual_scale, cls, num_heads, eps, name)
     weights = MsaWeights(*library.autocast_linears(weights, x, norms=("norm",)))
     if library.needs_grad(x, cls, *weights):
-        return _LayerNormMsa.apply(*arguments, *weights)
-    return _forward(x, list(weights), *arguments[1:])[0]
+        return _LayerNormMsa.apply(x, residual_scale, cls, num_heads, eps, name, *weights)
+    return _forward(x, list(weights), residual_scale, cls, num_heads, eps, False, name)[0]
 
 
 class _LayerNormMsa(torch.autograd.Function):
@@ -57,7 +56,7 @@ class _LayerNormMsa(torch.autograd.Function):
         backend: str,
         *weights: Tensor | None,
     ) -> Tensor:
-        y, *saved = _forward(x, list(weights), residual_scale, cls, num_heads, eps, backend)
+        y, *saved = _forward(x, list(weights), residual_scale, cls, num_heads, eps, True, backend)
         ctx.save_for_backward(x, residual_scale, cls, *weights, *saved)
         ctx.constants = (num_heads, eps, backend)
         return y
@@ -80,12 +79,13 @@ def _forward_kernel(
     cls: Tensor | None,
     num_heads: int,
     eps: float,
+    save: bool,
     backend: str,
 ) -> list[Tensor]:
     y, saved = BACKENDS[backend].forward(
-        x, MsaWeights(*weights), residual_scale, cls, num_heads, eps
+        x, MsaWeights(*weights), residual_scale, cls, num_heads, eps, save
     )
-    return [y, *saved]
+    return [y, *(saved or ())]
 
 
 def _forward_fake(
@@ -95,11 +95,12 @@ def _forward_fake(
     cls: Tensor | None,
     num_heads: int,
     eps: float,
+    save: bool,
     backend: str,
 ) -> list[Tensor]:
     w = MsaWeights(*weights)
     y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, w.out_weight.dtype))
-    return [y, *BACKENDS[backend].empty_saved(x, w, num_heads)]
+    return [y, *(BACKENDS[backend].empty_saved(x, w, num_heads) if save else ())]
 
 
 def _backward_kernel(
@@ -143,7 +144,7 @@ def _backward_fake(
 
 _forward = library.define(
     "layernorm_msa_forward(Tensor x, Tensor?[] weights, Tensor? residual_scale, Tensor? cls, "
-    "int num_heads, float eps, str backend) -> Tensor[]",
+    "int num_heads, float eps, bool save, str backend) -> Tensor[]",
     _forward_kernel,
     _forward_fake,
 )

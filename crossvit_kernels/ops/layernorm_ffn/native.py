@@ -1,0 +1,38 @@
+"""layernorm_ffn on a CPU: in float32 one C++ call forward; else, and backward, torch's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels import extension
+from crossvit_kernels.extension import _C
+from crossvit_kernels.ops.layernorm_ffn import composed
+from crossvit_kernels.ops.layernorm_ffn.composed import Saved, backward, empty_saved, why_not
+from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
+
+__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
+
+
+def forward(
+    x: Tensor, w: FfnWeights, residual_scale: Tensor | None, eps: float, save: bool
+) -> tuple[Tensor, Saved | None]:
+    if not extension.all_float32(x, *w):
+        return composed.forward(x, w, residual_scale, eps, save)
+    y = torch.empty(x.shape)
+    saved = empty_saved(x, w) if save else None
+    x = extension.unit_stride(x)
+    w = FfnWeights(*(t.contiguous() for t in w))
+    scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
+    _C.layernorm_ffn_forward(
+        x=extension.token_rows(x, None),
+        norm=extension.norm(w.norm_weight, w.norm_bias, eps, saved),
+        fc1=extension.linear(w.fc1_weight, w.fc1_bias),
+        fc2=extension.linear(w.fc2_weight, w.fc2_bias),
+        hidden_width=w.fc1_weight.shape[0],
+        residual_scale=extension.optional(scale),
+        hidden=extension.optional(saved and saved.hidden),
+        activated=extension.optional(saved and saved.activated),
+        y=y.data_ptr(),
+    )
+    return y, saved

@@ -1,0 +1,37 @@
+#pragma once
+
+#include <cstdint>
+
+// What the halves of a transformer block have in common, in float32.
+
+namespace crossvit {
+
+// [B, N, C] with unit stride along C. cls [B, C], if not null, stands in for row 0.
+struct TokensParams {
+  const float* data;
+  int64_t batch;
+  int64_t num_tokens;
+  int64_t channels;
+  int64_t batch_stride;
+  int64_t token_stride;
+  const float* cls;
+  int64_t cls_stride;
+};
+
+// A LayerNorm, and what it keeps for backward: null where nothing is kept.
+struct NormParams {
+  const float* weight;  // [C]
+  const float* bias;
+  double eps;
+  float* normed;  // out: [B, N, C]
+  float* mean;    // out: [B, N]
+  float* rstd;
+};
+
+// Contiguous; bias may be null.
+struct LinearParams {
+  const float* weight;  // [out, in]
+  const float* bias;    // [out]
+};
+
+}  // namespace crossvit

@@ -1,0 +1,174 @@
+#pragma once
+
+#include "common/panels.h"
+#include "layernorm_msa/params.h"
+
+// Self-attention between the two projections.
+//
+//   p_nm = softmax_m(q_n . k_m / sqrt(d))        out_n = sum_m p_nm v_m
+//
+// A head's keys and values are packed once and stay in L2; a few queries at a time have all their
+// scores in L1, so that the softmax is that of the textbook: maximum, exponentials, sum.
+
+namespace crossvit::layernorm_msa {
+namespace {
+
+// Queries that share a panel of keys or values while it is in L1.
+constexpr int kGroup = 4 * kRows;
+// Tokens that are asked for ahead of their packing.
+constexpr int kAhead = 2 * kLane;
+
+// A head of an image in panels, and what its queries need. Tokens and channels are padded to whole
+// panels.
+class Head {
+ public:
+  explicit Head(const ForwardParams& params)
+      : params_(params),
+        num_tokens_(params.x.num_tokens),
+        head_dim_(params.x.channels / params.num_heads),
+        tokens_(round_up(num_tokens_, kPanel)),
+        dim_(round_up(head_dim_, kPanel)),
+        memory_(2 * tokens_ * dim_ + kGroup * (tokens_ + 2 * dim_)),
+        keys_(memory_.take(tokens_ * dim_)),
+        values_(memory_.take(tokens_ * dim_)),
+        scores_(memory_.take(kGroup * tokens_)),
+        queries_(memory_.take(kGroup * dim_)),
+        out_(memory_.take(kGroup * dim_)) {}
+
+  void pack(int64_t image, int64_t head) {
+    image_ = image;
+    head_ = head;
+    for (int64_t n = 0; n < tokens_; n += kLane) {
+      for (int64_t i = n + kAhead; i < n + kAhead + kLane; ++i) {
+        prefetch(kKey, i);
+        prefetch(kValue, i);
+      }
+      for (int64_t c = 0; c < dim_; c += kLane) {
+        FloatVector block[kLane];
+        for (int i = 0; i < kLane; ++i) {
+          block[i] = channels(kKey, n + i, c);
+          store(values_ + c / kPanel * kPanel * tokens_ + (n + i) * kPanel + c % kPanel,
+                channels(kValue, n + i, c));
+        }
+        transpose<float>(block);
+        float* const to = keys_ + n / kPanel * kPanel * dim_ + c * kPanel + n % kPanel;
+        for (int i = 0; i < kLane; ++i) store(to + i * kPanel, block[i]);
+      }
+    }
+  }
+
+  // The outputs of queries [first, first + kGroup).
+  void attend(int64_t first) {
+    const int64_t count = minimum(kGroup, num_tokens_ - first);
+    alignas(kVectorBytes) static constexpr float zeros[kPanel] = {};
+    pack_queries(first, count);
+    for (int64_t n = 0; n < tokens_; n += kPanel)
+      for (int64_t i = 0; i < count; i += kRows)
+        multiply(scores_ + i * tokens_ + n * kRows, zeros, 0, queries_ + i * dim_, keys_ + n * dim_,
+                 dim_);
+    float inverse[kGroup];
+    for (int64_t i = 0; i < count; ++i) inverse[i] = softmax(i, first + i);
+    for (int64_t c = 0; c < dim_; c += kPanel)
+      for (int64_t i = 0; i < count; i += kRows)
+        multiply(out_ + i * dim_ + c * kRows, zeros, 0, scores_ + i * tokens_,
+                 values_ + c * tokens_, tokens_);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* const from = packed_row(out_, i, dim_);
+      float* const to = params_.heads + (row(first + i) * params_.num_heads + head_) * head_dim_;
+      each_packed_vector(head_dim_, [&](int64_t c, int64_t packed, int64_t left) {
+        store_at_most(to + c, load(from + packed) * inverse[i], left);
+      });
+    }
+  }
+
+ private:
+  enum Part { kQuery, kKey, kValue };
+
+  // In units of which the softmax is a power of two.
+  void pack_queries(int64_t first, int64_t count) {
+    const float scale = kLog2E / sqrt(static_cast<float>(head_dim_));
+    for (int64_t i = 0; i < round_up(count, kRows); ++i) {
+      prefetch(kQuery, first + i + kGroup);
+      float* const to = packed_row(queries_, i, dim_);
+      each_packed_vector(dim_, [&](int64_t c, int64_t packed, int64_t) {
+        store(to + packed, channels(kQuery, first + i, c) * scale);
+      });
+    }
+  }
+
+  // Scores of row i to 2^(score - max); returns the inverse of their sum.
+  float softmax(int64_t i, int64_t query) const {
+    constexpr float kLowest = -__builtin_inff();
+    float* const scores = packed_row(scores_, i, tokens_);
+    for (int64_t n = num_tokens_; n < tokens_; ++n)
+      scores[(tokens_ - kPanel) * kRows + n % kPanel] = kLowest;
+    FloatVector largest[2] = {broadcast(kLowest), broadcast(kLowest)};
+    for (int64_t n = 0; n < tokens_; n += kPanel)
+      for (int j = 0; j < 2; ++j)
+        largest[j] = larger(largest[j], load(scores + n * kRows + j * kLane));
+    largest[0] = larger(largest[0], largest[1]);
+    float max = largest[0][0];
+    for (int j = 1; j < kLane; ++j) max = larger(max, largest[0][j]);
+    FloatVector total[2] = {};
+    for (int64_t n = 0; n < tokens_; n += kPanel)
+      for (int j = 0; j < 2; ++j) {
+        float* const at = scores + n * kRows + j * kLane;
+        const FloatVector p = exp2_nonpositive(load(at) - max);
+        store(at, p);
+        total[j] += p;
+      }
+    const float sum_of_all = sum<float>(total[0] + total[1]);
+    if (params_.lse)
+      params_.lse[row(query) * params_.num_heads + head_] = max / kLog2E + log(sum_of_all);
+    return 1 / sum_of_all;
+  }
+
+  // Row of [B, N, ...].
+  int64_t row(int64_t token) const { return image_ * num_tokens_ + token; }
+
+  const float* part(Part which, int64_t token) const {
+    return params_.qkv_rows + ((row(token) * 3 + which) * params_.num_heads + head_) * head_dim_;
+  }
+
+  // Channels from c on; zeros behind the last and for tokens behind the last.
+  FloatVector channels(Part which, int64_t token, int64_t c) const {
+    if (token >= num_tokens_) return FloatVector{};
+    return load_at_most(part(which, token) + c, head_dim_ - c);
+  }
+
+  // A head's tokens lie too far apart for the hardware to guess.
+  void prefetch(Part which, int64_t token) const {
+    const float* const from = part(which, minimum(token, num_tokens_ - 1));
+    for (int64_t c = 0; c < head_dim_; c += 16) __builtin_prefetch(from + c);
+  }
+
+  const ForwardParams& params_;
+  const int64_t num_tokens_, head_dim_;
+  const int64_t tokens_, dim_;  // padded
+  Floats memory_;
+  float* const keys_;     // panels of tokens
+  float* const values_;   // panels of channels
+  float* const scores_;   // packed rows, as the next two
+  float* const queries_;  // scaled
+  float* const out_;
+  int64_t image_ = 0, head_ = 0;
+};
+
+// A task is a head where there are plenty of them, else a part of one.
+void attention(const ForwardParams& params) {
+  const int64_t heads = params.x.batch * params.num_heads;
+  const int64_t groups = ceil_div(params.x.num_tokens, kGroup);
+  const int64_t parts = minimum(groups, ceil_div(16 * num_threads(), heads));
+  parallel_tasks(heads * parts, [&](const auto& take) {
+    Head head(params);
+    for (int64_t task = take(); task < heads * parts; task = take()) {
+      const int64_t index = task / parts, part = task % parts;
+      head.pack(index / params.num_heads, index % params.num_heads);
+      for (int64_t i = groups * part / parts; i < groups * (part + 1) / parts; ++i)
+        head.attend(i * kGroup);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace crossvit::layernorm_msa
