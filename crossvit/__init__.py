@@ -1,7 +1,16 @@
 """CrossViT (ICCV 2021) on the kernels of crossvit_kernels."""
 
+from crossvit.attention_maps import BlockAttention, attention_maps
 from crossvit.configs import Config, list_models
 from crossvit.macs import count_macs
 from crossvit.model import CrossViT, create_model
 
-__all__ = ["Config", "CrossViT", "count_macs", "create_model", "list_models"]
+__all__ = [
+    "BlockAttention",
+    "Config",
+    "CrossViT",
+    "attention_maps",
+    "count_macs",
+    "create_model",
+    "list_models",
+]

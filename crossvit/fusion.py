@@ -165,8 +165,19 @@ class MultiScaleBlock(nn.Module):
 
     def _fuse_repeatedly(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
         """L > 1: cross-attention after cross-attention between one f and one g."""
-        y = self.projs[b](cls).unsqueeze(1)
-        for index, block in enumerate(self.fusion[b]):
+        new_cls: Tensor = self.revert_projs[b](self.cross_attend(b, self.projs[b](cls), patches))
+        return new_cls
+
+    def cross_attend(
+        self, b: int, y: Tensor, patches: Tensor, attention: list[Tensor] | None = None
+    ) -> Tensor:
+        """Y + CA(LN([y || patches])) (Eq. 7), L times: y [B, C] is f of branch b's CLS.
+
+        Attention weights [B, h, 1 + N] are appended to ``attention``, if given.
+        """
+        y = y.unsqueeze(1)
+        cross_attentions = [self.fusion[b]] if self.cross_depth == 1 else self.fusion[b]
+        for index, block in enumerate(cross_attentions):
             norm_weight, norm_bias, *projections = block.parts()
             update: Any = ck.attention_pool(
                 y,
@@ -178,9 +189,12 @@ class MultiScaleBlock(nn.Module):
                 token_norm=(norm_weight, norm_bias),
                 norm_eps=EPS,
                 dropout_p=self.attn_drop if self.training else 0.0,
+                return_weights=attention is not None,
                 backend=self.backend,
             )
-            scale = drop_path_scale(len(cls), self.drop_path, self.training, like=cls)
+            if attention is not None:
+                update, weights = update
+                attention.append(weights[:, 0])
+            scale = drop_path_scale(len(y), self.drop_path, self.training, like=y)
             y = y + (update if scale is None else update * scale.view(-1, 1, 1))
-        new_cls: Tensor = self.revert_projs[b](y[:, 0])
-        return new_cls
+        return y[:, 0]

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from crossvit import Config, CrossViT, count_macs, create_model, list_models
+from crossvit import Config, CrossViT, attention_maps, count_macs, create_model, list_models
 from crossvit.configs import branch_sizes, named_config
 from crossvit.embed import resize_position_embedding
 
@@ -184,6 +184,38 @@ def test_two_cross_attention_blocks(reread):
     for fused in (False, True):
         model.set_fused(fused)
         torch.testing.assert_close(block.fuse(0, cls, patches), expected)
+
+
+@pytest.mark.parametrize(("cross_depth", "fused"), [(1, True), (1, False), (2, True)])
+def test_attention_maps(cross_depth, fused):
+    model = CrossViT(TINY, cross_depth=cross_depth, use_fused=fused, drop_path_rate=0.5)
+    x = torch.randn(2, 3, 48, 48)
+    tokens = [1 + height * width for height, width in model.grid_sizes]
+    maps = attention_maps(model, x)
+    assert model.training and len(maps) == model.config.num_blocks
+    for attention in maps:
+        assert [len(of_branch) for of_branch in attention.self_attention] == [1, 2]
+        for b in (0, 1):
+            assert attention.self_attention[b][0].shape == (2, 2, tokens[b], tokens[b])
+            first, *later = attention.fusion[b]
+            assert first.shape == (2, 2, tokens[1 - b]) and len(later) == cross_depth - 1
+            for weights in (*attention.self_attention[b], first, *later):
+                torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_attention_maps_are_those_of_the_forward_pass():
+    model = CrossViT(TINY, use_fused=True, num_blocks=1).eval()
+    x = torch.randn(2, 3, 48, 48)
+    block = model.blocks[0]
+    small, large = (block.encode(b, branch) for b, branch in enumerate(model.embed(x)))
+    (weights,) = attention_maps(model, x)[0].fusion[0]
+    y = block.projs[0](small.cls)
+    cross = block.fusion[0]
+    seen = cross.norm1(torch.cat([y.unsqueeze(1), large.patches], dim=1))
+    v = cross.attn.wv(seen).unflatten(2, (2, 32))
+    pooled = torch.einsum("bhn,bnhd->bhd", weights, v).flatten(1)
+    expected = block.revert_projs[0](y + cross.attn.proj(pooled))
+    torch.testing.assert_close(block.fuse(0, small.cls, large.patches), expected)
 
 
 def test_stem_is_refused_early_where_it_cannot_work():

@@ -1,0 +1,116 @@
+"""The fused model against eager mode: logits and every gradient under the rule of accuracy.py."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accuracy import assert_within_rule
+from torch import Tensor
+
+from crossvit import CrossViT, create_model, list_models
+
+WIDTHS = ["tiny", "small", "base", "9", "15", "18", "9_dagger", "15_dagger", "18_dagger"]
+
+
+def randomised(model: CrossViT) -> CrossViT:
+    """Biases and norms away from 0 and 1, so that a term that is lost is seen."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p) if p.dim() == 1 else 0)
+    return model
+
+
+def run(
+    model: CrossViT, x: Tensor, dtype: torch.dtype, fused: bool, autocast: bool
+) -> dict[str, Tensor]:
+    """Logits and gradients by name; every run draws the same drop path."""
+    model = copy.deepcopy(model).to(dtype).set_fused(fused)
+    torch.manual_seed(7)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = model(x.to(dtype))
+    upstream = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
+    gradients = torch.autograd.grad(logits, list(model.parameters()), upstream.to(logits.dtype))
+    names = [name for name, _ in model.named_parameters()]
+    return {"logits": logits.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def without_zeros(name: str, gradient: Tensor) -> Tensor | None:
+    """What of a gradient is not zero by mathematics: softmax drops the bias of keys."""
+    if name.endswith("wk.bias"):
+        return None
+    if name.endswith("qkv.bias"):
+        q, _, v = gradient.chunk(3)
+        return torch.cat([q, v])
+    return gradient
+
+
+def compare(model: CrossViT, size: int, batch: int = 2, autocast: bool = False) -> None:
+    x = torch.randn(batch, 3, size, size)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    exact = run(model, x, torch.float64, fused=False, autocast=False)
+    eager = run(model, x, torch.float32, fused=False, autocast=autocast)
+    fused = run(model, x, torch.float32, fused=True, autocast=autocast)
+    for name in exact:
+        kept = [without_zeros(name, result[name]) for result in (fused, eager, exact)]
+        if kept[0] is not None:
+            assert_within_rule(*kept, name, dtype)
+        else:
+            scale = exact[name.replace("wk", "wq")].abs().max().item()
+            assert fused[name].abs().max().item() <= torch.finfo(dtype).eps * scale
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("name", WIDTHS)
+def test_every_width(name: str, autocast: bool) -> None:
+    model = create_model(
+        f"crossvit_{name}", img_size=48, num_blocks=2, depths=(1, 1), num_classes=10
+    )
+    compare(randomised(model), 48, autocast=autocast)
+
+
+@pytest.mark.parametrize("name", ["crossvit_9", "crossvit_15"])
+def test_whole_models(name: str) -> None:
+    compare(randomised(create_model(name)).eval(), 240, batch=1)
+
+
+def test_whole_model_under_autocast() -> None:
+    compare(randomised(create_model("crossvit_9")).eval(), 240, batch=1, autocast=True)
+
+
+def test_drop_path_draws_the_same_masks() -> None:
+    """Same seed, same images dropped: outputs differ by rounding alone."""
+    model = create_model(
+        "crossvit_9", img_size=48, num_blocks=2, depths=(1, 2), drop_path_rate=0.5, num_classes=10
+    )
+    compare(randomised(model.train()), 48, batch=8)
+    torch.manual_seed(7)
+    first = model(torch.ones(8, 3, 48, 48))
+    assert not torch.allclose(first[0], first[1])  # equal images, unequal masks
+
+
+def test_switching_leaves_no_trace() -> None:
+    model = create_model("crossvit_9", img_size=48, num_classes=10).eval()
+    x = torch.randn(2, 3, 48, 48)
+    eager = model(x)
+    fused = model.set_fused()(x)
+    assert not torch.equal(eager, fused)  # other code ran
+    assert torch.equal(model.set_fused(False)(x), eager)
+
+
+def test_compiles_without_graph_breaks() -> None:
+    torch._dynamo.reset()
+    model = create_model("crossvit_9", img_size=48, num_classes=10, use_fused=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_names_cover_every_width() -> None:
+    assert {f"crossvit_{name}_240" for name in WIDTHS} == set(list_models("*_240"))
