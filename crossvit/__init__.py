@@ -1,6 +1,7 @@
 """CrossViT (ICCV 2021) on the kernels of crossvit_kernels."""
 
 from crossvit.attention_maps import BlockAttention, attention_maps
+from crossvit.checkpoints import load_checkpoint, load_model, official_url, save_checkpoint
 from crossvit.configs import Config, list_models
 from crossvit.macs import count_macs
 from crossvit.model import CrossViT, create_model
@@ -13,4 +14,8 @@ __all__ = [
     "count_macs",
     "create_model",
     "list_models",
+    "load_checkpoint",
+    "load_model",
+    "official_url",
+    "save_checkpoint",
 ]
