@@ -104,7 +104,7 @@ class PackedLinear {
         panels_(memory_.take(in_ * round_up(out, kPanel))),
         bias_(memory_.take(round_up(out, kPanel))) {
     for (int64_t n = 0; n < round_up(out, kPanel); ++n) bias_[n] = bias && n < out ? bias[n] : 0;
-    parallel_for(ceil_div(out, kPanel), [&](int64_t begin, int64_t end) {
+    const auto pack = [&](int64_t begin, int64_t end) {
       for (int64_t n = begin * kPanel; n < end * kPanel; n += kLane)
         for (int64_t k = 0; k < in_; k += kLane) {
           FloatVector block[kLane];
@@ -115,7 +115,13 @@ class PackedLinear {
           float* const to = panels_ + n / kPanel * kPanel * in_ + k * kPanel + n % kPanel;
           for (int i = 0; i < kLane; ++i) store(to + i * kPanel, block[i]);
         }
-    });
+    };
+    // Threads that wait for each other cost more than a few thousand elements.
+    const int64_t num_panels = ceil_div(out, kPanel);
+    if (num_panels * kPanel * in_ < 32768)
+      pack(0, num_panels);
+    else
+      parallel_for(num_panels, pack);
   }
 
   // Of packed rows, each of the layer's padded width.

@@ -1,0 +1,105 @@
+"""The example programs, on little of everything."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def digits(monkeypatch) -> Iterator[ModuleType]:
+    for package in ("sklearn", "rich", "matplotlib"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module("digits")
+    sys.modules.pop("digits", None)
+
+
+def test_digits_fused_and_eager_learn_alike(digits, tmp_path, capsys):
+    picture = tmp_path / "curves.png"
+    arguments = ["--epochs", "3", "--output", str(picture)]
+    assert digits.main([*arguments, "--min-accuracy", "0.3"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "fused: " in printed and "eager, a rounding away: " in printed
+    assert digits.main([*arguments, "--mode", "fused", "--min-accuracy", "1.01"]) == 1
+
+
+def test_digits_curves_are_the_same(digits):
+    """In float64 roundings stay small for as long as a test may take."""
+    options = digits.parse(["--epochs", "2", "--dtype", "float64"])
+    data = digits.load(0, torch.float64)
+    torch.manual_seed(0)
+    start = digits.CrossViT(digits.SMALL, in_chans=1, num_classes=10, drop_path_rate=0.1).double()
+    runs = []
+    for fused in (True, False):
+        model = digits.copy.deepcopy(start).set_fused(fused)
+        runs.append(digits.train(model, data, options, "test"))
+    assert max(digits.apart(*runs)) < 1e-9
+    assert runs[0].losses[-1] < 0.9 * runs[0].losses[0]
+
+
+@pytest.fixture
+def classify(monkeypatch) -> Iterator[ModuleType]:
+    for package in ("torchvision", "PIL", "safetensors"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module("classify")
+    sys.modules.pop("classify", None)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    """An image and a checkpoint that always says 7."""
+    from PIL import Image
+
+    from crossvit import create_model, save_checkpoint
+
+    Image.linear_gradient("L").save(tmp_path / "image.png")
+    model = create_model("crossvit_tiny", num_classes=10)
+    with torch.no_grad():
+        for head in model.head:
+            head.weight.zero_()
+            head.bias.copy_(torch.arange(10) == 7)
+    save_checkpoint(model, tmp_path / "tiny.safetensors")
+    return str(tmp_path / "image.png"), str(tmp_path / "tiny.safetensors")
+
+
+def test_classify(classify, files, tmp_path, capsys):
+    image, checkpoint = files
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join("abcdefghij"))
+    arguments = [image, "--checkpoint", checkpoint, "--model", "crossvit_tiny_240"]
+    arguments += ["--num-classes", "10", "--labels", str(labels)]
+    assert classify.main([*arguments, "--top", "3"]) == 0
+    path, best, *others = capsys.readouterr().out.splitlines()
+    assert path == image and best.split() == ["23.2%", "h"] and len(others) == 2
+
+
+def test_classify_says_what_is_wrong(classify, files, tmp_path, capsys):
+    image, checkpoint = files
+    (tmp_path / "note.txt").write_text("no image")
+    tiny = ["--model", "crossvit_tiny_240"]
+    for arguments, message in (
+        ([image, "--checkpoint", str(tmp_path / "missing.pth"), *tiny], "no such file"),
+        ([image, "--checkpoint", checkpoint, *tiny], "10 classes, the model 1000"),
+        (
+            [str(tmp_path / "note.txt"), "--checkpoint", checkpoint, *tiny, "--num-classes", "10"],
+            "cannot identify",
+        ),
+    ):
+        assert classify.main(arguments) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_imagenet_has_its_names(classify):
+    names = classify.class_names(None, 1000)
+    assert len(names) == 1000 and names[0] == "tench"

@@ -1,0 +1,94 @@
+"""bench/model_bench.py: what it writes, and that it refuses to time a wrong answer."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+QUICK = ["--models", "crossvit_tiny_240", "--img-size", "48", "--batch", "2", "--device", "cpu"]
+QUICK += ["--min-time", "0", "--no-compile"]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The program as a module, with ceilings that cost no time."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    module = importlib.import_module("model_bench")
+    ceilings = module.measure.Ceilings(1e10, 2**28, 1e11, 2048, "float32")
+    monkeypatch.setattr(module.measure, "measure_ceilings", lambda device, dtype: ceilings)
+    yield module
+    for name in ("model_bench", "measure", "report", "fusion_contenders"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_files_and_table(bench, tmp_path, capsys, dtype):
+    pytest.importorskip("matplotlib")
+    paths = {kind: tmp_path / f"models.{kind}" for kind in ("json", "csv", "png")}
+    outputs = ["--json", str(paths["json"]), "--csv", str(paths["csv"])]
+    outputs += ["--plot", str(paths["png"])]
+    assert bench.main([*QUICK, *outputs, "--dtype", dtype]) == 0
+    document = json.loads(paths["json"].read_text())
+    rows = document["results"]
+    assert {(row["mode"], row["contender"]) for row in rows} == {
+        (mode, contender)
+        for mode in ("inference", "train")
+        for contender in ("ours, eager", "ours, fused")
+    }
+    for row in rows:
+        assert row["status"] == "ok" and row["images_per_second"] > 0
+        assert row["images_per_second"] == pytest.approx(2e3 / row["median_ms"])
+        assert row["extra_peak_bytes"] > 0 and row["rounds"] >= 5
+    with paths["csv"].open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert paths["png"].read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "48 x 48" in printed and "ours, fused" in printed
+
+
+def test_a_wrong_model_is_not_timed(bench, monkeypatch, tmp_path, capsys):
+    make = bench.crossvit.create_model
+
+    def spoiled(*args, use_fused=False, **options):
+        model = make(*args, use_fused=use_fused, **options)
+        if use_fused:
+            model.forward_head = lambda features: 1.001 * type(model).forward_head(model, features)
+        return model
+
+    monkeypatch.setattr(bench.crossvit, "create_model", spoiled)
+    path = tmp_path / "models.json"
+    assert bench.main([*QUICK, "--json", str(path)]) == 1
+    rows = json.loads(path.read_text())["results"]
+    for row in rows:
+        assert (row["status"] == "wrong") == (row["contender"] == "ours, fused")
+        assert ("median_ms" in row) == (row["status"] == "ok")
+    assert "ERROR: crossvit_tiny_240" in capsys.readouterr().err
+
+
+def test_arguments(bench, capsys):
+    options = bench.parse(["--paper", "--models", "crossvit_9*_240"])
+    assert options.models == ["crossvit_9_240", "crossvit_9_dagger_240"]
+    assert (options.batch, options.repeats) == ([64], 100)
+    for wrong in (["--models", "resnet50"], ["--batch", "0"]):
+        with pytest.raises(SystemExit):
+            bench.parse(wrong)
+    assert "resnet50" in capsys.readouterr().err
+
+
+def test_timm_is_measured_where_it_is_installed(bench, tmp_path):
+    pytest.importorskip("timm")
+    arguments = ["--models", "crossvit_tiny_240", "--batch", "1", "--device", "cpu"]
+    arguments += ["--mode", "inference", "--min-time", "0", "--no-compile"]
+    path = tmp_path / "models.json"
+    assert bench.main([*arguments, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert [row["contender"] for row in rows] == ["timm, eager", "ours, eager", "ours, fused"]
+    assert all(row["status"] == "ok" for row in rows)
