@@ -22,8 +22,8 @@ constexpr int kPanel = 2 * kLane;
 // A block's accumulators fill the registers: 16, or 32 with AVX-512.
 constexpr int kRows = kVectorBytes == 64 ? 12 : 6;
 // Blocks that share a panel while it is in L1, and how much of its rows is.
-constexpr int kBlocks = 4;
-constexpr int64_t kDepth = 256;
+constexpr int kBlocks = 12;
+constexpr int64_t kDepth = 384;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -83,6 +83,7 @@ inline void multiply(float* to, const float* start, int64_t start_stride, const 
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < 2; ++j) total[i][j] = load(start + i * start_stride + j * kLane);
   for (int64_t first = 0; first < count; first += kPanel, rows += kRows * kPanel)
+#pragma GCC unroll 4
     for (int k = 0; k < kPanel; ++k, panel += kPanel) {
       const FloatVector a = load(panel), b = load(panel + kLane);
       for (int i = 0; i < kRows; ++i) {
@@ -154,15 +155,20 @@ class PackedLinear {
 // panels. scratch holds scratch_width floats for each row, zero at first; it is the thread's own.
 template <class Run>
 void each_group(int64_t num_rows, int64_t scratch_width, const Run& run) {
-  constexpr int64_t kGroup = kBlocks * kRows;
-  const int64_t count = ceil_div(num_rows, kGroup);
+  const int64_t blocks = ceil_div(num_rows, kRows);
+  // The last few blocks go one by one, so that all threads end at about the same time.
+  const int64_t groups = (blocks - minimum(blocks, 4 * num_threads())) / kBlocks;
+  const int64_t count = groups + blocks - groups * kBlocks;
   parallel_tasks(count, [&](const auto& take) {
-    Floats scratch(kGroup * scratch_width);
-    float* const floats = scratch.take(kGroup * scratch_width);
-    std::memset(floats, 0, kGroup * scratch_width * sizeof(float));
+    const int64_t size = kBlocks * kRows * scratch_width;
+    Floats memory(size);
+    float* const scratch = memory.take(size);
+    std::memset(scratch, 0, size * sizeof(float));
     for (int64_t task = take(); task < count; task = take()) {
-      const int64_t rows = minimum(kGroup, num_rows - task * kGroup);
-      run(task * kGroup, rows, ceil_div(rows, kRows), floats);
+      const bool is_group = task < groups;
+      const int64_t first = (is_group ? task * kBlocks : task + groups * (kBlocks - 1)) * kRows;
+      const int64_t rows = minimum((is_group ? kBlocks : 1) * kRows, num_rows - first);
+      run(first, rows, ceil_div(rows, kRows), scratch);
     }
   });
 }
