@@ -32,13 +32,16 @@ class PackedNorm {
 
   // x [C] to row i of packed rows; row of what forward saves.
   void apply(float* rows, int64_t i, const float* x, int64_t row) const {
-    FloatVector total{};
-    for (int64_t c = 0; c < channels_; c += kLane) total += load_at_most(x + c, channels_ - c);
+    const int64_t whole = channels_ / kLane * kLane;
+    const FloatVector rest = load_at_most(x + whole, channels_ - whole);
+    FloatVector total = rest;
+    for (int64_t c = 0; c < whole; c += kLane) total += load(x + c);
     const float mean = sum<float>(total) / channels_;
-    FloatVector squares{};
-    for (int64_t c = 0; c < channels_; c += kLane) {
-      FloatVector centred = load_at_most(x + c, channels_ - c) - mean;
-      for (int64_t lane = channels_ - c; lane < kLane; ++lane) centred[lane] = 0;
+    FloatVector squares = rest - mean;
+    for (int64_t lane = channels_ - whole; lane < kLane; ++lane) squares[lane] = 0;
+    squares *= squares;
+    for (int64_t c = 0; c < whole; c += kLane) {
+      const FloatVector centred = load(x + c) - mean;
       squares += centred * centred;
     }
     const float rstd = 1 / sqrt(sum<float>(squares) / channels_ + static_cast<float>(params_.eps));

@@ -70,13 +70,10 @@ def test_every_width(name: str, autocast: bool) -> None:
     compare(randomised(model), 48, autocast=autocast)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("name", ["crossvit_9", "crossvit_15"])
-def test_whole_models(name: str) -> None:
-    compare(randomised(create_model(name)).eval(), 240, batch=1)
-
-
-def test_whole_model_under_autocast() -> None:
-    compare(randomised(create_model("crossvit_9")).eval(), 240, batch=1, autocast=True)
+def test_whole_models(name: str, autocast: bool) -> None:
+    compare(randomised(create_model(name)).eval(), 240, batch=1, autocast=autocast)
 
 
 def test_drop_path_draws_the_same_masks() -> None:
