@@ -44,7 +44,14 @@ def _download(url: str) -> Path:
     local = Path(torch.hub.get_dir(), "checkpoints", f"{remote.stem}-{digest}{remote.suffix}")
     if not local.is_file():
         local.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(local))
+        # torch.hub takes a connection that breaks off for the end of the file.
+        unchecked = local.with_name(f".{os.getpid()}.{local.name}")
+        try:
+            torch.hub.download_url_to_file(url, str(unchecked))
+            read(unchecked)
+            unchecked.replace(local)
+        finally:
+            unchecked.unlink(missing_ok=True)
     return local
 
 
@@ -80,9 +87,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "global" in str(error).lower():
+        # Not the whole of torch's message, which advises to load it all the same.
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
-                f"{path}: refused, it holds more than tensors, which could run code: {error}"
+                f"{path}: refused, it holds more than tensors, which could run code: {found[1]}"
             ) from error
         raise _unreadable(path, error) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
@@ -112,12 +120,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
         ImportError: safetensors is not installed.
     """
     _import_safetensors()
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    content = save(dict(tensors), metadata)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        save_file(dict(tensors), unfinished, metadata)
-        with unfinished.open("rb") as file:
+        with unfinished.open("wb") as file:  # not save_file, whose files only their owner may read
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
     finally:

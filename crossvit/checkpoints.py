@@ -67,11 +67,14 @@ def load_checkpoint(
     return model
 
 
-def load_model(source: str | os.PathLike[str], **options: Any) -> CrossViT:
+def load_model(
+    source: str | os.PathLike[str], *, replace_head: bool = False, **options: Any
+) -> CrossViT:
     """The model of a file that ``save_checkpoint`` wrote, with its weights.
 
     Args:
         source: A local file, a URL or a hub id.
+        replace_head: Keep new heads, as for another ``num_classes``.
         **options: Arguments of ``CrossViT`` that differ, e.g. ``use_fused=True``.
 
     Raises:
@@ -85,7 +88,8 @@ def load_model(source: str | os.PathLike[str], **options: Any) -> CrossViT:
             f"{source}: does not describe its model; build it and use load_checkpoint(model, ...)"
         )
     config = _config(description.pop("config"))
-    return load_checkpoint(CrossViT(config, **{**description, **options}), path)
+    model = CrossViT(config, **{**description, **options})
+    return load_checkpoint(model, path, replace_head=replace_head)
 
 
 def save_checkpoint(model: CrossViT, path: str | os.PathLike[str]) -> None:
@@ -171,7 +175,7 @@ def _fit_heads(
         for key in [key for key in state if key.startswith("head.")]:
             del state[key]
         state.update({key: t for key, t in own.items() if key.startswith("head.")})
-    elif found is not None and len(found) != num_classes:
+    elif found is not None and found.dim() == 2 and len(found) != num_classes:
         raise ValueError(
             f"the checkpoint has {len(found)} classes, the model {num_classes}: build the model "
             f"with num_classes={len(found)}, or keep its own heads with replace_head=True"
@@ -184,7 +188,7 @@ def _fit_position_embeddings(
     for b, new_grid in enumerate(model.grid_sizes):
         key = f"pos_embed_{b}"
         embedding = state.get(key)
-        if embedding is None or embedding.dim() != 3:
+        if embedding is None or embedding.dim() != 3 or embedding.shape[1] < 2:
             continue  # listed with the other keys
         patches = embedding.shape[1] - 1
         if grid_sizes is None and patches == math.prod(new_grid):
