@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import crossvit_kernels as ck
+from crossvit import create_model
 from crossvit_kernels import extension
 from crossvit_kernels.modules import CrossAttentionFusion, TransformerBlock
 
@@ -59,3 +60,12 @@ def test_capture_in_a_cuda_graph() -> None:
         cls.normal_()
         graph.replay()
         torch.testing.assert_close(out, fusion(cls, x))
+
+
+def test_a_model_agrees_with_the_cpu() -> None:
+    model = create_model("crossvit_9", img_size=48, num_classes=10, use_fused=True).double().eval()
+    x = torch.randn(2, 3, 48, 48).double()
+    expected = model(x)
+    actual = model.cuda()(x.cuda())
+    assert actual.is_cuda
+    torch.testing.assert_close(actual.cpu(), expected)
