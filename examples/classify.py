@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from crossvit import CrossViT, create_model, list_models, load_checkpoint, official_url
 from crossvit.transforms import eval_transform
@@ -44,14 +44,18 @@ def load_model(options: argparse.Namespace) -> CrossViT:
 
 def open_image(path: Path) -> Image.Image:
     """RGB, upright as its camera was held."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: {reason}") from error
 
 
 def classify(options: argparse.Namespace) -> None:
-    names = class_names(options.labels, options.num_classes)
     model = load_model(options)
-    transform = eval_transform(model.patch_embed[0].img_size[0])
+    transform = eval_transform(model.patch_embed[0].img_size[0])  # says how to get torchvision
+    names = class_names(options.labels, options.num_classes)
     for path in options.images:
         x = transform(open_image(path)).unsqueeze(0).to(options.device)
         with torch.inference_mode():
@@ -60,6 +64,20 @@ def classify(options: argparse.Namespace) -> None:
         print(path)
         for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
             print(f"  {probability:6.1%}  {names[index]}")
+
+
+def usable_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # unknown; absent, or torch is built without
+        raise argparse.ArgumentTypeError(one_line(error)) from error
+
+
+def one_line(error: Exception) -> str:
+    """A misfit checkpoint's message lists every key: here only the first."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+    return " ".join(lines[:2]) + more
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -73,7 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--num-classes", type=int, default=1000, help="of the checkpoint")
     add("--labels", type=Path, metavar="FILE", help="class names, one a line")
     add("--top", type=int, default=5)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--eager", action="store_true", help="without the kernels")
     options = parser.parse_args(arguments)
     if options.top < 1 or options.num_classes < 1:
@@ -85,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         classify(options)
-    except (OSError, ValueError, ImportError, UnidentifiedImageError) as error:
-        print(f"classify.py: {error}", file=sys.stderr)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"classify.py: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

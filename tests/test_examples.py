@@ -23,19 +23,21 @@ def digits(monkeypatch) -> Iterator[ModuleType]:
     sys.modules.pop("digits", None)
 
 
-def test_digits_fused_and_eager_learn_alike(digits, tmp_path, capsys):
+def test_digits_fused_and_eager_learn_alike(digits, tmp_path, capsys, restore_threads):
     picture = tmp_path / "curves.png"
-    arguments = ["--epochs", "3", "--output", str(picture)]
-    assert digits.main([*arguments, "--min-accuracy", "0.3"]) == 0
+    arguments = ["--epochs", "2", "--output", str(picture)]
+    assert digits.main([*arguments, "--min-accuracy", "0.2"]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "fused: " in printed and "eager, a rounding away: " in printed
-    assert digits.main([*arguments, "--mode", "fused", "--min-accuracy", "1.01"]) == 1
+    arguments += ["--epochs", "1", "--mode", "fused", "--min-accuracy", "1.01"]
+    assert digits.main(arguments) == 1
 
 
-def test_digits_curves_are_the_same(digits):
+def test_digits_curves_are_the_same(digits, restore_threads):
     """In float64 roundings stay small for as long as a test may take."""
     options = digits.parse(["--epochs", "2", "--dtype", "float64"])
+    torch.set_num_threads(options.threads)
     data = digits.load(0, torch.float64)
     torch.manual_seed(0)
     start = digits.CrossViT(digits.SMALL, in_chans=1, num_classes=10, drop_path_rate=0.1).double()
@@ -84,7 +86,7 @@ def test_classify(classify, files, tmp_path, capsys):
     assert path == image and best.split() == ["23.2%", "h"] and len(others) == 2
 
 
-def test_classify_says_what_is_wrong(classify, files, tmp_path, capsys):
+def test_classify_says_what_is_wrong(classify, files, tmp_path, monkeypatch, capsys):
     image, checkpoint = files
     (tmp_path / "note.txt").write_text("no image")
     tiny = ["--model", "crossvit_tiny_240"]
@@ -97,7 +99,44 @@ def test_classify_says_what_is_wrong(classify, files, tmp_path, capsys):
         ),
     ):
         assert classify.main(arguments) == 1
-        assert message in capsys.readouterr().err
+        assert message in one_line(capsys)
+    assert classify.main([image, "--checkpoint", checkpoint, "--num-classes", "10"]) == 1
+    assert "does not fit the model" in one_line(capsys)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    assert classify.main([image, "--checkpoint", checkpoint, *tiny, "--num-classes", "10"]) == 1
+    assert f"{image}: Image size" in one_line(capsys)
+
+
+def one_line(capsys) -> str:
+    line = capsys.readouterr().err
+    assert line.startswith("classify.py: ") and line.count("\n") == 1
+    return line
+
+
+def test_classify_says_that_it_needs_torchvision(classify, files, monkeypatch, capsys):
+    image, checkpoint = files
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    arguments = [image, "--checkpoint", checkpoint, "--model", "crossvit_tiny_240"]
+    assert classify.main([*arguments, "--num-classes", "10"]) == 1
+    assert "pip install torchvision" in one_line(capsys)
+
+
+def test_classify_says_that_a_device_is_unusable(classify, files, capsys):
+    image, checkpoint = files
+    with pytest.raises(SystemExit) as stopped:
+        classify.main([image, "--checkpoint", checkpoint, "--device", "tpu9"])
+    assert stopped.value.code == 2
+    assert "argument --device: " in capsys.readouterr().err
+
+
+def test_images_are_upright_and_rgb(classify, tmp_path):
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned right
+    Image.new("L", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    image = classify.open_image(tmp_path / "turned.jpg")
+    assert image.size == (20, 30) and image.mode == "RGB"
 
 
 def test_imagenet_has_its_names(classify):
