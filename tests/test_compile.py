@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, FusionWeights, MsaWeights
@@ -249,3 +251,31 @@ def test_a_second_derivative_is_refused(make: Any) -> None:
     (gradient,) = torch.autograd.grad(module(*arguments).sum(), arguments[0], create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.sum(), arguments[0])
+
+
+class Seen(TorchDispatchMode):
+    """The operators that a dispatch mode is told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_calls_are_seen_by_whoever_asks() -> None:
+    """Plain eager mode calls the kernel directly; modes and profilers still learn of it."""
+    name = "crossvit_kernels::layernorm_ffn_forward"
+    x, weights = torch.randn(2, 5, C), ffn_weights()
+    y = ck.layernorm_ffn(x, weights)
+    with Seen() as seen:
+        torch.testing.assert_close(ck.layernorm_ffn(x, weights), y, rtol=0, atol=0)
+    assert name in seen.names
+    with torch.profiler.profile() as profile:
+        ck.layernorm_ffn(x, weights)
+    assert name in {event.key for event in profile.key_averages()}
+    with FakeTensorMode() as mode:
+        fake = ck.layernorm_ffn(mode.from_tensor(x), FfnWeights(*map(mode.from_tensor, weights)))
+    assert fake.shape == y.shape

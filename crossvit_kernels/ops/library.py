@@ -25,14 +25,38 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
         fake: Makes empty results of the right shapes, dtypes and devices, for tracing.
 
     Returns:
-        The operator, a ``torch._ops.OpOverload``.
+        What calls the operator. In plain eager mode it calls the kernel itself, as the dispatcher
+        takes longer than a small kernel.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device_type in ("CPU", "CUDA"):
         _LIBRARY.impl(name, _without_autocast(kernel, device_type.lower()), device_type)
     torch.library.register_fake(f"crossvit_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.crossvit_kernels, name).default
+    operator = getattr(torch.ops.crossvit_kernels, name).default
+
+    def call(tensor: torch.Tensor, *args: Any) -> Any:
+        return (kernel if _is_plain_eager(tensor) else operator)(tensor, *args)
+
+    return call
+
+
+def _is_plain_eager(tensor: torch.Tensor) -> bool:
+    """Whether nobody but the kernel wants to know of an operator's call."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or _num_dispatch_modes()
+        or _transform() is not None
+        or torch.is_autocast_enabled(tensor.device.type)
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+# Modes such as FakeTensorMode, and transforms such as vmap; a torch that does not say whether one
+# is on is taken to have it on.
+_num_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transform: Any = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
 
 
 def _without_autocast(kernel: Callable[..., Any], device_type: str) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ constexpr int64_t kDepth = 384;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Floats in vector-aligned memory, handed out in pieces.
 class Floats {
@@ -75,22 +76,25 @@ inline void each_packed_vector(int64_t width, const Visit& visit) {
     for (int j = 0; j < kPanel; j += kLane) visit(c + j, c * kRows + j, width - c - j);
 }
 
-// to = start + rows . panel, [kRows, kPanel]; the rows of start are start_stride apart. count is a
-// multiple of kPanel.
+// to = start + rows . panel over `count` of K, [kRows, kPanel]; the rows of start are start_stride
+// apart.
 inline void multiply(float* to, const float* start, int64_t start_stride, const float* rows,
                      const float* panel, int64_t count) {
   FloatVector total[kRows][2];
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < 2; ++j) total[i][j] = load(start + i * start_stride + j * kLane);
-  for (int64_t first = 0; first < count; first += kPanel, rows += kRows * kPanel)
-#pragma GCC unroll 4
-    for (int k = 0; k < kPanel; ++k, panel += kPanel) {
-      const FloatVector a = load(panel), b = load(panel + kLane);
-      for (int i = 0; i < kRows; ++i) {
-        total[i][0] += rows[i * kPanel + k] * a;
-        total[i][1] += rows[i * kPanel + k] * b;
-      }
+  const auto step = [&](int64_t k) {
+    const FloatVector a = load(panel), b = load(panel + kLane);
+    for (int i = 0; i < kRows; ++i) {
+      total[i][0] += rows[i * kPanel + k] * a;
+      total[i][1] += rows[i * kPanel + k] * b;
     }
+    panel += kPanel;
+  };
+  for (; count >= kPanel; count -= kPanel, rows += kRows * kPanel)
+#pragma GCC unroll 4
+    for (int k = 0; k < kPanel; ++k) step(k);
+  for (int64_t k = 0; k < count; ++k) step(k);
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < 2; ++j) store(to + i * kPanel + j * kLane, total[i][j]);
 }
@@ -117,16 +121,14 @@ class PackedLinear {
           for (int i = 0; i < kLane; ++i) store(to + i * kPanel, block[i]);
         }
     };
-    // Threads that wait for each other cost more than a few thousand elements.
-    const int64_t num_panels = ceil_div(out, kPanel);
-    if (num_panels * kPanel * in_ < 32768)
-      pack(0, num_panels);
-    else
-      parallel_for(num_panels, pack);
+    parallel_for(ceil_div(out, kPanel), kPanel * in_ * kWorkOfCopy, pack);
   }
 
   // Of packed rows, each of the layer's padded width.
   int64_t in() const { return in_; }
+
+  // Multiply-adds of a row.
+  int64_t work() const { return out_ * in_; }
 
   // Calls use(first column, bias + product of packed rows) for each panel: [num_blocks, kRows,
   // kPanel].
@@ -152,14 +154,15 @@ class PackedLinear {
 };
 
 // Calls run(first row, number of rows, number of blocks, scratch) for groups of rows that share
-// panels. scratch holds scratch_width floats for each row, zero at first; it is the thread's own.
+// panels. work is that of a row; scratch holds scratch_width floats for each row, zero at first; it
+// is the thread's own.
 template <class Run>
-void each_group(int64_t num_rows, int64_t scratch_width, const Run& run) {
+void each_group(int64_t num_rows, int64_t work, int64_t scratch_width, const Run& run) {
   const int64_t blocks = ceil_div(num_rows, kRows);
   // The last few blocks go one by one, so that all threads end at about the same time.
   const int64_t groups = (blocks - minimum(blocks, 4 * num_threads())) / kBlocks;
   const int64_t count = groups + blocks - groups * kBlocks;
-  parallel_tasks(count, [&](const auto& take) {
+  parallel_tasks(count, work * num_rows / maximum(count, 1), [&](const auto& take) {
     const int64_t size = kBlocks * kRows * scratch_width;
     Floats memory(size);
     float* const scratch = memory.take(size);

@@ -12,14 +12,25 @@ namespace crossvit {
 namespace internal {
 using LoopBody = void (*)(int64_t begin, int64_t end, void* context);
 void parallel_for(int64_t count, LoopBody body, void* context);
+
+// Multiply-adds below which threads take longer to meet than to do it: about 10 microseconds.
+constexpr int64_t kWorthThreads = 1 << 19;
 }  // namespace internal
 
 // Threads that parallel_for may use now.
 int num_threads();
 
-// Calls body(begin, end) on disjoint ranges that cover [0, count). body must not throw.
+// Multiply-adds in the time of copying an element that is in no cache.
+constexpr int kWorkOfCopy = 16;
+
+// Calls body(begin, end) on disjoint ranges that cover [0, count). body must not throw. work is
+// that of one index, in multiply-adds; small loops run on the calling thread.
 template <class Body>
-void parallel_for(int64_t count, const Body& body) {
+void parallel_for(int64_t count, int64_t work, const Body& body) {
+  if (count * work < internal::kWorthThreads) {
+    if (count > 0) body(int64_t{0}, count);
+    return;
+  }
   internal::parallel_for(
       count,
       [](int64_t begin, int64_t end, void* context) {
@@ -31,10 +42,11 @@ void parallel_for(int64_t count, const Body& body) {
 // Calls body(take) once on each thread; take() returns a task that is nobody else's, or a number
 // >= count when none is left. A thread that the system holds up does not keep the others waiting.
 template <class Body>
-void parallel_tasks(int64_t count, const Body& body) {
+void parallel_tasks(int64_t count, int64_t work, const Body& body) {
   int64_t next = 0;
-  const int64_t threads = num_threads();
-  parallel_for(threads < count ? threads : count, [&](int64_t begin, int64_t end) {
+  const int64_t threads = num_threads() < count ? num_threads() : count;
+  if (threads == 0) return;
+  parallel_for(threads, count * work / threads, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin)
       body([&] { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); });
   });

@@ -166,7 +166,7 @@ void backward_tokens(const BackwardParams& params) {
   const int64_t size = shape.rows * shape.channels;
 
   if (!split_images(batch, num_chunks)) {
-    parallel_for(batch, [&](int64_t begin, int64_t end) {
+    parallel_for(batch, 2 * shape.work(params.problem.num_tokens), [&](int64_t begin, int64_t end) {
       Backward<Token> pass(params);
       Scratch<Scalar> memory(2 * size);
       Scalar* const total = memory.take(size);
@@ -186,14 +186,14 @@ void backward_tokens(const BackwardParams& params) {
 
   Scratch<Scalar> memory(batch * num_chunks * size);
   Scalar* const parts = memory.take(batch * num_chunks * size);
-  parallel_for(batch * num_chunks, [&](int64_t begin, int64_t end) {
+  parallel_for(batch * num_chunks, 2 * shape.work(kChunk), [&](int64_t begin, int64_t end) {
     Backward<Token> pass(params);
     for (int64_t i = begin; i < end; ++i) {
       if (i == begin || i % num_chunks == 0) pass.begin_image(i / num_chunks);
       pass.chunk(i / num_chunks, i % num_chunks, parts + i * size);
     }
   });
-  parallel_for(batch, [&](int64_t begin, int64_t end) {
+  parallel_for(batch, shape.work(num_chunks), [&](int64_t begin, int64_t end) {
     Backward<Token> pass(params);
     for (int64_t b = begin; b < end; ++b) {
       Scalar* const total = parts + b * num_chunks * size;

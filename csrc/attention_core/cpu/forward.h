@@ -171,7 +171,7 @@ void forward_tokens(const ForwardParams& params) {
   const int64_t num_chunks = ceil_div(params.problem.num_tokens, kChunk);
 
   if (!split_images(batch, num_chunks)) {
-    parallel_for(batch,
+    parallel_for(batch, shape.work(params.problem.num_tokens),
                  [&](int64_t begin, int64_t end) { forward_images<Token>(params, begin, end); });
     return;
   }
@@ -180,7 +180,7 @@ void forward_tokens(const ForwardParams& params) {
   Scratch<Scalar> memory(batch * num_chunks * size);
   Scalar* const states = memory.take(batch * num_chunks * size);
   const auto state = [&](int64_t i) { return State<Scalar>(shape, states + i * size); };
-  parallel_for(batch * num_chunks, [&](int64_t begin, int64_t end) {
+  parallel_for(batch * num_chunks, shape.work(kChunk), [&](int64_t begin, int64_t end) {
     Forward<Token> pass(params);
     for (int64_t i = begin; i < end; ++i) {
       if (i == begin || i % num_chunks == 0) pass.begin_image(i / num_chunks);
@@ -188,7 +188,7 @@ void forward_tokens(const ForwardParams& params) {
       pass.chunk(i / num_chunks, i % num_chunks, part);
     }
   });
-  parallel_for(batch, [&](int64_t begin, int64_t end) {
+  parallel_for(batch, shape.work(num_chunks), [&](int64_t begin, int64_t end) {
     Forward<Token> pass(params);
     for (int64_t b = begin; b < end; ++b) {
       State<Scalar> total = state(b * num_chunks);

@@ -63,6 +63,9 @@ struct Shape {
       tile -= kMinTile;
   }
 
+  // Multiply-adds of forward for some tokens of an image; backward has twice as many.
+  int64_t work(int64_t tokens) const { return 2 * rows * channels * tokens; }
+
   // Tokens that dot_products takes at once: with two rows, one accumulator per lane.
   static constexpr int kTokenBlock = kLanes<Scalar> / 2;
 

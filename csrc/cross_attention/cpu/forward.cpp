@@ -85,7 +85,8 @@ class Fusion {
 
   template <class Run>
   void each_block(const Run& run) {
-    parallel_for(batch_ / kImages, [&](int64_t begin, int64_t end) {
+    const int64_t weights = channels_ * (2 * channels_ + params_.own_channels);
+    parallel_for(batch_ / kImages, kImages * weights, [&](int64_t begin, int64_t end) {
       Block block(*this);
       for (int64_t i = begin; i < end; ++i) run(block, i * kImages);
     });

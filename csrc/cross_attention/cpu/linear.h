@@ -63,7 +63,7 @@ class Matrix {
       return;
     }
     Scalar* const copied = copy_.take((out + 1) * stride);
-    parallel_for(out, [&](int64_t begin, int64_t end) {
+    parallel_for(out, stride * kWorkOfCopy, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
         load_row(copied + row * stride, weight, row * in, in);
     });

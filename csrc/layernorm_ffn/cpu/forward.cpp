@@ -16,7 +16,7 @@ void forward(const ForwardParams& params) {
   const PackedNorm norm(params.norm, x.channels);
   const PackedLinear fc1(params.fc1.weight, params.fc1.bias, params.hidden_width, x.channels);
   const PackedLinear fc2(params.fc2.weight, params.fc2.bias, x.channels, params.hidden_width);
-  each_group(num_rows, fc1.in() + fc2.in(),
+  each_group(num_rows, fc1.work() + fc2.work(), fc1.in() + fc2.in(),
              [&](int64_t first, int64_t count, int64_t blocks, float* normed) {
                float* const activated = normed + kBlocks * kRows * fc1.in();
                for (int64_t i = 0; i < count; ++i)

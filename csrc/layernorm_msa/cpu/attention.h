@@ -71,7 +71,7 @@ class Head {
     for (int64_t c = 0; c < dim_; c += kPanel)
       for (int64_t i = 0; i < count; i += kRows)
         multiply(out_ + i * dim_ + c * kRows, zeros, 0, scores_ + i * tokens_,
-                 values_ + c * tokens_, tokens_);
+                 values_ + c * tokens_, num_tokens_);
     for (int64_t i = 0; i < count; ++i) {
       const float* const from = packed_row(out_, i, dim_);
       float* const to = params_.heads + (row(first + i) * params_.num_heads + head_) * head_dim_;
@@ -159,15 +159,17 @@ void attention(const ForwardParams& params) {
   const int64_t heads = params.x.batch * params.num_heads;
   const int64_t groups = ceil_div(params.x.num_tokens, kGroup);
   const int64_t parts = minimum(groups, ceil_div(16 * num_threads(), heads));
-  parallel_tasks(heads * parts, [&](const auto& take) {
-    Head head(params);
-    for (int64_t task = take(); task < heads * parts; task = take()) {
-      const int64_t index = task / parts, part = task % parts;
-      head.pack(index / params.num_heads, index % params.num_heads);
-      for (int64_t i = groups * part / parts; i < groups * (part + 1) / parts; ++i)
-        head.attend(i * kGroup);
-    }
-  });
+  const int64_t tokens = params.x.num_tokens, head_dim = params.x.channels / params.num_heads;
+  parallel_tasks(heads * parts, 2 * tokens * ceil_div(tokens, parts) * head_dim,
+                 [&](const auto& take) {
+                   Head head(params);
+                   for (int64_t task = take(); task < heads * parts; task = take()) {
+                     const int64_t index = task / parts, part = task % parts;
+                     head.pack(index / params.num_heads, index % params.num_heads);
+                     for (int64_t i = groups * part / parts; i < groups * (part + 1) / parts; ++i)
+                       head.attend(i * kGroup);
+                   }
+                 });
 }
 
 }  // namespace
