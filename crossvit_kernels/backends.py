@@ -7,7 +7,6 @@ reference can run everything.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,11 @@ from typing import Any
 import torch
 
 from crossvit_kernels import extension
+from crossvit_kernels.gpu import launch
 
-#: Fastest first. "reference" is eager PyTorch, on any device.
-NAMES = ("cuda", "triton", "cpu", "reference")
+#: Fastest first on each device ("triton" runs on a CPU only where it is interpreted, at a snail's
+#: pace). "reference" is eager PyTorch, on any device.
+NAMES = ("cuda", "cpu", "triton", "reference")
 
 ENVIRONMENT_VARIABLE = "CROSSVIT_KERNELS_BACKEND"
 
@@ -57,7 +58,7 @@ def backends() -> Backends:
         "reference": None,
         "cpu": extension.missing,
         "cuda": _why_not_cuda(),
-        "triton": _why_not_triton(),
+        "triton": launch.missing(),
     }
     for name, reason in reasons.items():
         if reason is None and name != "reference" and not _operations_with(name):
@@ -86,12 +87,6 @@ def _why_not_cuda() -> str | None:
         return "torch finds no CUDA device"
     failure = extension.cuda_self_check(torch.cuda.current_device())
     return f"its check kernel did not run: {failure}" if failure else None
-
-
-def _why_not_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None if torch.cuda.is_available() else "torch finds no GPU"
 
 
 @contextmanager

@@ -1,9 +1,14 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests. Without a GPU, Triton's kernels run in its interpreter."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 import crossvit_kernels as ck
 from crossvit_kernels import extension
@@ -34,6 +39,15 @@ def cpu_backend() -> str:
     if not backends["cpu"]:
         pytest.skip(backends.reasons["cpu"])
     return "cpu"
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> str:
+    """Where Triton's kernels run here, or a skip that says why they do not."""
+    backends = ck.backends()
+    if not backends["triton"]:
+        pytest.skip(backends.reasons["triton"])
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _isa_levels() -> list[str]:

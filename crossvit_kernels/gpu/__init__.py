@@ -1,0 +1,1 @@
+"""What every Triton operation shares: configurations, launches, compilation ahead of time."""

@@ -1,0 +1,70 @@
+"""Which configuration a kernel runs in: tables, and what ``crossvit_kernels.tune`` measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenPass:
+    """A pass over the tokens.
+
+    Attributes:
+        chunk: Channels that are loaded together.
+        tokens: Tokens of a step.
+        num_warps: Warps of a program.
+        num_stages: Steps whose loads are in flight.
+        part: Tokens of a program. It does not follow the batch, so that neither does a result.
+    """
+
+    chunk: int
+    tokens: int
+    num_warps: int
+    num_stages: int
+    part: int = 1024
+
+
+# (kernel, bytes of an element) -> (widest C, configuration), narrowest first.
+_TOKEN_PASSES: dict[tuple[str, int], tuple[tuple[int, TokenPass], ...]] = {
+    ("forward", 2): (
+        (96, TokenPass(32, 64, 4, 3)),
+        (128, TokenPass(128, 64, 4, 3)),
+        (192, TokenPass(64, 64, 4, 3)),
+        (224, TokenPass(32, 64, 4, 3)),
+        (256, TokenPass(128, 64, 4, 3)),
+        (384, TokenPass(128, 32, 4, 3)),
+        (448, TokenPass(64, 32, 4, 3)),
+        (768, TokenPass(128, 32, 8, 2)),
+        (1536, TokenPass(128, 16, 8, 2)),
+    ),
+    ("backward", 2): (
+        (96, TokenPass(32, 32, 8, 2)),
+        (128, TokenPass(128, 32, 8, 2)),
+        (192, TokenPass(64, 32, 8, 2)),
+        (224, TokenPass(128, 32, 8, 2)),
+        (384, TokenPass(128, 32, 8, 2)),
+        (448, TokenPass(64, 32, 8, 2)),
+        (768, TokenPass(128, 16, 8, 2)),
+        (1536, TokenPass(128, 16, 16, 2)),
+    ),
+    ("forward", 4): (
+        (256, TokenPass(32, 32, 4, 2)),
+        (448, TokenPass(32, 16, 8, 2)),
+        (1536, TokenPass(64, 16, 8, 2)),
+    ),
+    ("backward", 4): (
+        (256, TokenPass(32, 16, 4, 2)),
+        (448, TokenPass(32, 16, 8, 2)),
+        (1536, TokenPass(64, 16, 8, 2)),
+    ),
+}
+
+
+@functools.cache
+def token_pass(kernel: str, chip: int, channels: int, element_size: int) -> TokenPass:
+    """The configuration of a pass ("forward" or "backward") over tokens of a width."""
+    for widest, config in _TOKEN_PASSES[kernel, element_size]:
+        if channels <= widest:
+            return config
+    raise ValueError(f"{channels} channels are more than any configuration takes")

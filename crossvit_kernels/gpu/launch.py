@@ -1,0 +1,94 @@
+"""Whether Triton can run here, and what every launch needs: a device, a chip, aligned rows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Rows begin at multiples of so many elements: 16-byte loads of 16-bit tokens.
+ALIGN = 8
+
+_ELEMENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_WIDEST = 1536
+
+
+@functools.cache
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def missing() -> str | None:
+    """Why no Triton kernel can run here; None where one can."""
+    if not installed():
+        return "triton is not installed"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return "torch finds no GPU (TRITON_INTERPRET=1 runs kernels in Triton's interpreter)"
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why kernels over tokens x [B, N, C] cannot run; None where they can."""
+    if not installed():
+        return "triton is not installed"
+    if x.device.type != "cuda" and not (interpreting() and x.device.type == "cpu"):
+        return f"the tokens are on {x.device}, not on a GPU"
+    if x.dtype not in _ELEMENTS:
+        return f"it has no code for {x.dtype} tokens"
+    if x.dtype == torch.bfloat16 and interpreting():
+        return "Triton's interpreter has no bfloat16"
+    if x.shape[-1] % ALIGN:
+        return f"{x.shape[-1]} channels are no multiple of {ALIGN}"
+    if x.shape[-1] > _WIDEST:
+        return f"{x.shape[-1]} channels are more than {_WIDEST}"
+    return None
+
+
+def element(dtype: torch.dtype) -> str:
+    """Triton's name of a dtype."""
+    return _ELEMENTS[dtype]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are formed: as torch is told to."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+@functools.cache
+def chip(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; that of the tables' first column in the interpreter."""
+    if device.type != "cuda" or torch.version.hip:
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def on(device: torch.device) -> Any:
+    """A context in which kernels start on a device's current stream."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def aligned_rows(t: Tensor) -> Tensor:
+    """t [..., C], or a copy of it where its rows are not contiguous or not aligned."""
+    fits = t.stride(-1) == 1 and t.data_ptr() % (ALIGN * t.element_size()) == 0
+    if fits and all(stride % ALIGN == 0 for stride in t.stride()[:-1]):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,175 @@
+"""attention_core on Triton: shapes and strides to launches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels.gpu import configurations, launch
+from crossvit_kernels.gpu.launch import ALIGN, why_not
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["backward", "forward", "why_not"]
+
+_MAX_ROWS = 64
+
+
+def kernels() -> ModuleType:
+    """Imported where first used: Triton is slow to import and not everywhere."""
+    from crossvit_kernels.ops.attention_core import triton_kernels
+
+    return triton_kernels
+
+
+def padded_rows(num_rows: int) -> int:
+    """Score rows of a program: those of a tensor-core tile, or more."""
+    return min(max(launch.next_power_of_2(num_rows), 16), _MAX_ROWS)
+
+
+def forward(
+    u: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    extra_token: Tensor | None,
+    norm_eps: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(m, lse) as in reference.py, both in float32; u in float32."""
+    batch, num_tokens, channels = x.shape
+    num_rows = u.shape[1]
+    m, lse = u.new_empty(batch, num_rows, channels), u.new_empty(batch, num_rows)
+    if not m.numel():
+        return m, lse
+    u, x = launch.aligned_rows(u), launch.aligned_rows(x)
+    extra = None if extra_token is None else launch.aligned_rows(extra_token)
+    config = configurations.token_pass("forward", launch.chip(x.device), channels, x.element_size())
+    rows, parts = padded_rows(num_rows), -(-num_tokens // config.part)
+    m_out, sums, peaks = m, lse, None
+    if parts > 1:
+        m_out = m.new_empty(batch * parts, num_rows, channels)
+        sums, peaks = m.new_empty(batch, parts, num_rows), m.new_empty(batch, parts, num_rows)
+    blocks = -(-num_rows // rows)
+    with launch.on(x.device):
+        kernels().attention_core_forward[(batch, parts, blocks)](
+            u,
+            x,
+            extra,
+            key_mask,
+            m_out,
+            sums,
+            peaks,
+            num_tokens,
+            u.stride(0) if u.shape[0] > 1 else 0,
+            u.stride(1),
+            x.stride(0),
+            x.stride(1),
+            0 if extra is None else extra.stride(0),
+            *((0, 0) if key_mask is None else key_mask.stride()),
+            m_out.stride(0),
+            m_out.stride(1),
+            norm_eps or 0.0,
+            R=num_rows,
+            C=channels,
+            ROWS=rows,
+            CHUNK=config.chunk,
+            TOKENS=config.tokens,
+            PART=config.part,
+            ALIGN=ALIGN,
+            NORMALIZE=norm_eps is not None,
+            PRECISION=launch.precision(x.dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if parts > 1:
+            kernels().attention_core_merge[(batch, -(-channels // 64), blocks)](
+                m_out,
+                sums,
+                peaks,
+                m,
+                lse,
+                parts,
+                m.stride(0),
+                m.stride(1),
+                R=num_rows,
+                C=channels,
+                ROWS=rows,
+                CHUNK=64,
+                ALIGN=ALIGN,
+                num_warps=4,
+            )
+    return m, lse
+
+
+def backward(
+    dm: Tensor,
+    dlse: Tensor | None,
+    u: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    extra_token: Tensor | None,
+    m: Tensor,
+    lse: Tensor,
+    norm_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared."""
+    batch, num_rows, channels = m.shape
+    num_tokens = x.shape[1]
+    config = configurations.token_pass(
+        "backward", launch.chip(x.device), channels, x.element_size()
+    )
+    rows, parts = padded_rows(num_rows), -(-num_tokens // config.part)
+    # Where score rows take several launches, these add up in float32.
+    dtype = x.dtype if num_rows <= rows else torch.float32
+    dx = x.new_empty(x.shape, dtype=dtype)
+    dextra = None if extra_token is None else x.new_empty(batch, channels, dtype=dtype)
+    du = m.new_empty(batch, parts, num_rows, channels)
+    if m.numel():
+        u, x, dm = launch.aligned_rows(u), launch.aligned_rows(x), launch.aligned_rows(dm)
+        extra = None if extra_token is None else launch.aligned_rows(extra_token)
+        with launch.on(x.device):
+            for row in range(0, num_rows, rows):
+                kernels().attention_core_backward[(batch, parts)](
+                    u,
+                    dm,
+                    m,
+                    lse,
+                    None if dlse is None else dlse.contiguous(),
+                    x,
+                    extra,
+                    key_mask,
+                    du,
+                    dx,
+                    dextra,
+                    num_tokens,
+                    row,
+                    u.stride(0) if u.shape[0] > 1 else 0,
+                    u.stride(1),
+                    dm.stride(0),
+                    dm.stride(1),
+                    m.stride(0),
+                    m.stride(1),
+                    x.stride(0),
+                    x.stride(1),
+                    0 if extra is None else extra.stride(0),
+                    *((0, 0) if key_mask is None else key_mask.stride()),
+                    dx.stride(0),
+                    dx.stride(1),
+                    norm_eps or 0.0,
+                    R=num_rows,
+                    C=channels,
+                    ROWS=rows,
+                    CHUNK=config.chunk,
+                    TOKENS=config.tokens,
+                    PART=config.part,
+                    ALIGN=ALIGN,
+                    NORMALIZE=norm_eps is not None,
+                    ADD=row > 0,
+                    PRECISION=launch.precision(x.dtype),
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                )
+    dextra = None if dextra is None else dextra.to(x.dtype)
+    return du[:, 0] if parts == 1 else du.sum(dim=1), dx.to(x.dtype), dextra

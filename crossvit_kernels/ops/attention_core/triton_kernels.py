@@ -1,0 +1,253 @@
+"""The kernels of attention_core: a grid over images, ranges of tokens and blocks of score rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossvit_kernels.ops.attention_core.triton_passes import (
+    LOG2E,
+    backward_pass,
+    forward_pass,
+)
+
+# Never 1 or a multiple of 16 to the compiler: a kernel is compiled once whatever they are.
+SIZES = (
+    "num_tokens",
+    "num_parts",
+    "u_batch_stride",
+    "u_row_stride",
+    "x_batch_stride",
+    "x_token_stride",
+    "extra_batch_stride",
+    "mask_batch_stride",
+    "mask_token_stride",
+    "m_batch_stride",
+    "m_row_stride",
+    "dm_batch_stride",
+    "dm_row_stride",
+    "du_batch_stride",
+    "du_row_stride",
+    "dx_batch_stride",
+    "dx_token_stride",
+    "dextra_batch_stride",
+)
+
+
+@triton.jit
+def aligned(stride, ALIGN: tl.constexpr):
+    """A stride between rows in 64 bits, known to be a multiple of ALIGN elements."""
+    return tl.multiple_of(stride.to(tl.int64), ALIGN)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_core_forward(
+    u_ptr,
+    x_ptr,
+    extra_ptr,
+    mask_ptr,
+    m_ptr,
+    lse_ptr,
+    peak_ptr,
+    num_tokens,
+    u_batch_stride,
+    u_row_stride,
+    x_batch_stride,
+    x_token_stride,
+    extra_batch_stride,
+    mask_batch_stride,
+    mask_token_stride,
+    m_batch_stride,
+    m_row_stride,
+    eps,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PART: tl.constexpr,
+    ALIGN: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """m and lse; with peak_ptr parts of them, for attention_core_merge, [B, parts, ...].
+
+    Grid: images, parts of PART tokens, blocks of ROWS score rows.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    row = tl.program_id(2) * ROWS
+    place = image
+    if peak_ptr is not None:
+        place = image * tl.num_programs(1) + part
+        peak_ptr += place * R
+    if extra_ptr is not None:
+        extra_ptr += image * extra_batch_stride
+    if mask_ptr is not None:
+        mask_ptr += image * mask_batch_stride
+    forward_pass(
+        u_ptr + image * u_batch_stride,
+        aligned(u_row_stride, ALIGN),
+        None,
+        x_ptr + image * aligned(x_batch_stride, ALIGN),
+        aligned(x_token_stride, ALIGN),
+        extra_ptr,
+        mask_ptr,
+        mask_token_stride,
+        m_ptr + place * aligned(m_batch_stride, ALIGN),
+        aligned(m_row_stride, ALIGN),
+        lse_ptr + place * R,
+        peak_ptr,
+        part * PART,
+        tl.minimum(num_tokens, part * PART + PART),
+        row,
+        eps,
+        R,
+        C,
+        ROWS,
+        CHUNK,
+        TOKENS,
+        NORMALIZE,
+        PRECISION,
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_core_merge(
+    part_ptr,
+    total_ptr,
+    peak_ptr,
+    m_ptr,
+    lse_ptr,
+    num_parts,
+    m_batch_stride,
+    m_row_stride,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """m and lse from their parts [B, num_parts, R, C] and [B, num_parts, R], in order.
+
+    Grid: images, chunks of channels, blocks of ROWS score rows.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    used = rows < R
+    c = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = used[:, None] & (c < C)[None, :]
+    at = rows[:, None] * C + c[None, :]
+    m_at = rows[:, None] * aligned(m_row_stride, ALIGN) + c[None, :]
+
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, CHUNK), tl.float32)
+    place = image * num_parts
+    for _ in range(num_parts):
+        part_peak = tl.load(peak_ptr + place * R + rows, mask=used, other=float("-inf"))
+        part_total = tl.load(total_ptr + place * R + rows, mask=used, other=0.0)
+        new_peak = tl.maximum(peak, part_peak)
+        finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        decay = tl.exp2(peak - finite)
+        weight = tl.exp2(part_peak - finite)
+        total = total * decay + part_total * weight
+        part = tl.load(part_ptr + place * R * C + at, mask=inside, other=0.0)
+        acc = acc * decay[:, None] + part * weight[:, None]
+        peak = new_peak
+        place += 1
+    total = tl.where(total == 0.0, 1.0, total)
+    m = acc / total[:, None]
+    m_ptr += image * aligned(m_batch_stride, ALIGN)
+    tl.store(m_ptr + m_at, m, mask=inside)
+    if chunk == 0:
+        tl.store(lse_ptr + image * R + rows, (peak + tl.log2(total)) / LOG2E, mask=used)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_core_backward(
+    u_ptr,
+    dm_ptr,
+    m_ptr,
+    lse_ptr,
+    dlse_ptr,
+    x_ptr,
+    extra_ptr,
+    mask_ptr,
+    du_ptr,
+    dx_ptr,
+    dextra_ptr,
+    num_tokens,
+    row,
+    u_batch_stride,
+    u_row_stride,
+    dm_batch_stride,
+    dm_row_stride,
+    m_batch_stride,
+    m_row_stride,
+    x_batch_stride,
+    x_token_stride,
+    extra_batch_stride,
+    mask_batch_stride,
+    mask_token_stride,
+    dx_batch_stride,
+    dx_token_stride,
+    eps,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PART: tl.constexpr,
+    ALIGN: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dx, dextra [B, C] and the parts of du, [B, parts, R, C].
+
+    Grid: images, parts of PART tokens. Score rows from `row` on.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    if extra_ptr is not None:
+        extra_ptr += image * extra_batch_stride
+        dextra_ptr += image * C
+    if mask_ptr is not None:
+        mask_ptr += image * mask_batch_stride
+    if dlse_ptr is not None:
+        dlse_ptr += image * R
+    backward_pass(
+        u_ptr + image * u_batch_stride,
+        aligned(u_row_stride, ALIGN),
+        dm_ptr + image * dm_batch_stride,
+        aligned(dm_row_stride, ALIGN),
+        None,
+        m_ptr + image * m_batch_stride,
+        aligned(m_row_stride, ALIGN),
+        lse_ptr + image * R,
+        dlse_ptr,
+        x_ptr + image * aligned(x_batch_stride, ALIGN),
+        aligned(x_token_stride, ALIGN),
+        extra_ptr,
+        mask_ptr,
+        mask_token_stride,
+        du_ptr + (image * tl.num_programs(1) + part) * R * C,
+        C,
+        dx_ptr + image * aligned(dx_batch_stride, ALIGN),
+        aligned(dx_token_stride, ALIGN),
+        dextra_ptr,
+        part * PART,
+        tl.minimum(num_tokens, part * PART + PART),
+        row,
+        eps,
+        R,
+        C,
+        ROWS,
+        CHUNK,
+        TOKENS,
+        NORMALIZE,
+        ADD,
+        PRECISION,
+    )

@@ -1,0 +1,403 @@
+"""attention_core in Triton: one pass over the tokens each way. Symbols as in docs/derivation.md.
+
+A program takes a range of an image's tokens and a block of its score rows. Channels come in chunks
+of CHUNK columns, held as tuples: widths such as 192, 224 or 448 are not padded to powers of two.
+Score rows are padded to ROWS, the rows of a tensor-core tile.
+
+16-bit tokens go to the tensor cores as they lie in memory, u, dm and the weights rounded to their
+dtype; what is subtracted again (the means of tokens times sums of u, of dm or of weights) is formed
+from the rounded values, so that tokens with a mean far above their spread keep their digits. Tokens
+in float32, with no precision to spare, are centred first. Everything else is in float32.
+
+``forward_pass`` and ``backward_pass`` are the passes over one range of one image, for kernels that
+do more around them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_chunk(ptr, stride, rows, used, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns [index * CHUNK, ...) of rows, zeros where not used: [len(rows), CHUNK]."""
+    c = index * CHUNK + tl.arange(0, CHUNK)
+    mask = used[:, None]
+    if C % CHUNK != 0:
+        mask = mask & (c < C)[None, :]
+    return tl.load(ptr + rows[:, None] * stride + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_chunk(
+    ptr, stride, rows, used, value, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr
+):
+    """The counterpart of load_chunk."""
+    c = index * CHUNK + tl.arange(0, CHUNK)
+    mask = used[:, None]
+    if C % CHUNK != 0:
+        mask = mask & (c < C)[None, :]
+    value = value.to(ptr.dtype.element_ty)
+    tl.store(ptr + rows[:, None] * stride + c[None, :], value, mask=mask)
+
+
+@triton.jit
+def load_vector(ptr, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns [index * CHUNK, ...) of a vector [C] in float32; zeros behind the last."""
+    c = index * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(ptr + c, mask=c < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_score_rows(
+    ptr, stride, gain_ptr, rows, used, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr
+):
+    """A chunk of u or dm in float32; in a fusion the rows of kt or dz times LayerNorm's gain."""
+    value = load_chunk(ptr, stride, rows, used, index, C, CHUNK).to(tl.float32)
+    if gain_ptr is not None:
+        value = value * load_vector(gain_ptr, index, C, CHUNK)[None, :]
+    return value
+
+
+@triton.jit
+def centred(x, mean, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
+    """A chunk minus the mean of its rows, in float32; zero in columns that do not exist."""
+    x = x.to(tl.float32) - mean
+    if C % CHUNK != 0:
+        c = index * CHUNK + tl.arange(0, CHUNK)
+        x = tl.where((c < C)[None, :], x, 0.0)
+    return x
+
+
+@triton.jit
+def statistics(xs, total, eps, C: tl.constexpr, CHUNK: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Mean and 1 / standard deviation of rows held in chunks, whose sums are in total."""
+    mean = tl.zeros_like(total)
+    rstd = mean + 1.0
+    if NORMALIZE:
+        mean = total / C
+        squares = tl.zeros_like(total)
+        for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+            d = centred(xs[i], mean[:, None], i, C, CHUNK)
+            squares += tl.sum(d * d, axis=1)
+        rstd = 1.0 / tl.sqrt(squares / C + eps)
+    return mean, rstd
+
+
+@triton.jit
+def load_one_token(ptr, eps, C: tl.constexpr, CHUNK: tl.constexpr, NORMALIZE: tl.constexpr):
+    """xhat of a single token in chunks [1, CHUNK], and its rstd [1]."""
+    row = tl.arange(0, 1)
+    used = row < 1
+    xs = ()
+    total = tl.zeros((1,), tl.float32)
+    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+        x = load_chunk(ptr, 0, row, used, i, C, CHUNK).to(tl.float32)
+        total += tl.sum(x, axis=1)
+        xs = xs + (x,)
+    mean, rstd = statistics(xs, total, eps, C, CHUNK, NORMALIZE)
+    normed = ()
+    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+        normed = normed + (centred(xs[i], mean[:, None], i, C, CHUNK) * rstd[:, None],)
+    return normed, rstd
+
+
+@triton.jit
+def forward_pass(
+    u_ptr,
+    u_row_stride,
+    gain_ptr,
+    x_ptr,
+    x_token_stride,
+    extra_ptr,
+    mask_ptr,
+    mask_token_stride,
+    m_ptr,
+    m_row_stride,
+    lse_ptr,
+    peak_ptr,
+    first,
+    last,
+    row,
+    eps,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """m and lse of one image over its tokens [first, last), score rows [row, row + ROWS).
+
+    extra_ptr, where there is one, is a token in front of token 0. With peak_ptr what is written is
+    a part of the result: sums of unnormalised weights in place of lse, their peaks (base 2), m not
+    divided.
+    """
+    NUM: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    dtype = x_ptr.dtype.element_ty
+    CENTRE: tl.constexpr = NORMALIZE and x_ptr.dtype.element_ty == tl.float32
+    rows = row + tl.arange(0, ROWS)
+    used = rows < R
+
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    weighted_mean = tl.zeros((ROWS,), tl.float32)
+    u_sum = tl.zeros((ROWS,), tl.float32)
+    us = ()
+    acc = ()
+    if extra_ptr is not None:
+        extra, _ = load_one_token(extra_ptr, eps, C, CHUNK, NORMALIZE)
+        score = tl.zeros((ROWS,), tl.float32)
+    for i in tl.static_range(NUM):
+        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK)
+        u = u.to(dtype)
+        u_sum += tl.sum(u.to(tl.float32), axis=1)
+        us = us + (u,)
+        if extra_ptr is not None:
+            score += tl.sum(u.to(tl.float32) * extra[i], axis=1)
+        acc = acc + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    if extra_ptr is not None:
+        is_first = first == 0
+        peak = tl.where(is_first, score * LOG2E, peak)
+        total = tl.where(is_first, 1.0, total)
+        for i in tl.static_range(NUM):
+            acc = acc[1:] + (tl.where(is_first, extra[i], acc[0]),)
+
+    t = tl.arange(0, TOKENS)
+    x_ptr += first.to(tl.int64) * x_token_stride
+    for n in range(first, last, TOKENS):
+        present = n + t < last
+        if mask_ptr is not None:
+            present = tl.load(mask_ptr + (n + t) * mask_token_stride, mask=present, other=0) != 0
+        xs = ()
+        x_sum = tl.zeros((TOKENS,), tl.float32)
+        scores = tl.zeros((ROWS, TOKENS), tl.float32)
+        for i in tl.static_range(NUM):
+            x = load_chunk(x_ptr, x_token_stride, t, present, i, C, CHUNK)
+            x_sum += tl.sum(x.to(tl.float32), axis=1)
+            if not CENTRE:
+                scores = tl.dot(us[i], tl.trans(x), scores, input_precision=PRECISION)
+            xs = xs + (x,)
+        mean, rstd = statistics(xs, x_sum, eps, C, CHUNK, NORMALIZE)
+        if CENTRE:
+            for i in tl.static_range(NUM):
+                xs = xs[1:] + (centred(xs[0], mean[:, None], i, C, CHUNK),)
+                scores = tl.dot(us[i], tl.trans(xs[NUM - 1]), scores, input_precision=PRECISION)
+            mean = tl.zeros_like(mean)
+        scores = (scores - u_sum[:, None] * mean[None, :]) * (rstd[None, :] * LOG2E)
+        scores = tl.where(present[None, :], scores, float("-inf"))
+
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+        finite = new_peak
+        if mask_ptr is not None:  # a range may have nothing to attend to
+            finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        decay = tl.exp2(peak - finite)
+        p = tl.exp2(scores - finite[:, None])
+        total = total * decay + tl.sum(p, axis=1)
+        peak = new_peak
+        weights = (p * rstd[None, :]).to(dtype)
+        step = tl.sum(weights.to(tl.float32) * mean[None, :], axis=1)
+        weighted_mean = weighted_mean * decay + step
+        for i in tl.static_range(NUM):
+            old = acc[0] * decay[:, None]
+            acc = acc[1:] + (tl.dot(weights, xs[i], old, input_precision=PRECISION),)
+        x_ptr += TOKENS * x_token_stride
+
+    if peak_ptr is not None:
+        tl.store(peak_ptr + rows, peak, mask=used)
+        tl.store(lse_ptr + rows, total, mask=used)
+        scale = tl.full((ROWS,), 1.0, tl.float32)
+    else:
+        total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: the peak is -inf
+        tl.store(lse_ptr + rows, (peak + tl.log2(total)) / LOG2E, mask=used)
+        scale = 1.0 / total
+    for i in tl.static_range(NUM):
+        m = (acc[i] - weighted_mean[:, None]) * scale[:, None]
+        store_chunk(m_ptr, m_row_stride, rows, used, m, i, C, CHUNK)
+
+
+@triton.jit
+def backward_pass(
+    u_ptr,
+    u_row_stride,
+    dm_ptr,
+    dm_row_stride,
+    gain_ptr,
+    m_ptr,
+    m_row_stride,
+    lse_ptr,
+    dlse_ptr,
+    x_ptr,
+    x_token_stride,
+    extra_ptr,
+    mask_ptr,
+    mask_token_stride,
+    du_ptr,
+    du_row_stride,
+    dx_ptr,
+    dx_token_stride,
+    dextra_ptr,
+    first,
+    last,
+    row,
+    eps,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """du of one image from its tokens [first, last), and those tokens' dx.
+
+    gain_ptr, where there is one, applies to both u and dm. ADD: add to dx and dextra, which hold
+    what other score rows gave.
+    """
+    NUM: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    dtype = x_ptr.dtype.element_ty
+    CENTRE: tl.constexpr = NORMALIZE and x_ptr.dtype.element_ty == tl.float32
+    rows = row + tl.arange(0, ROWS)
+    used = rows < R
+
+    u_sum = tl.zeros((ROWS,), tl.float32)
+    dm_sum = tl.zeros((ROWS,), tl.float32)
+    delta = tl.zeros((ROWS,), tl.float32)  # what softmax subtracts from dp
+    us = ()
+    dms = ()
+    du = ()
+    for i in tl.static_range(NUM):
+        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
+        dm = load_score_rows(dm_ptr, dm_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
+        m = load_chunk(m_ptr, m_row_stride, rows, used, i, C, CHUNK).to(tl.float32)
+        u_sum += tl.sum(u.to(tl.float32), axis=1)
+        dm_sum += tl.sum(dm.to(tl.float32), axis=1)
+        delta += tl.sum(dm.to(tl.float32) * m, axis=1)
+        us = us + (u,)
+        dms = dms + (dm,)
+        du = du + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + rows, mask=used, other=0.0)
+    # Rows that do not exist, and those with nothing to attend to, have no weights.
+    lse = tl.load(lse_ptr + rows, mask=used, other=float("inf")) * LOG2E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+
+    if extra_ptr is not None:
+        du = extra_token_backward(
+            us, dms, du, delta, lse, first, extra_ptr, dextra_ptr, eps, C, CHUNK, NORMALIZE, ADD
+        )
+
+    weighted_mean = tl.zeros((ROWS,), tl.float32)
+    t = tl.arange(0, TOKENS)
+    x_ptr += first.to(tl.int64) * x_token_stride
+    dx_ptr += first.to(tl.int64) * dx_token_stride
+    for n in range(first, last, TOKENS):
+        exists = n + t < last
+        present = exists
+        if mask_ptr is not None:
+            present = tl.load(mask_ptr + (n + t) * mask_token_stride, mask=exists, other=0) != 0
+        xs = ()
+        x_sum = tl.zeros((TOKENS,), tl.float32)
+        s = tl.zeros((ROWS, TOKENS), tl.float32)
+        dp = tl.zeros((ROWS, TOKENS), tl.float32)
+        for i in tl.static_range(NUM):
+            x = load_chunk(x_ptr, x_token_stride, t, present, i, C, CHUNK)
+            x_sum += tl.sum(x.to(tl.float32), axis=1)
+            if not CENTRE:
+                s = tl.dot(us[i], tl.trans(x), s, input_precision=PRECISION)
+                dp = tl.dot(dms[i], tl.trans(x), dp, input_precision=PRECISION)
+            xs = xs + (x,)
+        mean, rstd = statistics(xs, x_sum, eps, C, CHUNK, NORMALIZE)
+        if CENTRE:
+            for i in tl.static_range(NUM):
+                xs = xs[1:] + (centred(xs[0], mean[:, None], i, C, CHUNK),)
+                s = tl.dot(us[i], tl.trans(xs[NUM - 1]), s, input_precision=PRECISION)
+                dp = tl.dot(dms[i], tl.trans(xs[NUM - 1]), dp, input_precision=PRECISION)
+            mean = tl.zeros_like(mean)
+        s = (s - u_sum[:, None] * mean[None, :]) * rstd[None, :]
+        dp = (dp - dm_sum[:, None] * mean[None, :]) * rstd[None, :]
+        p = tl.where(present[None, :], tl.exp2(s * LOG2E - lse[:, None]), 0.0)
+        ds = p * (dp - delta[:, None])
+
+        weights = (ds * rstd[None, :]).to(dtype)
+        weighted_mean += tl.sum(weights.to(tl.float32) * mean[None, :], axis=1)
+        for i in tl.static_range(NUM):
+            du = du[1:] + (tl.dot(weights, xs[i], du[0], input_precision=PRECISION),)
+
+        p = p.to(dtype)
+        ds = ds.to(dtype)
+        a = tl.zeros((TOKENS,), tl.float32)
+        b = tl.zeros((TOKENS,), tl.float32)
+        if NORMALIZE:
+            p_, ds_ = p.to(tl.float32), ds.to(tl.float32)
+            a = tl.sum(p_ * dm_sum[:, None] + ds_ * u_sum[:, None], axis=0) / C
+            b = tl.sum(p_ * dp + ds_ * s, axis=0) / C * rstd
+        for i in tl.static_range(NUM):
+            dx = tl.dot(tl.trans(p), dms[i], input_precision=PRECISION)
+            dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=PRECISION)
+            if NORMALIZE:
+                d = centred(xs[i], mean[:, None], i, C, CHUNK)
+                dx = (dx - a[:, None] - d * b[:, None]) * rstd[:, None]
+            if ADD:
+                dx += load_chunk(dx_ptr, dx_token_stride, t, exists, i, C, CHUNK)
+            store_chunk(dx_ptr, dx_token_stride, t, exists, dx, i, C, CHUNK)
+        x_ptr += TOKENS * x_token_stride
+        dx_ptr += TOKENS * dx_token_stride
+
+    for i in tl.static_range(NUM):
+        value = du[i] - weighted_mean[:, None]
+        store_chunk(du_ptr, du_row_stride, rows, used, value, i, C, CHUNK)
+
+
+@triton.jit
+def extra_token_backward(
+    us,
+    dms,
+    du,
+    delta,
+    lse,
+    first,
+    extra_ptr,
+    dextra_ptr,
+    eps,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """du with the part of the token in front, in the first range; its gradient is written."""
+    NUM: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    extra, rstd = load_one_token(extra_ptr, eps, C, CHUNK, NORMALIZE)
+    s = tl.zeros_like(delta)
+    dp = tl.zeros_like(delta)
+    for i in tl.static_range(NUM):
+        s += tl.sum(us[i].to(tl.float32) * extra[i], axis=1)
+        dp += tl.sum(dms[i].to(tl.float32) * extra[i], axis=1)
+    p = tl.where(first == 0, tl.exp2(s * LOG2E - lse), 0.0)
+    ds = p * (dp - delta)
+    dxhats = ()
+    a = 0.0
+    b = 0.0
+    for i in tl.static_range(NUM):
+        du = du[1:] + (du[0] + ds[:, None] * extra[i],)
+        dxhat = tl.sum(
+            p[:, None] * dms[i].to(tl.float32) + ds[:, None] * us[i].to(tl.float32), axis=0
+        )
+        a += tl.sum(dxhat, axis=0)
+        b += tl.sum(dxhat[None, :] * extra[i])
+        dxhats = dxhats + (dxhat,)
+    for i in tl.static_range(NUM):
+        dx = dxhats[i][None, :]
+        if NORMALIZE:
+            dx = (dx - a / C - extra[i] * (b / C)) * rstd[:, None]
+        one = tl.arange(0, 1)
+        write = first + one == 0
+        if ADD:
+            dx += load_chunk(dextra_ptr, 0, one, write, i, C, CHUNK)
+        store_chunk(dextra_ptr, 0, one, write, dx, i, C, CHUNK)
+    return du

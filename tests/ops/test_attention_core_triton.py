@@ -1,0 +1,202 @@
+"""attention_core on Triton: compiled where there is a GPU, else in the interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from core_cases import check_rule, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import crossvit_kernels as ck
+from crossvit_kernels.gpu import configurations
+from crossvit_kernels.ops.attention_core import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _dtype_runs_here(request: pytest.FixtureRequest, triton_device: str) -> None:
+    dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
+    if dtype == torch.bfloat16 and triton_device == "cpu":
+        pytest.skip("Triton's interpreter has no bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_eps", [1e-6, None])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 70, 6, 192), (3, 33, 3, 96), (2, 20, 7, 224), (2, 19, 22, 40), (1, 1, 1, 8)],
+    ids=str,
+)
+def test_rule(shape, norm_eps, dtype, triton_device) -> None:
+    inputs, mask = make(*shape, dtype=dtype, extra=shape[0] == 2, masked=shape[0] == 3)
+    check_rule(inputs, mask, dtype, norm_eps, "triton", triton_device)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(0, 3),
+    num_tokens=st.integers(1, 90),
+    num_rows=st.integers(1, 33),
+    channels=st.integers(1, 30).map(lambda i: 8 * i),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    normalized=st.booleans(),
+    shared=st.booleans(),
+    extra=st.booleans(),
+    masked=st.booleans(),
+)
+def test_fuzz(
+    triton_device,
+    batch,
+    num_tokens,
+    num_rows,
+    channels,
+    dtype,
+    normalized,
+    shared,
+    extra,
+    masked,
+):
+    torch.manual_seed(1)
+    inputs, mask = make(
+        batch, num_tokens, num_rows, channels, dtype, shared=shared, extra=extra, masked=masked
+    )
+    check_rule(inputs, mask, dtype, 1e-6 if normalized else None, "triton", triton_device)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ranges_of_tokens_are_merged(masked: bool, triton_device: str, monkeypatch) -> None:
+    """More tokens than a program takes; a range may have nothing to attend to."""
+    config = configurations.token_pass("forward", 90, 16, 4)
+    monkeypatch.setattr(
+        configurations,
+        "token_pass",
+        lambda *key: dataclasses.replace(config, tokens=16, chunk=16, part=32),
+    )
+    inputs, mask = make(2, 75, 3, 16, extra=True, masked=masked)
+    if mask is not None:
+        mask[:, 32:64] = False
+    check_rule(inputs, mask, torch.float32, 1e-6, "triton", triton_device)
+    if mask is not None:
+        inputs, mask = make(2, 75, 3, 16, masked=True)
+        mask[1] = False
+        check_nothing_attended(inputs, mask, triton_device)
+
+
+def test_many_tokens(triton_device: str) -> None:
+    inputs, mask = make(1, 1030, 2, 8)
+    check_rule(inputs, mask, torch.float32, 1e-6, "triton", triton_device)
+
+
+def test_many_score_rows(triton_device: str) -> None:
+    """They take several launches, which add to dx."""
+    inputs, mask = make(2, 18, 70, 24, extra=True)
+    check_rule(inputs, mask, torch.float32, 1e-6, "triton", triton_device)
+    check_rule(inputs, mask, torch.float16, 1e-6, "triton", triton_device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_mean_small_spread(dtype: torch.dtype, triton_device: str) -> None:
+    """Tokens with mean 100 and spread 1 keep their digits."""
+    inputs, mask = make(2, 40, 4, 192, dtype, mean=100.0)
+    check_rule(inputs, mask, dtype, 1e-6, "triton", triton_device)
+
+
+def test_huge_scores_do_not_overflow(triton_device: str) -> None:
+    (u, x, _), _ = make(2, 40, 3, 64)
+    u, x = u.float().to(triton_device) * 1e4, x.float().to(triton_device)
+    m, lse = ck.attention_core(u, x, backend="triton")
+    m_exact, lse_exact = reference.attention_core(u.double(), x.double(), 1e-6)
+    assert torch.isfinite(m).all() and torch.isfinite(lse).all()
+    torch.testing.assert_close(m.double(), m_exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse.double(), lse_exact, rtol=1e-6, atol=0)
+
+
+def check_nothing_attended(inputs, mask, device: str) -> None:
+    """Image 1 has no token to attend to."""
+    leaves = [t.float().to(device).requires_grad_() for t in inputs[:2]]
+    m, lse = ck.attention_core(*leaves, key_mask=mask.to(device), backend="triton")
+    assert (m[1] == 0).all() and (lse[1] == -torch.inf).all()
+    du, dx = torch.autograd.grad(m.sum(), leaves)
+    assert torch.isfinite(du).all() and torch.isfinite(dx).all()
+    assert (du[1] == 0).all() and (dx[1] == 0).all()
+
+
+def test_mask_that_leaves_nothing(triton_device: str) -> None:
+    inputs, _ = make(3, 9, 2, 16)
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[1] = False
+    check_nothing_attended(inputs, mask, triton_device)
+
+
+def test_masked_tokens_reach_nothing(triton_device: str) -> None:
+    (u, x, _), mask = make(2, 60, 3, 40, masked=True)
+    u, x, mask = (t.to(triton_device) for t in (u.float(), x.float(), mask))
+    expected = ck.attention_core(u, x, key_mask=mask, backend="triton")
+    x[~mask] = torch.nan
+    x.requires_grad_()
+    actual = ck.attention_core(u, x, key_mask=mask, backend="triton")
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    (dx,) = torch.autograd.grad(actual[0].sum(), x)
+    assert (dx[~mask] == 0).all() and torch.isfinite(dx).all()
+
+
+def test_an_image_depends_on_itself_alone(triton_device: str) -> None:
+    """Neither on its batch nor on a NaN in another image."""
+    (u, x, _), _ = make(4, 45, 5, 64)
+    u, x = u.float().to(triton_device), x.float().to(triton_device)
+    clean_m, clean_lse = ck.attention_core(u, x, backend="triton")
+    poisoned = x.clone()
+    poisoned[2, 44, 3] = torch.nan
+    poisoned.requires_grad_()
+    m, lse = ck.attention_core(u, poisoned, backend="triton")
+    assert torch.isnan(m[2]).all() and torch.isnan(lse[2]).all()
+    others = [0, 1, 3]
+    assert torch.equal(m[others], clean_m[others]) and torch.equal(lse[others], clean_lse[others])
+    (dx,) = torch.autograd.grad(m[others].sum(), poisoned)
+    assert torch.isfinite(dx[others]).all()
+    alone = ck.attention_core(u[3:], x[3:], backend="triton")
+    assert torch.equal(alone[0], clean_m[3:]) and torch.equal(alone[1], clean_lse[3:])
+
+
+def layouts(x: torch.Tensor) -> list[torch.Tensor]:
+    """The values of x [B, N, C] in other memory, aligned and not, strides positive and zero."""
+    batch, num_tokens, channels = x.shape
+    padded = x.new_full((batch, num_tokens + 3, channels + 8), torch.nan)
+    inside = padded[:, 2:-1, 8:]
+    odd = x.new_full((batch, num_tokens, channels + 5), torch.nan)[:, :, 1 : channels + 1]
+    for view in (inside, odd):
+        view.copy_(x)
+    return [inside, odd, x.transpose(0, 1).contiguous().transpose(0, 1)]
+
+
+def test_strided_tokens_and_masks(triton_device: str) -> None:
+    (u, x, extra), _ = make(3, 37, 4, 48, extra=True)
+    u, x, extra = (t.float().to(triton_device) for t in (u, x, extra))
+    mask = (torch.rand(37, 3, device=triton_device) > 0.5).t()
+    results = []
+    for tokens in (x, *layouts(x)):
+        assert torch.equal(tokens, x)
+        tokens = tokens.detach().requires_grad_()
+        m, lse = ck.attention_core(u, tokens, 1e-6, mask, extra, backend="triton")
+        results.append((m, lse, *torch.autograd.grad(m.sum(), tokens)))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+    same = x[:1].expand(3, -1, -1)
+    m, _ = ck.attention_core(u[:1], same, backend="triton")
+    assert torch.equal(m[0], m[1]) and torch.equal(m[0], m[2])
+
+
+def test_what_triton_declines(triton_device: str) -> None:
+    u, x = torch.randn(1, 2, 12, device=triton_device), torch.randn(1, 3, 12, device=triton_device)
+    with pytest.raises(ValueError, match="12 channels are no multiple of 8"):
+        ck.attention_core(u, x, backend="triton")
+    with pytest.raises(ValueError, match="no code for"):
+        ck.attention_core(u.double(), x.double(), backend="triton")
+    wide = torch.randn(1, 2, 1600, device=triton_device)
+    with pytest.raises(ValueError, match="1600 channels are more than"):
+        ck.attention_core(wide, wide, backend="triton")
+    assert ck.attention_core(u, x)[0].shape == u.shape  # something else runs it
