@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from core_cases import check_rule, make
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 
 import crossvit_kernels as ck
 from crossvit_kernels.gpu import configurations
-from crossvit_kernels.ops.attention_core import reference
+from crossvit_kernels.ops.attention_core import reference, shape
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,12 +25,12 @@ def _dtype_runs_here(request: pytest.FixtureRequest, triton_device: str) -> None
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm_eps", [1e-6, None])
 @pytest.mark.parametrize(
-    "shape",
+    "sizes",
     [(2, 70, 6, 192), (3, 33, 3, 96), (2, 20, 7, 224), (2, 19, 22, 40), (1, 1, 1, 8)],
     ids=str,
 )
-def test_rule(shape, norm_eps, dtype, triton_device) -> None:
-    inputs, mask = make(*shape, dtype=dtype, extra=shape[0] == 2, masked=shape[0] == 3)
+def test_rule(sizes, norm_eps, dtype, triton_device) -> None:
+    inputs, mask = make(*sizes, dtype=dtype, extra=sizes[0] == 2, masked=sizes[0] == 3)
     check_rule(inputs, mask, dtype, norm_eps, "triton", triton_device)
 
 
@@ -70,12 +68,9 @@ def test_fuzz(
 @pytest.mark.parametrize("masked", [False, True])
 def test_ranges_of_tokens_are_merged(masked: bool, triton_device: str, monkeypatch) -> None:
     """More tokens than a program takes; a range may have nothing to attend to."""
-    config = configurations.token_pass("forward", 90, 16, 4)
-    monkeypatch.setattr(
-        configurations,
-        "token_pass",
-        lambda *key: dataclasses.replace(config, tokens=16, chunk=16, part=32),
-    )
+    small = configurations.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, part=32)
+    monkeypatch.setattr(configurations, "token_pass", lambda *key: small)
+    monkeypatch.setattr(shape, "_shape", shape._shape.__wrapped__)  # not from its cache
     inputs, mask = make(2, 75, 3, 16, extra=True, masked=masked)
     if mask is not None:
         mask[:, 32:64] = False

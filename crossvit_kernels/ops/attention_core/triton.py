@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import configurations, launch
-from crossvit_kernels.gpu.launch import ALIGN, why_not
+from crossvit_kernels.gpu import launch
+from crossvit_kernels.gpu.launch import why_not
+from crossvit_kernels.ops.attention_core.shape import shape_for
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = ["backward", "forward", "why_not"]
-
-_MAX_ROWS = 64
 
 
 def kernels() -> ModuleType:
@@ -23,11 +22,6 @@ def kernels() -> ModuleType:
     from crossvit_kernels.ops.attention_core import triton_kernels
 
     return triton_kernels
-
-
-def padded_rows(num_rows: int) -> int:
-    """Score rows of a program: those of a tensor-core tile, or more."""
-    return min(max(launch.next_power_of_2(num_rows), 16), _MAX_ROWS)
 
 
 def forward(
@@ -45,8 +39,8 @@ def forward(
         return m, lse
     u, x = launch.aligned_rows(u), launch.aligned_rows(x)
     extra = None if extra_token is None else launch.aligned_rows(extra_token)
-    config = configurations.token_pass("forward", launch.chip(x.device), channels, x.element_size())
-    rows, parts = padded_rows(num_rows), -(-num_tokens // config.part)
+    shape, options = shape_for("forward", x, num_rows, norm_eps is not None)
+    rows, parts = shape.rows, shape.parts(x.shape[1])
     m_out, sums, peaks = m, lse, None
     if parts > 1:
         m_out = m.new_empty(batch * parts, num_rows, channels)
@@ -71,20 +65,11 @@ def forward(
             m_out.stride(0),
             m_out.stride(1),
             norm_eps or 0.0,
-            R=num_rows,
-            C=channels,
-            ROWS=rows,
-            CHUNK=config.chunk,
-            TOKENS=config.tokens,
-            PART=config.part,
-            ALIGN=ALIGN,
-            NORMALIZE=norm_eps is not None,
-            PRECISION=launch.precision(x.dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            S=shape,
+            **options,
         )
         if parts > 1:
-            kernels().attention_core_merge[(batch, -(-channels // 64), blocks)](
+            kernels().attention_core_merge[(batch, shape.num_chunks, blocks)](
                 m_out,
                 sums,
                 peaks,
@@ -93,11 +78,7 @@ def forward(
                 parts,
                 m.stride(0),
                 m.stride(1),
-                R=num_rows,
-                C=channels,
-                ROWS=rows,
-                CHUNK=64,
-                ALIGN=ALIGN,
+                S=shape,
                 num_warps=4,
             )
     return m, lse
@@ -116,11 +97,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared."""
     batch, num_rows, channels = m.shape
-    num_tokens = x.shape[1]
-    config = configurations.token_pass(
-        "backward", launch.chip(x.device), channels, x.element_size()
-    )
-    rows, parts = padded_rows(num_rows), -(-num_tokens // config.part)
+    shape, options = shape_for("backward", x, num_rows, norm_eps is not None)
+    rows, parts = shape.rows, shape.parts(x.shape[1])
     # Where score rows take several launches, these add up in float32.
     dtype = x.dtype if num_rows <= rows else torch.float32
     dx = x.new_empty(x.shape, dtype=dtype)
@@ -143,7 +121,7 @@ def backward(
                     du,
                     dx,
                     dextra,
-                    num_tokens,
+                    x.shape[1],
                     row,
                     u.stride(0) if u.shape[0] > 1 else 0,
                     u.stride(1),
@@ -158,18 +136,9 @@ def backward(
                     dx.stride(0),
                     dx.stride(1),
                     norm_eps or 0.0,
-                    R=num_rows,
-                    C=channels,
-                    ROWS=rows,
-                    CHUNK=config.chunk,
-                    TOKENS=config.tokens,
-                    PART=config.part,
-                    ALIGN=ALIGN,
-                    NORMALIZE=norm_eps is not None,
                     ADD=row > 0,
-                    PRECISION=launch.precision(x.dtype),
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
+                    S=shape,
+                    **options,
                 )
     dextra = None if dextra is None else dextra.to(x.dtype)
     return du[:, 0] if parts == 1 else du.sum(dim=1), dx.to(x.dtype), dextra

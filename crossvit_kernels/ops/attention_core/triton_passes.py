@@ -73,35 +73,35 @@ def centred(x, mean, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def statistics(xs, total, eps, C: tl.constexpr, CHUNK: tl.constexpr, NORMALIZE: tl.constexpr):
+def statistics(xs, total, eps, S: tl.constexpr):
     """Mean and 1 / standard deviation of rows held in chunks, whose sums are in total."""
     mean = tl.zeros_like(total)
     rstd = mean + 1.0
-    if NORMALIZE:
-        mean = total / C
+    if S.normalize:
+        mean = total / S.channels
         squares = tl.zeros_like(total)
-        for i in tl.static_range((C + CHUNK - 1) // CHUNK):
-            d = centred(xs[i], mean[:, None], i, C, CHUNK)
+        for i in tl.static_range(S.num_chunks):
+            d = centred(xs[i], mean[:, None], i, S.channels, S.chunk)
             squares += tl.sum(d * d, axis=1)
-        rstd = 1.0 / tl.sqrt(squares / C + eps)
+        rstd = 1.0 / tl.sqrt(squares / S.channels + eps)
     return mean, rstd
 
 
 @triton.jit
-def load_one_token(ptr, eps, C: tl.constexpr, CHUNK: tl.constexpr, NORMALIZE: tl.constexpr):
+def load_one_token(ptr, eps, S: tl.constexpr):
     """xhat of a single token in chunks [1, CHUNK], and its rstd [1]."""
     row = tl.arange(0, 1)
     used = row < 1
     xs = ()
     total = tl.zeros((1,), tl.float32)
-    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
-        x = load_chunk(ptr, 0, row, used, i, C, CHUNK).to(tl.float32)
+    for i in tl.static_range(S.num_chunks):
+        x = load_chunk(ptr, 0, row, used, i, S.channels, S.chunk).to(tl.float32)
         total += tl.sum(x, axis=1)
         xs = xs + (x,)
-    mean, rstd = statistics(xs, total, eps, C, CHUNK, NORMALIZE)
+    mean, rstd = statistics(xs, total, eps, S)
     normed = ()
-    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
-        normed = normed + (centred(xs[i], mean[:, None], i, C, CHUNK) * rstd[:, None],)
+    for i in tl.static_range(S.num_chunks):
+        normed = normed + (centred(xs[i], mean[:, None], i, S.channels, S.chunk) * rstd[:, None],)
     return normed, rstd
 
 
@@ -123,70 +123,65 @@ def forward_pass(
     last,
     row,
     eps,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    S: tl.constexpr,
 ):
-    """m and lse of one image over its tokens [first, last), score rows [row, row + ROWS).
+    """m and lse of one image over its tokens [first, last), score rows [row, row + S.rows).
 
     extra_ptr, where there is one, is a token in front of token 0. With peak_ptr what is written is
     a part of the result: sums of unnormalised weights in place of lse, their peaks (base 2), m not
     divided.
     """
-    NUM: tl.constexpr = (C + CHUNK - 1) // CHUNK
     dtype = x_ptr.dtype.element_ty
-    CENTRE: tl.constexpr = NORMALIZE and x_ptr.dtype.element_ty == tl.float32
-    rows = row + tl.arange(0, ROWS)
-    used = rows < R
+    CENTRE: tl.constexpr = S.normalize and x_ptr.dtype.element_ty == tl.float32
+    rows = row + tl.arange(0, S.rows)
+    used = rows < S.num_rows
 
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    weighted_mean = tl.zeros((ROWS,), tl.float32)
-    u_sum = tl.zeros((ROWS,), tl.float32)
+    peak = tl.full((S.rows,), float("-inf"), tl.float32)
+    total = tl.zeros((S.rows,), tl.float32)
+    weighted_mean = tl.zeros((S.rows,), tl.float32)
+    u_sum = tl.zeros((S.rows,), tl.float32)
     us = ()
     acc = ()
     if extra_ptr is not None:
-        extra, _ = load_one_token(extra_ptr, eps, C, CHUNK, NORMALIZE)
-        score = tl.zeros((ROWS,), tl.float32)
-    for i in tl.static_range(NUM):
-        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK)
+        extra, _ = load_one_token(extra_ptr, eps, S)
+        score = tl.zeros((S.rows,), tl.float32)
+    for i in tl.static_range(S.num_chunks):
+        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, S.channels, S.chunk)
         u = u.to(dtype)
         u_sum += tl.sum(u.to(tl.float32), axis=1)
         us = us + (u,)
         if extra_ptr is not None:
             score += tl.sum(u.to(tl.float32) * extra[i], axis=1)
-        acc = acc + (tl.zeros((ROWS, CHUNK), tl.float32),)
+        acc = acc + (tl.zeros((S.rows, S.chunk), tl.float32),)
     if extra_ptr is not None:
         is_first = first == 0
         peak = tl.where(is_first, score * LOG2E, peak)
         total = tl.where(is_first, 1.0, total)
-        for i in tl.static_range(NUM):
+        for i in tl.static_range(S.num_chunks):
             acc = acc[1:] + (tl.where(is_first, extra[i], acc[0]),)
 
-    t = tl.arange(0, TOKENS)
+    t = tl.arange(0, S.tokens)
     x_ptr += first.to(tl.int64) * x_token_stride
-    for n in range(first, last, TOKENS):
+    for n in range(first, last, S.tokens):
         present = n + t < last
         if mask_ptr is not None:
             present = tl.load(mask_ptr + (n + t) * mask_token_stride, mask=present, other=0) != 0
         xs = ()
-        x_sum = tl.zeros((TOKENS,), tl.float32)
-        scores = tl.zeros((ROWS, TOKENS), tl.float32)
-        for i in tl.static_range(NUM):
-            x = load_chunk(x_ptr, x_token_stride, t, present, i, C, CHUNK)
+        x_sum = tl.zeros((S.tokens,), tl.float32)
+        scores = tl.zeros((S.rows, S.tokens), tl.float32)
+        for i in tl.static_range(S.num_chunks):
+            x = load_chunk(x_ptr, x_token_stride, t, present, i, S.channels, S.chunk)
             x_sum += tl.sum(x.to(tl.float32), axis=1)
             if not CENTRE:
-                scores = tl.dot(us[i], tl.trans(x), scores, input_precision=PRECISION)
+                scores = tl.dot(us[i], tl.trans(x), scores, input_precision=S.precision)
             xs = xs + (x,)
-        mean, rstd = statistics(xs, x_sum, eps, C, CHUNK, NORMALIZE)
+        mean, rstd = statistics(xs, x_sum, eps, S)
         if CENTRE:
-            for i in tl.static_range(NUM):
-                xs = xs[1:] + (centred(xs[0], mean[:, None], i, C, CHUNK),)
-                scores = tl.dot(us[i], tl.trans(xs[NUM - 1]), scores, input_precision=PRECISION)
+            for i in tl.static_range(S.num_chunks):
+                xs = xs[1:] + (centred(xs[0], mean[:, None], i, S.channels, S.chunk),)
+                scores = tl.dot(
+                    us[i], tl.trans(xs[S.num_chunks - 1]), scores, input_precision=S.precision
+                )
             mean = tl.zeros_like(mean)
         scores = (scores - u_sum[:, None] * mean[None, :]) * (rstd[None, :] * LOG2E)
         scores = tl.where(present[None, :], scores, float("-inf"))
@@ -202,22 +197,22 @@ def forward_pass(
         weights = (p * rstd[None, :]).to(dtype)
         step = tl.sum(weights.to(tl.float32) * mean[None, :], axis=1)
         weighted_mean = weighted_mean * decay + step
-        for i in tl.static_range(NUM):
+        for i in tl.static_range(S.num_chunks):
             old = acc[0] * decay[:, None]
-            acc = acc[1:] + (tl.dot(weights, xs[i], old, input_precision=PRECISION),)
-        x_ptr += TOKENS * x_token_stride
+            acc = acc[1:] + (tl.dot(weights, xs[i], old, input_precision=S.precision),)
+        x_ptr += S.tokens * x_token_stride
 
     if peak_ptr is not None:
         tl.store(peak_ptr + rows, peak, mask=used)
         tl.store(lse_ptr + rows, total, mask=used)
-        scale = tl.full((ROWS,), 1.0, tl.float32)
+        scale = tl.full((S.rows,), 1.0, tl.float32)
     else:
         total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: the peak is -inf
         tl.store(lse_ptr + rows, (peak + tl.log2(total)) / LOG2E, mask=used)
         scale = 1.0 / total
-    for i in tl.static_range(NUM):
+    for i in tl.static_range(S.num_chunks):
         m = (acc[i] - weighted_mean[:, None]) * scale[:, None]
-        store_chunk(m_ptr, m_row_stride, rows, used, m, i, C, CHUNK)
+        store_chunk(m_ptr, m_row_stride, rows, used, m, i, S.channels, S.chunk)
 
 
 @triton.jit
@@ -245,42 +240,39 @@ def backward_pass(
     last,
     row,
     eps,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    S: tl.constexpr,
     ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """du of one image from its tokens [first, last), and those tokens' dx.
 
     gain_ptr, where there is one, applies to both u and dm. ADD: add to dx and dextra, which hold
     what other score rows gave.
     """
-    NUM: tl.constexpr = (C + CHUNK - 1) // CHUNK
     dtype = x_ptr.dtype.element_ty
-    CENTRE: tl.constexpr = NORMALIZE and x_ptr.dtype.element_ty == tl.float32
-    rows = row + tl.arange(0, ROWS)
-    used = rows < R
+    CENTRE: tl.constexpr = S.normalize and x_ptr.dtype.element_ty == tl.float32
+    rows = row + tl.arange(0, S.rows)
+    used = rows < S.num_rows
 
-    u_sum = tl.zeros((ROWS,), tl.float32)
-    dm_sum = tl.zeros((ROWS,), tl.float32)
-    delta = tl.zeros((ROWS,), tl.float32)  # what softmax subtracts from dp
+    u_sum = tl.zeros((S.rows,), tl.float32)
+    dm_sum = tl.zeros((S.rows,), tl.float32)
+    delta = tl.zeros((S.rows,), tl.float32)  # what softmax subtracts from dp
     us = ()
     dms = ()
     du = ()
-    for i in tl.static_range(NUM):
-        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
-        dm = load_score_rows(dm_ptr, dm_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
-        m = load_chunk(m_ptr, m_row_stride, rows, used, i, C, CHUNK).to(tl.float32)
+    for i in tl.static_range(S.num_chunks):
+        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, S.channels, S.chunk).to(
+            dtype
+        )
+        dm = load_score_rows(
+            dm_ptr, dm_row_stride, gain_ptr, rows, used, i, S.channels, S.chunk
+        ).to(dtype)
+        m = load_chunk(m_ptr, m_row_stride, rows, used, i, S.channels, S.chunk).to(tl.float32)
         u_sum += tl.sum(u.to(tl.float32), axis=1)
         dm_sum += tl.sum(dm.to(tl.float32), axis=1)
         delta += tl.sum(dm.to(tl.float32) * m, axis=1)
         us = us + (u,)
         dms = dms + (dm,)
-        du = du + (tl.zeros((ROWS, CHUNK), tl.float32),)
+        du = du + (tl.zeros((S.rows, S.chunk), tl.float32),)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + rows, mask=used, other=0.0)
     # Rows that do not exist, and those with nothing to attend to, have no weights.
@@ -289,35 +281,36 @@ def backward_pass(
 
     if extra_ptr is not None:
         du = extra_token_backward(
-            us, dms, du, delta, lse, first, extra_ptr, dextra_ptr, eps, C, CHUNK, NORMALIZE, ADD
+            us, dms, du, delta, lse, first, extra_ptr, dextra_ptr, eps, S, ADD
         )
 
-    weighted_mean = tl.zeros((ROWS,), tl.float32)
-    t = tl.arange(0, TOKENS)
+    weighted_mean = tl.zeros((S.rows,), tl.float32)
+    t = tl.arange(0, S.tokens)
     x_ptr += first.to(tl.int64) * x_token_stride
     dx_ptr += first.to(tl.int64) * dx_token_stride
-    for n in range(first, last, TOKENS):
+    for n in range(first, last, S.tokens):
         exists = n + t < last
         present = exists
         if mask_ptr is not None:
             present = tl.load(mask_ptr + (n + t) * mask_token_stride, mask=exists, other=0) != 0
         xs = ()
-        x_sum = tl.zeros((TOKENS,), tl.float32)
-        s = tl.zeros((ROWS, TOKENS), tl.float32)
-        dp = tl.zeros((ROWS, TOKENS), tl.float32)
-        for i in tl.static_range(NUM):
-            x = load_chunk(x_ptr, x_token_stride, t, present, i, C, CHUNK)
+        x_sum = tl.zeros((S.tokens,), tl.float32)
+        s = tl.zeros((S.rows, S.tokens), tl.float32)
+        dp = tl.zeros((S.rows, S.tokens), tl.float32)
+        for i in tl.static_range(S.num_chunks):
+            x = load_chunk(x_ptr, x_token_stride, t, present, i, S.channels, S.chunk)
             x_sum += tl.sum(x.to(tl.float32), axis=1)
             if not CENTRE:
-                s = tl.dot(us[i], tl.trans(x), s, input_precision=PRECISION)
-                dp = tl.dot(dms[i], tl.trans(x), dp, input_precision=PRECISION)
+                s = tl.dot(us[i], tl.trans(x), s, input_precision=S.precision)
+                dp = tl.dot(dms[i], tl.trans(x), dp, input_precision=S.precision)
             xs = xs + (x,)
-        mean, rstd = statistics(xs, x_sum, eps, C, CHUNK, NORMALIZE)
+        mean, rstd = statistics(xs, x_sum, eps, S)
         if CENTRE:
-            for i in tl.static_range(NUM):
-                xs = xs[1:] + (centred(xs[0], mean[:, None], i, C, CHUNK),)
-                s = tl.dot(us[i], tl.trans(xs[NUM - 1]), s, input_precision=PRECISION)
-                dp = tl.dot(dms[i], tl.trans(xs[NUM - 1]), dp, input_precision=PRECISION)
+            for i in tl.static_range(S.num_chunks):
+                xs = xs[1:] + (centred(xs[0], mean[:, None], i, S.channels, S.chunk),)
+                x = tl.trans(xs[S.num_chunks - 1])
+                s = tl.dot(us[i], x, s, input_precision=S.precision)
+                dp = tl.dot(dms[i], x, dp, input_precision=S.precision)
             mean = tl.zeros_like(mean)
         s = (s - u_sum[:, None] * mean[None, :]) * rstd[None, :]
         dp = (dp - dm_sum[:, None] * mean[None, :]) * rstd[None, :]
@@ -326,32 +319,32 @@ def backward_pass(
 
         weights = (ds * rstd[None, :]).to(dtype)
         weighted_mean += tl.sum(weights.to(tl.float32) * mean[None, :], axis=1)
-        for i in tl.static_range(NUM):
-            du = du[1:] + (tl.dot(weights, xs[i], du[0], input_precision=PRECISION),)
+        for i in tl.static_range(S.num_chunks):
+            du = du[1:] + (tl.dot(weights, xs[i], du[0], input_precision=S.precision),)
 
         p = p.to(dtype)
         ds = ds.to(dtype)
-        a = tl.zeros((TOKENS,), tl.float32)
-        b = tl.zeros((TOKENS,), tl.float32)
-        if NORMALIZE:
+        a = tl.zeros((S.tokens,), tl.float32)
+        b = tl.zeros((S.tokens,), tl.float32)
+        if S.normalize:
             p_, ds_ = p.to(tl.float32), ds.to(tl.float32)
-            a = tl.sum(p_ * dm_sum[:, None] + ds_ * u_sum[:, None], axis=0) / C
-            b = tl.sum(p_ * dp + ds_ * s, axis=0) / C * rstd
-        for i in tl.static_range(NUM):
-            dx = tl.dot(tl.trans(p), dms[i], input_precision=PRECISION)
-            dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=PRECISION)
-            if NORMALIZE:
-                d = centred(xs[i], mean[:, None], i, C, CHUNK)
+            a = tl.sum(p_ * dm_sum[:, None] + ds_ * u_sum[:, None], axis=0) / S.channels
+            b = tl.sum(p_ * dp + ds_ * s, axis=0) / S.channels * rstd
+        for i in tl.static_range(S.num_chunks):
+            dx = tl.dot(tl.trans(p), dms[i], input_precision=S.precision)
+            dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=S.precision)
+            if S.normalize:
+                d = centred(xs[i], mean[:, None], i, S.channels, S.chunk)
                 dx = (dx - a[:, None] - d * b[:, None]) * rstd[:, None]
             if ADD:
-                dx += load_chunk(dx_ptr, dx_token_stride, t, exists, i, C, CHUNK)
-            store_chunk(dx_ptr, dx_token_stride, t, exists, dx, i, C, CHUNK)
-        x_ptr += TOKENS * x_token_stride
-        dx_ptr += TOKENS * dx_token_stride
+                dx += load_chunk(dx_ptr, dx_token_stride, t, exists, i, S.channels, S.chunk)
+            store_chunk(dx_ptr, dx_token_stride, t, exists, dx, i, S.channels, S.chunk)
+        x_ptr += S.tokens * x_token_stride
+        dx_ptr += S.tokens * dx_token_stride
 
-    for i in tl.static_range(NUM):
+    for i in tl.static_range(S.num_chunks):
         value = du[i] - weighted_mean[:, None]
-        store_chunk(du_ptr, du_row_stride, rows, used, value, i, C, CHUNK)
+        store_chunk(du_ptr, du_row_stride, rows, used, value, i, S.channels, S.chunk)
 
 
 @triton.jit
@@ -365,17 +358,14 @@ def extra_token_backward(
     extra_ptr,
     dextra_ptr,
     eps,
-    C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    S: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """du with the part of the token in front, in the first range; its gradient is written."""
-    NUM: tl.constexpr = (C + CHUNK - 1) // CHUNK
-    extra, rstd = load_one_token(extra_ptr, eps, C, CHUNK, NORMALIZE)
+    extra, rstd = load_one_token(extra_ptr, eps, S)
     s = tl.zeros_like(delta)
     dp = tl.zeros_like(delta)
-    for i in tl.static_range(NUM):
+    for i in tl.static_range(S.num_chunks):
         s += tl.sum(us[i].to(tl.float32) * extra[i], axis=1)
         dp += tl.sum(dms[i].to(tl.float32) * extra[i], axis=1)
     p = tl.where(first == 0, tl.exp2(s * LOG2E - lse), 0.0)
@@ -383,7 +373,7 @@ def extra_token_backward(
     dxhats = ()
     a = 0.0
     b = 0.0
-    for i in tl.static_range(NUM):
+    for i in tl.static_range(S.num_chunks):
         du = du[1:] + (du[0] + ds[:, None] * extra[i],)
         dxhat = tl.sum(
             p[:, None] * dms[i].to(tl.float32) + ds[:, None] * us[i].to(tl.float32), axis=0
@@ -391,13 +381,13 @@ def extra_token_backward(
         a += tl.sum(dxhat, axis=0)
         b += tl.sum(dxhat[None, :] * extra[i])
         dxhats = dxhats + (dxhat,)
-    for i in tl.static_range(NUM):
+    for i in tl.static_range(S.num_chunks):
         dx = dxhats[i][None, :]
-        if NORMALIZE:
-            dx = (dx - a / C - extra[i] * (b / C)) * rstd[:, None]
+        if S.normalize:
+            dx = (dx - a / S.channels - extra[i] * (b / S.channels)) * rstd[:, None]
         one = tl.arange(0, 1)
         write = first + one == 0
         if ADD:
-            dx += load_chunk(dextra_ptr, 0, one, write, i, C, CHUNK)
-        store_chunk(dextra_ptr, 0, one, write, dx, i, C, CHUNK)
+            dx += load_chunk(dextra_ptr, 0, one, write, i, S.channels, S.chunk)
+        store_chunk(dextra_ptr, 0, one, write, dx, i, S.channels, S.chunk)
     return du

@@ -1,0 +1,85 @@
+"""The sizes that a Triton kernel of attention_core is compiled for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels.gpu import configurations, launch
+
+_MAX_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Constants of a pass over the tokens, called S in the kernels.
+
+    Attributes:
+        num_rows: R, score rows.
+        channels: C.
+        rows: Score rows of a program, padded to those of a tensor-core tile.
+        chunk: Channels that are loaded together.
+        tokens: Tokens of a step.
+        part: Tokens of a program.
+        normalize: Whether tokens are LayerNorm-ed.
+        precision: Triton's ``input_precision`` of float32 products.
+        align: Strides between rows are multiples of it.
+    """
+
+    num_rows: int
+    channels: int
+    rows: int
+    chunk: int
+    tokens: int
+    part: int
+    normalize: bool
+    precision: str
+    align: int = launch.ALIGN
+
+    @property
+    def num_chunks(self) -> int:
+        """The last one may reach beyond the last channel."""
+        return -(-self.channels // self.chunk)
+
+    def parts(self, num_tokens: int) -> int:
+        """Programs that share an image's tokens: not a matter of the batch."""
+        return max(-(-num_tokens // self.part), 1)
+
+
+def padded_rows(num_rows: int) -> int:
+    return min(max(launch.next_power_of_2(num_rows), 16), _MAX_ROWS)
+
+
+def shape_for(
+    kernel: str, x: Tensor, num_rows: int, normalize: bool
+) -> tuple[Shape, dict[str, int]]:
+    """Constants and launch options of a pass ("forward" or "backward") over tokens x."""
+    chip, precision = launch.chip(x.device), launch.precision(x.dtype)
+    return _shape(kernel, chip, x.dtype, x.shape[2], num_rows, normalize, precision)
+
+
+@functools.cache
+def _shape(
+    kernel: str,
+    chip: int,
+    dtype: torch.dtype,
+    channels: int,
+    num_rows: int,
+    normalize: bool,
+    precision: str,
+) -> tuple[Shape, dict[str, int]]:
+    config = configurations.token_pass(kernel, chip, channels, dtype.itemsize)
+    shape = Shape(
+        num_rows,
+        channels,
+        padded_rows(num_rows),
+        config.chunk,
+        config.tokens,
+        config.part,
+        normalize,
+        precision,
+    )
+    return shape, {"num_warps": config.num_warps, "num_stages": config.num_stages}
