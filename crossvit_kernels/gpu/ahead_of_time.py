@@ -29,7 +29,8 @@ class Specimen:
     Attributes:
         kernel: A ``triton.jit`` function.
         config: What the table calls this configuration.
-        pointers: Parameter name -> Triton's name of the element type, or None for no tensor.
+        pointers: Parameter name -> Triton's name of the element type, or None for no tensor; a
+            NamedTuple of them where the parameter is one of tensors.
         constants: Values of the parameters that are ``tl.constexpr``.
         num_warps: Warps of a program.
         num_stages: Depth of the loads' pipeline.
@@ -37,7 +38,7 @@ class Specimen:
 
     kernel: Any
     config: str
-    pointers: Mapping[str, str | None]
+    pointers: Mapping[str, Any]
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
@@ -46,22 +47,29 @@ class Specimen:
     def name(self) -> str:
         return str(self.kernel.__name__)
 
-    def signature(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
+    def signature(self) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], Any]]:
         """Types, constants and attributes of the parameters, as the launcher would find them."""
-        types: dict[str, str] = {}
-        constants: dict[str, Any] = dict(self.constants)
+        types: dict[str, Any] = {}
+        constants: dict[Any, Any] = dict(self.constants)
         attributes: dict[tuple[int, ...], Any] = {}
+
+        def pointer(path: tuple[int, ...], element: str | None) -> str:
+            if element is None:
+                constants[path] = None
+                return "constexpr"
+            attributes[path] = [["tt.divisibility", 16]]  # as torch's allocator gives memory
+            return f"*{element}"
+
         for index, parameter in enumerate(self.kernel.params):
             name = parameter.name
+            elements = self.pointers.get(name)
             if parameter.is_constexpr:
                 types[name] = "constexpr"
-            elif name.endswith("_ptr"):
-                element = self.pointers[name]
-                types[name] = "constexpr" if element is None else f"*{element}"
-                if element is None:
-                    constants[name] = None
-                else:  # memory from torch's allocator
-                    attributes[(index,)] = [["tt.divisibility", 16]]
+            elif isinstance(elements, tuple):
+                paths = [((index, i), e) for i, e in enumerate(elements)]
+                types[name] = type(elements)(*(pointer(path, e) for path, e in paths))
+            elif name in self.pointers:
+                types[name] = pointer((index,), elements)
             else:
                 types[name] = "fp32" if name in ("eps", "scale") else "i32"
         return types, constants, attributes

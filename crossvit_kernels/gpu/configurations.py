@@ -68,3 +68,30 @@ def token_pass(kernel: str, chip: int, channels: int, element_size: int) -> Toke
         if channels <= widest:
             return config
     raise ValueError(f"{channels} channels are more than any configuration takes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """How a fusion's kernels run.
+
+    Attributes:
+        block_k: Columns of a weight matrix that are loaded together, along the sum.
+        block_n: And along the result.
+        one_kernel_up_to: The largest batch that one kernel does in all; above it three do.
+        images: Images of a program: those that share a pass over the weights.
+    """
+
+    block_k: int
+    block_n: int
+    one_kernel_up_to: int
+    images: int
+
+
+# Predicted, not measured: see docs/performance.md.
+_FUSION = Fusion(block_k=64, block_n=64, one_kernel_up_to=64, images=4)
+
+
+@functools.cache
+def fusion(kernel: str, chip: int, channels: int, element_size: int) -> Fusion:
+    """The configuration of a fusion ("forward" or "backward")."""
+    return _FUSION

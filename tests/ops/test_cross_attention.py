@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_within_rule, eager_dtype, outputs_and_gradients, representable
+from accuracy import assert_within_rule
+from fusion_cases import NAMED_WIDTHS, check_rule, make_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,82 +14,6 @@ import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
-
-# (C_own, C, heads) of both fusions of CrossViT-Ti, S, B, 9, 15 and 18.
-NAMED_WIDTHS = [
-    (own, other, heads)
-    for small, heads in ((96, 3), (192, 6), (384, 12), (128, 4), (224, 7))
-    for own, other in ((small, 2 * small), (2 * small, small))
-]
-
-
-def make_weights(own: int, channels: int, biases: bool = True) -> FusionWeights:
-    """Float64 weights of a trained model's size."""
-
-    def linear(out: int, inp: int) -> list[Tensor]:
-        return [torch.randn(out, inp).double() * inp**-0.5, torch.randn(out).double() * 0.1]
-
-    def norm(width: int) -> list[Tensor]:
-        return [1 + 0.2 * torch.randn(width).double(), 0.2 * torch.randn(width).double()]
-
-    attention = [t for _ in range(4) for t in linear(channels, channels)]
-    weights = FusionWeights(
-        *norm(own),
-        *linear(channels, own),
-        *norm(channels),
-        *attention,
-        *norm(channels),
-        *linear(own, channels),
-    )
-    return weights if biases else weights._replace(q_bias=None, k_bias=None, v_bias=None)
-
-
-def check_rule(
-    own: int,
-    channels: int,
-    heads: int,
-    batch: int,
-    num_tokens: int,
-    dtype: torch.dtype,
-    biases: bool = True,
-    scaled: bool = False,
-    mean: float = 0.0,
-) -> None:
-    """The new CLS and the gradients of the CLS, the tokens and every weight."""
-    weights = make_weights(own, channels, biases)
-    inputs = [
-        torch.randn(batch, own).double(),
-        mean + torch.randn(batch, num_tokens, channels).double(),
-        *weights,
-    ]
-    inputs = [None if t is None else representable(t, dtype) for t in inputs]
-    upstream = [representable(torch.randn(batch, own).double(), dtype)]
-    scale = (torch.rand(batch) < 0.7).double() / 0.7 if scaled else None
-
-    def run(backend: str):
-        def fusion(cls: Tensor, tokens: Tensor, *w: Tensor | None) -> Tensor:
-            w = iter(w)
-            w = FusionWeights(*(None if f is None else next(w) for f in weights))
-            return ck.cross_attention_fusion(
-                cls, tokens, w, heads, residual_scale=scale, backend=backend
-            )
-
-        return fusion
-
-    present = [t for t in inputs if t is not None]
-    exact = outputs_and_gradients(run("reference"), present, upstream, torch.float64)
-    eager = outputs_and_gradients(run("reference"), present, upstream, eager_dtype(dtype))
-    actual = outputs_and_gradients(run("cpu"), present, upstream, dtype)
-    fields = [f for f, w in zip(FusionWeights._fields, weights, strict=True) if w is not None]
-    names = ["new_cls", "cls", "tokens", *fields]
-    eps = torch.finfo(dtype).eps
-    for name, a, e, x in zip(names, actual, eager, exact, strict=True):
-        if name == "k_bias":
-            assert (a == 0).all()
-            continue
-        # q and k act through differences of scores: where there are few tokens these cancel.
-        floor = 8 * eps * batch**0.5 if num_tokens < 8 else 0.0
-        assert_within_rule(a, e, x, name, absolute_floor=floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

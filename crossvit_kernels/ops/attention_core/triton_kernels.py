@@ -66,32 +66,36 @@ def attention_core_forward(
 
     Grid: images, parts of the tokens, blocks of score rows.
     """
+    R: tl.constexpr = S.num_rows
+    ROWS: tl.constexpr = S.rows
+    PART: tl.constexpr = S.part
+    ALIGN: tl.constexpr = S.align
     image = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    row = tl.program_id(2) * S.rows
+    row = tl.program_id(2) * ROWS
     place = image
     if peak_ptr is not None:
         place = image * tl.num_programs(1) + part
-        peak_ptr += place * S.num_rows
+        peak_ptr += place * R
     if extra_ptr is not None:
         extra_ptr += image * extra_batch_stride
     if mask_ptr is not None:
         mask_ptr += image * mask_batch_stride
     forward_pass(
         u_ptr + image * u_batch_stride,
-        aligned(u_row_stride, S.align),
+        aligned(u_row_stride, ALIGN),
         None,
-        x_ptr + image * aligned(x_batch_stride, S.align),
-        aligned(x_token_stride, S.align),
+        x_ptr + image * aligned(x_batch_stride, ALIGN),
+        aligned(x_token_stride, ALIGN),
         extra_ptr,
         mask_ptr,
         mask_token_stride,
-        m_ptr + place * aligned(m_batch_stride, S.align),
-        aligned(m_row_stride, S.align),
-        lse_ptr + place * S.num_rows,
+        m_ptr + place * aligned(m_batch_stride, ALIGN),
+        aligned(m_row_stride, ALIGN),
+        lse_ptr + place * R,
         peak_ptr,
-        part * S.part,
-        tl.minimum(num_tokens, part * S.part + S.part),
+        part * PART,
+        tl.minimum(num_tokens, part * PART + PART),
         row,
         eps,
         S,
@@ -114,37 +118,42 @@ def attention_core_merge(
 
     Grid: images, chunks of channels, blocks of score rows.
     """
+    R: tl.constexpr = S.num_rows
+    C: tl.constexpr = S.channels
+    ROWS: tl.constexpr = S.rows
+    CHUNK: tl.constexpr = S.chunk
+    ALIGN: tl.constexpr = S.align
     image = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    rows = tl.program_id(2) * S.rows + tl.arange(0, S.rows)
-    used = rows < S.num_rows
-    c = chunk * S.chunk + tl.arange(0, S.chunk)
-    inside = used[:, None] & (c < S.channels)[None, :]
-    at = rows[:, None] * S.channels + c[None, :]
-    m_at = rows[:, None] * aligned(m_row_stride, S.align) + c[None, :]
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    used = rows < R
+    c = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = used[:, None] & (c < C)[None, :]
+    at = rows[:, None] * C + c[None, :]
+    m_at = rows[:, None] * aligned(m_row_stride, ALIGN) + c[None, :]
 
-    peak = tl.full((S.rows,), float("-inf"), tl.float32)
-    total = tl.zeros((S.rows,), tl.float32)
-    acc = tl.zeros((S.rows, S.chunk), tl.float32)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, CHUNK), tl.float32)
     place = image * num_parts
     for _ in range(num_parts):
-        part_peak = tl.load(peak_ptr + place * S.num_rows + rows, mask=used, other=float("-inf"))
-        part_total = tl.load(total_ptr + place * S.num_rows + rows, mask=used, other=0.0)
+        part_peak = tl.load(peak_ptr + place * R + rows, mask=used, other=float("-inf"))
+        part_total = tl.load(total_ptr + place * R + rows, mask=used, other=0.0)
         new_peak = tl.maximum(peak, part_peak)
         finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         decay = tl.exp2(peak - finite)
         weight = tl.exp2(part_peak - finite)
         total = total * decay + part_total * weight
-        part = tl.load(part_ptr + place * S.num_rows * S.channels + at, mask=inside, other=0.0)
+        part = tl.load(part_ptr + place * R * C + at, mask=inside, other=0.0)
         acc = acc * decay[:, None] + part * weight[:, None]
         peak = new_peak
         place += 1
     total = tl.where(total == 0.0, 1.0, total)
     m = acc / total[:, None]
-    m_ptr += image * aligned(m_batch_stride, S.align)
+    m_ptr += image * aligned(m_batch_stride, ALIGN)
     tl.store(m_ptr + m_at, m, mask=inside)
     if chunk == 0:
-        tl.store(lse_ptr + image * S.num_rows + rows, (peak + tl.log2(total)) / LOG2E, mask=used)
+        tl.store(lse_ptr + image * R + rows, (peak + tl.log2(total)) / LOG2E, mask=used)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -183,37 +192,41 @@ def attention_core_backward(
 
     Grid: images, parts of the tokens. Score rows from `row` on.
     """
+    R: tl.constexpr = S.num_rows
+    C: tl.constexpr = S.channels
+    PART: tl.constexpr = S.part
+    ALIGN: tl.constexpr = S.align
     image = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     if extra_ptr is not None:
         extra_ptr += image * extra_batch_stride
-        dextra_ptr += image * S.channels
+        dextra_ptr += image * C
     if mask_ptr is not None:
         mask_ptr += image * mask_batch_stride
     if dlse_ptr is not None:
-        dlse_ptr += image * S.num_rows
+        dlse_ptr += image * R
     backward_pass(
         u_ptr + image * u_batch_stride,
-        aligned(u_row_stride, S.align),
+        aligned(u_row_stride, ALIGN),
         dm_ptr + image * dm_batch_stride,
-        aligned(dm_row_stride, S.align),
+        aligned(dm_row_stride, ALIGN),
         None,
         m_ptr + image * m_batch_stride,
-        aligned(m_row_stride, S.align),
-        lse_ptr + image * S.num_rows,
+        aligned(m_row_stride, ALIGN),
+        lse_ptr + image * R,
         dlse_ptr,
-        x_ptr + image * aligned(x_batch_stride, S.align),
-        aligned(x_token_stride, S.align),
+        x_ptr + image * aligned(x_batch_stride, ALIGN),
+        aligned(x_token_stride, ALIGN),
         extra_ptr,
         mask_ptr,
         mask_token_stride,
-        du_ptr + (image * tl.num_programs(1) + part) * S.num_rows * S.channels,
-        S.channels,
-        dx_ptr + image * aligned(dx_batch_stride, S.align),
-        aligned(dx_token_stride, S.align),
+        du_ptr + (image * tl.num_programs(1) + part) * R * C,
+        C,
+        dx_ptr + image * aligned(dx_batch_stride, ALIGN),
+        aligned(dx_token_stride, ALIGN),
         dextra_ptr,
-        part * S.part,
-        tl.minimum(num_tokens, part * S.part + S.part),
+        part * PART,
+        tl.minimum(num_tokens, part * PART + PART),
         row,
         eps,
         S,

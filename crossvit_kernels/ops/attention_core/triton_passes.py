@@ -75,33 +75,40 @@ def centred(x, mean, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def statistics(xs, total, eps, S: tl.constexpr):
     """Mean and 1 / standard deviation of rows held in chunks, whose sums are in total."""
+    C: tl.constexpr = S.channels
+    CHUNK: tl.constexpr = S.chunk
+    NORMALIZE: tl.constexpr = S.normalize
+    NUM: tl.constexpr = S.num_chunks
     mean = tl.zeros_like(total)
     rstd = mean + 1.0
-    if S.normalize:
-        mean = total / S.channels
+    if NORMALIZE:
+        mean = total / C
         squares = tl.zeros_like(total)
-        for i in tl.static_range(S.num_chunks):
-            d = centred(xs[i], mean[:, None], i, S.channels, S.chunk)
+        for i in tl.static_range(NUM):
+            d = centred(xs[i], mean[:, None], i, C, CHUNK)
             squares += tl.sum(d * d, axis=1)
-        rstd = 1.0 / tl.sqrt(squares / S.channels + eps)
+        rstd = 1.0 / tl.sqrt(squares / C + eps)
     return mean, rstd
 
 
 @triton.jit
 def load_one_token(ptr, eps, S: tl.constexpr):
     """xhat of a single token in chunks [1, CHUNK], and its rstd [1]."""
+    C: tl.constexpr = S.channels
+    CHUNK: tl.constexpr = S.chunk
+    NUM: tl.constexpr = S.num_chunks
     row = tl.arange(0, 1)
     used = row < 1
     xs = ()
     total = tl.zeros((1,), tl.float32)
-    for i in tl.static_range(S.num_chunks):
-        x = load_chunk(ptr, 0, row, used, i, S.channels, S.chunk).to(tl.float32)
+    for i in tl.static_range(NUM):
+        x = load_chunk(ptr, 0, row, used, i, C, CHUNK).to(tl.float32)
         total += tl.sum(x, axis=1)
         xs = xs + (x,)
     mean, rstd = statistics(xs, total, eps, S)
     normed = ()
-    for i in tl.static_range(S.num_chunks):
-        normed = normed + (centred(xs[i], mean[:, None], i, S.channels, S.chunk) * rstd[:, None],)
+    for i in tl.static_range(NUM):
+        normed = normed + (centred(xs[i], mean[:, None], i, C, CHUNK) * rstd[:, None],)
     return normed, rstd
 
 
@@ -125,63 +132,69 @@ def forward_pass(
     eps,
     S: tl.constexpr,
 ):
-    """m and lse of one image over its tokens [first, last), score rows [row, row + S.rows).
+    """m and lse of one image over its tokens [first, last), score rows [row, row + ROWS).
 
     extra_ptr, where there is one, is a token in front of token 0. With peak_ptr what is written is
     a part of the result: sums of unnormalised weights in place of lse, their peaks (base 2), m not
     divided.
     """
+    R: tl.constexpr = S.num_rows
+    C: tl.constexpr = S.channels
+    ROWS: tl.constexpr = S.rows
+    CHUNK: tl.constexpr = S.chunk
+    TOKENS: tl.constexpr = S.tokens
+    NORMALIZE: tl.constexpr = S.normalize
+    PRECISION: tl.constexpr = S.precision
+    NUM: tl.constexpr = S.num_chunks
     dtype = x_ptr.dtype.element_ty
-    CENTRE: tl.constexpr = S.normalize and x_ptr.dtype.element_ty == tl.float32
-    rows = row + tl.arange(0, S.rows)
-    used = rows < S.num_rows
+    CENTRE: tl.constexpr = NORMALIZE and x_ptr.dtype.element_ty == tl.float32
+    rows = row + tl.arange(0, ROWS)
+    used = rows < R
 
-    peak = tl.full((S.rows,), float("-inf"), tl.float32)
-    total = tl.zeros((S.rows,), tl.float32)
-    weighted_mean = tl.zeros((S.rows,), tl.float32)
-    u_sum = tl.zeros((S.rows,), tl.float32)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    weighted_mean = tl.zeros((ROWS,), tl.float32)
+    u_sum = tl.zeros((ROWS,), tl.float32)
     us = ()
     acc = ()
     if extra_ptr is not None:
         extra, _ = load_one_token(extra_ptr, eps, S)
-        score = tl.zeros((S.rows,), tl.float32)
-    for i in tl.static_range(S.num_chunks):
-        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, S.channels, S.chunk)
+        score = tl.zeros((ROWS,), tl.float32)
+    for i in tl.static_range(NUM):
+        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK)
         u = u.to(dtype)
         u_sum += tl.sum(u.to(tl.float32), axis=1)
         us = us + (u,)
         if extra_ptr is not None:
             score += tl.sum(u.to(tl.float32) * extra[i], axis=1)
-        acc = acc + (tl.zeros((S.rows, S.chunk), tl.float32),)
+        acc = acc + (tl.zeros((ROWS, CHUNK), tl.float32),)
     if extra_ptr is not None:
         is_first = first == 0
         peak = tl.where(is_first, score * LOG2E, peak)
         total = tl.where(is_first, 1.0, total)
-        for i in tl.static_range(S.num_chunks):
+        for i in tl.static_range(NUM):
             acc = acc[1:] + (tl.where(is_first, extra[i], acc[0]),)
 
-    t = tl.arange(0, S.tokens)
+    t = tl.arange(0, TOKENS)
     x_ptr += first.to(tl.int64) * x_token_stride
-    for n in range(first, last, S.tokens):
+    for n in range(first, last, TOKENS):
         present = n + t < last
         if mask_ptr is not None:
             present = tl.load(mask_ptr + (n + t) * mask_token_stride, mask=present, other=0) != 0
         xs = ()
-        x_sum = tl.zeros((S.tokens,), tl.float32)
-        scores = tl.zeros((S.rows, S.tokens), tl.float32)
-        for i in tl.static_range(S.num_chunks):
-            x = load_chunk(x_ptr, x_token_stride, t, present, i, S.channels, S.chunk)
+        x_sum = tl.zeros((TOKENS,), tl.float32)
+        scores = tl.zeros((ROWS, TOKENS), tl.float32)
+        for i in tl.static_range(NUM):
+            x = load_chunk(x_ptr, x_token_stride, t, present, i, C, CHUNK)
             x_sum += tl.sum(x.to(tl.float32), axis=1)
             if not CENTRE:
-                scores = tl.dot(us[i], tl.trans(x), scores, input_precision=S.precision)
+                scores = tl.dot(us[i], tl.trans(x), scores, input_precision=PRECISION)
             xs = xs + (x,)
         mean, rstd = statistics(xs, x_sum, eps, S)
         if CENTRE:
-            for i in tl.static_range(S.num_chunks):
-                xs = xs[1:] + (centred(xs[0], mean[:, None], i, S.channels, S.chunk),)
-                scores = tl.dot(
-                    us[i], tl.trans(xs[S.num_chunks - 1]), scores, input_precision=S.precision
-                )
+            for i in tl.static_range(NUM):
+                xs = xs[1:] + (centred(xs[0], mean[:, None], i, C, CHUNK),)
+                scores = tl.dot(us[i], tl.trans(xs[NUM - 1]), scores, input_precision=PRECISION)
             mean = tl.zeros_like(mean)
         scores = (scores - u_sum[:, None] * mean[None, :]) * (rstd[None, :] * LOG2E)
         scores = tl.where(present[None, :], scores, float("-inf"))
@@ -197,22 +210,22 @@ def forward_pass(
         weights = (p * rstd[None, :]).to(dtype)
         step = tl.sum(weights.to(tl.float32) * mean[None, :], axis=1)
         weighted_mean = weighted_mean * decay + step
-        for i in tl.static_range(S.num_chunks):
+        for i in tl.static_range(NUM):
             old = acc[0] * decay[:, None]
-            acc = acc[1:] + (tl.dot(weights, xs[i], old, input_precision=S.precision),)
-        x_ptr += S.tokens * x_token_stride
+            acc = acc[1:] + (tl.dot(weights, xs[i], old, input_precision=PRECISION),)
+        x_ptr += TOKENS * x_token_stride
 
     if peak_ptr is not None:
         tl.store(peak_ptr + rows, peak, mask=used)
         tl.store(lse_ptr + rows, total, mask=used)
-        scale = tl.full((S.rows,), 1.0, tl.float32)
+        scale = tl.full((ROWS,), 1.0, tl.float32)
     else:
         total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: the peak is -inf
         tl.store(lse_ptr + rows, (peak + tl.log2(total)) / LOG2E, mask=used)
         scale = 1.0 / total
-    for i in tl.static_range(S.num_chunks):
+    for i in tl.static_range(NUM):
         m = (acc[i] - weighted_mean[:, None]) * scale[:, None]
-        store_chunk(m_ptr, m_row_stride, rows, used, m, i, S.channels, S.chunk)
+        store_chunk(m_ptr, m_row_stride, rows, used, m, i, C, CHUNK)
 
 
 @triton.jit
@@ -248,31 +261,35 @@ def backward_pass(
     gain_ptr, where there is one, applies to both u and dm. ADD: add to dx and dextra, which hold
     what other score rows gave.
     """
+    R: tl.constexpr = S.num_rows
+    C: tl.constexpr = S.channels
+    ROWS: tl.constexpr = S.rows
+    CHUNK: tl.constexpr = S.chunk
+    TOKENS: tl.constexpr = S.tokens
+    NORMALIZE: tl.constexpr = S.normalize
+    PRECISION: tl.constexpr = S.precision
+    NUM: tl.constexpr = S.num_chunks
     dtype = x_ptr.dtype.element_ty
-    CENTRE: tl.constexpr = S.normalize and x_ptr.dtype.element_ty == tl.float32
-    rows = row + tl.arange(0, S.rows)
-    used = rows < S.num_rows
+    CENTRE: tl.constexpr = NORMALIZE and x_ptr.dtype.element_ty == tl.float32
+    rows = row + tl.arange(0, ROWS)
+    used = rows < R
 
-    u_sum = tl.zeros((S.rows,), tl.float32)
-    dm_sum = tl.zeros((S.rows,), tl.float32)
-    delta = tl.zeros((S.rows,), tl.float32)  # what softmax subtracts from dp
+    u_sum = tl.zeros((ROWS,), tl.float32)
+    dm_sum = tl.zeros((ROWS,), tl.float32)
+    delta = tl.zeros((ROWS,), tl.float32)  # what softmax subtracts from dp
     us = ()
     dms = ()
     du = ()
-    for i in tl.static_range(S.num_chunks):
-        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, S.channels, S.chunk).to(
-            dtype
-        )
-        dm = load_score_rows(
-            dm_ptr, dm_row_stride, gain_ptr, rows, used, i, S.channels, S.chunk
-        ).to(dtype)
-        m = load_chunk(m_ptr, m_row_stride, rows, used, i, S.channels, S.chunk).to(tl.float32)
+    for i in tl.static_range(NUM):
+        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
+        dm = load_score_rows(dm_ptr, dm_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
+        m = load_chunk(m_ptr, m_row_stride, rows, used, i, C, CHUNK).to(tl.float32)
         u_sum += tl.sum(u.to(tl.float32), axis=1)
         dm_sum += tl.sum(dm.to(tl.float32), axis=1)
         delta += tl.sum(dm.to(tl.float32) * m, axis=1)
         us = us + (u,)
         dms = dms + (dm,)
-        du = du + (tl.zeros((S.rows, S.chunk), tl.float32),)
+        du = du + (tl.zeros((ROWS, CHUNK), tl.float32),)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + rows, mask=used, other=0.0)
     # Rows that do not exist, and those with nothing to attend to, have no weights.
@@ -284,33 +301,33 @@ def backward_pass(
             us, dms, du, delta, lse, first, extra_ptr, dextra_ptr, eps, S, ADD
         )
 
-    weighted_mean = tl.zeros((S.rows,), tl.float32)
-    t = tl.arange(0, S.tokens)
+    weighted_mean = tl.zeros((ROWS,), tl.float32)
+    t = tl.arange(0, TOKENS)
     x_ptr += first.to(tl.int64) * x_token_stride
     dx_ptr += first.to(tl.int64) * dx_token_stride
-    for n in range(first, last, S.tokens):
+    for n in range(first, last, TOKENS):
         exists = n + t < last
         present = exists
         if mask_ptr is not None:
             present = tl.load(mask_ptr + (n + t) * mask_token_stride, mask=exists, other=0) != 0
         xs = ()
-        x_sum = tl.zeros((S.tokens,), tl.float32)
-        s = tl.zeros((S.rows, S.tokens), tl.float32)
-        dp = tl.zeros((S.rows, S.tokens), tl.float32)
-        for i in tl.static_range(S.num_chunks):
-            x = load_chunk(x_ptr, x_token_stride, t, present, i, S.channels, S.chunk)
+        x_sum = tl.zeros((TOKENS,), tl.float32)
+        s = tl.zeros((ROWS, TOKENS), tl.float32)
+        dp = tl.zeros((ROWS, TOKENS), tl.float32)
+        for i in tl.static_range(NUM):
+            x = load_chunk(x_ptr, x_token_stride, t, present, i, C, CHUNK)
             x_sum += tl.sum(x.to(tl.float32), axis=1)
             if not CENTRE:
-                s = tl.dot(us[i], tl.trans(x), s, input_precision=S.precision)
-                dp = tl.dot(dms[i], tl.trans(x), dp, input_precision=S.precision)
+                s = tl.dot(us[i], tl.trans(x), s, input_precision=PRECISION)
+                dp = tl.dot(dms[i], tl.trans(x), dp, input_precision=PRECISION)
             xs = xs + (x,)
         mean, rstd = statistics(xs, x_sum, eps, S)
         if CENTRE:
-            for i in tl.static_range(S.num_chunks):
-                xs = xs[1:] + (centred(xs[0], mean[:, None], i, S.channels, S.chunk),)
-                x = tl.trans(xs[S.num_chunks - 1])
-                s = tl.dot(us[i], x, s, input_precision=S.precision)
-                dp = tl.dot(dms[i], x, dp, input_precision=S.precision)
+            for i in tl.static_range(NUM):
+                xs = xs[1:] + (centred(xs[0], mean[:, None], i, C, CHUNK),)
+                x = tl.trans(xs[NUM - 1])
+                s = tl.dot(us[i], x, s, input_precision=PRECISION)
+                dp = tl.dot(dms[i], x, dp, input_precision=PRECISION)
             mean = tl.zeros_like(mean)
         s = (s - u_sum[:, None] * mean[None, :]) * rstd[None, :]
         dp = (dp - dm_sum[:, None] * mean[None, :]) * rstd[None, :]
@@ -319,32 +336,32 @@ def backward_pass(
 
         weights = (ds * rstd[None, :]).to(dtype)
         weighted_mean += tl.sum(weights.to(tl.float32) * mean[None, :], axis=1)
-        for i in tl.static_range(S.num_chunks):
-            du = du[1:] + (tl.dot(weights, xs[i], du[0], input_precision=S.precision),)
+        for i in tl.static_range(NUM):
+            du = du[1:] + (tl.dot(weights, xs[i], du[0], input_precision=PRECISION),)
 
         p = p.to(dtype)
         ds = ds.to(dtype)
-        a = tl.zeros((S.tokens,), tl.float32)
-        b = tl.zeros((S.tokens,), tl.float32)
-        if S.normalize:
+        a = tl.zeros((TOKENS,), tl.float32)
+        b = tl.zeros((TOKENS,), tl.float32)
+        if NORMALIZE:
             p_, ds_ = p.to(tl.float32), ds.to(tl.float32)
-            a = tl.sum(p_ * dm_sum[:, None] + ds_ * u_sum[:, None], axis=0) / S.channels
-            b = tl.sum(p_ * dp + ds_ * s, axis=0) / S.channels * rstd
-        for i in tl.static_range(S.num_chunks):
-            dx = tl.dot(tl.trans(p), dms[i], input_precision=S.precision)
-            dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=S.precision)
-            if S.normalize:
-                d = centred(xs[i], mean[:, None], i, S.channels, S.chunk)
+            a = tl.sum(p_ * dm_sum[:, None] + ds_ * u_sum[:, None], axis=0) / C
+            b = tl.sum(p_ * dp + ds_ * s, axis=0) / C * rstd
+        for i in tl.static_range(NUM):
+            dx = tl.dot(tl.trans(p), dms[i], input_precision=PRECISION)
+            dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=PRECISION)
+            if NORMALIZE:
+                d = centred(xs[i], mean[:, None], i, C, CHUNK)
                 dx = (dx - a[:, None] - d * b[:, None]) * rstd[:, None]
             if ADD:
-                dx += load_chunk(dx_ptr, dx_token_stride, t, exists, i, S.channels, S.chunk)
-            store_chunk(dx_ptr, dx_token_stride, t, exists, dx, i, S.channels, S.chunk)
-        x_ptr += S.tokens * x_token_stride
-        dx_ptr += S.tokens * dx_token_stride
+                dx += load_chunk(dx_ptr, dx_token_stride, t, exists, i, C, CHUNK)
+            store_chunk(dx_ptr, dx_token_stride, t, exists, dx, i, C, CHUNK)
+        x_ptr += TOKENS * x_token_stride
+        dx_ptr += TOKENS * dx_token_stride
 
-    for i in tl.static_range(S.num_chunks):
+    for i in tl.static_range(NUM):
         value = du[i] - weighted_mean[:, None]
-        store_chunk(du_ptr, du_row_stride, rows, used, value, i, S.channels, S.chunk)
+        store_chunk(du_ptr, du_row_stride, rows, used, value, i, C, CHUNK)
 
 
 @triton.jit
@@ -362,10 +379,14 @@ def extra_token_backward(
     ADD: tl.constexpr,
 ):
     """du with the part of the token in front, in the first range; its gradient is written."""
+    C: tl.constexpr = S.channels
+    CHUNK: tl.constexpr = S.chunk
+    NORMALIZE: tl.constexpr = S.normalize
+    NUM: tl.constexpr = S.num_chunks
     extra, rstd = load_one_token(extra_ptr, eps, S)
     s = tl.zeros_like(delta)
     dp = tl.zeros_like(delta)
-    for i in tl.static_range(S.num_chunks):
+    for i in tl.static_range(NUM):
         s += tl.sum(us[i].to(tl.float32) * extra[i], axis=1)
         dp += tl.sum(dms[i].to(tl.float32) * extra[i], axis=1)
     p = tl.where(first == 0, tl.exp2(s * LOG2E - lse), 0.0)
@@ -373,7 +394,7 @@ def extra_token_backward(
     dxhats = ()
     a = 0.0
     b = 0.0
-    for i in tl.static_range(S.num_chunks):
+    for i in tl.static_range(NUM):
         du = du[1:] + (du[0] + ds[:, None] * extra[i],)
         dxhat = tl.sum(
             p[:, None] * dms[i].to(tl.float32) + ds[:, None] * us[i].to(tl.float32), axis=0
@@ -381,13 +402,13 @@ def extra_token_backward(
         a += tl.sum(dxhat, axis=0)
         b += tl.sum(dxhat[None, :] * extra[i])
         dxhats = dxhats + (dxhat,)
-    for i in tl.static_range(S.num_chunks):
+    for i in tl.static_range(NUM):
         dx = dxhats[i][None, :]
-        if S.normalize:
-            dx = (dx - a / S.channels - extra[i] * (b / S.channels)) * rstd[:, None]
+        if NORMALIZE:
+            dx = (dx - a / C - extra[i] * (b / C)) * rstd[:, None]
         one = tl.arange(0, 1)
         write = first + one == 0
         if ADD:
-            dx += load_chunk(dextra_ptr, 0, one, write, i, S.channels, S.chunk)
-        store_chunk(dextra_ptr, 0, one, write, dx, i, S.channels, S.chunk)
+            dx += load_chunk(dextra_ptr, 0, one, write, i, C, CHUNK)
+        store_chunk(dextra_ptr, 0, one, write, dx, i, C, CHUNK)
     return du

@@ -44,7 +44,7 @@ def why_not(tokens: Tensor) -> str | None:
     return core.why_not(tokens)
 
 
-def empty_saved(tokens: Tensor, num_heads: int) -> Saved:
+def empty_saved(cls: Tensor, tokens: Tensor, num_heads: int) -> Saved:
     """Memory for what forward saves."""
     batch, _, channels = tokens.shape
     dtype = accumulate_dtype(tokens)
@@ -70,7 +70,7 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     batch, num_tokens, channels = tokens.shape
     dtype = accumulate_dtype(tokens)
-    saved = empty_saved(tokens, num_heads)
+    saved = empty_saved(cls, tokens, num_heads)
     new_cls = cls.new_empty(cls.shape, dtype=w.back_weight.dtype)
     if residual_scale is not None:
         residual_scale = residual_scale.to(dtype).contiguous()

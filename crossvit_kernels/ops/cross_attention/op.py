@@ -10,11 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from crossvit_kernels.backends import choose, register_operation
 from crossvit_kernels.ops import library
-from crossvit_kernels.ops.cross_attention import native, reference
+from crossvit_kernels.ops.cross_attention import native, reference, triton
 from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 
 #: Modules with why_not, forward, backward and empty_saved.
-BACKENDS: dict[str, Any] = {"cpu": native}
+BACKENDS: dict[str, Any] = {"cpu": native, "triton": triton}
 register_operation("cross_attention_fusion", tuple(BACKENDS))
 
 _NORMS = ("proj_norm", "norm", "back_norm")
@@ -107,7 +107,7 @@ def _forward_fake(
 ) -> list[Tensor]:
     w = FusionWeights(*weights)
     new_cls = cls.new_empty(cls.shape, dtype=w.back_weight.dtype)
-    return [new_cls, *BACKENDS[backend].empty_saved(tokens, num_heads)]
+    return [new_cls, *BACKENDS[backend].empty_saved(cls, tokens, num_heads)]
 
 
 def _backward_kernel(

@@ -5,135 +5,274 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crossvit_kernels.ops.attention_core.triton_kernels import aligned
+from crossvit_kernels.ops.attention_core.triton_passes import forward_pass
 from crossvit_kernels.ops.cross_attention.triton_passes import IMAGES, linear, norm_rows
 
+# Not compiled into a kernel.
 SIZES = ("batch", "num_tokens", "cls_stride", "x_batch_stride", "x_token_stride")
 
 
 @triton.jit
-def vectors_of(ptr, batch, first, OWN: tl.constexpr, C: tl.constexpr, H: tl.constexpr):
-    """Where the vectors of image `first` lie in what forward saves; see triton.Saved."""
-    size = batch.to(tl.int64) * C
-    at = first.to(tl.int64)
-    activated = ptr + at * OWN
-    y0 = ptr + batch.to(tl.int64) * OWN + at * C
-    kt = y0 + 6 * size
-    m = kt + H * size
-    lse = m + H * size - at * C + at * H
-    # activated, y0, normed, q, o, y, back_activated, kt, m, lse
-    return (
-        activated,
-        y0,
-        y0 + size,
-        y0 + 2 * size,
-        y0 + 3 * size,
-        y0 + 4 * size,
-        y0 + 5 * size,
-        kt,
-        m,
-        lse,
-        size,
-    )
+def vectors_of(ptr, batch, first, F: tl.constexpr):
+    """Where image `first` has its vectors, in the order of triton.Saved; and a head's stride."""
+    OWN: tl.constexpr = F.own
+    C: tl.constexpr = F.channels
+    H: tl.constexpr = F.heads
+    batch = batch.to(tl.int64)
+    first = first.to(tl.int64)
+    activated = ptr + first * OWN
+    y0 = ptr + batch * OWN + first * C
+    head_stride = batch * C
+    kt = y0 + 6 * head_stride
+    m = kt + H * head_stride
+    lse = ptr + batch * (OWN + (6 + 2 * H) * C) + first * H
+    normed = y0 + head_stride
+    q = normed + head_stride
+    o = q + head_stride
+    y = o + head_stride
+    back = y + head_stride
+    return activated, y0, normed, q, o, y, back, kt, m, lse, head_stride
 
 
 @triton.jit
-def before_tokens(
-    cls_ptr,
-    cls_stride,
-    w,
-    v,
-    used,
-    eps,
-    OWN: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    PADDED_OWN: tl.constexpr,
-    PADDED: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def images_of(batch, F: tl.constexpr):
+    """The first image of this program, and which of IMAGES rows it has."""
+    count: tl.constexpr = F.images
+    first = tl.program_id(0) * count
+    row = tl.arange(0, IMAGES)
+    return first, (row < count) & (first + row < batch)
+
+
+@triton.jit
+def before_tokens(cls_ptr, cls_stride, w, vectors, used, eps, F: tl.constexpr):
     """y0 = f(cls), q = W_q LN(y0) + b_q, kt_h = W_k,h^T q_h / sqrt(d)."""
-    activated, y0, normed, q, _, _, _, kt, _, _, head_stride = v
-    D: tl.constexpr = C // H
-    one = tl.full((IMAGES,), 1.0, tl.float32)
+    OWN: tl.constexpr = F.own
+    C: tl.constexpr = F.channels
+    D: tl.constexpr = F.head_dim
+    H: tl.constexpr = F.heads
+    K: tl.constexpr = F.block_k
+    N: tl.constexpr = F.block_n
+    HEAD: tl.constexpr = F.padded_head
+    PADDED_OWN: tl.constexpr = F.padded_own
+    PADDED: tl.constexpr = F.padded
+    PRECISION: tl.constexpr = F.precision
+    activated, y0, normed, q, _, _, _, kt, _, _, head_stride = vectors
+    weight, bias = w.proj_norm_weight, w.proj_norm_bias
     norm_rows(
-        cls_ptr,
-        cls_stride,
-        w.proj_norm_weight,
-        w.proj_norm_bias,
-        activated,
-        OWN,
-        used,
-        eps,
-        OWN,
-        PADDED_OWN,
-        True,
+        cls_ptr, cls_stride, weight, bias, activated, OWN, used, eps, OWN, PADDED_OWN, GELU=True
     )
     tl.debug_barrier()
-    linear(
-        activated,
-        OWN,
-        w.proj_weight,
-        w.proj_bias,
-        y0,
-        C,
-        used,
-        None,
-        None,
-        None,
-        one,
-        OWN,
-        C,
-        OWN,
-        False,
-        BLOCK_K,
-        BLOCK_N,
-        PRECISION,
-    )
+    weight, bias = w.proj_weight, w.proj_bias
+    linear(activated, OWN, weight, OWN, bias, y0, C, used, OWN, C, K, N, PRECISION)
     tl.debug_barrier()
-    norm_rows(y0, C, w.norm_weight, w.norm_bias, normed, C, used, eps, C, PADDED, False)
+    norm_rows(y0, C, w.norm_weight, w.norm_bias, normed, C, used, eps, C, PADDED, GELU=False)
     tl.debug_barrier()
-    linear(
-        normed,
-        C,
-        w.q_weight,
-        w.q_bias,
-        q,
-        C,
-        used,
-        None,
-        None,
-        None,
-        one,
-        C,
-        C,
-        C,
-        False,
-        BLOCK_K,
-        BLOCK_N,
-        PRECISION,
-    )
+    linear(normed, C, w.q_weight, C, w.q_bias, q, C, used, C, C, K, N, PRECISION)
     tl.debug_barrier()
     for head in range(H):
+        weight = w.k_weight + head * D * C
         linear(
             q + head * D,
             C,
-            w.k_weight + head * D * C,
+            weight,
+            C,
             None,
             kt + head * head_stride,
             C,
             used,
-            None,
-            None,
-            None,
-            one / tl.sqrt(D * 1.0),
             D,
             C,
-            C,
-            True,
             HEAD,
-            BLOCK_N,
+            N,
             PRECISION,
+            TRANSPOSED=True,
+            scale=D**-0.5,
         )
+
+
+@triton.jit
+def tokens_of_image(
+    image, x_ptr, x_batch_stride, x_token_stride, num_tokens, w, vectors, eps, S: tl.constexpr
+):
+    """m and lse of the image-th of the images whose vectors these are."""
+    C: tl.constexpr = S.channels
+    H: tl.constexpr = S.num_rows
+    ALIGN: tl.constexpr = S.align
+    _, y0, _, _, _, _, _, kt, m, lse, head_stride = vectors
+    forward_pass(
+        kt + image * C,
+        head_stride,
+        w.norm_weight,
+        x_ptr + image.to(tl.int64) * aligned(x_batch_stride, ALIGN),
+        aligned(x_token_stride, ALIGN),
+        y0 + image * C,
+        None,
+        0,
+        m + image * C,
+        head_stride,
+        lse + image * H,
+        None,
+        image * 0,
+        num_tokens,
+        0,
+        eps,
+        S,
+    )
+
+
+@triton.jit
+def after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F: tl.constexpr):
+    """o_h = W_v,h (gamma m_h + beta) + b_v,h, y = y0 + r (W_o o + b_o), g(y)."""
+    OWN: tl.constexpr = F.own
+    C: tl.constexpr = F.channels
+    D: tl.constexpr = F.head_dim
+    H: tl.constexpr = F.heads
+    K: tl.constexpr = F.block_k
+    N: tl.constexpr = F.block_n
+    HEAD: tl.constexpr = F.padded_head
+    PADDED: tl.constexpr = F.padded
+    PRECISION: tl.constexpr = F.precision
+    _, y0, _, _, o, y, back, _, m, _, head_stride = vectors
+    for head in range(H):
+        bias = w.v_bias
+        if bias is not None:
+            bias += head * D
+        linear(
+            m + head * head_stride,
+            C,
+            w.v_weight + head * D * C,
+            C,
+            bias,
+            o + head * D,
+            C,
+            used,
+            C,
+            D,
+            K,
+            HEAD,
+            PRECISION,
+            gain_ptr=w.norm_weight,
+            shift_ptr=w.norm_bias,
+        )
+    tl.debug_barrier()
+    residual_scale = residual_scales(scale_ptr, first, used)
+    linear(
+        o,
+        C,
+        w.out_weight,
+        C,
+        w.out_bias,
+        y,
+        C,
+        used,
+        C,
+        C,
+        K,
+        N,
+        PRECISION,
+        scale=residual_scale[:, None],
+        residual_ptr=y0,
+    )
+    tl.debug_barrier()
+    weight, bias = w.back_norm_weight, w.back_norm_bias
+    norm_rows(y, C, weight, bias, back, C, used, eps, C, PADDED, GELU=True)
+    tl.debug_barrier()
+    linear(back, C, w.back_weight, C, w.back_bias, out_ptr, OWN, used, C, OWN, K, N, PRECISION)
+
+
+@triton.jit
+def residual_scales(scale_ptr, first, used):
+    """r of each image; 1 without a pointer."""
+    if scale_ptr is not None:
+        row = tl.arange(0, IMAGES)
+        scale = tl.load(scale_ptr + first + row, mask=used, other=0.0).to(tl.float32)
+    else:
+        scale = tl.full((IMAGES,), 1.0, tl.float32)
+    return scale
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fusion_forward(
+    cls_ptr,
+    x_ptr,
+    scale_ptr,
+    out_ptr,
+    vectors_ptr,
+    w,
+    batch,
+    num_tokens,
+    cls_stride,
+    x_batch_stride,
+    x_token_stride,
+    eps,
+    S: tl.constexpr,
+    F: tl.constexpr,
+):
+    """The whole fusion of F.images images, from cls to new cls. Grid: groups of images."""
+    ALIGN: tl.constexpr = S.align
+    OWN: tl.constexpr = F.own
+    COUNT: tl.constexpr = F.images
+    first, used = images_of(batch, F)
+    vectors = vectors_of(vectors_ptr, batch, first, F)
+    cls_stride = aligned(cls_stride, ALIGN)
+    before_tokens(cls_ptr + first.to(tl.int64) * cls_stride, cls_stride, w, vectors, used, eps, F)
+    tl.debug_barrier()
+    x_ptr += first.to(tl.int64) * aligned(x_batch_stride, ALIGN)
+    for image in range(tl.minimum(batch - first, COUNT)):
+        tokens_of_image(
+            first * 0 + image, x_ptr, x_batch_stride, x_token_stride, num_tokens, w, vectors, eps, S
+        )
+    tl.debug_barrier()
+    out_ptr += first.to(tl.int64) * OWN
+    after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fusion_before(
+    cls_ptr, vectors_ptr, w, batch, cls_stride, eps, ALIGN: tl.constexpr, F: tl.constexpr
+):
+    """What comes before the token pass. Grid: groups of images."""
+    first, used = images_of(batch, F)
+    vectors = vectors_of(vectors_ptr, batch, first, F)
+    cls_stride = aligned(cls_stride, ALIGN)
+    before_tokens(cls_ptr + first.to(tl.int64) * cls_stride, cls_stride, w, vectors, used, eps, F)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fusion_tokens(
+    x_ptr,
+    vectors_ptr,
+    w,
+    batch,
+    num_tokens,
+    x_batch_stride,
+    x_token_stride,
+    eps,
+    S: tl.constexpr,
+    F: tl.constexpr,
+):
+    """The token pass. Grid: images."""
+    ALIGN: tl.constexpr = S.align
+    first = tl.program_id(0)
+    x_ptr += first.to(tl.int64) * aligned(x_batch_stride, ALIGN)
+    tokens_of_image(
+        first * 0,
+        x_ptr,
+        x_batch_stride,
+        x_token_stride,
+        num_tokens,
+        w,
+        vectors_of(vectors_ptr, batch, first, F),
+        eps,
+        S,
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fusion_after(scale_ptr, out_ptr, vectors_ptr, w, batch, eps, F: tl.constexpr):
+    """What comes after the token pass. Grid: groups of images."""
+    OWN: tl.constexpr = F.own
+    first, used = images_of(batch, F)
+    vectors = vectors_of(vectors_ptr, batch, first, F)
+    after_tokens(scale_ptr, out_ptr + first.to(tl.int64) * OWN, w, vectors, first, used, eps, F)

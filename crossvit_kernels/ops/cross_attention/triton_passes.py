@@ -21,26 +21,26 @@ def linear(
     a_ptr,
     a_stride,
     weight_ptr,
+    weight_stride,
     bias_ptr,
     out_ptr,
     out_stride,
     used,
-    gain_ptr,
-    shift_ptr,
-    residual_ptr,
-    scale,
     K: tl.constexpr,
     N: tl.constexpr,
-    WEIGHT_STRIDE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+    gain_ptr=None,
+    shift_ptr=None,
+    scale=None,
+    residual_ptr=None,
 ):
     """out = residual + scale * (a W^T + bias), a [IMAGES, K] and W [N, K]; TRANSPOSED: W is [K, N].
 
-    gain and shift, vectors or None, apply to a first. scale is that of each row; residual lies as
-    out does.
+    gain and shift, vectors, apply to a first. scale is one number or that of each row; residual
+    lies as out does.
     """
     dtype = weight_ptr.dtype.element_ty
     row = tl.arange(0, IMAGES)
@@ -56,15 +56,16 @@ def linear(
                 a = a + load_vector(shift_ptr, i, K, BLOCK_K)[None, :]
             if TRANSPOSED:
                 k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-                at = k[:, None] * WEIGHT_STRIDE + column[None, :]
+                at = k[:, None] * weight_stride + column[None, :]
                 mask = (k < K)[:, None] & exists[None, :]
                 w = tl.load(weight_ptr + at, mask=mask, other=0.0)
             else:
-                w = tl.trans(load_chunk(weight_ptr, WEIGHT_STRIDE, column, exists, i, K, BLOCK_K))
+                w = tl.trans(load_chunk(weight_ptr, weight_stride, column, exists, i, K, BLOCK_K))
             total = tl.dot(a.to(dtype), w, total, input_precision=PRECISION)
         if bias_ptr is not None:
             total += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
-        total = total * scale[:, None]
+        if scale is not None:
+            total = total * scale
         at = row[:, None] * out_stride + column[None, :]
         mask = used[:, None] & exists[None, :]
         if residual_ptr is not None:
@@ -161,6 +162,7 @@ def norm_gelu_backward(
     density = 0.3989422804014327 * tl.exp(-0.5 * n * n)
     dn = load_rows(dbias_ptr, d_stride, used, WIDTH, PADDED)
     dn = dn * (normal_distribution(n) + n * density)
+    tl.debug_barrier()
     store_rows(dbias_ptr, d_stride, used, dn, WIDTH, PADDED)
     store_rows(dweight_ptr, d_stride, used, dn * xhat, WIDTH, PADDED)
     return norm_backward(dn, xhat, rstd, weight_ptr, WIDTH, PADDED)

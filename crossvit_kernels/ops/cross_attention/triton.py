@@ -1,0 +1,315 @@
+"""The fusion on Triton: one kernel each way, or three with the token pass apart.
+
+The weight matrices' gradients are products over the batch of vectors that the kernels leave.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels.gpu import configurations, launch
+from crossvit_kernels.gpu.launch import ALIGN, why_not
+from crossvit_kernels.ops.attention_core.shape import Shape, shape_for
+from crossvit_kernels.ops.cross_attention.shape import FusionShape
+from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+
+__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
+
+
+class Saved(NamedTuple):
+    """What forward keeps for backward, in float32: O(h C) an image, whatever the number of tokens.
+
+    One tensor, as memory in pieces takes the host longer than the kernel runs: gelu(LN_f(cls))
+    [B, C_own]; y0, LN(y0), q, o, y and gelu(LN_g(y)), each [B, C]; kt and m, each [h, B, C]; lse
+    [B, h].
+    """
+
+    vectors: Tensor
+
+
+class Vectors(NamedTuple):
+    """Views of Saved.vectors."""
+
+    activated: Tensor
+    y0: Tensor
+    normed: Tensor
+    q: Tensor
+    o: Tensor
+    y: Tensor
+    back_activated: Tensor
+    kt: Tensor
+    m: Tensor
+    lse: Tensor
+
+
+def vectors(saved: Saved, batch: int, shape: FusionShape) -> Vectors:
+    vector, per_head = (batch, shape.channels), (shape.heads, batch, shape.channels)
+    shapes = [(batch, shape.own), *[vector] * 6, per_head, per_head, (batch, shape.heads)]
+    sizes = [functools.reduce(lambda a, b: a * b, s) for s in shapes]
+    parts = saved.vectors.split(sizes)
+    return Vectors(*(part.view(s) for part, s in zip(parts, shapes, strict=True)))
+
+
+def empty_saved(cls: Tensor, tokens: Tensor, num_heads: int) -> Saved:
+    """Memory for what forward saves."""
+    shape = FusionShape(cls.shape[1], tokens.shape[2], num_heads, 1, 1, 1, "ieee")
+    return Saved(tokens.new_empty(len(cls) * shape.vector_size, dtype=torch.float32))
+
+
+def forward(
+    cls: Tensor,
+    tokens: Tensor,
+    w: FusionWeights,
+    residual_scale: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Saved]:
+    from crossvit_kernels.ops.cross_attention import triton_forward as kernels
+
+    batch, num_tokens, _ = tokens.shape
+    new_cls = cls.new_empty(cls.shape, dtype=w.back_weight.dtype)
+    saved = empty_saved(cls, tokens, num_heads)
+    if not batch:
+        return new_cls, saved
+    cls, x, w, scale = _prepared(cls, tokens, w, residual_scale)
+    shape, fusion, config, options = _shapes("forward", cls, x, w, num_heads)
+    groups = (-(-batch // fusion.images),)
+    with launch.on(x.device):
+        if _in_one_kernel(config, shape, batch, num_tokens):
+            kernels.fusion_forward[groups](
+                cls,
+                x,
+                scale,
+                new_cls,
+                saved.vectors,
+                w,
+                batch,
+                num_tokens,
+                cls.stride(0),
+                x.stride(0),
+                x.stride(1),
+                eps,
+                S=shape,
+                F=fusion,
+                **options,
+            )
+        else:
+            kernels.fusion_before[groups](
+                cls, saved.vectors, w, batch, cls.stride(0), eps, ALIGN=ALIGN, F=fusion, **options
+            )
+            kernels.fusion_tokens[(batch,)](
+                x,
+                saved.vectors,
+                w,
+                batch,
+                num_tokens,
+                x.stride(0),
+                x.stride(1),
+                eps,
+                S=shape,
+                F=fusion,
+                **options,
+            )
+            kernels.fusion_after[groups](
+                scale, new_cls, saved.vectors, w, batch, eps, F=fusion, **options
+            )
+    return new_cls, saved
+
+
+def backward(
+    d_new_cls: Tensor,
+    cls: Tensor,
+    tokens: Tensor,
+    weights: FusionWeights,
+    residual_scale: Tensor | None,
+    saved: Saved,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, FusionWeights]:
+    """(dcls, dtokens, gradients of the weights; None where the weight is None)."""
+    batch, _, channels = tokens.shape
+    own = cls.shape[1]
+    dcls, dx = cls.new_empty(cls.shape), tokens.new_empty(tokens.shape)
+    shape = FusionShape(own, channels, num_heads, 1, 1, 1, "ieee")
+    gradients = dx.new_empty(batch, shape.gradient_size, dtype=torch.float32)
+    dz_du = dx.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
+    if batch:
+        _launch_backward(
+            d_new_cls,
+            cls,
+            tokens,
+            weights,
+            residual_scale,
+            saved,
+            num_heads,
+            eps,
+            (dcls, dx, gradients, dz_du[0], dz_du[1]),
+        )
+    v = vectors(saved, batch, shape)
+    return dcls, dx, _weight_gradients(weights, v, gradients, dz_du[1], shape)
+
+
+def _launch_backward(
+    d_new_cls: Tensor,
+    cls: Tensor,
+    tokens: Tensor,
+    weights: FusionWeights,
+    residual_scale: Tensor | None,
+    saved: Saved,
+    num_heads: int,
+    eps: float,
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    from crossvit_kernels.ops.cross_attention import triton_backward_kernels as kernels
+
+    batch, num_tokens, _ = tokens.shape
+    cls, x, w, scale = _prepared(cls, tokens, weights, residual_scale)
+    dout, kept = launch.aligned_rows(d_new_cls), saved.vectors
+    dcls, dx, gradients, dz, du = out
+    shape, fusion, config, options = _shapes("backward", cls, x, w, num_heads)
+    groups = (-(-batch // fusion.images),)
+    with launch.on(x.device):
+        if _in_one_kernel(config, shape, batch, num_tokens):
+            kernels.fusion_backward[groups](
+                dout,
+                cls,
+                x,
+                scale,
+                kept,
+                w,
+                dcls,
+                dx,
+                gradients,
+                dz,
+                du,
+                batch,
+                num_tokens,
+                dout.stride(0),
+                cls.stride(0),
+                x.stride(0),
+                x.stride(1),
+                eps,
+                S=shape,
+                F=fusion,
+                **options,
+            )
+        else:
+            stride = dout.stride(0)
+            kernels.fusion_backward_before[groups](
+                dout, scale, kept, w, gradients, dz, batch, stride, eps, ALIGN, F=fusion, **options
+            )
+            kernels.fusion_backward_tokens[(batch,)](
+                x,
+                kept,
+                w,
+                dx,
+                gradients,
+                dz,
+                du,
+                batch,
+                num_tokens,
+                x.stride(0),
+                x.stride(1),
+                eps,
+                S=shape,
+                F=fusion,
+                **options,
+            )
+            stride = cls.stride(0)
+            kernels.fusion_backward_after[groups](
+                cls,
+                kept,
+                w,
+                dcls,
+                gradients,
+                dz,
+                du,
+                batch,
+                stride,
+                eps,
+                ALIGN,
+                F=fusion,
+                **options,
+            )
+
+
+def _prepared(
+    cls: Tensor, tokens: Tensor, w: FusionWeights, residual_scale: Tensor | None
+) -> tuple[Tensor, Tensor, FusionWeights, Tensor | None]:
+    """The inputs as kernels read them: rows aligned, parameters contiguous."""
+    w = FusionWeights(*(None if p is None else p.contiguous() for p in w))  # type: ignore[arg-type]
+    scale = None if residual_scale is None else residual_scale.contiguous()
+    return launch.aligned_rows(cls), launch.aligned_rows(tokens), w, scale
+
+
+def _shapes(
+    kernel: str, cls: Tensor, x: Tensor, w: FusionWeights, num_heads: int
+) -> tuple[Shape, FusionShape, configurations.Fusion, dict[str, int]]:
+    shape, options = shape_for(kernel, x, num_heads, normalize=True)
+    channels = x.shape[2]
+    config = configurations.fusion(kernel, launch.chip(x.device), channels, x.element_size())
+    precision = launch.precision(w.q_weight.dtype)
+    fusion = _fusion_shape(cls.shape[1], channels, num_heads, config, precision)
+    return shape, fusion, config, options
+
+
+@functools.cache
+def _fusion_shape(
+    own: int, channels: int, num_heads: int, config: configurations.Fusion, precision: str
+) -> FusionShape:
+    """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
+    blocks = config.images, config.block_k, config.block_n
+    return FusionShape(own, channels, num_heads, *blocks, precision)
+
+
+def _in_one_kernel(
+    config: configurations.Fusion, shape: Shape, batch: int, num_tokens: int
+) -> bool:
+    return batch <= config.one_kernel_up_to
+
+
+def _weight_gradients(
+    weights: FusionWeights, v: Vectors, gradients: Tensor, du: Tensor, shape: FusionShape
+) -> FusionWeights:
+    own, channels, heads, d = shape.own, shape.channels, shape.heads, shape.head_dim
+    sizes = [own, own, *[channels] * 8, own]
+    _, _, dy0, _, _, dq, do, dupdate, _, _, dout = gradients.split(sizes, dim=1)
+    sums: list[Any] = list(gradients.sum(dim=0).split(sizes))
+    gamma, beta = weights.norm_weight.float(), weights.norm_bias.float()
+
+    def of_heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, d)).permute(1, 2, 0)
+
+    dv = torch.bmm(of_heads(do), torch.addcmul(beta, v.m, gamma))
+    dk = torch.bmm(of_heads(v.q), du) * (gamma * d**-0.5)
+    d_weights: list[Any] = [
+        sums[0],
+        sums[1],
+        dy0.t() @ v.activated,
+        sums[2],
+        sums[3],
+        sums[4],
+        dq.t() @ v.normed,
+        sums[5],
+        dk.view(channels, channels),
+        torch.zeros_like(gamma),  # softmax drops b_k
+        dv.view(channels, channels),
+        sums[6],
+        dupdate.t() @ v.o,
+        sums[7],
+        sums[8],
+        sums[9],
+        dout.t() @ v.back_activated,
+        sums[10],
+    ]
+    pairs = zip(d_weights, weights, strict=True)
+    return FusionWeights(*(None if w is None else _own(g, w) for g, w in pairs))  # type: ignore[arg-type]
+
+
+def _own(gradient: Tensor, like: Tensor) -> Tensor:
+    """In like's dtype and in memory of its own: an operator's results must not share any."""
+    return gradient.to(like.dtype) if gradient.dtype != like.dtype else gradient.clone()

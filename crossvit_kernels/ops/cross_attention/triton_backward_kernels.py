@@ -1,0 +1,200 @@
+"""The backward kernels of a fusion: all of it in one, or its CLS path and token pass apart."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossvit_kernels.ops.attention_core.triton_kernels import aligned
+from crossvit_kernels.ops.cross_attention.triton_backward import (
+    after_tokens,
+    before_tokens,
+    gradients_of,
+    tokens_of_image,
+)
+from crossvit_kernels.ops.cross_attention.triton_forward import images_of, vectors_of
+
+# Not compiled into a kernel.
+SIZES = ("batch", "num_tokens", "cls_stride", "dout_stride", "x_batch_stride", "x_token_stride")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fusion_backward(
+    dout_ptr,
+    cls_ptr,
+    x_ptr,
+    scale_ptr,
+    vectors_ptr,
+    w,
+    dcls_ptr,
+    dx_ptr,
+    gradients_ptr,
+    dz_ptr,
+    du_ptr,
+    batch,
+    num_tokens,
+    dout_stride,
+    cls_stride,
+    x_batch_stride,
+    x_token_stride,
+    eps,
+    S: tl.constexpr,
+    F: tl.constexpr,
+):
+    """All of it for F.images images. Grid: groups of images."""
+    C: tl.constexpr = S.channels
+    ALIGN: tl.constexpr = S.align
+    COUNT: tl.constexpr = F.images
+    OWN: tl.constexpr = F.own
+    first, used = images_of(batch, F)
+    at = first.to(tl.int64)
+    vectors = vectors_of(vectors_ptr, batch, first, F)
+    gradients = gradients_of(gradients_ptr, first, F)
+    dz_ptr += at * C
+    du_ptr += at * C
+    dout_stride = aligned(dout_stride, ALIGN)
+    before_tokens(
+        dout_ptr + at * dout_stride,
+        dout_stride,
+        scale_ptr,
+        w,
+        vectors,
+        gradients,
+        dz_ptr,
+        first,
+        used,
+        eps,
+        F,
+    )
+    tl.debug_barrier()
+    for image in range(tl.minimum(batch - first, COUNT)):
+        tokens_of_image(
+            first * 0 + image,
+            x_ptr + at * aligned(x_batch_stride, ALIGN),
+            x_batch_stride,
+            x_token_stride,
+            dx_ptr + at * num_tokens * C,
+            num_tokens,
+            w,
+            vectors,
+            gradients,
+            dz_ptr,
+            du_ptr,
+            eps,
+            S,
+            F,
+        )
+    tl.debug_barrier()
+    cls_stride = aligned(cls_stride, ALIGN)
+    cls_ptr += at * cls_stride
+    dcls_ptr += at * OWN
+    after_tokens(cls_ptr, cls_stride, dcls_ptr, w, vectors, gradients, dz_ptr, du_ptr, used, eps, F)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fusion_backward_before(
+    dout_ptr,
+    scale_ptr,
+    vectors_ptr,
+    w,
+    gradients_ptr,
+    dz_ptr,
+    batch,
+    dout_stride,
+    eps,
+    ALIGN: tl.constexpr,
+    F: tl.constexpr,
+):
+    """What comes before the token pass. Grid: groups of images."""
+    C: tl.constexpr = F.channels
+    first, used = images_of(batch, F)
+    dout_stride = aligned(dout_stride, ALIGN)
+    before_tokens(
+        dout_ptr + first.to(tl.int64) * dout_stride,
+        dout_stride,
+        scale_ptr,
+        w,
+        vectors_of(vectors_ptr, batch, first, F),
+        gradients_of(gradients_ptr, first, F),
+        dz_ptr + first.to(tl.int64) * C,
+        first,
+        used,
+        eps,
+        F,
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fusion_backward_tokens(
+    x_ptr,
+    vectors_ptr,
+    w,
+    dx_ptr,
+    gradients_ptr,
+    dz_ptr,
+    du_ptr,
+    batch,
+    num_tokens,
+    x_batch_stride,
+    x_token_stride,
+    eps,
+    S: tl.constexpr,
+    F: tl.constexpr,
+):
+    """The token pass. Grid: images."""
+    C: tl.constexpr = S.channels
+    ALIGN: tl.constexpr = S.align
+    first = tl.program_id(0)
+    at = first.to(tl.int64)
+    tokens_of_image(
+        first * 0,
+        x_ptr + at * aligned(x_batch_stride, ALIGN),
+        x_batch_stride,
+        x_token_stride,
+        dx_ptr + at * num_tokens * C,
+        num_tokens,
+        w,
+        vectors_of(vectors_ptr, batch, first, F),
+        gradients_of(gradients_ptr, first, F),
+        dz_ptr + at * C,
+        du_ptr + at * C,
+        eps,
+        S,
+        F,
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fusion_backward_after(
+    cls_ptr,
+    vectors_ptr,
+    w,
+    dcls_ptr,
+    gradients_ptr,
+    dz_ptr,
+    du_ptr,
+    batch,
+    cls_stride,
+    eps,
+    ALIGN: tl.constexpr,
+    F: tl.constexpr,
+):
+    """What comes after the token pass. Grid: groups of images."""
+    C: tl.constexpr = F.channels
+    OWN: tl.constexpr = F.own
+    first, used = images_of(batch, F)
+    at = first.to(tl.int64)
+    cls_stride = aligned(cls_stride, ALIGN)
+    after_tokens(
+        cls_ptr + at * cls_stride,
+        cls_stride,
+        dcls_ptr + at * OWN,
+        w,
+        vectors_of(vectors_ptr, batch, first, F),
+        gradients_of(gradients_ptr, first, F),
+        dz_ptr + at * C,
+        du_ptr + at * C,
+        used,
+        eps,
+        F,
+    )

@@ -1,0 +1,119 @@
+"""cross_attention_fusion on Triton: compiled where there is a GPU, else in the interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from fusion_cases import NAMED_WIDTHS, check_rule, make_weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import crossvit_kernels as ck
+from crossvit_kernels import FusionWeights
+from crossvit_kernels.gpu import configurations
+
+HERE = (torch.float32, torch.float16)
+FUSION = configurations.fusion("forward", 90, 192, 2)
+
+
+@pytest.fixture(params=["one kernel", "three kernels"])
+def form(request: pytest.FixtureRequest, monkeypatch) -> str:
+    """Which kernels a fusion takes, whatever its batch."""
+    choose_form(request.param, monkeypatch)
+    return request.param
+
+
+def choose_form(form: str, monkeypatch) -> None:
+    config = dataclasses.replace(
+        FUSION,
+        one_kernel_up_to=10**9 if form == "one kernel" else 0,
+    )
+    monkeypatch.setattr(configurations, "fusion", lambda *key: config)
+
+
+def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
+    check_rule(*sizes, dtype=dtype, backend="triton", **options)
+
+
+@pytest.mark.parametrize("dtype", HERE)
+def test_rule(form: str, dtype: torch.dtype, triton_device: str) -> None:
+    """Batches beyond a program's images, widths that are no multiple of a block, no biases."""
+    check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=triton_device)
+    check(120, 72, 9, 2, 33, dtype=dtype, biases=False, device=triton_device)
+
+
+@pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
+def test_named_widths(own: int, channels: int, heads: int, triton_device: str) -> None:
+    dtype = HERE[own > channels]
+    check(own, channels, heads, 2, 17, dtype=dtype, scaled=own > channels, device=triton_device)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2])
+def test_few_tokens(form: str, num_tokens: int, triton_device: str) -> None:
+    check(32, 48, 3, 3, num_tokens, device=triton_device)
+
+
+@settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    own=st.integers(1, 16).map(lambda i: 8 * i),
+    head_dim=st.sampled_from([8, 16, 24, 32, 64]),
+    heads=st.sampled_from([1, 2, 3, 7]),
+    batch=st.integers(0, 6),
+    num_tokens=st.integers(0, 70),
+    dtype=st.sampled_from(HERE),
+    biases=st.booleans(),
+    scaled=st.booleans(),
+)
+def test_fuzz(form, triton_device, own, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
+    torch.manual_seed(2)
+    sizes = (own, head_dim * heads, heads, batch, num_tokens)
+    check(*sizes, dtype=dtype, biases=biases, scaled=scaled, device=triton_device)
+
+
+def test_large_mean_small_spread(form: str, triton_device: str) -> None:
+    check(64, 96, 3, 2, 50, mean=100.0, device=triton_device)
+
+
+def fusion(
+    cls: torch.Tensor, tokens: torch.Tensor, weights: FusionWeights
+) -> tuple[torch.Tensor, ...]:
+    """New cls, and the gradients of cls and tokens."""
+    cls, tokens = (t.detach().requires_grad_() for t in (cls, tokens))
+    new_cls = ck.cross_attention_fusion(cls, tokens, weights, 3, backend="triton")
+    return new_cls, *torch.autograd.grad(new_cls.square().sum(), (cls, tokens))
+
+
+def test_an_image_depends_on_itself_alone(triton_device: str, monkeypatch) -> None:
+    """Not on its batch, nor on how many kernels run, nor on a NaN in another image."""
+    weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(40, 48)))
+    cls = torch.randn(7, 40, device=triton_device)
+    tokens = torch.randn(7, 21, 48, device=triton_device)
+    choose_form("one kernel", monkeypatch)
+    expected = fusion(cls, tokens, weights)
+    poisoned = tokens.clone()
+    poisoned[2, 3, 5] = torch.nan
+    others = [i for i in range(7) if i != 2]
+    for form in ("one kernel", "three kernels"):
+        choose_form(form, monkeypatch)
+        for batch in (slice(0, 7), slice(5, 6)):
+            for a, e in zip(fusion(cls[batch], tokens[batch], weights), expected, strict=True):
+                assert torch.equal(a, e[batch])
+        for a, e in zip(fusion(cls, poisoned, weights), expected, strict=True):
+            assert torch.isnan(a[2]).any() and torch.equal(a[others], e[others])
+
+
+def test_strided_tokens_and_cls(triton_device: str) -> None:
+    """As a model gives them: views of [B, 1 + N, C]."""
+    weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(40, 48)))
+    both = torch.randn(3, 22, 48, device=triton_device), torch.randn(3, 5, 40, device=triton_device)
+    views = both[1][:, 0], both[0][:, 1:]
+    expected = fusion(*(t.contiguous() for t in views), weights)
+    for a, e in zip(fusion(*views, weights), expected, strict=True):
+        assert torch.equal(a, e)
