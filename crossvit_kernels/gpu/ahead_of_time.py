@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import os
 import re
 import subprocess
@@ -47,6 +48,11 @@ class Specimen:
     def name(self) -> str:
         return str(self.kernel.__name__)
 
+    def __reduce__(self) -> Any:
+        """Triton's functions cannot be pickled, but found again."""
+        rest = self.config, self.pointers, self.constants, self.num_warps, self.num_stages
+        return _found_again, (self.kernel.__module__, self.name, *rest)
+
     def signature(self) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], Any]]:
         """Types, constants and attributes of the parameters, as the launcher would find them."""
         types: dict[str, Any] = {}
@@ -73,6 +79,10 @@ class Specimen:
             else:
                 types[name] = "fp32" if name in ("eps", "scale") else "i32"
         return types, constants, attributes
+
+
+def _found_again(module: str, name: str, *rest: Any) -> Specimen:
+    return Specimen(getattr(importlib.import_module(module), name), *rest)
 
 
 def compile_for(specimen: Specimen, backend: str, arch: int | str) -> Any:
@@ -137,15 +147,18 @@ def occupancy(registers: int, shared_bytes: int, num_warps: int, arch: int) -> f
     return programs * 32 * num_warps / MAX_THREADS
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run(
-        [_tool(tool), *arguments], capture_output=True, text=True, check=True
-    ).stdout
+def _run(name: str, *arguments: str) -> str:
+    command = [tool(name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @functools.cache
-def _tool(name: str) -> str:
-    """Triton brings NVIDIA's disassemblers with it."""
+def tool(name: str) -> str:
+    """The path of one of NVIDIA's disassemblers, which Triton brings with it.
+
+    Raises:
+        FileNotFoundError: It does not.
+    """
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

@@ -1,9 +1,19 @@
-"""Which configuration a kernel runs in: tables, and what ``crossvit_kernels.tune`` measured."""
+"""Which configuration a kernel runs in: tables, and what ``crossvit_kernels.tune`` measured.
+
+Nothing is measured on a call's way. A file of measurements, of a device by its name, goes before
+the tables: that of the environment variable, else the one in the user's cache.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT_VARIABLE = "CROSSVIT_KERNELS_TUNED"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +58,34 @@ _TOKEN_PASSES: dict[tuple[str, int], tuple[tuple[int, TokenPass], ...]] = {
         (768, TokenPass(128, 16, 8, 2)),
         (1536, TokenPass(128, 16, 16, 2)),
     ),
+    ("fusion forward", 2): (
+        (96, TokenPass(32, 64, 8, 2)),
+        (128, TokenPass(128, 64, 8, 2)),
+        (192, TokenPass(64, 64, 8, 2)),
+        (224, TokenPass(32, 64, 8, 2)),
+        (256, TokenPass(128, 64, 8, 2)),
+        (384, TokenPass(128, 32, 8, 2)),
+        (448, TokenPass(64, 32, 8, 2)),
+        (768, TokenPass(128, 32, 8, 2)),
+        (1536, TokenPass(128, 16, 8, 2)),
+    ),
+    ("fusion backward", 2): (
+        (96, TokenPass(32, 16, 8, 2)),
+        (128, TokenPass(128, 32, 8, 2)),
+        (192, TokenPass(64, 16, 8, 2)),
+        (384, TokenPass(128, 16, 8, 2)),
+        (448, TokenPass(64, 16, 8, 2)),
+        (768, TokenPass(128, 16, 8, 2)),
+        (1536, TokenPass(128, 16, 16, 2)),
+    ),
+    ("fusion forward", 4): (
+        (256, TokenPass(32, 16, 8, 2)),
+        (1536, TokenPass(64, 16, 8, 2)),
+    ),
+    ("fusion backward", 4): (
+        (256, TokenPass(32, 16, 8, 2)),
+        (1536, TokenPass(64, 16, 8, 2)),
+    ),
     ("forward", 4): (
         (256, TokenPass(32, 32, 4, 2)),
         (448, TokenPass(32, 16, 8, 2)),
@@ -62,12 +100,56 @@ _TOKEN_PASSES: dict[tuple[str, int], tuple[tuple[int, TokenPass], ...]] = {
 
 
 @functools.cache
-def token_pass(kernel: str, chip: int, channels: int, element_size: int) -> TokenPass:
-    """The configuration of a pass ("forward" or "backward") over tokens of a width."""
+def token_pass(kernel: str, device: str, channels: int, element_size: int) -> TokenPass:
+    """The configuration of a pass ("forward", "fusion backward", ...) over tokens of a width.
+
+    Args:
+        kernel: What passes over the tokens.
+        device: The device's name, as torch gives it.
+        channels: C.
+        element_size: Bytes of an element.
+
+    Raises:
+        ValueError: The file of measurements cannot be read or holds something else.
+    """
+    measured = tuned().get(tuned_key(kernel, device, channels, element_size))
+    return measured or from_table(kernel, channels, element_size)
+
+
+def from_table(kernel: str, channels: int, element_size: int) -> TokenPass:
+    """What token_pass says where nothing was measured."""
     for widest, config in _TOKEN_PASSES[kernel, element_size]:
         if channels <= widest:
             return config
     raise ValueError(f"{channels} channels are more than any configuration takes")
+
+
+def tuned_file() -> Path:
+    """Where measurements are looked for, and written to."""
+    if os.environ.get(ENVIRONMENT_VARIABLE):
+        return Path(os.environ[ENVIRONMENT_VARIABLE])
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "crossvit_kernels" / "tuned.json"
+
+
+def tuned_key(kernel: str, device: str, channels: int, element_size: int) -> str:
+    return f"{device} | {kernel} | C {channels} | {element_size} bytes"
+
+
+@functools.cache
+def tuned() -> dict[str, TokenPass]:
+    """What was measured, by tuned_key; empty without a file."""
+    path = tuned_file()
+    if not path.exists():
+        return {}
+    try:
+        found: dict[str, dict[str, Any]] = json.loads(path.read_text())
+        return {key: TokenPass(**fields) for key, fields in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected what `python -m crossvit_kernels.tune` writes ({error}); delete it, "
+            f"or name another file in {ENVIRONMENT_VARIABLE}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +174,6 @@ _FUSION = Fusion(block_k=64, block_n=64, one_kernel_up_to=64, images=4)
 
 
 @functools.cache
-def fusion(kernel: str, chip: int, channels: int, element_size: int) -> Fusion:
-    """The configuration of a fusion ("forward" or "backward")."""
+def fusion(kernel: str, channels: int, element_size: int) -> Fusion:
+    """The configuration of "fusion forward" or "fusion backward"."""
     return _FUSION

@@ -67,12 +67,9 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def chip(device: torch.device) -> int:
-    """Compute capability, 90 for 9.0; that of the tables' first column in the interpreter."""
-    if device.type != "cuda" or torch.version.hip:
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def device_name(device: torch.device) -> str:
+    """As torch gives it; "interpreter" on a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 def on(device: torch.device) -> Any:

@@ -15,7 +15,7 @@ from crossvit_kernels import FusionWeights
 from crossvit_kernels.gpu import configurations
 
 HERE = (torch.float32, torch.float16)
-FUSION = configurations.fusion("forward", 90, 192, 2)
+FUSION = configurations.fusion("fusion forward", 192, 2)
 
 
 @pytest.fixture(params=["one kernel", "three kernels"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import configurations, launch
@@ -44,6 +43,10 @@ class Shape:
         """The last one may reach beyond the last channel."""
         return -(-self.channels // self.chunk)
 
+    def describe(self, dtype: str) -> str:
+        """For the report of ``crossvit_kernels.inspect``."""
+        return f"{dtype} C {self.channels}, {self.num_rows} rows, {self.tokens}x{self.chunk}"
+
     def parts(self, num_tokens: int) -> int:
         """Programs that share an image's tokens: not a matter of the batch."""
         return max(-(-num_tokens // self.part), 1)
@@ -56,30 +59,35 @@ def padded_rows(num_rows: int) -> int:
 def shape_for(
     kernel: str, x: Tensor, num_rows: int, normalize: bool
 ) -> tuple[Shape, dict[str, int]]:
-    """Constants and launch options of a pass ("forward" or "backward") over tokens x."""
-    chip, precision = launch.chip(x.device), launch.precision(x.dtype)
-    return _shape(kernel, chip, x.dtype, x.shape[2], num_rows, normalize, precision)
+    """Constants and launch options of a pass ("forward", "fusion backward", ...) over tokens x."""
+    device, precision = launch.device_name(x.device), launch.precision(x.dtype)
+    return _shape(kernel, device, x.element_size(), x.shape[2], num_rows, normalize, precision)
+
+
+def for_element(
+    kernel: str, dtype: str, num_rows: int, channels: int
+) -> tuple[Shape, dict[str, int]]:
+    """The same for tokens that are not at hand, of a dtype by Triton's name."""
+    return _shape(kernel, "", 4 if dtype == "fp32" else 2, channels, num_rows, True, "ieee")
 
 
 @functools.cache
 def _shape(
     kernel: str,
-    chip: int,
-    dtype: torch.dtype,
+    device: str,
+    element_size: int,
     channels: int,
     num_rows: int,
     normalize: bool,
     precision: str,
 ) -> tuple[Shape, dict[str, int]]:
-    config = configurations.token_pass(kernel, chip, channels, dtype.itemsize)
-    shape = Shape(
-        num_rows,
-        channels,
-        padded_rows(num_rows),
-        config.chunk,
-        config.tokens,
-        config.part,
-        normalize,
-        precision,
-    )
-    return shape, {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
+    config = configurations.token_pass(kernel, device, channels, element_size)
+    sizes = num_rows, channels, padded_rows(num_rows), config.chunk, config.tokens, config.part
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return Shape(*sizes, normalize, precision), options
+
+
+def forget() -> None:
+    """Ask for configurations again: they have changed."""
+    _shape.cache_clear()

@@ -76,7 +76,7 @@ def forward(
     if not batch:
         return new_cls, saved
     cls, x, w, scale = _prepared(cls, tokens, w, residual_scale)
-    shape, fusion, config, options = _shapes("forward", cls, x, w, num_heads)
+    shape, fusion, config, options = _shapes("fusion forward", cls, x, w, num_heads)
     groups = (-(-batch // fusion.images),)
     with launch.on(x.device):
         if _in_one_kernel(config, shape, batch, num_tokens):
@@ -170,7 +170,7 @@ def _launch_backward(
     cls, x, w, scale = _prepared(cls, tokens, weights, residual_scale)
     dout, kept = launch.aligned_rows(d_new_cls), saved.vectors
     dcls, dx, gradients, dz, du = out
-    shape, fusion, config, options = _shapes("backward", cls, x, w, num_heads)
+    shape, fusion, config, options = _shapes("fusion backward", cls, x, w, num_heads)
     groups = (-(-batch // fusion.images),)
     with launch.on(x.device):
         if _in_one_kernel(config, shape, batch, num_tokens):
@@ -251,7 +251,7 @@ def _shapes(
 ) -> tuple[Shape, FusionShape, configurations.Fusion, dict[str, int]]:
     shape, options = shape_for(kernel, x, num_heads, normalize=True)
     channels = x.shape[2]
-    config = configurations.fusion(kernel, launch.chip(x.device), channels, x.element_size())
+    config = configurations.fusion(kernel, channels, x.element_size())
     precision = launch.precision(w.q_weight.dtype)
     fusion = _fusion_shape(cls.shape[1], channels, num_heads, config, precision)
     return shape, fusion, config, options

@@ -1,0 +1,126 @@
+"""What the Triton kernels compile to, without a GPU: ``python -m crossvit_kernels.inspect``.
+
+Compiles the kernels of every configuration in the tables for NVIDIA GPUs and reads their code:
+registers and spilled words of a thread, shared memory of a program, the share of a multiprocessor's
+threads that can be resident, tensor-core instructions and 16-byte loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+from crossvit_kernels.gpu import ahead_of_time, launch
+from crossvit_kernels.gpu.ahead_of_time import Report, Specimen
+
+#: (C_own, C, heads) of all fusions of the named models: Ti, S, B, 9, 15, 18.
+WIDTHS = tuple(
+    (own, channels, heads)
+    for small, heads in ((96, 3), (192, 6), (384, 12), (128, 4), (224, 7))
+    for own, channels in ((small, 2 * small), (2 * small, small))
+)
+ARCHITECTURES = (80, 90, 100)
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+def specimens(dtypes: Sequence[str], widths: Sequence[tuple[int, int, int]]) -> Iterator[Specimen]:
+    """Every kernel in every configuration of the tables, for tokens of these dtypes and widths."""
+    from crossvit_kernels.ops.attention_core import specimens as core
+    from crossvit_kernels.ops.cross_attention import specimens as fusion
+
+    for dtype in dtypes:
+        for channels, heads in sorted({(c, h) for _, c, h in widths}):
+            yield from core.specimens(dtype, channels, heads)
+        for own, channels, heads in widths:
+            yield from fusion.specimens(dtype, own, channels, heads)
+
+
+def reports(found: Sequence[tuple[Specimen, int]], processes: int) -> Iterator[Report]:
+    """Reports on (specimen, architecture) in order, compiled by several processes."""
+    if processes == 1:
+        for specimen, arch in found:
+            yield ahead_of_time.inspect(specimen, arch)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        yield from pool.map(ahead_of_time.inspect, *zip(*found, strict=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    if not launch.installed():
+        print("inspect: triton is not installed", file=sys.stderr)
+        return 1
+    if launch.interpreting():
+        print("inspect: TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
+        return 1
+    # What Triton's default was up to 3.9, and what a GPU would run.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    widths = [w for w in WIDTHS if options.channels is None or w[1] in options.channels]
+    found = [
+        (specimen, arch)
+        for specimen in specimens(options.dtype, widths)
+        if options.kernel is None or options.kernel in specimen.name
+        for arch in options.arch
+    ]
+    rows = []
+    if not options.json:
+        print(_HEADER)
+    for report in reports(found, options.processes):
+        rows.append(report)
+        if not options.json:
+            print(_row(report), flush=True)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    return 0
+
+
+_HEADER = (
+    f"{'kernel':26} {'configuration':44} {'sm':>4} {'registers':>9} {'spills':>6} {'shared':>8} "
+    f"{'occupancy':>9} {'tensor':>6} {'wide':>5}"
+)
+
+
+def _row(r: Report) -> str:
+    return (
+        f"{r.kernel:26} {r.config:44} {r.arch:4} {r.registers:9} {r.spills:6} {r.shared_bytes:8} "
+        f"{r.occupancy:9.0%} {r.tensor_core_instructions:6} {r.wide_loads:5}"
+    )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m crossvit_kernels.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    def dtypes(text: str) -> list[str]:
+        unknown = set(text.split(",")) - set(DTYPES)
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{sorted(unknown)}: expected some of {DTYPES}")
+        return text.split(",")
+
+    add = parser.add_argument
+    add("--arch", type=numbers, default=list(ARCHITECTURES), help="80,90,100 by default")
+    add("--dtype", type=dtypes, default=["bf16"], help="of bf16,fp16,fp32; bf16 by default")
+    add("--channels", type=numbers, help="only fusions of these widths, e.g. 192,384")
+    add("--kernel", metavar="NAME", help="only kernels whose name contains this")
+    add("--json", action="store_true", help="a JSON list of objects instead of a table")
+    add("--processes", type=int, default=1, help="that compile at the same time")
+    options = parser.parse_args(arguments)
+    unknown = set(options.arch) - set(ahead_of_time.SHARED_BYTES)
+    if unknown:
+        parser.error(f"--arch: {sorted(unknown)}: expected some of {ARCHITECTURES}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The commands that measure and inspect Triton's kernels; graphs where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import crossvit_kernels as ck
+from crossvit_kernels import graphs, tune
+from crossvit_kernels.gpu import ahead_of_time, configurations
+from crossvit_kernels.ops.attention_core import shape
+
+
+@pytest.fixture
+def tuned_file(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    monkeypatch.setenv(configurations.ENVIRONMENT_VARIABLE, str(path))
+
+    def forget() -> None:
+        configurations.tuned.cache_clear()
+        configurations.token_pass.cache_clear()
+        shape.forget()
+
+    forget()
+    yield path, forget
+    monkeypatch.delenv(configurations.ENVIRONMENT_VARIABLE)
+    forget()
+
+
+def test_tune_writes_what_the_library_loads(tuned_file, triton_device, capsys) -> None:
+    path, forget = tuned_file
+    sizes = ["--channels", "16", "--heads", "2", "--batch", "2", "--tokens", "20", "--limit", "2"]
+    tried = []
+
+    def second_is_faster(run) -> float:
+        run()
+        tried.append(1)
+        return 2.0 - len(tried) % 2 * 0.5 if len(tried) > 2 else float(3 - len(tried))
+
+    assert tune.main([*sizes, "--dtype", "fp16"], second_is_faster) == 0
+    assert len(tried) == 8  # two candidates of four kernels
+    assert "2.00x the table's" in capsys.readouterr().out
+    entries = json.loads(path.read_text())
+    assert len(entries) == 4
+    forget()
+    device = torch.cuda.get_device_name() if triton_device == "cuda" else "interpreter"
+    config = configurations.token_pass("forward", device, 16, 2)
+    assert config == tune.candidates("forward", 16, 2)[1]
+    assert config != configurations.from_table("forward", 16, 2)
+    assert configurations.token_pass("forward", "another", 16, 2) != config
+    x = torch.randn(2, 5, 16, device=triton_device)
+    ck.attention_core(x, x, backend="triton")
+    assert tune.main([*sizes, "--kernels", "forward", "--dtype", "fp32"]) == 0  # really timed
+    assert len(json.loads(path.read_text())) == 5  # the others stay
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"key": {"speed": 3}}', '{"key": 1}'])
+def test_a_file_that_is_no_measurement(content: str, tuned_file, triton_device) -> None:
+    path, _ = tuned_file
+    path.write_text(content)
+    x = torch.randn(1, 3, 8, device=triton_device)
+    with pytest.raises(ValueError, match="expected what"):
+        ck.attention_core(x, x, backend="triton")
+
+
+def inspect(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "crossvit_kernels.inspect", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+
+
+@pytest.fixture(scope="module")
+def triton_compiles() -> None:
+    pytest.importorskip("triton")
+    try:
+        ahead_of_time.tool("cuobjdump")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("triton_compiles")
+def test_what_kernels_compile_to() -> None:
+    """The widths of CrossViT-15, for its chips: no spills, tensor cores, 16-byte loads."""
+    result = inspect("--arch", "80,90,100", "--channels", "192,384", "--json", "--processes", "2")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert {(r["kernel"], r["arch"]) for r in rows} >= {
+        (f"{name}{kind}", arch)
+        for name in ("attention_core", "fusion")
+        for kind in ("_forward", "_backward")
+        for arch in (80, 90, 100)
+    }
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["shared_bytes"] <= ahead_of_time.SHARED_BYTES_OF_PROGRAM[row["arch"]], row
+        assert 0 < row["occupancy"] <= 1 and 0 < row["registers"] <= 255, row
+        if row["kernel"] != "attention_core_merge":  # no products
+            assert row["tensor_core_instructions"] > 0, row
+        assert row["wide_loads"] > 0, row
+
+
+@pytest.mark.usefixtures("triton_compiles")
+def test_portable_to_amd() -> None:
+    """That it compiles for a gfx942 is all that is known."""
+    code = (
+        "from crossvit_kernels import inspect\n"
+        "from crossvit_kernels.gpu.ahead_of_time import compile_for\n"
+        "for s in inspect.specimens(['bf16'], [(64, 96, 3)]):\n"
+        "    print(s.name, len(compile_for(s, 'hip', 'gfx942').asm['amdgcn']))\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert "fusion_backward " in result.stdout and "attention_core_forward " in result.stdout
+
+
+@pytest.mark.usefixtures("triton_compiles")
+def test_inspect_prints_a_table() -> None:
+    result = inspect("--arch", "90", "--channels", "96", "--kernel", "core_forward")
+    assert result.returncode == 0, result.stderr
+    header, row = result.stdout.splitlines()
+    assert header.split()[:2] == ["kernel", "configuration"]
+    assert row.startswith("attention_core_forward ") and "bf16 C 96" in row
+    assert inspect("--arch", "75").returncode == 2
+    assert inspect("--dtype", "fp8").returncode == 2
+
+
+def test_occupancy() -> None:
+    assert ahead_of_time.occupancy(32, 0, 4, 90) == 1.0
+    assert ahead_of_time.occupancy(255, 1024, 8, 90) == 0.125  # by registers
+    assert ahead_of_time.occupancy(32, 120 * 1024, 4, 90) == 1 / 16  # by shared memory
+
+
+def test_graphs_need_a_gpu() -> None:
+    with pytest.raises(ValueError, match="expected a CUDA tensor, found one on cpu"):
+        graphs.make_graphed(torch.nn.Identity(), torch.zeros(1))
+    with pytest.raises(TypeError, match="expected a tensor, found int"):
+        graphs.make_graphed(torch.nn.Identity(), [3])
+    with pytest.raises(ValueError, match="at least one tensor"):
+        graphs.make_graphed(torch.nn.Identity(), [])
