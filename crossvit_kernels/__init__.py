@@ -8,6 +8,7 @@ from crossvit_kernels.functional import (
     layernorm_ffn,
     layernorm_msa,
 )
+from crossvit_kernels.graphs import make_graphed
 from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
@@ -24,5 +25,6 @@ __all__ = [
     "cross_attention_fusion",
     "layernorm_ffn",
     "layernorm_msa",
+    "make_graphed",
     "use_backend",
 ]

@@ -9,8 +9,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
+from crossvit_kernels.ops.cross_attention.op import BACKENDS
 
-pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+@pytest.fixture(params=["cpu", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Backends that can run tensors on a CPU here, where Triton is interpreted."""
+    found = ck.backends()
+    if not found[request.param]:
+        pytest.skip(found.reasons[request.param])
+    if request.param == "triton" and torch.cuda.is_available():
+        pytest.skip("Triton is compiled here, for a GPU")
+    return request.param
+
 
 BATCH, OWN, C, HEADS = 4, 32, 16, 2
 
@@ -38,13 +49,9 @@ def inputs(num_tokens: int) -> tuple[Tensor, Tensor, FusionWeights]:
     return torch.randn(BATCH, OWN), torch.randn(BATCH, num_tokens, C), weights
 
 
-def fused(cls: Tensor, tokens: Tensor, weights: FusionWeights) -> Tensor:
-    return ck.cross_attention_fusion(cls, tokens, weights, HEADS, backend="cpu")
-
-
 def new_storages(num_tokens: int, backward: bool) -> list[int]:
-    """Elements of every storage that the kernels' own code allocates."""
-    from crossvit_kernels.ops.cross_attention import native
+    """Elements of every storage that the CPU kernels' own code allocates."""
+    native = BACKENDS["cpu"]
 
     cls, tokens, weights = inputs(num_tokens)
     with torch.no_grad():
@@ -57,20 +64,23 @@ def new_storages(num_tokens: int, backward: bool) -> list[int]:
     return allocations.sizes
 
 
-def test_forward_allocates_nothing_of_the_tokens_size() -> None:
-    few, many = new_storages(50, backward=False), new_storages(5000, backward=False)
+def test_forward_allocates_nothing_of_the_tokens_size(cpu_backend: str) -> None:
+    few, many = (
+        new_storages(50, backward=False),
+        new_storages(5000, backward=False),
+    )
     assert sorted(few) == sorted(many)
     assert max(many) < BATCH * 5000 * C // 10
 
 
-def test_backward_allocates_the_token_gradient_alone() -> None:
+def test_backward_allocates_the_token_gradient_alone(cpu_backend: str) -> None:
     few, many = new_storages(50, backward=True), new_storages(5000, backward=True)
     token_sized = [size for size in many if size >= BATCH * 5000 * C // 10]
     assert token_sized == [BATCH * 5000 * C]
     assert sum(many) - sum(few) == BATCH * (5000 - 50) * C
 
 
-def saved_elements(num_tokens: int) -> int:
+def saved_elements(backend: str, num_tokens: int) -> int:
     """Elements kept for backward, besides the inputs and weights themselves."""
     cls, tokens, weights = inputs(num_tokens)
     tokens.requires_grad_()
@@ -83,10 +93,10 @@ def saved_elements(num_tokens: int) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        fused(cls, tokens, weights)
+        ck.cross_attention_fusion(cls, tokens, weights, HEADS, backend=backend)
     return sum(kept.values())
 
 
-def test_what_is_kept_does_not_grow_with_the_tokens() -> None:
-    few, many = saved_elements(50), saved_elements(5000)
-    assert few == many <= BATCH * (2 * HEADS * C + HEADS + 5 * C)
+def test_what_is_kept_does_not_grow_with_the_tokens(backend: str) -> None:
+    few, many = saved_elements(backend, 50), saved_elements(backend, 5000)
+    assert few == many <= BATCH * (2 * HEADS * C + HEADS + 6 * C + OWN)

@@ -1,4 +1,4 @@
-"""What must hold on a CUDA device while the reference is all that runs there."""
+"""What must hold on a CUDA device whatever runs there."""
 
 from __future__ import annotations
 
