@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import crossvit_kernels as ck
+from crossvit_kernels.ops.layernorm_msa.op import BACKENDS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EPS = 1e-6
@@ -133,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
-    backends = [name for name, ok in ck.backends().items() if ok and name != "reference"]
+    on_cpu = device.type == "cpu"
+    usable = ck.backends()
+    backends = [name for name in BACKENDS if usable[name] and (name == "cpu") == on_cpu]
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
     for branch, (tokens, dim, heads) in BRANCHES.items():

@@ -39,6 +39,7 @@ from fusion_contenders import (
 from measure import Timing, Tolerance
 
 import crossvit_kernels as ck
+from crossvit_kernels.gpu import launch
 
 MODES = {"both": ("forward", "train"), "forward": ("forward",), "train": ("train",)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -269,8 +270,9 @@ def complete(options: argparse.Namespace) -> None:
         if not usable.get(name, False):
             reason = usable.reasons.get(name, f"expected one of {', '.join(usable)}")
             raise ValueError(f"--backend {name}: {reason}")
-    if options.backend == "all":  # the reference is the row "eager"
-        options.backends = [name for name, ok in usable.items() if ok and name != "reference"]
+    if options.backend == "all":  # the reference is the row "eager", an interpreter no contender
+        others = {"reference"} | ({"triton"} if launch.interpreting() else set())
+        options.backends = [name for name, ok in usable.items() if ok and name not in others]
     else:
         options.backends = options.named
 

@@ -89,6 +89,7 @@ def test_many_tokens(triton_device: str) -> None:
     check_rule(inputs, mask, torch.float32, 1e-6, "triton", triton_device)
 
 
+@pytest.mark.sanitizer
 def test_many_score_rows(triton_device: str) -> None:
     """They take several launches, which add to dx."""
     inputs, mask = make(2, 18, 70, 24, extra=True)

@@ -50,6 +50,7 @@ def test_named_widths(own: int, channels: int, heads: int, triton_device: str) -
     check(own, channels, heads, 2, 17, dtype=dtype, scaled=own > channels, device=triton_device)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("num_tokens", [0, 1, 2])
 def test_few_tokens(form: str, num_tokens: int, triton_device: str) -> None:
     check(32, 48, 3, 3, num_tokens, device=triton_device)

@@ -1,0 +1,173 @@
+"""Everything that is to be run on a GPU, in one command: ``python bench/gpu_suite.py OUT``.
+
+Imports, tests on the device, tests under a sanitizer, then every benchmark with every baseline. Each
+stage writes its log and results into OUT. A stage that is done is not run again, so that a run which
+was cut off goes on where it stopped; a stage that fails or takes too long does not keep the others
+from running. ``--dry-run`` runs all of it on a CPU with tiny sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = Path("bench")
+# (name, C_S, h) of the named models' widths: Ti, S (and 15), B, 9, 18.
+WIDTHS = (("Ti", 96, 3), ("15", 192, 6), ("B", 384, 12), ("9", 128, 4), ("18", 224, 7))
+# Tokens that each branch attends to at 240 pixels, the CLS counted in.
+TOKENS = {"S": 401, "L": 197}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A command, run in the repository's root."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int  # after which it is interrupted
+
+
+def stages(out: Path, dry: bool) -> list[Stage]:
+    """In the order in which they are worth having."""
+    python = sys.executable
+    device = "cpu" if dry else "cuda"
+    quick = "1" if dry else "0.5"
+    tests = ["tests/ops/test_attention_core_triton.py", "tests/ops/test_cross_attention_triton.py"]
+    if dry:
+        tests = ["-k", "few_tokens or huge_scores", *tests]
+    found = [
+        Stage("imports", (python, "-m", "crossvit_kernels"), 60),
+        Stage("tests", (python, "-m", "pytest", "-x", "tests/gpu", *tests), 150),
+    ]
+    if dry or shutil.which("compute-sanitizer"):
+        tool = () if dry else ("compute-sanitizer", "--error-exitcode", "9")
+        command = (*tool, python, "-m", "pytest", "-m", "sanitizer", "tests")
+        found.append(Stage("sanitizer", command, 60))
+    return found + _benchmarks(out, device, quick, dry)
+
+
+def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
+    python = sys.executable
+
+    def program(name: str, *options: str) -> tuple[str, ...]:
+        return (python, str(BENCH / name), "--device", device, *options)
+
+    batches = "1,2" if dry else "1,8,64,256,1024"
+    few = ("--min-time", quick, "--repeats", "3") if dry else ("--min-time", quick)
+    widths = WIDTHS[:1] if dry else WIDTHS
+    channels = [str(c) for _, small, _ in widths for c in (small, 2 * small)]
+    found = [
+        Stage(
+            "core",
+            program(
+                "core_bench.py",
+                *("--channels", *(("16",) if dry else channels)),
+                *("--batch", *batches.split(",")),
+                *("--json", str(out / "core.json"), *few, "--no-compile"),
+                *(("--tokens", "9") if dry else ()),
+            ),
+            90,
+        )
+    ]
+    # The widths of CrossViT-15 with the compiled baselines, then the others without.
+    for name, small, heads in sorted(widths, key=lambda width: width[0] != "15"):
+        for branch, dim, own in (("S", small, 2 * small), ("L", 2 * small, small)):
+            compiled = ("--compile-budget", "60") if name == "15" and not dry else ("--no-compile",)
+            options = (
+                *("--dim", str(dim), "--own-dim", str(own), "--heads", str(heads)),
+                *("--tokens", "9" if dry else str(TOKENS[branch]), "--sweep", f"batch={batches}"),
+                *("--json", str(out / f"fusion-{name}-{branch}.json"), *few, *compiled),
+                *(() if dry else ("--plot", str(out / f"fusion-{name}-{branch}.png"))),
+            )
+            limit = 110 if name == "15" else 30
+            stage = f"fusion-{name}-{branch}"
+            found.append(Stage(stage, program("fusion_bench.py", *options), limit))
+    blocks = ("--batch", "1") if dry else ("--batch", "256", "--dtype", "bfloat16")
+    models = ("--img-size", "24") if dry else ("--dtype", "bfloat16")
+    return [
+        *found,
+        Stage(
+            "blocks",
+            program(
+                "block_bench.py", *blocks, "--min-time", quick, "--json", str(out / "blocks.json")
+            ),
+            40,
+        ),
+        Stage(
+            "models",
+            program(
+                "model_bench.py",
+                *("--models", "crossvit_tiny_240" if dry else "crossvit_15_240"),
+                *("--batch", "1", *(() if dry else ("256",))),
+                *models,
+                *(*few, "--no-compile", "--json", str(out / "models.json")),
+            ),
+            90,
+        ),
+    ]
+
+
+def run(stage: Stage, out: Path) -> int:
+    """Its exit status; 124 where it took too long. Programs keep their rows on an interrupt."""
+    with (out / f"{stage.name}.log").open("w") as log:
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(stage.seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        for sign, seconds in ((signal.SIGINT, 10), (signal.SIGKILL, 10)):
+            os.killpg(process.pid, sign)
+            try:
+                process.wait(seconds)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        return 124
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for logs and results")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU")
+    parser.add_argument("--seconds", type=int, default=530, help="after which no stage begins")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages, even if done")
+    options = parser.parse_args(arguments)
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "stages.json"
+    done: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+    start = time.monotonic()
+    for stage in stages(out, options.dry_run):
+        if options.only is not None and stage.name not in options.only:
+            continue
+        if options.only is None and done.get(stage.name, {}).get("status") == 0:
+            print(f"{stage.name:16} done before", flush=True)
+            continue
+        if time.monotonic() - start > options.seconds:
+            print(f"{stage.name:16} no time left", flush=True)
+            continue
+        began = time.monotonic()
+        status = run(stage, out)
+        seconds = time.monotonic() - began
+        done[stage.name] = {"status": status, "seconds": round(seconds, 1)}
+        path.write_text(json.dumps(done, indent=1) + "\n")
+        print(f"{stage.name:16} status {status:4} after {seconds:6.1f} s", flush=True)
+    return 0 if all(entry["status"] == 0 for entry in done.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

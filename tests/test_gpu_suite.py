@@ -1,0 +1,62 @@
+"""bench/gpu_suite.py: the whole of it on a CPU, so that no typo waits for a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield importlib.import_module("gpu_suite")
+    for name in ("gpu_suite", "core_bench", "measure", "report"):
+        sys.modules.pop(name, None)
+
+
+def test_dry_run(suite, tmp_path, capsys) -> None:
+    assert suite.main([str(tmp_path), "--dry-run"]) == 0, capsys.readouterr().out
+    stages = json.loads((tmp_path / "stages.json").read_text())
+    for name in ("imports", "tests", "sanitizer", "core", "fusion-Ti-S", "blocks", "models"):
+        assert stages[name]["status"] == 0
+    rows = json.loads((tmp_path / "core.json").read_text())["results"]
+    assert {r["mode"] for r in rows} == {"forward", "train"}
+    assert all(r["median_ms"] > 0 and r["floor_bytes"] > 0 for r in rows)
+    capsys.readouterr()
+    assert suite.main([str(tmp_path), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("done before") == len(stages)
+
+
+def test_on_a_gpu_every_width_is_measured(suite, tmp_path) -> None:
+    stages = {stage.name: stage for stage in suite.stages(tmp_path, dry=False)}
+    assert {f"fusion-{name}-{b}" for name in ("Ti", "15", "B", "9", "18") for b in "SL"} <= set(
+        stages
+    )
+    assert "--compile-budget" in stages["fusion-15-S"].command
+    assert "--no-compile" in stages["fusion-9-L"].command
+    assert "batch=1,8,64,256,1024" in stages["fusion-15-L"].command
+
+
+def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(suite, tmp_path, monkeypatch) -> None:
+    def command(code: str) -> tuple[str, ...]:
+        return (sys.executable, "-c", code)
+
+    found = [
+        suite.Stage("bad", command("raise SystemExit(3)"), 60),
+        suite.Stage("slow", command("import time; time.sleep(60)"), 1),
+        suite.Stage("good", command("print('here')"), 60),
+    ]
+    monkeypatch.setattr(suite, "stages", lambda out, dry: found)
+    assert suite.main([str(tmp_path)]) == 1
+    stages = json.loads((tmp_path / "stages.json").read_text())
+    assert [stages[s.name]["status"] for s in found] == [3, 124, 0]
+    assert (tmp_path / "good.log").read_text() == "here\n"
+    found[0] = suite.Stage("bad", command("pass"), 60)
+    assert suite.main([str(tmp_path), "--only", "bad"]) == 1  # slow is still not done
+    assert json.loads((tmp_path / "stages.json").read_text())["bad"]["status"] == 0
