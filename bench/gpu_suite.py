@@ -1,9 +1,9 @@
 """Everything that is to be run on a GPU, in one command: ``python bench/gpu_suite.py OUT``.
 
-Imports, tests on the device, tests under a sanitizer, then every benchmark with every baseline. Each
-stage writes its log and results into OUT. A stage that is done is not run again, so that a run which
-was cut off goes on where it stopped; a stage that fails or takes too long does not keep the others
-from running. ``--dry-run`` runs all of it on a CPU with tiny sizes.
+Imports, tests on the device, tests under a sanitizer, then every benchmark with every baseline.
+Each stage writes its log and results into OUT. A stage that is done is not run again, so that a run
+which was cut off goes on where it stopped; a stage that fails or takes too long does not keep the
+others from running. ``--dry-run`` runs all of it on a CPU with tiny sizes.
 """
 
 from __future__ import annotations
