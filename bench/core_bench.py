@@ -3,9 +3,9 @@
     python bench/core_bench.py --channels 192 384 --batch 64 256
 
 measures the reference (LayerNorm, two matrix products, softmax), the same compiled, and every
-usable backend of crossvit_kernels; forward, and forward with backward. The floor is the time in which the
-device copies the tokens' bytes: read once forward, read twice and written once with backward. A
-result that is wrong is reported and not timed.
+usable backend of crossvit_kernels; forward, and forward with backward. The floor is the time in
+which the device copies the tokens' bytes: read once forward, read twice and written once with
+backward. A result that is wrong is reported and not timed.
 """
 
 from __future__ import annotations

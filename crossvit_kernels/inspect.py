@@ -28,16 +28,18 @@ ARCHITECTURES = (80, 90, 100)
 DTYPES = ("bf16", "fp16", "fp32")
 
 
-def specimens(dtypes: Sequence[str], widths: Sequence[tuple[int, int, int]]) -> Iterator[Specimen]:
+def specimens(
+    chip: int, dtypes: Sequence[str], widths: Sequence[tuple[int, int, int]]
+) -> Iterator[Specimen]:
     """Every kernel in every configuration of the tables, for tokens of these dtypes and widths."""
     from crossvit_kernels.ops.attention_core import specimens as core
     from crossvit_kernels.ops.cross_attention import specimens as fusion
 
     for dtype in dtypes:
         for channels, heads in sorted({(c, h) for _, c, h in widths}):
-            yield from core.specimens(dtype, channels, heads)
+            yield from core.specimens(chip, dtype, channels, heads)
         for own, channels, heads in widths:
-            yield from fusion.specimens(dtype, own, channels, heads)
+            yield from fusion.specimens(chip, dtype, own, channels, heads)
 
 
 def reports(found: Sequence[tuple[Specimen, int]], processes: int) -> Iterator[Report]:
@@ -63,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     widths = [w for w in WIDTHS if options.channels is None or w[1] in options.channels]
     found = [
         (specimen, arch)
-        for specimen in specimens(options.dtype, widths)
-        if options.kernel is None or options.kernel in specimen.name
         for arch in options.arch
+        for specimen in specimens(arch, options.dtype, widths)
+        if options.kernel is None or options.kernel in specimen.name
     ]
     rows = []
     if not options.json:

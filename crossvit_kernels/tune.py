@@ -34,9 +34,9 @@ KERNELS = ("forward", "backward", "fusion forward", "fusion backward")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def candidates(kernel: str, channels: int, element_size: int) -> list[TokenPass]:
+def candidates(kernel: str, chip: int, channels: int, element_size: int) -> list[TokenPass]:
     """The table's configuration first."""
-    table = configurations.from_table(kernel, channels, element_size)
+    table = configurations.from_table(kernel, chip, channels, element_size)
     chunks = [c for c in (32, 64, 128) if c < 2 * channels] or [32]
     varied = [
         dataclasses.replace(table, chunk=c, tokens=t, num_warps=w, num_stages=s)
@@ -81,7 +81,9 @@ def _tune(
     heads = options.heads or max(channels // 64, 1)
     run = _run(kernel, options.batch, options.tokens, channels, heads, dtype, device)
     tried: list[tuple[float, TokenPass]] = []
-    for config in candidates(kernel, channels, dtype.itemsize)[: options.limit]:
+    for config in candidates(kernel, launch.chip(device), channels, dtype.itemsize)[
+        : options.limit
+    ]:
         with _only(config):
             try:
                 seconds = measure(run)

@@ -49,10 +49,10 @@ def test_tune_writes_what_the_library_loads(tuned_file, triton_device, capsys) -
     assert len(entries) == 4
     forget()
     device = torch.cuda.get_device_name() if triton_device == "cuda" else "interpreter"
-    config = configurations.token_pass("forward", device, 16, 2)
-    assert config == tune.candidates("forward", 16, 2)[1]
-    assert config != configurations.from_table("forward", 16, 2)
-    assert configurations.token_pass("forward", "another", 16, 2) != config
+    config = configurations.token_pass("forward", device, 0, 16, 2)
+    assert config == tune.candidates("forward", 0, 16, 2)[1]
+    assert config != configurations.from_table("forward", 0, 16, 2)
+    assert configurations.token_pass("forward", "another", 0, 16, 2) != config
     x = torch.randn(2, 5, 16, device=triton_device)
     ck.attention_core(x, x, backend="triton")
     assert tune.main([*sizes, "--kernels", "forward", "--dtype", "fp32"]) == 0  # really timed
@@ -113,7 +113,7 @@ def test_portable_to_amd() -> None:
     code = (
         "from crossvit_kernels import inspect\n"
         "from crossvit_kernels.gpu.ahead_of_time import compile_for\n"
-        "for s in inspect.specimens(['bf16'], [(64, 96, 3)]):\n"
+        "for s in inspect.specimens(0, ['bf16'], [(64, 96, 3)]):\n"
         "    print(s.name, len(compile_for(s, 'hip', 'gfx942').asm['amdgcn']))\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}

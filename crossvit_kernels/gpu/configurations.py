@@ -35,8 +35,11 @@ class TokenPass:
     part: int = 1024
 
 
-# (kernel, bytes of an element) -> (widest C, configuration), narrowest first.
-_TOKEN_PASSES: dict[tuple[str, int], tuple[tuple[int, TokenPass], ...]] = {
+# (widest C, configuration), narrowest first.
+_Rows = tuple[tuple[int, TokenPass], ...]
+
+# (kernel, bytes of an element): where a chip has no rows of its own.
+_TOKEN_PASSES: dict[tuple[str, int], _Rows] = {
     ("forward", 2): (
         (96, TokenPass(32, 64, 4, 3)),
         (128, TokenPass(128, 64, 4, 3)),
@@ -51,7 +54,7 @@ _TOKEN_PASSES: dict[tuple[str, int], tuple[tuple[int, TokenPass], ...]] = {
     ("backward", 2): (
         (96, TokenPass(32, 32, 8, 2)),
         (128, TokenPass(128, 32, 8, 2)),
-        (192, TokenPass(64, 32, 8, 2)),
+        (192, TokenPass(64, 32, 4, 2)),
         (224, TokenPass(128, 32, 8, 2)),
         (384, TokenPass(128, 32, 8, 2)),
         (448, TokenPass(64, 32, 8, 2)),
@@ -99,13 +102,28 @@ _TOKEN_PASSES: dict[tuple[str, int], tuple[tuple[int, TokenPass], ...]] = {
 }
 
 
+# (chip, kernel, bytes of an element)
+_ON_CHIP: dict[tuple[int, str, int], _Rows] = {
+    # One stage: two of them leave an A100 too few registers.
+    (80, "fusion backward", 2): (
+        (96, TokenPass(32, 16, 8, 1)),
+        (128, TokenPass(128, 32, 8, 1)),
+        (192, TokenPass(64, 16, 8, 1)),
+        (384, TokenPass(128, 16, 8, 1)),
+        (448, TokenPass(64, 16, 8, 1)),
+        (1536, TokenPass(128, 16, 8, 1)),
+    ),
+}
+
+
 @functools.cache
-def token_pass(kernel: str, device: str, channels: int, element_size: int) -> TokenPass:
+def token_pass(kernel: str, device: str, chip: int, channels: int, element_size: int) -> TokenPass:
     """The configuration of a pass ("forward", "fusion backward", ...) over tokens of a width.
 
     Args:
         kernel: What passes over the tokens.
         device: The device's name, as torch gives it.
+        chip: Its compute capability, 90 for 9.0.
         channels: C.
         element_size: Bytes of an element.
 
@@ -113,12 +131,13 @@ def token_pass(kernel: str, device: str, channels: int, element_size: int) -> To
         ValueError: The file of measurements cannot be read or holds something else.
     """
     measured = tuned().get(tuned_key(kernel, device, channels, element_size))
-    return measured or from_table(kernel, channels, element_size)
+    return measured or from_table(kernel, chip, channels, element_size)
 
 
-def from_table(kernel: str, channels: int, element_size: int) -> TokenPass:
+def from_table(kernel: str, chip: int, channels: int, element_size: int) -> TokenPass:
     """What token_pass says where nothing was measured."""
-    for widest, config in _TOKEN_PASSES[kernel, element_size]:
+    rows = _ON_CHIP.get((chip, kernel, element_size)) or _TOKEN_PASSES[kernel, element_size]
+    for widest, config in rows:
         if channels <= widest:
             return config
     raise ValueError(f"{channels} channels are more than any configuration takes")
@@ -154,26 +173,37 @@ def tuned() -> dict[str, TokenPass]:
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """How a fusion's kernels run.
+    """How a fusion's kernels run. Whichever form runs, a result's bits are the same.
 
     Attributes:
         block_k: Columns of a weight matrix that are loaded together, along the sum.
         block_n: And along the result.
         one_kernel_up_to: The largest batch that one kernel does in all; above it three do.
-        images: Images of a program: those that share a pass over the weights.
+        programs: Images share a program, and its pass over the weights, once there are more.
     """
 
-    block_k: int
-    block_n: int
-    one_kernel_up_to: int
-    images: int
+    block_k: int = 64
+    block_n: int = 64
+    one_kernel_up_to: int = 128
+    programs: int = 128
+
+    def images(self, batch: int) -> int:
+        """Images of a program: a power of two, at most the 16 rows of a tensor-core tile."""
+        return min(16, next_power_of_2(-(-batch // self.programs)))
 
 
-# Predicted, not measured: see docs/performance.md.
-_FUSION = Fusion(block_k=64, block_n=64, one_kernel_up_to=64, images=4)
+# Which form, and from which batch on, is predicted from bytes and not measured.
+_FUSION = Fusion()
+# Backward in one kernel runs out of registers.
+_FUSION_IN_THREE = Fusion(one_kernel_up_to=0)
 
 
 @functools.cache
 def fusion(kernel: str, channels: int, element_size: int) -> Fusion:
     """The configuration of "fusion forward" or "fusion backward"."""
-    return _FUSION
+    widest = 448 if kernel == "fusion backward" else 1536
+    return _FUSION if channels <= widest else _FUSION_IN_THREE
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -72,6 +72,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
+@functools.cache
+def chip(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; on others than NVIDIA's the tables' default."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def on(device: torch.device) -> Any:
     """A context in which kernels start on a device's current stream."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -85,7 +94,3 @@ def aligned_rows(t: Tensor) -> Tensor:
     if fits and all(stride % ALIGN == 0 for stride in t.stride()[:-1]):
         return t
     return t.clone(memory_format=torch.contiguous_format)
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()

@@ -29,6 +29,7 @@ def choose_form(form: str, monkeypatch) -> None:
     config = dataclasses.replace(
         FUSION,
         one_kernel_up_to=10**9 if form == "one kernel" else 0,
+        programs=2,  # so that images share them
     )
     monkeypatch.setattr(configurations, "fusion", lambda *key: config)
 

@@ -53,28 +53,30 @@ class Shape:
 
 
 def padded_rows(num_rows: int) -> int:
-    return min(max(launch.next_power_of_2(num_rows), 16), _MAX_ROWS)
+    return min(max(configurations.next_power_of_2(num_rows), 16), _MAX_ROWS)
 
 
 def shape_for(
     kernel: str, x: Tensor, num_rows: int, normalize: bool
 ) -> tuple[Shape, dict[str, int]]:
     """Constants and launch options of a pass ("forward", "fusion backward", ...) over tokens x."""
-    device, precision = launch.device_name(x.device), launch.precision(x.dtype)
-    return _shape(kernel, device, x.element_size(), x.shape[2], num_rows, normalize, precision)
+    where = launch.device_name(x.device), launch.chip(x.device)
+    precision = launch.precision(x.dtype)
+    return _shape(kernel, *where, x.element_size(), x.shape[2], num_rows, normalize, precision)
 
 
 def for_element(
-    kernel: str, dtype: str, num_rows: int, channels: int
+    kernel: str, chip: int, dtype: str, num_rows: int, channels: int
 ) -> tuple[Shape, dict[str, int]]:
     """The same for tokens that are not at hand, of a dtype by Triton's name."""
-    return _shape(kernel, "", 4 if dtype == "fp32" else 2, channels, num_rows, True, "ieee")
+    return _shape(kernel, "", chip, 4 if dtype == "fp32" else 2, channels, num_rows, True, "ieee")
 
 
 @functools.cache
 def _shape(
     kernel: str,
     device: str,
+    chip: int,
     element_size: int,
     channels: int,
     num_rows: int,
@@ -82,7 +84,7 @@ def _shape(
     precision: str,
 ) -> tuple[Shape, dict[str, int]]:
     """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
-    config = configurations.token_pass(kernel, device, channels, element_size)
+    config = configurations.token_pass(kernel, device, chip, channels, element_size)
     sizes = num_rows, channels, padded_rows(num_rows), config.chunk, config.tokens, config.part
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return Shape(*sizes, normalize, precision), options

@@ -9,7 +9,7 @@ from crossvit_kernels.gpu.ahead_of_time import Specimen
 from crossvit_kernels.ops.attention_core import shape as shapes
 
 
-def specimens(dtype: str, channels: int, num_rows: int) -> Iterator[Specimen]:
+def specimens(chip: int, dtype: str, channels: int, num_rows: int) -> Iterator[Specimen]:
     """Forward, merge and backward over tokens of a dtype ("bf16", ...)."""
     from crossvit_kernels.ops.attention_core import triton_kernels as kernels
 
@@ -18,7 +18,7 @@ def specimens(dtype: str, channels: int, num_rows: int) -> Iterator[Specimen]:
         (kernels.attention_core_merge, "forward"),
         (kernels.attention_core_backward, "backward"),
     ):
-        shape, options = shapes.for_element(name, dtype, num_rows, channels)
+        shape, options = shapes.for_element(name, chip, dtype, num_rows, channels)
         pointers = {p.name: "fp32" for p in kernel.params if p.name.endswith("_ptr")}
         for tokens in ("x_ptr", "dx_ptr"):
             if tokens in pointers:

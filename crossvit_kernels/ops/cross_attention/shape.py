@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from crossvit_kernels.gpu.launch import next_power_of_2
+from crossvit_kernels.gpu.configurations import next_power_of_2
 
 
 @dataclasses.dataclass(frozen=True)

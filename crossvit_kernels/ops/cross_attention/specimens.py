@@ -15,7 +15,7 @@ from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 _FLOAT32 = ("vectors_ptr", "gradients_ptr", "dz_ptr", "du_ptr")
 
 
-def specimens(dtype: str, own: int, channels: int, heads: int) -> Iterator[Specimen]:
+def specimens(chip: int, dtype: str, own: int, channels: int, heads: int) -> Iterator[Specimen]:
     """The forms of forward and backward for tokens and weights of a dtype ("bf16", ...)."""
     from crossvit_kernels.ops.cross_attention import triton_backward_kernels as backward
     from crossvit_kernels.ops.cross_attention import triton_forward as forward
@@ -35,15 +35,15 @@ def specimens(dtype: str, own: int, channels: int, heads: int) -> Iterator[Speci
         ),
     }
     for name, kernels in found.items():
-        shape, options = shapes.for_element(name, dtype, heads, channels)
+        shape, options = shapes.for_element(name, chip, dtype, heads, channels)
         config = configurations.fusion(name, channels, 4 if dtype == "fp32" else 2)
-        blocks = config.images, config.block_k, config.block_n
+        blocks = config.images(256), config.block_k, config.block_n
         constants = {
             "S": shape,
             "F": FusionShape(own, channels, heads, *blocks, shape.precision),
             "ALIGN": ALIGN,
         }
-        for kernel in kernels:
+        for kernel in kernels[0 if config.one_kernel_up_to else 1 :]:
             pointers: dict[str, Any] = {
                 p.name: "fp32" if p.name in _FLOAT32 else dtype
                 for p in kernel.params

@@ -79,7 +79,7 @@ def forward(
     shape, fusion, config, options = _shapes("fusion forward", cls, x, w, num_heads)
     groups = (-(-batch // fusion.images),)
     with launch.on(x.device):
-        if _in_one_kernel(config, shape, batch, num_tokens):
+        if batch <= config.one_kernel_up_to:
             kernels.fusion_forward[groups](
                 cls,
                 x,
@@ -173,7 +173,7 @@ def _launch_backward(
     shape, fusion, config, options = _shapes("fusion backward", cls, x, w, num_heads)
     groups = (-(-batch // fusion.images),)
     with launch.on(x.device):
-        if _in_one_kernel(config, shape, batch, num_tokens):
+        if batch <= config.one_kernel_up_to:
             kernels.fusion_backward[groups](
                 dout,
                 cls,
@@ -253,23 +253,13 @@ def _shapes(
     channels = x.shape[2]
     config = configurations.fusion(kernel, channels, x.element_size())
     precision = launch.precision(w.q_weight.dtype)
-    fusion = _fusion_shape(cls.shape[1], channels, num_heads, config, precision)
+    blocks = config.images(len(x)), config.block_k, config.block_n
+    fusion = _fusion_shape(cls.shape[1], channels, num_heads, *blocks, precision)
     return shape, fusion, config, options
 
 
-@functools.cache
-def _fusion_shape(
-    own: int, channels: int, num_heads: int, config: configurations.Fusion, precision: str
-) -> FusionShape:
-    """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
-    blocks = config.images, config.block_k, config.block_n
-    return FusionShape(own, channels, num_heads, *blocks, precision)
-
-
-def _in_one_kernel(
-    config: configurations.Fusion, shape: Shape, batch: int, num_tokens: int
-) -> bool:
-    return batch <= config.one_kernel_up_to
+# One object a shape: it is part of the key under which Triton finds a compiled kernel.
+_fusion_shape = functools.cache(FusionShape)
 
 
 def _weight_gradients(
