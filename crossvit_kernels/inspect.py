@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     # What Triton's default was up to 3.9, and what a GPU would run.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    widths = [w for w in WIDTHS if options.channels is None or w[1] in options.channels]
+    widths = [w for w in WIDTHS if options.channels is None or {*w[:2]} <= {*options.channels}]
     found = [
         (specimen, arch)
         for arch in options.arch
@@ -113,7 +113,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--arch", type=numbers, default=list(ARCHITECTURES), help="80,90,100 by default")
     add("--dtype", type=dtypes, default=["bf16"], help="of bf16,fp16,fp32; bf16 by default")
-    add("--channels", type=numbers, help="only fusions of these widths, e.g. 192,384")
+    add("--channels", type=numbers, help="only fusions between these widths, e.g. 192,384")
     add("--kernel", metavar="NAME", help="only kernels whose name contains this")
     add("--json", action="store_true", help="a JSON list of objects instead of a table")
     add("--processes", type=int, default=1, help="that compile at the same time")

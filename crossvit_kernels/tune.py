@@ -80,10 +80,9 @@ def _tune(
     dtype = _DTYPES[options.dtype]
     heads = options.heads or max(channels // 64, 1)
     run = _run(kernel, options.batch, options.tokens, channels, heads, dtype, device)
+    found = candidates(kernel, launch.chip(device), channels, dtype.itemsize)
     tried: list[tuple[float, TokenPass]] = []
-    for config in candidates(kernel, launch.chip(device), channels, dtype.itemsize)[
-        : options.limit
-    ]:
+    for config in found[: options.limit]:
         with _only(config):
             try:
                 seconds = measure(run)
