@@ -106,8 +106,10 @@ FORMS = {
     "attention_core_backward",
     *(
         f"fusion_{name}"
-        for name in ("forward", "before", "tokens", "after")
-        + ("backward", "backward_before", "backward_tokens", "backward_after")
+        for name in (
+            *("forward", "before", "tokens", "after"),
+            *("backward", "backward_before", "backward_tokens", "backward_after"),
+        )
     ),
 }
 

@@ -184,15 +184,15 @@ class Fusion:
 
     block_k: int = 64
     block_n: int = 64
-    one_kernel_up_to: int = 128
-    programs: int = 128
+    one_kernel_up_to: int = 64
+    programs: int = 64
 
     def images(self, batch: int) -> int:
         """Images of a program: a power of two, at most the 16 rows of a tensor-core tile."""
         return min(16, next_power_of_2(-(-batch // self.programs)))
 
 
-# Which form, and from which batch on, is predicted from bytes and not measured.
+# Which form, and from which batch on, is predicted (docs/performance.md), not measured.
 _FUSION = Fusion()
 # Backward in one kernel runs out of registers.
 _FUSION_IN_THREE = Fusion(one_kernel_up_to=0)
