@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
 from crossvit_kernels.gpu import configurations
+from crossvit_kernels.ops.cross_attention import triton
 
 HERE = (torch.float32, torch.float16)
-FUSION = configurations.fusion("fusion forward", 192, 2)
+FUSION = configurations.fusion("fusion forward", 90, 192)
 
 
 @pytest.fixture(params=["one kernel", "three kernels"])
@@ -81,6 +82,15 @@ def test_fuzz(form, triton_device, own, head_dim, heads, batch, num_tokens, dtyp
 
 def test_large_mean_small_spread(form: str, triton_device: str) -> None:
     check(64, 96, 3, 2, 50, mean=100.0, device=triton_device)
+
+
+def test_many_tokens(triton_device: str, monkeypatch) -> None:
+    """Several programs share an image: on a GPU with 5000 tokens, here with fewer."""
+    if triton_device == "cuda":
+        return check(384, 192, 6, 3, 5000, dtype=torch.bfloat16, device=triton_device)
+    monkeypatch.setattr(triton, "_MANY_TOKENS", 30)
+    check(40, 48, 3, 3, 37, scaled=True, device=triton_device)
+    check(40, 48, 3, 2, 37, dtype=torch.float16, device=triton_device)
 
 
 def fusion(

@@ -94,15 +94,23 @@ def backward(
     m: Tensor,
     lse: Tensor,
     norm_eps: float | None,
+    dx_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared."""
+    """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared.
+
+    dx_out: memory for dx, contiguous.
+    """
     batch, num_rows, channels = m.shape
     shape, options = shape_for("backward", x, num_rows, norm_eps is not None)
     rows, parts = shape.rows, shape.parts(x.shape[1])
     # Where score rows take several launches, these add up in float32.
     dtype = x.dtype if num_rows <= rows else torch.float32
-    dx = x.new_empty(x.shape, dtype=dtype)
-    dextra = None if extra_token is None else x.new_empty(batch, channels, dtype=dtype)
+    dx = (
+        dx_out
+        if dx_out is not None and dx_out.dtype == dtype
+        else x.new_empty(x.shape, dtype=dtype)
+    )
+    dextra = None if extra_token is None else m.new_empty(batch, channels)
     du = m.new_empty(batch, parts, num_rows, channels)
     if m.numel():
         u, x, dm = launch.aligned_rows(u), launch.aligned_rows(x), launch.aligned_rows(dm)
@@ -140,5 +148,8 @@ def backward(
                     S=shape,
                     **options,
                 )
-    dextra = None if dextra is None else dextra.to(x.dtype)
+    if dx_out is not None and dx is not dx_out:
+        dx_out.copy_(dx)
+    if extra_token is not None and dextra is not None:
+        dextra = dextra.to(extra_token.dtype)
     return du[:, 0] if parts == 1 else du.sum(dim=1), dx.to(x.dtype), dextra

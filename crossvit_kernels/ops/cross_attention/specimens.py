@@ -36,7 +36,7 @@ def specimens(chip: int, dtype: str, own: int, channels: int, heads: int) -> Ite
     }
     for name, kernels in found.items():
         shape, options = shapes.for_element(name, chip, dtype, heads, channels)
-        config = configurations.fusion(name, channels, 4 if dtype == "fp32" else 2)
+        config = configurations.fusion(name, chip, channels)
         blocks = config.images(256), config.block_k, config.block_n
         constants = {
             "S": shape,

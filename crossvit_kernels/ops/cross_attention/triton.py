@@ -13,11 +13,15 @@ from torch import Tensor
 
 from crossvit_kernels.gpu import configurations, launch
 from crossvit_kernels.gpu.launch import ALIGN, why_not
+from crossvit_kernels.ops.attention_core import triton as core
 from crossvit_kernels.ops.attention_core.shape import Shape, shape_for
 from crossvit_kernels.ops.cross_attention.shape import FusionShape
 from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
+
+# So many tokens of an image keep one program waiting for long: attention_core splits them.
+_MANY_TOKENS = 4096
 
 
 class Saved(NamedTuple):
@@ -79,7 +83,7 @@ def forward(
     shape, fusion, config, options = _shapes("fusion forward", cls, x, w, num_heads)
     groups = (-(-batch // fusion.images),)
     with launch.on(x.device):
-        if batch <= config.one_kernel_up_to:
+        if batch <= config.one_kernel_up_to and num_tokens <= _MANY_TOKENS:
             kernels.fusion_forward[groups](
                 cls,
                 x,
@@ -101,19 +105,26 @@ def forward(
             kernels.fusion_before[groups](
                 cls, saved.vectors, w, batch, cls.stride(0), eps, ALIGN=ALIGN, F=fusion, **options
             )
-            kernels.fusion_tokens[(batch,)](
-                x,
-                saved.vectors,
-                w,
-                batch,
-                num_tokens,
-                x.stride(0),
-                x.stride(1),
-                eps,
-                S=shape,
-                F=fusion,
-                **options,
-            )
+            if num_tokens > _MANY_TOKENS:
+                v = vectors(saved, batch, fusion)
+                u = (v.kt * w.norm_weight.float()).transpose(0, 1)
+                m, lse = core.forward(u, x, None, v.y0, eps)
+                v.m.copy_(m.transpose(0, 1))
+                v.lse.copy_(lse)
+            else:
+                kernels.fusion_tokens[(batch,)](
+                    x,
+                    saved.vectors,
+                    w,
+                    batch,
+                    num_tokens,
+                    x.stride(0),
+                    x.stride(1),
+                    eps,
+                    S=shape,
+                    F=fusion,
+                    **options,
+                )
             kernels.fusion_after[groups](
                 scale, new_cls, saved.vectors, w, batch, eps, F=fusion, **options
             )
@@ -173,7 +184,7 @@ def _launch_backward(
     shape, fusion, config, options = _shapes("fusion backward", cls, x, w, num_heads)
     groups = (-(-batch // fusion.images),)
     with launch.on(x.device):
-        if batch <= config.one_kernel_up_to:
+        if batch <= config.one_kernel_up_to and num_tokens <= _MANY_TOKENS:
             kernels.fusion_backward[groups](
                 dout,
                 cls,
@@ -202,23 +213,26 @@ def _launch_backward(
             kernels.fusion_backward_before[groups](
                 dout, scale, kept, w, gradients, dz, batch, stride, eps, ALIGN, F=fusion, **options
             )
-            kernels.fusion_backward_tokens[(batch,)](
-                x,
-                kept,
-                w,
-                dx,
-                gradients,
-                dz,
-                du,
-                batch,
-                num_tokens,
-                x.stride(0),
-                x.stride(1),
-                eps,
-                S=shape,
-                F=fusion,
-                **options,
-            )
+            if num_tokens > _MANY_TOKENS:
+                _backward_of_many_tokens(vectors(saved, batch, fusion), x, w, eps, out, fusion)
+            else:
+                kernels.fusion_backward_tokens[(batch,)](
+                    x,
+                    kept,
+                    w,
+                    dx,
+                    gradients,
+                    dz,
+                    du,
+                    batch,
+                    num_tokens,
+                    x.stride(0),
+                    x.stride(1),
+                    eps,
+                    S=shape,
+                    F=fusion,
+                    **options,
+                )
             stride = cls.stride(0)
             kernels.fusion_backward_after[groups](
                 cls,
@@ -237,6 +251,26 @@ def _launch_backward(
             )
 
 
+def _backward_of_many_tokens(
+    v: Vectors,
+    x: Tensor,
+    w: FusionWeights,
+    eps: float,
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    shape: FusionShape,
+) -> None:
+    """The token pass on attention_core: writes dx, du and y0's gradient as a token."""
+    _, dx, gradients, dz, du = out
+    gamma = w.norm_weight.float()
+    u, dm = ((t * gamma).transpose(0, 1) for t in (v.kt, dz))
+    m = v.m.transpose(0, 1)
+    du_found, _, dy0 = core.backward(dm, None, u, x, None, v.y0, m, v.lse, eps, dx_out=dx)
+    assert dy0 is not None
+    du.copy_(du_found.transpose(0, 1))
+    at = 2 * shape.own + shape.channels  # where triton_backward.gradients_of has dgamma
+    gradients[:, at : at + shape.channels] = dy0
+
+
 def _prepared(
     cls: Tensor, tokens: Tensor, w: FusionWeights, residual_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, FusionWeights, Tensor | None]:
@@ -251,7 +285,7 @@ def _shapes(
 ) -> tuple[Shape, FusionShape, configurations.Fusion, dict[str, int]]:
     shape, options = shape_for(kernel, x, num_heads, normalize=True)
     channels = x.shape[2]
-    config = configurations.fusion(kernel, channels, x.element_size())
+    config = configurations.fusion(kernel, launch.chip(x.device), channels)
     precision = launch.precision(w.q_weight.dtype)
     blocks = config.images(len(x)), config.block_k, config.block_n
     fusion = _fusion_shape(cls.shape[1], channels, num_heads, *blocks, precision)

@@ -1,0 +1,86 @@
+"""Triton's own launcher without a GPU: all but the launch itself.
+
+The interpreter takes another way into a kernel. Here a driver that has no device stands in for
+CUDA's, and every call goes through the specialisation of arguments and the compilation that a GPU's
+would go through.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import collections, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+class NoDevice:
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device=0):
+        return 0
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+driver.set_active(NoDevice())
+
+from crossvit_kernels import FusionWeights
+from crossvit_kernels.ops.attention_core import triton as core, triton_kernels
+from crossvit_kernels.ops.cross_attention import triton as fusion
+from crossvit_kernels.ops.cross_attention import triton_backward_kernels, triton_forward
+from fusion_cases import make_weights
+
+compiled = collections.defaultdict(dict)  # kernel -> compiled code, by identity
+for module in (triton_kernels, triton_forward, triton_backward_kernels):
+    for name, kernel in vars(module).items():
+        if isinstance(kernel, triton.JITFunction) and name.startswith(("fusion_", "attention_")):
+            def run(*args, grid, warmup, kernel=kernel, launch=kernel.run, **options):
+                result = launch(*args, grid=grid, warmup=True, **options)
+                compiled[kernel.__name__][id(result)] = result
+            kernel.run = run
+
+def call(batch, tokens, biases=True, scaled=False):
+    w = make_weights(32, 48, biases)
+    w = FusionWeights(*(None if t is None else t.bfloat16() for t in w))
+    cls, x = torch.randn(batch, 32).bfloat16(), torch.randn(batch, tokens + 1, 48).bfloat16()[:, 1:]
+    scale = torch.ones(batch) if scaled else None
+    new_cls, saved = fusion.forward(cls, x, w, scale, 3, 1e-6)
+    fusion.backward(new_cls, cls, x, w, scale, saved, 3, 1e-6)
+    m, lse = core.forward(u := torch.randn(batch, 3, 48), x, None, None, 1e-6)
+    core.backward(m, lse, u, x, None, None, m, lse, 1e-6)
+
+for batch, tokens in ((1, 1), (2, 16), (64, 17), (33, 64), (1, 1030)):
+    call(batch, tokens)
+assert set(compiled) == {
+    "fusion_forward", "fusion_backward",
+    "attention_core_forward", "attention_core_backward", "attention_core_merge",
+}, compiled.keys()
+# Parts of an image are another kernel, for any number of them; nothing else is.
+more = {name: len(found) for name, found in compiled.items() if len(found) > 1}
+assert set(more) <= {"attention_core_forward"} and sum(more.values()) <= 2, more
+compiled.clear()
+call(65, 16)
+call(128, 33)
+assert len(compiled) == 8 and all(len(found) == 1 for found in compiled.values()), compiled
+call(2, 3, biases=False, scaled=True)
+"""
+
+
+def test_batch_and_tokens_are_not_compiled_in() -> None:
+    pytest.importorskip("triton")
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
