@@ -219,5 +219,6 @@ def fusion(kernel: str, chip: int, channels: int) -> Fusion:
     return _FUSION
 
 
+@functools.cache
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()

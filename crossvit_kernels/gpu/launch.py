@@ -18,14 +18,18 @@ _ELEMENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16
 _WIDEST = 1536
 
 
-@functools.cache
+# Found once: torch.compile traces why_not, and looks neither for files nor into caches.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
 def installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _INSTALLED
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on a CPU (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    """Whether kernels run in Triton's interpreter, on a CPU (TRITON_INTERPRET=1 at the start)."""
+    return _INTERPRETING
 
 
 def missing() -> str | None:
@@ -41,7 +45,7 @@ def why_not(x: Tensor) -> str | None:
     """Why kernels over tokens x [B, N, C] cannot run; None where they can."""
     if not installed():
         return "triton is not installed"
-    if x.device.type != "cuda" and not (interpreting() and x.device.type == "cpu"):
+    if not x.is_cuda and not (interpreting() and x.is_cpu):
         return f"the tokens are on {x.device}, not on a GPU"
     if x.dtype not in _ELEMENTS:
         return f"it has no code for {x.dtype} tokens"
@@ -90,7 +94,11 @@ def on(device: torch.device) -> Any:
 
 def aligned_rows(t: Tensor) -> Tensor:
     """t [..., C], or a copy of it where its rows are not contiguous or not aligned."""
-    fits = t.stride(-1) == 1 and t.data_ptr() % (ALIGN * t.element_size()) == 0
-    if fits and all(stride % ALIGN == 0 for stride in t.stride()[:-1]):
-        return t
+    *outer, last = t.stride()
+    if last == 1 and not t.data_ptr() % (ALIGN * t.element_size()):
+        for stride in outer:
+            if stride % ALIGN:
+                break
+        else:
+            return t
     return t.clone(memory_format=torch.contiguous_format)

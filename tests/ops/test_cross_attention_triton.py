@@ -9,10 +9,12 @@ import torch
 from fusion_cases import NAMED_WIDTHS, check_rule, make_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.library import opcheck
 
 import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
 from crossvit_kernels.gpu import configurations
+from crossvit_kernels.modules import CrossAttentionFusion
 from crossvit_kernels.ops.cross_attention import triton
 
 HERE = (torch.float32, torch.float16)
@@ -129,3 +131,30 @@ def test_strided_tokens_and_cls(triton_device: str) -> None:
     expected = fusion(*(t.contiguous() for t in views), weights)
     for a, e in zip(fusion(*views, weights), expected, strict=True):
         assert torch.equal(a, e)
+
+
+def test_compiled_without_a_graph_break(triton_device: str) -> None:
+    fusion = CrossAttentionFusion(40, 48, 3, backend="triton").to(triton_device)
+    cls = torch.randn(3, 40, device=triton_device)
+    tokens = torch.randn(3, 9, 48, device=triton_device)
+    compiled = torch.compile(fusion, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(cls, tokens), fusion(cls, tokens)
+    torch.testing.assert_close(out, expected)
+    gradients = torch.autograd.grad(out.sum(), list(fusion.parameters()))
+    for a, e in zip(
+        gradients, torch.autograd.grad(expected.sum(), list(fusion.parameters())), strict=True
+    ):
+        torch.testing.assert_close(a, e)
+
+
+def test_operators_are_what_they_say(triton_device: str) -> None:
+    weights = [w.float().to(triton_device) for w in make_weights(24, 16)]
+    cls, tokens = torch.randn(3, 24, device=triton_device), torch.randn(3, 5, 16).to(triton_device)
+    scale = torch.rand(3, device=triton_device)
+    operators = torch.ops.crossvit_kernels
+    settings = (4, 1e-6, "triton")
+    arguments = (cls, tokens, weights, scale, *settings)
+    opcheck(operators.cross_attention_fusion_forward.default, arguments)
+    new_cls, *saved = operators.cross_attention_fusion_forward(*arguments)
+    arguments = (new_cls, cls, tokens, weights, scale, saved, *settings)
+    opcheck(operators.cross_attention_fusion_backward.default, arguments)

@@ -46,11 +46,11 @@ class FusionShape:
         return max(next_power_of_2(self.channels), 16)
 
     @property
-    def vector_size(self) -> int:
-        """Floats an image that forward keeps: see triton.Saved."""
-        return self.own + 6 * self.channels + 2 * self.heads * self.channels + self.heads
-
-    @property
     def gradient_size(self) -> int:
         """Floats of an image's row of gradients: see triton_backward.gradients_of."""
         return 3 * self.own + 8 * self.channels
+
+
+def vector_size(own: int, channels: int, heads: int) -> int:
+    """Floats an image that forward keeps: see triton.Saved."""
+    return own + 6 * channels + 2 * heads * channels + heads

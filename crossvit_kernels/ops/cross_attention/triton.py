@@ -15,7 +15,7 @@ from crossvit_kernels.gpu import configurations, launch
 from crossvit_kernels.gpu.launch import ALIGN, why_not
 from crossvit_kernels.ops.attention_core import triton as core
 from crossvit_kernels.ops.attention_core.shape import Shape, shape_for
-from crossvit_kernels.ops.cross_attention.shape import FusionShape
+from crossvit_kernels.ops.cross_attention.shape import FusionShape, vector_size
 from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
@@ -60,8 +60,9 @@ def vectors(saved: Saved, batch: int, shape: FusionShape) -> Vectors:
 
 def empty_saved(cls: Tensor, tokens: Tensor, num_heads: int) -> Saved:
     """Memory for what forward saves."""
-    shape = FusionShape(cls.shape[1], tokens.shape[2], num_heads, 1, 1, 1, "ieee")
-    return Saved(tokens.new_empty(len(cls) * shape.vector_size, dtype=torch.float32))
+    (batch, own), channels = cls.shape, tokens.shape[2]  # symbols, where a compiler traces
+    size = batch * vector_size(own, channels, num_heads)
+    return Saved(torch.empty(size, dtype=torch.float32, device=tokens.device))
 
 
 def forward(
@@ -145,7 +146,7 @@ def backward(
     batch, _, channels = tokens.shape
     own = cls.shape[1]
     dcls, dx = cls.new_empty(cls.shape), tokens.new_empty(tokens.shape)
-    shape = FusionShape(own, channels, num_heads, 1, 1, 1, "ieee")
+    shape = _fusion_shape(own, channels, num_heads, 1, 1, 1, "ieee")
     gradients = dx.new_empty(batch, shape.gradient_size, dtype=torch.float32)
     dz_du = dx.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
     if batch:
@@ -275,7 +276,8 @@ def _prepared(
     cls: Tensor, tokens: Tensor, w: FusionWeights, residual_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, FusionWeights, Tensor | None]:
     """The inputs as kernels read them: rows aligned, parameters contiguous."""
-    w = FusionWeights(*(None if p is None else p.contiguous() for p in w))  # type: ignore[arg-type]
+    if not all(p is None or p.is_contiguous() for p in w):
+        w = FusionWeights(*(None if p is None else p.contiguous() for p in w))  # type: ignore[arg-type]
     scale = None if residual_scale is None else residual_scale.contiguous()
     return launch.aligned_rows(cls), launch.aligned_rows(tokens), w, scale
 
@@ -284,10 +286,10 @@ def _shapes(
     kernel: str, cls: Tensor, x: Tensor, w: FusionWeights, num_heads: int
 ) -> tuple[Shape, FusionShape, configurations.Fusion, dict[str, int]]:
     shape, options = shape_for(kernel, x, num_heads, normalize=True)
-    channels = x.shape[2]
+    batch, _, channels = x.shape
     config = configurations.fusion(kernel, launch.chip(x.device), channels)
     precision = launch.precision(w.q_weight.dtype)
-    blocks = config.images(len(x)), config.block_k, config.block_n
+    blocks = config.images(batch), config.block_k, config.block_n
     fusion = _fusion_shape(cls.shape[1], channels, num_heads, *blocks, precision)
     return shape, fusion, config, options
 
