@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import crossvit_kernels as ck
 from crossvit_kernels.gpu import configurations
+from crossvit_kernels.modules import ClassAttention, MAPHead
 from crossvit_kernels.ops.attention_core import reference, shape
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -199,3 +200,19 @@ def test_what_triton_declines(triton_device: str) -> None:
     with pytest.raises(ValueError, match="1600 channels are more than"):
         ck.attention_core(wide, wide, backend="triton")
     assert ck.attention_core(u, x)[0].shape == u.shape  # something else runs it
+
+
+@pytest.mark.parametrize("head", [MAPHead, ClassAttention])
+def test_pooling_heads(head: type, triton_device: str) -> None:
+    """They run on attention_core: the same as the reference's, gradients too."""
+    fused, eager = (head(48, 6, backend=name).to(triton_device) for name in ("triton", "reference"))
+    eager.load_state_dict(fused.state_dict())
+    x = torch.randn(3, 20, 48, device=triton_device)
+    outputs = fused(x), eager(x)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(y.square().sum(), list(module.parameters()))
+        for y, module in zip(outputs, (fused, eager), strict=True)
+    ]
+    for a, e in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
