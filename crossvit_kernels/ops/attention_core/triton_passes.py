@@ -180,7 +180,10 @@ def forward_pass(
     for n in range(first, last, TOKENS):
         present = n + t < last
         if mask_ptr is not None:
-            present = tl.load(mask_ptr + (n + t) * mask_token_stride, mask=present, other=0) != 0
+            present = (
+                tl.load(mask_ptr + (n + t).to(tl.int64) * mask_token_stride, mask=present, other=0)
+                != 0
+            )
         xs = ()
         x_sum = tl.zeros((TOKENS,), tl.float32)
         scores = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -309,7 +312,10 @@ def backward_pass(
         exists = n + t < last
         present = exists
         if mask_ptr is not None:
-            present = tl.load(mask_ptr + (n + t) * mask_token_stride, mask=exists, other=0) != 0
+            present = (
+                tl.load(mask_ptr + (n + t).to(tl.int64) * mask_token_stride, mask=exists, other=0)
+                != 0
+            )
         xs = ()
         x_sum = tl.zeros((TOKENS,), tl.float32)
         s = tl.zeros((ROWS, TOKENS), tl.float32)
