@@ -22,6 +22,9 @@ _WIDEST = 1536
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
+#: Triton's interpreter computes nonsense in bfloat16; who puts that right may say so here.
+interpreter_has_bfloat16 = False
+
 
 def installed() -> bool:
     return _INSTALLED
@@ -49,7 +52,7 @@ def why_not(x: Tensor) -> str | None:
         return f"the tokens are on {x.device}, not on a GPU"
     if x.dtype not in _ELEMENTS:
         return f"it has no code for {x.dtype} tokens"
-    if x.dtype == torch.bfloat16 and interpreting():
+    if x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bfloat16:
         return "Triton's interpreter has no bfloat16"
     if x.shape[-1] % ALIGN:
         return f"{x.shape[-1]} channels are no multiple of {ALIGN}"

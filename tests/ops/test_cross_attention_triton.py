@@ -17,7 +17,7 @@ from crossvit_kernels.gpu import configurations
 from crossvit_kernels.modules import CrossAttentionFusion
 from crossvit_kernels.ops.cross_attention import triton
 
-HERE = (torch.float32, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSION = configurations.fusion("fusion forward", 90, 192)
 
 
@@ -41,7 +41,7 @@ def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
     check_rule(*sizes, dtype=dtype, backend="triton", **options)
 
 
-@pytest.mark.parametrize("dtype", HERE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rule(form: str, dtype: torch.dtype, triton_device: str) -> None:
     """Batches beyond a program's images, widths that are no multiple of a block, no biases."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=triton_device)
@@ -50,7 +50,7 @@ def test_rule(form: str, dtype: torch.dtype, triton_device: str) -> None:
 
 @pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
 def test_named_widths(own: int, channels: int, heads: int, triton_device: str) -> None:
-    dtype = HERE[own > channels]
+    dtype = DTYPES[own > channels]
     check(own, channels, heads, 2, 17, dtype=dtype, scaled=own > channels, device=triton_device)
 
 
@@ -72,7 +72,7 @@ def test_few_tokens(form: str, num_tokens: int, triton_device: str) -> None:
     heads=st.sampled_from([1, 2, 3, 7]),
     batch=st.integers(0, 6),
     num_tokens=st.integers(0, 70),
-    dtype=st.sampled_from(HERE),
+    dtype=st.sampled_from(DTYPES),
     biases=st.booleans(),
     scaled=st.booleans(),
 )

@@ -1,0 +1,50 @@
+"""bfloat16 for Triton's interpreter, which stores it as uint16 and computes with that.
+
+Products upcast what they multiply, and float32 is rounded to nearest even, where the interpreter
+truncates. Kernels upcast before every other operation, as they should.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from crossvit_kernels.gpu import launch
+
+
+def install() -> None:
+    """For the rest of the process."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def to_float32(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return TensorHandle(bits.view(np.float32), tl.float32)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar == tl.bfloat16 and target.scalar == tl.float32:
+            return to_float32(source)
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            return TensorHandle(rounded(source.data), tl.bfloat16)
+        return cast(self, source, target)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, to_float32(a), to_float32(b), *rest)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
+    for name in ("create_fp_ext", "create_fp_trunc"):  # bound to the old cast_impl in some versions
+        setattr(InterpreterBuilder, name, cast_impl)
+    launch.interpreter_has_bfloat16 = True
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """The bits of float32 values in bfloat16, to nearest even."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), (bits >> 16) | 0x40, nearest).astype(np.uint16)
