@@ -14,6 +14,7 @@ from measure import Tolerance
 from torch import Tensor
 
 import crossvit_kernels as ck
+from crossvit_kernels.gpu import configurations
 from crossvit_kernels.ops.cross_attention import reference
 
 EPS = 1e-6
@@ -182,6 +183,17 @@ def our_backend(name: str) -> Fusion:
     return fusion
 
 
+def our_form(form: str) -> Fusion:
+    """The Triton fusion in "one" kernel or "three", whatever its batch."""
+    fusion = our_backend("triton")
+
+    def in_form(cls: Tensor, tokens: Tensor, w: ck.FusionWeights, heads: int) -> Tensor:
+        with configurations.fusion_form(form):
+            return fusion(cls, tokens, w, heads)
+
+    return in_form
+
+
 def our_name(backend: str) -> str:
     return f"ours ({backend})"
 
@@ -222,6 +234,11 @@ def contenders(options: argparse.Namespace, shape: Shape, device: torch.device) 
         Contender("absorbed, compiled", compiled(absorbed), compiled=True, skip=no_compile),
         Contender("absorbed, SDPA", absorbed_sdpa, skip=too_wide),
         *(Contender(our_name(name), our_backend(name), ours=True) for name in options.backends),
+        *(
+            Contender(our_name(f"triton, {form}"), our_form(form), ours=True)
+            for form in ("one", "three")
+            if "triton" in options.backends
+        ),
     ]
 
 

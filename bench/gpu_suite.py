@@ -45,7 +45,9 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     tests = ["tests/ops/test_attention_core_triton.py", "tests/ops/test_cross_attention_triton.py"]
     if dry:
         tests = ["-k", "few_tokens or huge_scores", *tests]
+    build = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
     found = [
+        *(() if dry else (Stage("build", build, 120),)),
         Stage("imports", (python, "-m", "crossvit_kernels"), 60),
         Stage("tests", (python, "-m", "pytest", "tests/gpu", *tests), 200),
     ]

@@ -10,10 +10,18 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ENVIRONMENT_VARIABLE = "CROSSVIT_KERNELS_TUNED"
+
+#: "one" or "three" kernels for every fusion that can, rather than what its batch suggests.
+FORM_VARIABLE = "CROSSVIT_KERNELS_FUSION"
+FORMS = ("auto", "one", "three")
+
+_form = os.environ.get(FORM_VARIABLE, "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +209,31 @@ class Fusion:
     def images(self, batch: int) -> int:
         """Images of a program: a power of two, at most the 16 rows of a tensor-core tile."""
         return min(16, next_power_of_2(-(-batch // self.programs)))
+
+    def in_one_kernel(self, batch: int) -> bool:
+        """Whether one kernel does it all, as fusion_form asks, else by the batch."""
+        if _form not in FORMS:
+            raise ValueError(f"{FORM_VARIABLE}: expected one of {FORMS}, found {_form!r}")
+        if _form == "auto" or not self.one_kernel_up_to:
+            return batch <= self.one_kernel_up_to
+        return _form == "one"
+
+
+@contextmanager
+def fusion_form(form: str) -> Iterator[None]:
+    """Run fusions in "one" kernel or "three", where that is possible, or as "auto" chooses.
+
+    Raises:
+        ValueError: form is none of these.
+    """
+    global _form
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {FORMS}, found {form!r}")
+    previous, _form = _form, form
+    try:
+        yield
+    finally:
+        _form = previous
 
 
 # Which form, and from which batch on, is predicted (docs/performance.md), not measured.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -29,12 +30,9 @@ def form(request: pytest.FixtureRequest, monkeypatch) -> str:
 
 
 def choose_form(form: str, monkeypatch) -> None:
-    config = dataclasses.replace(
-        FUSION,
-        one_kernel_up_to=10**9 if form == "one kernel" else 0,
-        programs=2,  # so that images share them
-    )
+    config = dataclasses.replace(FUSION, programs=2)  # so that images share them
     monkeypatch.setattr(configurations, "fusion", lambda *key: config)
+    monkeypatch.setattr(configurations, "_form", form.split()[0])
 
 
 def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -158,3 +156,35 @@ def test_operators_are_what_they_say(triton_device: str) -> None:
     new_cls, *saved = operators.cross_attention_fusion_forward(*arguments)
     arguments = (new_cls, cls, tokens, weights, scale, saved, *settings)
     opcheck(operators.cross_attention_fusion_backward.default, arguments)
+
+
+def test_the_form_can_be_chosen(triton_device: str, monkeypatch) -> None:
+    weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(24, 24)))
+    cls, tokens = torch.randn(1, 24).to(triton_device), torch.randn(1, 3, 24).to(triton_device)
+    from crossvit_kernels.ops.cross_attention import triton_forward
+
+    ran: list[str] = []
+    for name in ("fusion_forward", "fusion_tokens"):
+        kernel = getattr(triton_forward, name)
+        record = functools.partial(ran.append, name)
+        monkeypatch.setattr(triton_forward, name, Recorded(kernel, record))
+    for form in ("one", "three", "auto"):
+        with configurations.fusion_form(form):
+            fusion(cls, tokens, weights)
+    assert ran == ["fusion_forward", "fusion_tokens", "fusion_forward"]
+    with pytest.raises(ValueError, match="form: expected one of"):
+        configurations.fusion_form("two").__enter__()
+    monkeypatch.setattr(configurations, "_form", "two")
+    with pytest.raises(ValueError, match="CROSSVIT_KERNELS_FUSION"):
+        fusion(cls, tokens, weights)
+
+
+class Recorded:
+    """A kernel that says when it is launched."""
+
+    def __init__(self, kernel, record) -> None:
+        self.kernel, self.record = kernel, record
+
+    def __getitem__(self, grid):
+        self.record()
+        return self.kernel[grid]

@@ -84,7 +84,7 @@ def forward(
     shape, fusion, config, options = _shapes("fusion forward", cls, x, w, num_heads)
     groups = (-(-batch // fusion.images),)
     with launch.on(x.device):
-        if batch <= config.one_kernel_up_to and num_tokens <= _MANY_TOKENS:
+        if config.in_one_kernel(batch) and num_tokens <= _MANY_TOKENS:
             kernels.fusion_forward[groups](
                 cls,
                 x,
@@ -185,7 +185,7 @@ def _launch_backward(
     shape, fusion, config, options = _shapes("fusion backward", cls, x, w, num_heads)
     groups = (-(-batch // fusion.images),)
     with launch.on(x.device):
-        if batch <= config.one_kernel_up_to and num_tokens <= _MANY_TOKENS:
+        if config.in_one_kernel(batch) and num_tokens <= _MANY_TOKENS:
             kernels.fusion_backward[groups](
                 dout,
                 cls,
