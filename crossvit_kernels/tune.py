@@ -25,7 +25,6 @@ import torch
 from crossvit_kernels import functional
 from crossvit_kernels.gpu import configurations, launch
 from crossvit_kernels.gpu.configurations import TokenPass
-from crossvit_kernels.ops.attention_core import shape
 from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 
 #: A run: launches the kernel once.
@@ -83,7 +82,7 @@ def _tune(
     found = candidates(kernel, launch.chip(device), channels, dtype.itemsize)
     tried: list[tuple[float, TokenPass]] = []
     for config in found[: options.limit]:
-        with _only(config):
+        with configurations.only(config):
             try:
                 seconds = measure(run)
             except Exception as error:
@@ -98,21 +97,6 @@ def _tune(
     print(f"{kernel}, C {channels}: {tried[0][0] / seconds:.2f}x the table's: {best}", flush=True)
     name = launch.device_name(device)
     return configurations.tuned_key(kernel, name, channels, dtype.itemsize), best
-
-
-class _only:
-    """A context in which every pass runs in one configuration."""
-
-    def __init__(self, config: TokenPass) -> None:
-        self.config, self.token_pass = config, configurations.token_pass
-
-    def __enter__(self) -> None:
-        shape.forget()
-        configurations.token_pass = lambda *_: self.config  # type: ignore[assignment]
-
-    def __exit__(self, *_: object) -> None:
-        configurations.token_pass = self.token_pass
-        shape.forget()
 
 
 def _run(

@@ -13,27 +13,20 @@ import torch
 import crossvit_kernels as ck
 from crossvit_kernels import graphs, tune
 from crossvit_kernels.gpu import ahead_of_time, configurations
-from crossvit_kernels.ops.attention_core import shape
 
 
 @pytest.fixture
 def tuned_file(tmp_path, monkeypatch):
     path = tmp_path / "tuned.json"
     monkeypatch.setenv(configurations.ENVIRONMENT_VARIABLE, str(path))
-
-    def forget() -> None:
-        configurations.tuned.cache_clear()
-        configurations.token_pass.cache_clear()
-        shape.forget()
-
-    forget()
-    yield path, forget
+    configurations.forget()
+    yield path
     monkeypatch.delenv(configurations.ENVIRONMENT_VARIABLE)
-    forget()
+    configurations.forget()
 
 
 def test_tune_writes_what_the_library_loads(tuned_file, triton_device, capsys) -> None:
-    path, forget = tuned_file
+    path = tuned_file
     sizes = ["--channels", "16", "--heads", "2", "--batch", "2", "--tokens", "20", "--limit", "2"]
     tried = []
 
@@ -47,7 +40,7 @@ def test_tune_writes_what_the_library_loads(tuned_file, triton_device, capsys) -
     assert "2.00x the table's" in capsys.readouterr().out
     entries = json.loads(path.read_text())
     assert len(entries) == 4
-    forget()
+    configurations.forget()
     device = torch.cuda.get_device_name() if triton_device == "cuda" else "interpreter"
     config = configurations.token_pass("forward", device, 0, 16, 2)
     assert config == tune.candidates("forward", 0, 16, 2)[1]
@@ -61,8 +54,7 @@ def test_tune_writes_what_the_library_loads(tuned_file, triton_device, capsys) -
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"key": {"speed": 3}}', '{"key": 1}'])
 def test_a_file_that_is_no_measurement(content: str, tuned_file, triton_device) -> None:
-    path, _ = tuned_file
-    path.write_text(content)
+    tuned_file.write_text(content)
     x = torch.randn(1, 3, 8, device=triton_device)
     with pytest.raises(ValueError, match="expected what"):
         ck.attention_core(x, x, backend="triton")

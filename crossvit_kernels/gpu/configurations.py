@@ -135,7 +135,21 @@ _ON_CHIP: dict[tuple[int, str, int], _Rows] = {
 }
 
 
-@functools.cache
+# The configuration of every pass in a context of `only`.
+_only: TokenPass | None = None
+
+
+@contextmanager
+def only(config: TokenPass) -> Iterator[None]:
+    """Run every pass in one configuration, whatever tables and measurements say."""
+    global _only
+    previous, _only = _only, config
+    try:
+        yield
+    finally:
+        _only = previous
+
+
 def token_pass(kernel: str, device: str, chip: int, channels: int, element_size: int) -> TokenPass:
     """The configuration of a pass ("forward", "fusion backward", ...) over tokens of a width.
 
@@ -149,6 +163,13 @@ def token_pass(kernel: str, device: str, chip: int, channels: int, element_size:
     Raises:
         ValueError: The file of measurements cannot be read or holds something else.
     """
+    return _only or _measured_or_from_table(kernel, device, chip, channels, element_size)
+
+
+@functools.cache
+def _measured_or_from_table(
+    kernel: str, device: str, chip: int, channels: int, element_size: int
+) -> TokenPass:
     measured = tuned().get(tuned_key(kernel, device, channels, element_size))
     return measured or from_table(kernel, chip, channels, element_size)
 
@@ -172,6 +193,12 @@ def tuned_file() -> Path:
 
 def tuned_key(kernel: str, device: str, channels: int, element_size: int) -> str:
     return f"{device} | {kernel} | C {channels} | {element_size} bytes"
+
+
+def forget() -> None:
+    """Read the file of measurements again when it is next needed."""
+    tuned.cache_clear()
+    _measured_or_from_table.cache_clear()
 
 
 @functools.cache

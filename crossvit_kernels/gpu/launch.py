@@ -14,7 +14,7 @@ from torch import Tensor
 #: Rows begin at multiples of so many elements: 16-byte loads of 16-bit tokens.
 ALIGN = 8
 
-_ELEMENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 1536
 
 
@@ -50,7 +50,7 @@ def why_not(x: Tensor) -> str | None:
         return "triton is not installed"
     if not x.is_cuda and not (interpreting() and x.is_cpu):
         return f"the tokens are on {x.device}, not on a GPU"
-    if x.dtype not in _ELEMENTS:
+    if x.dtype not in _DTYPES:
         return f"it has no code for {x.dtype} tokens"
     if x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bfloat16:
         return "Triton's interpreter has no bfloat16"
@@ -59,11 +59,6 @@ def why_not(x: Tensor) -> str | None:
     if x.shape[-1] > _WIDEST:
         return f"{x.shape[-1]} channels are more than {_WIDEST}"
     return None
-
-
-def element(dtype: torch.dtype) -> str:
-    """Triton's name of a dtype."""
-    return _ELEMENTS[dtype]
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import crossvit_kernels as ck
 from crossvit_kernels.gpu import configurations
 from crossvit_kernels.modules import ClassAttention, MAPHead
-from crossvit_kernels.ops.attention_core import reference, shape
+from crossvit_kernels.ops.attention_core import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,22 +60,18 @@ def test_fuzz(
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_ranges_of_tokens_are_merged(masked: bool, triton_device: str, monkeypatch) -> None:
+def test_ranges_of_tokens_are_merged(masked: bool, triton_device: str) -> None:
     """More tokens than a program takes; a range may have nothing to attend to."""
     small = configurations.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, part=32)
-    monkeypatch.setattr(configurations, "token_pass", lambda *key: small)
-    shape.forget()
-    inputs, mask = make(2, 75, 3, 16, extra=True, masked=masked)
-    if mask is not None:
-        mask[:, 32:64] = False
-    try:
+    with configurations.only(small):
+        inputs, mask = make(2, 75, 3, 16, extra=True, masked=masked)
+        if mask is not None:
+            mask[:, 32:64] = False
         check_rule(inputs, mask, torch.float32, 1e-6, "triton", triton_device)
         if mask is not None:
             inputs, mask = make(2, 75, 3, 16, masked=True)
             mask[1] = False
             check_nothing_attended(inputs, mask, triton_device)
-    finally:
-        shape.forget()
 
 
 def test_many_tokens(triton_device: str) -> None:

@@ -60,36 +60,29 @@ def shape_for(
     kernel: str, x: Tensor, num_rows: int, normalize: bool
 ) -> tuple[Shape, dict[str, int]]:
     """Constants and launch options of a pass ("forward", "fusion backward", ...) over tokens x."""
-    where = launch.device_name(x.device), launch.chip(x.device)
-    precision = launch.precision(x.dtype)
-    return _shape(kernel, *where, x.element_size(), x.shape[2], num_rows, normalize, precision)
+    device, channels = x.device, x.shape[2]
+    name, chip = launch.device_name(device), launch.chip(device)
+    config = configurations.token_pass(kernel, name, chip, channels, x.element_size())
+    return _shape(config, channels, num_rows, normalize, launch.precision(x.dtype))
 
 
 def for_element(
     kernel: str, chip: int, dtype: str, num_rows: int, channels: int
 ) -> tuple[Shape, dict[str, int]]:
-    """The same for tokens that are not at hand, of a dtype by Triton's name."""
-    return _shape(kernel, "", chip, 4 if dtype == "fp32" else 2, channels, num_rows, True, "ieee")
+    """The same from the tables, for tokens that are not at hand, of a dtype by Triton's name."""
+    config = configurations.from_table(kernel, chip, channels, 4 if dtype == "fp32" else 2)
+    return _shape(config, channels, num_rows, True, "ieee")
 
 
 @functools.cache
 def _shape(
-    kernel: str,
-    device: str,
-    chip: int,
-    element_size: int,
+    config: configurations.TokenPass,
     channels: int,
     num_rows: int,
     normalize: bool,
     precision: str,
 ) -> tuple[Shape, dict[str, int]]:
     """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
-    config = configurations.token_pass(kernel, device, chip, channels, element_size)
     sizes = num_rows, channels, padded_rows(num_rows), config.chunk, config.tokens, config.part
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return Shape(*sizes, normalize, precision), options
-
-
-def forget() -> None:
-    """Ask for configurations again: they have changed."""
-    _shape.cache_clear()
