@@ -163,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{stage.name:16} no time left", flush=True)
             continue
         began = time.monotonic()
-        status = run(stage, out, min(stage.seconds, end - began))
+        limit = stage.seconds * (5 if options.dry_run else 1)  # a CPU may be busy, and shared
+        status = run(stage, out, min(limit, end - began))
         seconds = time.monotonic() - began
         done[stage.name] = {"status": status, "seconds": round(seconds, 1)}
         path.write_text(json.dumps(done, indent=1) + "\n")
