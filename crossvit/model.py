@@ -23,6 +23,8 @@ class CrossViT(nn.Module):
         use_fused: Run the kernels of crossvit_kernels. False runs its eager reference. Parameters
             and state-dict keys are the same; ``set_fused`` switches.
         backend: Name of a crossvit_kernels backend where use_fused; None for the fastest.
+        keep: What training keeps for backward on a GPU where use_fused: "fast", or "lean" for less
+            memory and more arithmetic.
         num_classes: Classes of both heads; 0 for none: the model then returns the CLS features
             of both branches side by side, [B, C_S + C_L].
         in_chans: Channels of an image.
@@ -53,6 +55,7 @@ class CrossViT(nn.Module):
         *,
         use_fused: bool = False,
         backend: str | None = None,
+        keep: str = "fast",
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.0,
@@ -90,7 +93,7 @@ class CrossViT(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._make_head(num_classes)
         self._initialise()
-        self.set_fused(use_fused, backend)
+        self.set_fused(use_fused, backend, keep)
 
     # Setting up
 
@@ -99,22 +102,29 @@ class CrossViT(nn.Module):
         """(height, width) of each branch, in patches."""
         return [embed.grid_size for embed in self.patch_embed]
 
-    def set_fused(self, fused: bool = True, backend: str | None = None) -> CrossViT:
+    def set_fused(
+        self, fused: bool = True, backend: str | None = None, keep: str = "fast"
+    ) -> CrossViT:
         """Choose what runs the blocks; the parameters stay.
 
         Args:
             fused: The kernels of crossvit_kernels, or its eager reference.
             backend: Name of a backend to run them on; None for the fastest.
+            keep: "fast" or "lean": what training keeps for backward on a GPU.
 
         Raises:
-            ValueError: A backend together with ``fused=False``.
+            ValueError: A backend together with ``fused=False``, or another keep.
         """
+        if keep not in ("fast", "lean"):
+            raise ValueError(f"keep: expected 'fast' or 'lean', found {keep!r}")
         if not fused and backend not in (None, "reference"):
             raise ValueError(f"backend {backend!r}: eager mode is the backend 'reference'")
         self.use_fused, self.backend = fused, backend
         for module in self.blocks.modules():
             if hasattr(module, "backend"):
                 module.backend = backend if fused else "reference"
+            if hasattr(module, "keep"):
+                module.keep = keep
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -82,6 +82,11 @@ def probability(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected 0 <= p < 1, found {value}")
 
 
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {allowed}, found {value!r}")
+
+
 def key_mask(mask: Tensor | None, tokens: Tensor) -> None:
     """Bool [B, N] for tokens [B, N, C]."""
     if mask is None:

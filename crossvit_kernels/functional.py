@@ -224,6 +224,7 @@ def layernorm_msa(
     residual_scale: Tensor | None = None,
     cls: Tensor | None = None,
     dropout_p: float = 0.0,
+    keep: str = "fast",
     backend: str | None = None,
 ) -> Tensor:
     """``x + residual_scale * MSA(LN(x))``: the first half of a transformer block.
@@ -236,14 +237,16 @@ def layernorm_msa(
         residual_scale: [B]: factor of each image's update (drop path), or None.
         cls: [B, C]: stands in for row 0 of x, so that a fused CLS costs no copy of its tokens.
         dropout_p: Attention dropout; above 0 the reference runs.
+        keep: What is kept for backward besides x, on a GPU: "fast" keeps q, k, v and attention's
+            output (4 B N C elements), "lean" statistics alone, and computes the rest again.
         backend: Name of a backend, or None.
 
     Returns:
         y [B, N, C].
 
     Raises:
-        ValueError: A shape, stride, device, eps or head count does not fit, or the backend cannot
-            run the call.
+        ValueError: A shape, stride, device, eps, head count or keep does not fit, or the backend
+            cannot run the call.
         TypeError: A dtype does not fit, or weights is no MsaWeights.
 
     Source: CrossViT (ICCV 2021), Eq. 1.
@@ -260,7 +263,10 @@ def layernorm_msa(
     checks.eps("eps", eps)
     checks.probability("dropout_p", dropout_p)
     checks.residual_scale(residual_scale, batch, x.device)
-    return msa_op.layernorm_msa(x, weights, num_heads, eps, residual_scale, cls, dropout_p, backend)
+    checks.one_of("keep", keep, msa_op.KEEP)
+    return msa_op.layernorm_msa(
+        x, weights, num_heads, eps, residual_scale, cls, dropout_p, keep, backend
+    )
 
 
 def layernorm_ffn(

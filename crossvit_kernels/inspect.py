@@ -24,22 +24,42 @@ WIDTHS = tuple(
     for small, heads in ((96, 3), (192, 6), (384, 12), (128, 4), (224, 7))
     for own, channels in ((small, 2 * small), (2 * small, small))
 )
+#: (C, heads, hidden units) of all their transformer blocks.
+BLOCKS = tuple(
+    (channels, heads, ratio * channels)
+    for channels, heads, ratio in (
+        *((96, 3, 4), (192, 3, 4)),
+        *((192, 6, 4), (384, 6, 4), (192, 6, 3), (384, 6, 3)),
+        *((384, 12, 4), (768, 12, 4)),
+        *((128, 4, 3), (256, 4, 3)),
+        *((224, 7, 3), (448, 7, 3)),
+    )
+)
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("bf16", "fp16", "fp32")
 
 
 def specimens(
-    chip: int, dtypes: Sequence[str], widths: Sequence[tuple[int, int, int]]
+    chip: int,
+    dtypes: Sequence[str],
+    widths: Sequence[tuple[int, int, int]] = WIDTHS,
+    blocks: Sequence[tuple[int, int, int]] = BLOCKS,
 ) -> Iterator[Specimen]:
     """Every kernel in every configuration of the tables, for tokens of these dtypes and widths."""
     from crossvit_kernels.ops.attention_core import specimens as core
     from crossvit_kernels.ops.cross_attention import specimens as fusion
+    from crossvit_kernels.ops.layernorm_ffn import specimens as ffn
+    from crossvit_kernels.ops.layernorm_msa import specimens as msa
 
     for dtype in dtypes:
         for channels, heads in sorted({(c, h) for _, c, h in widths}):
             yield from core.specimens(chip, dtype, channels, heads)
         for own, channels, heads in widths:
             yield from fusion.specimens(chip, dtype, own, channels, heads)
+        for channels, heads in sorted({(c, h) for c, h, _ in blocks}):
+            yield from msa.specimens(chip, dtype, channels, heads)
+        for channels, hidden in sorted({(c, f) for c, _, f in blocks}):
+            yield from ffn.specimens(chip, dtype, channels, hidden)
 
 
 def reports(found: Sequence[tuple[Specimen, int]], processes: int) -> Iterator[Report]:
@@ -62,11 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     # What Triton's default was up to 3.9, and what a GPU would run.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    widths = [w for w in WIDTHS if options.channels is None or {*w[:2]} <= {*options.channels}]
+    wanted = {*options.channels} if options.channels else {c for w in WIDTHS for c in w[:2]}
+    widths = [w for w in WIDTHS if {*w[:2]} <= wanted]
+    blocks = [b for b in BLOCKS if b[0] in wanted]
     found = [
         (specimen, arch)
         for arch in options.arch
-        for specimen in specimens(arch, options.dtype, widths)
+        for specimen in specimens(arch, options.dtype, widths, blocks)
         if options.kernel is None or options.kernel in specimen.name
     ]
     rows = []
@@ -113,7 +135,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--arch", type=numbers, default=list(ARCHITECTURES), help="80,90,100 by default")
     add("--dtype", type=dtypes, default=["bf16"], help="of bf16,fp16,fp32; bf16 by default")
-    add("--channels", type=numbers, help="only fusions between these widths, e.g. 192,384")
+    add("--channels", type=numbers, help="only these widths, e.g. 192,384")
     add("--kernel", metavar="NAME", help="only kernels whose name contains this")
     add("--json", action="store_true", help="a JSON list of objects instead of a table")
     add("--processes", type=int, default=1, help="that compile at the same time")

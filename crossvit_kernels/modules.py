@@ -140,8 +140,10 @@ class TransformerBlock(_FusedModule):
     """A pre-norm transformer block. Replaces timm's ``vision_transformer.Block``.
 
     Args:
-        mlp_ratio: Hidden units of the feed-forward network per channel. The other arguments are
-            described at the top of this file; drop_path applies to either half by itself.
+        mlp_ratio: Hidden units of the feed-forward network per channel.
+        keep: What training keeps for backward on a GPU, "fast" or "lean": see
+            ``functional.layernorm_msa``. The other arguments are described at the top of this
+            file; drop_path applies to either half by itself.
 
     Raises:
         ValueError: num_heads does not divide dim, or a rate is not in [0, 1).
@@ -156,10 +158,11 @@ class TransformerBlock(_FusedModule):
         eps: float = 1e-6,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
+        keep: str = "fast",
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, num_heads, backend, attn_drop=attn_drop, drop_path=drop_path)
-        self.eps = eps
+        self.eps, self.keep = eps, keep
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = _Parts(qkv=nn.Linear(dim, 3 * dim, bias=qkv_bias), proj=nn.Linear(dim, dim))
         self.norm2 = nn.LayerNorm(dim, eps=eps)
@@ -176,6 +179,7 @@ class TransformerBlock(_FusedModule):
             residual_scale=self._residual_scale(x),
             cls=cls,
             dropout_p=self.attn_drop if self.training else 0.0,
+            keep=self.keep,
             backend=self.backend,
         )
         weights = FfnWeights(*_weights(self.norm2, self.mlp.fc1, self.mlp.fc2))

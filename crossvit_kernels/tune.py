@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from crossvit_kernels import functional
-from crossvit_kernels.gpu import configurations, launch
+from crossvit_kernels.gpu import configurations, launch, tuned
 from crossvit_kernels.gpu.configurations import TokenPass
 from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 
@@ -59,7 +59,7 @@ def main(
         print(f"tune: {reason}", file=sys.stderr)
         return 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = options.output or configurations.tuned_file()
+    path = options.output or tuned.file()
     for channels in options.channels:
         for kernel in options.kernels:
             found = _tune(kernel, channels, options, device, measure or _seconds)
@@ -96,7 +96,7 @@ def _tune(
     seconds, best = min(tried, key=lambda pair: pair[0])
     print(f"{kernel}, C {channels}: {tried[0][0] / seconds:.2f}x the table's: {best}", flush=True)
     name = launch.device_name(device)
-    return configurations.tuned_key(kernel, name, channels, dtype.itemsize), best
+    return tuned.key(kernel, name, channels, dtype.itemsize), best
 
 
 def _run(

@@ -65,12 +65,12 @@ def test_opcheck_cross_attention_fusion(scale: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("cls", [None, torch.randn(3, C)])
-@pytest.mark.parametrize("save", [False, True])
-def test_opcheck_layernorm_msa(cls: Tensor | None, save: bool) -> None:
+@pytest.mark.parametrize("keep", ["", "fast"])
+def test_opcheck_layernorm_msa(cls: Tensor | None, keep: str) -> None:
     arguments = (torch.randn(3, 5, C), list(msa_weights()), torch.rand(3), cls, HEADS, EPS)
-    opcheck(ops.layernorm_msa_forward.default, (*arguments, save, "cpu"))
-    if save:
-        y, *saved = ops.layernorm_msa_forward(*arguments, save, "cpu")
+    opcheck(ops.layernorm_msa_forward.default, (*arguments, keep, "cpu"))
+    if keep:
+        y, *saved = ops.layernorm_msa_forward(*arguments, keep, "cpu")
         opcheck(ops.layernorm_msa_backward.default, (y, *arguments[:4], saved, HEADS, EPS, "cpu"))
 
 

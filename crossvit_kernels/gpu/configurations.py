@@ -1,21 +1,17 @@
-"""Which configuration a kernel runs in: tables, and what ``crossvit_kernels.tune`` measured.
+"""Which configuration a pass over tokens, and a fusion around it, runs in.
 
-Nothing is measured on a call's way. A file of measurements, of a device by its name, goes before
-the tables: that of the environment variable, else the one in the user's cache.
+Nothing is measured on a call's way: there are tables, and gpu/tuned.py goes before them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-ENVIRONMENT_VARIABLE = "CROSSVIT_KERNELS_TUNED"
+from crossvit_kernels.gpu import tuned
 
 #: "one" or "three" kernels for every fusion that can, rather than what its batch suggests.
 FORM_VARIABLE = "CROSSVIT_KERNELS_FUSION"
@@ -170,7 +166,7 @@ def token_pass(kernel: str, device: str, chip: int, channels: int, element_size:
 def _measured_or_from_table(
     kernel: str, device: str, chip: int, channels: int, element_size: int
 ) -> TokenPass:
-    measured = tuned().get(tuned_key(kernel, device, channels, element_size))
+    measured = tuned.configuration(TokenPass, tuned.key(kernel, device, channels, element_size))
     return measured or from_table(kernel, chip, channels, element_size)
 
 
@@ -183,38 +179,10 @@ def from_table(kernel: str, chip: int, channels: int, element_size: int) -> Toke
     raise ValueError(f"{channels} channels are more than any configuration takes")
 
 
-def tuned_file() -> Path:
-    """Where measurements are looked for, and written to."""
-    if os.environ.get(ENVIRONMENT_VARIABLE):
-        return Path(os.environ[ENVIRONMENT_VARIABLE])
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "crossvit_kernels" / "tuned.json"
-
-
-def tuned_key(kernel: str, device: str, channels: int, element_size: int) -> str:
-    return f"{device} | {kernel} | C {channels} | {element_size} bytes"
-
-
 def forget() -> None:
     """Read the file of measurements again when it is next needed."""
-    tuned.cache_clear()
+    tuned.forget()
     _measured_or_from_table.cache_clear()
-
-
-@functools.cache
-def tuned() -> dict[str, TokenPass]:
-    """What was measured, by tuned_key; empty without a file."""
-    path = tuned_file()
-    if not path.exists():
-        return {}
-    try:
-        found: dict[str, dict[str, Any]] = json.loads(path.read_text())
-        return {key: TokenPass(**fields) for key, fields in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: expected what `python -m crossvit_kernels.tune` writes ({error}); delete it, "
-            f"or name another file in {ENVIRONMENT_VARIABLE}"
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

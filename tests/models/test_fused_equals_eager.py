@@ -23,14 +23,20 @@ def randomised(model: CrossViT) -> CrossViT:
 
 
 def run(
-    model: CrossViT, x: Tensor, dtype: torch.dtype, fused: bool, autocast: bool
+    model: CrossViT,
+    x: Tensor,
+    dtype: torch.dtype,
+    fused: bool,
+    autocast: bool,
+    **choice: str | None,
 ) -> dict[str, Tensor]:
     """Logits and gradients by name; every run draws the same drop path."""
-    model = copy.deepcopy(model).to(dtype).set_fused(fused)
+    model = copy.deepcopy(model).to(x.device, dtype).set_fused(fused, **choice)
     torch.manual_seed(7)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
         logits = model(x.to(dtype))
-    upstream = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
+    upstream = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64, device=x.device)
+    upstream = upstream.view_as(logits)
     gradients = torch.autograd.grad(logits, list(model.parameters()), upstream.to(logits.dtype))
     names = [name for name, _ in model.named_parameters()]
     return {"logits": logits.detach(), **dict(zip(names, gradients, strict=True))}
@@ -46,12 +52,20 @@ def without_zeros(name: str, gradient: Tensor) -> Tensor | None:
     return gradient
 
 
-def compare(model: CrossViT, size: int, batch: int = 2, autocast: bool = False) -> None:
-    x = torch.randn(batch, 3, size, size)
+def compare(
+    model: CrossViT,
+    size: int,
+    batch: int = 2,
+    autocast: bool = False,
+    device: str = "cpu",
+    **choice: str | None,
+) -> None:
+    """choice: the backend of the fused run and what it keeps."""
+    x = torch.randn(batch, 3, size, size).to(device)
     dtype = torch.bfloat16 if autocast else torch.float32
     exact = run(model, x, torch.float64, fused=False, autocast=False)
     eager = run(model, x, torch.float32, fused=False, autocast=autocast)
-    fused = run(model, x, torch.float32, fused=True, autocast=autocast)
+    fused = run(model, x, torch.float32, fused=True, autocast=autocast, **choice)
     for name in exact:
         kept = [without_zeros(name, result[name]) for result in (fused, eager, exact)]
         if kept[0] is not None:
@@ -74,6 +88,15 @@ def test_every_width(name: str, autocast: bool) -> None:
 @pytest.mark.parametrize("name", ["crossvit_9", "crossvit_15"])
 def test_whole_models(name: str, autocast: bool) -> None:
     compare(randomised(create_model(name)).eval(), 240, batch=1, autocast=autocast)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_whole_model_on_triton(autocast: bool, triton_device: str) -> None:
+    """In the interpreter where there is no GPU: all of CrossViT-9 on a small image."""
+    drop_path_rate, batch, keep = (0.2, 2, "lean") if autocast else (0.0, 1, "fast")
+    model = create_model("crossvit_9", img_size=48, num_classes=10, drop_path_rate=drop_path_rate)
+    choice = {"autocast": autocast, "device": triton_device, "backend": "triton", "keep": keep}
+    compare(randomised(model).train(), 48, batch=batch, **choice)
 
 
 def test_drop_path_draws_the_same_masks() -> None:

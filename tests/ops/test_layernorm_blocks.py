@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_within_rule, eager_dtype, outputs_and_gradients, representable
+from accuracy import assert_within_rule
+from block_cases import check_ffn, check_msa, ffn_weights, msa_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,91 +14,6 @@ import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, MsaWeights
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def linear(out: int, inp: int) -> list[Tensor]:
-    return [torch.randn(out, inp).double() * inp**-0.5, torch.randn(out).double() * 0.1]
-
-
-def norm(width: int) -> list[Tensor]:
-    return [1 + 0.2 * torch.randn(width).double(), 0.2 * torch.randn(width).double()]
-
-
-def msa_weights(channels: int, bias: bool = True) -> MsaWeights:
-    weights = MsaWeights(
-        *norm(channels), *linear(3 * channels, channels), *linear(channels, channels)
-    )
-    return weights if bias else weights._replace(qkv_bias=None)
-
-
-def ffn_weights(channels: int, hidden: int) -> FfnWeights:
-    return FfnWeights(*norm(channels), *linear(hidden, channels), *linear(channels, hidden))
-
-
-def compare(function, inputs: list[Tensor | None], names: list[str], dtype: torch.dtype) -> None:
-    """function(backend) on inputs: output and every gradient under the rule."""
-    present = [representable(t, dtype) for t in inputs if t is not None]
-    names = [n for n, t in zip(names, inputs, strict=True) if t is not None]
-    upstream = [representable(torch.randn(inputs[0].shape).double(), dtype)]
-
-    def run(backend: str):
-        def call(*leaves: Tensor) -> Tensor:
-            given = iter(leaves)
-            return function(backend, *(None if t is None else next(given) for t in inputs))
-
-        return call
-
-    exact = outputs_and_gradients(run("reference"), present, upstream, torch.float64)
-    eager = outputs_and_gradients(run("reference"), present, upstream, eager_dtype(dtype))
-    actual = outputs_and_gradients(run("cpu"), present, upstream, dtype)
-    for name, a, e, x in zip(["y", *names], actual, eager, exact, strict=True):
-        if name == "qkv_bias":  # its k third is exactly zero
-            third = len(x) // 3
-            keep = torch.cat([torch.arange(third), torch.arange(2 * third, 3 * third)])
-            a, e, x = a[keep], e[keep], x[keep]
-        assert_within_rule(a, e, x, name)
-
-
-def check_msa(
-    channels: int,
-    heads: int,
-    batch: int,
-    num_tokens: int,
-    dtype: torch.dtype,
-    scaled: bool = False,
-    with_cls: bool = False,
-    bias: bool = True,
-) -> None:
-    scale = (torch.rand(batch) < 0.7).double() / 0.7 if scaled else None
-    inputs = [
-        torch.randn(batch, num_tokens, channels).double(),
-        torch.randn(batch, channels).double() if with_cls else None,
-        *msa_weights(channels, bias),
-    ]
-
-    def msa(backend: str, x: Tensor, cls: Tensor | None, *w: Tensor | None) -> Tensor:
-        return ck.layernorm_msa(
-            x, MsaWeights(*w), heads, residual_scale=scale, cls=cls, backend=backend
-        )
-
-    compare(msa, inputs, ["x", "cls", *MsaWeights._fields], dtype)
-
-
-def check_ffn(
-    channels: int,
-    hidden: int,
-    batch: int,
-    num_tokens: int,
-    dtype: torch.dtype,
-    scaled: bool = False,
-) -> None:
-    scale = (torch.rand(batch) < 0.7).double() / 0.7 if scaled else None
-    inputs = [torch.randn(batch, num_tokens, channels).double(), *ffn_weights(channels, hidden)]
-
-    def ffn(backend: str, x: Tensor, *w: Tensor) -> Tensor:
-        return ck.layernorm_ffn(x, FfnWeights(*w), residual_scale=scale, backend=backend)
-
-    compare(ffn, inputs, ["x", *FfnWeights._fields], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from crossvit_kernels.ops.attention_core.triton_passes import load_chunk, load_vector
+from crossvit_kernels.ops.token_layers.triton_passes import normal_distribution
 
 IMAGES: tl.constexpr = tl.constexpr(16)
 
@@ -97,12 +98,6 @@ def normalized(x, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     d = tl.where((tl.arange(0, PADDED) < WIDTH)[None, :], x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / WIDTH + eps)
     return d * rstd[:, None], rstd
-
-
-@triton.jit
-def normal_distribution(x):
-    """Phi(x), of which gelu(x) = x Phi(x)."""
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit

@@ -10,11 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from crossvit_kernels.backends import choose, register_operation
 from crossvit_kernels.ops import library
-from crossvit_kernels.ops.layernorm_ffn import native, reference
+from crossvit_kernels.ops.layernorm_ffn import native, reference, triton
 from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
 
 #: Modules with why_not, forward, backward and empty_saved.
-BACKENDS: dict[str, Any] = {"cpu": native}
+BACKENDS: dict[str, Any] = {"cpu": native, "triton": triton}
 register_operation("layernorm_ffn", tuple(BACKENDS))
 
 

@@ -31,13 +31,13 @@ class Saved(NamedTuple):
     lse: Tensor  # [B, h, N]
 
 
-def why_not(x: Tensor) -> str | None:
+def why_not(x: Tensor, num_heads: int) -> str | None:
     if x.device.type != "cpu":
         return f"the tokens are on {x.device}, not on a CPU"
     return "there are no tokens" if x.numel() == 0 else None
 
 
-def empty_saved(x: Tensor, w: MsaWeights, num_heads: int) -> Saved:
+def empty_saved(x: Tensor, w: MsaWeights, num_heads: int, keep: str) -> Saved:
     batch, num_tokens, channels = x.shape
     dtype = w.qkv_weight.dtype
     qkv = x.new_empty(batch, num_tokens, 3 * channels, dtype=dtype)
@@ -62,7 +62,7 @@ def forward(
     cls: Tensor | None,
     num_heads: int,
     eps: float,
-    save: bool,
+    keep: str,
 ) -> tuple[Tensor, Saved | None]:
     normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
     if cls is not None:
@@ -72,7 +72,7 @@ def forward(
     heads, lse = _attention(*_split(qkv, num_heads))
     update = F.linear(_joined(heads), w.out_weight, w.out_bias)
     y = norm.add_residual(x, update, residual_scale, cls)
-    return y, Saved(normed, mean, rstd, qkv, heads, lse) if save else None
+    return y, Saved(normed, mean, rstd, qkv, heads, lse) if keep else None
 
 
 def backward(

@@ -21,12 +21,12 @@ def forward(
     cls: Tensor | None,
     num_heads: int,
     eps: float,
-    save: bool,
+    keep: str,
 ) -> tuple[Tensor, Saved | None]:
     if not extension.all_float32(x, cls, *w):
-        return composed.forward(x, w, residual_scale, cls, num_heads, eps, save)
+        return composed.forward(x, w, residual_scale, cls, num_heads, eps, keep)
     y = torch.empty(x.shape)
-    saved = empty_saved(x, w, num_heads) if save else None
+    saved = empty_saved(x, w, num_heads, keep) if keep else None
     qkv = saved.qkv if saved else x.new_empty(*x.shape[:2], 3 * x.shape[2])
     heads = saved.heads if saved else torch.empty_like(y)
     x, cls = extension.unit_stride(x), None if cls is None else extension.unit_stride(cls)

@@ -10,12 +10,15 @@ from torch.autograd.function import once_differentiable
 
 from crossvit_kernels.backends import choose, register_operation
 from crossvit_kernels.ops import library
-from crossvit_kernels.ops.layernorm_msa import native, reference
+from crossvit_kernels.ops.layernorm_msa import native, reference, triton
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
 
 #: Modules with why_not, forward, backward and empty_saved.
-BACKENDS: dict[str, Any] = {"cpu": native}
+BACKENDS: dict[str, Any] = {"cpu": native, "triton": triton}
 register_operation("layernorm_msa", tuple(BACKENDS))
+
+#: What forward may be told to keep for backward; "" where there is no backward.
+KEEP = ("fast", "lean")
 
 
 def layernorm_msa(
@@ -26,6 +29,7 @@ def layernorm_msa(
     residual_scale: Tensor | None,
     cls: Tensor | None,
     dropout_p: float,
+    keep: str,
     backend: str | None,
 ) -> Tensor:
     """Y on the chosen backend; see functional.layernorm_msa."""
@@ -34,14 +38,14 @@ def layernorm_msa(
         "layernorm_msa",
         backend,
         BACKENDS,
-        lambda module: not_fused or module.why_not(x),
+        lambda module: not_fused or module.why_not(x, num_heads),
     )
     if name == "reference":
         return reference.layernorm_msa(x, weights, num_heads, eps, residual_scale, cls, dropout_p)
     weights = MsaWeights(*library.autocast_linears(weights, x, norms=("norm",)))
     if library.needs_grad(x, cls, *weights):
-        return _LayerNormMsa.apply(x, residual_scale, cls, num_heads, eps, name, *weights)
-    return _forward(x, list(weights), residual_scale, cls, num_heads, eps, False, name)[0]
+        return _LayerNormMsa.apply(x, residual_scale, cls, num_heads, eps, keep, name, *weights)
+    return _forward(x, list(weights), residual_scale, cls, num_heads, eps, "", name)[0]
 
 
 class _LayerNormMsa(torch.autograd.Function):
@@ -53,10 +57,11 @@ class _LayerNormMsa(torch.autograd.Function):
         cls: Tensor | None,
         num_heads: int,
         eps: float,
+        keep: str,
         backend: str,
         *weights: Tensor | None,
     ) -> Tensor:
-        y, *saved = _forward(x, list(weights), residual_scale, cls, num_heads, eps, True, backend)
+        y, *saved = _forward(x, list(weights), residual_scale, cls, num_heads, eps, keep, backend)
         ctx.save_for_backward(x, residual_scale, cls, *weights, *saved)
         ctx.constants = (num_heads, eps, backend)
         return y
@@ -69,7 +74,7 @@ class _LayerNormMsa(torch.autograd.Function):
         weights, saved = rest[:count], rest[count:]
         dx, dcls, *d_weights = _backward(dy, x, weights, residual_scale, cls, saved, *ctx.constants)
         d_weights = [None if w is None else dw for w, dw in zip(weights, d_weights, strict=True)]
-        return dx, None, None if cls is None else dcls, None, None, None, *d_weights
+        return dx, None, None if cls is None else dcls, None, None, None, None, *d_weights
 
 
 def _forward_kernel(
@@ -79,11 +84,11 @@ def _forward_kernel(
     cls: Tensor | None,
     num_heads: int,
     eps: float,
-    save: bool,
+    keep: str,
     backend: str,
 ) -> list[Tensor]:
     y, saved = BACKENDS[backend].forward(
-        x, MsaWeights(*weights), residual_scale, cls, num_heads, eps, save
+        x, MsaWeights(*weights), residual_scale, cls, num_heads, eps, keep
     )
     return [y, *(saved or ())]
 
@@ -95,12 +100,12 @@ def _forward_fake(
     cls: Tensor | None,
     num_heads: int,
     eps: float,
-    save: bool,
+    keep: str,
     backend: str,
 ) -> list[Tensor]:
     w = MsaWeights(*weights)
     y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, w.out_weight.dtype))
-    return [y, *(BACKENDS[backend].empty_saved(x, w, num_heads) if save else ())]
+    return [y, *(BACKENDS[backend].empty_saved(x, w, num_heads, keep) if keep else ())]
 
 
 def _backward_kernel(
@@ -144,7 +149,7 @@ def _backward_fake(
 
 _forward = library.define(
     "layernorm_msa_forward(Tensor x, Tensor?[] weights, Tensor? residual_scale, Tensor? cls, "
-    "int num_heads, float eps, bool save, str backend) -> Tensor[]",
+    "int num_heads, float eps, str keep, str backend) -> Tensor[]",
     _forward_kernel,
     _forward_fake,
 )

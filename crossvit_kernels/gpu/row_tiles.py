@@ -1,0 +1,285 @@
+"""Which configuration the kernels of a transformer block run in, and which of its forms.
+
+Nothing is measured on a call's way: there are tables, and gpu/tuned.py goes before them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from crossvit_kernels.gpu import tuned
+
+#: "fused" or "split" kernels for every block that can, rather than what its rows suggest.
+FORM_VARIABLE = "CROSSVIT_KERNELS_BLOCKS"
+FORMS = ("auto", "fused", "split")
+
+#: Up to so many rows the largest tiles would leave most of a GPU's multiprocessors without any.
+FEW_ROWS = 8192
+
+#: Programs among which a linear layer's columns are divided, where its rows do not make as many.
+PROGRAMS = 264
+
+_form = os.environ.get(FORM_VARIABLE, "auto")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTile:
+    """A kernel over tiles of token rows.
+
+    Attributes:
+        rows: Rows of a program.
+        columns: Columns, terms, hidden units or keys of a step.
+        chunk: Channels that are loaded together.
+        num_warps: Warps of a program.
+        num_stages: Steps whose loads are in flight.
+    """
+
+    rows: int
+    columns: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+
+# (widest, configuration), narrowest first. The width is C; a head's, where attention is alone.
+_Rows = tuple[tuple[int, RowTile], ...]
+
+_FEW = " of few rows"
+_ANY = 1 << 30
+
+# (kernel, bytes of an element): where a chip has no rows of its own.
+_ROW_TILES: dict[tuple[str, int], _Rows] = {
+    ("norm linear", 2): (
+        (96, RowTile(128, 64, 32, 8, 2)),
+        (128, RowTile(128, 64, 128, 8, 2)),
+        (192, RowTile(128, 64, 64, 8, 2)),
+        (224, RowTile(128, 64, 32, 8, 2)),
+        (384, RowTile(128, 64, 128, 8, 2)),
+        (448, RowTile(64, 64, 64, 8, 2)),
+    ),
+    ("norm linear" + _FEW, 2): (
+        (96, RowTile(64, 64, 32, 8, 2)),
+        (128, RowTile(64, 64, 128, 8, 2)),
+        (192, RowTile(64, 64, 64, 8, 2)),
+        (224, RowTile(64, 64, 32, 8, 2)),
+        (384, RowTile(64, 64, 128, 8, 2)),
+        (448, RowTile(64, 64, 64, 8, 2)),
+    ),
+    ("linear", 2): ((_ANY, RowTile(128, 128, 64, 8, 3)),),
+    ("linear" + _FEW, 2): ((_ANY, RowTile(64, 64, 64, 4, 3)),),
+    ("linear norm backward", 2): (
+        (96, RowTile(64, 64, 32, 8, 2)),
+        (128, RowTile(64, 64, 128, 8, 2)),
+        (192, RowTile(64, 64, 64, 8, 2)),
+        (224, RowTile(64, 64, 32, 8, 2)),
+        (448, RowTile(64, 64, 64, 8, 2)),
+    ),
+    ("norm backward", 2): (
+        (768, RowTile(32, 16, 128, 8, 1)),
+        (1536, RowTile(16, 16, 128, 8, 1)),
+    ),
+    ("attention", 2): (
+        (64, RowTile(128, 64, 16, 8, 3)),
+        (128, RowTile(128, 64, 16, 8, 2)),
+    ),
+    ("attention" + _FEW, 2): (
+        (64, RowTile(64, 64, 16, 4, 3)),
+        (128, RowTile(64, 64, 16, 4, 2)),
+    ),
+    ("attention projection", 2): (
+        (96, RowTile(128, 64, 32, 8, 2)),
+        (128, RowTile(128, 64, 128, 8, 2)),
+        (192, RowTile(128, 64, 64, 8, 2)),
+        (224, RowTile(64, 64, 32, 8, 2)),
+        (384, RowTile(64, 64, 128, 8, 2)),
+        (448, RowTile(64, 64, 64, 8, 2)),
+    ),
+    ("attention backward", 2): (
+        (64, RowTile(128, 64, 16, 8, 2)),
+        (128, RowTile(64, 32, 16, 8, 2)),
+    ),
+    ("ffn", 2): (
+        (96, RowTile(128, 64, 32, 8, 2)),
+        (128, RowTile(128, 64, 128, 8, 2)),
+        (192, RowTile(128, 64, 64, 8, 2)),
+        (224, RowTile(128, 64, 32, 8, 2)),
+        (256, RowTile(128, 32, 64, 8, 2)),
+        (384, RowTile(128, 32, 32, 8, 2)),
+        (448, RowTile(64, 32, 64, 8, 2)),
+    ),
+    ("ffn hidden backward", 2): (
+        (128, RowTile(128, 128, 32, 8, 3)),
+        (_ANY, RowTile(128, 128, 64, 8, 3)),
+    ),
+    ("norm linear", 4): ((448, RowTile(32, 32, 32, 8, 1)),),
+    ("linear", 4): ((_ANY, RowTile(64, 64, 32, 8, 2)),),
+    ("linear norm backward", 4): ((448, RowTile(32, 16, 32, 8, 1)),),
+    ("norm backward", 4): ((1536, RowTile(16, 16, 64, 8, 1)),),
+    ("attention", 4): ((128, RowTile(32, 32, 16, 8, 1)),),
+    ("attention projection", 4): ((448, RowTile(32, 32, 32, 8, 1)),),
+    ("attention backward", 4): ((128, RowTile(32, 32, 16, 8, 1)),),
+    ("ffn", 4): ((448, RowTile(32, 32, 32, 8, 1)),),
+    ("ffn hidden backward", 4): ((_ANY, RowTile(32, 64, 32, 8, 1)),),
+}
+
+# (chip, kernel, bytes of an element)
+_ON_CHIP: dict[tuple[int, str, int], _Rows] = {
+    # Smaller tiles where larger ones spill registers.
+    (80, "linear norm backward", 2): (
+        (96, RowTile(64, 64, 32, 8, 2)),
+        (128, RowTile(64, 64, 128, 8, 2)),
+        (448, RowTile(32, 64, 64, 8, 2)),
+    ),
+    (100, "linear norm backward", 2): (
+        (96, RowTile(64, 64, 32, 8, 2)),
+        (128, RowTile(64, 64, 128, 8, 2)),
+        (192, RowTile(64, 64, 64, 8, 2)),
+        (224, RowTile(64, 64, 32, 8, 2)),
+        (448, RowTile(32, 64, 64, 8, 2)),
+    ),
+    (80, "attention projection", 2): (
+        (96, RowTile(128, 64, 32, 8, 2)),
+        (128, RowTile(128, 64, 128, 8, 2)),
+        (192, RowTile(32, 64, 64, 8, 2)),
+        (224, RowTile(64, 64, 32, 8, 2)),
+        (384, RowTile(64, 64, 128, 8, 2)),
+        (448, RowTile(32, 64, 64, 8, 2)),
+    ),
+    (80, "attention backward", 2): (
+        (64, RowTile(128, 32, 16, 8, 2)),
+        (128, RowTile(64, 32, 16, 8, 2)),
+    ),
+    (80, "ffn", 2): (
+        (96, RowTile(128, 64, 32, 8, 2)),
+        (128, RowTile(128, 64, 128, 8, 2)),
+        (192, RowTile(64, 32, 64, 8, 2)),
+        (224, RowTile(64, 32, 32, 8, 2)),
+        (448, RowTile(32, 64, 64, 8, 2)),
+    ),
+    (80, "ffn hidden backward", 2): ((_ANY, RowTile(128, 128, 32, 8, 3)),),
+    (100, "ffn", 2): (
+        (96, RowTile(128, 64, 32, 8, 2)),
+        (128, RowTile(128, 64, 128, 8, 2)),
+        (192, RowTile(128, 64, 64, 8, 2)),
+        (224, RowTile(128, 64, 32, 8, 2)),
+        (256, RowTile(128, 32, 64, 8, 2)),
+        (448, RowTile(64, 32, 64, 8, 2)),
+    ),
+    (100, "norm linear", 2): (
+        (96, RowTile(128, 64, 32, 8, 2)),
+        (128, RowTile(128, 64, 128, 8, 2)),
+        (192, RowTile(128, 64, 64, 8, 2)),
+        (224, RowTile(128, 64, 32, 8, 2)),
+        (256, RowTile(128, 64, 128, 8, 2)),
+        (384, RowTile(64, 64, 128, 8, 2)),
+        (448, RowTile(64, 64, 64, 8, 2)),
+    ),
+}
+
+# Kernels, by their names in the tables, whose configuration a context of `only` has set.
+_only: dict[str, RowTile] = {}
+
+
+@contextmanager
+def only(kernel: str, config: RowTile) -> Iterator[None]:
+    """Run a kernel in one configuration, whatever tables and measurements say."""
+    previous = _only.get(kernel)
+    _only[kernel] = config
+    try:
+        yield
+    finally:
+        del _only[kernel]
+        if previous:
+            _only[kernel] = previous
+
+
+def widest(kernel: str) -> int:
+    """The widest that any configuration takes."""
+    return _ROW_TILES[kernel, 2][-1][0]
+
+
+def row_tile(
+    kernel: str, device: str, chip: int, width: int, element_size: int, few: bool = False
+) -> RowTile:
+    """The configuration of a kernel ("norm linear", ...).
+
+    Args:
+        kernel: Its name in the tables.
+        device: The device's name, as torch gives it.
+        chip: Its compute capability, 90 for 9.0.
+        width: C; that of a head, where attention is alone.
+        element_size: Bytes of an element of the products.
+        few: Whether there are FEW_ROWS or fewer.
+
+    Raises:
+        ValueError: The file of measurements cannot be read or holds something else.
+    """
+    if few and (kernel + _FEW, element_size) in _ROW_TILES:
+        kernel += _FEW
+    return _only.get(kernel) or _measured_or_from_table(kernel, device, chip, width, element_size)
+
+
+@functools.cache
+def _measured_or_from_table(
+    kernel: str, device: str, chip: int, width: int, element_size: int
+) -> RowTile:
+    measured = tuned.configuration(RowTile, tuned.key(kernel, device, width, element_size))
+    return measured or from_table(kernel, chip, width, element_size)
+
+
+def from_table(kernel: str, chip: int, width: int, element_size: int) -> RowTile:
+    """What row_tile says where nothing was measured."""
+    rows = _ON_CHIP.get((chip, kernel, element_size)) or _ROW_TILES[kernel, element_size]
+    for widest, config in rows:
+        if width <= widest:
+            return config
+    raise ValueError(f"{kernel}: {width} columns are more than any configuration takes")
+
+
+def variants(kernel: str, element_size: int) -> list[str]:
+    """The kernel's names in the tables: with many rows and, where that differs, with few."""
+    names = [kernel, kernel + _FEW]
+    return [name for name in names if (name, element_size) in _ROW_TILES]
+
+
+def forget() -> None:
+    """Read the file of measurements again when it is next needed."""
+    tuned.forget()
+    _measured_or_from_table.cache_clear()
+
+
+def fused(kernel: str, num_rows: int, channels: int) -> bool:
+    """Whether one kernel ("ffn", "attention projection") does what two could.
+
+    It saves the memory traffic between them, but has no columns to divide among multiprocessors
+    when rows are few.
+
+    Raises:
+        ValueError: The environment names no form.
+    """
+    if _form not in FORMS:
+        raise ValueError(f"{FORM_VARIABLE}: expected one of {FORMS}, found {_form!r}")
+    if channels > widest(kernel) or _form == "split":
+        return False
+    return _form == "fused" or num_rows > FEW_ROWS
+
+
+@contextmanager
+def block_form(form: str) -> Iterator[None]:
+    """Run blocks in "fused" kernels or "split", where that is possible, or as "auto" chooses.
+
+    Raises:
+        ValueError: form is none of these.
+    """
+    global _form
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {FORMS}, found {form!r}")
+    previous, _form = _form, form
+    try:
+        yield
+    finally:
+        _form = previous

@@ -1,0 +1,135 @@
+"""layernorm_ffn on Triton: forward in one kernel or two; backward recomputes the hidden units.
+
+Weight gradients are products over all tokens, which torch's libraries form.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels.gpu import launch, row_tiles
+from crossvit_kernels.ops import norm
+from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
+from crossvit_kernels.ops.token_layers import triton as layers
+from crossvit_kernels.ops.token_layers.triton import Tokens
+
+
+class Saved(NamedTuple):
+    """What forward keeps for backward."""
+
+    mean: Tensor  # [B, N], float32
+    rstd: Tensor  # [B, N], float32
+
+
+def why_not(x: Tensor) -> str | None:
+    return "there are no tokens" if x.numel() == 0 else launch.why_not(x)
+
+
+def empty_saved(x: Tensor, w: FfnWeights) -> Saved:
+    mean = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return Saved(mean, torch.empty_like(mean))
+
+
+def forward(
+    x: Tensor, w: FfnWeights, residual_scale: Tensor | None, eps: float, save: bool
+) -> tuple[Tensor, Saved | None]:
+    tokens, w = layers.prepared(x), _contiguous(w)
+    scale = None if residual_scale is None else residual_scale.contiguous()
+    saved = empty_saved(x, w) if save else None
+    if row_tiles.fused("ffn", tokens.num_rows, x.shape[2]):
+        return _in_one_kernel(tokens, w, scale, eps, saved), saved
+    affine = w.norm_weight, w.norm_bias
+    hidden = layers.norm_linear(tokens, affine, w.fc1_weight, w.fc1_bias, eps, saved, gelu=True)
+    return layers.linear_residual(hidden, w.fc2_weight, w.fc2_bias, tokens, scale), saved
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w: FfnWeights,
+    residual_scale: Tensor | None,
+    saved: Saved,
+    eps: float,
+) -> tuple[Tensor, FfnWeights]:
+    """(dx, gradients of the weights)."""
+    dy, tokens, w = dy.contiguous(), layers.prepared(x), _contiguous(w)
+    channels = x.shape[2]
+    dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).view(-1, channels)
+    activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, tokens, w, saved)
+    affine = w.norm_weight, w.norm_bias
+    found = layers.linear_norm_backward(dhidden, w.fc1_weight, dy, tokens, affine, saved)
+    return found.dx, FfnWeights(
+        norm_weight=found.d_norm_weight,
+        norm_bias=found.d_norm_bias,
+        fc1_weight=dhidden.t() @ found.normed.view(-1, channels),
+        fc1_bias=d_fc1_bias,
+        fc2_weight=dupdate.t() @ activated,
+        fc2_bias=dupdate.sum(dim=0),
+    )
+
+
+def _contiguous(w: FfnWeights) -> FfnWeights:
+    return w if all(t.is_contiguous() for t in w) else FfnWeights(*(t.contiguous() for t in w))
+
+
+def _in_one_kernel(
+    tokens: Tokens, w: FfnWeights, scale: Tensor | None, eps: float, saved: Saved | None
+) -> Tensor:
+    from crossvit_kernels.ops.layernorm_ffn import triton_kernels as kernels
+
+    x, (hidden, channels) = tokens.x, w.fc1_weight.shape
+    y = layers.empty_result(x, w.fc2_weight)
+    shape, options = layers.shape_for("ffn", w.fc1_weight, tokens.num_rows, channels, hidden)
+    with launch.on(x.device):
+        kernels.ffn_forward[(-(-tokens.num_rows // shape.rows),)](
+            x,
+            scale,
+            *w,
+            y,
+            *(saved or (None, None)),
+            tokens.num_rows,
+            x.shape[1],
+            *x.stride()[:2],
+            eps,
+            L=shape,
+            **options,
+        )
+    return y
+
+
+def _hidden_backward(
+    dupdate: Tensor, tokens: Tokens, w: FfnWeights, saved: Saved
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The hidden units after GELU, their gradient before it [B N, F], and fc1_bias's."""
+    from crossvit_kernels.ops.layernorm_ffn import triton_kernels as kernels
+
+    x, (hidden, channels) = tokens.x, w.fc1_weight.shape
+    name = "ffn hidden backward"
+    shape, options = layers.shape_for(name, w.fc1_weight, tokens.num_rows, channels, hidden)
+    tiles, blocks = -(-tokens.num_rows // shape.rows), -(-hidden // shape.columns)
+    activated = x.new_empty(tokens.num_rows, hidden, dtype=w.fc1_weight.dtype)
+    dhidden = torch.empty_like(activated)
+    shares = x.new_empty(tiles, hidden, dtype=torch.float32)
+    with launch.on(x.device):
+        kernels.ffn_hidden_backward[(tiles * blocks,)](
+            dupdate,
+            x,
+            *saved,
+            w.norm_weight,
+            w.norm_bias,
+            w.fc1_weight,
+            w.fc1_bias,
+            w.fc2_weight,
+            activated,
+            dhidden,
+            shares,
+            tokens.num_rows,
+            x.shape[1],
+            *x.stride()[:2],
+            L=shape,
+            **options,
+        )
+    return activated, dhidden, shares.sum(dim=0).to(w.fc1_bias.dtype)

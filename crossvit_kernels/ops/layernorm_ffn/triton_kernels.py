@@ -1,0 +1,150 @@
+"""The feed-forward network in Triton: whole forward, and backward up to its hidden units."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossvit_kernels.ops.attention_core.triton_passes import load_chunk, load_vector
+from crossvit_kernels.ops.token_layers.triton_passes import (
+    SIZES,
+    gelu,
+    load_columns,
+    load_tokens,
+    normal_distribution,
+    normalized_rows,
+    offsets_of,
+    residual_scale_of,
+    rows_of,
+    store_columns,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def ffn_forward(
+    x_ptr,
+    scale_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    fc1_weight_ptr,
+    fc1_bias_ptr,
+    fc2_weight_ptr,
+    fc2_bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    num_rows,
+    num_tokens,
+    x_batch_stride,
+    x_token_stride,
+    eps,
+    L: tl.constexpr,
+):
+    """y = x + r FFN(LN(x)), hidden units COLUMNS at a time. Grid: tiles of rows."""
+    C: tl.constexpr = L.channels
+    HIDDEN: tl.constexpr = L.inner
+    CHUNK: tl.constexpr = L.chunk
+    NUM: tl.constexpr = L.num_chunks
+    ROWS: tl.constexpr = L.rows
+    COLUMNS: tl.constexpr = L.columns
+    PRECISION: tl.constexpr = L.precision
+    ALIGN: tl.constexpr = L.align
+    row, used, image, token = rows_of(tl.program_id(0), num_rows, num_tokens, ROWS)
+    at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+    dtype = fc1_weight_ptr.dtype.element_ty
+    normed, mean, rstd = normalized_rows(
+        x_ptr, at, None, at, token, used, norm_weight_ptr, norm_bias_ptr, eps, dtype, L
+    )
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean, mask=used)
+        tl.store(rstd_ptr + row, rstd, mask=used)
+    ys = ()
+    for _ in tl.static_range(NUM):
+        ys = ys + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    for n in range(0, HIDDEN, COLUMNS):
+        unit = n + tl.arange(0, COLUMNS)
+        exists = unit < HIDDEN
+        hidden = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for i in tl.static_range(NUM):
+            w = load_chunk(fc1_weight_ptr, C, unit, exists, i, C, CHUNK)
+            hidden = tl.dot(normed[i], tl.trans(w), hidden, input_precision=PRECISION)
+        hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
+        activated = gelu(hidden).to(dtype)
+        for i in tl.static_range(NUM):
+            c = i * CHUNK + tl.arange(0, CHUNK)
+            w = load_columns(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
+            y = tl.dot(activated, tl.trans(w), ys[0], input_precision=PRECISION)
+            ys = ys[1:] + (y,)
+    scale = residual_scale_of(scale_ptr, image, used)
+    for i in tl.static_range(NUM):
+        x = load_tokens(x_ptr, at, None, at, token, used, i * CHUNK, C, CHUNK)
+        y = x.to(tl.float32) + (ys[i] + load_vector(fc2_bias_ptr, i, C, CHUNK)[None, :]) * scale
+        store_columns(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def ffn_hidden_backward(
+    dupdate_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    fc1_weight_ptr,
+    fc1_bias_ptr,
+    fc2_weight_ptr,
+    activated_ptr,
+    dhidden_ptr,
+    dbias_ptr,
+    num_rows,
+    num_tokens,
+    x_batch_stride,
+    x_token_stride,
+    L: tl.constexpr,
+):
+    """gelu(h) and dh of h = LN(x) W_1^T + b_1, from dupdate [rows, C]. Grid: tiles x hidden blocks.
+
+    Both products run over the channels together; each tile's share of b_1's gradient is written.
+    """
+    C: tl.constexpr = L.channels
+    HIDDEN: tl.constexpr = L.inner
+    STEP: tl.constexpr = L.chunk
+    ROWS: tl.constexpr = L.rows
+    COLUMNS: tl.constexpr = L.columns
+    PRECISION: tl.constexpr = L.precision
+    ALIGN: tl.constexpr = L.align
+    BLOCKS: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // BLOCKS
+    n = (tl.program_id(0) - tile * BLOCKS) * COLUMNS
+    row, used, image, token = rows_of(tile, num_rows, num_tokens, ROWS)
+    at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+    dtype = fc1_weight_ptr.dtype.element_ty
+    unit = n + tl.arange(0, COLUMNS)
+    exists = unit < HIDDEN
+    mean = tl.load(mean_ptr + row, mask=used, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + row, mask=used, other=0.0)[:, None]
+    hidden = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dactivated = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, C, STEP):
+        c = k + tl.arange(0, STEP)
+        x = load_columns(x_ptr, at, used, k, C, STEP).to(tl.float32)
+        weight = tl.load(norm_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(norm_bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        normed = ((x - mean) * rstd * weight + bias).to(dtype)
+        w = load_columns(fc1_weight_ptr, unit * C, exists, k, C, STEP)
+        hidden = tl.dot(normed, tl.trans(w), hidden, input_precision=PRECISION)
+        dupdate = load_columns(dupdate_ptr, row * C, used, k, C, STEP)
+        w = load_columns(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
+        dactivated = tl.dot(dupdate, w, dactivated, input_precision=PRECISION)
+    hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
+    distribution = normal_distribution(hidden)
+    activated = (hidden * distribution).to(dtype)  # before the rest is begun: registers are few
+    store_columns(activated_ptr, row * HIDDEN, used, activated, n, HIDDEN, COLUMNS)
+    density = 0.3989422804014327 * tl.exp(-0.5 * hidden * hidden)
+    dhidden = (dactivated * (distribution + hidden * density)).to(dtype)
+    store_columns(dhidden_ptr, row * HIDDEN, used, dhidden, n, HIDDEN, COLUMNS)
+    tl.store(
+        dbias_ptr + tile.to(tl.int64) * HIDDEN + unit,
+        tl.sum(dhidden.to(tl.float32), axis=0),
+        mask=exists,
+    )

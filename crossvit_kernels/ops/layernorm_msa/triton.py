@@ -1,0 +1,190 @@
+"""layernorm_msa on Triton: LayerNorm and projection; attention with or without what follows it.
+
+Weight gradients are products over all tokens, which torch's libraries form.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels.gpu import launch, row_tiles
+from crossvit_kernels.ops import norm
+from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+from crossvit_kernels.ops.token_layers import triton as layers
+from crossvit_kernels.ops.token_layers.triton import Tokens
+
+_HEAD_DIMS = (16, 32, 64, 128)
+
+
+class Saved(NamedTuple):
+    """What forward keeps for backward; lean keeps no qkv and no heads."""
+
+    mean: Tensor  # [B, N], float32
+    rstd: Tensor  # [B, N], float32
+    lse: Tensor  # [B, h, N], float32
+    qkv: Tensor  # [B, N, 3 C] or empty
+    heads: Tensor  # [B, N, C] or empty: attention's output
+
+
+def why_not(x: Tensor, num_heads: int) -> str | None:
+    if x.shape[2] // num_heads not in _HEAD_DIMS:
+        return f"heads of {x.shape[2] // num_heads} channels are none of {_HEAD_DIMS}"
+    return "there are no tokens" if x.numel() == 0 else launch.why_not(x)
+
+
+def empty_saved(x: Tensor, w: MsaWeights, num_heads: int, keep: str) -> Saved:
+    batch, num_tokens, channels = x.shape
+    mean = x.new_empty(batch, num_tokens, dtype=torch.float32)
+    like = x.new_empty(0, dtype=w.qkv_weight.dtype)
+    return Saved(
+        mean=mean,
+        rstd=torch.empty_like(mean),
+        lse=mean.new_empty(batch, num_heads, num_tokens),
+        qkv=like.new_empty(batch, num_tokens, 3 * channels) if keep == "fast" else like,
+        heads=like.new_empty(x.shape) if keep == "fast" else torch.empty_like(like),
+    )
+
+
+def forward(
+    x: Tensor,
+    w: MsaWeights,
+    residual_scale: Tensor | None,
+    cls: Tensor | None,
+    num_heads: int,
+    eps: float,
+    keep: str,
+) -> tuple[Tensor, Saved | None]:
+    tokens, w = layers.prepared(x, cls), _contiguous(w)
+    scale = None if residual_scale is None else residual_scale.contiguous()
+    saved = empty_saved(x, w, num_heads, "lean") if keep else None
+    statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
+    affine = w.norm_weight, w.norm_bias
+    qkv = layers.norm_linear(tokens, affine, w.qkv_weight, w.qkv_bias, eps, statistics)
+    if row_tiles.fused("attention projection", tokens.num_rows, x.shape[2]):
+        heads = qkv.new_empty(x.shape) if keep == "fast" else None
+        y = _attention_projection(qkv, heads, lse, w, tokens, scale, num_heads)
+    else:
+        heads = _attention(qkv, lse, num_heads)
+        y = layers.linear_residual(heads, w.out_weight, w.out_bias, tokens, scale)
+    if saved and heads is not None and keep == "fast":
+        saved = saved._replace(qkv=qkv, heads=heads)
+    return y, saved
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w: MsaWeights,
+    residual_scale: Tensor | None,
+    cls: Tensor | None,
+    saved: Saved,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, MsaWeights]:
+    """(dx, dcls, gradients of the weights; None where the weight is None)."""
+    dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), _contiguous(w)
+    channels = x.shape[2]
+    affine = w.norm_weight, w.norm_bias
+    mean, rstd, lse, qkv, heads = saved
+    if not qkv.numel():
+        qkv = layers.norm_linear(tokens, affine, w.qkv_weight, w.qkv_bias, eps)
+        heads = _attention(qkv, None, num_heads)
+    dupdate = norm.scale_update(dy, residual_scale, w.out_weight.dtype).view(-1, channels)
+    dqkv = _attention_backward(qkv, heads, dupdate @ w.out_weight, lse, num_heads)
+    found = layers.linear_norm_backward(dqkv, w.qkv_weight, dy, tokens, affine, (mean, rstd))
+    dqkv = dqkv.view(-1, 3 * channels)
+    return (
+        found.dx,
+        found.dcls,
+        MsaWeights(
+            norm_weight=found.d_norm_weight,
+            norm_bias=found.d_norm_bias,
+            qkv_weight=dqkv.t() @ found.normed.view(-1, channels),
+            qkv_bias=None if w.qkv_bias is None else dqkv.sum(dim=0),
+            out_weight=dupdate.t() @ heads.view(-1, channels),
+            out_bias=dupdate.sum(dim=0),
+        ),
+    )
+
+
+def _contiguous(w: MsaWeights) -> MsaWeights:
+    if all(t is None or t.is_contiguous() for t in w):
+        return w
+    return MsaWeights(*(None if t is None else t.contiguous() for t in w))  # type: ignore[arg-type]
+
+
+def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
+    """Heads side by side [B, N, C] of qkv [B, N, 3 C]; lse [B, h, N] is written if given."""
+    from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
+
+    batch, num_tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    heads = qkv.new_empty(batch, num_tokens, channels)
+    shape, options = layers.shape_for(
+        "attention", qkv, batch * num_tokens, channels, 0, width=channels // num_heads
+    )
+    tiles = -(-num_tokens // shape.rows)
+    with launch.on(qkv.device):
+        kernels.attention[(batch * num_heads * tiles,)](
+            qkv, heads, lse, num_tokens, tiles, A=shape, HEADS=num_heads, **options
+        )
+    return heads
+
+
+def _attention_projection(
+    qkv: Tensor,
+    heads: Tensor | None,
+    lse: Tensor | None,
+    w: MsaWeights,
+    tokens: Tokens,
+    residual_scale: Tensor | None,
+    num_heads: int,
+) -> Tensor:
+    """The block's result from qkv; heads and lse are written if given."""
+    from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
+
+    x, cls = tokens
+    batch, num_tokens, channels = x.shape
+    y = layers.empty_result(x, w.out_weight)
+    shape, options = layers.shape_for("attention projection", qkv, tokens.num_rows, channels, 0)
+    tiles = -(-num_tokens // shape.rows)
+    with launch.on(x.device):
+        kernels.attention_projection[(batch * tiles,)](
+            qkv,
+            heads,
+            lse,
+            w.out_weight,
+            w.out_bias,
+            x,
+            cls,
+            residual_scale,
+            y,
+            num_tokens,
+            tiles,
+            *tokens.strides,
+            A=shape,
+            HEADS=num_heads,
+            **options,
+        )
+    return y
+
+
+def _attention_backward(
+    qkv: Tensor, heads: Tensor, dheads: Tensor, lse: Tensor, num_heads: int
+) -> Tensor:
+    """The gradient of qkv [B, N, 3 C] from that of heads [B, N, C]."""
+    from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
+
+    batch, num_tokens, channels = heads.shape
+    dqkv = torch.empty_like(qkv)
+    shape, options = layers.shape_for(
+        "attention backward", qkv, batch * num_tokens, channels, 0, width=channels // num_heads
+    )
+    tiles = -(-num_tokens // shape.rows)
+    with launch.on(qkv.device):
+        kernels.attention_backward[(batch * num_heads * tiles,)](
+            qkv, heads, dheads, lse, dqkv, num_tokens, tiles, A=shape, HEADS=num_heads, **options
+        )
+    return dqkv

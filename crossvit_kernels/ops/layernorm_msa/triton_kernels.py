@@ -1,0 +1,229 @@
+"""Self-attention in Triton, from q, k and v as their projection leaves them: [B, N, 3 C].
+
+Scores are in base 2 and in float32. No N x N matrix and no transposed head goes to memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossvit_kernels.ops.attention_core.triton_kernels import aligned
+from crossvit_kernels.ops.attention_core.triton_passes import LOG2E, load_vector
+from crossvit_kernels.ops.token_layers.triton_passes import (
+    SIZES,
+    load_columns,
+    load_tokens,
+    offsets_of,
+    residual_scale_of,
+    store_columns,
+)
+
+
+@triton.jit
+def attend(qkv_ptr, head, row, used, num_tokens, C: tl.constexpr, D: tl.constexpr, A: tl.constexpr):
+    """Rows of one head of one image's attention [ROWS, D], and their log-sum-exp."""
+    ROWS: tl.constexpr = A.rows
+    KEYS: tl.constexpr = A.columns
+    PRECISION: tl.constexpr = A.precision
+    dtype = qkv_ptr.dtype.element_ty
+    q_ptr = qkv_ptr + head * D
+    q = load_columns(q_ptr, row.to(tl.int64) * (3 * C), used, 0, D, D)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, D), tl.float32)
+    for n in range(0, num_tokens, KEYS):
+        key = n + tl.arange(0, KEYS)
+        exists = key < num_tokens
+        at = key.to(tl.int64) * (3 * C)
+        k = load_columns(q_ptr + C, at, exists, 0, D, D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (LOG2E * D**-0.5)
+        s = tl.where(exists[None, :], s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, axis=1))
+        decay = tl.exp2(peak - new_peak)
+        p = tl.exp2(s - new_peak[:, None])
+        total = total * decay + tl.sum(p, axis=1)
+        peak = new_peak
+        v = load_columns(q_ptr + 2 * C, at, exists, 0, D, D)
+        acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc / total[:, None], (peak + tl.log2(total)) / LOG2E
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention(
+    qkv_ptr, heads_ptr, lse_ptr, num_tokens, num_tiles, A: tl.constexpr, HEADS: tl.constexpr
+):
+    """Heads side by side [B, N, C], lse [B, h, N]. Grid: images x heads x tiles of queries."""
+    C: tl.constexpr = A.channels
+    D: tl.constexpr = A.channels // HEADS
+    ROWS: tl.constexpr = A.rows
+    pair = tl.program_id(0) // num_tiles
+    row = (tl.program_id(0) - pair * num_tiles) * ROWS + tl.arange(0, ROWS)
+    used = row < num_tokens
+    image = (pair // HEADS).to(tl.int64)
+    head = pair % HEADS
+    o, lse = attend(qkv_ptr + image * num_tokens * (3 * C), head, row, used, num_tokens, C, D, A)
+    out = heads_ptr + image * num_tokens * C + head * D
+    store_columns(out, row.to(tl.int64) * C, used, o, 0, D, D)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + pair.to(tl.int64) * num_tokens + row, lse, mask=used)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_projection(
+    qkv_ptr,
+    heads_ptr,
+    lse_ptr,
+    weight_ptr,
+    bias_ptr,
+    x_ptr,
+    cls_ptr,
+    scale_ptr,
+    y_ptr,
+    num_tokens,
+    num_tiles,
+    x_batch_stride,
+    x_token_stride,
+    cls_stride,
+    A: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """y = x + r (W_o o + b_o), o the attention of all heads. Grid: images x tiles of queries."""
+    C: tl.constexpr = A.channels
+    D: tl.constexpr = A.channels // HEADS
+    ROWS: tl.constexpr = A.rows
+    CHUNK: tl.constexpr = A.chunk
+    NUM: tl.constexpr = A.num_chunks
+    PRECISION: tl.constexpr = A.precision
+    ALIGN: tl.constexpr = A.align
+    dtype = qkv_ptr.dtype.element_ty
+    image = (tl.program_id(0) // num_tiles).to(tl.int64)
+    token = (tl.program_id(0) % num_tiles) * ROWS + tl.arange(0, ROWS)
+    used = token < num_tokens
+    row = image * num_tokens + token
+    ys = ()
+    for _ in tl.static_range(NUM):
+        ys = ys + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    for head in range(HEADS):
+        o, lse = attend(
+            qkv_ptr + image * num_tokens * (3 * C), head, token, used, num_tokens, C, D, A
+        )
+        o = o.to(dtype)
+        if heads_ptr is not None:
+            store_columns(heads_ptr + head * D, row * C, used, o, 0, D, D)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + (image * HEADS + head) * num_tokens + token, lse, mask=used)
+        for i in tl.static_range(NUM):
+            c = i * CHUNK + tl.arange(0, CHUNK)
+            w = load_columns(weight_ptr + head * D, c * C, c < C, 0, D, D)
+            y = tl.dot(o, tl.trans(w), ys[0], input_precision=PRECISION)
+            ys = ys[1:] + (y,)
+    at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+    cls_at = (image + token * 0) * aligned(cls_stride, ALIGN)
+    scale = residual_scale_of(scale_ptr, image + token * 0, used)
+    for i in tl.static_range(NUM):
+        x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
+        y = x.to(tl.float32) + (ys[i] + load_vector(bias_ptr, i, C, CHUNK)[None, :]) * scale
+        store_columns(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
+
+
+@triton.jit
+def rows_at(ptr, stride, row, used, D: tl.constexpr):
+    """Rows of one head."""
+    return load_columns(ptr, row.to(tl.int64) * stride, used, 0, D, D)
+
+
+@triton.jit
+def keys_backward(
+    q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, own, used, num_tokens, D: tl.constexpr, A: tl.constexpr
+):
+    """dk and dv of ROWS keys, summed over all queries."""
+    C: tl.constexpr = A.channels
+    ROWS: tl.constexpr = A.rows
+    STEP: tl.constexpr = A.columns
+    PRECISION: tl.constexpr = A.precision
+    dtype = q_ptr.dtype.element_ty
+    k = rows_at(q_ptr + C, 3 * C, own, used, D)
+    v = rows_at(q_ptr + 2 * C, 3 * C, own, used, D)
+    dk = tl.zeros((ROWS, D), tl.float32)
+    dv = tl.zeros((ROWS, D), tl.float32)
+    for n in range(0, num_tokens, STEP):
+        row = n + tl.arange(0, STEP)
+        exists = row < num_tokens
+        q = rows_at(q_ptr, 3 * C, row, exists, D)
+        do = rows_at(do_ptr, C, row, exists, D)
+        o = rows_at(o_ptr, C, row, exists, D)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+        lse = tl.load(lse_ptr + row, mask=exists, other=float("inf")) * LOG2E
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (LOG2E * D**-0.5)
+        p = tl.exp2(s - lse[None, :])
+        dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
+    at = own.to(tl.int64) * (3 * C)
+    store_columns(dq_ptr + C, at, used, dk * D**-0.5, 0, D, D)
+    store_columns(dq_ptr + 2 * C, at, used, dv, 0, D, D)
+
+
+@triton.jit
+def queries_backward(
+    q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, own, used, num_tokens, D: tl.constexpr, A: tl.constexpr
+):
+    """dq of ROWS queries, summed over all keys."""
+    C: tl.constexpr = A.channels
+    ROWS: tl.constexpr = A.rows
+    STEP: tl.constexpr = A.columns
+    PRECISION: tl.constexpr = A.precision
+    dtype = q_ptr.dtype.element_ty
+    q = rows_at(q_ptr, 3 * C, own, used, D)
+    do = rows_at(do_ptr, C, own, used, D)
+    o = rows_at(o_ptr, C, own, used, D)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+    lse = tl.load(lse_ptr + own, mask=used, other=float("inf")) * LOG2E
+    dq = tl.zeros((ROWS, D), tl.float32)
+    for n in range(0, num_tokens, STEP):
+        row = n + tl.arange(0, STEP)
+        exists = row < num_tokens
+        k = rows_at(q_ptr + C, 3 * C, row, exists, D)
+        v = rows_at(q_ptr + 2 * C, 3 * C, row, exists, D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (LOG2E * D**-0.5)
+        p = tl.where(exists[None, :], tl.exp2(s - lse[:, None]), 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(dtype), k, dq, input_precision=PRECISION)
+    store_columns(dq_ptr, own.to(tl.int64) * (3 * C), used, dq * D**-0.5, 0, D, D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_backward(
+    qkv_ptr,
+    heads_ptr,
+    dheads_ptr,
+    lse_ptr,
+    dqkv_ptr,
+    num_tokens,
+    num_tiles,
+    A: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """dq, dk and dv [B, N, 3 C]. Grid: images x heads x tiles.
+
+    A program has a tile's rows first as keys, then as queries: no two add to the same sum, so that
+    there are no atomics and a result is the same from run to run.
+    """
+    C: tl.constexpr = A.channels
+    D: tl.constexpr = A.channels // HEADS
+    ROWS: tl.constexpr = A.rows
+    pair = tl.program_id(0) // num_tiles
+    own = (tl.program_id(0) - pair * num_tiles) * ROWS + tl.arange(0, ROWS)
+    used = own < num_tokens
+    first = (pair // HEADS).to(tl.int64) * num_tokens
+    head = pair % HEADS
+    q_ptr = qkv_ptr + first * (3 * C) + head * D
+    o_ptr = heads_ptr + first * C + head * D
+    do_ptr = dheads_ptr + first * C + head * D
+    lse_ptr += pair.to(tl.int64) * num_tokens
+    dq_ptr = dqkv_ptr + first * (3 * C) + head * D
+    keys_backward(q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, own, used, num_tokens, D, A)
+    queries_backward(q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, own, used, num_tokens, D, A)

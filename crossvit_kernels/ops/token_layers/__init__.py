@@ -1,0 +1,1 @@
+"""What LayerNorm-MSA and LayerNorm-FFN share on a GPU: LayerNorm and linear layers over tokens."""

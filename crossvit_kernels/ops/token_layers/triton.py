@@ -1,0 +1,262 @@
+"""Linear layers over tokens on Triton, each with the LayerNorm or the residual beside it."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossvit_kernels.gpu import launch, row_tiles
+from crossvit_kernels.ops import norm as layer_norm
+from crossvit_kernels.ops.token_layers.shape import LayerShape
+
+
+class Tokens(NamedTuple):
+    """Tokens as kernels read them: aligned rows, and a CLS that stands in for row 0, or None."""
+
+    x: Tensor  # [B, N, C]
+    cls: Tensor | None  # [B, C]
+
+    @property
+    def num_rows(self) -> int:
+        return self.x.shape[0] * self.x.shape[1]
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of x between images and tokens, and of cls between images."""
+        return self.x.stride(0), self.x.stride(1), 0 if self.cls is None else self.cls.stride(0)
+
+
+def prepared(x: Tensor, cls: Tensor | None = None) -> Tokens:
+    return Tokens(launch.aligned_rows(x), None if cls is None else launch.aligned_rows(cls))
+
+
+def shape_for(
+    kernel: str, like: Tensor, num_rows: int, channels: int, inner: int, width: int | None = None
+) -> tuple[LayerShape, dict[str, int]]:
+    """Constants and launch options of a kernel.
+
+    Args:
+        kernel: Its name in the tables.
+        like: A tensor on the device, of the dtype of the products.
+        num_rows: All images' tokens.
+        channels: C.
+        inner: See LayerShape.
+        width: What the table goes by, if not by C.
+    """
+    name, chip = launch.device_name(like.device), launch.chip(like.device)
+    few = num_rows <= row_tiles.FEW_ROWS
+    config = row_tiles.row_tile(kernel, name, chip, width or channels, like.element_size(), few)
+    return _shape(config, channels, inner, launch.precision(like.dtype))
+
+
+def from_table(
+    kernel: str, chip: int, dtype: str, channels: int, inner: int, width: int | None = None
+) -> tuple[LayerShape, dict[str, int]]:
+    """The same from the tables, for a dtype by Triton's name."""
+    element_size = 4 if dtype == "fp32" else 2
+    config = row_tiles.from_table(kernel, chip, width or channels, element_size)
+    return _shape(config, channels, inner, "ieee")
+
+
+@functools.cache
+def _shape(
+    config: row_tiles.RowTile, channels: int, inner: int, precision: str
+) -> tuple[LayerShape, dict[str, int]]:
+    """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    sizes = config.rows, config.columns, config.chunk
+    return LayerShape(channels, inner, *sizes, precision), options
+
+
+def norm_linear(
+    tokens: Tokens,
+    norm: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    gelu: bool = False,
+) -> Tensor:
+    """LN(x) W^T + b or its GELU [B, N, W's rows]; mean and rstd [B, N] are written if given."""
+    from crossvit_kernels.ops.token_layers import triton_kernels as kernels
+
+    x, cls = tokens
+    (batch, num_tokens, channels), columns = x.shape, weight.shape[0]
+    if channels > row_tiles.widest("norm linear"):
+        return _norm_then_linear(tokens, norm, weight, bias, eps, statistics, gelu)
+    out = x.new_empty(batch, num_tokens, columns, dtype=weight.dtype)
+    shape, options = shape_for("norm linear", weight, tokens.num_rows, channels, columns)
+    tiles, steps = -(-tokens.num_rows // shape.rows), -(-columns // shape.columns)
+    per_group = -(-steps // min(-(-row_tiles.PROGRAMS // tiles), steps))
+    groups = -(-steps // per_group)
+    mean, rstd = statistics or (None, None)
+    with launch.on(x.device):
+        kernels.norm_linear[(tiles * groups,)](
+            x,
+            cls,
+            *norm,
+            weight,
+            bias,
+            out,
+            mean,
+            rstd,
+            tokens.num_rows,
+            num_tokens,
+            groups,
+            per_group * shape.columns,
+            *tokens.strides,
+            eps,
+            L=shape,
+            GELU=gelu,
+            **options,
+        )
+    return out
+
+
+def _norm_then_linear(
+    tokens: Tokens,
+    norm: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    statistics: tuple[Tensor, Tensor] | None,
+    gelu: bool,
+) -> Tensor:
+    """The same in two steps: with rows this wide, a tile of few of them reads W too often."""
+    x, cls = tokens
+    normed, *found = layer_norm.forward(x, *norm, eps)
+    if cls is not None:
+        of_cls, *found_cls = layer_norm.forward(cls, *norm, eps)
+        normed[:, 0] = of_cls
+        for all_rows, row_0 in zip(found, found_cls, strict=True):
+            all_rows[:, 0] = row_0
+    for to, values in zip(statistics or (), found, strict=False):
+        to.copy_(values.squeeze(-1))
+    normed = normed.to(weight.dtype)
+    if gelu and bias is not None:
+        return linear_gelu(normed, weight, bias)
+    return F.linear(normed, weight, bias)
+
+
+def linear_gelu(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(a W^T + b) [B, N, W's rows], from a [B, N, W's columns]."""
+    out = a.new_empty(*a.shape[:2], weight.shape[0])
+    _linear(a, weight, bias, None, None, out)
+    return out
+
+
+def linear_residual(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tokens: Tokens,
+    residual_scale: Tensor | None,
+) -> Tensor:
+    """X + residual_scale * (a W^T + b) [B, N, C], from a [B, N, W's columns]."""
+    y = empty_result(tokens.x, weight)
+    _linear(a, weight, bias, tokens, residual_scale, y)
+    return y
+
+
+def _linear(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tokens: Tokens | None,
+    residual_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    from crossvit_kernels.ops.token_layers import triton_kernels as kernels
+
+    num_rows, (columns, terms) = out.shape[0] * out.shape[1], weight.shape
+    shape, options = shape_for("linear", weight, num_rows, columns, terms)
+    tiles, blocks = -(-num_rows // shape.rows), -(-columns // shape.columns)
+    x, cls = tokens or (None, None)
+    with launch.on(out.device):
+        kernels.linear[(tiles * blocks,)](
+            a,
+            weight,
+            bias,
+            x,
+            cls,
+            residual_scale,
+            out,
+            num_rows,
+            out.shape[1],
+            *(tokens.strides if tokens else (0, 0, 0)),
+            L=shape,
+            **options,
+        )
+
+
+def empty_result(x: Tensor, weight: Tensor) -> Tensor:
+    """Memory for x plus an update in the dtype of weight."""
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+class Gradients(NamedTuple):
+    """What linear_norm_backward gives."""
+
+    dx: Tensor  # [B, N, C]
+    dcls: Tensor | None  # [B, C]
+    normed: Tensor  # LN(x) [B, N, C], in the dtype of the products
+    d_norm_weight: Tensor  # [C]
+    d_norm_bias: Tensor
+
+
+def linear_norm_backward(
+    d: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    tokens: Tokens,
+    norm: tuple[Tensor, Tensor],
+    statistics: tuple[Tensor, Tensor],
+) -> Gradients:
+    """From d [B, N, W's rows], the gradient of LN(x) W^T; dy [B, N, C] is added to dx.
+
+    Both are contiguous.
+    """
+    from crossvit_kernels.ops.token_layers import triton_kernels as kernels
+
+    x, cls = tokens
+    terms, channels = weight.shape
+    in_one = channels <= row_tiles.widest("linear norm backward")
+    if in_one:
+        name, inner = "linear norm backward", terms
+    else:  # a row of sums does not fit into registers
+        name, inner, d = "norm backward", channels, d @ weight
+    shape, options = shape_for(name, weight, tokens.num_rows, channels, inner)
+    tiles = -(-tokens.num_rows // shape.rows)
+    found = Gradients(
+        dx=x.new_empty(x.shape),
+        dcls=None if cls is None else x.new_empty(cls.shape),
+        normed=x.new_empty(x.shape, dtype=weight.dtype),
+        d_norm_weight=(shares := x.new_empty(tiles, 2, channels, dtype=torch.float32)),
+        d_norm_bias=shares,
+    )
+    with launch.on(x.device):
+        kernels.linear_norm_backward[(tiles,)](
+            d,
+            weight,
+            dy,
+            x,
+            cls,
+            *statistics,
+            *norm,
+            found.dx,
+            found.dcls,
+            found.normed,
+            shares,
+            tokens.num_rows,
+            x.shape[1],
+            *tokens.strides,
+            L=shape,
+            PRODUCT=in_one,
+            **options,
+        )
+    of_weight, of_bias = (shares[:, i].sum(dim=0).to(p.dtype) for i, p in enumerate(norm))
+    return found._replace(d_norm_weight=of_weight, d_norm_bias=of_bias)

@@ -1,0 +1,113 @@
+"""Inputs of layernorm_msa and layernorm_ffn, and a backend's results judged by the rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accuracy import assert_within_rule, eager_dtype, outputs_and_gradients, representable
+from torch import Tensor
+
+import crossvit_kernels as ck
+from crossvit_kernels import FfnWeights, MsaWeights
+
+
+def linear(out: int, inp: int) -> list[Tensor]:
+    return [torch.randn(out, inp).double() * inp**-0.5, torch.randn(out).double() * 0.1]
+
+
+def norm(width: int) -> list[Tensor]:
+    return [1 + 0.2 * torch.randn(width).double(), 0.2 * torch.randn(width).double()]
+
+
+def msa_weights(channels: int, bias: bool = True) -> MsaWeights:
+    weights = MsaWeights(
+        *norm(channels), *linear(3 * channels, channels), *linear(channels, channels)
+    )
+    return weights if bias else weights._replace(qkv_bias=None)
+
+
+def ffn_weights(channels: int, hidden: int) -> FfnWeights:
+    return FfnWeights(*norm(channels), *linear(hidden, channels), *linear(channels, hidden))
+
+
+def compare(
+    function: Any,
+    inputs: list[Tensor | None],
+    names: list[str],
+    dtype: torch.dtype,
+    backend: str,
+    device: str,
+) -> None:
+    """function(backend) on inputs: output and every gradient under the rule."""
+    present = [representable(t, dtype).to(device) for t in inputs if t is not None]
+    names = [n for n, t in zip(names, inputs, strict=True) if t is not None]
+    upstream = [representable(torch.randn(inputs[0].shape).double(), dtype).to(device)]
+
+    def run(backend: str):
+        def call(*leaves: Tensor) -> Tensor:
+            given = iter(leaves)
+            return function(backend, *(None if t is None else next(given) for t in inputs))
+
+        return call
+
+    exact = outputs_and_gradients(run("reference"), present, upstream, torch.float64)
+    eager = outputs_and_gradients(run("reference"), present, upstream, eager_dtype(dtype))
+    actual = outputs_and_gradients(run(backend), present, upstream, dtype)
+    for name, a, e, x in zip(["y", *names], actual, eager, exact, strict=True):
+        if name == "qkv_bias":  # its k third is exactly zero
+            third = len(x) // 3
+            keep = torch.cat([torch.arange(third), torch.arange(2 * third, 3 * third)])
+            a, e, x = a[keep], e[keep], x[keep]
+        assert_within_rule(a, e, x, name)
+
+
+def check_msa(
+    channels: int,
+    heads: int,
+    batch: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    scaled: bool = False,
+    with_cls: bool = False,
+    bias: bool = True,
+    mean: float = 0.0,
+    keep: str = "fast",
+    backend: str = "cpu",
+    device: str = "cpu",
+) -> None:
+    """y and the gradients of x, cls and every weight."""
+    scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
+    inputs = [
+        mean + torch.randn(batch, num_tokens, channels).double(),
+        torch.randn(batch, channels).double() if with_cls else None,
+        *msa_weights(channels, bias),
+    ]
+
+    def msa(backend: str, x: Tensor, cls: Tensor | None, *w: Tensor | None) -> Tensor:
+        options = {"residual_scale": scale, "cls": cls, "keep": keep, "backend": backend}
+        return ck.layernorm_msa(x, MsaWeights(*w), heads, **options)
+
+    compare(msa, inputs, ["x", "cls", *MsaWeights._fields], dtype, backend, device)
+
+
+def check_ffn(
+    channels: int,
+    hidden: int,
+    batch: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    scaled: bool = False,
+    mean: float = 0.0,
+    backend: str = "cpu",
+    device: str = "cpu",
+) -> None:
+    """y and the gradients of x and every weight."""
+    scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
+    x = mean + torch.randn(batch, num_tokens, channels).double()
+    inputs = [x, *ffn_weights(channels, hidden)]
+
+    def ffn(backend: str, x: Tensor, *w: Tensor) -> Tensor:
+        return ck.layernorm_ffn(x, FfnWeights(*w), residual_scale=scale, backend=backend)
+
+    compare(ffn, inputs, ["x", *FfnWeights._fields], dtype, backend, device)
