@@ -1,17 +1,22 @@
-"""A transformer block's two halves, LayerNorm-MSA and LayerNorm-FFN: ours against eager PyTorch.
+"""A transformer block's two halves, LayerNorm-MSA and LayerNorm-FFN: ours against PyTorch.
 
     python bench/block_bench.py
 
-measures in one run the reference (matmul, softmax, matmul), the same with SDPA as a user would
-write it, and every usable backend of crossvit_kernels; forward, and forward with backward, for
-both branches of CrossViT-15. A result that is wrong is reported and not timed.
+measures in one run the reference (matmul, softmax, matmul), the composition of torch's LayerNorm,
+matrix products and SDPA, both under torch.compile, and ours; forward, and forward with backward,
+for both branches of a named model. Beside each time stand the floor (the time of its FLOP at the
+rate of matrix products, or of reading x and writing y at the rate of a copy, whichever is longer)
+and what a call allocates. A result that is wrong, output or gradient of x, is reported and not
+timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +27,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import crossvit_kernels as ck
+from crossvit_kernels.gpu import row_tiles
 from crossvit_kernels.ops.layernorm_msa.op import BACKENDS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = 1e-6
-#: Branch: tokens, width, heads; the FFN is three times as wide.
-BRANCHES = {"S": (401, 192, 6), "L": (197, 384, 6)}
+#: Model: width of S (L is twice as wide), heads, hidden units per channel.
+WIDTHS = {
+    "Ti": (96, 3, 4),
+    "S": (192, 6, 4),
+    "B": (384, 12, 4),
+    "9": (128, 4, 3),
+    "15": (192, 6, 3),
+    "18": (224, 7, 3),
+}
+TOKENS = {"S": 401, "L": 197}  # at 240 pixels, CLS counted in
 
 Call = Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """One branch at one batch."""
+
+    model: str
+    branch: str
+    batch: int
+    tokens: int
+    channels: int
+    heads: int
+    hidden: int
+
+    def shapes(self, half: str) -> list[tuple[int, ...]]:
+        """Of the weights."""
+        c, f = self.channels, self.hidden
+        rows = 3 * c if half == "msa" else f
+        terms = c if half == "msa" else f
+        return [(c,), (c,), (rows, c), (rows,), (c, terms), (c,)]
+
+    def flop(self, half: str) -> float:
+        """Of the matrix products, forward."""
+        rows, c = self.batch * self.tokens, self.channels
+        if half == "ffn":
+            return 4.0 * rows * c * self.hidden
+        return 8.0 * rows * c * c + 4.0 * rows * self.tokens * c
+
+    def floor_seconds(self, half: str, train: bool, size: int, limits: measure.Ceilings) -> float:
+        """Backward has twice the products of forward, and reads x and dy and writes dx."""
+        token_matrix = self.batch * self.tokens * self.channels * size
+        by_bytes = (5 if train else 2) * token_matrix / limits.copy_bytes_per_second
+        return max(by_bytes, self.flop(half) * (3 if train else 1) / limits.matmul_flops_per_second)
 
 
 def sdpa_msa(x: Tensor, weights: Sequence[Tensor], heads: int) -> Tensor:
@@ -41,141 +88,210 @@ def sdpa_msa(x: Tensor, weights: Sequence[Tensor], heads: int) -> Tensor:
     return x + F.linear(attended, w.out_weight, w.out_bias)
 
 
-def msa_contenders(heads: int, backends: Sequence[str]) -> dict[str, Call]:
-    def ours(backend: str) -> Call:
-        return lambda x, w: ck.layernorm_msa(x, ck.MsaWeights(*w), heads, EPS, backend=backend)
+def contenders(half: str, sizes: Sizes, options: argparse.Namespace) -> dict[str, Call]:
+    """Name -> y of x and weights; eager first."""
 
-    calls: dict[str, Call] = {"eager": ours("reference")}
-    calls["eager, SDPA"] = lambda x, w: sdpa_msa(x, w, heads)
-    return calls | {f"ours ({name})": ours(name) for name in backends}
+    def ours(backend: str, keep: str = "fast", form: str | None = None) -> Call:
+        def call(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+            chosen: AbstractContextManager[None] = nullcontext()
+            if form:
+                chosen = row_tiles.block_form(form)
+            with chosen:
+                if half == "ffn":
+                    return ck.layernorm_ffn(x, ck.FfnWeights(*weights), EPS, backend=backend)
+                w = ck.MsaWeights(*weights)
+                return ck.layernorm_msa(x, w, sizes.heads, EPS, keep=keep, backend=backend)
 
+        return call
 
-def ffn_contenders(backends: Sequence[str]) -> dict[str, Call]:
-    def ours(backend: str) -> Call:
-        return lambda x, w: ck.layernorm_ffn(x, ck.FfnWeights(*w), EPS, backend=backend)
-
-    return {"eager": ours("reference")} | {f"ours ({name})": ours(name) for name in backends}
-
-
-def make_weights(shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor]:
-    def make(shape: tuple[int, ...]) -> Tensor:
-        scale = shape[1] ** -0.5 if len(shape) == 2 else 0.1
-        return (like.new_empty(shape).normal_() * scale).requires_grad_()
-
-    return [make(shape) for shape in shapes]
-
-
-def timed_calls(
-    calls: dict[str, Call], x: Tensor, weights: list[Tensor], train: bool
-) -> dict[str, Callable[[int], object]]:
-    upstream = torch.randn_like(x)
-
-    def forward(call: Call) -> Callable[[int], object]:
-        def run(_: int) -> object:
-            with torch.no_grad():
-                return call(x, weights)
-
-        return run
-
-    def with_backward(call: Call) -> Callable[[int], object]:
-        return lambda _: torch.autograd.grad(call(x, weights), [x, *weights], upstream)
-
-    wrap = with_backward if train else forward
-    return {name: wrap(call) for name, call in calls.items()}
-
-
-def check(calls: dict[str, Call], x: Tensor, weights: list[Tensor]) -> list[str]:
-    """The contenders whose output is no worse than twice (16 bits) or 8 times eager's error."""
-    factor = 2 if x.dtype.itemsize == 2 else 8
-    with torch.no_grad():
-        exact = calls["eager"](x.double(), [w.double() for w in weights])
-        errors = {
-            name: (call(x, weights).double() - exact).square().mean().sqrt().item()
-            for name, call in calls.items()
-        }
-    floor = torch.finfo(x.dtype).eps * exact.square().mean().sqrt().item()
-    return [name for name in calls if not errors[name] <= factor * errors["eager"] + floor]
-
-
-def measured(
-    title: str, calls: dict[str, Call], x: Tensor, weights: list[Tensor], min_time: float
-) -> list[dict[str, Any]]:
-    """A row for each mode and contender."""
-    rows = []
-    for mode in ("forward", "train"):
-        timings = measure.round_robin(
-            timed_calls(calls, x, weights, mode == "train"),
-            measure.Stopwatch(x.device),
-            min_time=min_time,
-            repeats=1000,
-        )
-        for name, timing in timings.items():
-            rows.append(
-                {
-                    "half": title,
-                    "mode": mode,
-                    "contender": name,
-                    "median_ms": timing.quantile(0.5) * 1e3,
-                    "times_eager": timing.median_speedup(timings["eager"]),
-                }
+    calls = {"eager": ours("reference")}
+    if half == "msa":
+        calls["SDPA"] = lambda x, w: sdpa_msa(x, w, sizes.heads)
+    if not options.no_compile:
+        for name, call in list(calls.items()):
+            calls[f"{name}, compiled"] = torch.compile(
+                call, mode=options.compile_mode, dynamic=False
             )
-    return rows
+    for backend in options.backends:
+        if backend == "triton":
+            calls["ours (triton, fused)"] = ours(backend, form="fused")
+            calls["ours (triton, split)"] = ours(backend, form="split")
+            if half == "msa":
+                calls["ours (triton, lean)"] = ours(backend, keep="lean")
+        else:
+            calls[f"ours ({backend})"] = ours(backend)
+    return calls
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+class Runner:
+    """Calls of one contender, as they are checked and timed."""
+
+    def __init__(self, call: Call, x: Tensor, weights: list[Tensor], dy: Tensor, train: bool):
+        self.call, self.x, self.weights, self.dy, self.train = call, x, weights, dy, train
+
+    def __call__(self, _: int) -> object:
+        if not self.train:
+            with torch.no_grad():
+                return self.call(self.x, self.weights)
+        y = self.call(self.x, self.weights)
+        return torch.autograd.grad(y, [self.x, *self.weights], self.dy)
+
+    def results(self) -> list[Tensor]:
+        """y; in training also dx."""
+        if not self.train:
+            with torch.no_grad():
+                return [self.call(self.x, self.weights).clone()]
+        y = self.call(self.x, self.weights)
+        return [y.detach().clone(), torch.autograd.grad(y, self.x, self.dy)[0]]
+
+
+def measure_half(
+    half: str, sizes: Sizes, mode: str, options: argparse.Namespace, limits: measure.Ceilings
+) -> list[dict[str, Any]]:
+    """A row for each contender."""
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    x = random(sizes.batch, sizes.tokens, sizes.channels).requires_grad_()
+    weights = [
+        (random(*s) * (s[1] ** -0.5 if len(s) == 2 else 0.1)).requires_grad_()
+        for s in sizes.shapes(half)
+    ]
+    dy, train = random(*x.shape), mode == "train"
+    calls = contenders(half, sizes, options)
+    doubles = [t.detach().double().requires_grad_() for t in (x, *weights)]
+    exact = Runner(calls["eager"], doubles[0], doubles[1:], dy.double(), train).results()
+    eager = Runner(calls["eager"], x, weights, dy, train).results()
+    tolerances = {
+        name: measure.Tolerance(e, measure.error_of(result, e), dtype)
+        for name, e, result in zip(("y", "dx"), exact, eager, strict=False)
+    }
+    floor = sizes.floor_seconds(half, train, dtype.itemsize, limits)
+    rows, runners = {}, {}
+    for name, call in calls.items():
+        runner = Runner(call, x, weights, dy, train)
+        rows[name] = dataclasses.asdict(sizes) | {
+            "half": half,
+            "mode": mode,
+            "dtype": options.dtype,
+            "contender": name,
+            "floor_ms": floor * 1e3,
+            **measure.judge(runner.results(), tolerances),
+        }
+        if rows[name]["status"] == "ok":
+            rows[name]["extra_peak_bytes"] = measure.extra_peak_bytes(runner, device)
+            runners[name] = runner
+    timings = measure.round_robin(
+        runners,
+        measure.Stopwatch(device),
+        min_time=options.min_time,
+        repeats=options.repeats,
+    )
+    for name, timing in timings.items():
+        seconds = timing.quantile(0.5)
+        rows[name] |= {
+            "median_ms": seconds * 1e3,
+            "p10_ms": timing.quantile(0.1) * 1e3,
+            "p90_ms": timing.quantile(0.9) * 1e3,
+            "host_us": sum(timing.host) / len(timing.host) * 1e6 if timing.host else None,
+            "share_of_floor": floor / seconds,
+            "times_eager": timing.median_speedup(timings["eager"]),
+        }
+    return list(rows.values())
+
+
+_HEADER = ("branch", "batch", "half", "mode", "contender", "median ms", "floor ms", "of floor")
+_HEADER += ("vs eager", "host us", "MiB")
+
+
+def _row(r: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{r['model']} {r['branch']}",
+        str(r["batch"]),
+        r["half"],
+        r["mode"],
+        r["contender"],
+        f"{r['median_ms']:.4g}",
+        f"{r['floor_ms']:.4g}",
+        f"{r['share_of_floor']:.0%}",
+        f"{r['times_eager']:.2f}x",
+        "-" if r["host_us"] is None else f"{r['host_us']:.0f}",
+        f"{r['extra_peak_bytes'] / 2**20:.4g}",
+    )
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--min-time", type=float, default=3.0, help="seconds for each mode")
-    parser.add_argument("--json", type=Path, metavar="PATH")
-    arguments = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=WIDTHS, default=["15"], help="whose widths")
+    add("--branches", nargs="+", choices=tuple(TOKENS), default=list(TOKENS))
+    add("--batch", type=int, nargs="+", default=[256 if cuda else 16])
+    add("--tokens", type=int, help="of both branches, rather than those at 240 pixels")
+    add("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32")
+    add("--device", default="cuda" if cuda else "cpu")
+    add("--backends", nargs="+", choices=tuple(BACKENDS), help="all that suit the device")
+    add("--mode", choices=("forward", "train", "both"), default="both")
+    add("--min-time", type=float, default=3.0, help="seconds for each mode")
+    add("--repeats", type=int, default=1000, help="rounds at most")
+    add("--compile-mode", default="max-autotune" if cuda else "default")
+    add("--no-compile", action="store_true", help="leave the compiled baselines out")
+    add("--json", type=Path, metavar="PATH")
+    options = parser.parse_args(arguments)
+    if options.backends is None:
+        usable, on_cpu = ck.backends(), options.device == "cpu"
+        options.backends = [n for n in BACKENDS if usable[n] and (n == "cpu") == on_cpu]
+    return options
 
-    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
-    on_cpu = device.type == "cpu"
-    usable = ck.backends()
-    backends = [name for name in BACKENDS if usable[name] and (name == "cpu") == on_cpu]
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    device = torch.device(options.device)
+    limits = measure.measure_ceilings(device, DTYPES[options.dtype])
+    modes = ("forward", "train") if options.mode == "both" else (options.mode,)
     rows: list[dict[str, Any]] = []
-    wrong: list[str] = []
-    for branch, (tokens, dim, heads) in BRANCHES.items():
-        x = torch.randn(arguments.batch, tokens, dim, device=device).to(dtype).requires_grad_()
-        hidden = 3 * dim
-        halves = {
-            "msa": (
-                msa_contenders(heads, backends),
-                [(dim,), (dim,), (3 * dim, dim), (3 * dim,), (dim, dim), (dim,)],
-            ),
-            "ffn": (
-                ffn_contenders(backends),
-                [(dim,), (dim,), (hidden, dim), (hidden,), (dim, hidden), (dim,)],
-            ),
-        }
-        for half, (calls, shapes) in halves.items():
-            weights = make_weights(shapes, x.detach())
-            bad = check(calls, x, weights)
-            wrong += [f"{branch} {half}: {name}" for name in bad]
-            good = {name: call for name, call in calls.items() if name not in bad}
-            title = f"{half}, {branch} branch"
-            rows += measured(title, good, x, weights, arguments.min_time)
-    header = ("half", "mode", "contender", "median ms", "vs eager")
-    shown = [
-        (r["half"], r["mode"], r["contender"], f"{r['median_ms']:.4g}", f"{r['times_eager']:.2f}x")
-        for r in rows
-    ]
-    print(f"{measure.device_name(device)}, batch {arguments.batch}, {arguments.dtype}")
-    print(report.format_table(header, shown))
-    if arguments.json:
+    for model in options.models:
+        small, heads, ratio = WIDTHS[model]
+        for branch in options.branches:
+            channels = small if branch == "S" else 2 * small
+            for batch in options.batch:
+                tokens = options.tokens or TOKENS[branch]
+                sizes = Sizes(model, branch, batch, tokens, channels, heads, ratio * channels)
+                for half in ("msa", "ffn"):
+                    for mode in modes:
+                        rows += measure_half(half, sizes, mode, options, limits)
+                        save(options, device, limits, rows)
+    print(f"{measure.device_name(device)}, torch {torch.__version__}, {options.dtype}")
+    right = [r for r in rows if r["status"] == "ok"]
+    print(report.format_table(_HEADER, [_row(r) for r in right]))
+    wrong = [r for r in rows if r["status"] != "ok"]
+    for r in wrong:
+        where = f"{r['model']} {r['branch']}, batch {r['batch']}, {r['half']} {r['mode']}"
+        print(f"WRONG RESULT, not timed: {where}: {r['contender']}: {r['reason']}", file=sys.stderr)
+    return 1 if any(r["contender"].startswith("ours") for r in wrong) else 0
+
+
+def save(
+    options: argparse.Namespace,
+    device: torch.device,
+    limits: measure.Ceilings,
+    rows: list[dict[str, Any]],
+) -> None:
+    """After every point: what was measured is kept, whatever happens to the rest."""
+    if options.json:
         document = {
+            "benchmark": "blocks",
             "environment": measure.environment(device),
-            "arguments": {"batch": arguments.batch, "dtype": arguments.dtype},
+            "arguments": {name: str(value) for name, value in vars(options).items()},
+            "ceilings": dataclasses.asdict(limits),
             "results": rows,
         }
-        report.write_json(arguments.json, document)
-    for name in wrong:
-        print(f"WRONG RESULT, not timed: {name}", file=sys.stderr)
-    return 1 if wrong else 0
+        report.write_json(options.json, document)
 
 
 if __name__ == "__main__":

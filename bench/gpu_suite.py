@@ -1,9 +1,10 @@
 """Everything that is to be run on a GPU, in one command: ``python bench/gpu_suite.py OUT``.
 
 Imports, tests on the device, tests under a sanitizer, then every benchmark with every baseline.
-Each stage writes its log and results into OUT. A stage that is done is not run again, so that a run
-which was cut off goes on where it stopped; a stage that fails or takes too long does not keep the
-others from running. ``--dry-run`` runs all of it on a CPU with tiny sizes.
+Each stage writes its log and results into OUT. The command stops after ``--seconds``, and begins
+with what matters most. A stage that is done is not run again, so that the same command goes on
+where the last one stopped; a stage that fails or takes too long does not keep the others from
+running. ``--dry-run`` runs all kinds of stages on a CPU with tiny sizes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCH = Path("bench")
 # (name, C_S, h) of the named models' widths: Ti, S (and 15), B, 9, 18.
 WIDTHS = (("Ti", 96, 3), ("15", 192, 6), ("B", 384, 12), ("9", 128, 4), ("18", 224, 7))
+MODELS = tuple(
+    f"crossvit_{name}_240"
+    for name in ("15", "tiny", "small", "base", "9", "18", "9_dagger", "15_dagger", "18_dagger")
+)
 # Tokens that each branch attends to at 240 pixels, the CLS counted in.
 TOKENS = {"S": 401, "L": 197}
 
@@ -42,9 +47,10 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     python = sys.executable
     device = "cpu" if dry else "cuda"
     quick = "1" if dry else "0.5"
-    tests = ["tests/ops/test_attention_core_triton.py", "tests/ops/test_cross_attention_triton.py"]
+    names = ("attention_core", "cross_attention", "layernorm_blocks")
+    tests = [f"tests/ops/test_{name}_triton.py" for name in names]
     if dry:
-        tests = ["-k", "few_tokens or huge_scores", *tests]
+        tests = ["-k", "few_tokens or huge_scores or why_not", *tests]
     build = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
     found = [
         *(() if dry else (Stage("build", build, 120),)),
@@ -59,64 +65,76 @@ def stages(out: Path, dry: bool) -> list[Stage]:
 
 
 def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
+    """CrossViT-15 first, with the compiled baselines; then everything else."""
     python = sys.executable
-
-    def program(name: str, *options: str) -> tuple[str, ...]:
-        return (python, str(BENCH / name), "--device", device, *options)
-
-    batches = "1,2" if dry else "1,8,64,256,1024"
-    few = ("--min-time", quick, "--repeats", "3") if dry else ("--min-time", quick)
+    few = ("--min-time", quick, *(("--repeats", "3") if dry else ()))
+    batches = ("1", "2") if dry else ("1", "8", "64", "256", "1024")
     widths = WIDTHS[:1] if dry else WIDTHS
-    channels = [str(c) for _, small, _ in widths for c in (small, 2 * small)]
-    found = [
-        Stage(
-            "core",
-            program(
-                "core_bench.py",
-                *("--channels", *(("16",) if dry else channels)),
-                *("--batch", *batches.split(",")),
-                *("--json", str(out / "core.json"), *few, "--no-compile"),
-                *(("--tokens", "9") if dry else ()),
-            ),
-            90,
-        )
-    ]
-    # The widths of CrossViT-15 with the compiled baselines, then the others without.
-    for name, small, heads in sorted(widths, key=lambda width: width[0] != "15"):
+
+    def stage(name: str, program: str, seconds: int, *options: str) -> Stage:
+        command = (python, str(BENCH / program), "--device", device, *few, *options)
+        return Stage(name, (*command, "--json", str(out / f"{name}.json")), seconds)
+
+    def core() -> Stage:
+        channels = [str(c) for _, small, _ in widths for c in (small, 2 * small)]
+        sizes = ("--tokens", "9") if dry else ()
+        options = ("--channels", *(("16",) if dry else channels), "--batch", *batches, *sizes)
+        return stage("core", "core_bench.py", 90, *options, "--no-compile")
+
+    def fusions(name: str, small: int, heads: int, compiled: bool) -> list[Stage]:
+        found = []
         for branch, dim, own in (("S", small, 2 * small), ("L", 2 * small, small)):
-            compiled = ("--compile-budget", "60") if name == "15" and not dry else ("--no-compile",)
+            title = f"fusion-{name}-{branch}"
             options = (
                 *("--dim", str(dim), "--own-dim", str(own), "--heads", str(heads)),
-                *("--tokens", "9" if dry else str(TOKENS[branch]), "--sweep", f"batch={batches}"),
-                *("--json", str(out / f"fusion-{name}-{branch}.json"), *few, *compiled),
-                *(() if dry else ("--plot", str(out / f"fusion-{name}-{branch}.png"))),
+                *("--tokens", "9" if dry else str(TOKENS[branch])),
+                *("--sweep", f"batch={','.join(batches)}"),
+                *(("--compile-budget", "60") if compiled else ("--no-compile",)),
+                *(() if dry else ("--plot", str(out / f"{title}.png"))),
             )
-            limit = 110 if name == "15" else 30
-            stage = f"fusion-{name}-{branch}"
-            found.append(Stage(stage, program("fusion_bench.py", *options), limit))
-    blocks = ("--batch", "1") if dry else ("--batch", "256", "--dtype", "bfloat16")
-    models = ("--img-size", "24") if dry else ("--dtype", "bfloat16")
-    return [
-        *found,
-        Stage(
-            "blocks",
-            program(
-                "block_bench.py", *blocks, "--min-time", quick, "--json", str(out / "blocks.json")
-            ),
-            40,
-        ),
-        Stage(
-            "models",
-            program(
+            found.append(stage(title, "fusion_bench.py", 110 if compiled else 30, *options))
+        return found
+
+    def blocks(name: str, compiled: bool) -> Stage:
+        tiny = ("--branches", "S", "--tokens", "9", "--batch", "1", "--repeats", "1")
+        options = (
+            (*tiny, "--backends", "cpu", "triton")
+            if dry
+            else ("--batch", *(("1", "64", "256") if compiled else ("256",)))
+        )
+        seconds = 120 if compiled else 30
+        only = () if compiled else ("--no-compile",)
+        return stage(f"blocks-{name}", "block_bench.py", seconds, "--models", name, *options, *only)
+
+    def models(model: str, compiled: bool) -> list[Stage]:
+        if dry:
+            only = ("--models", model, "--batch", "1", "--img-size", "24", "--no-compile")
+            return [stage(f"models-{model}", "model_bench.py", 90, *only)]
+        modes = {"inference": ("1", "64", "256"), "train": ("256",)}
+        return [
+            stage(
+                f"models-{model}-{mode}" if compiled else f"models-{model}-{mode}-first",
                 "model_bench.py",
-                *("--models", "crossvit_tiny_240" if dry else "crossvit_15_240"),
-                *("--batch", "1", *(() if dry else ("256",))),
-                *models,
-                *(*few, "--no-compile", "--json", str(out / "models.json")),
-            ),
-            90,
-        ),
-    ]
+                150 if compiled else 40,
+                *("--models", model, "--mode", mode, "--batch", *batch),
+                *(("--compile-mode", "max-autotune") if compiled else ("--no-compile",)),
+            )
+            for mode, batch in modes.items()
+        ]
+
+    if dry:
+        (name, small, heads), model = widths[0], "crossvit_tiny_240"
+        found = [core(), *fusions(name, small, heads, False), blocks(name, False)]
+        return found + models(model, False)
+    _, small, heads = next(width for width in WIDTHS if width[0] == "15")
+    found = [core(), *fusions("15", small, heads, True), blocks("15", True)]
+    found += models("crossvit_15_240", False) + models("crossvit_15_240", True)
+    others = [width for width in WIDTHS if width[0] != "15"]
+    for name, small, heads in others:
+        found += [*fusions(name, small, heads, False), blocks(name, False)]
+    for model in MODELS:
+        found += [] if model == "crossvit_15_240" else models(model, True)
+    return found
 
 
 def run(stage: Stage, out: Path, seconds: float) -> int:

@@ -6,6 +6,7 @@ measures in one run our model fused, eager and eager under torch.compile, and, w
 installed, timm's eager and compiled. All have the same weights and see the same images. A model
 whose logits or gradients are wrong, judged by eager mode's own error against float64, is not timed.
 
+On a GPU small batches are measured in a CUDA graph as well, and training with the "lean" setting.
 16-bit inference runs models cast to that dtype; 16-bit training runs autocast over float32 weights.
 A training step is forward, cross-entropy, backward and AdamW.
 """
@@ -28,20 +29,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import crossvit
+import crossvit_kernels as ck
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Images that correctness is checked with: float64 is slow.
 CHECKED = 2
+#: Largest batch that is measured in a CUDA graph as well.
+GRAPHED = 8
 PAPER = {"batch": 64, "repeats": 100, "min_time": float("inf")}
 
 Contenders = dict[str, Callable[[], nn.Module]]
 
 
-def contenders(name: str, options: argparse.Namespace, state: dict[str, Tensor]) -> Contenders:
+class Graphed(nn.Module):
+    """Replays a CUDA graph of a model's inference, one for each shape of images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.graphs: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape not in self.graphs:
+            self.graphs[x.shape] = ck.make_graphed(self.model, x)
+        return self.graphs[x.shape](x)
+
+
+def contenders(
+    name: str, mode: str, batch: int, options: argparse.Namespace, state: dict[str, Tensor]
+) -> Contenders:
     """Name -> maker of the model with these weights."""
 
-    def ours(fused: bool) -> nn.Module:
-        model = crossvit.create_model(name, use_fused=fused, **size_option(options))
+    def ours(fused: bool, keep: str = "fast") -> nn.Module:
+        model = crossvit.create_model(name, use_fused=fused, keep=keep, **size_option(options))
         model.load_state_dict(state)
         return model.to(options.device)
 
@@ -52,6 +72,13 @@ def contenders(name: str, options: argparse.Namespace, state: dict[str, Tensor])
     timm_model = timm_maker(name, options, state)
     if timm_model:
         found = {"timm, eager": timm_model} | found
+    if options.device.type == "cuda" and mode == "train":
+        found["ours, fused, lean"] = lambda: ours(True, keep="lean")
+    if options.device.type == "cuda" and mode == "inference" and batch <= GRAPHED:
+        for contender in ("timm, eager", "ours, fused"):
+            if contender in found:
+                make = found[contender]
+                found[f"{contender}, graph"] = lambda make=make: Graphed(make())  # type: ignore[misc]
     if not options.no_compile:
         found["ours, compiled"] = compiled(lambda: ours(False))
         if timm_model:
@@ -164,7 +191,7 @@ def measure_point(
     tolerances = allowed(name, mode, options, state, data)
     macs = crossvit.count_macs(reference)
     runners, rows = {}, {}
-    for contender, make in contenders(name, options, state).items():
+    for contender, make in contenders(name, mode, batch, options, state).items():
         progress.stage(f"{where}: {contender}: check")
         runner = Runner(make(), mode, DTYPES[options.dtype], *data)
         rows[contender] = {
@@ -174,7 +201,7 @@ def measure_point(
             "dtype": options.dtype,
             "mode": mode,
             "contender": contender,
-            "ours": contender == "ours, fused",
+            "ours": contender.startswith("ours, fused"),
             "gflop": 2e-9 * macs * batch * (3 if mode == "train" else 1),
             **measure.judge(runner.results(min(CHECKED, batch)), tolerances),
         }

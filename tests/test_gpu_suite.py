@@ -23,8 +23,11 @@ def suite(monkeypatch):
 def test_dry_run(suite, tmp_path, capsys) -> None:
     assert suite.main([str(tmp_path), "--dry-run"]) == 0, capsys.readouterr().out
     stages = json.loads((tmp_path / "stages.json").read_text())
-    for name in ("imports", "tests", "sanitizer", "core", "fusion-Ti-S", "blocks", "models"):
+    for name in ("imports", "tests", "sanitizer", "core", "fusion-Ti-S", "blocks-Ti"):
         assert stages[name]["status"] == 0
+    assert stages["models-crossvit_tiny_240"]["status"] == 0
+    blocks = json.loads((tmp_path / "blocks-Ti.json").read_text())["results"]
+    assert {"ours (cpu)", "ours (triton, lean)"} <= {r["contender"] for r in blocks}
     rows = json.loads((tmp_path / "core.json").read_text())["results"]
     assert {r["mode"] for r in rows} == {"forward", "train"}
     assert all(r["median_ms"] > 0 and r["floor_bytes"] > 0 for r in rows)
@@ -38,6 +41,10 @@ def test_on_a_gpu_every_width_is_measured(suite, tmp_path) -> None:
     assert {f"fusion-{name}-{b}" for name in ("Ti", "15", "B", "9", "18") for b in "SL"} <= set(
         stages
     )
+    assert {f"blocks-{name}" for name in ("Ti", "15", "B", "9", "18")} <= set(stages)
+    models = [name for name in stages if name.startswith("models-")]
+    assert len(models) == 2 * 9 + 2  # the first model also without its compiled baselines
+    assert "max-autotune" in stages["models-crossvit_9_dagger_240-train"].command
     assert "--compile-budget" in stages["fusion-15-S"].command
     assert "--no-compile" in stages["fusion-9-L"].command
     assert "batch=1,8,64,256,1024" in stages["fusion-15-L"].command

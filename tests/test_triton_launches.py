@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-CODE = """
+HEAD = """
 import collections, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -30,20 +30,25 @@ class NoDevice:
 
 driver.set_active(NoDevice())
 
+compiled = collections.defaultdict(dict)  # kernel -> compiled code, by identity
+
+def watch(*modules):
+    for kernel in {k for m in modules for k in vars(m).values() if hasattr(k, "do_not_specialize")}:
+        if kernel.do_not_specialize:  # those that are launched
+            def run(*args, grid, warmup, kernel=kernel, launch=kernel.run, **options):
+                result = launch(*args, grid=grid, warmup=True, **options)
+                compiled[kernel.__name__][id(result)] = result
+            kernel.run = run
+"""
+
+FUSIONS = """
 from crossvit_kernels import FusionWeights
 from crossvit_kernels.ops.attention_core import triton as core, triton_kernels
 from crossvit_kernels.ops.cross_attention import triton as fusion
 from crossvit_kernels.ops.cross_attention import triton_backward_kernels, triton_forward
 from fusion_cases import make_weights
 
-compiled = collections.defaultdict(dict)  # kernel -> compiled code, by identity
-for module in (triton_kernels, triton_forward, triton_backward_kernels):
-    for name, kernel in vars(module).items():
-        if isinstance(kernel, triton.JITFunction) and name.startswith(("fusion_", "attention_")):
-            def run(*args, grid, warmup, kernel=kernel, launch=kernel.run, **options):
-                result = launch(*args, grid=grid, warmup=True, **options)
-                compiled[kernel.__name__][id(result)] = result
-            kernel.run = run
+watch(triton_kernels, triton_forward, triton_backward_kernels)
 
 def call(batch, tokens, biases=True, scaled=False):
     w = make_weights(32, 48, biases)
@@ -71,8 +76,43 @@ assert len(compiled) == 8 and all(len(found) == 1 for found in compiled.values()
 call(2, 3, biases=False, scaled=True)
 """
 
+BLOCKS = """
+from crossvit_kernels import FfnWeights, MsaWeights
+from crossvit_kernels.ops.layernorm_ffn import triton as ffn, triton_kernels as ffn_kernels
+from crossvit_kernels.ops.layernorm_msa import triton as msa, triton_kernels as msa_kernels
+from crossvit_kernels.ops.token_layers import triton_kernels
+from block_cases import ffn_weights, msa_weights
 
-def test_batch_and_tokens_are_not_compiled_in() -> None:
+watch(triton_kernels, msa_kernels, ffn_kernels)
+
+def call(batch, tokens, keep="fast", with_cls=True, scaled=False):
+    x, cls = torch.randn(batch, tokens, 48).bfloat16(), torch.randn(batch, 48).bfloat16()
+    cls, scale = cls if with_cls else None, torch.ones(batch) if scaled else None
+    w = MsaWeights(*(t.bfloat16() for t in msa_weights(48)))
+    y, saved = msa.forward(x, w, scale, cls, 3, 1e-6, keep)
+    msa.backward(y, x, w, scale, cls, saved, 3, 1e-6)
+    w = FfnWeights(*(t.bfloat16() for t in ffn_weights(48, 96)))
+    y, saved = ffn.forward(x, w, scale, 1e-6, True)
+    ffn.backward(y, x, w, scale, saved, 1e-6)
+
+for batch, tokens in ((1, 1), (2, 16), (64, 17), (33, 64)):
+    call(batch, tokens)
+both = {"norm_linear", "linear", "linear_norm_backward"}  # called by both halves
+few = both | {"attention", "attention_backward", "ffn_hidden_backward"}
+assert set(compiled) == few, compiled.keys()
+assert all(len(found) == 1 + (name in both) for name, found in compiled.items()), compiled
+compiled.clear()
+call(65, 160)
+call(128, 133)
+many = {"norm_linear", "linear_norm_backward", "attention_backward", "ffn_hidden_backward"}
+assert set(compiled) == many | {"attention_projection", "ffn_forward"}, compiled.keys()
+assert all(len(found) == 1 + (name == "linear_norm_backward") for name, found in compiled.items())
+call(2, 3, keep="lean", with_cls=False, scaled=True)
+"""
+
+
+@pytest.mark.parametrize("calls", [FUSIONS, BLOCKS], ids=["fusions", "blocks"])
+def test_batch_and_tokens_are_not_compiled_in(calls: str) -> None:
     pytest.importorskip("triton")
     environment = {
         **os.environ,
@@ -81,6 +121,6 @@ def test_batch_and_tokens_are_not_compiled_in() -> None:
         "PYTHONPATH": str(Path(__file__).parent),
     }
     done = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", HEAD + calls], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
