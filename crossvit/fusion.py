@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import crossvit_kernels as ck
 from crossvit.configs import Config
+from crossvit_kernels.graphs import side_by_side
 from crossvit_kernels.modules import TransformerBlock, drop_path_scale
 
 EPS = 1e-6  # of every LayerNorm
@@ -130,10 +131,15 @@ class MultiScaleBlock(nn.Module):
 
     def forward(self, small: Branch, large: Branch) -> tuple[Branch, Branch]:
         """The branches after one multi-scale block, each with a new CLS."""
-        small, large = self.encode(0, small), self.encode(1, large)
+        small, large = side_by_side(
+            lambda: self.encode(0, small), lambda: self.encode(1, large), like=small.x
+        )
         # Both fusions read what was there before fusion.
-        small_cls = self.fuse(0, small.cls, large.patches)
-        large_cls = self.fuse(1, large.cls, small.patches)
+        small_cls, large_cls = side_by_side(
+            lambda: self.fuse(0, small.cls, large.patches),
+            lambda: self.fuse(1, large.cls, small.patches),
+            like=small.x,
+        )
         return Branch(small.x, small_cls), Branch(large.x, large_cls)
 
     def encode(self, b: int, branch: Branch) -> Branch:

@@ -181,3 +181,12 @@ def test_graphs_need_a_gpu() -> None:
         graphs.make_graphed(torch.nn.Identity(), [3])
     with pytest.raises(ValueError, match="at least one tensor"):
         graphs.make_graphed(torch.nn.Identity(), [])
+
+
+def test_side_by_side_without_a_graph() -> None:
+    x = torch.zeros(2)
+    found = graphs.side_by_side(lambda: x + 1, lambda: x + 2, like=x)
+    assert torch.equal(torch.stack(found), torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
+    with graphs.one_stream():
+        assert not graphs._streams
+    assert graphs._streams

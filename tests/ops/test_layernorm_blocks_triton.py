@@ -68,7 +68,7 @@ def test_few_and_odd_tokens(form: str, num_tokens: int, triton_device: str) -> N
 
 
 @settings(
-    max_examples=8,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -93,7 +93,7 @@ def test_msa_fuzz(
 
 
 @settings(
-    max_examples=8,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -140,7 +140,7 @@ def test_an_image_depends_on_itself_alone(half: str, form: str, triton_device: s
     function = blocks(triton_device)[half]
     # numpy's products, in the interpreter, depend on where in a tile a row is: whole tiles.
     num_tokens = 37 if triton_device == "cuda" else 64
-    x = torch.randn(5, num_tokens, 48, device=triton_device)
+    x = torch.randn(3, num_tokens, 48, device=triton_device)
     expected = with_gradient(function, x)
     assert torch.equal(function(x), expected[0])
     one_by_one = [with_gradient(function, image[None]) for image in x]
@@ -149,7 +149,7 @@ def test_an_image_depends_on_itself_alone(half: str, form: str, triton_device: s
             assert torch.equal(torch.cat(found), whole)
     x[1, 4, 7] = torch.nan
     for found, whole in zip(with_gradient(function, x), expected, strict=True):
-        assert torch.equal(found[[0, 2, 3, 4]], whole[[0, 2, 3, 4]])
+        assert torch.equal(found[[0, 2]], whole[[0, 2]])
         assert found[1, 4].isnan().all()
         assert half == "ffn" or found[1].isnan().any(dim=-1).all()
 
