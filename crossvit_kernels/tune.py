@@ -18,25 +18,54 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from crossvit_kernels import functional
-from crossvit_kernels.gpu import configurations, launch, tuned
+from crossvit_kernels.gpu import configurations, launch, row_tiles, tuned
 from crossvit_kernels.gpu.configurations import TokenPass
+from crossvit_kernels.gpu.row_tiles import RowTile
 from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
+from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
 
 #: A run: launches the kernel once.
 Run = Callable[[], object]
-KERNELS = ("forward", "backward", "fusion forward", "fusion backward")
+Config = TokenPass | RowTile
+
+
+class InBlock(NamedTuple):
+    """Where a kernel of a transformer block runs."""
+
+    half: str
+    form: str
+    is_backward: bool
+
+
+BLOCK_KERNELS = {
+    "norm linear": InBlock("msa", "split", False),
+    "linear": InBlock("ffn", "split", False),
+    "linear norm backward": InBlock("ffn", "split", True),
+    "attention": InBlock("msa", "split", False),
+    "attention projection": InBlock("msa", "fused", False),
+    "attention backward": InBlock("msa", "split", True),
+    "ffn": InBlock("ffn", "fused", False),
+    "ffn hidden backward": InBlock("ffn", "split", True),
+}
+PASSES = ("forward", "backward", "fusion forward", "fusion backward")
+KERNELS = (*PASSES, *BLOCK_KERNELS)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def candidates(kernel: str, chip: int, channels: int, element_size: int) -> list[TokenPass]:
-    """The table's configuration first."""
-    table = configurations.from_table(kernel, chip, channels, element_size)
-    chunks = [c for c in (32, 64, 128) if c < 2 * channels] or [32]
+def candidates(kernel: str, chip: int, width: int, element_size: int) -> list[Config]:
+    """The table's configuration first; of row tiles, then those that differ from it least."""
+    if kernel not in PASSES:
+        return _row_tiles(row_tiles.from_table(kernel, chip, width, element_size))
+    table = configurations.from_table(kernel, chip, width, element_size)
+    chunks = [c for c in (32, 64, 128) if c < 2 * width] or [32]
     varied = [
         dataclasses.replace(table, chunk=c, tokens=t, num_warps=w, num_stages=s)
         for c in chunks
@@ -44,9 +73,26 @@ def candidates(kernel: str, chip: int, channels: int, element_size: int) -> list
         for w in (4, 8)
         for s in (1, 2, 3, 4)
         # Beyond these a program has too few registers, or too little shared memory.
-        if t * channels * element_size * s <= 200_000 and t * channels <= 128 * 32 * w
+        if t * width * element_size * s <= 200_000 and t * width <= 128 * 32 * w
     ]
     return [table, *(c for c in varied if c != table)]
+
+
+def _row_tiles(table: RowTile) -> list[Config]:
+    varied = [
+        RowTile(rows, columns, chunk, num_warps, num_stages)
+        for rows in (32, 64, 128)
+        for columns in (16, 32, 64, 128)
+        for chunk in (32, 64, 128)
+        for num_warps in (4, 8)
+        for num_stages in (1, 2, 3, 4)
+    ]
+
+    def changes(config: RowTile) -> int:
+        fields = zip(dataclasses.astuple(config), dataclasses.astuple(table), strict=True)
+        return sum(a != b for a, b in fields)
+
+    return [table, *sorted((c for c in varied if c != table), key=changes)]
 
 
 def main(
@@ -62,6 +108,9 @@ def main(
     path = options.output or tuned.file()
     for channels in options.channels:
         for kernel in options.kernels:
+            width = width_of(kernel, channels, options.heads)
+            if kernel in BLOCK_KERNELS and width > row_tiles.widest(kernel):
+                continue
             found = _tune(kernel, channels, options, device, measure or _seconds)
             _add(path, found)
     print(f"written to {path}")
@@ -74,15 +123,22 @@ def _tune(
     options: argparse.Namespace,
     device: torch.device,
     measure: Callable[[Run], float],
-) -> tuple[str, TokenPass]:
+) -> tuple[str, Config]:
     """The key and fastest configuration of a kernel."""
     dtype = _DTYPES[options.dtype]
-    heads = options.heads or max(channels // 64, 1)
-    run = _run(kernel, options.batch, options.tokens, channels, heads, dtype, device)
-    found = candidates(kernel, launch.chip(device), channels, dtype.itemsize)
-    tried: list[tuple[float, TokenPass]] = []
+    heads = heads_of(channels, options.heads)
+    batch, tokens = options.batch, options.tokens
+    name, width = kernel, width_of(kernel, channels, options.heads)
+    if kernel in BLOCK_KERNELS:
+        run = _block(BLOCK_KERNELS[kernel], batch, tokens, channels, heads, dtype, device)
+        few = batch * tokens <= row_tiles.FEW_ROWS
+        name = row_tiles.name_of(kernel, dtype.itemsize, few)
+    else:
+        run = _pass(kernel, batch, tokens, channels, heads, dtype, device)
+    found = candidates(name, launch.chip(device), width, dtype.itemsize)
+    tried: list[tuple[float, Config]] = []
     for config in found[: options.limit]:
-        with configurations.only(config):
+        with _only(name, config):
             try:
                 seconds = measure(run)
             except Exception as error:
@@ -92,14 +148,66 @@ def _tune(
         tried.append((seconds, config))
         print(f"  {config}: {seconds * 1e6:.1f} us", flush=True)
     if not tried:
-        raise RuntimeError(f"{kernel}, C {channels}: no configuration runs")
+        raise RuntimeError(f"{name}, C {channels}: no configuration runs")
     seconds, best = min(tried, key=lambda pair: pair[0])
-    print(f"{kernel}, C {channels}: {tried[0][0] / seconds:.2f}x the table's: {best}", flush=True)
-    name = launch.device_name(device)
-    return tuned.key(kernel, name, channels, dtype.itemsize), best
+    print(f"{name}, C {channels}: {tried[0][0] / seconds:.2f}x the table's: {best}", flush=True)
+    return tuned.key(name, launch.device_name(device), width, dtype.itemsize), best
 
 
-def _run(
+def heads_of(channels: int, heads: int | None) -> int:
+    """As asked for, or one for every 64 channels."""
+    return heads or max(channels // 64, 1)
+
+
+def width_of(kernel: str, channels: int, heads: int | None) -> int:
+    """What the kernel's table goes by: C, or a head's channels."""
+    alone = kernel in ("attention", "attention backward")
+    return channels // heads_of(channels, heads) if alone else channels
+
+
+def _only(kernel: str, config: Config) -> AbstractContextManager[None]:
+    if isinstance(config, TokenPass):
+        return configurations.only(config)
+    return row_tiles.only(kernel, config)
+
+
+def _input_sets(bytes_of_tokens: int, device: torch.device) -> int:
+    """Inputs to take in turns, together larger than any L2."""
+    return max(1, min(16, 2**28 // bytes_of_tokens)) if device.type == "cuda" else 1
+
+
+def _block(
+    where: InBlock,
+    batch: int,
+    tokens: int,
+    channels: int,
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Run:
+    """Half a transformer block, forward or backward."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    c, hidden = channels, 3 * channels
+    kind: Any = MsaWeights if where.half == "msa" else FfnWeights
+    terms = c if where.half == "msa" else hidden
+    shapes = [(c,), (c,), (hidden, c), (hidden,), (c, terms), (c,)]
+    weights = kind(*(random(*shape) * 0.05 for shape in shapes))
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        with row_tiles.block_form(where.form):
+            if where.half == "msa":
+                return functional.layernorm_msa(x, weights, heads, backend="triton")
+            return functional.layernorm_ffn(x, weights, backend="triton")
+
+    count = _input_sets(batch * tokens * channels * dtype.itemsize, device)
+    xs = [random(batch, tokens, channels).requires_grad_(where.is_backward) for _ in range(count)]
+    return _rotate([functools.partial(call, x) for x in xs], where.is_backward)
+
+
+def _pass(
     kernel: str,
     batch: int,
     tokens: int,
@@ -108,13 +216,11 @@ def _run(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Run:
-    """Forward or backward on the next of several inputs, together larger than any L2."""
+    """attention_core or a fusion, forward or backward."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
-    bytes_of_tokens = batch * tokens * channels * dtype.itemsize
-    count = max(1, min(16, 2**28 // bytes_of_tokens)) if device.type == "cuda" else 1
     is_fusion, is_backward = kernel.startswith("fusion"), kernel.endswith("backward")
     matrix, vector = (channels, channels), (channels,)
     weights = FusionWeights(
@@ -125,7 +231,7 @@ def _run(
     )
     calls: list[Callable[[], torch.Tensor]] = []
     fusion = functional.cross_attention_fusion
-    for _ in range(count):
+    for _ in range(_input_sets(batch * tokens * channels * dtype.itemsize, device)):
         x = random(batch, tokens, channels).requires_grad_(is_backward)
         u = random(batch, *(vector if is_fusion else (heads, channels))).requires_grad_(is_backward)
 
@@ -179,7 +285,7 @@ def _seconds(run: Run, repeats: int = 30) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in pairs) * 1e-3
 
 
-def _add(path: Path, found: tuple[str, TokenPass]) -> None:
+def _add(path: Path, found: tuple[str, Config]) -> None:
     """To the file, which is replaced as a whole or not at all."""
     key, config = found
     entries = json.loads(path.read_text()) if path.exists() else {}

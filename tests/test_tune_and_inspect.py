@@ -12,7 +12,7 @@ import torch
 
 import crossvit_kernels as ck
 from crossvit_kernels import graphs, tune
-from crossvit_kernels.gpu import ahead_of_time, configurations, tuned
+from crossvit_kernels.gpu import ahead_of_time, configurations, launch, row_tiles, tuned
 
 
 @pytest.fixture
@@ -20,9 +20,11 @@ def tuned_file(tmp_path, monkeypatch):
     path = tmp_path / "tuned.json"
     monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, str(path))
     configurations.forget()
+    row_tiles.forget()
     yield path
     monkeypatch.delenv(tuned.ENVIRONMENT_VARIABLE)
     configurations.forget()
+    row_tiles.forget()
 
 
 def test_tune_writes_what_the_library_loads(tuned_file, triton_device, capsys) -> None:
@@ -35,7 +37,8 @@ def test_tune_writes_what_the_library_loads(tuned_file, triton_device, capsys) -
         tried.append(1)
         return 2.0 - len(tried) % 2 * 0.5 if len(tried) > 2 else float(3 - len(tried))
 
-    assert tune.main([*sizes, "--dtype", "fp16"], second_is_faster) == 0
+    passes = ["--kernels", ",".join(tune.PASSES)]
+    assert tune.main([*sizes, *passes, "--dtype", "fp16"], second_is_faster) == 0
     assert len(tried) == 8  # two candidates of four kernels
     assert "2.00x the table's" in capsys.readouterr().out
     entries = json.loads(path.read_text())
@@ -50,6 +53,31 @@ def test_tune_writes_what_the_library_loads(tuned_file, triton_device, capsys) -
     ck.attention_core(x, x, backend="triton")
     assert tune.main([*sizes, "--kernels", "forward", "--dtype", "fp32"]) == 0  # really timed
     assert len(json.loads(path.read_text())) == 5  # the others stay
+
+
+def test_tune_blocks(tuned_file, triton_device, capsys) -> None:
+    """Every kernel of a block: each candidate runs, and the fastest is what the library takes."""
+    sizes = ["--channels", "32", "--heads", "2", "--batch", "1", "--tokens", "20", "--limit", "2"]
+    kernels = ["--kernels", ",".join(tune.BLOCK_KERNELS)]
+    times: list[float] = []
+
+    def each_is_faster(run) -> float:
+        run()
+        times.append(1.0 / (1 + len(times)))
+        return times[-1]
+
+    assert tune.main([*sizes, *kernels, "--dtype", "fp16"], each_is_faster) == 0
+    assert "no configuration" not in capsys.readouterr().out
+    assert len(times) == 2 * len(tune.BLOCK_KERNELS)
+    assert len(json.loads(tuned_file.read_text())) == len(tune.BLOCK_KERNELS)
+    row_tiles.forget()
+    device = torch.cuda.get_device_name() if triton_device == "cuda" else "interpreter"
+    chip = launch.chip(torch.device(triton_device))
+    for kernel, few in (("ffn", False), ("norm linear", True)):
+        config = row_tiles.row_tile(kernel, device, chip, 32, 2, few)
+        name = row_tiles.name_of(kernel, 2, few)
+        assert config == tune.candidates(name, chip, 32, 2)[1]
+        assert config != row_tiles.from_table(name, chip, 32, 2)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"%s": {"speed": 3}}', '{"%s": 1}'])

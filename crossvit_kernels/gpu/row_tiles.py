@@ -202,6 +202,11 @@ def widest(kernel: str) -> int:
     return _ROW_TILES[kernel, 2][-1][0]
 
 
+def name_of(kernel: str, element_size: int, few: bool) -> str:
+    """A kernel's name in the tables: some have another configuration for few rows."""
+    return kernel + _FEW if few and (kernel + _FEW, element_size) in _ROW_TILES else kernel
+
+
 def row_tile(
     kernel: str, device: str, chip: int, width: int, element_size: int, few: bool = False
 ) -> RowTile:
@@ -218,8 +223,7 @@ def row_tile(
     Raises:
         ValueError: The file of measurements cannot be read or holds something else.
     """
-    if few and (kernel + _FEW, element_size) in _ROW_TILES:
-        kernel += _FEW
+    kernel = name_of(kernel, element_size, few)
     return _only.get(kernel) or _measured_or_from_table(kernel, device, chip, width, element_size)
 
 
@@ -242,8 +246,7 @@ def from_table(kernel: str, chip: int, width: int, element_size: int) -> RowTile
 
 def variants(kernel: str, element_size: int) -> list[str]:
     """The kernel's names in the tables: with many rows and, where that differs, with few."""
-    names = [kernel, kernel + _FEW]
-    return [name for name in names if (name, element_size) in _ROW_TILES]
+    return sorted({name_of(kernel, element_size, few) for few in (False, True)})
 
 
 def forget() -> None:
