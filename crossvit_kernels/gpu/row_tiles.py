@@ -180,6 +180,10 @@ _ON_CHIP: dict[tuple[int, str, int], _Rows] = {
     ),
 }
 
+# Widths up to which one kernel is predicted to be faster than two (docs/performance.md): wider ones
+# leave room for tiles of 64 rows alone, and read weights, keys and values too often.
+_FUSED_UP_TO = {"ffn": 448, "attention projection": 192}
+
 # Kernels, by their names in the tables, whose configuration a context of `only` has set.
 _only: dict[str, RowTile] = {}
 
@@ -268,7 +272,9 @@ def fused(kernel: str, num_rows: int, channels: int) -> bool:
         raise ValueError(f"{FORM_VARIABLE}: expected one of {FORMS}, found {_form!r}")
     if channels > widest(kernel) or _form == "split":
         return False
-    return _form == "fused" or num_rows > FEW_ROWS
+    if _form == "fused":
+        return True
+    return num_rows > FEW_ROWS and channels <= _FUSED_UP_TO[kernel]
 
 
 @contextmanager

@@ -56,18 +56,19 @@ def backward(
 ) -> tuple[Tensor, FfnWeights]:
     """(dx, gradients of the weights)."""
     dy, tokens, w = dy.contiguous(), layers.prepared(x), _contiguous(w)
+    scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
-    dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).view(-1, channels)
+    dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype).view(-1, channels)
     activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, tokens, w, saved)
     affine = w.norm_weight, w.norm_bias
-    found = layers.linear_norm_backward(dhidden, w.fc1_weight, dy, tokens, affine, saved)
+    found = layers.linear_norm_backward(dhidden, w.fc1_weight, dy, scale, tokens, affine, saved)
     return found.dx, FfnWeights(
         norm_weight=found.d_norm_weight,
         norm_bias=found.d_norm_bias,
         fc1_weight=dhidden.t() @ found.normed.view(-1, channels),
         fc1_bias=d_fc1_bias,
         fc2_weight=dupdate.t() @ activated,
-        fc2_bias=dupdate.sum(dim=0),
+        fc2_bias=found.sum_dy,
     )
 
 

@@ -95,7 +95,7 @@ def ffn_hidden_backward(
     fc2_weight_ptr,
     activated_ptr,
     dhidden_ptr,
-    dbias_ptr,
+    shares_ptr,
     num_rows,
     num_tokens,
     x_batch_stride,
@@ -144,7 +144,7 @@ def ffn_hidden_backward(
     dhidden = (dactivated * (distribution + hidden * density)).to(dtype)
     store_columns(dhidden_ptr, row * HIDDEN, used, dhidden, n, HIDDEN, COLUMNS)
     tl.store(
-        dbias_ptr + tile.to(tl.int64) * HIDDEN + unit,
+        shares_ptr + tile.to(tl.int64) * HIDDEN + unit,
         tl.sum(dhidden.to(tl.float32), axis=0),
         mask=exists,
     )

@@ -86,15 +86,16 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, MsaWeights]:
     """(dx, dcls, gradients of the weights; None where the weight is None)."""
     dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), _contiguous(w)
+    scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
     affine = w.norm_weight, w.norm_bias
     mean, rstd, lse, qkv, heads = saved
     if not qkv.numel():
         qkv = layers.norm_linear(tokens, affine, w.qkv_weight, w.qkv_bias, eps)
         heads = _attention(qkv, None, num_heads)
-    dupdate = norm.scale_update(dy, residual_scale, w.out_weight.dtype).view(-1, channels)
-    dqkv = _attention_backward(qkv, heads, dupdate @ w.out_weight, lse, num_heads)
-    found = layers.linear_norm_backward(dqkv, w.qkv_weight, dy, tokens, affine, (mean, rstd))
+    dupdate = norm.scale_update(dy, scale, w.out_weight.dtype).view(-1, channels)
+    dqkv, sums = _attention_backward(qkv, heads, dupdate @ w.out_weight, lse, num_heads)
+    found = layers.linear_norm_backward(dqkv, w.qkv_weight, dy, scale, tokens, affine, (mean, rstd))
     dqkv = dqkv.view(-1, 3 * channels)
     return (
         found.dx,
@@ -103,9 +104,9 @@ def backward(
             norm_weight=found.d_norm_weight,
             norm_bias=found.d_norm_bias,
             qkv_weight=dqkv.t() @ found.normed.view(-1, channels),
-            qkv_bias=None if w.qkv_bias is None else dqkv.sum(dim=0),
+            qkv_bias=None if w.qkv_bias is None else sums.to(w.qkv_bias.dtype),
             out_weight=dupdate.t() @ heads.view(-1, channels),
-            out_bias=dupdate.sum(dim=0),
+            out_bias=found.sum_dy,
         ),
     )
 
@@ -173,8 +174,8 @@ def _attention_projection(
 
 def _attention_backward(
     qkv: Tensor, heads: Tensor, dheads: Tensor, lse: Tensor, num_heads: int
-) -> Tensor:
-    """The gradient of qkv [B, N, 3 C] from that of heads [B, N, C]."""
+) -> tuple[Tensor, Tensor]:
+    """The gradient of qkv [B, N, 3 C] from that of heads [B, N, C], and its sum over tokens."""
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
 
     batch, num_tokens, channels = heads.shape
@@ -183,8 +184,19 @@ def _attention_backward(
         "attention backward", qkv, batch * num_tokens, channels, 0, width=channels // num_heads
     )
     tiles = -(-num_tokens // shape.rows)
+    shares = qkv.new_empty(batch * tiles, 3 * channels, dtype=torch.float32)
     with launch.on(qkv.device):
         kernels.attention_backward[(batch * num_heads * tiles,)](
-            qkv, heads, dheads, lse, dqkv, num_tokens, tiles, A=shape, HEADS=num_heads, **options
+            qkv,
+            heads,
+            dheads,
+            lse,
+            dqkv,
+            shares,
+            num_tokens,
+            tiles,
+            A=shape,
+            HEADS=num_heads,
+            **options,
         )
-    return dqkv
+    return dqkv, shares.sum(dim=0)

@@ -135,9 +135,19 @@ def rows_at(ptr, stride, row, used, D: tl.constexpr):
 
 @triton.jit
 def keys_backward(
-    q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, own, used, num_tokens, D: tl.constexpr, A: tl.constexpr
+    q_ptr,
+    o_ptr,
+    do_ptr,
+    lse_ptr,
+    dq_ptr,
+    share_ptr,
+    own,
+    used,
+    num_tokens,
+    D: tl.constexpr,
+    A: tl.constexpr,
 ):
-    """dk and dv of ROWS keys, summed over all queries."""
+    """dk and dv of ROWS keys, summed over all queries; and their sums over these keys."""
     C: tl.constexpr = A.channels
     ROWS: tl.constexpr = A.rows
     STEP: tl.constexpr = A.columns
@@ -162,15 +172,30 @@ def keys_backward(
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
     at = own.to(tl.int64) * (3 * C)
-    store_columns(dq_ptr + C, at, used, dk * D**-0.5, 0, D, D)
+    dk = dk * D**-0.5
+    store_columns(dq_ptr + C, at, used, dk, 0, D, D)
     store_columns(dq_ptr + 2 * C, at, used, dv, 0, D, D)
+    # Keys that do not exist have the gradients of a k and a v of zeros.
+    c = tl.arange(0, D)
+    tl.store(share_ptr + C + c, tl.sum(tl.where(used[:, None], dk, 0.0), axis=0))
+    tl.store(share_ptr + 2 * C + c, tl.sum(tl.where(used[:, None], dv, 0.0), axis=0))
 
 
 @triton.jit
 def queries_backward(
-    q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, own, used, num_tokens, D: tl.constexpr, A: tl.constexpr
+    q_ptr,
+    o_ptr,
+    do_ptr,
+    lse_ptr,
+    dq_ptr,
+    share_ptr,
+    own,
+    used,
+    num_tokens,
+    D: tl.constexpr,
+    A: tl.constexpr,
 ):
-    """dq of ROWS queries, summed over all keys."""
+    """dq of ROWS queries, summed over all keys; and its sum over these queries."""
     C: tl.constexpr = A.channels
     ROWS: tl.constexpr = A.rows
     STEP: tl.constexpr = A.columns
@@ -192,7 +217,9 @@ def queries_backward(
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(dtype), k, dq, input_precision=PRECISION)
-    store_columns(dq_ptr, own.to(tl.int64) * (3 * C), used, dq * D**-0.5, 0, D, D)
+    dq = dq * D**-0.5
+    store_columns(dq_ptr, own.to(tl.int64) * (3 * C), used, dq, 0, D, D)
+    tl.store(share_ptr + tl.arange(0, D), tl.sum(tl.where(used[:, None], dq, 0.0), axis=0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -202,12 +229,13 @@ def attention_backward(
     dheads_ptr,
     lse_ptr,
     dqkv_ptr,
+    shares_ptr,
     num_tokens,
     num_tiles,
     A: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """dq, dk and dv [B, N, 3 C]. Grid: images x heads x tiles.
+    """dq, dk and dv [B, N, 3 C], and each tile's sum of them. Grid: images x heads x tiles.
 
     A program has a tile's rows first as keys, then as queries: no two add to the same sum, so that
     there are no atomics and a result is the same from run to run.
@@ -216,7 +244,8 @@ def attention_backward(
     D: tl.constexpr = A.channels // HEADS
     ROWS: tl.constexpr = A.rows
     pair = tl.program_id(0) // num_tiles
-    own = (tl.program_id(0) - pair * num_tiles) * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(0) - pair * num_tiles
+    own = tile * ROWS + tl.arange(0, ROWS)
     used = own < num_tokens
     first = (pair // HEADS).to(tl.int64) * num_tokens
     head = pair % HEADS
@@ -225,5 +254,6 @@ def attention_backward(
     do_ptr = dheads_ptr + first * C + head * D
     lse_ptr += pair.to(tl.int64) * num_tokens
     dq_ptr = dqkv_ptr + first * (3 * C) + head * D
-    keys_backward(q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, own, used, num_tokens, D, A)
-    queries_backward(q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, own, used, num_tokens, D, A)
+    share_ptr = shares_ptr + (pair // HEADS * num_tiles + tile).to(tl.int64) * (3 * C) + head * D
+    keys_backward(q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, share_ptr, own, used, num_tokens, D, A)
+    queries_backward(q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, share_ptr, own, used, num_tokens, D, A)

@@ -9,7 +9,7 @@ from crossvit_kernels.gpu import row_tiles
 from crossvit_kernels.gpu.ahead_of_time import Specimen
 from crossvit_kernels.ops.token_layers import triton as layers
 
-_FLOAT32 = ("mean_ptr", "rstd_ptr", "lse_ptr", "dnorm_ptr", "dbias_ptr")
+_FLOAT32 = ("mean_ptr", "rstd_ptr", "lse_ptr", "shares_ptr")
 
 
 def specimens(

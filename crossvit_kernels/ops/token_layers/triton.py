@@ -206,12 +206,14 @@ class Gradients(NamedTuple):
     normed: Tensor  # LN(x) [B, N, C], in the dtype of the products
     d_norm_weight: Tensor  # [C]
     d_norm_bias: Tensor
+    sum_dy: Tensor  # [C]: of residual_scale * dy
 
 
 def linear_norm_backward(
     d: Tensor,
     weight: Tensor,
     dy: Tensor,
+    residual_scale: Tensor | None,
     tokens: Tokens,
     norm: tuple[Tensor, Tensor],
     statistics: tuple[Tensor, Tensor],
@@ -231,25 +233,22 @@ def linear_norm_backward(
         name, inner, d = "norm backward", channels, d @ weight
     shape, options = shape_for(name, weight, tokens.num_rows, channels, inner)
     tiles = -(-tokens.num_rows // shape.rows)
-    found = Gradients(
-        dx=x.new_empty(x.shape),
-        dcls=None if cls is None else x.new_empty(cls.shape),
-        normed=x.new_empty(x.shape, dtype=weight.dtype),
-        d_norm_weight=(shares := x.new_empty(tiles, 2, channels, dtype=torch.float32)),
-        d_norm_bias=shares,
-    )
+    dx, dcls = x.new_empty(x.shape), None if cls is None else x.new_empty(cls.shape)
+    normed = x.new_empty(x.shape, dtype=weight.dtype)
+    shares = x.new_empty(tiles, 3, channels, dtype=torch.float32)
     with launch.on(x.device):
         kernels.linear_norm_backward[(tiles,)](
             d,
             weight,
             dy,
+            residual_scale,
             x,
             cls,
             *statistics,
             *norm,
-            found.dx,
-            found.dcls,
-            found.normed,
+            dx,
+            dcls,
+            normed,
             shares,
             tokens.num_rows,
             x.shape[1],
@@ -258,5 +257,6 @@ def linear_norm_backward(
             PRODUCT=in_one,
             **options,
         )
-    of_weight, of_bias = (shares[:, i].sum(dim=0).to(p.dtype) for i, p in enumerate(norm))
-    return found._replace(d_norm_weight=of_weight, d_norm_bias=of_bias)
+    dtypes = norm[0].dtype, norm[1].dtype, weight.dtype
+    sums = (shares[:, i].sum(dim=0).to(dtype) for i, dtype in enumerate(dtypes))
+    return Gradients(dx, dcls, normed, *sums)

@@ -136,6 +136,7 @@ def linear_norm_backward(
     d_ptr,
     weight_ptr,
     dy_ptr,
+    scale_ptr,
     x_ptr,
     cls_ptr,
     mean_ptr,
@@ -145,7 +146,7 @@ def linear_norm_backward(
     dx_ptr,
     dcls_ptr,
     normed_ptr,
-    dnorm_ptr,
+    shares_ptr,
     num_rows,
     num_tokens,
     x_batch_stride,
@@ -157,7 +158,8 @@ def linear_norm_backward(
     """dx = dy + the backward of LayerNorm at d W; d [rows, inner], W [inner, C]. Grid: tiles.
 
     Without PRODUCT d [rows, C] is that product itself. LN(x), which the weights' gradient needs, is
-    written as well, and each tile's share of the gradients of LayerNorm's weight and bias.
+    written as well, and each tile's share of three sums: the gradients of LayerNorm's weight and
+    bias, and r dy, which is that of the bias of the update.
     """
     C: tl.constexpr = L.channels
     TERMS: tl.constexpr = L.inner
@@ -190,6 +192,7 @@ def linear_norm_backward(
     is_cls = token == 0
     mean = tl.load(mean_ptr + row, mask=used, other=0.0)[:, None]
     rstd = tl.load(rstd_ptr + row, mask=used, other=0.0)[:, None]
+    scale = residual_scale_of(scale_ptr, image, used)
     a = tl.zeros((ROWS,), tl.float32)
     b = tl.zeros((ROWS,), tl.float32)
     for i in tl.static_range(NUM):
@@ -199,7 +202,7 @@ def linear_norm_backward(
         normed = xhat * weight + load_vector(norm_bias_ptr, i, C, CHUNK)[None, :]
         store_columns(normed_ptr, row * C, used, normed, i * CHUNK, C, CHUNK)
         c = i * CHUNK + tl.arange(0, CHUNK)
-        share = dnorm_ptr + tile.to(tl.int64) * (2 * C) + c
+        share = shares_ptr + tile.to(tl.int64) * (3 * C) + c
         tl.store(share, tl.sum(dnormed[i] * xhat, axis=0), mask=c < C)
         tl.store(share + C, tl.sum(dnormed[i], axis=0), mask=c < C)
         a += tl.sum(dnormed[i] * weight, axis=1)
@@ -210,6 +213,9 @@ def linear_norm_backward(
         x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
         xhat = centred(x, mean, i, C, CHUNK) * rstd
         dy = load_columns(dy_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32)
+        c = i * CHUNK + tl.arange(0, CHUNK)
+        share = shares_ptr + tile.to(tl.int64) * (3 * C) + 2 * C + c
+        tl.store(share, tl.sum(dy * scale, axis=0), mask=c < C)
         dx = (dnormed[i] * weight - a[:, None] / C - xhat * (b[:, None] / C)) * rstd + dy
         if dcls_ptr is not None:
             own = image.to(tl.int64) * C
