@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -109,6 +113,56 @@ def residual_scale(scale: Tensor | None, batch: int, device: torch.device) -> No
     tensor("residual_scale", scale, batch)
     if scale.device != device:
         raise ValueError(f"residual_scale: is on {scale.device}, but the input is on {device}")
+
+
+#: Field of a NamedTuple of weights -> its sizes, by letter.
+Shapes = dict[str, tuple[str, ...]]
+_OPTIONAL = {"q_bias", "k_bias", "v_bias", "qkv_bias"}
+
+
+def weights(
+    given: Any,
+    kind: Any,
+    shapes: Shapes,
+    sizes: dict[str, int],
+    like: Tensor,
+) -> None:
+    """Every field of a NamedTuple of weights: shape, device, dtype."""
+    if not isinstance(given, kind):
+        raise TypeError(f"weights: expected {kind.__name__}, found {type(given).__name__}")
+    # Good weights are the rule and host time counts: only a mismatch is looked into.
+    if not torch.compiler.is_compiling() and _fit(given, shapes, sizes, like):
+        return
+    for name, t in zip(given._fields, given, strict=True):
+        if t is None and name in _OPTIONAL:
+            continue
+        tensor(f"weights.{name}", t, *(sizes[letter] for letter in shapes[name]))
+    same_device_and_dtype(
+        "the input", like, **{f"weights.{k}": t for k, t in given._asdict().items()}
+    )
+
+
+def _fit(given: Any, shapes: Shapes, sizes: dict[str, int], like: Tensor) -> bool:
+    """Whether all weights are there and as expected; loops in C."""
+    try:
+        return (
+            list(map(_shape, given)) == _expected(tuple(shapes.values()), tuple(sizes.items()))
+            and set(map(_dtype, given)) == {like.dtype}
+            and set(map(_device, given)) == {like.device}
+        )
+    except (AttributeError, TypeError):  # None, no tensor, a symbolic size
+        return False
+
+
+_shape, _dtype, _device = (operator.attrgetter(name) for name in ("shape", "dtype", "device"))
+
+
+@functools.cache
+def _expected(
+    shapes: tuple[tuple[str, ...], ...], sizes: tuple[tuple[str, int], ...]
+) -> list[tuple[int, ...]]:
+    numbers = dict(sizes)
+    return [tuple(numbers[letter] for letter in shape) for shape in shapes]
 
 
 def _show(shape: tuple[int | str, ...] | torch.Size) -> str:

@@ -205,7 +205,7 @@ def cross_attention_fusion(
     checks.tensor("tokens", tokens, batch, "N", "C")
     channels = tokens.shape[2]
     checks.unit_stride("tokens", tokens)
-    _check_weights(weights, FusionWeights, _FUSION_SHAPES, {"C": channels, "C_own": own}, cls)
+    checks.weights(weights, FusionWeights, _FUSION_SHAPES, {"C": channels, "C_own": own}, cls)
     checks.same_device_and_dtype("cls", cls, tokens=tokens)
     checks.heads(num_heads, C=channels)
     checks.eps("eps", eps)
@@ -257,7 +257,7 @@ def layernorm_msa(
     checks.optional_tensor("cls", cls, batch, channels)
     if cls is not None and num_tokens == 0:
         raise ValueError("cls: x has no row 0 that it could stand in for")
-    _check_weights(weights, MsaWeights, _MSA_SHAPES, {"C": channels, "3 C": 3 * channels}, x)
+    checks.weights(weights, MsaWeights, _MSA_SHAPES, {"C": channels, "3 C": 3 * channels}, x)
     checks.same_device_and_dtype("x", x, cls=cls)
     checks.heads(num_heads, C=channels)
     checks.eps("eps", eps)
@@ -298,13 +298,13 @@ def layernorm_ffn(
     checks.unit_stride("x", x)
     fc1 = getattr(weights, "fc1_weight", None)
     hidden = fc1.shape[0] if isinstance(fc1, Tensor) and fc1.dim() == 2 else 0
-    _check_weights(weights, FfnWeights, _FFN_SHAPES, {"C": x.shape[2], "F": hidden}, x)
+    checks.weights(weights, FfnWeights, _FFN_SHAPES, {"C": x.shape[2], "F": hidden}, x)
     checks.eps("eps", eps)
     checks.residual_scale(residual_scale, x.shape[0], x.device)
     return ffn_op.layernorm_ffn(x, weights, eps, residual_scale, backend)
 
 
-_FUSION_SHAPES = {
+_FUSION_SHAPES: checks.Shapes = {
     "proj_norm_weight": ("C_own",),
     "proj_norm_bias": ("C_own",),
     "proj_weight": ("C", "C_own"),
@@ -324,7 +324,7 @@ _FUSION_SHAPES = {
     "back_weight": ("C_own", "C"),
     "back_bias": ("C_own",),
 }
-_MSA_SHAPES = {
+_MSA_SHAPES: checks.Shapes = {
     "norm_weight": ("C",),
     "norm_bias": ("C",),
     "qkv_weight": ("3 C", "C"),
@@ -332,7 +332,7 @@ _MSA_SHAPES = {
     "out_weight": ("C", "C"),
     "out_bias": ("C",),
 }
-_FFN_SHAPES = {
+_FFN_SHAPES: checks.Shapes = {
     "norm_weight": ("C",),
     "norm_bias": ("C",),
     "fc1_weight": ("F", "C"),
@@ -340,34 +340,6 @@ _FFN_SHAPES = {
     "fc2_weight": ("C", "F"),
     "fc2_bias": ("C",),
 }
-_OPTIONAL = {"q_bias", "k_bias", "v_bias", "qkv_bias"}
-
-
-def _check_weights(
-    weights: FusionWeights | MsaWeights | FfnWeights,
-    kind: type,
-    shapes: dict[str, tuple[str, ...]],
-    sizes: dict[str, int],
-    like: Tensor,
-) -> None:
-    """Every field of a NamedTuple of weights: shape, device, dtype."""
-    if not isinstance(weights, kind):
-        raise TypeError(f"weights: expected {kind.__name__}, found {type(weights).__name__}")
-    # Good weights are the rule and host time counts: only a mismatch is looked into.
-    dtype, device = like.dtype, like.device
-    expected = [tuple(sizes[letter] for letter in shape) for shape in shapes.values()]
-    if all(
-        isinstance(t, Tensor) and t.shape == shape and t.dtype is dtype and t.device == device
-        for t, shape in zip(weights, expected, strict=True)
-    ):
-        return
-    for name, t in zip(weights._fields, weights, strict=True):
-        if t is None and name in _OPTIONAL:
-            continue
-        checks.tensor(f"weights.{name}", t, *(sizes[letter] for letter in shapes[name]))
-    checks.same_device_and_dtype(
-        "the input", like, **{f"weights.{k}": t for k, t in weights._asdict().items()}
-    )
 
 
 def _check_pool(
