@@ -114,8 +114,8 @@ def contenders(half: str, sizes: Sizes, options: argparse.Namespace) -> dict[str
             )
     for backend in options.backends:
         if backend == "triton":
-            calls["ours (triton, fused)"] = ours(backend, form="fused")
-            calls["ours (triton, split)"] = ours(backend, form="split")
+            for form in ("fused", "split", "library"):
+                calls[f"ours (triton, {form})"] = ours(backend, form=form)
             if half == "msa":
                 calls["ours (triton, lean)"] = ours(backend, keep="lean")
         else:

@@ -120,6 +120,7 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (msa, {"eps": None}, TypeError, "^eps: "),
     (msa, {"residual_scale": torch.ones(B + 1)}, ValueError, "^residual_scale: "),
     (msa, {"dropout_p": -0.1}, ValueError, "^dropout_p: "),
+    (msa, {"keep": "all"}, ValueError, "^keep: expected one of"),
     (msa, {"backend": "fpga"}, ValueError, "unknown backend 'fpga'"),
     # layernorm_ffn
     (ffn, {"x": torch.zeros(B, N, C, C)}, ValueError, "^x: "),

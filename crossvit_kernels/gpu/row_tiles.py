@@ -13,9 +13,10 @@ from contextlib import contextmanager
 
 from crossvit_kernels.gpu import tuned
 
-#: "fused" or "split" kernels for every block that can, rather than what its rows suggest.
+#: What runs every block that can: "fused" or "split" kernels, or split and torch's "library" for
+#: the steps that it has; rather than what rows and widths suggest.
 FORM_VARIABLE = "CROSSVIT_KERNELS_BLOCKS"
-FORMS = ("auto", "fused", "split")
+FORMS = ("auto", "fused", "split", "library")
 
 #: Up to so many rows the largest tiles would leave most of a GPU's multiprocessors without any.
 FEW_ROWS = 8192
@@ -184,6 +185,10 @@ _ON_CHIP: dict[tuple[int, str, int], _Rows] = {
 # leave room for tiles of 64 rows alone, and read weights, keys and values too often.
 _FUSED_UP_TO = {"ffn": 448, "attention projection": 192}
 
+# Widths from which torch's libraries do a step: tiles that hold whole rows get too small there.
+# "attention" and "linear" may have an entry as well.
+_LIBRARY_FROM = {"norm linear": 449, "linear norm backward": 449}
+
 # Kernels, by their names in the tables, whose configuration a context of `only` has set.
 _only: dict[str, RowTile] = {}
 
@@ -268,18 +273,28 @@ def fused(kernel: str, num_rows: int, channels: int) -> bool:
     Raises:
         ValueError: The environment names no form.
     """
-    if _form not in FORMS:
-        raise ValueError(f"{FORM_VARIABLE}: expected one of {FORMS}, found {_form!r}")
-    if channels > widest(kernel) or _form == "split":
+    form = _checked_form()
+    if channels > widest(kernel) or form in ("split", "library"):
         return False
-    if _form == "fused":
+    if form == "fused":
         return True
     return num_rows > FEW_ROWS and channels <= _FUSED_UP_TO[kernel]
 
 
+def by_library(step: str, width: int) -> bool:
+    """Whether torch's libraries do a step ("norm linear", "attention", ...) of a split block."""
+    return _checked_form() == "library" or width >= _LIBRARY_FROM.get(step, width + 1)
+
+
+def _checked_form() -> str:
+    if _form not in FORMS:
+        raise ValueError(f"{FORM_VARIABLE}: expected one of {FORMS}, found {_form!r}")
+    return _form
+
+
 @contextmanager
 def block_form(form: str) -> Iterator[None]:
-    """Run blocks in "fused" kernels or "split", where that is possible, or as "auto" chooses.
+    """Run blocks in one of FORMS, where that is possible.
 
     Raises:
         ValueError: form is none of these.

@@ -18,14 +18,14 @@ def specimens(chip: int, dtype: str, channels: int, hidden: int) -> Iterator[Spe
     of = layers.specimens
     if channels <= row_tiles.widest("ffn"):
         yield from of(kernels.ffn_forward, "ffn", *sizes)
-    if channels <= row_tiles.widest("norm linear"):
+    if not row_tiles.by_library("norm linear", channels):
         yield from of(linear.norm_linear, "norm linear", *sizes, with_cls=False, GELU=True)
     else:  # after LayerNorm by itself
         terms = chip, dtype, hidden, channels
         yield from of(linear.linear, "linear", *terms, with_residual=False)
     yield from of(linear.linear, "linear", *sizes, with_cls=False)
     yield from of(kernels.ffn_hidden_backward, "ffn hidden backward", *sizes)
-    if channels <= row_tiles.widest("linear norm backward"):
+    if not row_tiles.by_library("linear norm backward", channels):
         name, product = "linear norm backward", True
     else:
         name, product = "norm backward", False

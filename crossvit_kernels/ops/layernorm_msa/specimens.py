@@ -16,7 +16,7 @@ def specimens(chip: int, dtype: str, channels: int, heads: int) -> Iterator[Spec
 
     sizes, qkv, d = (chip, dtype, channels), 3 * channels, channels // heads
     of = layers.specimens
-    if channels <= row_tiles.widest("norm linear"):
+    if not row_tiles.by_library("norm linear", channels):
         yield from of(linear.norm_linear, "norm linear", *sizes, qkv, GELU=False)
     yield from of(kernels.attention, "attention", *sizes, 0, d, HEADS=heads)
     if channels <= row_tiles.widest("attention projection"):
@@ -24,7 +24,7 @@ def specimens(chip: int, dtype: str, channels: int, heads: int) -> Iterator[Spec
         yield from of(kernels.attention_projection, name, *sizes, 0, HEADS=heads)
     yield from of(linear.linear, "linear", *sizes, channels)
     yield from of(kernels.attention_backward, "attention backward", *sizes, 0, d, HEADS=heads)
-    if channels <= row_tiles.widest("linear norm backward"):
+    if not row_tiles.by_library("linear norm backward", channels):
         name = "linear norm backward"
         yield from of(linear.linear_norm_backward, name, *sizes, qkv, PRODUCT=True)
     else:

@@ -122,6 +122,9 @@ def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
 
     batch, num_tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    by_library = row_tiles.by_library("attention", channels // num_heads)
+    if by_library and (qkv.is_cpu or qkv.element_size() == 2):
+        return _flash_attention(qkv, lse, num_heads)
     heads = qkv.new_empty(batch, num_tokens, channels)
     shape, options = layers.shape_for(
         "attention", qkv, batch * num_tokens, channels, 0, width=channels // num_heads
@@ -132,6 +135,19 @@ def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
             qkv, heads, lse, num_tokens, tiles, A=shape, HEADS=num_heads, **options
         )
     return heads
+
+
+def _flash_attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
+    """The same by torch, which has it for 16 bits."""
+    q, k, v = qkv.view(*qkv.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    aten = torch.ops.aten
+    if qkv.is_cuda:
+        heads, found, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
+    else:
+        heads, found = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    if lse is not None:
+        lse.copy_(found)
+    return heads.transpose(1, 2).reshape(*qkv.shape[:2], -1)
 
 
 def _attention_projection(

@@ -86,7 +86,7 @@ def norm_linear(
 
     x, cls = tokens
     (batch, num_tokens, channels), columns = x.shape, weight.shape[0]
-    if channels > row_tiles.widest("norm linear"):
+    if row_tiles.by_library("norm linear", channels):
         return _norm_then_linear(tokens, norm, weight, bias, eps, statistics, gelu)
     out = x.new_empty(batch, num_tokens, columns, dtype=weight.dtype)
     shape, options = shape_for("norm linear", weight, tokens.num_rows, channels, columns)
@@ -126,7 +126,7 @@ def _norm_then_linear(
     statistics: tuple[Tensor, Tensor] | None,
     gelu: bool,
 ) -> Tensor:
-    """The same in two steps: with rows this wide, a tile of few of them reads W too often."""
+    """The same in two steps, of torch's LayerNorm and a product."""
     x, cls = tokens
     normed, *found = layer_norm.forward(x, *norm, eps)
     if cls is not None:
@@ -157,6 +157,9 @@ def linear_residual(
     residual_scale: Tensor | None,
 ) -> Tensor:
     """X + residual_scale * (a W^T + b) [B, N, C], from a [B, N, W's columns]."""
+    if row_tiles.by_library("linear", weight.shape[0]):
+        update = F.linear(a, weight, bias)
+        return layer_norm.add_residual(tokens.x, update, residual_scale, tokens.cls)
     y = empty_result(tokens.x, weight)
     _linear(a, weight, bias, tokens, residual_scale, y)
     return y
@@ -226,10 +229,10 @@ def linear_norm_backward(
 
     x, cls = tokens
     terms, channels = weight.shape
-    in_one = channels <= row_tiles.widest("linear norm backward")
+    in_one = not row_tiles.by_library("linear norm backward", channels)
     if in_one:
         name, inner = "linear norm backward", terms
-    else:  # a row of sums does not fit into registers
+    else:
         name, inner, d = "norm backward", channels, d @ weight
     shape, options = shape_for(name, weight, tokens.num_rows, channels, inner)
     tiles = -(-tokens.num_rows // shape.rows)
