@@ -95,7 +95,7 @@ def contenders(half: str, sizes: Sizes, options: argparse.Namespace) -> dict[str
         def call(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
             chosen: AbstractContextManager[None] = nullcontext()
             if form:
-                chosen = row_tiles.block_form(form)
+                chosen = row_tiles.FORMS.choose(form)
             with chosen:
                 if half == "ffn":
                     return ck.layernorm_ffn(x, ck.FfnWeights(*weights), EPS, backend=backend)

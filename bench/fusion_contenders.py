@@ -188,7 +188,7 @@ def our_form(form: str) -> Fusion:
     fusion = our_backend("triton")
 
     def in_form(cls: Tensor, tokens: Tensor, w: ck.FusionWeights, heads: int) -> Tensor:
-        with configurations.fusion_form(form):
+        with configurations.FORMS.choose(form):
             return fusion(cls, tokens, w, heads)
 
     return in_form

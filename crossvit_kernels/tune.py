@@ -197,7 +197,7 @@ def _block(
     weights = kind(*(random(*shape) * 0.05 for shape in shapes))
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        with row_tiles.block_form(where.form):
+        with row_tiles.FORMS.choose(where.form):
             if where.half == "msa":
                 return functional.layernorm_msa(x, weights, heads, backend="triton")
             return functional.layernorm_ffn(x, weights, backend="triton")

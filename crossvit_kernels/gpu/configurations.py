@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from crossvit_kernels.gpu import tuned
+from crossvit_kernels.gpu.forms import Forms
 
 #: "one" or "three" kernels for every fusion that can, rather than what its batch suggests.
-FORM_VARIABLE = "CROSSVIT_KERNELS_FUSION"
-FORMS = ("auto", "one", "three")
-
-_form = os.environ.get(FORM_VARIABLE, "auto")
+FORMS = Forms("CROSSVIT_KERNELS_FUSION", ("auto", "one", "three"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,28 +103,21 @@ _TOKEN_PASSES: dict[tuple[str, int], _Rows] = {
 }
 
 
-# (chip, kernel, bytes of an element)
-_ON_CHIP: dict[tuple[int, str, int], _Rows] = {
-    # One stage where two of them leave an A100 too few registers.
-    (80, "fusion forward", 2): (
-        (96, TokenPass(32, 64, 8, 2)),
-        (128, TokenPass(128, 64, 8, 1)),
-        (192, TokenPass(64, 64, 8, 2)),
-        (224, TokenPass(32, 64, 8, 1)),
-        (256, TokenPass(128, 64, 8, 2)),
-        (384, TokenPass(128, 32, 8, 2)),
-        (448, TokenPass(64, 32, 8, 2)),
-        (768, TokenPass(128, 32, 8, 2)),
-        (1536, TokenPass(128, 16, 8, 2)),
-    ),
-    (80, "fusion backward", 2): (
-        (96, TokenPass(32, 16, 8, 1)),
-        (128, TokenPass(128, 32, 8, 1)),
-        (192, TokenPass(64, 16, 8, 1)),
-        (384, TokenPass(128, 16, 8, 1)),
-        (448, TokenPass(64, 16, 8, 1)),
-        (1536, TokenPass(128, 16, 8, 2)),
-    ),
+# (chip, kernel, bytes of an element): what differs there, by the row's widest. One stage, where two
+# of them leave an A100 too few registers.
+_ON_CHIP: dict[tuple[int, str, int], dict[int, TokenPass]] = {
+    (80, "fusion forward", 2): {
+        128: TokenPass(128, 64, 8, 1),
+        224: TokenPass(32, 64, 8, 1),
+    },
+    (80, "fusion backward", 2): {
+        96: TokenPass(32, 16, 8, 1),
+        128: TokenPass(128, 32, 8, 1),
+        192: TokenPass(64, 16, 8, 1),
+        384: TokenPass(128, 16, 8, 1),
+        448: TokenPass(64, 16, 8, 1),
+        1536: TokenPass(128, 16, 8, 2),
+    },
 }
 
 
@@ -172,10 +162,10 @@ def _measured_or_from_table(
 
 def from_table(kernel: str, chip: int, channels: int, element_size: int) -> TokenPass:
     """What token_pass says where nothing was measured."""
-    rows = _ON_CHIP.get((chip, kernel, element_size)) or _TOKEN_PASSES[kernel, element_size]
-    for widest, config in rows:
+    differs = _ON_CHIP.get((chip, kernel, element_size), {})
+    for widest, config in _TOKEN_PASSES[kernel, element_size]:
         if channels <= widest:
-            return config
+            return differs.get(widest, config)
     raise ValueError(f"{channels} channels are more than any configuration takes")
 
 
@@ -206,29 +196,11 @@ class Fusion:
         return min(16, next_power_of_2(-(-batch // self.programs)))
 
     def in_one_kernel(self, batch: int) -> bool:
-        """Whether one kernel does it all, as fusion_form asks, else by the batch."""
-        if _form not in FORMS:
-            raise ValueError(f"{FORM_VARIABLE}: expected one of {FORMS}, found {_form!r}")
-        if _form == "auto" or not self.one_kernel_up_to:
+        """Whether one kernel does it all, as FORMS asks, else by the batch."""
+        form = FORMS.asked_for()
+        if form == "auto" or not self.one_kernel_up_to:
             return batch <= self.one_kernel_up_to
-        return _form == "one"
-
-
-@contextmanager
-def fusion_form(form: str) -> Iterator[None]:
-    """Run fusions in "one" kernel or "three", where that is possible, or as "auto" chooses.
-
-    Raises:
-        ValueError: form is none of these.
-    """
-    global _form
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {FORMS}, found {form!r}")
-    previous, _form = _form, form
-    try:
-        yield
-    finally:
-        _form = previous
+        return form == "one"
 
 
 # Which form, and from which batch on, is predicted (docs/performance.md), not measured.

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from crossvit_kernels.gpu import tuned
+from crossvit_kernels.gpu.forms import Forms
 
 #: What runs every block that can: "fused" or "split" kernels, or split and torch's "library" for
 #: the steps that it has; rather than what rows and widths suggest.
-FORM_VARIABLE = "CROSSVIT_KERNELS_BLOCKS"
-FORMS = ("auto", "fused", "split", "library")
+FORMS = Forms("CROSSVIT_KERNELS_BLOCKS", ("auto", "fused", "split", "library"))
 
 #: Up to so many rows the largest tiles would leave most of a GPU's multiprocessors without any.
 FEW_ROWS = 8192
 
 #: Programs among which a linear layer's columns are divided, where its rows do not make as many.
 PROGRAMS = 264
-
-_form = os.environ.get(FORM_VARIABLE, "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +56,7 @@ _ROW_TILES: dict[tuple[str, int], _Rows] = {
         (128, RowTile(128, 64, 128, 8, 2)),
         (192, RowTile(128, 64, 64, 8, 2)),
         (224, RowTile(128, 64, 32, 8, 2)),
+        (256, RowTile(128, 64, 128, 8, 2)),
         (384, RowTile(128, 64, 128, 8, 2)),
         (448, RowTile(64, 64, 64, 8, 2)),
     ),
@@ -127,58 +125,30 @@ _ROW_TILES: dict[tuple[str, int], _Rows] = {
     ("ffn hidden backward", 4): ((_ANY, RowTile(32, 64, 32, 8, 1)),),
 }
 
-# (chip, kernel, bytes of an element)
-_ON_CHIP: dict[tuple[int, str, int], _Rows] = {
-    # Smaller tiles where larger ones spill registers.
-    (80, "linear norm backward", 2): (
-        (96, RowTile(64, 64, 32, 8, 2)),
-        (128, RowTile(64, 64, 128, 8, 2)),
-        (448, RowTile(32, 64, 64, 8, 2)),
-    ),
-    (100, "linear norm backward", 2): (
-        (96, RowTile(64, 64, 32, 8, 2)),
-        (128, RowTile(64, 64, 128, 8, 2)),
-        (192, RowTile(64, 64, 64, 8, 2)),
-        (224, RowTile(64, 64, 32, 8, 2)),
-        (448, RowTile(32, 64, 64, 8, 2)),
-    ),
-    (80, "attention projection", 2): (
-        (96, RowTile(128, 64, 32, 8, 2)),
-        (128, RowTile(128, 64, 128, 8, 2)),
-        (192, RowTile(32, 64, 64, 8, 2)),
-        (224, RowTile(64, 64, 32, 8, 2)),
-        (384, RowTile(64, 64, 128, 8, 2)),
-        (448, RowTile(32, 64, 64, 8, 2)),
-    ),
-    (80, "attention backward", 2): (
-        (64, RowTile(128, 32, 16, 8, 2)),
-        (128, RowTile(64, 32, 16, 8, 2)),
-    ),
-    (80, "ffn", 2): (
-        (96, RowTile(128, 64, 32, 8, 2)),
-        (128, RowTile(128, 64, 128, 8, 2)),
-        (192, RowTile(64, 32, 64, 8, 2)),
-        (224, RowTile(64, 32, 32, 8, 2)),
-        (448, RowTile(32, 64, 64, 8, 2)),
-    ),
-    (80, "ffn hidden backward", 2): ((_ANY, RowTile(128, 128, 32, 8, 3)),),
-    (100, "ffn", 2): (
-        (96, RowTile(128, 64, 32, 8, 2)),
-        (128, RowTile(128, 64, 128, 8, 2)),
-        (192, RowTile(128, 64, 64, 8, 2)),
-        (224, RowTile(128, 64, 32, 8, 2)),
-        (256, RowTile(128, 32, 64, 8, 2)),
-        (448, RowTile(64, 32, 64, 8, 2)),
-    ),
-    (100, "norm linear", 2): (
-        (96, RowTile(128, 64, 32, 8, 2)),
-        (128, RowTile(128, 64, 128, 8, 2)),
-        (192, RowTile(128, 64, 64, 8, 2)),
-        (224, RowTile(128, 64, 32, 8, 2)),
-        (256, RowTile(128, 64, 128, 8, 2)),
-        (384, RowTile(64, 64, 128, 8, 2)),
-        (448, RowTile(64, 64, 64, 8, 2)),
-    ),
+# (chip, kernel, bytes of an element): what differs there, by the row's widest. Smaller tiles, where
+# larger ones spill registers.
+_ON_CHIP: dict[tuple[int, str, int], dict[int, RowTile]] = {
+    (80, "linear norm backward", 2): {
+        192: RowTile(32, 64, 64, 8, 2),
+        224: RowTile(32, 64, 64, 8, 2),
+        448: RowTile(32, 64, 64, 8, 2),
+    },
+    (80, "attention projection", 2): {
+        192: RowTile(32, 64, 64, 8, 2),
+        448: RowTile(32, 64, 64, 8, 2),
+    },
+    (80, "attention backward", 2): {64: RowTile(128, 32, 16, 8, 2)},
+    (80, "ffn", 2): {
+        192: RowTile(64, 32, 64, 8, 2),
+        224: RowTile(64, 32, 32, 8, 2),
+        256: RowTile(32, 64, 64, 8, 2),
+        384: RowTile(32, 64, 64, 8, 2),
+        448: RowTile(32, 64, 64, 8, 2),
+    },
+    (80, "ffn hidden backward", 2): {_ANY: RowTile(128, 128, 32, 8, 3)},
+    (100, "linear norm backward", 2): {448: RowTile(32, 64, 64, 8, 2)},
+    (100, "norm linear", 2): {384: RowTile(64, 64, 128, 8, 2)},
+    (100, "ffn", 2): {384: RowTile(64, 32, 64, 8, 2)},
 }
 
 # Widths up to which one kernel is predicted to be faster than two (docs/performance.md): wider ones
@@ -246,10 +216,10 @@ def _measured_or_from_table(
 
 def from_table(kernel: str, chip: int, width: int, element_size: int) -> RowTile:
     """What row_tile says where nothing was measured."""
-    rows = _ON_CHIP.get((chip, kernel, element_size)) or _ROW_TILES[kernel, element_size]
-    for widest, config in rows:
+    differs = _ON_CHIP.get((chip, kernel, element_size), {})
+    for widest, config in _ROW_TILES[kernel, element_size]:
         if width <= widest:
-            return config
+            return differs.get(widest, config)
     raise ValueError(f"{kernel}: {width} columns are more than any configuration takes")
 
 
@@ -273,7 +243,7 @@ def fused(kernel: str, num_rows: int, channels: int) -> bool:
     Raises:
         ValueError: The environment names no form.
     """
-    form = _checked_form()
+    form = FORMS.asked_for()
     if channels > widest(kernel) or form in ("split", "library"):
         return False
     if form == "fused":
@@ -283,27 +253,4 @@ def fused(kernel: str, num_rows: int, channels: int) -> bool:
 
 def by_library(step: str, width: int) -> bool:
     """Whether torch's libraries do a step ("norm linear", "attention", ...) of a split block."""
-    return _checked_form() == "library" or width >= _LIBRARY_FROM.get(step, width + 1)
-
-
-def _checked_form() -> str:
-    if _form not in FORMS:
-        raise ValueError(f"{FORM_VARIABLE}: expected one of {FORMS}, found {_form!r}")
-    return _form
-
-
-@contextmanager
-def block_form(form: str) -> Iterator[None]:
-    """Run blocks in one of FORMS, where that is possible.
-
-    Raises:
-        ValueError: form is none of these.
-    """
-    global _form
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {FORMS}, found {form!r}")
-    previous, _form = _form, form
-    try:
-        yield
-    finally:
-        _form = previous
+    return FORMS.asked_for() == "library" or width >= _LIBRARY_FROM.get(step, width + 1)

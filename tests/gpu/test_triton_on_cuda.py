@@ -164,7 +164,7 @@ def test_compiled_and_under_autocast() -> None:
 def test_blocks_of_crossvit_15(channels, heads, tokens, keep, dtype) -> None:
     """Few rows in split kernels, then many in fused ones."""
     for batch, form in ((2, "split"), (50, "auto")):
-        with row_tiles.block_form(form):
+        with row_tiles.FORMS.choose(form):
             options = {"scaled": True, "backend": "triton", "device": "cuda"}
             check_msa(channels, heads, batch, tokens, dtype, with_cls=True, keep=keep, **options)
             check_ffn(channels, 3 * channels, batch, tokens, dtype, **options)

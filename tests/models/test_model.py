@@ -228,6 +228,10 @@ def test_set_fused(tiny):
         tiny.set_fused(False, backend="cpu")
     tiny.set_fused(True, backend="cpu")
     assert {m.backend for m in tiny.modules() if hasattr(m, "backend")} == {"cpu"}
+    tiny.set_fused(keep="lean")
+    assert {m.keep for m in tiny.modules() if hasattr(m, "keep")} == {"lean"}
+    with pytest.raises(ValueError, match="keep: expected 'fast' or 'lean', found 'most'"):
+        tiny.set_fused(keep="most")
 
 
 def test_position_embedding_is_resized():

@@ -32,7 +32,7 @@ def form(request: pytest.FixtureRequest, monkeypatch) -> str:
 def choose_form(form: str, monkeypatch) -> None:
     config = dataclasses.replace(FUSION, programs=2)  # so that images share them
     monkeypatch.setattr(configurations, "fusion", lambda *key: config)
-    monkeypatch.setattr(configurations, "_form", form.split()[0])
+    monkeypatch.setattr(configurations.FORMS, "_asked_for", form.split()[0])
 
 
 def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -169,12 +169,12 @@ def test_the_form_can_be_chosen(triton_device: str, monkeypatch) -> None:
         record = functools.partial(ran.append, name)
         monkeypatch.setattr(triton_forward, name, Recorded(kernel, record))
     for form in ("one", "three", "auto"):
-        with configurations.fusion_form(form):
+        with configurations.FORMS.choose(form):
             fusion(cls, tokens, weights)
     assert ran == ["fusion_forward", "fusion_tokens", "fusion_forward"]
     with pytest.raises(ValueError, match="form: expected one of"):
-        configurations.fusion_form("two").__enter__()
-    monkeypatch.setattr(configurations, "_form", "two")
+        configurations.FORMS.choose("two").__enter__()
+    monkeypatch.setattr(configurations.FORMS, "_asked_for", "two")
     with pytest.raises(ValueError, match="CROSSVIT_KERNELS_FUSION"):
         fusion(cls, tokens, weights)
 
