@@ -97,6 +97,7 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
 
     def blocks(name: str, compiled: bool) -> Stage:
         tiny = ("--branches", "S", "--tokens", "9", "--batch", "1", "--repeats", "1")
+        tiny += ("--mode", "train", "--dtype", "float16", "--backends", "cpu", "triton")
         options = (
             (*tiny, "--backends", "cpu", "triton")
             if dry

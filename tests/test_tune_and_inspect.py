@@ -149,8 +149,9 @@ def test_what_kernels_compile_to() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_compiles")
-def test_what_kernels_compile_to_on_other_chips() -> None:
-    check_compiled("--arch", "80,100", "--channels", "192,384")
+@pytest.mark.parametrize("arch", ["80", "100"])
+def test_what_kernels_compile_to_on_other_chips(arch: str) -> None:
+    check_compiled("--arch", arch, "--channels", "192,384")
 
 
 @pytest.mark.slow
