@@ -96,16 +96,15 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
         return found
 
     def blocks(name: str, compiled: bool) -> Stage:
-        tiny = ("--branches", "S", "--tokens", "9", "--batch", "1", "--repeats", "1")
-        tiny += ("--mode", "train", "--dtype", "float16", "--backends", "cpu", "triton")
-        options = (
-            (*tiny, "--backends", "cpu", "triton")
-            if dry
-            else ("--batch", *(("1", "64", "256") if compiled else ("256",)))
-        )
+        if dry:
+            options = ("--branches", "S", "--tokens", "9", "--batch", "1", "--repeats", "1")
+            options += ("--mode", "train", "--backends", "cpu", "triton", "--no-compile")
+        elif compiled:
+            options = ("--batch", "1", "64", "256")
+        else:
+            options = ("--batch", "256", "--no-compile")
         seconds = 120 if compiled else 30
-        only = () if compiled else ("--no-compile",)
-        return stage(f"blocks-{name}", "block_bench.py", seconds, "--models", name, *options, *only)
+        return stage(f"blocks-{name}", "block_bench.py", seconds, "--models", name, *options)
 
     def models(model: str, compiled: bool) -> list[Stage]:
         if dry:
