@@ -1,4 +1,4 @@
-"""LayerNorm and the residual as the CPU compositions need them."""
+"""LayerNorm and the residual by torch, as compositions of its kernels need them."""
 
 from __future__ import annotations
 
