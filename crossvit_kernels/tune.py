@@ -109,7 +109,9 @@ def main(
     for channels in options.channels:
         for kernel in options.kernels:
             width = width_of(kernel, channels, options.heads)
-            if kernel in BLOCK_KERNELS and width > row_tiles.widest(kernel):
+            if kernel in BLOCK_KERNELS and width > row_tiles.widest(
+                kernel, _DTYPES[options.dtype].itemsize
+            ):
                 continue
             found = _tune(kernel, channels, options, device, measure or _seconds)
             _add(path, found)

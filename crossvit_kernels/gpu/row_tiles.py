@@ -119,9 +119,9 @@ _ROW_TILES: dict[tuple[str, int], _Rows] = {
     ("linear norm backward", 4): ((448, RowTile(32, 16, 32, 8, 1)),),
     ("norm backward", 4): ((1536, RowTile(16, 16, 64, 8, 1)),),
     ("attention", 4): ((128, RowTile(32, 32, 16, 8, 1)),),
-    ("attention projection", 4): ((448, RowTile(32, 32, 32, 8, 1)),),
+    ("attention projection", 4): ((192, RowTile(32, 32, 32, 8, 1)),),
     ("attention backward", 4): ((128, RowTile(32, 32, 16, 8, 1)),),
-    ("ffn", 4): ((448, RowTile(32, 32, 32, 8, 1)),),
+    ("ffn", 4): ((448, RowTile(32, 16, 32, 8, 1)),),
     ("ffn hidden backward", 4): ((_ANY, RowTile(32, 64, 32, 8, 1)),),
 }
 
@@ -159,6 +159,9 @@ _FUSED_UP_TO = {"ffn": 448, "attention projection": 192}
 # "attention" and "linear" may have an entry as well.
 _LIBRARY_FROM = {"norm linear": 449, "linear norm backward": 449}
 
+# And in float32 at any width: there are no tensor cores for it, and our products are plain loops.
+_LIBRARY_IN_FLOAT32 = ("norm linear", "linear", "linear norm backward")
+
 # Kernels, by their names in the tables, whose configuration a context of `only` has set.
 _only: dict[str, RowTile] = {}
 
@@ -176,9 +179,9 @@ def only(kernel: str, config: RowTile) -> Iterator[None]:
             _only[kernel] = previous
 
 
-def widest(kernel: str) -> int:
+def widest(kernel: str, element_size: int) -> int:
     """The widest that any configuration takes."""
-    return _ROW_TILES[kernel, 2][-1][0]
+    return _ROW_TILES[kernel, element_size][-1][0]
 
 
 def name_of(kernel: str, element_size: int, few: bool) -> str:
@@ -234,7 +237,7 @@ def forget() -> None:
     _measured_or_from_table.cache_clear()
 
 
-def fused(kernel: str, num_rows: int, channels: int) -> bool:
+def fused(kernel: str, num_rows: int, channels: int, element_size: int) -> bool:
     """Whether one kernel ("ffn", "attention projection") does what two could.
 
     It saves the memory traffic between them, but has no columns to divide among multiprocessors
@@ -244,13 +247,16 @@ def fused(kernel: str, num_rows: int, channels: int) -> bool:
         ValueError: The environment names no form.
     """
     form = FORMS.asked_for()
-    if channels > widest(kernel) or form in ("split", "library"):
+    if channels > widest(kernel, element_size) or form in ("split", "library"):
         return False
     if form == "fused":
         return True
-    return num_rows > FEW_ROWS and channels <= _FUSED_UP_TO[kernel]
+    return num_rows > FEW_ROWS and channels <= _FUSED_UP_TO[kernel] and element_size == 2
 
 
-def by_library(step: str, width: int) -> bool:
+def by_library(step: str, width: int, element_size: int) -> bool:
     """Whether torch's libraries do a step ("norm linear", "attention", ...) of a split block."""
-    return FORMS.asked_for() == "library" or width >= _LIBRARY_FROM.get(step, width + 1)
+    form = FORMS.asked_for()
+    if form == "library" or width >= _LIBRARY_FROM.get(step, width + 1):
+        return True
+    return form == "auto" and element_size == 4 and step in _LIBRARY_IN_FLOAT32

@@ -15,17 +15,17 @@ def specimens(chip: int, dtype: str, channels: int, hidden: int) -> Iterator[Spe
     from crossvit_kernels.ops.token_layers import triton_kernels as linear
 
     sizes = (chip, dtype, channels, hidden)
-    of = layers.specimens
-    if channels <= row_tiles.widest("ffn"):
+    of, size = layers.specimens, 4 if dtype == "fp32" else 2
+    if channels <= row_tiles.widest("ffn", size):
         yield from of(kernels.ffn_forward, "ffn", *sizes)
-    if not row_tiles.by_library("norm linear", channels):
+    if channels <= row_tiles.widest("norm linear", size):
         yield from of(linear.norm_linear, "norm linear", *sizes, with_cls=False, GELU=True)
     else:  # after LayerNorm by itself
         terms = chip, dtype, hidden, channels
         yield from of(linear.linear, "linear", *terms, with_residual=False)
     yield from of(linear.linear, "linear", *sizes, with_cls=False)
     yield from of(kernels.ffn_hidden_backward, "ffn hidden backward", *sizes)
-    if not row_tiles.by_library("linear norm backward", channels):
+    if channels <= row_tiles.widest("linear norm backward", size):
         name, product = "linear norm backward", True
     else:
         name, product = "norm backward", False

@@ -39,7 +39,7 @@ def forward(
     tokens, w = layers.prepared(x), _contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     saved = empty_saved(x, w) if save else None
-    if row_tiles.fused("ffn", tokens.num_rows, x.shape[2]):
+    if row_tiles.fused("ffn", tokens.num_rows, x.shape[2], w.fc1_weight.element_size()):
         return _in_one_kernel(tokens, w, scale, eps, saved), saved
     affine = w.norm_weight, w.norm_bias
     hidden = layers.norm_linear(tokens, affine, w.fc1_weight, w.fc1_bias, eps, saved, gelu=True)

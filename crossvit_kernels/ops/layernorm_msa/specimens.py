@@ -15,16 +15,16 @@ def specimens(chip: int, dtype: str, channels: int, heads: int) -> Iterator[Spec
     from crossvit_kernels.ops.token_layers import triton_kernels as linear
 
     sizes, qkv, d = (chip, dtype, channels), 3 * channels, channels // heads
-    of = layers.specimens
-    if not row_tiles.by_library("norm linear", channels):
+    of, size = layers.specimens, 4 if dtype == "fp32" else 2
+    if channels <= row_tiles.widest("norm linear", size):
         yield from of(linear.norm_linear, "norm linear", *sizes, qkv, GELU=False)
     yield from of(kernels.attention, "attention", *sizes, 0, d, HEADS=heads)
-    if channels <= row_tiles.widest("attention projection"):
+    if channels <= row_tiles.widest("attention projection", size):
         name = "attention projection"
         yield from of(kernels.attention_projection, name, *sizes, 0, HEADS=heads)
     yield from of(linear.linear, "linear", *sizes, channels)
     yield from of(kernels.attention_backward, "attention backward", *sizes, 0, d, HEADS=heads)
-    if not row_tiles.by_library("linear norm backward", channels):
+    if channels <= row_tiles.widest("linear norm backward", size):
         name = "linear norm backward"
         yield from of(linear.linear_norm_backward, name, *sizes, qkv, PRODUCT=True)
     else:

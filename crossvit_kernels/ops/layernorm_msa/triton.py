@@ -63,7 +63,7 @@ def forward(
     statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
     affine = w.norm_weight, w.norm_bias
     qkv = layers.norm_linear(tokens, affine, w.qkv_weight, w.qkv_bias, eps, statistics)
-    if row_tiles.fused("attention projection", tokens.num_rows, x.shape[2]):
+    if row_tiles.fused("attention projection", tokens.num_rows, x.shape[2], qkv.element_size()):
         heads = qkv.new_empty(x.shape) if keep == "fast" else None
         y = _attention_projection(qkv, heads, lse, w, tokens, scale, num_heads)
     else:
@@ -122,7 +122,7 @@ def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
 
     batch, num_tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    by_library = row_tiles.by_library("attention", channels // num_heads)
+    by_library = row_tiles.by_library("attention", channels // num_heads, qkv.element_size())
     if by_library and (qkv.is_cpu or qkv.element_size() == 2):
         return _flash_attention(qkv, lse, num_heads)
     heads = qkv.new_empty(batch, num_tokens, channels)

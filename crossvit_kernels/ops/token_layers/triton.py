@@ -86,7 +86,7 @@ def norm_linear(
 
     x, cls = tokens
     (batch, num_tokens, channels), columns = x.shape, weight.shape[0]
-    if row_tiles.by_library("norm linear", channels):
+    if row_tiles.by_library("norm linear", channels, weight.element_size()):
         return _norm_then_linear(tokens, norm, weight, bias, eps, statistics, gelu)
     out = x.new_empty(batch, num_tokens, columns, dtype=weight.dtype)
     shape, options = shape_for("norm linear", weight, tokens.num_rows, channels, columns)
@@ -157,7 +157,7 @@ def linear_residual(
     residual_scale: Tensor | None,
 ) -> Tensor:
     """X + residual_scale * (a W^T + b) [B, N, C], from a [B, N, W's columns]."""
-    if row_tiles.by_library("linear", weight.shape[0]):
+    if row_tiles.by_library("linear", weight.shape[0], weight.element_size()):
         update = F.linear(a, weight, bias)
         return layer_norm.add_residual(tokens.x, update, residual_scale, tokens.cls)
     y = empty_result(tokens.x, weight)
@@ -229,7 +229,7 @@ def linear_norm_backward(
 
     x, cls = tokens
     terms, channels = weight.shape
-    in_one = not row_tiles.by_library("linear norm backward", channels)
+    in_one = not row_tiles.by_library("linear norm backward", channels, weight.element_size())
     if in_one:
         name, inner = "linear norm backward", terms
     else:
