@@ -53,7 +53,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         tests = ["-k", "few_tokens or huge_scores or why_not", *tests]
     build = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
     found = [
-        *(() if dry else (Stage("build", build, 120),)),
+        *(() if dry else (Stage("build", build, 120), *compilation())),
         Stage("imports", (python, "-m", "crossvit_kernels"), 60),
         Stage("tests", (python, "-m", "pytest", "tests/gpu", *tests), 200),
     ]
@@ -62,6 +62,17 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         command = (*tool, python, "-m", "pytest", "-m", "sanitizer", "tests")
         found.append(Stage("sanitizer", command, 60))
     return found + _benchmarks(out, device, quick, dry)
+
+
+def compilation() -> list[Stage]:
+    """Triton's kernels on all cores at once, into the cache where launches find them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    command = (sys.executable, "-m", "crossvit_kernels.inspect", "--arch", f"{major}{minor}")
+    return [Stage("compile", (*command, "--processes", str(os.cpu_count())), 120)]
 
 
 def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:

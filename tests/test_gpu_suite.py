@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -45,6 +46,7 @@ def test_on_a_gpu_every_width_is_measured(suite, tmp_path) -> None:
     models = [name for name in stages if name.startswith("models-")]
     assert len(models) == 2 * 9 + 2  # the first model also without its compiled baselines
     assert "max-autotune" in stages["models-crossvit_9_dagger_240-train"].command
+    assert ("compile" in stages) == torch.cuda.is_available()
     assert "--compile-budget" in stages["fusion-15-S"].command
     assert "--no-compile" in stages["fusion-9-L"].command
     assert "batch=1,8,64,256,1024" in stages["fusion-15-L"].command

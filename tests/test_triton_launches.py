@@ -111,7 +111,25 @@ call(2, 3, keep="lean", with_cls=False, scaled=True)
 """
 
 
-@pytest.mark.parametrize("calls", [FUSIONS, BLOCKS], ids=["fusions", "blocks"])
+INSPECTED = """
+from crossvit_kernels import FfnWeights
+from crossvit_kernels.gpu import ahead_of_time
+from crossvit_kernels.ops.layernorm_ffn import specimens, triton as ffn, triton_kernels
+from block_cases import ffn_weights
+
+watch(triton_kernels)
+x, w = torch.randn(64, 200, 96).bfloat16(), ffn_weights(96, 384)
+ffn.forward(x, FfnWeights(*(t.bfloat16() for t in w)), None, 1e-6, True)
+(launched,) = compiled["ffn_forward"].values()
+specimen = next(s for s in specimens.specimens(90, "bf16", 96, 384) if s.name == "ffn_forward")
+inspected = ahead_of_time.compile_for(specimen, "cuda", 90)
+assert inspected.hash == launched.hash  # under which Triton keeps it
+"""
+
+
+@pytest.mark.parametrize(
+    "calls", [FUSIONS, BLOCKS, INSPECTED], ids=["fusions", "blocks", "inspected"]
+)
 def test_batch_and_tokens_are_not_compiled_in(calls: str) -> None:
     pytest.importorskip("triton")
     environment = {

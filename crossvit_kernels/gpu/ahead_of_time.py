@@ -62,6 +62,7 @@ class Specimen:
         def pointer(path: tuple[int, ...], element: str | None) -> str:
             if element is None:
                 constants[path] = None
+                attributes.update(_attributes_of_constant(path))
                 return "constexpr"
             attributes[path] = [["tt.divisibility", 16]]  # as torch's allocator gives memory
             return f"*{element}"
@@ -71,6 +72,7 @@ class Specimen:
             elements = self.pointers.get(name)
             if parameter.is_constexpr:
                 types[name] = "constexpr"
+                attributes.update(_attributes_of_constant((index,)))
             elif isinstance(elements, tuple):
                 paths = [((index, i), e) for i, e in enumerate(elements)]
                 types[name] = type(elements)(*(pointer(path, e) for path, e in paths))
@@ -79,6 +81,14 @@ class Specimen:
             else:
                 types[name] = "fp32" if name in ("eps", "scale") else "i32"
         return types, constants, attributes
+
+
+def _attributes_of_constant(path: tuple[int, ...]) -> dict[tuple[int, ...], Any]:
+    """As a launch has them, so that it finds in Triton's cache what was compiled here."""
+    import triton
+
+    major, minor = map(int, triton.__version__.split(".")[:2])
+    return {path: []} if (major, minor) >= (3, 8) else {}
 
 
 def _found_again(module: str, name: str, *rest: Any) -> Specimen:
