@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,8 @@ WIDTHS = {
     "15": (192, 6, 3),
     "18": (224, 7, 3),
 }
+#: Contender: what runs it, forward and backward; the others run as the tables choose.
+FORM_OF = {f"ours (triton, {form})": form for form in ("fused", "split", "library")}
 TOKENS = {"S": 401, "L": 197}  # at 240 pixels, CLS counted in
 
 Call = Callable[[Tensor, Sequence[Tensor]], Tensor]
@@ -91,16 +92,12 @@ def sdpa_msa(x: Tensor, weights: Sequence[Tensor], heads: int) -> Tensor:
 def contenders(half: str, sizes: Sizes, options: argparse.Namespace) -> dict[str, Call]:
     """Name -> y of x and weights; eager first."""
 
-    def ours(backend: str, keep: str = "fast", form: str | None = None) -> Call:
+    def ours(backend: str, keep: str = "fast") -> Call:
         def call(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-            chosen: AbstractContextManager[None] = nullcontext()
-            if form:
-                chosen = row_tiles.FORMS.choose(form)
-            with chosen:
-                if half == "ffn":
-                    return ck.layernorm_ffn(x, ck.FfnWeights(*weights), EPS, backend=backend)
-                w = ck.MsaWeights(*weights)
-                return ck.layernorm_msa(x, w, sizes.heads, EPS, keep=keep, backend=backend)
+            if half == "ffn":
+                return ck.layernorm_ffn(x, ck.FfnWeights(*weights), EPS, backend=backend)
+            w = ck.MsaWeights(*weights)
+            return ck.layernorm_msa(x, w, sizes.heads, EPS, keep=keep, backend=backend)
 
         return call
 
@@ -114,8 +111,7 @@ def contenders(half: str, sizes: Sizes, options: argparse.Namespace) -> dict[str
             )
     for backend in options.backends:
         if backend == "triton":
-            for form in ("fused", "split", "library"):
-                calls[f"ours (triton, {form})"] = ours(backend, form=form)
+            calls |= {name: ours(backend) for name in FORM_OF}
             if half == "msa":
                 calls["ours (triton, lean)"] = ours(backend, keep="lean")
         else:
@@ -126,23 +122,29 @@ def contenders(half: str, sizes: Sizes, options: argparse.Namespace) -> dict[str
 class Runner:
     """Calls of one contender, as they are checked and timed."""
 
-    def __init__(self, call: Call, x: Tensor, weights: list[Tensor], dy: Tensor, train: bool):
-        self.call, self.x, self.weights, self.dy, self.train = call, x, weights, dy, train
+    def __init__(
+        self,
+        call: Call,
+        x: Tensor,
+        weights: list[Tensor],
+        dy: Tensor,
+        train: bool,
+        form: str = "auto",
+    ) -> None:
+        self.call, self.x, self.weights, self.dy = call, x, weights, dy
+        self.train, self.form = train, form
 
     def __call__(self, _: int) -> object:
-        if not self.train:
-            with torch.no_grad():
-                return self.call(self.x, self.weights)
-        y = self.call(self.x, self.weights)
-        return torch.autograd.grad(y, [self.x, *self.weights], self.dy)
+        with row_tiles.FORMS.choose(self.form), torch.set_grad_enabled(self.train):
+            y = self.call(self.x, self.weights)
+            return torch.autograd.grad(y, [self.x, *self.weights], self.dy) if self.train else y
 
     def results(self) -> list[Tensor]:
         """y; in training also dx."""
-        if not self.train:
-            with torch.no_grad():
-                return [self.call(self.x, self.weights).clone()]
-        y = self.call(self.x, self.weights)
-        return [y.detach().clone(), torch.autograd.grad(y, self.x, self.dy)[0]]
+        with row_tiles.FORMS.choose(self.form), torch.set_grad_enabled(self.train):
+            y = self.call(self.x, self.weights)
+            gradients = torch.autograd.grad(y, [self.x], self.dy) if self.train else ()
+            return [y.detach().clone(), *gradients]
 
 
 def measure_half(
@@ -172,7 +174,7 @@ def measure_half(
     floor = sizes.floor_seconds(half, train, dtype.itemsize, limits)
     rows, runners = {}, {}
     for name, call in calls.items():
-        runner = Runner(call, x, weights, dy, train)
+        runner = Runner(call, x, weights, dy, train, FORM_OF.get(name, "auto"))
         rows[name] = dataclasses.asdict(sizes) | {
             "half": half,
             "mode": mode,

@@ -26,7 +26,8 @@ def specimens(chip: int, dtype: str, channels: int, hidden: int) -> Iterator[Spe
     yield from of(linear.linear, "linear", *sizes, with_cls=False)
     yield from of(kernels.ffn_hidden_backward, "ffn hidden backward", *sizes)
     if channels <= row_tiles.widest("linear norm backward", size):
-        name, product = "linear norm backward", True
+        name = "linear norm backward"
+        yield from of(linear.linear_norm_backward, name, *sizes, with_cls=False, PRODUCT=True)
     else:
-        name, product = "norm backward", False
-    yield from of(linear.linear_norm_backward, name, *sizes, with_cls=False, PRODUCT=product)
+        name, sizes = "norm backward", (chip, dtype, channels, channels)
+        yield from of(linear.linear_norm_backward, name, *sizes, with_cls=False, PRODUCT=False)
