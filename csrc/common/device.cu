@@ -1,6 +1,5 @@
-#include <cuda_runtime.h>
-
 #include "common/device.h"
+#include "common/launch.h"
 
 namespace crossvit {
 namespace {
@@ -22,22 +21,6 @@ __global__ void __launch_bounds__(kThreads) sum_of_indices_kernel(int* out) {
 std::string describe(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
 }
-
-// Leaves the calling thread on the device it was on.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    status = cudaGetDevice(&previous_);
-    if (status == cudaSuccess) status = cudaSetDevice(device);
-  }
-  ~DeviceGuard() {
-    if (previous_ >= 0) cudaSetDevice(previous_);
-  }
-  cudaError_t status;
-
- private:
-  int previous_ = -1;
-};
 
 }  // namespace
 
