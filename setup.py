@@ -139,8 +139,9 @@ class NinjaBuild(build_ext):
                     extra = f"{march} -DCROSSVIT_ISA={level}"
                     compile_rule(source, "cxx", f"{stem}_{level}", extra)
             else:
-                extra = binding_flags if source == "csrc/bindings.cpp" else ""
-                compile_rule(source, "cxx", stem, extra)
+                extra = binding_flags if source.startswith("csrc/bindings/") else ""
+                if cuda or source != "csrc/bindings/cuda.cpp":
+                    compile_rule(source, "cxx", stem, extra)
         lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {libs}"]
         (work / "build.ninja").write_text("\n".join(lines) + "\n")
 
@@ -149,8 +150,10 @@ class NinjaBuild(build_ext):
 
 
 def sources() -> list[str]:
+    """All of csrc/ but what runs CUDA sources on a CPU, which is for the tests."""
     found = [p for pattern in ("*.cpp", "*.cu") for p in (ROOT / "csrc").rglob(pattern)]
-    return sorted(str(path.relative_to(ROOT)) for path in found)
+    relative = [path.relative_to(ROOT) for path in found]
+    return sorted(str(path) for path in relative if path.parts[1] != "testing")
 
 
 setup(

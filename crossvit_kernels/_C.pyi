@@ -1,4 +1,6 @@
-"""The compiled extension (csrc/bindings.cpp). Addresses are ints; strides count elements."""
+"""The compiled extension (csrc/bindings/). Addresses are ints; strides count elements."""
+
+from typing import Any
 
 _Problem = tuple[int, int, int, int, bool, float]
 _Rows = tuple[int, int, int]
@@ -10,6 +12,7 @@ _Norm = tuple[int, int, float, int, int, int]
 _Linear = tuple[int, int]
 
 cuda_architectures: str
+cuda: Any  # csrc/bindings/cuda.cpp, where there are cuda_architectures
 
 def attention_core_forward(
     problem: _Problem, x: _Tokens, u: _Rows, mask: _Mask, m: _Rows, lse: int

@@ -78,11 +78,10 @@ def _operations_with(backend: str) -> list[str]:
 def _why_not_cuda() -> str | None:
     if extension.missing:
         return extension.missing
-    if not extension.cuda_architectures():
-        return (
-            "the extension was built without CUDA: no CUDA toolkit was found, or "
-            "CROSSVIT_BUILD_CUDA=0 was set"
-        )
+    if extension.cuda_kernels is None:
+        return extension.NO_CUDA
+    if extension.cuda_kernels.device_type == "cpu":
+        return None
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     failure = extension.cuda_self_check(torch.cuda.current_device())

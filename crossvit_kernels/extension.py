@@ -1,12 +1,12 @@
 """The compiled extension ``_C``: whether it is there, and tensors as it takes them.
 
 The extension knows nothing of torch: a tensor crosses as a tuple of its address, dtype code and
-strides in elements (csrc/bindings.cpp).
+strides in elements (csrc/bindings/).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch  # the extension runs its loops on the thread pool of a torch loaded before it
 from torch import Tensor
@@ -26,6 +26,50 @@ except ImportError as error:  # not built, or built for another Python
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _NOTHING = 0
+
+
+class CudaKernels(NamedTuple):
+    """What starts CUDA kernels: functions (csrc/bindings/cuda.cpp), and whose tensors they take."""
+
+    functions: Any
+    device_type: str
+
+
+#: None where the extension has none. The tests put a build of the same sources for the CPU here.
+cuda_kernels = CudaKernels(_C.cuda, "cuda") if _C and _C.cuda_architectures else None
+
+
+def why_not_cuda_kernels(x: Tensor) -> str | None:
+    """Why no CUDA kernel can take x; None where some can."""
+    if cuda_kernels is None:
+        return missing or NO_CUDA
+    if x.device.type != cuda_kernels.device_type:
+        return f"the tokens are on {x.device}, not on a CUDA device"
+    if x.dtype not in DTYPE_CODES or x.dtype == torch.float64:
+        return f"it has no code for {x.dtype} tokens"
+    return None
+
+
+def shared_bytes_of_block(x: Tensor) -> int:
+    """Shared memory that a block of threads may have on x's device."""
+    if not x.is_cuda:
+        return 227 * 1024
+    properties = torch.cuda.get_device_properties(x.device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def place(x: Tensor) -> tuple[int, int]:
+    """Where a kernel on x runs: the device's index, the address of its current stream."""
+    if not x.is_cuda:
+        return 0, _NOTHING
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
+#: Why an extension without CUDA has none.
+NO_CUDA = (
+    "the extension was built without CUDA: no CUDA toolkit was found, or "
+    "CROSSVIT_BUILD_CUDA=0 was set"
+)
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -63,6 +107,15 @@ def tokens(x: Tensor, extra: Tensor | None) -> tuple[int, int, int, int, int, in
     """[B, N, C] and, where given, one more token [B, C] in front of each image's, same dtype."""
     front = (_NOTHING, 0) if extra is None else (extra.data_ptr(), extra.stride(0))
     return x.data_ptr(), DTYPE_CODES[x.dtype], x.stride(0), x.stride(1), *front
+
+
+def core_problem(
+    x: Tensor, extra: Tensor | None, num_rows: int, norm_eps: float | None
+) -> tuple[int, int, int, int, bool, float]:
+    """The sizes of an attention_core over tokens x and, where given, one more an image."""
+    batch, num_tokens, channels = x.shape
+    num_tokens += extra is not None
+    return batch, num_tokens, num_rows, channels, norm_eps is not None, norm_eps or 0.0
 
 
 def mask(key_mask: Tensor | None) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ namespace crossvit {
 struct LaunchConfig {
   dim3 grid;
   dim3 block;
-  int shared_bytes;
+  int shared_bytes = 0;
   int cluster = 1;  // blocks of a cluster, along grid.x, which is a multiple of it
   cudaStream_t stream = nullptr;
 };
@@ -42,7 +42,16 @@ cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... argu
   return cudaLaunchKernelEx(&start, kernel, static_cast<P>(std::forward<A>(arguments))...);
 }
 
+// What a block may have; 0 where the device does not say.
+inline int shared_bytes_of_block(int device) {
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
 #else
+
+inline int shared_bytes_of_block(int) { return testing::kMostShared; }
 
 // Runs the kernel to its end; a fault in it is a std::runtime_error that names block and cause.
 template <class... P, class... A>

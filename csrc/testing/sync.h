@@ -137,6 +137,18 @@ inline int cluster_size() { return static_cast<int>(cluster->blocks.size()); }
 
 inline void cluster_sync(int line = __builtin_LINE());
 
+// Of some of the block's warps.
+inline void barrier_of_warps(int id, int threads, int line = __builtin_LINE()) {
+  if (id < 1 || id > 15 || threads % kWarp) fault("no such barrier of warps");
+  Barrier& barrier = current->block->warp_barriers[id];
+  {
+    Unwatched unwatched;
+    if (barrier.arrived == 0) barrier.members = threads;
+  }
+  if (barrier.members != threads) fault("warps meet at one barrier with different counts");
+  barrier.wait(barrier.arrive(), "a barrier of warps", line);
+}
+
 inline char* dynamic_shared() { return current->block->shared; }
 
 // Where `shared`, of the calling block, lies in another block of the cluster.

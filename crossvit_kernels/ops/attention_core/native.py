@@ -38,7 +38,7 @@ def forward(
     lse = u.new_empty(batch, num_rows)
     if m.numel():
         _C.attention_core_forward(
-            problem=_problem(x, extra_token, num_rows, norm_eps),
+            problem=extension.core_problem(x, extra_token, num_rows, norm_eps),
             x=extension.tokens(x, extra_token),
             u=extension.rows(u.expand(batch, -1, -1)),
             mask=extension.mask(key_mask),
@@ -68,7 +68,7 @@ def backward(
     dextra = None if extra_token is None else x.new_empty(batch, channels)
     if m.numel():
         _C.attention_core_backward(
-            problem=_problem(x, extra_token, num_rows, norm_eps),
+            problem=extension.core_problem(x, extra_token, num_rows, norm_eps),
             x=extension.tokens(x, extra_token),
             u=extension.rows(u.expand(batch, -1, -1)),
             mask=extension.mask(key_mask),
@@ -80,11 +80,3 @@ def backward(
             dx=extension.tokens(dx, dextra),
         )
     return du, dx, dextra
-
-
-def _problem(
-    x: Tensor, extra_token: Tensor | None, num_rows: int, norm_eps: float | None
-) -> tuple[int, int, int, int, bool, float]:
-    batch, num_tokens, channels = x.shape
-    num_tokens += extra_token is not None
-    return batch, num_tokens, num_rows, channels, norm_eps is not None, norm_eps or 0.0

@@ -11,10 +11,10 @@ from torch.autograd.function import once_differentiable
 from crossvit_kernels.backends import choose, register_operation
 from crossvit_kernels.extension import accumulate_dtype
 from crossvit_kernels.ops import library
-from crossvit_kernels.ops.attention_core import native, reference, triton
+from crossvit_kernels.ops.attention_core import cuda, native, reference, triton
 
 #: Modules with why_not, forward and backward.
-BACKENDS: dict[str, Any] = {"cpu": native, "triton": triton}
+BACKENDS: dict[str, Any] = {"cuda": cuda, "cpu": native, "triton": triton}
 register_operation("attention_core", tuple(BACKENDS))
 
 

@@ -1,15 +1,12 @@
-// The only file that knows Python. Tensors arrive as tuples of address, dtype code and strides in
-// elements (crossvit_kernels/extension.py makes them), so nothing here depends on torch.
+// The extension module crossvit_kernels._C. Nothing outside this folder knows Python.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include "attention_core/params.h"
+#include "bindings/arguments.h"
 #include "common/isa.h"
 #include "cross_attention/params.h"
 #include "layernorm_ffn/params.h"
 #include "layernorm_msa/params.h"
 #ifdef CROSSVIT_WITH_CUDA
+#include "bindings/cuda.h"
 #include "common/device.h"
 #endif
 
@@ -21,37 +18,7 @@ namespace msa = crossvit::layernorm_msa;
 
 namespace {
 
-using Address = std::uintptr_t;
-using ProblemArg = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, double>;
-using RowsArg = std::tuple<Address, int64_t, int64_t>;
-using TokensArg = std::tuple<Address, int, int64_t, int64_t, Address, int64_t>;
-using MaskArg = std::tuple<Address, int64_t, int64_t>;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-core::Problem to_problem(const ProblemArg& arg) {
-  const auto& [batch, num_tokens, num_rows, channels, normalize, eps] = arg;
-  return {batch, num_tokens, num_rows, channels, normalize, eps};
-}
-
-core::Rows to_rows(const RowsArg& arg) {
-  const auto& [data, batch_stride, row_stride] = arg;
-  return {pointer<void>(data), batch_stride, row_stride};
-}
-
-core::Tokens to_tokens(const TokensArg& arg) {
-  const auto& [data, dtype, batch_stride, token_stride, extra, extra_batch_stride] = arg;
-  return {pointer<void>(data), crossvit::DType(dtype), batch_stride,
-          token_stride,        pointer<void>(extra),   extra_batch_stride};
-}
-
-core::Mask to_mask(const MaskArg& arg) {
-  const auto& [data, batch_stride, token_stride] = arg;
-  return {pointer<const bool>(data), batch_stride, token_stride};
-}
+using namespace crossvit::bindings;
 
 using ParameterArg = std::tuple<Address, int>;
 
@@ -173,6 +140,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef CROSSVIT_WITH_CUDA
   m.attr("cuda_architectures") = CROSSVIT_CUDA_ARCH_LIST;
   m.def("cuda_self_check", &crossvit::cuda_self_check, py::arg("device"), Released());
+  py::module_ cuda = m.def_submodule("cuda");
+  crossvit::bindings::define_cuda(cuda);
 #else
   m.attr("cuda_architectures") = "";
 #endif

@@ -1,0 +1,94 @@
+"""attention_core on the CUDA kernels of the extension: one pass over the tokens each way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels import extension
+from crossvit_kernels.gpu.launch import aligned_rows
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why the CUDA kernels cannot take tokens x; None where they can."""
+    if reason := extension.why_not_cuda_kernels(x):
+        return reason
+    assert extension.cuda_kernels is not None
+    channels = x.shape[-1]
+    if channels % 16:
+        return f"{channels} channels are no multiple of 16"
+    of_widths = extension.cuda_kernels.functions.attention_core_shared_bytes
+    of_widths = of_widths[extension.DTYPE_CODES[x.dtype]]
+    if channels > 16 * len(of_widths):
+        return f"{channels} channels are more than {16 * len(of_widths)}"
+    needed, most = of_widths[channels // 16 - 1], extension.shared_bytes_of_block(x)
+    if needed > most:
+        return f"it needs {needed} bytes of shared memory, of which a block there has {most}"
+    return None
+
+
+def forward(
+    u: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    extra_token: Tensor | None,
+    norm_eps: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(m, lse) as in reference.py, both in float32; u in float32."""
+    batch, num_rows, channels = x.shape[0], u.shape[1], x.shape[2]
+    m, lse = u.new_empty(batch, num_rows, channels), u.new_empty(batch, num_rows)
+    if m.numel():
+        assert extension.cuda_kernels is not None
+        functions = extension.cuda_kernels.functions
+        u, x = extension.unit_stride(u), aligned_rows(x)
+        problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
+        workspace = m.new_empty(functions.attention_core_workspaces(problem)[0])
+        functions.attention_core_forward(
+            problem=problem,
+            x=extension.tokens(x, extra_token),
+            u=extension.rows(u.expand(batch, -1, -1)),
+            mask=extension.mask(key_mask),
+            m=extension.rows(m),
+            lse=lse.data_ptr(),
+            workspace=workspace.data_ptr(),
+            place=extension.place(x),
+        )
+    return m, lse
+
+
+def backward(
+    dm: Tensor,
+    dlse: Tensor | None,
+    u: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    extra_token: Tensor | None,
+    m: Tensor,
+    lse: Tensor,
+    norm_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared."""
+    batch, num_rows, channels = m.shape
+    du, dx = torch.empty_like(m), x.new_empty(x.shape)
+    dextra = None if extra_token is None else x.new_empty(batch, channels)
+    if m.numel():
+        assert extension.cuda_kernels is not None
+        functions = extension.cuda_kernels.functions
+        u, x, dm = extension.unit_stride(u), aligned_rows(x), extension.unit_stride(dm)
+        problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
+        workspace = m.new_empty(functions.attention_core_workspaces(problem)[1])
+        functions.attention_core_backward(
+            problem=problem,
+            x=extension.tokens(x, extra_token),
+            u=extension.rows(u.expand(batch, -1, -1)),
+            mask=extension.mask(key_mask),
+            m=extension.rows(m),
+            lse=lse.data_ptr(),
+            dm=extension.rows(dm),
+            dlse=extension.optional(None if dlse is None else dlse.contiguous()),
+            du=extension.rows(du),
+            dx=extension.tokens(dx, dextra),
+            workspace=workspace.data_ptr(),
+            place=extension.place(x),
+        )
+    return du, dx, dextra

@@ -1,0 +1,147 @@
+#include "attention_core/cuda/backward_pass.h"
+#include "attention_core/cuda/choose.h"
+
+namespace crossvit::attention_core::cuda {
+namespace {
+
+// What softmax's backward subtracts: dm . m of each row, dm as rounded, less the gradient of lse.
+template <class P>
+__device__ void write_numbers(const BackwardPass<P>& pass, const BackwardParams& a, int64_t image,
+                              int begin, int count) {
+  using T = typename P::Element;
+  const int channels = static_cast<int>(a.problem.channels), lane = lane_index();
+  const float* dm = static_cast<const float*>(a.dm.data) + image * a.dm.batch_stride;
+  const float* m = static_cast<const float*>(a.m.data) + image * a.m.batch_stride;
+  const int64_t at = image * a.problem.num_rows + begin;
+  for (int row = static_cast<int>(threadIdx.x) / 32; row < P::kRows; row += P::warps()) {
+    float delta = 0, lse = INFINITY;
+    if (row < count) {
+      const float* of_dm = dm + (begin + row) * a.dm.row_stride;
+      const float* of_m = m + (begin + row) * a.m.row_stride;
+      for (int c = lane; c < channels; c += 32) delta += rounded<T>(of_dm[c]) * of_m[c];
+      for (int far = 16; far > 0; far /= 2) delta += __shfl_xor_sync(~0u, delta, far);
+      lse = static_cast<const float*>(a.lse)[at + row];
+      if (lse == -INFINITY) lse = INFINITY;  // nothing attended to: no weights
+      if (a.dlse) delta -= static_cast<const float*>(a.dlse)[at + row];
+    }
+    if (lane == 0) {
+      pass.lse()[row] = lse;
+      pass.delta()[row] = delta;
+    }
+  }
+}
+
+// Score rows [begin, begin + kRows). Grid: images, parts. partial: [B, parts, R, C], du of a part,
+// where there are several.
+template <class P>
+__global__ void __launch_bounds__(P::kMaxThreads, 1)
+    attention_core_backward(const BackwardParams a, float* partial, int begin) {
+  using T = typename P::Element;
+  CROSSVIT_DYNAMIC_SHARED(memory);
+  const int channels = static_cast<int>(a.problem.channels);
+  const int num_rows = static_cast<int>(a.problem.num_rows);
+  const int64_t image = blockIdx.x, part = blockIdx.y;
+  const int count = min(P::kRows, num_rows - begin);
+  const int first = static_cast<int>(part) * kPart;
+  const int last = end_of_part(a.problem, first);
+
+  BackwardPass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
+  const Image<T> x = image_of<T>(a.x, a.mask, image);
+  pass.start(x, first, last);
+  const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
+  const float* dm = static_cast<const float*>(a.dm.data) + image * a.dm.batch_stride;
+  T* rows = pass.rows();
+  write_rows<P>(rows, dm + begin * a.dm.row_stride, a.dm.row_stride, count, channels);
+  rows += P::kRows * P::row_pitch(channels);
+  write_rows<P>(rows, u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  write_numbers<P>(pass, a, image, begin, count);
+
+  const bool add = begin > 0;
+  T* dextra = static_cast<T*>(a.dx.extra) + image * a.dx.extra_batch_stride;
+  pass.run(x, static_cast<T*>(a.dx.data) + image * a.dx.batch_stride, a.dx.token_stride, first,
+           last, add, [&](int channel, T value) {
+             dextra[channel] =
+                 add ? from_float<T>(to_float(dextra[channel]) + to_float(value)) : value;
+           });
+
+  float* du = static_cast<float*>(a.du.data) + image * a.du.batch_stride;
+  int64_t stride = a.du.row_stride;
+  if (gridDim.y > 1) {
+    du = partial + (image * gridDim.y + part) * num_rows * channels;
+    stride = channels;
+  }
+  pass.results(
+      count, [&](int row, int channel, float sum) { du[(begin + row) * stride + channel] = sum; });
+}
+
+constexpr int kMergeThreads = 128;
+
+// The parts of one row of du, in their order. Grid: score rows of all images.
+__global__ void __launch_bounds__(kMergeThreads)
+    attention_core_backward_merge(const BackwardParams a, const float* partial, int parts) {
+  const int channels = static_cast<int>(a.problem.channels);
+  const int64_t num_rows = a.problem.num_rows;
+  const int64_t image = blockIdx.x / num_rows, row = blockIdx.x % num_rows;
+  float* du = static_cast<float*>(a.du.data) + image * a.du.batch_stride + row * a.du.row_stride;
+  for (int c = static_cast<int>(threadIdx.x); c < channels; c += kMergeThreads) {
+    float sum = 0;
+    for (int part = 0; part < parts; ++part) {
+      sum += partial[((image * parts + part) * num_rows + row) * channels + c];
+    }
+    du[c] = sum;
+  }
+}
+
+template <class P>
+void run(const BackwardParams& params, int teams, float* workspace, cudaStream_t stream) {
+  const Problem& problem = params.problem;
+  const int parts = parts_of(problem);
+  LaunchConfig config;
+  config.grid = dim3(static_cast<unsigned>(problem.batch), parts);
+  config.block = dim3(P::threads(teams));
+  config.shared_bytes = BackwardPass<P>::bytes(static_cast<int>(problem.channels), teams);
+  config.stream = stream;
+  for (int begin = 0; begin < problem.num_rows; begin += P::kRows) {
+    check(launch(attention_core_backward<P>, config, params, workspace, begin),
+          name_of<P>("attention_core_backward"));
+  }
+  if (parts == 1) return;
+  LaunchConfig merge;
+  merge.grid = dim3(static_cast<unsigned>(problem.batch * problem.num_rows));
+  merge.block = dim3(kMergeThreads);
+  merge.stream = stream;
+  check(launch(attention_core_backward_merge, merge, params, workspace, parts),
+        "attention_core_backward_merge");
+}
+
+}  // namespace
+
+int64_t backward_workspace(const Problem& problem) {
+  const int parts = parts_of(problem);
+  return parts == 1 ? 0 : problem.batch * parts * problem.num_rows * problem.channels;
+}
+
+int backward_bytes(DType dtype, int64_t rows, int64_t channels) {
+  int bytes = 0;
+  with_element(dtype, [&](auto element) {
+    with_plan<decltype(element), true>(rows, channels, [&](auto plan, int teams) {
+      bytes = BackwardPass<decltype(plan)>::bytes(static_cast<int>(channels), teams);
+    });
+  });
+  return bytes;
+}
+
+void backward(const BackwardParams& params, float* workspace, const Place& place) {
+  const DeviceGuard guard(place.device);
+  check(guard.status, "attention_core_backward");
+  const int64_t channels = params.problem.channels;
+  const int64_t rows = rows_of_pass(params.problem.num_rows,
+                                    backward_bytes(params.x.dtype, 16, channels), place.device);
+  with_element(params.x.dtype, [&](auto element) {
+    with_plan<decltype(element), true>(rows, channels, [&](auto plan, int teams) {
+      run<decltype(plan)>(params, teams, workspace, static_cast<cudaStream_t>(place.stream));
+    });
+  });
+}
+
+}  // namespace crossvit::attention_core::cuda

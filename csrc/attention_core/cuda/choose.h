@@ -1,0 +1,76 @@
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "attention_core/cuda.h"
+#include "attention_core/cuda/plan.h"
+#include "common/launch.h"
+
+// Which plan runs a problem, and what launchers have in common.
+
+namespace crossvit::attention_core::cuda {
+
+inline int parts_of(const Problem& problem) {
+  return static_cast<int>(std::max<int64_t>(1, (problem.num_tokens + kPart - 1) / kPart));
+}
+
+// Of the part that begins with token `first`.
+__host__ __device__ inline int end_of_part(const Problem& problem, int first) {
+  const int64_t left = problem.num_tokens - first;
+  return first + (left < kPart ? static_cast<int>(left) : kPart);
+}
+
+// Runs run(plan, teams). A wide image goes to more warps rather than to more registers of one. At
+// 384 channels backward has three teams: two blocks of four are more shared memory than a
+// multiprocessor of sm_90 has.
+template <class T, bool kBackward, class Run>
+void with_plan(int64_t rows, int64_t channels, Run&& run) {
+  constexpr bool kWide = sizeof(T) == 4;
+  if (rows <= 8) {
+    if (channels <= 192) return run(Plan<T, 12, 1, 1, kWide ? 2 : 3>(), 4);
+    if (channels <= 384) return run(Plan<T, 24, 1, 1, 2>(), kWide ? 2 : kBackward ? 3 : 4);
+    if (channels <= 768) return run(Plan<T, 12, 1, 4, 2>(), 1);
+    return run(Plan<T, 12, 1, 8, kWide ? 1 : 2>(), 1);
+  }
+  if (channels <= 192) return run(Plan<T, 12, 2, 1, kWide ? 2 : 3>(), 4);
+  if (channels <= 768) return run(Plan<T, 12, 2, 4, 2>(), 1);
+  return run(Plan<T, 12, 2, 8, kWide ? 1 : 2>(), 1);
+}
+
+template <class Run>
+void with_element(DType dtype, Run&& run) {
+  switch (dtype) {
+    case DType::kFloat32: return run(float{});
+    case DType::kBFloat16: return run(bf16{});
+    case DType::kFloat16: return run(half{});
+    default: throw std::invalid_argument("no CUDA kernel for this element type");
+  }
+}
+
+// Shared memory of a pass of forward or backward over at most so many score rows.
+int forward_bytes(DType dtype, int64_t rows, int64_t channels);
+int backward_bytes(DType dtype, int64_t rows, int64_t channels);
+
+// Score rows of a pass, more of which take several: 16, or 8 where they do not fit.
+inline int64_t rows_of_pass(int64_t num_rows, int bytes_of_16, int device) {
+  return num_rows <= 8 || bytes_of_16 > shared_bytes_of_block(device) ? 8 : 16;
+}
+
+template <class P>
+std::string name_of(const char* kernel) {
+  const char* type = sizeof(typename P::Element) == 4            ? "float32"
+                     : std::is_same_v<typename P::Element, bf16> ? "bfloat16"
+                                                                 : "float16";
+  return std::string(kernel) + "<" + type + ", up to " + std::to_string(P::kMaxChannels) +
+         " channels and " + std::to_string(P::kRows) + " rows>";
+}
+
+inline void check(cudaError_t error, const std::string& kernel) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(kernel + ": " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+
+}  // namespace crossvit::attention_core::cuda

@@ -1,0 +1,199 @@
+#pragma once
+
+#include "attention_core/params.h"
+#include "common/async_copy.h"
+#include "common/fragments.h"
+#include "common/warp_barrier.h"
+
+// How a block of threads passes over a range of an image's tokens.
+//
+// A tile is 16 tokens. It belongs to a team of kSplit warps, each of which has its own slice of the
+// channels, in units of 16, and its own ring of kStages tiles in shared memory, which it fills with
+// asynchronous copies. Teams take turns: tile i is team i % teams'. With one warp a team, warps
+// meet only at the range's end, where their sums are added in a fixed order; with more, the warps
+// of a team exchange the partial scores of a tile. A block has as many teams as it has warps for.
+
+namespace crossvit::attention_core {
+
+template <class T, int kUnits_, int kGroups_, int kSplit_, int kStages_>
+struct Plan {
+  using Element = T;
+  static constexpr int kUnits = kUnits_;    // at most so many of 16 channels a warp
+  static constexpr int kGroups = kGroups_;  // of 8 score rows
+  static constexpr int kSplit = kSplit_;    // warps of a team
+  static constexpr int kStages = kStages_;
+  static constexpr int kTokens = 16;
+  static constexpr int kRows = 8 * kGroups;
+  static constexpr int kMaxThreads = 256;
+  static constexpr int kMaxChannels = 16 * kUnits * kSplit;
+
+  static int threads(int teams) { return 32 * kSplit * teams; }
+  __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
+  __device__ static int warps() { return static_cast<int>(blockDim.x) / 32; }
+  __device__ static int teams() { return warps() / kSplit; }
+  __device__ static int team() { return warp() / kSplit; }
+  // This warp's place in its team.
+  __device__ static int part() { return warp() % kSplit; }
+
+  __device__ static void meet_team() {
+    if constexpr (kSplit == 1) {
+      __syncwarp();
+    } else {
+      barrier_of_warps(1 + team(), 32 * kSplit);
+    }
+  }
+
+  // From a row of a tile to the next, in elements; 16 bytes more than what is in it, so that 8 rows
+  // lie in different banks.
+  __host__ __device__ static int tile_pitch(int channels) {
+    const int most = (channels / 16 + kSplit - 1) / kSplit;
+    return most * 16 + static_cast<int>(16 / sizeof(T));
+  }
+  // The same of whole rows of channels.
+  __host__ __device__ static int row_pitch(int channels) {
+    return channels + static_cast<int>(16 / sizeof(T));
+  }
+};
+
+// The channels of a warp.
+struct Slice {
+  int first;  // channel
+  int units;
+
+  __device__ static Slice of(int channels, int part, int parts) {
+    const int all = channels / 16, begin = all * part / parts;
+    return {begin * 16, all * (part + 1) / parts - begin};
+  }
+};
+
+// One image's tokens; with has_extra, token 0 is apart from the others, in memory of any kind.
+template <class T>
+struct Image {
+  const T* data;
+  int64_t token_stride;
+  const bool* mask;  // or null
+  int64_t mask_stride;
+  bool has_extra;
+  const T* extra;
+
+  __device__ const T* row(int token) const { return data + (token - has_extra) * token_stride; }
+
+  __device__ bool attended(int token, int last) const {
+    if (token >= last) return false;
+    if (token < has_extra || !mask) return true;
+    return mask[(token - has_extra) * mask_stride];
+  }
+
+  // Which of the 16 tokens from `token` on are attended to, as bits; the same in all lanes.
+  __device__ uint32_t attended_of_tile(int token, int last) const {
+    const int lane = lane_index();
+    return __ballot_sync(~0u, lane < 16 && attended(token + lane, last));
+  }
+};
+
+template <class T>
+__device__ Image<T> image_of(const Tokens& x, const Mask& mask, int64_t image) {
+  return {static_cast<const T*>(x.data) + image * x.batch_stride,
+          x.token_stride,
+          mask.data ? mask.data + image * mask.batch_stride : nullptr,
+          mask.token_stride,
+          x.extra != nullptr,
+          static_cast<const T*>(x.extra) + image * x.extra_batch_stride};
+}
+
+// The tiles of one warp, in its slice of the channels.
+template <class P>
+class TileRing {
+ public:
+  using T = typename P::Element;
+
+  static constexpr int kChunk = 16 / sizeof(T);  // elements of a copy
+
+  __host__ __device__ static int bytes(int channels) {
+    return P::kStages * P::kTokens * P::tile_pitch(channels) * static_cast<int>(sizeof(T));
+  }
+
+  __device__ TileRing(char* memory, int channels, Slice slice)
+      : memory_(reinterpret_cast<T*>(memory)), pitch_(P::tile_pitch(channels)), slice_(slice) {}
+
+  __device__ int pitch() const { return pitch_; }
+  __device__ T* tile(int turn) const { return memory_ + turn % P::kStages * (P::kTokens * pitch_); }
+
+  // Starts the copy of a tile: zeros where a token is not attended to. Eight lanes share a row.
+  __device__ void copy(const Image<T>& x, int turn, int token, int last) {
+    if (token < last) {
+      const uint32_t attended = x.attended_of_tile(token, last);
+      const int lane = lane_index();
+      T* to = tile(turn);
+      for (int row = lane / 8; row < P::kTokens; row += 4) {
+        const bool read = (attended >> row & 1) && token + row >= x.has_extra;
+        const T* from = read ? x.row(token + row) + slice_.first : x.data;
+        T* to_row = to + row * pitch_;
+        for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
+          copy_async_16(to_row + c, read ? from + c : from, read ? 16 : 0);
+        }
+      }
+    }
+    copy_async_commit();
+  }
+
+  // Waits for the oldest tile of those under way.
+  __device__ void wait() {
+    copy_async_wait<P::kStages - 1>();
+    __syncwarp();
+  }
+
+  // Puts the extra token where its tile has it.
+  __device__ void write_extra(int turn, const T* extra) {
+    const int lane = lane_index();
+    T* to = tile(turn);
+    for (int c = lane; c < slice_.units * 16; c += 32) to[c] = extra[slice_.first + c];
+    __syncwarp();
+  }
+
+ private:
+  T* memory_;
+  int pitch_;
+  Slice slice_;
+};
+
+// Score rows [0, count) as the tensor cores take them, zeros in the others. All threads.
+template <class P>
+__device__ void write_rows(typename P::Element* to, const float* from, int64_t stride, int count,
+                           int channels) {
+  using T = typename P::Element;
+  const int pitch = P::row_pitch(channels);
+  for (int row = 0; row < P::kRows; ++row) {
+    for (int c = static_cast<int>(threadIdx.x); c < channels; c += static_cast<int>(blockDim.x)) {
+      to[row * pitch + c] = from_float<T>(row < count ? from[row * stride + c] : 0.0f);
+    }
+  }
+}
+
+// What a pass knows of the four tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of a tile.
+struct FourTokens {
+  float mean[4];
+  float rstd[4];
+  float centre[4];
+};
+
+__device__ __forceinline__ int nth_token(int i) {
+  return lane_index() % 4 * 2 + (i & 1) + (i >> 1) * 8;
+}
+
+// Sums over a warp's slice of the tokens g and g + 8, as they pass by. They are taken from the
+// token's first channel there, so that a mean far above the spread costs no digits: the variance's
+// relative error is at most about C times float's eps, whatever that channel holds.
+struct TokenSums {
+  float centre[2];
+  float sum[2] = {0, 0};
+  float squares[2] = {0, 0};
+
+  __device__ void add(int token, float2 x) {
+    const float first = x.x - centre[token], second = x.y - centre[token];
+    sum[token] += first + second;
+    squares[token] += first * first + second * second;
+  }
+};
+
+}  // namespace crossvit::attention_core

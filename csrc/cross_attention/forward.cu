@@ -1,0 +1,198 @@
+#include "attention_core/cuda/forward_pass.h"
+#include "cross_attention/cuda/block.h"
+
+namespace crossvit::cross_attention::cuda {
+namespace {
+
+using attention_core::ForwardPass;
+using attention_core::Image;
+using attention_core::log_of_total;
+
+// Grid: clusters, of `images` images each.
+template <class P>
+__global__ void __launch_bounds__(P::kMaxThreads, 1)
+    cross_attention_forward(const ForwardParams p, const Vectors v, int images) {
+  using T = typename P::Element;
+  CROSSVIT_DYNAMIC_SHARED(memory);
+  const int channels = p.channels, own = p.own_channels, heads = p.num_heads;
+  const int head_dim = channels / heads, num_tokens = p.num_tokens + 1;
+  const int rank = cluster_rank(), ranks = cluster_size();
+  const int64_t first = int64_t{blockIdx.x} / ranks * images;
+  const int count = p.batch - first < images ? static_cast<int>(p.batch - first) : images;
+  const bool keeps = rank == 0;  // what every block computes, one writes
+  const Layout<T> layout(own, channels);
+  T* rows = reinterpret_cast<T*>(memory);
+  T* queries = reinterpret_cast<T*>(memory + layout.narrow);
+  float* y0 = reinterpret_cast<float*>(memory + layout.floats);
+  const Weights& w = p.weights;
+
+  // The tokens come while the CLS is on its way.
+  ForwardPass<P> pass(memory + layout.pass, channels, p.eps, true);
+  const auto image_of = [&](int image) {
+    Image<T> x = attention_core::image_of<T>(p.tokens, {}, first + image);
+    x.has_extra = true;
+    x.extra = rows + image * layout.pitch;
+    return x;
+  };
+  if (rank < count) pass.start(image_of(rank), 0, num_tokens);
+
+  clear_rows(rows, count, own);
+  normalize_rows<true>(
+      count, own, p.eps, w.proj_norm,
+      [&](int row, int c) { return element(p.cls, (first + row) * own + c); },
+      [&](int row, int c, float value) {
+        rows[row * operand_pitch<T>(own) + c] = from_float<T>(value);
+        if (keeps) v.activated[(first + row) * own + c] = value;
+      });
+  cluster_sync();  // the other blocks have started
+  const Share share = Share::of(channels);
+  linear(rows, operand_pitch<T>(own), w.proj.weight.data, own, share.first, share.last,
+         [&](int row, int c, float a, float b) {
+           if (row >= count) return;
+           const float2 value =
+               make_float2(a + element(w.proj.bias, c), b + element(w.proj.bias, c + 1));
+           for (int to = 0; to < ranks; ++to) {
+             *reinterpret_cast<float2*>(in_rank(y0 + row * channels + c, to)) = value;
+           }
+           *reinterpret_cast<float2*>(v.y0 + (first + row) * channels + c) = value;
+         });
+  cluster_sync();
+
+  clear_rows(rows, count, channels);
+  const int pitch = operand_pitch<T>(channels);
+  const auto of_y0 = [&](int row, int c) { return y0[row * channels + c]; };
+  normalize_rows<false>(count, channels, p.eps, w.norm, of_y0, [&](int row, int c, float value) {
+    rows[row * pitch + c] = from_float<T>(value);
+    if (keeps) v.normed[(first + row) * channels + c] = value;
+  });
+  __syncthreads();
+  // To the queries of all blocks, and to memory.
+  const auto give = [&](const Layer& layer, float* kept) {
+    return [&, kept](int row, int c, float a, float b) {
+      const bool is = row < count;
+      a = is ? a + element(layer.bias, c) : 0, b = is ? b + element(layer.bias, c + 1) : 0;
+      for (int to = 0; to < ranks; ++to) {
+        store_pair(in_rank(queries + row * pitch + c, to), pack<T>(a, b));
+      }
+      if (is) {
+        *reinterpret_cast<float2*>(kept + (first + row) * channels + c) = make_float2(a, b);
+      }
+    };
+  };
+  linear(rows, pitch, w.query.weight.data, channels, share.first, share.last, give(w.query, v.q));
+  cluster_sync();
+
+  // kt_h = W_k,h^T q_h / sqrt(d)
+  const float scale = 1.0f / sqrtf(static_cast<float>(head_dim));
+  transposed_linears(queries, pitch, w.key.weight.data, heads, head_dim, channels, [&](int head) {
+    float* to = v.kt + (head * p.batch + first) * channels;
+    return [&, to](int row, int c, float value) {
+      if (row < count) to[int64_t{row} * channels + c] = value * scale;
+    };
+  });
+  // The first row of every image's tokens.
+  for (int row = 0; row < count; ++row) {
+    for (int c = static_cast<int>(threadIdx.x); c < channels; c += blockDim.x) {
+      rows[row * layout.pitch + c] = from_float<T>(y0[row * channels + c]);
+    }
+  }
+  cluster_sync();
+
+  for (int image = rank; image < count; image += ranks) {
+    const Image<T> x = image_of(image);
+    for (int begin = 0; begin < heads; begin += P::kRows) {
+      if (image != rank || begin > 0) pass.start(x, 0, num_tokens);
+      T* u = pass.rows();
+      for (int row = 0; row < P::kRows; ++row) {
+        const float* kt = v.kt + ((begin + row) * p.batch + first + image) * channels;
+        for (int c = static_cast<int>(threadIdx.x); c < channels; c += blockDim.x) {
+          const float value = begin + row < heads ? kt[c] * element(w.norm.weight, c) : 0;
+          u[row * P::row_pitch(channels) + c] = from_float<T>(value);
+        }
+      }
+      pass.run(x, 0, num_tokens);
+      const auto write = [&](int row, int c, float sum, float peak, float total) {
+        const int head = begin + row;
+        v.m[(head * p.batch + first + image) * channels + c] = sum / total;
+        if (c == 0) v.lse[(first + image) * heads + head] = log_of_total(peak, total);
+      };
+      pass.results(min(P::kRows, heads - begin), write);
+      __syncthreads();
+    }
+  }
+  cluster_sync();
+
+  // o_h = W_v,h (gamma m_h + beta) + b_v,h
+  const auto stage = [&](int head) {
+    for (int i = static_cast<int>(threadIdx.x); i < kImages * channels; i += blockDim.x) {
+      const int row = i / channels, c = i % channels;
+      const float m = row < count ? v.m[(head * p.batch + first + row) * channels + c] : 0;
+      const float z = row < count ? m * element(w.norm.weight, c) + element(w.norm.bias, c) : 0;
+      rows[row * pitch + c] = from_float<T>(z);
+    }
+  };
+  linear_of_heads(rows, pitch, w.value.weight.data, channels, head_dim, stage, give(w.value, v.o));
+  cluster_sync();
+
+  // y = y0 + r (W_o o + b_o), in the place of y0: a block reads its own columns alone of it.
+  linear(queries, pitch, w.out.weight.data, channels, share.first, share.last,
+         [&](int row, int c, float a, float b) {
+           if (row >= count) return;
+           const float r = p.residual_scale ? p.residual_scale[first + row] : 1.0f;
+           const float* of_y0 = y0 + row * channels + c;
+           const float2 value = make_float2(of_y0[0] + r * (a + element(w.out.bias, c)),
+                                            of_y0[1] + r * (b + element(w.out.bias, c + 1)));
+           for (int to = 0; to < ranks; ++to) {
+             *reinterpret_cast<float2*>(in_rank(y0 + row * channels + c, to)) = value;
+           }
+           *reinterpret_cast<float2*>(v.y + (first + row) * channels + c) = value;
+         });
+  cluster_sync();
+
+  clear_rows(rows, count, channels);
+  normalize_rows<true>(count, channels, p.eps, w.back_norm, of_y0,
+                       [&](int row, int c, float value) {
+                         rows[row * pitch + c] = from_float<T>(value);
+                         if (keeps) v.back_activated[(first + row) * channels + c] = value;
+                       });
+  __syncthreads();
+  const Share back = Share::of(own);
+  linear(rows, pitch, w.back.weight.data, channels, back.first, back.last,
+         [&](int row, int c, float a, float b) {
+           if (row >= count) return;
+           T* to = static_cast<T*>(p.new_cls) + (first + row) * own + c;
+           store_pair(to, pack<T>(a + element(w.back.bias, c), b + element(w.back.bias, c + 1)));
+         });
+}
+
+}  // namespace
+
+int forward_shared_bytes(DType dtype, int64_t own, int64_t channels, int64_t heads) {
+  int bytes = 0;
+  attention_core::cuda::with_element(dtype, [&](auto element) {
+    with_fusion_plan<decltype(element)>(heads, channels, [&](auto plan) {
+      using P = decltype(plan);
+      bytes = bytes_of<P, ForwardPass<P>>(static_cast<int>(own), static_cast<int>(channels), 1);
+    });
+  });
+  return bytes;
+}
+
+void forward(const ForwardParams& p, const Division& division,
+             const attention_core::cuda::Place& place) {
+  const DeviceGuard guard(place.device);
+  attention_core::cuda::check(guard.status, "cross_attention_forward");
+  const Vectors vectors = vectors_of(p.vectors, p.batch, p.own_channels, p.channels, p.num_heads);
+  attention_core::cuda::with_element(p.tokens.dtype, [&](auto element) {
+    with_fusion_plan<decltype(element)>(p.num_heads, p.channels, [&](auto plan) {
+      using P = decltype(plan);
+      const LaunchConfig config =
+          config_of<P, ForwardPass<P>>(p.batch, p.own_channels, p.channels, division, place);
+      attention_core::cuda::check(
+          launch(cross_attention_forward<P>, config, p, vectors, division.images),
+          attention_core::cuda::name_of<P>("cross_attention_forward"));
+    });
+  });
+}
+
+}  // namespace crossvit::cross_attention::cuda
