@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <deque>
 #include <functional>
+#include <list>
 #include <map>
 #include <memory>
 #include <new>
@@ -79,7 +80,7 @@ struct Meeting : Phases {
 struct Warp {
   Thread* threads[kWarp] = {};
   unsigned live = 0;
-  std::deque<Meeting> meetings;  // one for each mask in use
+  std::list<Meeting> meetings;  // one for each mask in use
 
   Meeting& meeting(unsigned mask) {
     for (Meeting& one : meetings) {

@@ -16,6 +16,11 @@
 //   * more than one launch at a time; a launch has ended when launch() returns.
 #pragma once
 
+// The newest path of a kernel, unless a test asks for an older one.
+#ifndef __CUDA_ARCH__
+#define __CUDA_ARCH__ 900
+#endif
+
 #include "testing/async.h"
 #include "testing/grid.h"
 #include "testing/matrix.h"
@@ -30,8 +35,3 @@
 #define __align__(bytes) alignas(bytes)
 
 #define CROSSVIT_DYNAMIC_SHARED(name) char* const name = ::crossvit::testing::dynamic_shared()
-
-// The newest path of a kernel, unless a test asks for an older one.
-#ifndef __CUDA_ARCH__
-#define __CUDA_ARCH__ 900
-#endif

@@ -40,13 +40,16 @@ namespace crossvit::testing {
 constexpr std::size_t kStackBytes = 128 << 10;
 constexpr int kMostThreads = 1024, kMostShared = 227 << 10, kMostBlocksInCluster = 8;
 
-// ThreadSanitizer takes what one fiber does as ordered, so neighbouring clusters must not run on
-// the same fibers if a race between blocks is to be seen.
+// ThreadSanitizer takes what one fiber does as ordered, so clusters near each other must not run on
+// the same fibers if a race between blocks is to be seen. An odd number of sets is best, as grids
+// are often even, but each fiber takes a millisecond.
+inline int fiber_sets([[maybe_unused]] int threads) {
 #if defined(__SANITIZE_THREAD__)
-constexpr int kFiberSets = 2;
+  return threads <= 128 ? 3 : 2;
 #else
-constexpr int kFiberSets = 1;
+  return 1;
 #endif
+}
 
 // NaN as every type of float.
 constexpr int kNotWritten = 0xff;
@@ -140,7 +143,8 @@ inline cudaError_t check(const Shape& shape) {
     return cudaErrorInvalidConfiguration;
   }
   if (shared_bytes < 0 || shared_bytes > kMostShared) return cudaErrorInvalidValue;
-  if (cluster_blocks < 1 || cluster_blocks > kMostBlocksInCluster) return cudaErrorInvalidValue;
+  constexpr int kMostBlocks = __CUDA_ARCH__ < 900 ? 1 : kMostBlocksInCluster;
+  if (cluster_blocks < 1 || cluster_blocks > kMostBlocks) return cudaErrorInvalidValue;
   if (grid.x % cluster_blocks) return cudaErrorInvalidConfiguration;
   return cudaSuccess;
 }
@@ -156,7 +160,7 @@ inline Fiber& fiber_of(std::size_t number) {
   return fibers[number];
 }
 
-inline void add_block(Cluster& cluster, const Shape& shape, int64_t number, std::size_t fiber_set) {
+inline void add_block(Cluster& cluster, const Shape& shape, int64_t number, std::size_t first) {
   Block& block = cluster.blocks.emplace_back();
   const int threads = shape.threads();
   block.rank = static_cast<int>(cluster.blocks.size()) - 1;
@@ -166,7 +170,7 @@ inline void add_block(Cluster& cluster, const Shape& shape, int64_t number, std:
   block.warps.resize((threads + kWarp - 1) / kWarp);
   for (int i = 0; i < threads; ++i) {
     Thread& thread = cluster.threads.emplace_back();
-    thread.fiber = &fiber_of(cluster.threads.size() - 1 + fiber_set * threads * shape.cluster);
+    thread.fiber = &fiber_of(first + cluster.threads.size() - 1);
     thread.fiber->prepare(thread_main);
     thread.block = &block;
     thread.warp = &block.warps[i / kWarp];
@@ -182,8 +186,10 @@ inline void run_cluster(const Shape& shape, int64_t number) {
   Unwatched unwatched;
   Cluster running;
   std::vector<SharedMemory> memories;
+  const int threads = shape.threads() * shape.cluster;
+  const auto first_fiber = static_cast<std::size_t>(number % fiber_sets(threads) * threads);
   for (int rank = 0; rank < shape.cluster; ++rank) {
-    add_block(running, shape, number * shape.cluster + rank, number % kFiberSets);
+    add_block(running, shape, number * shape.cluster + rank, first_fiber);
     // Of exactly the bytes asked for, so that AddressSanitizer sees the first one past them.
     memories.emplace_back(
         static_cast<char*>(::operator new(shape.shared_bytes, std::align_val_t(128))));

@@ -70,21 +70,42 @@ float to_float(uint16_t bits) {
   return std::is_same_v<T, __half> ? float_of_half(bits) : float_of_bfloat16(bits);
 }
 
-// Eight columns of one row: the compiler's vectors make it one or two instructions a product.
-using Columns = float __attribute__((vector_size(32)));
+// The eight columns of a row, in vectors of the size that every 64-bit processor has.
+struct Row {
+  using Half = float __attribute__((vector_size(16)));
+  Half left, right;
+  void add(float factor, const Row& other) {
+    left += factor * other.left;
+    right += factor * other.right;
+  }
+};
 
 // c += a b, where lane 4g + t holds c's rows g and g + 8, columns 2t and 2t + 1. The hardware's
-// order of summation is not known; this one ascends.
+// order of summation is not known; this one ascends. Two rows at a time hide the additions'
+// latency.
 template <int kDepth>
-void multiply(Meeting& meeting, const float (&a)[16][kDepth], const Columns (&b)[kDepth]) {
-  for (int row = 0; row < 16; ++row) {
-    const auto sums_of = [&](int t) {
-      return meeting.argument<Fragments>(row % 8 * 4 + t).c + row / 8 * 2;
-    };
-    Columns sums;
-    for (int column = 0; column < 8; ++column) sums[column] = sums_of(column / 2)[column % 2];
-    for (int k = 0; k < kDepth; ++k) sums += a[row][k] * b[k];
-    for (int column = 0; column < 8; ++column) sums_of(column / 2)[column % 2] = sums[column];
+void multiply(Meeting& meeting, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+  Row rows[kDepth];
+  std::memcpy(rows, b, sizeof rows);
+  for (int g = 0; g < 8; ++g) {
+    float sums[2][8];
+    for (int t = 0; t < 4; ++t) {
+      const float* c = meeting.argument<Fragments>(4 * g + t).c;
+      std::memcpy(&sums[0][2 * t], c, 2 * sizeof *c);
+      std::memcpy(&sums[1][2 * t], c + 2, 2 * sizeof *c);
+    }
+    Row upper = bits_as<Row>(sums[0]), lower = bits_as<Row>(sums[1]);
+    for (int k = 0; k < kDepth; ++k) {
+      upper.add(a[g][k], rows[k]);
+      lower.add(a[g + 8][k], rows[k]);
+    }
+    std::memcpy(sums[0], &upper, sizeof upper);
+    std::memcpy(sums[1], &lower, sizeof lower);
+    for (int t = 0; t < 4; ++t) {
+      float* c = meeting.argument<Fragments>(4 * g + t).c;
+      std::memcpy(c, &sums[0][2 * t], 2 * sizeof *c);
+      std::memcpy(c + 2, &sums[1][2 * t], 2 * sizeof *c);
+    }
   }
 }
 
@@ -97,7 +118,7 @@ struct Multiply16 {
     require_whole_warp(meeting, kName);
     Unwatched unwatched;
     float a[16][16];
-    Columns b[16];
+    float b[16][8];
     for (int lane = 0; lane < kWarp; ++lane) {
       const auto& mine = meeting.argument<Fragments>(lane);
       const int g = lane / 4, t = 2 * (lane % 4);
@@ -124,7 +145,7 @@ struct Multiply8 {
     require_whole_warp(meeting, kName);
     Unwatched unwatched;
     float a[16][8];
-    Columns b[8];
+    float b[8][8];
     for (int lane = 0; lane < kWarp; ++lane) {
       const auto& mine = meeting.argument<Fragments>(lane);
       const int g = lane / 4, t = lane % 4;

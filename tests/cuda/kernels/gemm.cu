@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
         mma_16x8x16<__nv_bfloat16>(sums[tile + 1], rows, right);
       }
     }
-    __syncthreads();  // the stage may be overwritten
+    __syncthreads();  // the stage may be refilled
   }
   for (int tile = 0; tile < 8; ++tile) {
     for (int half = 0; half < 2; ++half) {
