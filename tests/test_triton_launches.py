@@ -1,9 +1,4 @@
-"""Triton's own launcher without a GPU: all but the launch itself.
-
-The interpreter takes another way into a kernel. Here a driver that has no device stands in for
-CUDA's, and every call goes through the specialisation of arguments and the compilation that a GPU's
-would go through.
-"""
+"""Triton's own launches without a GPU: what is compiled for which calls (no_device.py)."""
 
 from __future__ import annotations
 
@@ -14,41 +9,13 @@ from pathlib import Path
 
 import pytest
 
-HEAD = """
-import collections, sys
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-
-class NoDevice:
-    def get_current_device(self):
-        return 0
-    def get_current_stream(self, device=0):
-        return 0
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-driver.set_active(NoDevice())
-
-compiled = collections.defaultdict(dict)  # kernel -> compiled code, by identity
-
-def watch(*modules):
-    for kernel in {k for m in modules for k in vars(m).values() if hasattr(k, "do_not_specialize")}:
-        if kernel.do_not_specialize:  # those that are launched
-            def run(*args, grid, warmup, kernel=kernel, launch=kernel.run, **options):
-                result = launch(*args, grid=grid, warmup=True, **options)
-                compiled[kernel.__name__][id(result)] = result
-            kernel.run = run
-"""
-
 FUSIONS = """
+from no_device import launched
+import torch
 from crossvit_kernels import FusionWeights
-from crossvit_kernels.ops.attention_core import triton as core, triton_kernels
+from crossvit_kernels.ops.attention_core import triton as core
 from crossvit_kernels.ops.cross_attention import triton as fusion
-from crossvit_kernels.ops.cross_attention import triton_backward_kernels, triton_forward
 from fusion_cases import make_weights
-
-watch(triton_kernels, triton_forward, triton_backward_kernels)
 
 def call(batch, tokens, biases=True, scaled=False):
     w = make_weights(32, 48, biases)
@@ -62,28 +29,27 @@ def call(batch, tokens, biases=True, scaled=False):
 
 for batch, tokens in ((1, 1), (2, 16), (64, 17), (33, 64), (1, 1030)):
     call(batch, tokens)
-assert set(compiled) == {
+assert set(launched) == {
     "fusion_forward", "fusion_backward",
     "attention_core_forward", "attention_core_backward", "attention_core_merge",
-}, compiled.keys()
+}, launched.keys()
 # Parts of an image are another kernel, for any number of them; nothing else is.
-more = {name: len(found) for name, found in compiled.items() if len(found) > 1}
+more = {name: len(found) for name, found in launched.items() if len(found) > 1}
 assert set(more) <= {"attention_core_forward"} and sum(more.values()) <= 2, more
-compiled.clear()
+launched.clear()
 call(65, 16)
 call(128, 33)
-assert len(compiled) == 8 and all(len(found) == 1 for found in compiled.values()), compiled
+assert len(launched) == 8 and all(len(found) == 1 for found in launched.values()), launched
 call(2, 3, biases=False, scaled=True)
 """
 
 BLOCKS = """
+from no_device import launched
+import torch
 from crossvit_kernels import FfnWeights, MsaWeights
-from crossvit_kernels.ops.layernorm_ffn import triton as ffn, triton_kernels as ffn_kernels
-from crossvit_kernels.ops.layernorm_msa import triton as msa, triton_kernels as msa_kernels
-from crossvit_kernels.ops.token_layers import triton_kernels
+from crossvit_kernels.ops.layernorm_ffn import triton as ffn
+from crossvit_kernels.ops.layernorm_msa import triton as msa
 from block_cases import ffn_weights, msa_weights
-
-watch(triton_kernels, msa_kernels, ffn_kernels)
 
 def call(batch, tokens, keep="fast", with_cls=True, scaled=False):
     x, cls = torch.randn(batch, tokens, 48).bfloat16(), torch.randn(batch, 48).bfloat16()
@@ -99,39 +65,36 @@ for batch, tokens in ((1, 1), (2, 16), (64, 17), (33, 64)):
     call(batch, tokens)
 both = {"norm_linear", "linear", "linear_norm_backward"}  # called by both halves
 few = both | {"attention", "attention_backward", "ffn_hidden_backward"}
-assert set(compiled) == few, compiled.keys()
-assert all(len(found) == 1 + (name in both) for name, found in compiled.items()), compiled
-compiled.clear()
+assert set(launched) == few, launched.keys()
+assert all(len(found) == 1 + (name in both) for name, found in launched.items()), launched
+launched.clear()
 call(65, 160)
 call(128, 133)
 many = {"norm_linear", "linear_norm_backward", "attention_backward", "ffn_hidden_backward"}
-assert set(compiled) == many | {"attention_projection", "ffn_forward"}, compiled.keys()
-assert all(len(found) == 1 + (name == "linear_norm_backward") for name, found in compiled.items())
+assert set(launched) == many | {"attention_projection", "ffn_forward"}, launched.keys()
+assert all(len(found) == 1 + (name == "linear_norm_backward") for name, found in launched.items())
 call(2, 3, keep="lean", with_cls=False, scaled=True)
 """
 
 
 INSPECTED = """
+import no_device, torch
 from crossvit_kernels import FfnWeights
-from crossvit_kernels.gpu import ahead_of_time
-from crossvit_kernels.ops.layernorm_ffn import specimens, triton as ffn, triton_kernels
+from crossvit_kernels.gpu import ahead_of_time, launcher
+from crossvit_kernels.ops.layernorm_ffn import specimens, triton as ffn
 from block_cases import ffn_weights
 
-watch(triton_kernels)
 x, w = torch.randn(64, 200, 96).bfloat16(), ffn_weights(96, 384)
 ffn.forward(x, FfnWeights(*(t.bfloat16() for t in w)), None, 1e-6, True)
-(launched,) = compiled["ffn_forward"].values()
+(launched,) = launcher._compiled.values()
 specimen = next(s for s in specimens.specimens(90, "bf16", 96, 384) if s.name == "ffn_forward")
 inspected = ahead_of_time.compile_for(specimen, "cuda", 90)
 assert inspected.hash == launched.hash  # under which Triton keeps it
 """
 
 
-@pytest.mark.parametrize(
-    "calls", [FUSIONS, BLOCKS, INSPECTED], ids=["fusions", "blocks", "inspected"]
-)
-def test_batch_and_tokens_are_not_compiled_in(calls: str) -> None:
-    pytest.importorskip("triton")
+def run_without_a_device(script: str) -> None:
+    """In a process of its own, whose kernels are compiled."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",
@@ -139,6 +102,14 @@ def test_batch_and_tokens_are_not_compiled_in(calls: str) -> None:
         "PYTHONPATH": str(Path(__file__).parent),
     }
     done = subprocess.run(
-        [sys.executable, "-c", HEAD + calls], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "calls", [FUSIONS, BLOCKS, INSPECTED], ids=["fusions", "blocks", "inspected"]
+)
+def test_batch_and_tokens_are_not_compiled_in(calls: str) -> None:
+    pytest.importorskip("triton")
+    run_without_a_device(calls)

@@ -1,8 +1,7 @@
-"""Whether Triton can run here, and what every launch needs: a device, a chip, aligned rows."""
+"""Whether Triton can run here, and what every launch needs: a chip, aligned rows."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -83,13 +82,6 @@ def chip(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def on(device: torch.device) -> Any:
-    """A context in which kernels start on a device's current stream."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
 def aligned_rows(t: Tensor) -> Tensor:
     """t [..., C], or a copy of it where its rows are not contiguous or not aligned."""
     *outer, last = t.stride()
@@ -100,3 +92,13 @@ def aligned_rows(t: Tensor) -> Tensor:
         else:
             return t
     return t.clone(memory_format=torch.contiguous_format)
+
+
+def contiguous(parameters: Any) -> Any:
+    """A NamedTuple of tensors or None, copies in place of those that are not contiguous."""
+    try:
+        if all(map(Tensor.is_contiguous, parameters)):  # in C: there are many, and host time counts
+            return parameters
+    except TypeError:  # None
+        pass
+    return type(parameters)(*(None if t is None else t.contiguous() for t in parameters))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.library import opcheck
 
 import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
-from crossvit_kernels.gpu import configurations
+from crossvit_kernels.gpu import configurations, launcher
 from crossvit_kernels.modules import CrossAttentionFusion
 from crossvit_kernels.ops.cross_attention import triton
 
@@ -161,17 +160,13 @@ def test_operators_are_what_they_say(triton_device: str) -> None:
 def test_the_form_can_be_chosen(triton_device: str, monkeypatch) -> None:
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(24, 24)))
     cls, tokens = torch.randn(1, 24).to(triton_device), torch.randn(1, 3, 24).to(triton_device)
-    from crossvit_kernels.ops.cross_attention import triton_forward
-
-    ran: list[str] = []
-    for name in ("fusion_forward", "fusion_tokens"):
-        kernel = getattr(triton_forward, name)
-        record = functools.partial(ran.append, name)
-        monkeypatch.setattr(triton_forward, name, Recorded(kernel, record))
+    ran = launches(monkeypatch)
     for form in ("one", "three", "auto"):
         with configurations.FORMS.choose(form):
             fusion(cls, tokens, weights)
-    assert ran == ["fusion_forward", "fusion_tokens", "fusion_forward"]
+    ran = [name for name in ran if "backward" not in name]
+    three = ["fusion_before", "fusion_tokens", "fusion_after"]
+    assert ran == ["fusion_forward", *three, "fusion_forward"]
     with pytest.raises(ValueError, match="form: expected one of"):
         configurations.FORMS.choose("two").__enter__()
     monkeypatch.setattr(configurations.FORMS, "_asked_for", "two")
@@ -179,12 +174,14 @@ def test_the_form_can_be_chosen(triton_device: str, monkeypatch) -> None:
         fusion(cls, tokens, weights)
 
 
-class Recorded:
-    """A kernel that says when it is launched."""
+def launches(monkeypatch) -> list[str]:
+    """The names of kernels, as they are launched."""
+    names: list[str] = []
 
-    def __init__(self, kernel, record) -> None:
-        self.kernel, self.record = kernel, record
+    def start(kernel, *args, **kwargs) -> None:
+        names.append(kernel.__name__)
+        launch(kernel, *args, **kwargs)
 
-    def __getitem__(self, grid):
-        self.record()
-        return self.kernel[grid]
+    launch = launcher.start
+    monkeypatch.setattr(launcher, "start", start)
+    return names

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import launch
+from crossvit_kernels.gpu import launch, launcher
 from crossvit_kernels.gpu.launch import why_not
 from crossvit_kernels.ops.attention_core.shape import shape_for
 
@@ -46,15 +46,11 @@ def forward(
         m_out = m.new_empty(batch * parts, num_rows, channels)
         sums, peaks = m.new_empty(batch, parts, num_rows), m.new_empty(batch, parts, num_rows)
     blocks = -(-num_rows // rows)
-    with launch.on(x.device):
-        kernels().attention_core_forward[(batch, parts, blocks)](
-            u,
-            x,
-            extra,
-            key_mask,
-            m_out,
-            sums,
-            peaks,
+    launcher.start(
+        kernels().attention_core_forward,
+        (batch, parts, blocks),
+        (u, x, extra, key_mask, m_out, sums, peaks),
+        (
             num_tokens,
             u.stride(0) if u.shape[0] > 1 else 0,
             u.stride(1),
@@ -64,23 +60,20 @@ def forward(
             *((0, 0) if key_mask is None else key_mask.stride()),
             m_out.stride(0),
             m_out.stride(1),
-            norm_eps or 0.0,
-            S=shape,
-            **options,
+        ),
+        (shape,),
+        options,
+        eps=norm_eps or 0.0,
+    )
+    if parts > 1:
+        launcher.start(
+            kernels().attention_core_merge,
+            (batch, shape.num_chunks, blocks),
+            (m_out, sums, peaks, m, lse),
+            (parts, m.stride(0), m.stride(1)),
+            (shape,),
+            {"num_warps": 4},
         )
-        if parts > 1:
-            kernels().attention_core_merge[(batch, shape.num_chunks, blocks)](
-                m_out,
-                sums,
-                peaks,
-                m,
-                lse,
-                parts,
-                m.stride(0),
-                m.stride(1),
-                S=shape,
-                num_warps=4,
-            )
     return m, lse
 
 
@@ -115,20 +108,13 @@ def backward(
     if m.numel():
         u, x, dm = launch.aligned_rows(u), launch.aligned_rows(x), launch.aligned_rows(dm)
         extra = None if extra_token is None else launch.aligned_rows(extra_token)
-        with launch.on(x.device):
-            for row in range(0, num_rows, rows):
-                kernels().attention_core_backward[(batch, parts)](
-                    u,
-                    dm,
-                    m,
-                    lse,
-                    None if dlse is None else dlse.contiguous(),
-                    x,
-                    extra,
-                    key_mask,
-                    du,
-                    dx,
-                    dextra,
+        dlse = None if dlse is None else dlse.contiguous()
+        for row in range(0, num_rows, rows):
+            launcher.start(
+                kernels().attention_core_backward,
+                (batch, parts, 1),
+                (u, dm, m, lse, dlse, x, extra, key_mask, du, dx, dextra),
+                (
                     x.shape[1],
                     row,
                     u.stride(0) if u.shape[0] > 1 else 0,
@@ -143,11 +129,11 @@ def backward(
                     *((0, 0) if key_mask is None else key_mask.stride()),
                     dx.stride(0),
                     dx.stride(1),
-                    norm_eps or 0.0,
-                    ADD=row > 0,
-                    S=shape,
-                    **options,
-                )
+                ),
+                (shape, row > 0),
+                options,
+                eps=norm_eps or 0.0,
+            )
     if dx_out is not None and dx is not dx_out:
         dx_out.copy_(dx)
     if extra_token is not None and dextra is not None:

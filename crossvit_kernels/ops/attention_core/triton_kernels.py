@@ -15,6 +15,7 @@ from crossvit_kernels.ops.attention_core.triton_passes import (
 SIZES = (
     "num_tokens",
     "num_parts",
+    "row",
     "u_batch_stride",
     "u_row_stride",
     "x_batch_stride",

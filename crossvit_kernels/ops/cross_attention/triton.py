@@ -6,12 +6,13 @@ The weight matrices' gradients are products over the batch of vectors that the k
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import configurations, launch
+from crossvit_kernels.gpu import configurations, launch, launcher
 from crossvit_kernels.gpu.launch import ALIGN, why_not
 from crossvit_kernels.ops.attention_core import triton as core
 from crossvit_kernels.ops.attention_core.shape import Shape, shape_for
@@ -65,6 +66,16 @@ def empty_saved(cls: Tensor, tokens: Tensor, num_heads: int) -> Saved:
     return Saved(torch.empty(size, dtype=torch.float32, device=tokens.device))
 
 
+@functools.cache
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    """Those of forward and of backward, imported where first used: Triton is slow to import and
+    not everywhere.
+    """
+    from crossvit_kernels.ops.cross_attention import triton_backward_kernels, triton_forward
+
+    return triton_forward, triton_backward_kernels
+
+
 def forward(
     cls: Tensor,
     tokens: Tensor,
@@ -73,62 +84,46 @@ def forward(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Saved]:
-    from crossvit_kernels.ops.cross_attention import triton_forward as kernels
-
+    kernels, _ = _kernels()
     batch, num_tokens, _ = tokens.shape
-    new_cls = cls.new_empty(cls.shape, dtype=w.back_weight.dtype)
+    dtype, contiguous = w.back_weight.dtype, torch.contiguous_format
+    new_cls = torch.empty_like(cls, dtype=dtype, memory_format=contiguous)
     saved = empty_saved(cls, tokens, num_heads)
     if not batch:
         return new_cls, saved
     cls, x, w, scale = _prepared(cls, tokens, w, residual_scale)
     shape, fusion, config, options = _shapes("fusion forward", cls, x, w, num_heads)
-    groups = (-(-batch // fusion.images),)
-    with launch.on(x.device):
-        if config.in_one_kernel(batch) and num_tokens <= _MANY_TOKENS:
-            kernels.fusion_forward[groups](
-                cls,
-                x,
-                scale,
-                new_cls,
-                saved.vectors,
-                w,
-                batch,
-                num_tokens,
-                cls.stride(0),
-                x.stride(0),
-                x.stride(1),
-                eps,
-                S=shape,
-                F=fusion,
-                **options,
-            )
-        else:
-            kernels.fusion_before[groups](
-                cls, saved.vectors, w, batch, cls.stride(0), eps, ALIGN=ALIGN, F=fusion, **options
-            )
-            if num_tokens > _MANY_TOKENS:
-                v = vectors(saved, batch, fusion)
-                u = (v.kt * w.norm_weight.float()).transpose(0, 1)
-                m, lse = core.forward(u, x, None, v.y0, eps)
-                v.m.copy_(m.transpose(0, 1))
-                v.lse.copy_(lse)
-            else:
-                kernels.fusion_tokens[(batch,)](
-                    x,
-                    saved.vectors,
-                    w,
-                    batch,
-                    num_tokens,
-                    x.stride(0),
-                    x.stride(1),
-                    eps,
-                    S=shape,
-                    F=fusion,
-                    **options,
-                )
-            kernels.fusion_after[groups](
-                scale, new_cls, saved.vectors, w, batch, eps, F=fusion, **options
-            )
+    groups = (-(-batch // fusion.images), 1, 1)
+    kept = saved.vectors
+    rest: dict[str, Any] = {"options": options, "weights": (w,), "eps": eps}
+    if config.in_one_kernel(batch) and num_tokens <= _MANY_TOKENS:
+        launcher.start(
+            kernels.fusion_forward,
+            groups,
+            (cls, x, scale, new_cls, kept),
+            (batch, num_tokens, cls.stride(0), x.stride(0), x.stride(1)),
+            (shape, fusion),
+            **rest,
+        )
+        return new_cls, saved
+    constants = ALIGN, fusion
+    launcher.start(
+        kernels.fusion_before, groups, (cls, kept), (batch, cls.stride(0)), constants, **rest
+    )
+    if num_tokens > _MANY_TOKENS:
+        v = vectors(saved, batch, fusion)
+        u = (v.kt * w.norm_weight.float()).transpose(0, 1)
+        m, lse = core.forward(u, x, None, v.y0, eps)
+        v.m.copy_(m.transpose(0, 1))
+        v.lse.copy_(lse)
+    else:
+        sizes = batch, num_tokens, x.stride(0), x.stride(1)
+        launcher.start(
+            kernels.fusion_tokens, (batch, 1, 1), (x, kept), sizes, (shape, fusion), **rest
+        )
+    launcher.start(
+        kernels.fusion_after, groups, (kept, new_cls, scale), (batch,), (fusion,), **rest
+    )
     return new_cls, saved
 
 
@@ -176,80 +171,51 @@ def _launch_backward(
     eps: float,
     out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    from crossvit_kernels.ops.cross_attention import triton_backward_kernels as kernels
-
+    _, kernels = _kernels()
     batch, num_tokens, _ = tokens.shape
     cls, x, w, scale = _prepared(cls, tokens, weights, residual_scale)
     dout, kept = launch.aligned_rows(d_new_cls), saved.vectors
     dcls, dx, gradients, dz, du = out
     shape, fusion, config, options = _shapes("fusion backward", cls, x, w, num_heads)
-    groups = (-(-batch // fusion.images),)
-    with launch.on(x.device):
-        if config.in_one_kernel(batch) and num_tokens <= _MANY_TOKENS:
-            kernels.fusion_backward[groups](
-                dout,
-                cls,
-                x,
-                scale,
-                kept,
-                w,
-                dcls,
-                dx,
-                gradients,
-                dz,
-                du,
-                batch,
-                num_tokens,
-                dout.stride(0),
-                cls.stride(0),
-                x.stride(0),
-                x.stride(1),
-                eps,
-                S=shape,
-                F=fusion,
-                **options,
-            )
-        else:
-            stride = dout.stride(0)
-            kernels.fusion_backward_before[groups](
-                dout, scale, kept, w, gradients, dz, batch, stride, eps, ALIGN, F=fusion, **options
-            )
-            if num_tokens > _MANY_TOKENS:
-                _backward_of_many_tokens(vectors(saved, batch, fusion), x, w, eps, out, fusion)
-            else:
-                kernels.fusion_backward_tokens[(batch,)](
-                    x,
-                    kept,
-                    w,
-                    dx,
-                    gradients,
-                    dz,
-                    du,
-                    batch,
-                    num_tokens,
-                    x.stride(0),
-                    x.stride(1),
-                    eps,
-                    S=shape,
-                    F=fusion,
-                    **options,
-                )
-            stride = cls.stride(0)
-            kernels.fusion_backward_after[groups](
-                cls,
-                kept,
-                w,
-                dcls,
-                gradients,
-                dz,
-                du,
-                batch,
-                stride,
-                eps,
-                ALIGN,
-                F=fusion,
-                **options,
-            )
+    groups = (-(-batch // fusion.images), 1, 1)
+    rest: dict[str, Any] = {"options": options, "weights": (w,), "eps": eps}
+    if config.in_one_kernel(batch) and num_tokens <= _MANY_TOKENS:
+        launcher.start(
+            kernels.fusion_backward,
+            groups,
+            (dout, cls, x, scale, kept, *out),
+            (batch, num_tokens, dout.stride(0), cls.stride(0), x.stride(0), x.stride(1)),
+            (shape, fusion),
+            **rest,
+        )
+        return
+    launcher.start(
+        kernels.fusion_backward_before,
+        groups,
+        (dout, scale, kept, gradients, dz),
+        (batch, dout.stride(0)),
+        (ALIGN, fusion),
+        **rest,
+    )
+    if num_tokens > _MANY_TOKENS:
+        _backward_of_many_tokens(vectors(saved, batch, fusion), x, w, eps, out, fusion)
+    else:
+        launcher.start(
+            kernels.fusion_backward_tokens,
+            (batch, 1, 1),
+            (x, kept, dx, gradients, dz, du),
+            (batch, num_tokens, x.stride(0), x.stride(1)),
+            (shape, fusion),
+            **rest,
+        )
+    launcher.start(
+        kernels.fusion_backward_after,
+        groups,
+        (cls, kept, dcls, gradients, dz, du),
+        (batch, cls.stride(0)),
+        (ALIGN, fusion),
+        **rest,
+    )
 
 
 def _backward_of_many_tokens(
@@ -276,10 +242,8 @@ def _prepared(
     cls: Tensor, tokens: Tensor, w: FusionWeights, residual_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, FusionWeights, Tensor | None]:
     """The inputs as kernels read them: rows aligned, parameters contiguous."""
-    if not all(p is None or p.is_contiguous() for p in w):
-        w = FusionWeights(*(None if p is None else p.contiguous() for p in w))  # type: ignore[arg-type]
     scale = None if residual_scale is None else residual_scale.contiguous()
-    return launch.aligned_rows(cls), launch.aligned_rows(tokens), w, scale
+    return launch.aligned_rows(cls), launch.aligned_rows(tokens), launch.contiguous(w), scale
 
 
 def _shapes(

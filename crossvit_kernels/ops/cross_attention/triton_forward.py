@@ -270,7 +270,7 @@ def fusion_tokens(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def fusion_after(scale_ptr, out_ptr, vectors_ptr, w, batch, eps, F: tl.constexpr):
+def fusion_after(vectors_ptr, out_ptr, scale_ptr, w, batch, eps, F: tl.constexpr):
     """What comes after the token pass. Grid: groups of images."""
     OWN: tl.constexpr = F.own
     first, used = images_of(batch, F)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import launch, row_tiles
+from crossvit_kernels.gpu import launch, launcher, row_tiles
 from crossvit_kernels.ops import norm
 from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
 from crossvit_kernels.ops.token_layers import triton as layers
@@ -36,7 +36,7 @@ def empty_saved(x: Tensor, w: FfnWeights) -> Saved:
 def forward(
     x: Tensor, w: FfnWeights, residual_scale: Tensor | None, eps: float, save: bool
 ) -> tuple[Tensor, Saved | None]:
-    tokens, w = layers.prepared(x), _contiguous(w)
+    tokens, w = layers.prepared(x), launch.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     saved = empty_saved(x, w) if save else None
     if row_tiles.fused("ffn", tokens.num_rows, x.shape[2], w.fc1_weight.element_size()):
@@ -55,7 +55,7 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, FfnWeights]:
     """(dx, gradients of the weights)."""
-    dy, tokens, w = dy.contiguous(), layers.prepared(x), _contiguous(w)
+    dy, tokens, w = dy.contiguous(), layers.prepared(x), launch.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
     dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype).view(-1, channels)
@@ -72,10 +72,6 @@ def backward(
     )
 
 
-def _contiguous(w: FfnWeights) -> FfnWeights:
-    return w if all(t.is_contiguous() for t in w) else FfnWeights(*(t.contiguous() for t in w))
-
-
 def _in_one_kernel(
     tokens: Tokens, w: FfnWeights, scale: Tensor | None, eps: float, saved: Saved | None
 ) -> Tensor:
@@ -84,20 +80,15 @@ def _in_one_kernel(
     x, (hidden, channels) = tokens.x, w.fc1_weight.shape
     y = layers.empty_result(x, w.fc2_weight)
     shape, options = layers.shape_for("ffn", w.fc1_weight, tokens.num_rows, channels, hidden)
-    with launch.on(x.device):
-        kernels.ffn_forward[(-(-tokens.num_rows // shape.rows),)](
-            x,
-            scale,
-            *w,
-            y,
-            *(saved or (None, None)),
-            tokens.num_rows,
-            x.shape[1],
-            *x.stride()[:2],
-            eps,
-            L=shape,
-            **options,
-        )
+    launcher.start(
+        kernels.ffn_forward,
+        (-(-tokens.num_rows // shape.rows), 1, 1),
+        (x, scale, *w, y, *(saved or (None, None))),
+        (tokens.num_rows, x.shape[1], *x.stride()[:2]),
+        (shape,),
+        options,
+        eps=eps,
+    )
     return y
 
 
@@ -114,23 +105,12 @@ def _hidden_backward(
     activated = x.new_empty(tokens.num_rows, hidden, dtype=w.fc1_weight.dtype)
     dhidden = torch.empty_like(activated)
     shares = x.new_empty(tiles, hidden, dtype=torch.float32)
-    with launch.on(x.device):
-        kernels.ffn_hidden_backward[(tiles * blocks,)](
-            dupdate,
-            x,
-            *saved,
-            w.norm_weight,
-            w.norm_bias,
-            w.fc1_weight,
-            w.fc1_bias,
-            w.fc2_weight,
-            activated,
-            dhidden,
-            shares,
-            tokens.num_rows,
-            x.shape[1],
-            *x.stride()[:2],
-            L=shape,
-            **options,
-        )
+    launcher.start(
+        kernels.ffn_hidden_backward,
+        (tiles * blocks, 1, 1),
+        (dupdate, x, *saved, *w[:5], activated, dhidden, shares),
+        (tokens.num_rows, x.shape[1], *x.stride()[:2]),
+        (shape,),
+        options,
+    )
     return activated, dhidden, shares.sum(dim=0).to(w.fc1_bias.dtype)

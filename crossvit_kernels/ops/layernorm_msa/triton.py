@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import launch, row_tiles
+from crossvit_kernels.gpu import launch, launcher, row_tiles
 from crossvit_kernels.ops import norm
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
 from crossvit_kernels.ops.token_layers import triton as layers
@@ -57,7 +57,7 @@ def forward(
     eps: float,
     keep: str,
 ) -> tuple[Tensor, Saved | None]:
-    tokens, w = layers.prepared(x, cls), _contiguous(w)
+    tokens, w = layers.prepared(x, cls), launch.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     saved = empty_saved(x, w, num_heads, "lean") if keep else None
     statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
@@ -85,7 +85,7 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None, MsaWeights]:
     """(dx, dcls, gradients of the weights; None where the weight is None)."""
-    dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), _contiguous(w)
+    dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), launch.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
     affine = w.norm_weight, w.norm_bias
@@ -111,12 +111,6 @@ def backward(
     )
 
 
-def _contiguous(w: MsaWeights) -> MsaWeights:
-    if all(t is None or t.is_contiguous() for t in w):
-        return w
-    return MsaWeights(*(None if t is None else t.contiguous() for t in w))  # type: ignore[arg-type]
-
-
 def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
     """Heads side by side [B, N, C] of qkv [B, N, 3 C]; lse [B, h, N] is written if given."""
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
@@ -130,10 +124,14 @@ def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
         "attention", qkv, batch * num_tokens, channels, 0, width=channels // num_heads
     )
     tiles = -(-num_tokens // shape.rows)
-    with launch.on(qkv.device):
-        kernels.attention[(batch * num_heads * tiles,)](
-            qkv, heads, lse, num_tokens, tiles, A=shape, HEADS=num_heads, **options
-        )
+    launcher.start(
+        kernels.attention,
+        (batch * num_heads * tiles, 1, 1),
+        (qkv, heads, lse),
+        (num_tokens, tiles),
+        (shape, num_heads),
+        options,
+    )
     return heads
 
 
@@ -167,24 +165,14 @@ def _attention_projection(
     y = layers.empty_result(x, w.out_weight)
     shape, options = layers.shape_for("attention projection", qkv, tokens.num_rows, channels, 0)
     tiles = -(-num_tokens // shape.rows)
-    with launch.on(x.device):
-        kernels.attention_projection[(batch * tiles,)](
-            qkv,
-            heads,
-            lse,
-            w.out_weight,
-            w.out_bias,
-            x,
-            cls,
-            residual_scale,
-            y,
-            num_tokens,
-            tiles,
-            *tokens.strides,
-            A=shape,
-            HEADS=num_heads,
-            **options,
-        )
+    launcher.start(
+        kernels.attention_projection,
+        (batch * tiles, 1, 1),
+        (qkv, heads, lse, w.out_weight, w.out_bias, x, cls, residual_scale, y),
+        (num_tokens, tiles, *tokens.strides),
+        (shape, num_heads),
+        options,
+    )
     return y
 
 
@@ -201,18 +189,12 @@ def _attention_backward(
     )
     tiles = -(-num_tokens // shape.rows)
     shares = qkv.new_empty(batch * tiles, 3 * channels, dtype=torch.float32)
-    with launch.on(qkv.device):
-        kernels.attention_backward[(batch * num_heads * tiles,)](
-            qkv,
-            heads,
-            dheads,
-            lse,
-            dqkv,
-            shares,
-            num_tokens,
-            tiles,
-            A=shape,
-            HEADS=num_heads,
-            **options,
-        )
+    launcher.start(
+        kernels.attention_backward,
+        (batch * num_heads * tiles, 1, 1),
+        (qkv, heads, dheads, lse, dqkv, shares),
+        (num_tokens, tiles),
+        (shape, num_heads),
+        options,
+    )
     return dqkv, shares.sum(dim=0)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossvit_kernels.gpu import launch, row_tiles
+from crossvit_kernels.gpu import launch, launcher, row_tiles
 from crossvit_kernels.ops import norm as layer_norm
 from crossvit_kernels.ops.token_layers.shape import LayerShape
 
@@ -94,26 +94,15 @@ def norm_linear(
     per_group = -(-steps // min(-(-row_tiles.PROGRAMS // tiles), steps))
     groups = -(-steps // per_group)
     mean, rstd = statistics or (None, None)
-    with launch.on(x.device):
-        kernels.norm_linear[(tiles * groups,)](
-            x,
-            cls,
-            *norm,
-            weight,
-            bias,
-            out,
-            mean,
-            rstd,
-            tokens.num_rows,
-            num_tokens,
-            groups,
-            per_group * shape.columns,
-            *tokens.strides,
-            eps,
-            L=shape,
-            GELU=gelu,
-            **options,
-        )
+    launcher.start(
+        kernels.norm_linear,
+        (tiles * groups, 1, 1),
+        (x, cls, *norm, weight, bias, out, mean, rstd),
+        (tokens.num_rows, num_tokens, groups, per_group * shape.columns, *tokens.strides),
+        (shape, gelu),
+        options,
+        eps=eps,
+    )
     return out
 
 
@@ -179,21 +168,14 @@ def _linear(
     shape, options = shape_for("linear", weight, num_rows, columns, terms)
     tiles, blocks = -(-num_rows // shape.rows), -(-columns // shape.columns)
     x, cls = tokens or (None, None)
-    with launch.on(out.device):
-        kernels.linear[(tiles * blocks,)](
-            a,
-            weight,
-            bias,
-            x,
-            cls,
-            residual_scale,
-            out,
-            num_rows,
-            out.shape[1],
-            *(tokens.strides if tokens else (0, 0, 0)),
-            L=shape,
-            **options,
-        )
+    launcher.start(
+        kernels.linear,
+        (tiles * blocks, 1, 1),
+        (a, weight, bias, x, cls, residual_scale, out),
+        (num_rows, out.shape[1], *(tokens.strides if tokens else (0, 0, 0))),
+        (shape,),
+        options,
+    )
 
 
 def empty_result(x: Tensor, weight: Tensor) -> Tensor:
@@ -239,27 +221,14 @@ def linear_norm_backward(
     dx, dcls = x.new_empty(x.shape), None if cls is None else x.new_empty(cls.shape)
     normed = x.new_empty(x.shape, dtype=weight.dtype)
     shares = x.new_empty(tiles, 3, channels, dtype=torch.float32)
-    with launch.on(x.device):
-        kernels.linear_norm_backward[(tiles,)](
-            d,
-            weight,
-            dy,
-            residual_scale,
-            x,
-            cls,
-            *statistics,
-            *norm,
-            dx,
-            dcls,
-            normed,
-            shares,
-            tokens.num_rows,
-            x.shape[1],
-            *tokens.strides,
-            L=shape,
-            PRODUCT=in_one,
-            **options,
-        )
+    launcher.start(
+        kernels.linear_norm_backward,
+        (tiles, 1, 1),
+        (d, weight, dy, residual_scale, x, cls, *statistics, *norm, dx, dcls, normed, shares),
+        (tokens.num_rows, x.shape[1], *tokens.strides),
+        (shape, in_one),
+        options,
+    )
     dtypes = norm[0].dtype, norm[1].dtype, weight.dtype
     sums = (shares[:, i].sum(dim=0).to(dtype) for i, dtype in enumerate(dtypes))
     return Gradients(dx, dcls, normed, *sums)

@@ -1,0 +1,222 @@
+"""Compiled kernels that start by themselves: the right one, with the arguments Triton would pass.
+
+In processes of their own, as tests/no_device.py says.
+"""
+
+from __future__ import annotations
+
+import pytest
+from test_triton_launches import run_without_a_device
+
+pytest.importorskip("triton")
+
+# Our key tells kernels apart exactly as Triton's own does: over all kinds of arguments, and so all
+# pairs of calls, the same key of ours means the same of Triton's, and the other way round.
+KEYS = """
+import collections, random
+import no_device
+import torch, triton
+from crossvit_kernels import FusionWeights
+from crossvit_kernels.gpu import launcher
+from crossvit_kernels.ops.attention_core import triton_kernels as core
+from crossvit_kernels.ops.attention_core.shape import Shape
+from crossvit_kernels.ops.cross_attention import triton_forward, triton_backward_kernels
+from crossvit_kernels.ops.cross_attention.shape import FusionShape
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.bool
+
+def tensor(random):
+    if random.random() < 0.1:
+        return None
+    dtype = random.choice(DTYPES) if random.random() < 0.2 else torch.bfloat16
+    offset = random.choice((1, 2, 3, 7, 8)) if random.random() < 0.2 else 0
+    made = torch.empty(16, dtype=dtype)[offset:]
+    return torch.nn.Parameter(made, dtype != torch.bool) if random.random() < 0.5 else made
+
+SIZES = 0, 1, 2, 8, 15, 16, 48, 2**31 - 1, 2**31, 2**31 + 16, 2**40
+def size(random):
+    return random.choice(SIZES) if random.random() < 0.3 else random.choice(SIZES[:6])
+
+SHAPES = [Shape(3, 48, 16, 16, 16, part, True, "ieee") for part in (32, 64, 32)]
+FUSIONS = [FusionShape(32, 48, 3, images, 64, 64, "ieee") for images in (1, 2, 1)]
+
+def check(kernel, *constants, sure=150):
+    names = [p.name for p in kernel.params]
+    num_tensors = sum(name.endswith("_ptr") for name in names)
+    num_sizes = sum(p.do_not_specialize for p in kernel.params)
+    weights = names.count("w")
+    of_triton, of_ours = collections.defaultdict(set), collections.defaultdict(set)
+    *_, binder = kernel.device_caches[0]
+    draw = random.Random(0)
+    # Of most calls only one argument differs from an ordinary call's.
+    usual = [torch.empty(16).bfloat16() for _ in range(num_tensors + 18 * weights)]
+    for i in range(4 * sure):
+        tensors, sizes = list(usual), [64] * num_sizes
+        if i < sure:
+            tensors = [tensor(draw) for _ in tensors]
+            sizes = [size(draw) for _ in sizes]
+        elif i % 2:
+            tensors[draw.randrange(len(tensors))] = tensor(draw)
+        else:
+            sizes[draw.randrange(len(sizes))] = size(draw)
+        w = () if not weights else (FusionWeights(*tensors[num_tensors:]),)
+        tensors = tuple(tensors[:num_tensors])
+        values = tuple(draw.choice(c) for c in constants)
+        options = {"num_warps": draw.choice((4, 8)), "num_stages": draw.choice((1, 2))}
+        device = draw.choice((0, 1))
+        number = (draw.choice((1e-6, 0.0, 1.0, 16.0)),) if "eps" in names else ()
+        given = tensors, tuple(sizes), values, options, w
+        key, pointers = launcher._key(kernel, device, *given)
+        flat = [p for group in pointers for p in (group if isinstance(group, tuple) else [group])]
+        assert flat == [0 if t is None else t.data_ptr() for g in (tensors, *w) for t in g]
+        arguments = *tensors, *w, *sizes, *number, *values
+        _, specialization, found = binder(*arguments, debug=False, **options)
+        triton_key = device, tuple(specialization), str(found)
+        of_triton[key].add(triton_key)
+        of_ours[triton_key].add(key)
+    assert all(len(found) == 1 for found in of_triton.values()), kernel.__name__
+    assert all(len(found) == 1 for found in of_ours.values()), kernel.__name__
+    assert len(of_triton) > sure, len(of_triton)
+
+S, F, ALIGN, ADD = SHAPES, FUSIONS, (8,), (False, True)
+check(triton_forward.fusion_forward, S, F)
+check(triton_forward.fusion_after, F)
+check(triton_backward_kernels.fusion_backward, S, F)
+check(triton_backward_kernels.fusion_backward_before, ALIGN, F)
+check(core.attention_core_backward, S, ADD)
+check(core.attention_core_merge, S)
+"""
+
+# Parameters come as start() passes them, and no size is specialised on.
+PARAMETERS = """
+import no_device
+import triton
+from crossvit_kernels.ops.attention_core import triton_kernels as core
+from crossvit_kernels.ops.cross_attention import triton_backward_kernels, triton_forward
+from crossvit_kernels.ops.layernorm_ffn import triton_kernels as ffn
+from crossvit_kernels.ops.layernorm_msa import triton_kernels as msa
+from crossvit_kernels.ops.token_layers import triton_kernels as layers
+
+def kind(parameter):
+    if parameter.is_constexpr:
+        return 4
+    if parameter.name.endswith("_ptr"):
+        return 0
+    if parameter.name == "w" or parameter.name.endswith("_w"):
+        return 1
+    if parameter.name == "eps":
+        return 3
+    assert parameter.do_not_specialize, parameter.name
+    return 2
+
+modules = core, triton_forward, triton_backward_kernels, ffn, msa, layers
+kernels = {
+    k for m in modules for k in vars(m).values()
+    if isinstance(k, triton.JITFunction) and k.do_not_specialize
+}
+assert len(kernels) > 15, kernels
+for kernel in kernels:
+    kinds = [kind(parameter) for parameter in kernel.params]
+    assert kinds == sorted(kinds), (kernel.__name__, kinds)
+"""
+
+# The second of two equal calls starts a compiled kernel, with what Triton passed in the first.
+ARGUMENTS = """
+from no_device import launches
+import torch, triton
+from crossvit_kernels import FusionWeights
+from crossvit_kernels.gpu import launcher
+from crossvit_kernels.ops.attention_core import triton as core
+from crossvit_kernels.ops.cross_attention import triton as fusion, triton_forward
+from fusion_cases import make_weights
+
+kernel = triton_forward.fusion_forward
+looked, run = [], kernel.run
+def watched(*args, **kwargs):
+    looked.append(1)
+    return run(*args, **kwargs)
+kernel.run = watched
+
+def call(eps=1e-6):
+    launches.clear()
+    start(kernel, (2, 1, 1), tensors, sizes, constants, options, (w,), eps)
+    (found,) = launches
+    return found
+
+start = launcher.start
+captured = []
+def capture(*args, **kwargs):
+    captured.append((args, kwargs))
+    start(*args, **kwargs)
+launcher.start = capture
+w = FusionWeights(*(torch.nn.Parameter(t.bfloat16()) for t in make_weights(32, 48)))
+cls, x = torch.randn(2, 32).bfloat16(), torch.randn(2, 9, 48).bfloat16()[:, 1:]
+scale = torch.ones(2)
+for given, biases in ((None, True), (scale, True), (None, False)):
+    given_w = w if biases else w._replace(q_bias=None, k_bias=None, v_bias=None)
+    new_cls, saved = fusion.forward(cls, x, given_w, given, 3, 1e-6)
+    fusion.backward(new_cls, cls, x, given_w, given, saved, 3, 1e-6)
+u = torch.randn(2, 3, 48)
+m, lse = core.forward(u, x, None, None, 1e-6)
+core.backward(m, None, u, x, torch.ones(2, 8, dtype=torch.bool), x[:, 0], m, lse, 1e-6)
+assert len(captured) == len(launches) == 8
+for (args, kwargs), expected in zip(captured, list(launches), strict=True):
+    looked.clear()
+    start(*args, **kwargs)
+    assert launches[-1] == expected and not looked
+
+# What is not as it was goes to another kernel, or by Triton's way.
+(_, grid, tensors, sizes, constants), kwargs = captured[0]
+options = kwargs["options"]
+same = call()
+assert not looked and call(eps=0)[-3] == 0.0 and not looked  # an int is no other kernel
+sizes = (2**31, *sizes[1:])
+assert call()[2] != same[2] and len(looked) == 1
+sizes = (2, *sizes[1:])
+tensors = (torch.empty(65).bfloat16()[1:].view(2, 32), *tensors[1:])
+assert call()[2] != same[2] and len(looked) == 2
+assert call()[2] != same[2] and len(looked) == 2
+tensors = captured[0][0][2]
+assert call() == same and len(looked) == 2
+
+# Parameters that are replaced, moved or cast in place are seen.
+w.q_weight.data = torch.empty(48, 49).bfloat16()[:, 1:]
+moved = call()
+assert moved[2] != same[2] and moved[3 + 5][6] == w.q_weight.data_ptr() and len(looked) == 3
+w.q_weight.data = torch.empty(48, 48).bfloat16()
+moved = call()
+assert moved[2] == same[2] and moved[3 + 5][6] == w.q_weight.data_ptr() and len(looked) == 3
+w.q_weight.data = w.q_weight.data.half()
+assert call()[2] != same[2] and len(looked) == 4
+
+# Settings that Triton looks at, hooks and other backends.
+for there, name, value in (
+    (triton.knobs.runtime, "debug", True),
+    (triton.knobs.compilation, "instrumentation_mode", "consan"),
+):
+    before = getattr(there, name)
+    setattr(there, name, value)
+    assert launcher._changes_kernels(kernel)
+    setattr(there, name, before)
+triton.knobs.runtime.debug = True
+call(), call()
+assert len(looked) == 6
+triton.knobs.runtime.debug = False
+call()
+assert len(looked) == 6
+hooked = []
+kernel.add_pre_run_hook(lambda *args, **kwargs: hooked.append(1))
+call(), call()
+assert len(hooked) == 2
+found = next(iter(launcher._compiled.values()))
+assert launcher._starts_by_itself(found)
+found.metadata = found.metadata._replace(target=type(found.metadata.target)("hip", "gfx942", 64))
+assert not launcher._starts_by_itself(found) and not launcher._starts_by_itself(None)
+"""
+
+
+@pytest.mark.parametrize(
+    "script", [KEYS, PARAMETERS, ARGUMENTS], ids=["keys", "parameters", "arguments"]
+)
+def test_a_compiled_kernel_is_started(script: str) -> None:
+    run_without_a_device(script)
