@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "attention_core/params.h"
+#include "cross_attention/params.h"
 
 // Tensors arrive as tuples of address, dtype code and strides in elements
 // (crossvit_kernels/extension.py makes them), so nothing here depends on torch.
@@ -40,6 +40,21 @@ inline attention_core::Tokens to_tokens(const TokensArg& arg) {
 inline attention_core::Mask to_mask(const MaskArg& arg) {
   const auto& [data, batch_stride, token_stride] = arg;
   return {pointer<const bool>(data), batch_stride, token_stride};
+}
+
+using ParameterArg = std::tuple<Address, int>;
+
+inline cross_attention::Parameter to_parameter(const ParameterArg& arg) {
+  return {pointer<const void>(std::get<0>(arg)), DType(std::get<1>(arg))};
+}
+
+// In the order of crossvit_kernels.FusionWeights.
+inline cross_attention::Weights to_weights(const std::vector<ParameterArg>& args) {
+  if (args.size() != 18) throw pybind11::value_error("a fusion has 18 weights");
+  const auto layer = [&](int i) {
+    return cross_attention::Layer{to_parameter(args[2 * i]), to_parameter(args[2 * i + 1])};
+  };
+  return {layer(0), layer(1), layer(2), layer(3), layer(4), layer(5), layer(6), layer(7), layer(8)};
 }
 
 }  // namespace crossvit::bindings

@@ -2,6 +2,7 @@
 
 #include "attention_core/cuda.h"
 #include "bindings/arguments.h"
+#include "cross_attention/cuda.h"
 
 namespace py = pybind11;
 
@@ -9,6 +10,7 @@ namespace crossvit::bindings {
 namespace {
 
 namespace core = attention_core;
+namespace fusion = cross_attention;
 
 using PlaceArg = std::tuple<int, Address>;  // device, stream
 
@@ -16,22 +18,43 @@ core::cuda::Place to_place(const PlaceArg& arg) {
   return {std::get<0>(arg), pointer<void>(std::get<1>(arg))};
 }
 
+// batch, tokens without the CLS, channels, own channels, heads, eps
+using FusionArg = std::tuple<int64_t, int, int, int, int, float>;
+using DivisionArg = std::tuple<int, int>;  // images and blocks of a cluster
+
+fusion::cuda::Division to_division(const DivisionArg& arg) {
+  return {std::get<0>(arg), std::get<1>(arg)};
+}
+
+// Dtype code -> of_width for 16, 32, ... channels.
+template <class OfWidth>
+py::dict by_width(OfWidth of_width) {
+  py::dict of_types;
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    py::list of_widths;
+    for (int width = 16; width <= core::cuda::kMaxChannels; width += 16) {
+      of_widths.append(py::cast(of_width(dtype, width)));
+    }
+    of_types[py::int_(static_cast<int>(dtype))] = of_widths;
+  }
+  return of_types;
+}
+
 }  // namespace
 
 void define_cuda(py::module_& m) {
   using Released = py::call_guard<py::gil_scoped_release>;
 
-  // Dtype code -> bytes of shared memory by width, 16, 32, ... channels: a dict, as what compiles
-  // Python calls can look into it.
-  py::dict shared_bytes;
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    py::list of_widths;
-    for (int channels = 16; channels <= core::cuda::kMaxChannels; channels += 16) {
-      of_widths.append(core::cuda::shared_bytes(dtype, channels));
-    }
-    shared_bytes[py::int_(static_cast<int>(dtype))] = of_widths;
-  }
-  m.attr("attention_core_shared_bytes") = shared_bytes;
+  // Shared memory that a block needs. Dicts and lists, as what compiles Python calls can look into
+  // them.
+  m.attr("attention_core_shared_bytes") =
+      by_width([](DType dtype, int channels) { return core::cuda::shared_bytes(dtype, channels); });
+  m.attr("cross_attention_wide_bytes") =
+      by_width([](DType dtype, int width) { return fusion::cuda::wide_bytes(dtype, width); });
+  m.attr("cross_attention_rest_bytes") = by_width([](DType dtype, int channels) {
+    return std::tuple(fusion::cuda::rest_bytes(dtype, channels, 8),
+                      fusion::cuda::rest_bytes(dtype, channels, 16));
+  });
 
   m.def(
       "attention_core_workspaces",
@@ -65,6 +88,42 @@ void define_cuda(py::module_& m) {
       py::arg("problem"), py::arg("x"), py::arg("u"), py::arg("mask"), py::arg("m"), py::arg("lse"),
       py::arg("dm"), py::arg("dlse"), py::arg("du"), py::arg("dx"), py::arg("workspace"),
       py::arg("place"), Released());
+
+  m.def(
+      "cross_attention_forward",
+      [](const FusionArg& problem, const ParameterArg& cls, const TokensArg& tokens,
+         const std::vector<ParameterArg>& weights, Address residual_scale, Address new_cls,
+         Address vectors, const DivisionArg& division, const PlaceArg& place) {
+        const auto& [batch, num_tokens, channels, own, heads, eps] = problem;
+        fusion::cuda::forward(
+            {batch, num_tokens, channels, own, heads, eps, to_parameter(cls), to_tokens(tokens),
+             to_weights(weights), pointer<const float>(residual_scale), pointer<void>(new_cls),
+             pointer<float>(vectors)},
+            to_division(division), to_place(place));
+      },
+      py::arg("problem"), py::arg("cls"), py::arg("tokens"), py::arg("weights"),
+      py::arg("residual_scale"), py::arg("new_cls"), py::arg("vectors"), py::arg("division"),
+      py::arg("place"), Released());
+
+  m.def(
+      "cross_attention_backward",
+      [](const FusionArg& problem, const ParameterArg& dnew_cls, const ParameterArg& cls,
+         const TokensArg& tokens, const std::vector<ParameterArg>& weights, Address residual_scale,
+         Address vectors, Address dcls, const TokensArg& dx, Address gradients, Address dz,
+         Address du, Address scratch, const DivisionArg& division, const PlaceArg& place) {
+        const auto& [batch, num_tokens, channels, own, heads, eps] = problem;
+        fusion::cuda::backward(
+            {batch, num_tokens, channels, own, heads, eps, to_parameter(dnew_cls),
+             to_parameter(cls), to_tokens(tokens), to_weights(weights),
+             pointer<const float>(residual_scale), pointer<float>(vectors), pointer<void>(dcls),
+             to_tokens(dx), pointer<float>(gradients), pointer<float>(dz), pointer<float>(du),
+             pointer<float>(scratch)},
+            to_division(division), to_place(place));
+      },
+      py::arg("problem"), py::arg("dnew_cls"), py::arg("cls"), py::arg("tokens"),
+      py::arg("weights"), py::arg("residual_scale"), py::arg("vectors"), py::arg("dcls"),
+      py::arg("dx"), py::arg("gradients"), py::arg("dz"), py::arg("du"), py::arg("scratch"),
+      py::arg("division"), py::arg("place"), Released());
 }
 
 }  // namespace crossvit::bindings

@@ -20,21 +20,6 @@ namespace {
 
 using namespace crossvit::bindings;
 
-using ParameterArg = std::tuple<Address, int>;
-
-fusion::Parameter to_parameter(const ParameterArg& arg) {
-  return {pointer<const void>(std::get<0>(arg)), crossvit::DType(std::get<1>(arg))};
-}
-
-// In the order of crossvit_kernels.FusionWeights.
-fusion::Weights to_weights(const std::vector<ParameterArg>& args) {
-  if (args.size() != 18) throw py::value_error("a fusion has 18 weights");
-  const auto layer = [&](int i) {
-    return fusion::Layer{to_parameter(args[2 * i]), to_parameter(args[2 * i + 1])};
-  };
-  return {layer(0), layer(1), layer(2), layer(3), layer(4), layer(5), layer(6), layer(7), layer(8)};
-}
-
 // y0, q, kt, m, lse, o, y
 using SavedArg = std::array<Address, 7>;
 

@@ -228,12 +228,21 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
 }  // namespace
 
-int backward_shared_bytes(DType dtype, int64_t own, int64_t channels, int64_t heads) {
+int wide_bytes(DType dtype, int64_t width) {
+  int bytes = 0;
+  attention_core::cuda::with_element(dtype, [&](auto element) {
+    bytes = Layout<decltype(element)>::wide_bytes(static_cast<int>(width));
+  });
+  return bytes;
+}
+
+// That of backward, which has more to hold.
+int rest_bytes(DType dtype, int64_t channels, int64_t heads) {
   int bytes = 0;
   attention_core::cuda::with_element(dtype, [&](auto element) {
     with_fusion_plan<decltype(element)>(heads, channels, [&](auto plan) {
-      using P = decltype(plan);
-      bytes = bytes_of<P, BackwardPass<P>>(static_cast<int>(own), static_cast<int>(channels), 1);
+      bytes = operand_bytes<decltype(element)>(static_cast<int>(channels)) +
+              BackwardPass<decltype(plan)>::bytes(static_cast<int>(channels), 1);
     });
   });
   return bytes;

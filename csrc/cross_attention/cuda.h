@@ -86,9 +86,10 @@ struct BackwardParams {
   float* scratch;             // [2, B, C], for its own use
 };
 
-// Shared memory of a block, in bytes, that a fusion needs at least.
-int forward_shared_bytes(DType dtype, int64_t own, int64_t channels, int64_t heads);
-int backward_shared_bytes(DType dtype, int64_t own, int64_t channels, int64_t heads);
+// Shared memory of a block, in bytes, that a fusion needs at least: what the wider of the CLS and
+// the tokens takes, and the rest.
+int wide_bytes(DType dtype, int64_t width);
+int rest_bytes(DType dtype, int64_t channels, int64_t heads);
 
 void forward(const ForwardParams& params, const Division& division,
              const attention_core::cuda::Place& place);

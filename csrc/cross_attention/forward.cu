@@ -167,17 +167,6 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
 }  // namespace
 
-int forward_shared_bytes(DType dtype, int64_t own, int64_t channels, int64_t heads) {
-  int bytes = 0;
-  attention_core::cuda::with_element(dtype, [&](auto element) {
-    with_fusion_plan<decltype(element)>(heads, channels, [&](auto plan) {
-      using P = decltype(plan);
-      bytes = bytes_of<P, ForwardPass<P>>(static_cast<int>(own), static_cast<int>(channels), 1);
-    });
-  });
-  return bytes;
-}
-
 void forward(const ForwardParams& p, const Division& division,
              const attention_core::cuda::Place& place) {
   const DeviceGuard guard(place.device);

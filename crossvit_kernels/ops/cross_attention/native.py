@@ -40,7 +40,13 @@ class Saved(NamedTuple):
     y: Tensor  # [B, C]: f(cls) + scaled update
 
 
-def why_not(tokens: Tensor) -> str | None:
+def why_not(
+    cls: Tensor,
+    tokens: Tensor,
+    weights: FusionWeights,
+    num_heads: int,
+    cast_to: torch.dtype | None,
+) -> str | None:
     return core.why_not(tokens)
 
 

@@ -10,11 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from crossvit_kernels.backends import choose, register_operation
 from crossvit_kernels.ops import library
-from crossvit_kernels.ops.cross_attention import native, reference, triton
+from crossvit_kernels.ops.cross_attention import cuda, native, reference, triton
 from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 
 #: Modules with why_not, forward, backward and empty_saved.
-BACKENDS: dict[str, Any] = {"cpu": native, "triton": triton}
+BACKENDS: dict[str, Any] = {"cuda": cuda, "cpu": native, "triton": triton}
 register_operation("cross_attention_fusion", tuple(BACKENDS))
 
 _NORMS = ("proj_norm", "norm", "back_norm")
@@ -32,11 +32,12 @@ def cross_attention_fusion(
 ) -> Tensor:
     """The new CLS on the chosen backend; see functional.cross_attention_fusion."""
     not_fused = library.why_not_fused(dropout_p, residual_scale)
+    cast_to = library.autocast_dtype(cls)
     name = choose(
         "cross_attention_fusion",
         backend,
         BACKENDS,
-        lambda module: not_fused or module.why_not(tokens),
+        lambda module: not_fused or module.why_not(cls, tokens, weights, num_heads, cast_to),
     )
     if name == "reference":
         return reference.cross_attention_fusion(

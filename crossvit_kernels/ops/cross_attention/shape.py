@@ -49,8 +49,3 @@ class FusionShape:
     def gradient_size(self) -> int:
         """Floats of an image's row of gradients: see triton_backward.gradients_of."""
         return 3 * self.own + 8 * self.channels
-
-
-def vector_size(own: int, channels: int, heads: int) -> int:
-    """Floats an image that forward keeps: see triton.Saved."""
-    return own + 6 * channels + 2 * heads * channels + heads

@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import configurations, launch, launcher
-from crossvit_kernels.gpu.launch import ALIGN, why_not
+from crossvit_kernels.gpu.launch import ALIGN
 from crossvit_kernels.ops.attention_core import triton as core
 from crossvit_kernels.ops.attention_core.shape import Shape, shape_for
-from crossvit_kernels.ops.cross_attention.shape import FusionShape, vector_size
+from crossvit_kernels.ops.cross_attention.saved import (
+    Saved,
+    Vectors,
+    empty_saved,
+    gradient_sizes,
+    vectors,
+    weight_gradients,
+)
+from crossvit_kernels.ops.cross_attention.shape import FusionShape
 from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
@@ -25,45 +33,14 @@ __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 _MANY_TOKENS = 4096
 
 
-class Saved(NamedTuple):
-    """What forward keeps for backward, in float32: O(h C) an image, whatever the number of tokens.
-
-    One tensor, as memory in pieces takes the host longer than the kernel runs: gelu(LN_f(cls))
-    [B, C_own]; y0, LN(y0), q, o, y and gelu(LN_g(y)), each [B, C]; kt and m, each [h, B, C]; lse
-    [B, h].
-    """
-
-    vectors: Tensor
-
-
-class Vectors(NamedTuple):
-    """Views of Saved.vectors."""
-
-    activated: Tensor
-    y0: Tensor
-    normed: Tensor
-    q: Tensor
-    o: Tensor
-    y: Tensor
-    back_activated: Tensor
-    kt: Tensor
-    m: Tensor
-    lse: Tensor
-
-
-def vectors(saved: Saved, batch: int, shape: FusionShape) -> Vectors:
-    vector, per_head = (batch, shape.channels), (shape.heads, batch, shape.channels)
-    shapes = [(batch, shape.own), *[vector] * 6, per_head, per_head, (batch, shape.heads)]
-    sizes = [functools.reduce(lambda a, b: a * b, s) for s in shapes]
-    parts = saved.vectors.split(sizes)
-    return Vectors(*(part.view(s) for part, s in zip(parts, shapes, strict=True)))
-
-
-def empty_saved(cls: Tensor, tokens: Tensor, num_heads: int) -> Saved:
-    """Memory for what forward saves."""
-    (batch, own), channels = cls.shape, tokens.shape[2]  # symbols, where a compiler traces
-    size = batch * vector_size(own, channels, num_heads)
-    return Saved(torch.empty(size, dtype=torch.float32, device=tokens.device))
+def why_not(
+    cls: Tensor,
+    tokens: Tensor,
+    weights: FusionWeights,
+    num_heads: int,
+    cast_to: torch.dtype | None,
+) -> str | None:
+    return launch.why_not(tokens)
 
 
 @functools.cache
@@ -111,7 +88,7 @@ def forward(
         kernels.fusion_before, groups, (cls, kept), (batch, cls.stride(0)), constants, **rest
     )
     if num_tokens > _MANY_TOKENS:
-        v = vectors(saved, batch, fusion)
+        v = vectors(saved, batch, cls.shape[1], x.shape[2], num_heads)
         u = (v.kt * w.norm_weight.float()).transpose(0, 1)
         m, lse = core.forward(u, x, None, v.y0, eps)
         v.m.copy_(m.transpose(0, 1))
@@ -141,8 +118,7 @@ def backward(
     batch, _, channels = tokens.shape
     own = cls.shape[1]
     dcls, dx = cls.new_empty(cls.shape), tokens.new_empty(tokens.shape)
-    shape = _fusion_shape(own, channels, num_heads, 1, 1, 1, "ieee")
-    gradients = dx.new_empty(batch, shape.gradient_size, dtype=torch.float32)
+    gradients = dx.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
     dz_du = dx.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
     if batch:
         _launch_backward(
@@ -156,8 +132,8 @@ def backward(
             eps,
             (dcls, dx, gradients, dz_du[0], dz_du[1]),
         )
-    v = vectors(saved, batch, shape)
-    return dcls, dx, _weight_gradients(weights, v, gradients, dz_du[1], shape)
+    v = vectors(saved, batch, own, channels, num_heads)
+    return dcls, dx, weight_gradients(weights, v, gradients, dz_du[1])
 
 
 def _launch_backward(
@@ -198,7 +174,8 @@ def _launch_backward(
         **rest,
     )
     if num_tokens > _MANY_TOKENS:
-        _backward_of_many_tokens(vectors(saved, batch, fusion), x, w, eps, out, fusion)
+        v = vectors(saved, batch, cls.shape[1], x.shape[2], num_heads)
+        _backward_of_many_tokens(v, x, w, eps, out)
     else:
         launcher.start(
             kernels.fusion_backward_tokens,
@@ -224,7 +201,6 @@ def _backward_of_many_tokens(
     w: FusionWeights,
     eps: float,
     out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    shape: FusionShape,
 ) -> None:
     """The token pass on attention_core: writes dx, du and y0's gradient as a token."""
     _, dx, gradients, dz, du = out
@@ -234,8 +210,8 @@ def _backward_of_many_tokens(
     du_found, _, dy0 = core.backward(dm, None, u, x, None, v.y0, m, v.lse, eps, dx_out=dx)
     assert dy0 is not None
     du.copy_(du_found.transpose(0, 1))
-    at = 2 * shape.own + shape.channels  # where triton_backward.gradients_of has dgamma
-    gradients[:, at : at + shape.channels] = dy0
+    own, channels = v.activated.shape[1], v.y0.shape[1]
+    gradients.split(gradient_sizes(own, channels), dim=1)[3].copy_(dy0)
 
 
 def _prepared(
@@ -260,46 +236,3 @@ def _shapes(
 
 # One object a shape: it is part of the key under which Triton finds a compiled kernel.
 _fusion_shape = functools.cache(FusionShape)
-
-
-def _weight_gradients(
-    weights: FusionWeights, v: Vectors, gradients: Tensor, du: Tensor, shape: FusionShape
-) -> FusionWeights:
-    own, channels, heads, d = shape.own, shape.channels, shape.heads, shape.head_dim
-    sizes = [own, own, *[channels] * 8, own]
-    _, _, dy0, _, _, dq, do, dupdate, _, _, dout = gradients.split(sizes, dim=1)
-    sums: list[Any] = list(gradients.sum(dim=0).split(sizes))
-    gamma, beta = weights.norm_weight.float(), weights.norm_bias.float()
-
-    def of_heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (heads, d)).permute(1, 2, 0)
-
-    dv = torch.bmm(of_heads(do), torch.addcmul(beta, v.m, gamma))
-    dk = torch.bmm(of_heads(v.q), du) * (gamma * d**-0.5)
-    d_weights: list[Any] = [
-        sums[0],
-        sums[1],
-        dy0.t() @ v.activated,
-        sums[2],
-        sums[3],
-        sums[4],
-        dq.t() @ v.normed,
-        sums[5],
-        dk.view(channels, channels),
-        torch.zeros_like(gamma),  # softmax drops b_k
-        dv.view(channels, channels),
-        sums[6],
-        dupdate.t() @ v.o,
-        sums[7],
-        sums[8],
-        sums[9],
-        dout.t() @ v.back_activated,
-        sums[10],
-    ]
-    pairs = zip(d_weights, weights, strict=True)
-    return FusionWeights(*(None if w is None else _own(g, w) for g, w in pairs))  # type: ignore[arg-type]
-
-
-def _own(gradient: Tensor, like: Tensor) -> Tensor:
-    """In like's dtype and in memory of its own: an operator's results must not share any."""
-    return gradient.to(like.dtype) if gradient.dtype != like.dtype else gradient.clone()

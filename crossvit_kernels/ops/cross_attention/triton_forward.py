@@ -15,7 +15,7 @@ SIZES = ("batch", "num_tokens", "cls_stride", "x_batch_stride", "x_token_stride"
 
 @triton.jit
 def vectors_of(ptr, batch, first, F: tl.constexpr):
-    """Where image `first` has its vectors, in the order of triton.Saved; and a head's stride."""
+    """Where image `first` has its vectors, in the order of saved.Saved; and a head's stride."""
     OWN: tl.constexpr = F.own
     C: tl.constexpr = F.channels
     H: tl.constexpr = F.heads

@@ -30,19 +30,22 @@ inline Vectors vectors_of(float* memory, int64_t batch, int64_t own, int64_t cha
   return v;
 }
 
-// Shared memory of a block: operands of linear layers, of the widest kind and of C channels, rows
-// in float, and what the pass over the tokens has.
+// Shared memory of a block: an operand and rows of floats, as wide as the CLS or the tokens are, an
+// operand of C channels, and what the pass over the tokens has.
 template <class T>
 struct Layout {
   int pitch;                 // of the wide operand's rows where they are the images' first tokens
-  int narrow, floats, pass;  // in bytes; the wide operand comes first
+  int floats, narrow, pass;  // in bytes; the wide operand comes first
 
+  __host__ __device__ static int wide_bytes(int width) {
+    return operand_bytes<T>(width) + kImages * width * static_cast<int>(sizeof(float));
+  }
   __host__ __device__ Layout(int own, int channels) {
     const int width = own > channels ? own : channels;
     pitch = operand_pitch<T>(width);
-    narrow = operand_bytes<T>(width);
-    floats = narrow + operand_bytes<T>(channels);
-    pass = floats + kImages * width * static_cast<int>(sizeof(float));
+    floats = operand_bytes<T>(width);
+    narrow = wide_bytes(width);
+    pass = narrow + operand_bytes<T>(channels);
   }
 };
 

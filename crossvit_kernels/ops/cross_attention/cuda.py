@@ -1,0 +1,169 @@
+"""The fusion on the CUDA kernels of the extension: one kernel each way.
+
+The weight matrices' gradients are products over the batch of vectors that the kernels leave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels import extension
+from crossvit_kernels.gpu import launch
+from crossvit_kernels.ops.attention_core import cuda as core
+from crossvit_kernels.ops.cross_attention.saved import (
+    Saved,
+    empty_saved,
+    gradient_sizes,
+    vectors,
+    weight_gradients,
+)
+from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+
+__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How a cluster of blocks shares the work; a result's bits do not depend on it.
+
+    Attributes:
+        images: Images of a cluster, at most the 16 rows of a tensor-core tile. They share one
+            reading of the weights.
+        blocks: Blocks of a cluster. They share the columns of every linear layer, and the images'
+            tokens.
+    """
+
+    images: int
+    blocks: int
+
+
+def division(batch: int, chip: int) -> Division:
+    """As many images a cluster as leave no multiprocessor idle: predicted, not measured."""
+    blocks = 8 if chip >= 90 or chip == 0 else 1  # clusters begin with sm_90
+    images = 1
+    while images < 16 and -(-batch // images) * blocks > _MULTIPROCESSORS:
+        images *= 2
+    return Division(images, blocks)
+
+
+_MULTIPROCESSORS = 128  # of an A100 and an H200 there are 108 and 132
+
+
+def why_not(
+    cls: Tensor,
+    tokens: Tensor,
+    weights: FusionWeights,
+    num_heads: int,
+    cast_to: torch.dtype | None,
+) -> str | None:
+    """Why the CUDA kernels cannot run this fusion, its matrices cast to a dtype where one is given;
+    None where they can.
+    """
+    if reason := core.why_not(tokens):
+        return reason
+    own, channels = cls.shape[-1], tokens.shape[-1]
+    if own % 16:
+        return f"{own} channels of the CLS are no multiple of 16"
+    if channels // num_heads % 8:
+        return f"{channels // num_heads} channels of a head are no multiple of 8"
+    for name in ("proj", "q", "k", "v", "out", "back"):
+        dtype = cast_to or getattr(weights, f"{name}_weight").dtype
+        if dtype != tokens.dtype:
+            return f"{name}_weight is in {dtype}, the tokens in {tokens.dtype}"
+    for name, t in (("cls", cls), *zip(weights._fields, weights, strict=True)):
+        if t is not None and t.dtype == torch.float64:
+            return f"{name} is in {t.dtype}"
+    assert extension.cuda_kernels is not None
+    functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[tokens.dtype]
+    of_wide = functions.cross_attention_wide_bytes[code]
+    if own > 16 * len(of_wide):
+        return f"{own} channels of the CLS are more than {16 * len(of_wide)}"
+    rest = functions.cross_attention_rest_bytes[code][channels // 16 - 1][num_heads > 8]
+    needed = of_wide[max(own, channels) // 16 - 1] + rest
+    most = extension.shared_bytes_of_block(tokens)
+    if needed > most:
+        return f"it needs {needed} bytes of shared memory, of which a block there has {most}"
+    return None
+
+
+def forward(
+    cls: Tensor,
+    tokens: Tensor,
+    w: FusionWeights,
+    residual_scale: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Saved]:
+    batch, num_tokens, channels = tokens.shape
+    new_cls = cls.new_empty(cls.shape, dtype=w.back_weight.dtype)
+    saved = empty_saved(cls, tokens, num_heads)
+    if batch:
+        assert extension.cuda_kernels is not None
+        x, weights, scale = _prepared(tokens, w, residual_scale)
+        split = division(batch, launch.chip(x.device))
+        extension.cuda_kernels.functions.cross_attention_forward(
+            problem=(batch, num_tokens, channels, cls.shape[1], num_heads, eps),
+            cls=extension.parameter(cls.contiguous()),
+            tokens=extension.tokens(x, None),
+            weights=[extension.parameter(p) for p in weights],
+            residual_scale=extension.optional(scale),
+            new_cls=new_cls.data_ptr(),
+            vectors=saved.vectors.data_ptr(),
+            division=(split.images, split.blocks),
+            place=extension.place(x),
+        )
+    return new_cls, saved
+
+
+def backward(
+    d_new_cls: Tensor,
+    cls: Tensor,
+    tokens: Tensor,
+    weights: FusionWeights,
+    residual_scale: Tensor | None,
+    saved: Saved,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, FusionWeights]:
+    """(dcls, dtokens, gradients of the weights; None where the weight is None)."""
+    (batch, num_tokens, channels), own = tokens.shape, cls.shape[1]
+    dcls, dx = cls.new_empty(cls.shape), tokens.new_empty(tokens.shape)
+    gradients = dx.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
+    dz, du = dx.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
+    if batch:
+        assert extension.cuda_kernels is not None
+        x, w, scale = _prepared(tokens, weights, residual_scale)
+        split = division(batch, launch.chip(x.device))
+        scratch = dx.new_empty(2, batch, channels, dtype=torch.float32)
+        cls, d_new_cls = cls.contiguous(), d_new_cls.contiguous()
+        extension.cuda_kernels.functions.cross_attention_backward(
+            problem=(batch, num_tokens, channels, own, num_heads, eps),
+            dnew_cls=extension.parameter(d_new_cls),
+            cls=extension.parameter(cls),
+            tokens=extension.tokens(x, None),
+            weights=[extension.parameter(p) for p in w],
+            residual_scale=extension.optional(scale),
+            vectors=saved.vectors.data_ptr(),
+            dcls=dcls.data_ptr(),
+            dx=extension.tokens(dx, None),
+            gradients=gradients.data_ptr(),
+            dz=dz.data_ptr(),
+            du=du.data_ptr(),
+            scratch=scratch.data_ptr(),
+            division=(split.images, split.blocks),
+            place=extension.place(x),
+        )
+    v = vectors(saved, batch, own, channels, num_heads)
+    return dcls, dx, weight_gradients(weights, v, gradients, du)
+
+
+def _prepared(
+    tokens: Tensor, w: FusionWeights, residual_scale: Tensor | None
+) -> tuple[Tensor, FusionWeights, Tensor | None]:
+    """As kernels read them: rows of tokens and matrices at multiples of 16 bytes."""
+    matrices = [launch.aligned_rows(p) if p is not None and p.ndim == 2 else p for p in w]
+    scale = None if residual_scale is None else residual_scale.float().contiguous()
+    return launch.aligned_rows(tokens), launch.contiguous(FusionWeights(*matrices)), scale  # type: ignore[arg-type]
