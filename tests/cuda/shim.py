@@ -26,7 +26,9 @@ SANITIZER_FLAGS = {
     None: (),
 }
 INCLUDES = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda'}")
-FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", *INCLUDES)
+# Without the last of these flags, two libraries in one process would share the shim's state.
+OPTIONS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique")
+FLAGS = (*OPTIONS, *INCLUDES)
 
 
 class CompilationError(RuntimeError):
