@@ -56,7 +56,7 @@ inline int shared_bytes_of_block(int) { return testing::kMostShared; }
 // Runs the kernel to its end; a fault in it is a std::runtime_error that names block and cause.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... arguments) {
-  const std::tuple<P...> values(std::forward<A>(arguments)...);
+  const std::tuple<P...> values{static_cast<P>(std::forward<A>(arguments))...};
   return testing::run_grid({config.grid, config.block, config.shared_bytes, config.cluster},
                            [&] { std::apply(kernel, values); });
 }

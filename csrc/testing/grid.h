@@ -2,9 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <numeric>
-#include <tuple>
 
 #include "testing/sync.h"
 
@@ -33,16 +34,15 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 namespace crossvit::testing {
 
 constexpr std::size_t kStackBytes = 128 << 10;
 constexpr int kMostThreads = 1024, kMostShared = 227 << 10, kMostBlocksInCluster = 8;
 
-// ThreadSanitizer takes what one fiber does as ordered, so clusters near each other must not run on
-// the same fibers if a race between blocks is to be seen. An odd number of sets is best, as grids
-// are often even, but each fiber takes a millisecond.
+// ThreadSanitizer takes what one fiber does as ordered, so clusters that run one after another must
+// not be on the same fibers if a race between them is to be seen. Fibers are dear; an odd number of
+// sets is best, as grids are often even.
 inline int fiber_sets([[maybe_unused]] int threads) {
 #if defined(__SANITIZE_THREAD__)
   return threads <= 128 ? 3 : 2;
@@ -135,11 +135,12 @@ struct Shape {
 
 inline cudaError_t check(const Shape& shape) {
   const auto& [grid, block, shared_bytes, cluster_blocks] = shape;
-  constexpr unsigned kMostInYZ = 65535;
-  const auto threads = uint64_t(block.x) * block.y * block.z;
-  if (threads == 0 || threads > kMostThreads || block.z > 64) return cudaErrorInvalidConfiguration;
-  if (uint64_t(grid.x) * grid.y * grid.z == 0) return cudaErrorInvalidConfiguration;
-  if (grid.x > 0x7fffffff || grid.y > kMostInYZ || grid.z > kMostInYZ) {
+  constexpr unsigned kMostInX = 0x7fffffff, kMostInYZ = 65535, kMostThreadsInZ = 64;
+  const auto within = [](const dim3& extent, unsigned x, unsigned y, unsigned z) {
+    return extent.x && extent.y && extent.z && extent.x <= x && extent.y <= y && extent.z <= z;
+  };
+  if (!within(block, kMostThreads, kMostThreads, kMostThreadsInZ) ||
+      shape.threads() > kMostThreads || !within(grid, kMostInX, kMostInYZ, kMostInYZ)) {
     return cudaErrorInvalidConfiguration;
   }
   if (shared_bytes < 0 || shared_bytes > kMostShared) return cudaErrorInvalidValue;
@@ -182,12 +183,12 @@ inline void add_block(Cluster& cluster, const Shape& shape, int64_t number, std:
   cluster.barrier.members += threads;
 }
 
-inline void run_cluster(const Shape& shape, int64_t number) {
+inline void run_cluster(const Shape& shape, int64_t number, int64_t position) {
   Unwatched unwatched;
   Cluster running;
   std::vector<SharedMemory> memories;
   const int threads = shape.threads() * shape.cluster;
-  const auto first_fiber = static_cast<std::size_t>(number % fiber_sets(threads) * threads);
+  const auto first_fiber = static_cast<std::size_t>(position % fiber_sets(threads) * threads);
   for (int rank = 0; rank < shape.cluster; ++rank) {
     add_block(running, shape, number * shape.cluster + rank, first_fiber);
     // Of exactly the bytes asked for, so that AddressSanitizer sees the first one past them.
@@ -201,10 +202,10 @@ inline void run_cluster(const Shape& shape, int64_t number) {
   cluster = &running;
   run(*launcher, *next_thread());
   cluster = nullptr;
-  if (running.failed) throw std::runtime_error(running.error);
   for (const Thread& thread : running.threads) {
     if (!thread.fiber->fitted()) throw std::runtime_error("a thread's stack overflowed");
   }
+  if (running.failed) throw std::runtime_error(running.error);
 }
 
 inline cudaError_t run_grid(const Shape& shape, const std::function<void()>& body) {
@@ -212,18 +213,20 @@ inline cudaError_t run_grid(const Shape& shape, const std::function<void()>& bod
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (const cudaError_t error = check(shape)) return error;
   Fiber program;
-  launcher = &program;
-  kernel = &body;
-  gridDim = shape.grid;
-  blockDim = shape.block;
-  chance.seed(std::getenv("CROSSVIT_SHIM_SEED"));
-  std::vector<int64_t> order(shape.clusters());
-  std::iota(order.begin(), order.end(), int64_t(0));
-  for (std::size_t i = order.size(); chance.on() && i > 1; --i) {
-    std::swap(order[i - 1], order[chance.below(i)]);
+  std::vector<int64_t> order;  // where it is random
+  {
+    Unwatched unwatched;
+    launcher = &program;
+    kernel = &body;
+    gridDim = shape.grid;
+    blockDim = shape.block;
+    chance.seed(std::getenv("CROSSVIT_SHIM_SEED"));
+    if (chance.on()) order.resize(shape.clusters());
+    std::iota(order.begin(), order.end(), int64_t(0));
+    for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[chance.below(i)]);
   }
   release(&launch_token);
-  for (const int64_t number : order) run_cluster(shape, number);
+  for (int64_t i = 0; i < shape.clusters(); ++i) run_cluster(shape, chance.on() ? order[i] : i, i);
   acquire(&finish_token);
   return cudaSuccess;
 }

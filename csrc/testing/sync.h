@@ -1,7 +1,7 @@
 // Barriers, warp operations, atomics and fences.
 #pragma once
 
-#include "testing/cluster_state.h"
+#include "testing/scheduler.h"
 
 namespace crossvit::testing {
 

@@ -93,6 +93,10 @@ FAULTS: dict[str, dict[str, list[tuple[str, str]]]] = {
             ("in_rank(partial + mine, other)", "in_rank(partial + mine, other + FAULT)")
         ],
     },
+    "last_block": {
+        "no fence after writing": [left_out("__threadfence();  // the partial sums")],
+        "no fence before reading": [left_out("__threadfence();  // the count")],
+    },
     "layernorm": {
         "no barrier before reading": [left_out("__syncthreads();  // all rows are there")],
         "shared index too far": [("mine = values +", "mine = values + FAULT +")],
@@ -141,6 +145,8 @@ CATCHES = [
     ("cluster", "old address of an exited block", "address", FIXED, "use-after-poison"),
     ("cluster", "wait without arrival", None, FIXED, "waits at the cluster's barrier without"),
     ("cluster", "rank too far", None, FIXED, "rank 4 of a cluster of 4"),
+    ("last_block", "no fence after writing", "thread", FIXED, RACE),
+    ("last_block", "no fence before reading", "thread", FIXED, RACE),
     ("layernorm", "no barrier before reading", None, FIXED, "error nan"),
     ("layernorm", "no barrier before reading", "thread", FIXED, RACE),
     ("layernorm", "shared index too far", "address", FIXED, OVERFLOW),
