@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
+import host_build
 import pytest
 import torch
 
@@ -60,6 +62,42 @@ def triton_device() -> str:
             row_tiles._ON_CHIP[chip, name, float32] = larger
         return "cpu"
     return "cuda"
+
+
+@pytest.fixture(scope="session")
+def _cuda_kernels() -> extension.CudaKernels:
+    if extension.cuda_kernels is not None and torch.cuda.is_available():
+        return extension.cuda_kernels
+    if reason := host_build.why_not():
+        pytest.skip(reason)
+    return extension.CudaKernels(host_build.functions(), "cpu")
+
+
+@pytest.fixture
+def cuda_device(_cuda_kernels: extension.CudaKernels, monkeypatch) -> str:
+    """Where CUDA kernels run here: without a GPU the same sources, compiled for the CPU."""
+    monkeypatch.setattr(extension, "cuda_kernels", _cuda_kernels)
+    return _cuda_kernels.device_type
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A backend for GPUs, where it runs here and what it takes widths in."""
+
+    name: str
+    device: str
+    multiple: int
+
+    def width(self, channels: int) -> int:
+        """The next width that it takes."""
+        return -(-channels // self.multiple) * self.multiple
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    """Each backend for GPUs."""
+    device = request.getfixturevalue(f"{request.param}_device")
+    return Gpu(request.param, device, {"triton": 8, "cuda": 16}[request.param])
 
 
 def _isa_levels() -> list[str]:

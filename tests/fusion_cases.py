@@ -38,6 +38,15 @@ def make_weights(own: int, channels: int, biases: bool = True) -> FusionWeights:
     return weights if biases else weights._replace(q_bias=None, k_bias=None, v_bias=None)
 
 
+def fusion_and_gradients(
+    cls: Tensor, tokens: Tensor, weights: FusionWeights, num_heads: int, backend: str
+) -> tuple[Tensor, ...]:
+    """New cls, and the gradients of cls and tokens."""
+    cls, tokens = (t.detach().requires_grad_() for t in (cls, tokens))
+    new_cls = ck.cross_attention_fusion(cls, tokens, weights, num_heads, backend=backend)
+    return new_cls, *torch.autograd.grad(new_cls.square().sum(), (cls, tokens))
+
+
 def check_rule(
     own: int,
     channels: int,

@@ -6,12 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from fusion_cases import NAMED_WIDTHS, check_rule, make_weights
+from fusion_cases import NAMED_WIDTHS, check_rule, fusion_and_gradients, make_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
 from crossvit_kernels.gpu import configurations, launcher
 from crossvit_kernels.modules import CrossAttentionFusion
@@ -95,10 +94,7 @@ def test_many_tokens(triton_device: str, monkeypatch) -> None:
 def fusion(
     cls: torch.Tensor, tokens: torch.Tensor, weights: FusionWeights
 ) -> tuple[torch.Tensor, ...]:
-    """New cls, and the gradients of cls and tokens."""
-    cls, tokens = (t.detach().requires_grad_() for t in (cls, tokens))
-    new_cls = ck.cross_attention_fusion(cls, tokens, weights, 3, backend="triton")
-    return new_cls, *torch.autograd.grad(new_cls.square().sum(), (cls, tokens))
+    return fusion_and_gradients(cls, tokens, weights, 3, "triton")
 
 
 def test_an_image_depends_on_itself_alone(triton_device: str, monkeypatch) -> None:

@@ -1,11 +1,12 @@
-"""attention_core on Triton: compiled where there is a GPU, else in the interpreter."""
+"""attention_core on Triton and CUDA: on a GPU, else in the interpreter and by the host shim."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from conftest import Gpu
 from core_cases import check_rule, make
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import crossvit_kernels as ck
@@ -23,17 +24,23 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
     [(2, 70, 6, 192), (3, 33, 3, 96), (2, 20, 7, 224), (2, 19, 22, 40), (1, 1, 1, 8)],
     ids=str,
 )
-def test_rule(sizes, norm_eps, dtype, triton_device) -> None:
+def test_rule(sizes, norm_eps, dtype, gpu: Gpu) -> None:
+    sizes = (*sizes[:3], gpu.width(sizes[3]))
     inputs, mask = make(*sizes, dtype=dtype, extra=sizes[0] == 2, masked=sizes[0] == 3)
-    check_rule(inputs, mask, dtype, norm_eps, "triton", triton_device)
+    check_rule(inputs, mask, dtype, norm_eps, gpu.name, gpu.device)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     batch=st.integers(0, 3),
     num_tokens=st.integers(1, 90),
     num_rows=st.integers(1, 33),
-    channels=st.integers(1, 30).map(lambda i: 8 * i),
+    eighths=st.integers(1, 30),
     dtype=st.sampled_from(DTYPES),
     normalized=st.booleans(),
     shared=st.booleans(),
@@ -41,11 +48,11 @@ def test_rule(sizes, norm_eps, dtype, triton_device) -> None:
     masked=st.booleans(),
 )
 def test_fuzz(
-    triton_device,
+    gpu,
     batch,
     num_tokens,
     num_rows,
-    channels,
+    eighths,
     dtype,
     normalized,
     shared,
@@ -53,101 +60,103 @@ def test_fuzz(
     masked,
 ):
     torch.manual_seed(1)
+    channels = gpu.width(8 * eighths)
     inputs, mask = make(
         batch, num_tokens, num_rows, channels, dtype, shared=shared, extra=extra, masked=masked
     )
-    check_rule(inputs, mask, dtype, 1e-6 if normalized else None, "triton", triton_device)
+    check_rule(inputs, mask, dtype, 1e-6 if normalized else None, gpu.name, gpu.device)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_ranges_of_tokens_are_merged(masked: bool, triton_device: str) -> None:
+def test_ranges_of_tokens_are_merged(masked: bool, gpu: Gpu) -> None:
     """More tokens than a program takes; a range may have nothing to attend to."""
-    small = configurations.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, part=32)
+    part = 1024 if gpu.name == "cuda" else 32
+    small = configurations.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, part=part)
     with configurations.only(small):
-        inputs, mask = make(2, 75, 3, 16, extra=True, masked=masked)
+        inputs, mask = make(2, 2 * part + 11, 3, 16, extra=True, masked=masked)
         if mask is not None:
-            mask[:, 32:64] = False
-        check_rule(inputs, mask, torch.float32, 1e-6, "triton", triton_device)
+            mask[:, part : 2 * part] = False
+        check_rule(inputs, mask, torch.float32, 1e-6, gpu.name, gpu.device)
         if mask is not None:
-            inputs, mask = make(2, 75, 3, 16, masked=True)
+            inputs, mask = make(2, 2 * part + 11, 3, 16, masked=True)
             mask[1] = False
-            check_nothing_attended(inputs, mask, triton_device)
+            check_nothing_attended(inputs, mask, gpu)
 
 
-def test_many_tokens(triton_device: str) -> None:
-    inputs, mask = make(1, 1030, 2, 8)
-    check_rule(inputs, mask, torch.float32, 1e-6, "triton", triton_device)
+def test_many_tokens(gpu: Gpu) -> None:
+    inputs, mask = make(1, 1030, 2, 16)
+    check_rule(inputs, mask, torch.float32, 1e-6, gpu.name, gpu.device)
 
 
 @pytest.mark.sanitizer
-def test_many_score_rows(triton_device: str) -> None:
+def test_many_score_rows(gpu: Gpu) -> None:
     """They take several launches, which add to dx."""
-    inputs, mask = make(2, 18, 70, 24, extra=True)
-    check_rule(inputs, mask, torch.float32, 1e-6, "triton", triton_device)
-    check_rule(inputs, mask, torch.float16, 1e-6, "triton", triton_device)
+    inputs, mask = make(2, 18, 70, gpu.width(24), extra=True)
+    check_rule(inputs, mask, torch.float32, 1e-6, gpu.name, gpu.device)
+    check_rule(inputs, mask, torch.float16, 1e-6, gpu.name, gpu.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_mean_small_spread(dtype: torch.dtype, triton_device: str) -> None:
+def test_large_mean_small_spread(dtype: torch.dtype, gpu: Gpu) -> None:
     """Tokens with mean 100 and spread 1 keep their digits."""
     inputs, mask = make(2, 40, 4, 192, dtype, mean=100.0)
-    check_rule(inputs, mask, dtype, 1e-6, "triton", triton_device)
+    check_rule(inputs, mask, dtype, 1e-6, gpu.name, gpu.device)
 
 
-def test_huge_scores_do_not_overflow(triton_device: str) -> None:
+def test_huge_scores_do_not_overflow(gpu: Gpu) -> None:
     (u, x, _), _ = make(2, 40, 3, 64)
-    u, x = u.float().to(triton_device) * 1e4, x.float().to(triton_device)
-    m, lse = ck.attention_core(u, x, backend="triton")
+    u, x = u.float().to(gpu.device) * 1e4, x.float().to(gpu.device)
+    m, lse = ck.attention_core(u, x, backend=gpu.name)
     m_exact, lse_exact = reference.attention_core(u.double(), x.double(), 1e-6)
     assert torch.isfinite(m).all() and torch.isfinite(lse).all()
     torch.testing.assert_close(m.double(), m_exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse.double(), lse_exact, rtol=1e-6, atol=0)
 
 
-def check_nothing_attended(inputs, mask, device: str) -> None:
+def check_nothing_attended(inputs, mask, gpu: Gpu) -> None:
     """Image 1 has no token to attend to."""
-    leaves = [t.float().to(device).requires_grad_() for t in inputs[:2]]
-    m, lse = ck.attention_core(*leaves, key_mask=mask.to(device), backend="triton")
+    leaves = [t.float().to(gpu.device).requires_grad_() for t in inputs[:2]]
+    m, lse = ck.attention_core(*leaves, key_mask=mask.to(gpu.device), backend=gpu.name)
     assert (m[1] == 0).all() and (lse[1] == -torch.inf).all()
     du, dx = torch.autograd.grad(m.sum(), leaves)
     assert torch.isfinite(du).all() and torch.isfinite(dx).all()
     assert (du[1] == 0).all() and (dx[1] == 0).all()
 
 
-def test_mask_that_leaves_nothing(triton_device: str) -> None:
+def test_mask_that_leaves_nothing(gpu: Gpu) -> None:
     inputs, _ = make(3, 9, 2, 16)
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[1] = False
-    check_nothing_attended(inputs, mask, triton_device)
+    check_nothing_attended(inputs, mask, gpu)
 
 
-def test_masked_tokens_reach_nothing(triton_device: str) -> None:
-    (u, x, _), mask = make(2, 60, 3, 40, masked=True)
-    u, x, mask = (t.to(triton_device) for t in (u.float(), x.float(), mask))
-    expected = ck.attention_core(u, x, key_mask=mask, backend="triton")
+def test_masked_tokens_reach_nothing(gpu: Gpu) -> None:
+    (u, x, _), mask = make(2, 60, 3, 48, masked=True)
+    u, x, mask = (t.to(gpu.device) for t in (u.float(), x.float(), mask))
+    expected = ck.attention_core(u, x, key_mask=mask, backend=gpu.name)
     x[~mask] = torch.nan
     x.requires_grad_()
-    actual = ck.attention_core(u, x, key_mask=mask, backend="triton")
+    actual = ck.attention_core(u, x, key_mask=mask, backend=gpu.name)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     (dx,) = torch.autograd.grad(actual[0].sum(), x)
     assert (dx[~mask] == 0).all() and torch.isfinite(dx).all()
 
 
-def test_an_image_depends_on_itself_alone(triton_device: str) -> None:
+def test_an_image_depends_on_itself_alone(gpu: Gpu) -> None:
     """Neither on its batch nor on a NaN in another image."""
     (u, x, _), _ = make(4, 45, 5, 64)
-    u, x = u.float().to(triton_device), x.float().to(triton_device)
-    clean_m, clean_lse = ck.attention_core(u, x, backend="triton")
+    u, x = u.float().to(gpu.device), x.float().to(gpu.device)
+    clean_m, clean_lse = ck.attention_core(u, x, backend=gpu.name)
     poisoned = x.clone()
     poisoned[2, 44, 3] = torch.nan
     poisoned.requires_grad_()
-    m, lse = ck.attention_core(u, poisoned, backend="triton")
+    m, lse = ck.attention_core(u, poisoned, backend=gpu.name)
     assert torch.isnan(m[2]).all() and torch.isnan(lse[2]).all()
     others = [0, 1, 3]
     assert torch.equal(m[others], clean_m[others]) and torch.equal(lse[others], clean_lse[others])
     (dx,) = torch.autograd.grad(m[others].sum(), poisoned)
     assert torch.isfinite(dx[others]).all()
-    alone = ck.attention_core(u[3:], x[3:], backend="triton")
+    alone = ck.attention_core(u[3:], x[3:], backend=gpu.name)
     assert torch.equal(alone[0], clean_m[3:]) and torch.equal(alone[1], clean_lse[3:])
 
 
@@ -162,41 +171,41 @@ def layouts(x: torch.Tensor) -> list[torch.Tensor]:
     return [inside, odd, x.transpose(0, 1).contiguous().transpose(0, 1)]
 
 
-def test_strided_tokens_and_masks(triton_device: str) -> None:
+def test_strided_tokens_and_masks(gpu: Gpu) -> None:
     (u, x, extra), _ = make(3, 37, 4, 48, extra=True)
-    u, x, extra = (t.float().to(triton_device) for t in (u, x, extra))
-    mask = (torch.rand(37, 3, device=triton_device) > 0.5).t()
+    u, x, extra = (t.float().to(gpu.device) for t in (u, x, extra))
+    mask = (torch.rand(37, 3, device=gpu.device) > 0.5).t()
     results = []
     for tokens in (x, *layouts(x)):
         assert torch.equal(tokens, x)
         tokens = tokens.detach().requires_grad_()
-        m, lse = ck.attention_core(u, tokens, 1e-6, mask, extra, backend="triton")
+        m, lse = ck.attention_core(u, tokens, 1e-6, mask, extra, backend=gpu.name)
         results.append((m, lse, *torch.autograd.grad(m.sum(), tokens)))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
     same = x[:1].expand(3, -1, -1)
-    m, _ = ck.attention_core(u[:1], same, backend="triton")
+    m, _ = ck.attention_core(u[:1], same, backend=gpu.name)
     assert torch.equal(m[0], m[1]) and torch.equal(m[0], m[2])
 
 
-def test_what_triton_declines(triton_device: str) -> None:
-    u, x = torch.randn(1, 2, 12, device=triton_device), torch.randn(1, 3, 12, device=triton_device)
-    with pytest.raises(ValueError, match="12 channels are no multiple of 8"):
-        ck.attention_core(u, x, backend="triton")
+def test_what_is_declined(gpu: Gpu) -> None:
+    u, x = torch.randn(1, 2, 12, device=gpu.device), torch.randn(1, 3, 12, device=gpu.device)
+    with pytest.raises(ValueError, match=f"{gpu.name}: 12 channels are no multiple of"):
+        ck.attention_core(u, x, backend=gpu.name)
     with pytest.raises(ValueError, match="no code for"):
-        ck.attention_core(u.double(), x.double(), backend="triton")
-    wide = torch.randn(1, 2, 1600, device=triton_device)
+        ck.attention_core(u.double(), x.double(), backend=gpu.name)
+    wide = torch.randn(1, 2, 1600, device=gpu.device)
     with pytest.raises(ValueError, match="1600 channels are more than"):
-        ck.attention_core(wide, wide, backend="triton")
+        ck.attention_core(wide, wide, backend=gpu.name)
     assert ck.attention_core(u, x)[0].shape == u.shape  # something else runs it
 
 
 @pytest.mark.parametrize("head", [MAPHead, ClassAttention])
-def test_pooling_heads(head: type, triton_device: str) -> None:
+def test_pooling_heads(head: type, gpu: Gpu) -> None:
     """They run on attention_core: the same as the reference's, gradients too."""
-    fused, eager = (head(48, 6, backend=name).to(triton_device) for name in ("triton", "reference"))
+    fused, eager = (head(48, 6, backend=b).to(gpu.device) for b in (gpu.name, "reference"))
     eager.load_state_dict(fused.state_dict())
-    x = torch.randn(3, 20, 48, device=triton_device)
+    x = torch.randn(3, 20, 48, device=gpu.device)
     outputs = fused(x), eager(x)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     gradients = [

@@ -1,0 +1,57 @@
+"""The CUDA kernels of csrc/ compiled for the CPU, as a module like ``crossvit_kernels._C.cuda``."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import shim
+
+CSRC = shim.ROOT / "csrc"
+KERNELS = tuple(
+    CSRC / operation / f"{direction}.cu"
+    for operation in ("attention_core", "cross_attention")
+    for direction in ("forward", "backward")
+)
+_BINDINGS = CSRC / "bindings/cuda.cpp", CSRC / "testing/module.cpp"
+_NAME = "cuda_on_cpu"
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if not CSRC.is_dir():
+        return "needs the source tree"
+    if importlib.util.find_spec("pybind11") is None:
+        return "needs pybind11"
+    return shim.why_not()
+
+
+def library(
+    kernels: Sequence[Path] = KERNELS,
+    sanitizer: str | None = None,
+    flags: Sequence[str] = (),
+) -> Path:
+    """The module's file."""
+    import pybind11
+
+    found = pybind11.get_include(), sysconfig.get_path("include")
+    flags = "-fvisibility=hidden", *(f"-isystem{path}" for path in found), *flags
+    defines = (f"MODULE_NAME={_NAME}",)
+    return shim.library((*kernels, *_BINDINGS), sanitizer=sanitizer, defines=defines, flags=flags)
+
+
+def load(path: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(_NAME, str(path))
+    spec = importlib.util.spec_from_loader(_NAME, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def functions() -> ModuleType:
+    return load(library())

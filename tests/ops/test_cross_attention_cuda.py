@@ -1,0 +1,223 @@
+"""cross_attention_fusion in CUDA: on a GPU where there is one, else by the host shim."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fusion_cases import NAMED_WIDTHS, check_rule, fusion_and_gradients, make_weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import crossvit_kernels as ck
+from crossvit_kernels import FusionWeights
+from crossvit_kernels.modules import CrossAttentionFusion
+from crossvit_kernels.ops.cross_attention import cuda
+from crossvit_kernels.ops.cross_attention.cuda import Division
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DIVISIONS = (Division(1, 8), Division(4, 2), Division(16, 8), Division(2, 1))
+
+
+@pytest.fixture(params=DIVISIONS, ids=str)
+def division(request: pytest.FixtureRequest, monkeypatch) -> Division:
+    """Images and blocks of a cluster, whatever the batch."""
+    choose(request.param, monkeypatch)
+    return request.param
+
+
+def choose(division: Division, monkeypatch) -> None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        division = Division(division.images, 1)
+    monkeypatch.setattr(cuda, "division", lambda batch, chip: division)
+
+
+def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
+    check_rule(*sizes, dtype=dtype, backend="cuda", **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rule(division: Division, dtype: torch.dtype, cuda_device: str) -> None:
+    """Batches beyond a cluster's images, no biases, heads that are no power of two."""
+    check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=cuda_device)
+    check(128, 80, 10, 2, 33, dtype=dtype, biases=False, device=cuda_device)
+
+
+@pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
+def test_named_widths(own: int, channels: int, heads: int, cuda_device: str) -> None:
+    dtype = DTYPES[own > channels]
+    check(own, channels, heads, 2, 17, dtype=dtype, scaled=own > channels, device=cuda_device)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("num_tokens", [0, 1, 2])
+def test_few_tokens(num_tokens: int, cuda_device: str) -> None:
+    check(32, 48, 3, 3, num_tokens, device=cuda_device)
+
+
+def test_many_heads(cuda_device: str) -> None:
+    """They take several passes, which add to dx."""
+    check(32, 384, 48, 2, 20, dtype=torch.bfloat16, device=cuda_device)
+    check(32, 160, 20, 2, 20, device=cuda_device)
+
+
+def test_wide(cuda_device: str) -> None:
+    check(192, 1152, 16, 1, 20, dtype=torch.bfloat16, device=cuda_device)
+
+
+@settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    own=st.integers(1, 12).map(lambda i: 16 * i),
+    head_dim=st.sampled_from([16, 24, 32, 64]),
+    heads=st.sampled_from([1, 2, 3, 7]),
+    batch=st.integers(0, 6),
+    num_tokens=st.integers(0, 70),
+    dtype=st.sampled_from(DTYPES),
+    biases=st.booleans(),
+    scaled=st.booleans(),
+)
+def test_fuzz(cuda_device, own, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
+    torch.manual_seed(2)
+    heads += heads * head_dim % 16 // 8  # widths are multiples of 16
+    sizes = (own, head_dim * heads, heads, batch, num_tokens)
+    check(*sizes, dtype=dtype, biases=biases, scaled=scaled, device=cuda_device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_mean_small_spread(dtype: torch.dtype, cuda_device: str) -> None:
+    check(64, 96, 3, 2, 50, dtype=dtype, mean=100.0, device=cuda_device)
+
+
+def fusion(
+    cls: torch.Tensor, tokens: torch.Tensor, weights: FusionWeights
+) -> tuple[torch.Tensor, ...]:
+    return fusion_and_gradients(cls, tokens, weights, 3, "cuda")
+
+
+def test_an_image_depends_on_itself_alone(cuda_device: str, monkeypatch) -> None:
+    """Not on its batch, nor on how clusters share the work, nor on a NaN in another image."""
+    weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(48, 96)))
+    cls = torch.randn(7, 48, device=cuda_device)
+    tokens = torch.randn(7, 21, 96, device=cuda_device)
+    choose(Division(1, 1), monkeypatch)
+    expected = fusion(cls, tokens, weights)
+    poisoned = tokens.clone()
+    poisoned[2, 3, 5] = torch.nan
+    others = [i for i in range(7) if i != 2]
+    for division in DIVISIONS:
+        choose(division, monkeypatch)
+        for batch in (slice(0, 7), slice(5, 6)):
+            for a, e in zip(fusion(cls[batch], tokens[batch], weights), expected, strict=True):
+                assert torch.equal(a, e[batch])
+        for a, e in zip(fusion(cls, poisoned, weights), expected, strict=True):
+            assert torch.isnan(a[2]).any() and torch.equal(a[others], e[others])
+
+
+def test_strided_tokens_and_cls(cuda_device: str) -> None:
+    """As a model gives them: views of [B, 1 + N, C]; and rows at odd addresses."""
+    weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(48, 96)))
+    both = torch.randn(3, 22, 96, device=cuda_device), torch.randn(3, 5, 48, device=cuda_device)
+    views = both[1][:, 0], both[0][:, 1:]
+    expected = fusion(*(t.contiguous() for t in views), weights)
+    odd = torch.empty(3, 21, 101, device=cuda_device)[:, :, 1:97]
+    odd.copy_(views[1])
+    for tokens in (views[1], odd):
+        for a, e in zip(fusion(views[0], tokens, weights), expected, strict=True):
+            assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16])
+def test_parameters_of_other_dtypes(norms: torch.dtype, cuda_device: str) -> None:
+    """LayerNorms, biases and the CLS in float32 beside matrices in bfloat16, as autocast has."""
+    weights = make_weights(48, 96)
+    mixed = FusionWeights(
+        *(w.to(torch.bfloat16 if w.ndim == 2 else norms).to(cuda_device) for w in weights)
+    )
+    cls = torch.randn(3, 48, device=cuda_device)
+    tokens = torch.randn(3, 9, 96, device=cuda_device).bfloat16()
+    out, dcls, dtokens = fusion(cls, tokens, mixed)
+    exact = [
+        t.to(g.device)
+        for t, g in zip(
+            fusion_and_gradients(
+                cls.double(),
+                tokens.double(),
+                FusionWeights(*(w.double() for w in mixed)),
+                3,
+                "reference",
+            ),
+            (out, dcls, dtokens),
+            strict=True,
+        )
+    ]
+    assert (out.dtype, dcls.dtype, dtokens.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    for actual, expected in zip((out, dcls, dtokens), exact, strict=True):
+        error = (actual.double() - expected).norm() / expected.norm()
+        assert error < 2e-2
+
+
+def test_what_is_declined(cuda_device: str) -> None:
+    """Widths, and matrices of another type than the tokens; something else runs them."""
+    cases = [
+        (40, 96, torch.float32, "40 channels of the CLS are no multiple of 16"),
+        (48, 72, torch.float32, "72 channels are no multiple of 16"),
+        (48, 96, torch.bfloat16, "proj_weight is in torch.float32, the tokens in torch.bfloat16"),
+        (1600, 96, torch.float32, "1600 channels of the CLS are more than 1536"),
+        (48, 1536, torch.float32, "bytes of shared memory, of which a block there has"),
+    ]
+    for own, channels, dtype, reason in cases:
+        weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(own, channels)))
+        cls = torch.randn(1, own, device=cuda_device)
+        tokens = torch.randn(1, 2, channels, device=cuda_device).to(dtype)
+        with pytest.raises(ValueError, match=f"cuda: .*{reason}"):
+            ck.cross_attention_fusion(cls, tokens, weights, 3, backend="cuda")
+
+
+def test_compiled_without_a_graph_break(cuda_device: str) -> None:
+    module = CrossAttentionFusion(48, 96, 3, backend="cuda").to(cuda_device)
+    cls = torch.randn(3, 48, device=cuda_device)
+    tokens = torch.randn(3, 9, 96, device=cuda_device)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    outputs = compiled(cls, tokens), module(cls, tokens)
+    torch.testing.assert_close(*outputs)
+    gradients = [torch.autograd.grad(y.sum(), list(module.parameters())) for y in outputs]
+    for a, e in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_autocast(cuda_device: str) -> None:
+    module = CrossAttentionFusion(48, 96, 3, backend="cuda").to(cuda_device)
+    cls = torch.randn(3, 48, device=cuda_device)
+    tokens = torch.randn(3, 9, 96, device=cuda_device).bfloat16()
+    with torch.autocast(cuda_device, torch.bfloat16):
+        out = module(cls, tokens)
+    assert out.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(out.float().sum(), list(module.parameters()))
+    assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients)
+
+
+def test_operators_are_what_they_say(cuda_device: str) -> None:
+    weights = [w.float().to(cuda_device) for w in make_weights(32, 16)]
+    cls, tokens = torch.randn(3, 32, device=cuda_device), torch.randn(3, 5, 16).to(cuda_device)
+    scale = torch.rand(3, device=cuda_device)
+    operators = torch.ops.crossvit_kernels
+    options = (2, 1e-6, "cuda")
+    arguments = (cls, tokens, weights, scale, *options)
+    opcheck(operators.cross_attention_fusion_forward.default, arguments)
+    new_cls, *saved = operators.cross_attention_fusion_forward(*arguments)
+    arguments = (new_cls, cls, tokens, weights, scale, saved, *options)
+    opcheck(operators.cross_attention_fusion_backward.default, arguments)
+
+
+def test_clusters_share_the_weights_where_images_fill_the_chip() -> None:
+    assert cuda.division(1, 90) == Division(1, 8)
+    assert cuda.division(64, 90) == Division(4, 8)
+    assert cuda.division(256, 90) == Division(16, 8)
+    assert cuda.division(100_000, 100) == Division(16, 8)
+    assert cuda.division(64, 80) == Division(1, 1)  # no clusters there
+    assert cuda.division(1024, 86) == Division(8, 1)
