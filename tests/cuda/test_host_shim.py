@@ -47,6 +47,7 @@ FAULTS: dict[str, dict[str, list[tuple[str, str]]]] = {
         ],
         "misaligned copy": [("copy_async_16(a + row", "copy_async_16(a + 4 * FAULT + row")],
         "misaligned ldmatrix": [("load_matrix_x4(rows, a +", "load_matrix_x4(rows, a + FAULT +")],
+        "misaligned vector access": [("* n + column) =", "* n + column + FAULT) =")],
         "global row too far": [("inside = row0 + row < m", "inside = row0 + row < m + FAULT")],
         "shared copy too far": [
             ("b + row * kStride + column, w", "b + (row + FAULT) * kStride + column, w")
@@ -122,6 +123,7 @@ CATCHES = [
     ("gemm", "wait after use", None, FIXED, "error nan"),
     ("gemm", "misaligned copy", None, FIXED, "misaligned cp.async: its shared address"),
     ("gemm", "misaligned ldmatrix", None, FIXED, "misaligned ldmatrix"),
+    ("gemm", "misaligned vector access", "address", FIXED, "store to misaligned address"),
     ("gemm", "global row too far", "address", FIXED, OVERFLOW),
     ("gemm", "shared copy too far", None, FIXED, "cp.async to outside the block's shared memory"),
     ("gemm", "two blocks, one tile", "thread", FIXED, RACE),
