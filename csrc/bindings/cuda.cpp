@@ -49,11 +49,12 @@ void define_cuda(py::module_& m) {
   // them.
   m.attr("attention_core_shared_bytes") =
       by_width([](DType dtype, int channels) { return core::cuda::shared_bytes(dtype, channels); });
-  m.attr("cross_attention_wide_bytes") =
-      by_width([](DType dtype, int width) { return fusion::cuda::wide_bytes(dtype, width); });
-  m.attr("cross_attention_rest_bytes") = by_width([](DType dtype, int channels) {
-    return std::tuple(fusion::cuda::rest_bytes(dtype, channels, 8),
-                      fusion::cuda::rest_bytes(dtype, channels, 16));
+  m.attr("cross_attention_row_bytes") = by_width([](DType dtype, int width) {
+    return std::tuple(fusion::cuda::operand_bytes(dtype, width), fusion::cuda::float_bytes(width));
+  });
+  m.attr("cross_attention_pass_bytes") = by_width([](DType dtype, int channels) {
+    return std::tuple(fusion::cuda::pass_bytes(dtype, channels, 8),
+                      fusion::cuda::pass_bytes(dtype, channels, 16));
   });
 
   m.def(

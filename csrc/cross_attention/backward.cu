@@ -54,7 +54,7 @@ __device__ void write_score_rows(const BackwardPass<P>& pass, const BackwardPara
 // Grid: clusters, of `images` images each.
 template <class P>
 __global__ void __launch_bounds__(P::kMaxThreads, 1)
-    cross_attention_backward(const BackwardParams p, const Vectors v, int images) {
+    cross_attention_backward(const BackwardParams p, const Vectors v, int images, bool over) {
   using T = typename P::Element;
   CROSSVIT_DYNAMIC_SHARED(memory);
   const int channels = p.channels, own = p.own_channels, heads = p.num_heads;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int64_t first = int64_t{blockIdx.x} / ranks * images;
   const int count = p.batch - first < images ? static_cast<int>(p.batch - first) : images;
   const bool keeps = rank == 0;  // what every block computes, one writes
-  const Layout<T> layout(own, channels);
+  const Layout layout = Layout::of<T>(own, channels, over);
   T* rows = reinterpret_cast<T*>(memory);
   T* narrow = reinterpret_cast<T*>(memory + layout.narrow);
   float* floats = reinterpret_cast<float*>(memory + layout.floats);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     x.extra = rows + image * layout.pitch;
     return x;
   };
-  if (rank < count) pass.start(image_of(rank), 0, num_tokens);
+  if (!over && rank < count) pass.start(image_of(rank), 0, num_tokens);
 
   // g
   clear_rows(rows, count, own);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     T* dx = static_cast<T*>(p.dx.data) + (first + image) * p.dx.batch_stride;
     for (int begin = 0; begin < heads; begin += P::kRows) {
       const int of_pass = min(P::kRows, heads - begin);
-      if (image != rank || begin > 0) pass.start(x, 0, num_tokens);
+      if (over || image != rank || begin > 0) pass.start(x, 0, num_tokens);
       write_score_rows<P>(pass, p, v, first + image, begin, of_pass);
       float* token = scratch_token + (first + image) * channels;
       pass.run(x, dx, p.dx.token_stride, 0, num_tokens, begin > 0, [&](int c, T value) {
@@ -228,21 +228,22 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
 }  // namespace
 
-int wide_bytes(DType dtype, int64_t width) {
+int operand_bytes(DType dtype, int64_t width) {
   int bytes = 0;
   attention_core::cuda::with_element(dtype, [&](auto element) {
-    bytes = Layout<decltype(element)>::wide_bytes(static_cast<int>(width));
+    bytes = operand_bytes_of<decltype(element)>(static_cast<int>(width));
   });
   return bytes;
 }
 
+int float_bytes(int64_t width) { return float_bytes_of(static_cast<int>(width)); }
+
 // That of backward, which has more to hold.
-int rest_bytes(DType dtype, int64_t channels, int64_t heads) {
+int pass_bytes(DType dtype, int64_t channels, int64_t heads) {
   int bytes = 0;
   attention_core::cuda::with_element(dtype, [&](auto element) {
     with_fusion_plan<decltype(element)>(heads, channels, [&](auto plan) {
-      bytes = operand_bytes<decltype(element)>(static_cast<int>(channels)) +
-              BackwardPass<decltype(plan)>::bytes(static_cast<int>(channels), 1);
+      bytes = BackwardPass<decltype(plan)>::bytes(static_cast<int>(channels), 1);
     });
   });
   return bytes;
@@ -256,11 +257,11 @@ void backward(const BackwardParams& p, const Division& division,
   attention_core::cuda::with_element(p.tokens.dtype, [&](auto element) {
     with_fusion_plan<decltype(element)>(p.num_heads, p.channels, [&](auto plan) {
       using P = decltype(plan);
-      const LaunchConfig config =
-          config_of<P, BackwardPass<P>>(p.batch, p.own_channels, p.channels, division, place);
-      attention_core::cuda::check(
-          launch(cross_attention_backward<P>, config, p, vectors, division.images),
-          attention_core::cuda::name_of<P>("cross_attention_backward"));
+      const Setup setup =
+          setup_of<P, BackwardPass<P>>(p.batch, p.own_channels, p.channels, division, place);
+      attention_core::cuda::check(launch(cross_attention_backward<P>, setup.config, p, vectors,
+                                         division.images, setup.over),
+                                  attention_core::cuda::name_of<P>("cross_attention_backward"));
     });
   });
 }

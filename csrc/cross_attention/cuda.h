@@ -86,10 +86,11 @@ struct BackwardParams {
   float* scratch;             // [2, B, C], for its own use
 };
 
-// Shared memory of a block, in bytes, that a fusion needs at least: what the wider of the CLS and
-// the tokens takes, and the rest.
-int wide_bytes(DType dtype, int64_t width);
-int rest_bytes(DType dtype, int64_t channels, int64_t heads);
+// Parts of the shared memory of a block, in bytes (cross_attention/cuda/block.h): operands and
+// floats of a width, and the least that a pass over tokens takes.
+int operand_bytes(DType dtype, int64_t width);
+int float_bytes(int64_t width);
+int pass_bytes(DType dtype, int64_t channels, int64_t heads);
 
 void forward(const ForwardParams& params, const Division& division,
              const attention_core::cuda::Place& place);

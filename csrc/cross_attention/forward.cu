@@ -11,7 +11,7 @@ using attention_core::log_of_total;
 // Grid: clusters, of `images` images each.
 template <class P>
 __global__ void __launch_bounds__(P::kMaxThreads, 1)
-    cross_attention_forward(const ForwardParams p, const Vectors v, int images) {
+    cross_attention_forward(const ForwardParams p, const Vectors v, int images, bool over) {
   using T = typename P::Element;
   CROSSVIT_DYNAMIC_SHARED(memory);
   const int channels = p.channels, own = p.own_channels, heads = p.num_heads;
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int64_t first = int64_t{blockIdx.x} / ranks * images;
   const int count = p.batch - first < images ? static_cast<int>(p.batch - first) : images;
   const bool keeps = rank == 0;  // what every block computes, one writes
-  const Layout<T> layout(own, channels);
+  const Layout layout = Layout::of<T>(own, channels, over);
   T* rows = reinterpret_cast<T*>(memory);
   T* queries = reinterpret_cast<T*>(memory + layout.narrow);
   float* y0 = reinterpret_cast<float*>(memory + layout.floats);
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     x.extra = rows + image * layout.pitch;
     return x;
   };
-  if (rank < count) pass.start(image_of(rank), 0, num_tokens);
+  if (!over && rank < count) pass.start(image_of(rank), 0, num_tokens);
 
   clear_rows(rows, count, own);
   normalize_rows<true>(
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   for (int image = rank; image < count; image += ranks) {
     const Image<T> x = image_of(image);
     for (int begin = 0; begin < heads; begin += P::kRows) {
-      if (image != rank || begin > 0) pass.start(x, 0, num_tokens);
+      if (over || image != rank || begin > 0) pass.start(x, 0, num_tokens);
       T* u = pass.rows();
       for (int row = 0; row < P::kRows; ++row) {
         const float* kt = v.kt + ((begin + row) * p.batch + first + image) * channels;
@@ -134,12 +134,12 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   linear_of_heads(rows, pitch, w.value.weight.data, channels, head_dim, stage, give(w.value, v.o));
   cluster_sync();
 
-  // y = y0 + r (W_o o + b_o), in the place of y0: a block reads its own columns alone of it.
+  // y = y0 + r (W_o o + b_o), in the place of y0
   linear(queries, pitch, w.out.weight.data, channels, share.first, share.last,
          [&](int row, int c, float a, float b) {
            if (row >= count) return;
            const float r = p.residual_scale ? p.residual_scale[first + row] : 1.0f;
-           const float* of_y0 = y0 + row * channels + c;
+           const float* of_y0 = v.y0 + (first + row) * channels + c;
            const float2 value = make_float2(of_y0[0] + r * (a + element(w.out.bias, c)),
                                             of_y0[1] + r * (b + element(w.out.bias, c + 1)));
            for (int to = 0; to < ranks; ++to) {
@@ -175,10 +175,10 @@ void forward(const ForwardParams& p, const Division& division,
   attention_core::cuda::with_element(p.tokens.dtype, [&](auto element) {
     with_fusion_plan<decltype(element)>(p.num_heads, p.channels, [&](auto plan) {
       using P = decltype(plan);
-      const LaunchConfig config =
-          config_of<P, ForwardPass<P>>(p.batch, p.own_channels, p.channels, division, place);
+      const Setup setup =
+          setup_of<P, ForwardPass<P>>(p.batch, p.own_channels, p.channels, division, place);
       attention_core::cuda::check(
-          launch(cross_attention_forward<P>, config, p, vectors, division.images),
+          launch(cross_attention_forward<P>, setup.config, p, vectors, division.images, setup.over),
           attention_core::cuda::name_of<P>("cross_attention_forward"));
     });
   });

@@ -140,7 +140,8 @@ def test_parameters_of_other_dtypes(norms: torch.dtype, cuda_device: str) -> Non
     )
     cls = torch.randn(3, 48, device=cuda_device)
     tokens = torch.randn(3, 9, 96, device=cuda_device).bfloat16()
-    out, dcls, dtokens = fusion(cls, tokens, mixed)
+    with torch.autocast(cuda_device, torch.bfloat16):
+        out, dcls, dtokens = fusion(cls, tokens, mixed)
     exact = [
         t.to(g.device)
         for t, g in zip(
@@ -166,7 +167,6 @@ def test_what_is_declined(cuda_device: str) -> None:
     cases = [
         (40, 96, torch.float32, "40 channels of the CLS are no multiple of 16"),
         (48, 72, torch.float32, "72 channels are no multiple of 16"),
-        (48, 96, torch.bfloat16, "proj_weight is in torch.float32, the tokens in torch.bfloat16"),
         (1600, 96, torch.float32, "1600 channels of the CLS are more than 1536"),
         (48, 1536, torch.float32, "bytes of shared memory, of which a block there has"),
     ]
@@ -176,6 +176,11 @@ def test_what_is_declined(cuda_device: str) -> None:
         tokens = torch.randn(1, 2, channels, device=cuda_device).to(dtype)
         with pytest.raises(ValueError, match=f"cuda: .*{reason}"):
             ck.cross_attention_fusion(cls, tokens, weights, 3, backend="cuda")
+    weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(48, 96)))
+    cls, tokens = torch.randn(1, 48).to(cuda_device), torch.randn(1, 2, 96).to(cuda_device)
+    reason = r"cuda: proj_weight is in torch.bfloat16, the tokens in torch.float32"
+    with torch.autocast(cuda_device, torch.bfloat16), pytest.raises(ValueError, match=reason):
+        ck.cross_attention_fusion(cls, tokens, weights, 3, backend="cuda")
 
 
 def test_compiled_without_a_graph_break(cuda_device: str) -> None:

@@ -76,17 +76,27 @@ def why_not(
     for name, t in (("cls", cls), *zip(weights._fields, weights, strict=True)):
         if t is not None and t.dtype == torch.float64:
             return f"{name} is in {t.dtype}"
-    assert extension.cuda_kernels is not None
-    functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[tokens.dtype]
-    of_wide = functions.cross_attention_wide_bytes[code]
-    if own > 16 * len(of_wide):
-        return f"{own} channels of the CLS are more than {16 * len(of_wide)}"
-    rest = functions.cross_attention_rest_bytes[code][channels // 16 - 1][num_heads > 8]
-    needed = of_wide[max(own, channels) // 16 - 1] + rest
+    if own > _WIDEST:
+        return f"{own} channels of the CLS are more than {_WIDEST}"
+    needed = _shared_bytes(own, channels, num_heads, tokens.dtype)
     most = extension.shared_bytes_of_block(tokens)
     if needed > most:
         return f"it needs {needed} bytes of shared memory, of which a block there has {most}"
     return None
+
+
+_WIDEST = 1536
+
+
+def _shared_bytes(own: int, channels: int, num_heads: int, dtype: torch.dtype) -> int:
+    """What a block needs at least: csrc/cross_attention/cuda/block.h has the layout."""
+    assert extension.cuda_kernels is not None
+    functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[dtype]
+    of_rows = functions.cross_attention_row_bytes[code]
+    of_pass = functions.cross_attention_pass_bytes[code][channels // 16 - 1]
+    operand, floats = of_rows[max(own, channels) // 16 - 1]
+    narrow, _ = of_rows[channels // 16 - 1]
+    return int(operand + max(floats + narrow, of_pass[num_heads > 8]))
 
 
 def forward(
@@ -103,10 +113,11 @@ def forward(
     if batch:
         assert extension.cuda_kernels is not None
         x, weights, scale = _prepared(tokens, w, residual_scale)
+        cls = cls.contiguous()  # stays alive until the kernel has been started
         split = division(batch, launch.chip(x.device))
         extension.cuda_kernels.functions.cross_attention_forward(
             problem=(batch, num_tokens, channels, cls.shape[1], num_heads, eps),
-            cls=extension.parameter(cls.contiguous()),
+            cls=extension.parameter(cls),
             tokens=extension.tokens(x, None),
             weights=[extension.parameter(p) for p in weights],
             residual_scale=extension.optional(scale),

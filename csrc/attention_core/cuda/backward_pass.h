@@ -15,24 +15,24 @@ class BackwardPass {
   static constexpr int kRows = P::kRows;
 
   __host__ __device__ static int bytes(int channels, int teams) {
-    return row_bytes(channels) + span_bytes(channels, teams) + Scores::bytes(teams) +
-           number_bytes() + teams * P::kSplit * weight_bytes();
+    return span_bytes(channels, teams) + Scores::bytes(teams) + number_bytes() +
+           teams * P::kSplit * weight_bytes();
   }
 
   // memory: bytes(channels, teams) of shared memory, 16-byte aligned.
   __device__ BackwardPass(char* memory, int channels, float eps, bool normalize)
       : rows_(reinterpret_cast<T*>(memory)),
-        span_(memory + row_bytes(channels)),
-        numbers_(reinterpret_cast<float*>(span_ + span_bytes(channels, P::teams()) +
+        numbers_(reinterpret_cast<float*>(memory + span_bytes(channels, P::teams()) +
                                           Scores::bytes(P::teams()))),
         weights_(reinterpret_cast<T*>(reinterpret_cast<char*>(numbers_) + number_bytes() +
                                       P::warp() * weight_bytes())),
         channels_(channels),
         normalize_(normalize),
         slice_(Slice::of(channels, P::part(), P::kSplit)),
-        ring_(span_ + P::warp() * TileRing<P>::bytes(channels), channels, slice_),
-        scores_(span_ + span_bytes(channels, P::teams()), rows_, channels, slice_, eps, normalize) {
-  }
+        ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels), channels,
+              slice_),
+        scores_(memory + span_bytes(channels, P::teams()), rows_, channels, slice_, eps,
+                normalize) {}
 
   // [2 kRows, row_pitch] for the caller to write before run(): dm, then u; zeros where there is no
   // row.
@@ -100,7 +100,7 @@ class BackwardPass {
     return 2 * kRows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
   }
   __host__ __device__ static int span_bytes(int channels, int teams) {
-    const int rings = teams * P::kSplit * TileRing<P>::bytes(channels);
+    const int rings = row_bytes(channels) + teams * P::kSplit * TileRing<P>::bytes(channels);
     const int sums = teams * floats_of_team(channels) * static_cast<int>(sizeof(float));
     return rings > sums ? rings : sums;
   }
@@ -115,7 +115,7 @@ class BackwardPass {
            (kWeightPitch * static_cast<int>(sizeof(T)) + kRows * static_cast<int>(sizeof(float)));
   }
   __device__ float* sums_of(int team) const {
-    return reinterpret_cast<float*>(span_) + team * floats_of_team(channels_);
+    return reinterpret_cast<float*>(rows_) + team * floats_of_team(channels_);
   }
   __device__ float* sums() const { return numbers_ + 2 * kRows; }  // of the rows, dm's then u's
   __device__ float* moments() const {
@@ -260,7 +260,7 @@ class BackwardPass {
     }
   }
 
-  // Over the rings, which no copy is under way to.
+  // Over the rows and the rings, which no copy is under way to.
   __device__ void leave() {
     const int g = lane_index() / 4, t = lane_index() % 4, pitch = P::row_pitch(channels_);
     float* to = sums_of(P::team()) + slice_.first;
@@ -280,7 +280,6 @@ class BackwardPass {
   }
 
   T* rows_;
-  char* span_;
   float* numbers_;
   T* weights_;
   int channels_;

@@ -21,18 +21,18 @@ class ForwardPass {
   // Score rows, rings, exchange. What the teams leave for each other at the end goes over the
   // rings.
   __host__ __device__ static int bytes(int channels, int teams) {
-    return row_bytes(channels) + span_bytes(channels, teams) + Scores::bytes(teams);
+    return span_bytes(channels, teams) + Scores::bytes(teams);
   }
 
   // memory: bytes(channels, teams) of shared memory, 16-byte aligned.
   __device__ ForwardPass(char* memory, int channels, float eps, bool normalize)
       : rows_(reinterpret_cast<T*>(memory)),
-        span_(memory + row_bytes(channels)),
         channels_(channels),
         slice_(Slice::of(channels, P::part(), P::kSplit)),
-        ring_(span_ + P::warp() * TileRing<P>::bytes(channels), channels, slice_),
-        scores_(span_ + span_bytes(channels, P::teams()), rows_, channels, slice_, eps, normalize) {
-  }
+        ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels), channels,
+              slice_),
+        scores_(memory + span_bytes(channels, P::teams()), rows_, channels, slice_, eps,
+                normalize) {}
 
   // [kRows, row_pitch]: u, for the caller to write before run(), zeros where there is no row.
   __device__ T* rows() const { return rows_; }
@@ -94,12 +94,12 @@ class ForwardPass {
     return P::kRows * P::row_pitch(channels) + 2 * P::kRows;
   }
   __host__ __device__ static int span_bytes(int channels, int teams) {
-    const int rings = teams * P::kSplit * TileRing<P>::bytes(channels);
+    const int rings = row_bytes(channels) + teams * P::kSplit * TileRing<P>::bytes(channels);
     const int sums = teams * floats_of_team(channels) * static_cast<int>(sizeof(float));
     return rings > sums ? rings : sums;
   }
   __device__ float* sums_of(int team) const {
-    return reinterpret_cast<float*>(span_) + team * floats_of_team(channels_);
+    return reinterpret_cast<float*>(rows_) + team * floats_of_team(channels_);
   }
   __device__ float* left(int team, int row) const {
     return sums_of(team) + P::kRows * P::row_pitch(channels_) + 2 * row;
@@ -173,7 +173,7 @@ class ForwardPass {
     }
   }
 
-  // Over the rings, which no copy is under way to.
+  // Over the rows and the rings, which no copy is under way to.
   __device__ void leave() {
     const int g = lane_index() / 4, t = lane_index() % 4, pitch = P::row_pitch(channels_);
     float* to = sums_of(P::team()) + slice_.first;
@@ -198,7 +198,6 @@ class ForwardPass {
   }
 
   T* rows_;
-  char* span_;
   int channels_;
   Slice slice_;
   TileRing<P> ring_;

@@ -30,22 +30,30 @@ inline Vectors vectors_of(float* memory, int64_t batch, int64_t own, int64_t cha
   return v;
 }
 
-// Shared memory of a block: an operand and rows of floats, as wide as the CLS or the tokens are, an
-// operand of C channels, and what the pass over the tokens has.
-template <class T>
+// Shared memory of a block: an operand as wide as the CLS or the tokens are; floats as wide and an
+// operand of C channels; what the pass over the tokens has. Nothing of the second kind lives while
+// the pass runs: where all do not fit, the pass lies over it, and no token is copied before.
 struct Layout {
   int pitch;                 // of the wide operand's rows where they are the images' first tokens
   int floats, narrow, pass;  // in bytes; the wide operand comes first
+  bool over;
 
-  __host__ __device__ static int wide_bytes(int width) {
-    return operand_bytes<T>(width) + kImages * width * static_cast<int>(sizeof(float));
-  }
-  __host__ __device__ Layout(int own, int channels) {
+  template <class T>
+  __host__ __device__ static Layout of(int own, int channels, bool over) {
     const int width = own > channels ? own : channels;
-    pitch = operand_pitch<T>(width);
-    floats = operand_bytes<T>(width);
-    narrow = wide_bytes(width);
-    pass = narrow + operand_bytes<T>(channels);
+    Layout layout;
+    layout.pitch = operand_pitch<T>(width);
+    layout.floats = operand_bytes_of<T>(width);
+    layout.narrow = layout.floats + float_bytes_of(width);
+    layout.pass = over ? layout.floats : layout.narrow + operand_bytes_of<T>(channels);
+    layout.over = over;
+    return layout;
+  }
+
+  // With a pass of so many bytes.
+  template <class T>
+  int bytes(int channels, int of_pass) const {
+    return std::max(narrow + operand_bytes_of<T>(channels), pass + of_pass);
   }
 };
 
@@ -105,32 +113,33 @@ void with_fusion_plan(int64_t heads, int64_t channels, Run&& run) {
   return run(Plan<T, 12, 2, 8, 1>());
 }
 
-// As many teams as eight warps and the shared memory of a block make, or one.
+struct Setup {
+  LaunchConfig config;
+  bool over;
+};
+
+// As many teams as eight warps and the shared memory of a block make. A pass over the others'
+// memory comes last: it begins late.
 template <class P, class Pass>
-int teams_of(int own, int channels, int limit) {
-  const int before = Layout<typename P::Element>(own, channels).pass;
+Setup setup_of(int64_t batch, int own, int channels, const Division& division,
+               const attention_core::cuda::Place& place) {
+  using T = typename P::Element;
+  const int limit = shared_bytes_of_block(place.device);
   int teams = 8 / P::kSplit;
-  while (teams > 1 && before + Pass::bytes(channels, teams) > limit) teams /= 2;
-  return teams;
-}
-
-template <class P, class Pass>
-int bytes_of(int own, int channels, int teams) {
-  return Layout<typename P::Element>(own, channels).pass + Pass::bytes(channels, teams);
-}
-
-template <class P, class Pass>
-LaunchConfig config_of(int64_t batch, int own, int channels, const Division& division,
-                       const attention_core::cuda::Place& place) {
-  const int teams = teams_of<P, Pass>(own, channels, shared_bytes_of_block(place.device));
+  const auto bytes_of = [&](bool over) {
+    return Layout::of<T>(own, channels, over)
+        .template bytes<T>(channels, Pass::bytes(channels, teams));
+  };
+  while (teams > 1 && bytes_of(false) > limit) teams /= 2;
+  const bool over = bytes_of(false) > limit;
   const int64_t clusters = (batch + division.images - 1) / division.images;
   LaunchConfig config;
   config.grid = dim3(static_cast<unsigned>(clusters * division.blocks));
   config.block = dim3(P::threads(teams));
-  config.shared_bytes = bytes_of<P, Pass>(own, channels, teams);
+  config.shared_bytes = bytes_of(over);
   config.cluster = division.blocks;
   config.stream = static_cast<cudaStream_t>(place.stream);
-  return config;
+  return {config, over};
 }
 
 }  // namespace crossvit::cross_attention::cuda

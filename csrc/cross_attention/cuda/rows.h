@@ -20,8 +20,12 @@ __host__ __device__ constexpr int operand_pitch(int width) {
 }
 
 template <class T>
-__host__ __device__ constexpr int operand_bytes(int width) {
+__host__ __device__ constexpr int operand_bytes_of(int width) {
   return kImages * operand_pitch<T>(width) * static_cast<int>(sizeof(T));
+}
+
+__host__ __device__ constexpr int float_bytes_of(int width) {
+  return kImages * width * static_cast<int>(sizeof(float));
 }
 
 // Element `at` of a parameter; 0 where there is none.
