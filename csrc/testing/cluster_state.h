@@ -120,7 +120,7 @@ struct Block {
   uint64_t start_token = 0, exit_token = 0;
   Barrier barrier;
   int barrier_line = 0;
-  std::map<int, Barrier> warp_barriers;  // by number
+  Barrier warp_barriers[16];  // by number, from 1 on
   std::deque<Warp> warps;
   std::map<uint64_t*, MemoryBarrier> memory_barriers;
 };

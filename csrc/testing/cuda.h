@@ -9,7 +9,8 @@
 //   * time, occupancy, registers, bank conflicts, coalescing;
 //   * weak memory: accesses happen in program order, and proxies need no fences;
 //   * races, but for their effect in the order that runs: ThreadSanitizer finds those;
-//   * warps without barriers: warp operations order what their lanes do on either side;
+//   * warps without barriers: warp operations hold their lanes back, as __syncwarp would, though
+//     ThreadSanitizer is told of an order for that one alone;
 //   * the hardware's order of summation in mma, and its approximate functions;
 //   * waiting by polling memory: a thread gives way only where it waits;
 //   * __shared__ variables, textures, dynamic parallelism, wgmma, tensor maps, float atomics;

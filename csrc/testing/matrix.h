@@ -23,9 +23,14 @@ struct LoadMatrices {
   static constexpr const char* kName = "ldmatrix";
   static void run(Meeting& meeting) {
     require_whole_warp(meeting, kName);
+    const void* rows[8 * kCount];
+    {
+      Unwatched unwatched;
+      for (int row = 0; row < 8 * kCount; ++row) rows[row] = meeting.argument<MatrixLoad>(row).row;
+    }
     uint16_t matrices[kCount][8][8];
     for (int row = 0; row < 8 * kCount; ++row) {
-      std::memcpy(matrices[row / 8][row % 8], meeting.argument<MatrixLoad>(row).row, 16);
+      std::memcpy(matrices[row / 8][row % 8], rows[row], 16);
     }
     Unwatched unwatched;
     for (int lane = 0; lane < kWarp; ++lane) {
