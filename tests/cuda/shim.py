@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,16 +165,25 @@ def program(
 
 def changed(source: Path, replacements: Sequence[tuple[str, str]]) -> Path:
     """A copy of a source with texts replaced one after another; each must be there, once."""
-    text = source.read_text()
-    for old, new in replacements:
-        assert text.count(old) == 1, f"{source.name} has {text.count(old)} times: {old}"
-        text = text.replace(old, new)
-    folder = cache() / f"changed-{_digest(text)}"
-    folder.mkdir(exist_ok=True)
-    copy = folder / source.name
-    if not copy.exists():
-        copy.write_text(text)
-    return copy
+    return changed_tree(source.parent, {source.name: replacements}) / source.name
+
+
+def changed_tree(root: Path, replacements: Mapping[str, Sequence[tuple[str, str]]]) -> Path:
+    """A folder with copies of these files of `root`, changed so."""
+    texts = {}
+    for name, of_file in replacements.items():
+        text = (root / name).read_text()
+        for old, new in of_file:
+            assert text.count(old) == 1, f"{name} has {text.count(old)} times: {old}"
+            text = text.replace(old, new)
+        texts[name] = text
+    folder = cache() / f"changed-{_digest(*texts, *texts.values())}"
+    for name, text in texts.items():
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not copy.exists():
+            copy.write_text(text)
+    return folder
 
 
 def environment(
@@ -196,9 +205,13 @@ def environment(
 
 
 def run(
-    path: Path, seed: int | None = None, *, timeout: float = 60
+    path: Path, seed: int | None = None, *, arguments: Sequence[str] = (), timeout: float = 60
 ) -> subprocess.CompletedProcess[str]:
     """Runs a program; a data race or a bad address ends it with a report."""
     return subprocess.run(
-        [str(path)], capture_output=True, text=True, env=environment(seed), timeout=timeout
+        [str(path), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(seed),
+        timeout=timeout,
     )

@@ -1,0 +1,129 @@
+"""Cases for kernels/run_case.cpp: inputs in bfloat16, and what float64 makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from accuracy import outputs_and_gradients, representable
+from core_cases import make
+from fusion_cases import make_weights
+from torch import Tensor
+
+import crossvit_kernels as ck
+from crossvit_kernels import FusionWeights
+from crossvit_kernels.ops.attention_core import reference
+
+DTYPE = torch.bfloat16
+# The parts of an image's row of gradients (saved.gradient_sizes), as weights.
+ROW_OF_GRADIENTS = (
+    *("proj_norm_weight", "proj_norm_bias", "proj_bias", "norm_weight", "norm_bias"),
+    *("q_bias", "v_bias", "out_bias", "back_norm_weight", "back_norm_bias", "back_bias"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Core:
+    batch: int
+    tokens: int
+    rows: int
+    channels: int
+    extra: bool = False
+    masked: bool = False
+    norm_eps: float | None = 1e-6
+
+    def arrays(self) -> list[np.ndarray]:
+        sizes = self.batch, self.tokens, self.rows, self.channels
+        inputs, mask = make(*sizes, DTYPE, extra=self.extra, masked=self.masked)
+        u, x, extra = inputs
+        upstream = [torch.randn(self.batch, self.rows, self.channels), torch.randn(u.shape[:2])]
+        upstream = [representable(t, DTYPE) for t in upstream]
+
+        def core(u: Tensor, x: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+            return reference.attention_core(u, x, self.norm_eps, mask, extra)
+
+        exact = outputs_and_gradients(core, inputs, upstream, torch.float64)
+        numbers = _numbers(0, *sizes, self.norm_eps is not None)
+        given = bits(x), bits(extra), floats(u), _array(mask), *map(floats, upstream)
+        return [numbers, *given, *(t.numpy() for t in exact), *[_array(None)] * (5 - len(exact))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    batch: int
+    tokens: int
+    channels: int
+    own: int
+    heads: int
+    images: int = 1  # of a cluster, as its blocks
+    blocks: int = 1
+    over: bool = False  # the pass over the tokens lies over other memory
+
+    def arrays(self) -> list[np.ndarray]:
+        shapes = (self.batch, self.own), (self.batch, self.tokens, self.channels)
+        cls, x, dnew_cls = (torch.randn(*s) for s in (*shapes, shapes[0]))
+        weights = make_weights(self.own, self.channels)
+        cls, x, dnew_cls, *weights = (representable(t, DTYPE) for t in (cls, x, dnew_cls, *weights))
+        scale = torch.tensor([1.25, 0.0, 0.5, 2.0, 1.0]).double()[: self.batch]
+
+        def image(i: int) -> tuple[Tensor, ...]:
+            """Of one image, whose gradients of the weights are a row."""
+
+            def fusion(cls: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
+                w, r = FusionWeights(*weights), scale[i : i + 1]
+                return ck.cross_attention_fusion(
+                    cls, x, w, self.heads, residual_scale=r, backend="reference"
+                )
+
+            one = slice(i, i + 1)
+            new_cls, dcls, dx, *dw = outputs_and_gradients(
+                fusion, [cls[one], x[one], *weights], [dnew_cls[one]], torch.float64
+            )
+            named = dict(zip(FusionWeights._fields, dw, strict=True))
+            return new_cls, dcls, dx, torch.cat([named[n] for n in ROW_OF_GRADIENTS])[None]
+
+        images = zip(*(image(i) for i in range(self.batch)), strict=True)
+        exact = [torch.cat(parts).numpy() for parts in images]
+        numbers = _numbers(1, *dataclasses.astuple(self))
+        given = bits(cls), bits(x), floats(scale), *map(bits, (dnew_cls, *weights))
+        return [numbers, *given, *exact]
+
+
+# Small, as ThreadSanitizer takes its time, but each with more than one of everything: images,
+# parts of an image, passes over it, teams, tiles of a team, stages of a ring; clusters, their
+# blocks, and images of a block.
+CASES = {
+    "core": Core(2, 150, 10, 48, extra=True, masked=True),
+    "core, wide": Core(1, 70, 5, 112, extra=True, masked=True),
+    "core, not normalized": Core(1, 70, 5, 48, norm_eps=None),
+    "fusion": Fusion(5, 70, 80, 32, 10, images=3, blocks=2),
+    "fusion, over": Fusion(5, 70, 48, 64, 3, images=3, blocks=2, over=True),
+    "fusion, wide": Fusion(3, 40, 112, 48, 7, images=3, blocks=2),
+    "fusion, wide, over": Fusion(3, 40, 112, 48, 7, images=3, blocks=2, over=True),
+}
+
+
+def write(name: str, path: Path) -> None:
+    torch.manual_seed(0)
+    with path.open("wb") as file:
+        for array in CASES[name].arrays():
+            file.write(np.int64(array.nbytes).tobytes() + array.tobytes())
+
+
+def bits(t: Tensor | None) -> np.ndarray:
+    return _array(None if t is None else t.to(DTYPE).view(torch.int16))
+
+
+def floats(t: Tensor) -> np.ndarray:
+    return _array(t.float())
+
+
+def _array(t: Tensor | None) -> np.ndarray:
+    """None has no elements."""
+    return np.empty(0) if t is None else t.contiguous().numpy()
+
+
+def _numbers(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)

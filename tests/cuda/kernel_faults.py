@@ -1,0 +1,289 @@
+"""The library's CUDA kernels, changed: fewer of them, and each with faults to choose from.
+
+kernels/run_case.cpp is the program around them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import host_build
+import shim
+
+Change = tuple[str, str, str]  # file, text that it has once, what takes its place
+
+PLAN, SCORES, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
+    f"attention_core/cuda/{name}.h"
+    for name in ("plan", "scores", "choose", "forward_pass", "backward_pass")
+)
+ROWS, BLOCK = "cross_attention/cuda/rows.h", "cross_attention/cuda/block.h"
+FUSION_FORWARD, FUSION_BACKWARD = "cross_attention/forward.cu", "cross_attention/backward.cu"
+FRAGMENTS = "common/fragments.h"
+KERNELS = tuple(str(path.relative_to(host_build.CSRC)) for path in host_build.KERNELS)
+
+# One type of elements and two plans, as compiling takes time; small blocks and parts of an image,
+# as fibers do. Up to 96 channels a team is one warp, beyond it is several.
+REDUCED: list[Change] = [
+    ("common/gpu.h", "#pragma once\n", '#pragma once\n#include "kernels/choice.h"\n'),
+    (CHOOSE, "case DType::kFloat32: return run(float{});", ""),
+    (CHOOSE, "case DType::kFloat16: return run(half{});", ""),
+    (
+        CHOOSE,
+        "  if (rows <= 8) {\n",
+        "  if (channels <= 96) return run(Plan<T, 6, 1, 1, 3>(), 2);\n"
+        "  return run(Plan<T, 3, 2, 4, 2>(), 1);\n#if 0\n",
+    ),
+    (CHOOSE, "  return run(Plan<T, 12, 2, 8, kWide ? 1 : 2>(), 1);\n}\n", "#endif\n}\n"),
+    (
+        BLOCK,
+        "  if (heads <= 8) {\n",
+        "  if (channels <= 96) return run(Plan<T, 6, 1, 1, 2>());\n"
+        "  return run(Plan<T, 6, 2, 2, 1>());\n#if 0\n",
+    ),
+    (BLOCK, "  return run(Plan<T, 12, 2, 8, 1>());\n}\n", "#endif\n}\n"),
+    (BLOCK, "teams = 8 / P::kSplit;", "teams = 2;"),
+    (
+        BLOCK,
+        "over = bytes_of(false) > limit;",
+        "over = bytes_of(false) > limit || ::crossvit::choice::over;",
+    ),
+    ("attention_core/cuda.h", "kPart = 1024;", "kPart = 128;"),
+]
+
+RACE, OVERFLOW = "ThreadSanitizer: data race", "AddressSanitizer: heap-buffer-overflow"
+# Of kernel_cases.CASES.
+CORE, CORE_WIDE, FUSION, FUSION_OVER = "core", "core, wide", "fusion", "fusion, over"
+FUSION_WIDE = "fusion, wide"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What is changed where FAULT is true, and how a run of a case shows it."""
+
+    changes: Sequence[Change]
+    case: str
+    says: str
+    sanitizer: str | None = None
+    seed: int | None = None
+
+
+def race(case: str, *changes: Change, seed: int | None = None) -> Fault:
+    return Fault(changes, case, RACE, "thread", seed)
+
+
+def overflow(case: str, *changes: Change) -> Fault:
+    return Fault(changes, case, OVERFLOW, "address")
+
+
+def wrong(case: str, result: str, *changes: Change, seed: int | None = None) -> Fault:
+    return Fault(changes, case, f"wrong result: {result}, error", None, seed)
+
+
+def left_out(file: str, text: str, context: str | None = None) -> Change:
+    """Of a context that has the text once."""
+    context = context or text
+    before, after = context.split(text)
+    return file, context, f"{before}if (!FAULT) {text}{after}"
+
+
+BARRIER, WARP_BARRIER, CLUSTER_BARRIER = "__syncthreads();", "__syncwarp();", "cluster_sync();"
+
+
+def no_barrier(file: str, context: str) -> Change:
+    return left_out(file, BARRIER, context)
+
+
+def no_warp_barrier(file: str, context: str) -> Change:
+    return left_out(file, WARP_BARRIER, context)
+
+
+def barrier_of_a_block(file: str, context: str) -> Change:
+    """In place of a cluster's: harder to catch than none at all."""
+    before, after = context.split(CLUSTER_BARRIER)
+    return file, context, f"{before}{{ if (FAULT) {BARRIER} else {CLUSTER_BARRIER} }}{after}"
+
+
+def of_a_pass(way: str, file: str, result: str) -> dict[str, Fault]:
+    """What forward_pass.h and backward_pass.h have in common.
+
+    run()'s last copy_async_wait<0>() is missing: the copies it would wait for have no bytes.
+    """
+    faults = {
+        "rows not seen": race(CORE, no_barrier(file, f"{BARRIER}\n    scores_.sum_rows();")),
+        "sums of rows not seen": race(CORE, no_barrier(file, f"clear();\n    {BARRIER}")),
+        "tile refilled early": race(
+            CORE_WIDE, no_warp_barrier(file, f"{WARP_BARRIER}\n      ring_.copy(x, turn")
+        ),
+        "sums over tiles in use": race(CORE, no_barrier(file, f"{BARRIER}\n    leave();")),
+        "results read early": race(
+            CORE_WIDE, no_barrier(file, f"    leave();\n    {BARRIER}\n  }}")
+        ),
+        "tile not waited for": wrong(CORE, result, left_out(file, "ring_.wait();")),
+        "a row of results too many": overflow(
+            CORE_WIDE, (file, "i < count * channels_;", "i < (count + FAULT) * channels_;")
+        ),
+    }
+    return {f"{way}: {name}": fault for name, fault in faults.items()}
+
+
+# The text around each barrier of a fusion's cluster, by what comes before it.
+CLUSTER_BARRIERS = {
+    FUSION_FORWARD: {
+        "start": f"{CLUSTER_BARRIER}  // the other blocks have started",
+        "y0": f"{CLUSTER_BARRIER}\n\n  clear_rows(rows, count, channels);\n  const int pitch",
+        "q": f"{CLUSTER_BARRIER}\n\n  // kt_h",
+        "kt": f"{CLUSTER_BARRIER}\n\n  for (int image = rank",
+        "m": f"{CLUSTER_BARRIER}\n\n  // o_h",
+        "o": f"{CLUSTER_BARRIER}\n\n  // y = y0",
+        "y": f"{CLUSTER_BARRIER}\n\n  clear_rows(rows, count, channels);\n  normalize_rows<true>",
+    },
+    FUSION_BACKWARD: {
+        "start": f"{CLUSTER_BARRIER}  // the other blocks have started",
+        "g": f"{CLUSTER_BARRIER}\n\n  // The residual",
+        "do": f"{CLUSTER_BARRIER}\n  // dz_h",
+        "dz": f"{CLUSTER_BARRIER}\n\n  for (int image = rank",
+        "du": f"{CLUSTER_BARRIER}\n\n  // dq_h",
+        "dq": f"{CLUSTER_BARRIER}\n  // LN(y0)'s",
+        "the query": f"{CLUSTER_BARRIER}\n\n  // y0 is what",
+        "reading floats": f"{CLUSTER_BARRIER}  // no block reads",
+        "f": f"{CLUSTER_BARRIER}\n  normalize_rows_backward<true>(\n      rank",
+    },
+}
+TEAM_BARRIER = "barrier_of_warps(1 + team(), 32 * kSplit);"
+SWAPPED_SIDES = "FAULT ? 2 * side : side", "FAULT ? 2 * side + 1 : side + 2"
+
+FAULTS: dict[str, Fault] = {
+    **of_a_pass("forward", FORWARD_PASS, "m"),
+    **of_a_pass("backward", BACKWARD_PASS, "du"),
+    # Seldom seen in the fixed order: the one warp has read the sums often when the other does.
+    "backward: sums of all rows not seen": race(
+        CORE, no_barrier(BACKWARD_PASS, f"{BARRIER}\n    for (int turn"), seed=1
+    ),
+    "backward: weights not seen": race(
+        CORE, no_warp_barrier(BACKWARD_PASS, f"{WARP_BARRIER}\n    write_dx(")
+    ),
+    "backward: dx not seen": race(
+        CORE, no_warp_barrier(BACKWARD_PASS, f"{WARP_BARRIER}\n      if (extra) copy_extra")
+    ),
+    "backward: a token of dx too many": overflow(
+        CORE, (BACKWARD_PASS, "token + row >= last ||", "token + row >= last + FAULT ||")
+    ),
+    # The tiles of tokens and their scores.
+    "a token too many": overflow(CORE, (PLAN, "token >= last)", "token >= last + FAULT)")),
+    "copies of other lanes not seen": race(
+        CORE,
+        no_warp_barrier(PLAN, f"copy_async_wait<P::kStages - 1>();\n    {WARP_BARRIER}"),
+    ),
+    "extra token not seen": race(
+        CORE, no_warp_barrier(PLAN, f"to[c] = extra[slice_.first + c];\n    {WARP_BARRIER}")
+    ),
+    "a warp does not meet": race(CORE, no_warp_barrier(PLAN, f"{WARP_BARRIER}\n    }} else {{")),
+    "a team does not meet": race(CORE_WIDE, left_out(PLAN, TEAM_BARRIER)),
+    "teams share a barrier": wrong(
+        FUSION_WIDE,
+        "new_cls",
+        (PLAN, "barrier_of_warps(1 + team()", "barrier_of_warps(1 + (FAULT ? 0 : team())"),
+        seed=1,
+    ),
+    "one buffer of scores": race(
+        CORE_WIDE,
+        *(
+            (SCORES, f"({first} * kBuffers + turn %", f"({first} * kBuffers + !FAULT * turn %")
+            for first in ("P::warp()", "first_warp")
+        ),
+    ),
+    "a sum of a row too many": overflow(
+        CORE, (SCORES, "i < P::kSplit * kSums;", "i < P::kSplit * kSums + FAULT;")
+    ),
+    # The tensor cores' operands.
+    "columns of B swapped": wrong(
+        CORE,
+        "m",
+        (
+            FRAGMENTS,
+            "{a.pair[side], a.pair[side + 2]}",
+            f"{{a.pair[{SWAPPED_SIDES[0]}], a.pair[{SWAPPED_SIDES[1]}]}}",
+        ),
+    ),
+    "transposed the wrong way": wrong(
+        CORE,
+        "m",
+        (
+            FRAGMENTS,
+            "(lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8",
+            "(FAULT ? lane % 16 : lane % 8 + lane / 16 * 8) * pitch + "
+            "(FAULT ? lane / 16 : lane / 8 % 2) * 8",
+        ),
+    ),
+    "rows of A swapped": wrong(
+        FUSION,
+        "new_cls",
+        (
+            ROWS,
+            "{upper.pair[i], lower.pair[i],",
+            "{(FAULT ? lower : upper).pair[i], lower.pair[i],",
+        ),
+    ),
+    # The fusion's linear layers.
+    "columns of a layer too many": overflow(
+        FUSION, (ROWS, "n < last; n +=", "n < last + 8 * FAULT; n +=")
+    ),
+    "columns of a transposed layer too many": overflow(
+        FUSION, (BLOCK, "i < heads * pieces;", "i < heads * pieces + FAULT;")
+    ),
+    "a head's rows not seen": race(FUSION_OVER, no_barrier(BLOCK, f"stage(head);\n    {BARRIER}")),
+    "a head's rows over others in use": race(
+        FUSION_OVER, no_barrier(BLOCK, f"write);\n    {BARRIER}\n    begin")
+    ),
+    "fusion forward: rows of q not seen": race(
+        FUSION_OVER, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  // To the queries")
+    ),
+    "fusion forward: rows of g not seen": race(
+        FUSION_OVER, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  const Share back")
+    ),
+    "fusion backward: rows of do not seen": race(
+        FUSION_OVER, no_barrier(FUSION_BACKWARD, f"{BARRIER}\n\n  // do = W_o")
+    ),
+    # A block has several images.
+    "fusion forward: an image over results": race(
+        FUSION_OVER, no_barrier(FUSION_FORWARD, f"write);\n      {BARRIER}")
+    ),
+    "fusion backward: an image over results": race(
+        FUSION_OVER, no_barrier(FUSION_BACKWARD, f"}});\n      {BARRIER}")
+    ),
+    **{
+        f"fusion {Path(file).stem}: cluster does not meet after {name}": race(
+            FUSION_OVER, barrier_of_a_block(file, context)
+        )
+        for file, contexts in CLUSTER_BARRIERS.items()
+        for name, context in contexts.items()
+    },
+}
+NUMBERS = {name: number for number, name in enumerate(FAULTS, 1)}
+
+
+def changes() -> Iterator[Change]:
+    yield from REDUCED
+    for name, fault in FAULTS.items():
+        chosen = f"(::crossvit::choice::fault == {NUMBERS[name]})"
+        for file, old, new in fault.changes:
+            yield file, old, new.replace("FAULT", chosen)
+
+
+def changed_files() -> Path:
+    """A folder of the kernels' sources, and of what else of csrc/ is changed."""
+    replacements: dict[str, list[tuple[str, str]]] = {name: [] for name in KERNELS}
+    for file, old, new in changes():
+        replacements.setdefault(file, []).append((old, new))
+    return shim.changed_tree(host_build.CSRC, replacements)
+
+
+def program(sanitizer: str | None = None) -> Path:
+    folder = changed_files()
+    sources = shim.KERNELS / "run_case.cpp", *(folder / name for name in KERNELS)
+    # The folder comes before those of -I, where a name is in quotes. AddressSanitizer's code takes
+    # half as long to compile with -Og.
+    flags = "-iquote", str(folder), *(("-Og",) if sanitizer == "address" else ())
+    return shim.program(sources, sanitizer=sanitizer, flags=flags)

@@ -1,0 +1,206 @@
+// Runs a kernel forward and backward on a case that kernel_cases.py wrote, with a fault where one
+// is named: run_case FILE [FAULT]. Every tensor is an allocation of exactly its bytes.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "attention_core/cuda.h"
+#include "common/gpu.h"
+#include "cross_attention/cuda.h"
+#include "kernels/choice.h"
+
+namespace crossvit {
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+constexpr double kLargestError = 0.02;  // relative, in the mean of squares: bfloat16 has 8 bits
+
+struct Array {
+  std::unique_ptr<char[]> memory;
+  int64_t bytes = 0;
+
+  explicit Array(int64_t size) : memory(size ? new char[size] : nullptr), bytes(size) {
+    if (size) std::memset(memory.get(), 0xff, size);  // NaN
+  }
+  template <class T = void>
+  T* as() const {
+    return reinterpret_cast<T*>(memory.get());
+  }
+};
+
+class File {
+ public:
+  explicit File(const char* name) : stream_(name, std::ios::binary) {
+    stream_.exceptions(std::ios::failbit | std::ios::badbit | std::ios::eofbit);
+  }
+  // One that is left out has no bytes.
+  Array next() {
+    int64_t size = 0;
+    stream_.read(reinterpret_cast<char*>(&size), sizeof size);
+    Array array(size);
+    stream_.read(array.as<char>(), size);
+    return array;
+  }
+
+ private:
+  std::ifstream stream_;
+};
+
+float to_float(float x) { return x; }
+float to_float(bf16 x) { return __bfloat162float(x); }
+
+// Results: judged by what is expected, and the bits of all of them in one number.
+class Results {
+ public:
+  template <class T>
+  void judge(const char* name, const Array& actual, const Array& expected) {
+    const int64_t count = expected.bytes / static_cast<int64_t>(sizeof(double));
+    if (actual.bytes != count * static_cast<int64_t>(sizeof(T))) {
+      throw std::logic_error(std::string(name) + " is of another size");
+    }
+    double errors = 0, squares = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const double value = expected.as<double>()[i];
+      const double error = static_cast<double>(to_float(actual.as<T>()[i])) - value;
+      errors += error * error;
+      squares += value * value;
+    }
+    const double error = std::sqrt(errors / squares);
+    const bool right = count == 0 || error < kLargestError;  // NaN is not
+    if (!right) std::printf("wrong result: %s, error %.2g\n", name, error);
+    right_ = right_ && right;
+    keep(actual);
+  }
+  void keep(const Array& actual) {
+    for (int64_t i = 0; i < actual.bytes; ++i) {
+      bits_ = (bits_ ^ static_cast<unsigned char>(actual.as<char>()[i])) * 0x100000001b3;
+    }
+  }
+  bool report() const {
+    std::printf("bits %016llx\n", bits_);
+    return right_;
+  }
+
+ private:
+  unsigned long long bits_ = 0xcbf29ce484222325;
+  bool right_ = true;
+};
+
+template <class T>
+Array like(const Array& expected) {
+  return Array(expected.bytes / static_cast<int64_t>(sizeof(double) / sizeof(T)));
+}
+
+bool run_core(File& file, const int64_t* numbers) {
+  namespace core = attention_core;
+  const int64_t batch = numbers[0], tokens = numbers[1], rows = numbers[2], channels = numbers[3];
+  const bool normalize = numbers[4];
+  const Array x = file.next(), extra = file.next(), u = file.next(), mask = file.next();
+  const Array dm = file.next(), dlse = file.next();
+  const Array expected_m = file.next(), expected_lse = file.next(), expected_du = file.next();
+  const Array expected_dx = file.next(), expected_dextra = file.next();
+
+  const core::Problem problem = {batch, tokens + (extra.bytes > 0), rows, channels, normalize,
+                                 1e-6};
+  const auto tokens_of = [&](const Array& all, const Array& first) -> core::Tokens {
+    return {all.as(), DType::kBFloat16, tokens * channels, channels, first.as(), channels};
+  };
+  const auto rows_of = [&](const Array& array) -> core::Rows {
+    return {array.as(), rows * channels, channels};
+  };
+  const core::Mask of_mask = {mask.as<const bool>(), tokens, 1};
+  const Array m = like<float>(expected_m), lse = like<float>(expected_lse);
+  const Array du = like<float>(expected_du), dx = like<bf16>(expected_dx);
+  const Array dextra = like<bf16>(expected_dextra);
+  const core::Tokens of_x = tokens_of(x, extra);
+  {
+    const Array workspace(core::cuda::forward_workspace(problem) * int64_t{sizeof(float)});
+    core::cuda::forward({problem, of_x, rows_of(u), of_mask, rows_of(m), lse.as()},
+                        workspace.as<float>(), {});
+  }
+  const Array workspace(core::cuda::backward_workspace(problem) * int64_t{sizeof(float)});
+  core::cuda::backward({problem, of_x, rows_of(u), of_mask, rows_of(m), lse.as(), rows_of(dm),
+                        dlse.as(), rows_of(du), tokens_of(dx, dextra)},
+                       workspace.as<float>(), {});
+  Results results;
+  results.judge<float>("m", m, expected_m);
+  results.judge<float>("lse", lse, expected_lse);
+  results.judge<float>("du", du, expected_du);
+  results.judge<bf16>("dx", dx, expected_dx);
+  results.judge<bf16>("dextra", dextra, expected_dextra);
+  return results.report();
+}
+
+bool run_fusion(File& file, const int64_t* numbers) {
+  namespace fusion = cross_attention;
+  const int64_t batch = numbers[0];
+  const int tokens = static_cast<int>(numbers[1]), channels = static_cast<int>(numbers[2]);
+  const int own = static_cast<int>(numbers[3]), heads = static_cast<int>(numbers[4]);
+  const fusion::cuda::Division division = {static_cast<int>(numbers[5]),
+                                           static_cast<int>(numbers[6])};
+  choice::over = numbers[7];
+  const Array cls = file.next(), x = file.next(), scale = file.next(), dnew_cls = file.next();
+  std::vector<Array> arrays;
+  for (int i = 0; i < 18; ++i) arrays.push_back(file.next());
+  const auto parameter = [](const Array& array) -> fusion::Parameter {
+    return {array.as(), DType::kBFloat16};
+  };
+  const auto layer = [&](int i) -> fusion::Layer {
+    return {parameter(arrays[2 * i]), parameter(arrays[2 * i + 1])};
+  };
+  const fusion::Weights weights = {layer(0), layer(1), layer(2), layer(3), layer(4),
+                                   layer(5), layer(6), layer(7), layer(8)};
+  const Array expected_new_cls = file.next(), expected_dcls = file.next();
+  const Array expected_dx = file.next(), expected_gradients = file.next();
+
+  const auto tokens_of = [&](const Array& array) -> attention_core::Tokens {
+    return {array.as(), DType::kBFloat16, int64_t{tokens} * channels, channels, nullptr, 0};
+  };
+  const int64_t rows = int64_t{heads} * batch * channels * int64_t{sizeof(float)};
+  const Array vectors(batch * fusion::cuda::vector_size(own, channels, heads) *
+                      int64_t{sizeof(float)});
+  const Array new_cls = like<bf16>(expected_new_cls), dcls = like<bf16>(expected_dcls);
+  const Array dx = like<bf16>(expected_dx), gradients = like<float>(expected_gradients);
+  const Array dz(rows), du(rows), scratch(2 * rows / heads);
+  constexpr float kEps = 1e-6f;
+  fusion::cuda::forward({batch, tokens, channels, own, heads, kEps, parameter(cls), tokens_of(x),
+                         weights, scale.as<float>(), new_cls.as(), vectors.as<float>()},
+                        division, {});
+  fusion::cuda::backward(
+      {batch, tokens, channels, own, heads, kEps, parameter(dnew_cls), parameter(cls), tokens_of(x),
+       weights, scale.as<float>(), vectors.as<float>(), dcls.as(), tokens_of(dx),
+       gradients.as<float>(), dz.as<float>(), du.as<float>(), scratch.as<float>()},
+      division, {});
+  Results results;
+  results.judge<bf16>("new_cls", new_cls, expected_new_cls);
+  results.judge<bf16>("dcls", dcls, expected_dcls);
+  results.judge<bf16>("dx", dx, expected_dx);
+  results.judge<float>("gradients", gradients, expected_gradients);
+  for (const Array* array : {&vectors, &du}) results.keep(*array);
+  return results.report();
+}
+
+}  // namespace
+}  // namespace crossvit
+
+int main(int count, char** arguments) {
+  using namespace crossvit;
+  try {
+    if (count > 2) choice::fault = std::atoi(arguments[2]);
+    File file(arguments[1]);
+    const Array numbers = file.next();
+    const bool fusion = numbers.as<int64_t>()[0];
+    const auto run = fusion ? run_fusion : run_core;
+    return run(file, numbers.as<int64_t>() + 1) ? 0 : 1;
+  } catch (const std::exception& fault) {
+    std::printf("fault: %s\n", fault.what());
+    return 2;
+  }
+}

@@ -1,0 +1,159 @@
+"""The library's CUDA kernels on a CPU: in any order, under sanitizers, and broken.
+
+That their numbers are right in the fixed order is tests/ops' to show.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import host_build
+import kernel_cases
+import kernel_faults
+import pytest
+import shim
+import torch
+from core_cases import make
+from fusion_cases import fusion_and_gradients, make_weights
+from torch import Tensor
+
+import crossvit_kernels as ck
+from crossvit_kernels import FusionWeights
+from crossvit_kernels.ops.cross_attention import cuda
+from crossvit_kernels.ops.cross_attention.cuda import Division
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def in_any_order(cuda_device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Asserts that what a function returns does not depend on the order of threads and copies."""
+    if cuda_device != "cpu":
+        pytest.skip("a GPU takes no orders")
+
+    def check(results: Callable[[], tuple[Tensor, ...]]) -> None:
+        expected = results()
+        for seed in ("1", "2", "3"):
+            monkeypatch.setenv("CROSSVIT_SHIM_SEED", seed)
+            for a, e in zip(results(), expected, strict=True):
+                assert torch.equal(a, e), seed
+            monkeypatch.delenv("CROSSVIT_SHIM_SEED")
+
+    return check
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes", [(2, 150, 9, 48), (1, 70, 3, 400), (1, 40, 9, 784), (1, 1100, 2, 16)], ids=str
+)
+def test_core_in_any_order(
+    in_any_order: Callable[..., None], sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    """A warp a team, four and eight of them; several parts of an image."""
+    inputs, mask = make(*sizes, dtype, extra=True, masked=True)
+    leaves = [t.to(dtype).requires_grad_() for t in inputs if t is not None]
+
+    def results() -> tuple[Tensor, ...]:
+        u, x, extra = leaves
+        m, lse = ck.attention_core(u, x, 1e-6, mask, extra, backend="cuda")
+        return m, lse, *torch.autograd.grad(m.square().sum() + lse.sum(), leaves)
+
+    in_any_order(results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("division", "sizes"),
+    [(Division(2, 2), (5, 64, 96, 3, 40)), (Division(4, 4), (3, 32, 400, 10, 20))],
+    ids=str,
+)
+def test_fusion_in_any_order(
+    in_any_order: Callable[..., None],
+    division: Division,
+    sizes: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "division", lambda batch, chip: division)
+    batch, own, channels, heads, num_tokens = sizes
+    weights = FusionWeights(*(w.to(dtype) for w in make_weights(own, channels)))
+    cls, tokens = torch.randn(batch, own), torch.randn(batch, num_tokens, channels)
+    inputs = cls.to(dtype), tokens.to(dtype)
+    in_any_order(lambda: fusion_and_gradients(*inputs, weights, heads, "cuda"))
+
+
+SANITIZERS = (None, "thread", "address")
+
+# Of a case, a sanitizer, a seed and a fault.
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Compiles the programs; a call waits for the one it wants."""
+    if reason := host_build.why_not():
+        pytest.skip(reason)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        pending = {
+            sanitizer: pool.submit(kernel_faults.program, sanitizer)
+            for sanitizer in SANITIZERS
+            if shim.why_not(sanitizer) is None
+        }
+        folder = tmp_path_factory.mktemp("cases")
+        for case in kernel_cases.CASES:
+            kernel_cases.write(case, folder / case)
+
+        def run(
+            case: str,
+            sanitizer: str | None = None,
+            seed: int | None = None,
+            fault: str | None = None,
+        ) -> subprocess.CompletedProcess[str]:
+            if sanitizer not in pending:
+                pytest.skip(str(shim.why_not(sanitizer)))
+            number = [] if fault is None else [str(kernel_faults.NUMBERS[fault])]
+            arguments = [str(folder / case), *number]
+            return shim.run(pending[sanitizer].result(), seed, arguments=arguments)
+
+        yield run
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def broken_runs(run: Run, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
+    """With the faults whose tests are to run, two at a time."""
+    wanted = [item for item in request.session.items if "broken_runs" in item.fixturenames]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        pending = {}
+        for name in (item.callspec.params["name"] for item in wanted):
+            fault = kernel_faults.FAULTS[name]
+            pending[name] = pool.submit(run, fault.case, fault.sanitizer, fault.seed, name)
+        yield pending
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("case", kernel_cases.CASES)
+def test_nothing_to_report(run: Run, case: str, sanitizer: str | None) -> None:
+    """Right results, and in every order the bits of the fixed one."""
+    fixed = run(case)
+    assert fixed.returncode == 0, fixed.stdout
+    for seed in (None, 1) if sanitizer else (1, 2, 3):
+        done = run(case, sanitizer, seed)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout == fixed.stdout
+
+
+@pytest.mark.parametrize("name", kernel_faults.FAULTS)
+def test_a_fault_is_caught(broken_runs: dict[str, Future[Any]], name: str) -> None:
+    fault, done = kernel_faults.FAULTS[name], broken_runs[name].result()
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and fault.says in said, said
+    if fault.sanitizer:
+        where = re.escape(str(kernel_faults.changed_files()))
+        assert re.search(rf"{where}/\S+:\d+", said), said
