@@ -15,8 +15,7 @@ class BackwardPass {
   static constexpr int kRows = P::kRows;
 
   __host__ __device__ static int bytes(int channels, int teams) {
-    return span_bytes(channels, teams) + Scores::bytes(teams) + number_bytes() +
-           teams * P::kSplit * weight_bytes();
+    return before_barriers(channels, teams) + teams * P::kSplit * TileRing<P>::barrier_bytes();
   }
 
   // memory: bytes(channels, teams) of shared memory, 16-byte aligned.
@@ -29,8 +28,10 @@ class BackwardPass {
         channels_(channels),
         normalize_(normalize),
         slice_(Slice::of(channels, P::part(), P::kSplit)),
-        ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels), channels,
-              slice_),
+        ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels),
+              memory + before_barriers(channels, P::teams()) +
+                  P::warp() * TileRing<P>::barrier_bytes(),
+              channels, slice_),
         scores_(memory + span_bytes(channels, P::teams()), rows_, channels, slice_, eps,
                 normalize) {}
 
@@ -44,6 +45,8 @@ class BackwardPass {
   __device__ float* delta() const { return numbers_ + kRows; }
 
   __device__ void start(const Image<T>& x, int first, int last) {
+    if (!open_) ring_.open();
+    open_ = true;
     for (int turn = 0; turn < P::kStages; ++turn) ring_.copy(x, turn, token_of(first, turn), last);
   }
 
@@ -59,7 +62,7 @@ class BackwardPass {
     if (threadIdx.x < 2 * kRows) sums()[threadIdx.x] = scores_.row_sum(threadIdx.x);
     __syncthreads();
     for (int turn = 0, token; (token = token_of(first, turn)) < last; ++turn) {
-      ring_.wait();
+      ring_.wait(turn);
       const bool extra = token == 0 && x.has_extra;
       if (extra) ring_.write_extra(turn, x.extra);
       add_tile(turn, x.attended_of_tile(token, last));
@@ -69,7 +72,7 @@ class BackwardPass {
       __syncwarp();
       ring_.copy(x, turn + P::kStages, token_of(first, turn + P::kStages), last);
     }
-    copy_async_wait<0>();
+    ring_.close();
     __syncthreads();
     leave();
     __syncthreads();
@@ -96,6 +99,10 @@ class BackwardPass {
     return first + (turn * P::teams() + P::team()) * P::kTokens;
   }
 
+  __host__ __device__ static int before_barriers(int channels, int teams) {
+    return span_bytes(channels, teams) + Scores::bytes(teams) + number_bytes() +
+           teams * P::kSplit * weight_bytes();
+  }
   __host__ __device__ static int row_bytes(int channels) {
     return 2 * kRows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
   }
@@ -286,6 +293,7 @@ class BackwardPass {
   bool normalize_;
   Slice slice_;
   TileRing<P> ring_;
+  bool open_ = false;  // the ring
   Scores scores_;
   float du_[P::kUnits][P::kGroups][4];  // [channels of the unit, rows of the group]
   float mean_[P::kGroups];              // weighted sum of the tokens' means, of row 8 group + g

@@ -21,7 +21,7 @@ class ForwardPass {
   // Score rows, rings, exchange. What the teams leave for each other at the end goes over the
   // rings.
   __host__ __device__ static int bytes(int channels, int teams) {
-    return span_bytes(channels, teams) + Scores::bytes(teams);
+    return before_barriers(channels, teams) + teams * P::kSplit * TileRing<P>::barrier_bytes();
   }
 
   // memory: bytes(channels, teams) of shared memory, 16-byte aligned.
@@ -29,8 +29,10 @@ class ForwardPass {
       : rows_(reinterpret_cast<T*>(memory)),
         channels_(channels),
         slice_(Slice::of(channels, P::part(), P::kSplit)),
-        ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels), channels,
-              slice_),
+        ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels),
+              memory + before_barriers(channels, P::teams()) +
+                  P::warp() * TileRing<P>::barrier_bytes(),
+              channels, slice_),
         scores_(memory + span_bytes(channels, P::teams()), rows_, channels, slice_, eps,
                 normalize) {}
 
@@ -39,6 +41,8 @@ class ForwardPass {
 
   // Starts the first copies of tokens [first, last). Needs no rows and no extra token yet.
   __device__ void start(const Image<T>& x, int first, int last) {
+    if (!open_) ring_.open();
+    open_ = true;
     for (int turn = 0; turn < P::kStages; ++turn) ring_.copy(x, turn, token_of(first, turn), last);
   }
 
@@ -49,13 +53,13 @@ class ForwardPass {
     clear();
     __syncthreads();
     for (int turn = 0, token; (token = token_of(first, turn)) < last; ++turn) {
-      ring_.wait();
+      ring_.wait(turn);
       if (token == 0 && x.has_extra) ring_.write_extra(turn, x.extra);
       add_tile(turn, x.attended_of_tile(token, last));
       __syncwarp();
       ring_.copy(x, turn + P::kStages, token_of(first, turn + P::kStages), last);
     }
-    copy_async_wait<0>();
+    ring_.close();
     __syncthreads();
     leave();
     __syncthreads();
@@ -86,6 +90,9 @@ class ForwardPass {
     return first + (turn * P::teams() + P::team()) * P::kTokens;
   }
 
+  __host__ __device__ static int before_barriers(int channels, int teams) {
+    return span_bytes(channels, teams) + Scores::bytes(teams);
+  }
   __host__ __device__ static int row_bytes(int channels) {
     return P::kRows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
   }
@@ -201,6 +208,7 @@ class ForwardPass {
   int channels_;
   Slice slice_;
   TileRing<P> ring_;
+  bool open_ = false;  // the ring
   Scores scores_;
   float sums_[P::kUnits][P::kGroups][4];  // [channels of the unit, rows of the group]
   float peak_[P::kGroups];                // of row 8 group + g, to the base 2
