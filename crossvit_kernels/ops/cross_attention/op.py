@@ -37,6 +37,7 @@ def cross_attention_fusion(
         "cross_attention_fusion",
         backend,
         BACKENDS,
+        tokens.device,
         lambda module: not_fused or module.why_not(cls, tokens, weights, num_heads, cast_to),
     )
     if name == "reference":
