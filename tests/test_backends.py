@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import crossvit_kernels as ck
-from crossvit_kernels.backends import NAMES, choose
+from crossvit_kernels.backends import NAMES, choose, order
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -159,12 +159,12 @@ def test_import_is_light() -> None:
 
 
 def test_the_order_follows_the_chip(monkeypatch) -> None:
-    from crossvit_kernels import backends, extension
+    from crossvit_kernels import extension
 
-    assert backends.order("attention_core", torch.device("cpu"))[0] == "cpu"
+    assert order("attention_core", torch.device("cpu"))[0] == "cpu"
     for capability, first in ((75, "triton"), (80, "triton"), (89, "triton"), (90, "cuda")):
         monkeypatch.setattr(extension, "compute_capability", lambda device, c=capability: c)
-        assert backends.order("cross_attention_fusion", torch.device("cuda", 0))[0] == first
+        assert order("cross_attention_fusion", torch.device("cuda", 0))[0] == first
 
 
 def test_which_devices_a_build_has_code_for() -> None:
