@@ -104,7 +104,13 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
                 *(() if dry else ("--plot", str(out / f"{title}.png"))),
             )
             found.append(stage(title, "fusion_bench.py", 110 if compiled else 30, *options))
-        return found
+        pair = (
+            *("--dim", str(small), "--own-dim", str(2 * small), "--heads", str(heads)),
+            *("--tokens", "9" if dry else str(TOKENS["S"])),
+            *("--pair-tokens", "5" if dry else str(TOKENS["L"])),
+            *("--sweep", f"batch={','.join(batches[:3])}", "--no-compile"),
+        )
+        return [*found, stage(f"fusion-{name}-pair", "fusion_bench.py", 30, *pair)]
 
     def blocks(name: str, compiled: bool) -> Stage:
         if dry:
