@@ -34,9 +34,8 @@ def make(
     scaled: bool = False,
 ) -> FusionInputs:
     """Views of [B, 1 + N, C], as a model gives them."""
-    weights = (
-        None if t is None else t.to(device, dtype) for t in make_weights(own, channels, biases)
-    )
+    found = make_weights(own, channels, biases)
+    weights = FusionWeights(*(None if t is None else t.to(device, dtype) for t in found))
     cls = torch.randn(batch, 3, own).to(device, dtype)[:, 0]
     tokens = torch.randn(batch, 1 + num_tokens, channels).to(device, dtype)[:, 1:]
     scale = torch.rand(batch).to(device) if scaled else None
