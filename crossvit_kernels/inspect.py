@@ -57,6 +57,8 @@ def specimens(
             yield from core.specimens(chip, dtype, channels, heads)
         for own, channels, heads in widths:
             yield from fusion.specimens(chip, dtype, own, channels, heads)
+            if own < channels and (channels, own, heads) in widths:
+                yield from fusion.pairs(chip, dtype, own, channels, heads)
         for channels, heads in sorted({(c, h) for c, h, _ in blocks}):
             yield from msa.specimens(chip, dtype, channels, heads)
         for channels, hidden in sorted({(c, f) for c, _, f in blocks}):

@@ -129,7 +129,7 @@ FORMS = {
     *(
         f"fusion_{name}"
         for name in (
-            *("forward", "before", "tokens", "after"),
+            *("forward", "forward_pair", "before", "tokens", "after"),
             *("backward", "backward_before", "backward_tokens", "backward_after"),
         )
     ),

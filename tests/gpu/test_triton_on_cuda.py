@@ -16,8 +16,8 @@ from torch import Tensor
 
 import crossvit_kernels as ck
 from crossvit import create_model
-from crossvit_kernels import FfnWeights, FusionWeights, MsaWeights, graphs
-from crossvit_kernels.gpu import row_tiles
+from crossvit_kernels import FfnWeights, FusionInputs, FusionWeights, MsaWeights, graphs
+from crossvit_kernels.gpu import configurations, launcher, row_tiles
 from crossvit_kernels.modules import CrossAttentionFusion, TransformerBlock
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -120,6 +120,30 @@ def test_make_graphed() -> None:
     x = torch.randn(1, 3, 48, 48, device="cuda")
     with torch.inference_mode():
         torch.testing.assert_close(ck.make_graphed(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("own, other, heads", [(128, 256, 4), (192, 384, 6), (384, 768, 12)])
+def test_both_fusions_of_a_block_in_one_launch(own, other, heads, dtype) -> None:
+    """The same bits as two launches, also of a captured graph."""
+    small, large = CrossAttentionFusion(own, other, heads), CrossAttentionFusion(other, own, heads)
+    weights = [f.to("cuda", dtype).requires_grad_(False).weights() for f in (small, large)]
+
+    def pair(a_cls: Tensor, a_x: Tensor, b_cls: Tensor, b_x: Tensor) -> tuple[Tensor, Tensor]:
+        a = FusionInputs(a_cls, a_x[:, 1:], weights[0], heads)
+        b = FusionInputs(b_cls, b_x[:, 1:], weights[1], heads)
+        return ck.cross_attention_fusion_pair(a, b, backend="triton")
+
+    for batch in (1, 3, 33, 130):
+        sizes = (batch, own), (batch, 197, other), (batch, other), (batch, 401, own)
+        inputs = [torch.randn(size, device="cuda", dtype=dtype) for size in sizes]
+        with configurations.PAIRS.choose("apart"):
+            expected = pair(*inputs)
+        with configurations.PAIRS.choose("paired"):
+            found = [pair(*inputs) for _ in range(20)]
+            graphed = ck.make_graphed(pair, inputs)
+        for results in (*found, graphed(*inputs)):
+            assert all(torch.equal(a, e) for a, e in zip(results, expected, strict=True))
 
 
 def test_other_stream_and_other_device() -> None:
@@ -258,6 +282,18 @@ def test_branches_side_by_side_in_a_graph() -> None:
                 x = torch.randn_like(x)
                 assert torch.equal(two(x), one(x))
                 assert torch.equal(two(x), model(x))
+
+
+def test_compiled_kernels_start_by_themselves() -> None:
+    """A second call of any kind goes around Triton's look at the arguments, to the same result."""
+    inputs = fusion_inputs(3, torch.bfloat16)
+    launcher._compiled.clear()
+    expected = results(*inputs)
+    known = dict(launcher._compiled)
+    assert known
+    for _ in range(3):
+        assert all(torch.equal(a, e) for a, e in zip(results(*inputs), expected, strict=True))
+    assert launcher._compiled == known
 
 
 def test_no_synchronization() -> None:
