@@ -35,6 +35,11 @@ struct Plan {
   // This warp's place in its team.
   __device__ static int part() { return warp() % kSplit; }
 
+  // The first token of the team's tile of a turn, of tokens from `first` on.
+  __device__ static int token_of(int first, int turn) {
+    return first + (turn * teams() + team()) * kTokens;
+  }
+
   __device__ static void meet_team() {
     if constexpr (kSplit == 1) {
       __syncwarp();
@@ -124,7 +129,7 @@ class TileRing {
     return (P::kStages + 1) / 2 * 2 * static_cast<int>(sizeof(uint64_t));
   }
 
-  // Other data may lie in `memory` while no tile does, but not in `barriers`, from open() on.
+  // Other data may lie in `memory` while no tile does, but not in `barriers`, from fill() on.
   __device__ TileRing(char* memory, char* barriers, int channels, Slice slice)
       : memory_(reinterpret_cast<T*>(memory)),
         barriers_(reinterpret_cast<uint64_t*>(barriers)),
@@ -134,15 +139,10 @@ class TileRing {
   __device__ int pitch() const { return pitch_; }
   __device__ T* tile(int turn) const { return memory_ + turn % P::kStages * (P::kTokens * pitch_); }
 
-  // Once, before the first copy.
-  __device__ void open() {
-    if constexpr (kBulkCopies) {
-      if (lane_index() == 0) {
-        for (int stage = 0; stage < P::kStages; ++stage) barrier_init(barriers_ + stage, 1);
-        barrier_init_visible();
-      }
-      __syncwarp();
-    }
+  // Starts the copies of the team's first tiles of tokens [first, last).
+  __device__ void fill(const Image<T>& x, int first, int last) {
+    if (!open_) open();
+    for (int turn = 0; turn < P::kStages; ++turn) copy(x, turn, P::token_of(first, turn), last);
   }
 
   // Starts the copy of a tile: zeros where a token is not attended to.
@@ -168,7 +168,7 @@ class TileRing {
   }
 
   // After the last tile.
-  __device__ void close() {
+  __device__ void drain() {
     if constexpr (!kBulkCopies) copy_async_wait<0>();
   }
 
@@ -181,6 +181,17 @@ class TileRing {
   }
 
  private:
+  __device__ void open() {
+    open_ = true;
+    if constexpr (kBulkCopies) {
+      if (lane_index() == 0) {
+        for (int stage = 0; stage < P::kStages; ++stage) barrier_init(barriers_ + stage, 1);
+        barrier_init_visible();
+      }
+      __syncwarp();
+    }
+  }
+
   // Eight lanes share a row.
   __device__ void copy_chunks(const Image<T>& x, int turn, int token, int last) {
     const uint32_t attended = x.attended_of_tile(token, last);
@@ -223,6 +234,7 @@ class TileRing {
   uint64_t* barriers_;  // one a stage
   int pitch_;
   Slice slice_;
+  bool open_ = false;
   uint32_t arrived_ = 0;  // the parity that a stage's next copy completes, a bit each
 };
 
@@ -238,6 +250,43 @@ __device__ void write_rows(typename P::Element* to, const float* from, int64_t s
     }
   }
 }
+
+// A warp's sums over its tokens: of unit u's channels [g, g + 8] and the rows [2 t, 2 t + 1] of a
+// group.
+template <class P>
+struct WarpSums {
+  float of[P::kUnits][P::kGroups][4];
+  float mean[P::kGroups];  // of row g, what the tokens' means add to all channels
+
+  __device__ void clear() {
+#pragma unroll
+    for (int group = 0; group < P::kGroups; ++group) {
+      mean[group] = 0;
+#pragma unroll
+      for (int unit = 0; unit < P::kUnits; ++unit) {
+        for (int i = 0; i < 4; ++i) of[unit][group][i] = 0;
+      }
+    }
+  }
+
+  // To [kRows, row_pitch], without the means.
+  __device__ void leave(float* rows, int channels, Slice slice) const {
+    const int g = lane_index() / 4, t = lane_index() % 4, pitch = P::row_pitch(channels);
+#pragma unroll
+    for (int group = 0; group < P::kGroups; ++group) {
+      const float means[2] = {__shfl_sync(~0u, mean[group], 8 * t),
+                              __shfl_sync(~0u, mean[group], 8 * t + 4)};
+      float* to = rows + (8 * group + 2 * t) * pitch + slice.first + g;
+#pragma unroll
+      for (int unit = 0; unit < P::kUnits; ++unit) {
+        if (unit >= slice.units) break;
+        for (int i = 0; i < 4; ++i) {
+          to[(i & 1) * pitch + unit * 16 + 8 * (i >> 1)] = of[unit][group][i] - means[i & 1];
+        }
+      }
+    }
+  }
+};
 
 // What a pass knows of the four tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of a tile.
 struct FourTokens {
