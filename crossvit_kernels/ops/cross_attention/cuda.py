@@ -69,13 +69,10 @@ def why_not(
         return f"{own} channels of the CLS are no multiple of 16"
     if channels // num_heads % 8:
         return f"{channels // num_heads} channels of a head are no multiple of 8"
-    for name in ("proj", "q", "k", "v", "out", "back"):
-        dtype = cast_to or getattr(weights, f"{name}_weight").dtype
-        if dtype != tokens.dtype:
-            return f"{name}_weight is in {dtype}, the tokens in {tokens.dtype}"
-    for name, t in (("cls", cls), *zip(weights._fields, weights, strict=True)):
-        if t is not None and t.dtype == torch.float64:
-            return f"{name} is in {t.dtype}"
+    # Outside of autocast all have one dtype; in it float64 mixes with no other.
+    dtype = cast_to or weights.q_weight.dtype
+    if dtype != tokens.dtype:
+        return f"the matrices are in {dtype}, the tokens in {tokens.dtype}"
     if own > _WIDEST:
         return f"{own} channels of the CLS are more than {_WIDEST}"
     needed = _shared_bytes(own, channels, num_heads, tokens.dtype)
