@@ -91,6 +91,12 @@ struct BackwardParams {
 int wide_bytes(DType dtype, int64_t width);
 int rest_bytes(DType dtype, int64_t channels, int64_t heads);
 
+// A kernel's block where one may have so many bytes of shared memory.
+attention_core::cuda::BlockSize forward_block(DType dtype, int own, int channels, int heads,
+                                              int most_bytes);
+attention_core::cuda::BlockSize backward_block(DType dtype, int own, int channels, int heads,
+                                               int most_bytes);
+
 void forward(const ForwardParams& params, const Division& division,
              const attention_core::cuda::Place& place);
 void backward(const BackwardParams& params, const Division& division,

@@ -90,19 +90,17 @@ __device__ void linear_of_heads(T* rows, int pitch, const void* weight, int dept
   }
 }
 
-// Runs run(plan). A block has eight warps where its shared memory does.
+// Runs run(plan). A block has eight warps where its shared memory does. There is no plan for 16
+// heads of wide tokens, which take two passes and leave no register to spare, nor one for as many
+// of narrow ones, which no model has: every plan is two kernels that take long to compile.
 template <class T, class Run>
 void with_fusion_plan(int64_t heads, int64_t channels, Run&& run) {
   using attention_core::Plan;
-  if (heads <= 8) {
-    if (channels <= 192) return run(Plan<T, 12, 1, 1, sizeof(T) == 4 ? 1 : 2>());
-    if (channels <= 384) return run(Plan<T, 24, 1, 1, 1>());
-    if (channels <= 768) return run(Plan<T, 12, 1, 4, 1>());
-    return run(Plan<T, 12, 1, 8, 1>());
-  }
-  if (channels <= 192) return run(Plan<T, 12, 2, 1, sizeof(T) == 4 ? 1 : 2>());
-  if (channels <= 768) return run(Plan<T, 12, 2, 4, 1>());
-  return run(Plan<T, 12, 2, 8, 1>());
+  if (channels > 768) return run(Plan<T, 12, 1, 8, 1>());
+  if (heads > 8) return run(Plan<T, 12, 2, 4, 1>());
+  if (channels <= 192) return run(Plan<T, 12, 1, 1, sizeof(T) == 4 ? 1 : 2>());
+  if (channels <= 384) return run(Plan<T, 24, 1, 1, 1>());
+  run(Plan<T, 12, 1, 4, 1>());
 }
 
 // As many teams as eight warps and the shared memory of a block make, or one.
@@ -115,19 +113,21 @@ int teams_of(int own, int channels, int limit) {
 }
 
 template <class P, class Pass>
-int bytes_of(int own, int channels, int teams) {
-  return Layout<typename P::Element>(own, channels).pass + Pass::bytes(channels, teams);
+attention_core::cuda::BlockSize block_of(int own, int channels, int limit) {
+  const int teams = teams_of<P, Pass>(own, channels, limit);
+  const int before = Layout<typename P::Element>(own, channels).pass;
+  return {P::threads(teams), before + Pass::bytes(channels, teams)};
 }
 
 template <class P, class Pass>
 LaunchConfig config_of(int64_t batch, int own, int channels, const Division& division,
                        const attention_core::cuda::Place& place) {
-  const int teams = teams_of<P, Pass>(own, channels, shared_bytes_of_block(place.device));
+  const auto block = block_of<P, Pass>(own, channels, shared_bytes_of_block(place.device));
   const int64_t clusters = (batch + division.images - 1) / division.images;
   LaunchConfig config;
   config.grid = dim3(static_cast<unsigned>(clusters * division.blocks));
-  config.block = dim3(P::threads(teams));
-  config.shared_bytes = bytes_of<P, Pass>(own, channels, teams);
+  config.block = dim3(static_cast<unsigned>(block.threads));
+  config.shared_bytes = block.shared_bytes;
   config.cluster = division.blocks;
   config.stream = static_cast<cudaStream_t>(place.stream);
   return config;
