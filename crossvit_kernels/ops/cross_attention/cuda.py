@@ -62,7 +62,7 @@ def why_not(
     """Why the CUDA kernels cannot run this fusion, its matrices cast to a dtype where one is given;
     None where they can.
     """
-    if reason := core.why_not(tokens):
+    if reason := core.why_not_tokens(tokens):
         return reason
     own, channels = cls.shape[-1], tokens.shape[-1]
     if own % 16:
@@ -73,16 +73,10 @@ def why_not(
     dtype = cast_to or weights.q_weight.dtype
     if dtype != tokens.dtype:
         return f"the matrices are in {dtype}, the tokens in {tokens.dtype}"
-    if own > _WIDEST:
-        return f"{own} channels of the CLS are more than {_WIDEST}"
+    if own > core.WIDEST:
+        return f"{own} channels of the CLS are more than {core.WIDEST}"
     needed = _shared_bytes(own, channels, num_heads, tokens.dtype)
-    most = extension.shared_bytes_of_block(tokens)
-    if needed > most:
-        return f"it needs {needed} bytes of shared memory, of which a block there has {most}"
-    return None
-
-
-_WIDEST = 1536
+    return core.why_not_shared_bytes(needed, tokens)
 
 
 def _shared_bytes(own: int, channels: int, num_heads: int, dtype: torch.dtype) -> int:
