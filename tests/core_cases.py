@@ -71,3 +71,13 @@ def check_rule(
     names = ("m", "lse", "du", "dx", "dextra")
     for name, a, e, x64 in zip(names, actual, in_dtype, exact, strict=False):
         assert_within_rule(a, e, x64, name, dtype, absolute_floor=floor)
+
+
+def check_expanded_gradients(backend: str, device: str = "cpu") -> None:
+    """Gradients without memory of their own, as sum() gives them, are those that have it."""
+    (u, x, _), _ = make(2, 20, 9, 48)
+    leaves = [t.float().to(device).requires_grad_() for t in (u, x)]
+    outputs = ck.attention_core(*leaves, backend=backend)
+    actual = torch.autograd.grad(sum(t.sum() for t in outputs), leaves, retain_graph=True)
+    expected = torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))

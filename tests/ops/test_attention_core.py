@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_cases import check_rule, make
+from core_cases import check_expanded_gradients, check_rule, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -166,6 +166,10 @@ def test_strided_tokens(layout: str) -> None:
         m, lse = ck.attention_core(u, tokens, backend="cpu")
         results.append((m, lse, *torch.autograd.grad(m.sum(), tokens)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_expanded_gradients() -> None:
+    check_expanded_gradients("cpu")
 
 
 def test_strided_mask_and_broadcast_tokens() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import Gpu
-from core_cases import check_rule, make
+from core_cases import check_expanded_gradients, check_rule, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -186,6 +186,10 @@ def test_strided_tokens_and_masks(gpu: Gpu) -> None:
     same = x[:1].expand(3, -1, -1)
     m, _ = ck.attention_core(u[:1], same, backend=gpu.name)
     assert torch.equal(m[0], m[1]) and torch.equal(m[0], m[2])
+
+
+def test_expanded_gradients(gpu: Gpu) -> None:
+    check_expanded_gradients(gpu.name, gpu.device)
 
 
 def test_what_is_declined(gpu: Gpu) -> None:

@@ -90,6 +90,8 @@ def backward(
         assert extension.cuda_kernels is not None
         functions = extension.cuda_kernels.functions
         u, x, dm = extension.unit_stride(u), aligned_rows(x), extension.unit_stride(dm)
+        # Alive until the kernel has been started.
+        dlse = None if dlse is None else dlse.contiguous()
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
         workspace = m.new_empty(functions.attention_core_workspaces(problem)[1])
         functions.attention_core_backward(
@@ -100,7 +102,7 @@ def backward(
             m=extension.rows(m),
             lse=lse.data_ptr(),
             dm=extension.rows(dm),
-            dlse=extension.optional(None if dlse is None else dlse.contiguous()),
+            dlse=extension.optional(dlse),
             du=extension.rows(du),
             dx=extension.tokens(dx, dextra),
             workspace=workspace.data_ptr(),

@@ -63,6 +63,7 @@ def backward(
     """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared."""
     batch, num_rows, channels = m.shape
     u, x, dm = extension.unit_stride(u), extension.unit_stride(x), extension.unit_stride(dm)
+    dlse = None if dlse is None else dlse.contiguous()  # alive until the kernel returns
     du = torch.empty_like(m) if du_out is None else du_out
     dx = x.new_empty(x.shape)
     dextra = None if extra_token is None else x.new_empty(batch, channels)
@@ -75,7 +76,7 @@ def backward(
             m=extension.rows(m),
             lse=lse.data_ptr(),
             dm=extension.rows(dm),
-            dlse=extension.optional(None if dlse is None else dlse.contiguous()),
+            dlse=extension.optional(dlse),
             du=extension.rows(du),
             dx=extension.tokens(dx, dextra),
         )
