@@ -172,6 +172,7 @@ def test_a_verbose_build_has_a_line_for_each_kernel(small_tree: Path, toolkit: P
     if shutil.which("c++filt"):
         line = "sm_90a   forward<Plan<float, 12> >: 174 registers, 4 bytes spilled, 1024 shared"
         assert line in result.stdout.splitlines()
+    assert compiled_files(build(small_tree, **cuda, CROSSVIT_BUILD_VERBOSE="1").stdout) == []
     (toolkit / "bin/nvcc").write_text("#!/bin/sh\nexit 1\n")
     (small_tree / "csrc/common/device.cu").touch()
     failed = build(small_tree, **cuda, CROSSVIT_BUILD_VERBOSE="1", CROSSVIT_CUDA_ARCH_LIST="80")
