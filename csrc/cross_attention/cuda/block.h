@@ -98,14 +98,16 @@ __device__ void linear_of_heads(T* rows, int pitch, const void* weight, int dept
   }
 }
 
-// Runs run(plan). A block has eight warps where its shared memory does. There is no plan for 16
-// heads of wide tokens, which take two passes and leave no register to spare, nor one for as many
-// of narrow ones, which no model has: every plan is two kernels that take long to compile.
+// Runs run(plan). A block has eight warps where its shared memory does. Where there is no plan for
+// 16 heads they take two passes: of wide tokens and of floats, as registers do not suffice, and of
+// narrow ones, which no model has, as every plan is two kernels that take long to compile.
 template <class T, class Run>
 void with_fusion_plan(int64_t heads, int64_t channels, Run&& run) {
   using attention_core::Plan;
   if (channels > 768) return run(Plan<T, 12, 1, 8, 1>());
-  if (heads > 8) return run(Plan<T, 12, 2, 4, 1>());
+  if constexpr (sizeof(T) == 2) {
+    if (heads > 8) return run(Plan<T, 12, 2, 4, 1>());
+  }
   if (channels <= 192) return run(Plan<T, 12, 1, 1, sizeof(T) == 4 ? 1 : 2>());
   if (channels <= 384) return run(Plan<T, 24, 1, 1, 1>());
   run(Plan<T, 12, 1, 4, 1>());
