@@ -1,8 +1,9 @@
 """Builds crossvit_kernels._C from csrc/ through one generated build.ninja.
 
 The extension holds no torch headers: torch is not needed to build it, and any torch can run it.
-CROSSVIT_BUILD_CUDA = auto (default) | 1 | 0, CROSSVIT_CUDA_ARCH_LIST, CUDA_HOME, CXX and MAX_JOBS
-are read from the environment; README.md explains them.
+CROSSVIT_BUILD_CUDA = auto (default) | 1 | 0, CROSSVIT_CUDA_ARCH_LIST, CROSSVIT_BUILD_VERBOSE = 0
+(default) | 1 (a line for each CUDA kernel and architecture: registers, spills, static shared
+memory), CUDA_HOME, CXX and MAX_JOBS are read from the environment; README.md explains them.
 """
 
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -71,6 +73,40 @@ def gencode_flags(arch_list: str) -> str:
     return " ".join([*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"])
 
 
+def readable(lines: Iterable[str]) -> Iterator[str]:
+    """A compilation's output with one line for each kernel in place of what ptxas -v says of it."""
+    kernel = spilled = ""
+    for line in lines:
+        if found := re.search(r"Compiling entry function '(.*)' for '(\w+)'", line):
+            name, arch = found.groups()
+            name = re.sub(r"\(anonymous namespace\)::|\b\w+::|^void ", "", name).split("(")[0]
+            kernel = f"{arch:8} {name}"
+        elif found := re.search(r"(\d+) bytes spill stores", line):
+            spilled = found[1]
+        elif found := re.search(r"Used (\d+) registers", line):
+            static = re.search(r"(\d+) bytes smem", line)
+            shared = static[1] if static else 0
+            yield f"{kernel}: {found[1]} registers, {spilled} bytes spilled, {shared} shared\n"
+        elif not line.startswith("ptxas info"):
+            yield line
+
+
+def run_ninja(command: list[str], verbose: bool) -> None:
+    if not verbose:
+        subprocess.check_call(command)
+        return
+    names = shutil.which("c++filt") or "cat"
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as ninja,
+        subprocess.Popen([names], stdin=ninja.stdout, stdout=subprocess.PIPE, text=True) as output,
+    ):
+        assert output.stdout
+        for line in readable(output.stdout):
+            print(line, end="", flush=True)
+    if ninja.returncode:
+        raise subprocess.CalledProcessError(ninja.returncode, command)
+
+
 class NinjaBuild(build_ext):
     """Writes build.ninja and runs it: a touched file is the only one compiled again."""
 
@@ -110,13 +146,18 @@ class NinjaBuild(build_ext):
             "rule link",
             "  command = $cxx -shared $in -o $out $libs",
         ]
+        jobs = os.environ.get("MAX_JOBS", "")
+        verbose = os.environ.get("CROSSVIT_BUILD_VERBOSE", "0") == "1"
         if cuda:
+            threads = min(int(jobs or os.cpu_count() or 1), len(arch_list.split(";")))
             binding_flags += f" -DCROSSVIT_WITH_CUDA -DCROSSVIT_CUDA_ARCH_LIST='\"{arch_list}\"'"
             libs += f" -L{cuda / 'lib64'} -lcudart_static -lrt"
             lines += [
                 "rule nvcc",
                 f"  command = {cuda / 'bin/nvcc'} -ccbin $cxx -MD -MF $out.d -O3 -std=c++17 "
                 "-lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall "
+                f"-Xptxas -warn-spills,-warn-lmem-usage{',-v' if verbose else ''} "
+                f"-Xfatbin -compress-all --threads {threads} "
                 f"{gencode_flags(arch_list)} -I{ROOT / 'csrc'} -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
@@ -145,8 +186,8 @@ class NinjaBuild(build_ext):
         lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {libs}"]
         (work / "build.ninja").write_text("\n".join(lines) + "\n")
 
-        jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
-        subprocess.check_call([ninja_program(), "-C", str(work), *jobs])
+        command = [ninja_program(), "-C", str(work), *([f"-j{jobs}"] if jobs else [])]
+        run_ninja(command, verbose)
 
 
 def sources() -> list[str]:

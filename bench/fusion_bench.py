@@ -84,7 +84,7 @@ class Bench:
         common |= {"mode": mode, "inputs": kind, "input_sets": len(inputs.sets)}
         rows, runners = [], {}
         for contender in field:
-            call = caller(contender.fusion, inputs, shape.heads, mode)
+            call = caller(contender, inputs, shape.heads, mode)
             skip = self._reason_to_skip(contender)
             if skip:
                 outcome: dict[str, Any] = {"status": "skipped", "reason": skip}
@@ -206,6 +206,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dim", type=positive, default=192, help="width of the tokens")
     add("--own-dim", type=positive, help="width of the CLS (twice --dim)")
     add("--heads", type=positive, default=6)
+    add(
+        "--pair-tokens",
+        type=positive,
+        metavar="TOKENS",
+        help="both fusions of a block, forward: the other branch's CLS attends to so many rows",
+    )
     add("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--mode", choices=MODES, default="both")
@@ -258,9 +264,15 @@ def complete(options: argparse.Namespace) -> None:
     if options.compile_budget is None:
         options.compile_budget = 300.0 if on_gpu else 60.0
     options.own_dim = options.own_dim or 2 * options.dim
+    if options.pair_tokens:
+        if options.mode == "train":
+            raise ValueError("--pair-tokens: both fusions at once are measured forward alone")
+        if options.own_dim % options.heads:
+            raise ValueError(f"--own-dim {options.own_dim} is no multiple of --heads")
+        options.mode = "forward"
     if options.dim % options.heads:
         raise ValueError(f"--dim {options.dim} is no multiple of --heads {options.heads}")
-    if min(shape.tokens for shape in shapes(options)) < 2:
+    if min(s.tokens for shape in shapes(options) for s in (shape, shape.other) if s) < 2:
         raise ValueError("--tokens counts the CLS and at least one patch: 2 or more")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
@@ -283,7 +295,14 @@ def shapes(options: argparse.Namespace) -> list[Shape]:
     points = [default | {axis: value} for axis, values in options.sweep for value in values]
     dtype = DTYPES[options.dtype]
     found = (
-        Shape(**point, dim=options.dim, own_dim=options.own_dim, heads=options.heads, dtype=dtype)
+        Shape(
+            **point,
+            dim=options.dim,
+            own_dim=options.own_dim,
+            heads=options.heads,
+            dtype=dtype,
+            pair_tokens=options.pair_tokens or 0,
+        )
         for point in points or [default]
     )
     return list(dict.fromkeys(found))

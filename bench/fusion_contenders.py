@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import measure
 import torch
@@ -20,11 +21,15 @@ from crossvit_kernels.ops.cross_attention import reference
 EPS = 1e-6
 
 Fusion = Callable[[Tensor, Tensor, ck.FusionWeights, int], Tensor]
+Pair = Callable[[ck.FusionInputs, ck.FusionInputs], tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One point of measurement. ``tokens`` counts the rows attended to, the CLS included."""
+    """One point of measurement. ``tokens`` counts the rows attended to, the CLS included.
+
+    With ``pair_tokens`` both fusions of a block are measured: that of the other branch's CLS too.
+    """
 
     tokens: int
     batch: int
@@ -32,13 +37,26 @@ class Shape:
     own_dim: int
     heads: int
     dtype: torch.dtype
+    pair_tokens: int = 0
+
+    @property
+    def other(self) -> Shape | None:
+        """The other fusion of a block."""
+        if not self.pair_tokens:
+            return None
+        widths = {"dim": self.own_dim, "own_dim": self.dim}
+        return dataclasses.replace(self, tokens=self.pair_tokens, pair_tokens=0, **widths)
 
     @property
     def token_bytes(self) -> int:
-        return self.batch * (self.tokens - 1) * self.dim * self.dtype.itemsize
+        own = self.batch * (self.tokens - 1) * self.dim * self.dtype.itemsize
+        return own + (self.other.token_bytes if self.other else 0)
 
     def floor_bytes(self, mode: str) -> int:
         """What must cross the memory interface: the patches once, thrice with their gradient."""
+        if self.other:
+            alone = dataclasses.replace(self, pair_tokens=0)
+            return alone.floor_bytes(mode) + self.other.floor_bytes(mode)
         cls = self.batch * self.own_dim
         weights = 4 * self.dim**2 + 2 * self.dim * self.own_dim + 9 * self.dim + 3 * self.own_dim
         if mode == "forward":
@@ -50,9 +68,9 @@ class Shape:
         """Of the absorbed algorithm: two products a head over the tokens, seven with backward."""
         pass_over_tokens = 2 * self.tokens * self.dim * self.heads
         projections = 8 * self.dim**2 + 4 * self.dim * self.own_dim
-        if mode == "forward":
-            return self.batch * (2 * pass_over_tokens + projections)
-        return self.batch * (7 * pass_over_tokens + 3 * projections)
+        passes, paths = (2, 1) if mode == "forward" else (7, 3)
+        own = self.batch * (passes * pass_over_tokens + paths * projections)
+        return own + (self.other.flops(mode) if self.other else 0)
 
 
 @dataclasses.dataclass
@@ -62,6 +80,7 @@ class Inputs:
     weights: ck.FusionWeights
     upstream: Tensor
     sets: list[tuple[Tensor, Tensor]]
+    other: Inputs | None = None  # of the other fusion of a block
 
     def leaves(self, index: int) -> list[Tensor]:
         """What gradients are taken of, for one pair."""
@@ -96,6 +115,7 @@ def make_inputs(shape: Shape, device: torch.device, sets: int) -> Inputs:
         weights=ck.FusionWeights(*map(torch.nn.Parameter, tensors)),
         upstream=normal(shape.batch, own_dim).detach(),
         sets=[cls_and_tokens() for _ in range(sets)],
+        other=make_inputs(shape.other, device, sets) if shape.other else None,
     )
 
 
@@ -194,6 +214,20 @@ def our_form(form: str) -> Fusion:
     return in_form
 
 
+def our_pair(form: str) -> Pair:
+    """Both fusions of a block on Triton, "paired" in one launch or "apart"."""
+
+    def pair(a: ck.FusionInputs, b: ck.FusionInputs) -> tuple[Tensor, Tensor]:
+        with configurations.PAIRS.choose(form):
+            return ck.cross_attention_fusion_pair(a, b, eps=EPS, backend="triton")
+
+    return pair
+
+
+def two_calls(fusion: Fusion) -> Pair:
+    return lambda a, b: (fusion(*a[:4]), fusion(*b[:4]))
+
+
 def our_name(backend: str) -> str:
     return f"ours ({backend})"
 
@@ -202,6 +236,7 @@ def our_name(backend: str) -> str:
 class Contender:
     name: str
     fusion: Fusion
+    pair: Pair
     ours: bool = False
     compiled: bool = False
     skip: str | None = None  # why it is not run
@@ -210,46 +245,69 @@ class Contender:
 def contenders(options: argparse.Namespace, shape: Shape, device: torch.device) -> list[Contender]:
     torch._dynamo.reset()  # or each shape would count as a recompilation, and soon run eager
 
-    def compiled(fusion: Fusion) -> Fusion:
+    def compiled(function: Any) -> Any:
         if options.no_compile:  # importing the compiler takes seconds
-            return fusion
-        run: Fusion = torch.compile(fusion, mode=options.compile_mode, dynamic=False)
+            return function
+        run = torch.compile(function, mode=options.compile_mode, dynamic=False)
         if device.type == "cpu":
             return run
         new_step: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
 
-        def step(cls: Tensor, tokens: Tensor, w: ck.FusionWeights, heads: int) -> Tensor:
+        def step(*arguments: Any) -> Any:
             new_step()  # the last call's results are done with
-            return run(cls, tokens, w, heads)
+            return run(*arguments)
 
         return step
+
+    def alone(name: str, fusion: Fusion, **options: Any) -> Contender:
+        return Contender(name, fusion, two_calls(fusion), **options)
+
+    def with_compiler(name: str, fusion: Fusion) -> Contender:
+        pair = compiled(two_calls(fusion))
+        return Contender(name, compiled(fusion), pair, compiled=True, skip=no_compile)
 
     no_compile = "--no-compile" if options.no_compile else None
     too_wide = "SDPA's fused kernels end at head dim 256" if shape.dim > 256 else None
     return [
-        Contender("eager", eager),
-        Contender("eager, compiled", compiled(eager), compiled=True, skip=no_compile),
-        Contender("SDPA", sdpa),
-        Contender("absorbed", absorbed),
-        Contender("absorbed, compiled", compiled(absorbed), compiled=True, skip=no_compile),
-        Contender("absorbed, SDPA", absorbed_sdpa, skip=too_wide),
-        *(Contender(our_name(name), our_backend(name), ours=True) for name in options.backends),
-        *(
-            Contender(our_name(f"triton, {form}"), our_form(form), ours=True)
-            for form in ("one", "three")
-            if "triton" in options.backends
-        ),
+        alone("eager", eager),
+        with_compiler("eager, compiled", eager),
+        alone("SDPA", sdpa),
+        alone("absorbed", absorbed),
+        with_compiler("absorbed, compiled", absorbed),
+        alone("absorbed, SDPA", absorbed_sdpa, skip=too_wide),
+        *(alone(our_name(name), our_backend(name), ours=True) for name in options.backends),
+        *(our_forms(bool(shape.pair_tokens)) if "triton" in options.backends else ()),
     ]
+
+
+def our_forms(pairs: bool) -> list[Contender]:
+    """Ways of the Triton kernels to do the same."""
+    fusion = our_backend("triton")
+    if pairs:
+        forms = (("paired", fusion, our_pair("paired")), ("apart", fusion, our_pair("apart")))
+    else:
+        forms = tuple((f, our_form(f), two_calls(our_form(f))) for f in ("one", "three"))
+    return [Contender(our_name(f"triton, {form}"), *ways, ours=True) for form, *ways in forms]
 
 
 Caller = Callable[[int], tuple[Tensor | None, ...]]
 
 RESULTS = ("output", "grad cls", "grad tokens", *map("grad {}".format, ck.FusionWeights._fields))
+RESULTS_OF_PAIR = ("output", "output of the other")
 
 
-def caller(fusion: Fusion, inputs: Inputs, heads: int, mode: str) -> Caller:
+def caller(contender: Contender, inputs: Inputs, heads: int, mode: str) -> Caller:
     """A function of an input set's number that returns what ``RESULTS`` names."""
-    sets, count = inputs.sets, len(inputs.sets)
+    fusion, sets, count, other = contender.fusion, inputs.sets, len(inputs.sets), inputs.other
+    if other:
+
+        def both(index: int) -> tuple[Tensor, Tensor]:
+            a, b = (
+                ck.FusionInputs(*x.sets[index % count], x.weights, heads) for x in (inputs, other)
+            )
+            return contender.pair(a, b)
+
+        return both
     leaves = [inputs.leaves(index) for index in range(count)]
 
     def forward(index: int) -> tuple[Tensor]:
@@ -268,15 +326,26 @@ def caller(fusion: Fusion, inputs: Inputs, heads: int, mode: str) -> Caller:
 
 def tolerances(inputs: Inputs, heads: int, mode: str) -> dict[str, Tolerance]:
     """For each result its float64 value, and the error that eager makes in the run's dtype."""
-    cls, tokens, *weights = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves(0)]
-    doubled = Inputs(ck.FusionWeights(*weights), inputs.upstream.double(), [(cls, tokens)])
+    definition = Contender("eager", eager, two_calls(eager))
     allowed = {}
-    exact = caller(eager, doubled, heads, mode)(0)
-    usual = caller(eager, inputs, heads, mode)(0)
-    for name, e, u in zip(RESULTS, exact, usual, strict=False):
+    exact = caller(definition, _doubled(inputs), heads, mode)(0)
+    usual = caller(definition, inputs, heads, mode)(0)
+    names = RESULTS_OF_PAIR if inputs.other else RESULTS
+    for name, e, u in zip(names, exact, usual, strict=False):
         assert e is not None and u is not None, "the definition uses every input"
         allowed[name] = Tolerance(e.detach(), measure.error_of(u, e.detach()), u.dtype)
     if mode == "train":  # that of k_bias is exactly zero: rounding is relative to its like
         scale = measure.rms(allowed["grad v_bias"].exact)
         allowed["grad k_bias"] = dataclasses.replace(allowed["grad k_bias"], scale=scale)
     return allowed
+
+
+def _doubled(inputs: Inputs) -> Inputs:
+    """The first set in float64."""
+    cls, tokens, *weights = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves(0)]
+    return Inputs(
+        ck.FusionWeights(*weights),
+        inputs.upstream.double(),
+        [(cls, tokens)],
+        _doubled(inputs.other) if inputs.other else None,
+    )

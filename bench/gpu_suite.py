@@ -47,8 +47,14 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     python = sys.executable
     device = "cpu" if dry else "cuda"
     quick = "1" if dry else "0.5"
-    names = ("attention_core", "cross_attention", "layernorm_blocks")
-    tests = [f"tests/ops/test_{name}_triton.py" for name in names]
+    names = (
+        "attention_core_gpu",
+        "cross_attention_triton",
+        "cross_attention_cuda",
+        "cross_attention_pair",
+        "layernorm_blocks_triton",
+    )
+    tests = [f"tests/ops/test_{name}.py" for name in names]
     if dry:
         tests = ["-k", "few_tokens or huge_scores or why_not", *tests]
     build = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
@@ -104,7 +110,13 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
                 *(() if dry else ("--plot", str(out / f"{title}.png"))),
             )
             found.append(stage(title, "fusion_bench.py", 110 if compiled else 30, *options))
-        return found
+        pair = (
+            *("--dim", str(small), "--own-dim", str(2 * small), "--heads", str(heads)),
+            *("--tokens", "9" if dry else str(TOKENS["S"])),
+            *("--pair-tokens", "5" if dry else str(TOKENS["L"])),
+            *("--sweep", f"batch={','.join(batches[:3])}", "--no-compile"),
+        )
+        return [*found, stage(f"fusion-{name}-pair", "fusion_bench.py", 30, *pair)]
 
     def blocks(name: str, compiled: bool) -> Stage:
         if dry:

@@ -46,9 +46,11 @@ def point_table(shape: Shape, rows: list[dict[str, Any]], ceilings: measure.Ceil
         )
     if any(row.get("p90_ms", 0) > 2 * row.get("p10_ms", 0) for row in rows):
         asides.append("  some times vary by more than 2x: is the machine busy with something else?")
+    other = f" and the other fusion's {shape.pair_tokens}" if shape.pair_tokens else ""
     title = (
-        f"\n{shape.tokens} tokens, batch {shape.batch}, width {shape.dim} (own {shape.own_dim}), "
-        f"{shape.heads} heads, {measure.dtype_name(shape.dtype)}, {mode}\n"
+        f"\n{shape.tokens} tokens{other}, batch {shape.batch}, "
+        f"width {shape.dim} (own {shape.own_dim}), {shape.heads} heads, "
+        f"{measure.dtype_name(shape.dtype)}, {mode}\n"
         f"inputs: {kind}, {sets * shape.token_bytes / 1e6:.4g} MB of tokens; "
         f"floor: {floor / 1e6:.1f} MB, {floor_ms:.3g} ms at the copy's bandwidth; "
         f"{flops / 1e9:.3g} GFLOP absorbed"

@@ -6,6 +6,7 @@ that stands in for row 0 of x, and x is not copied to hold it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -135,12 +136,14 @@ class MultiScaleBlock(nn.Module):
             lambda: self.encode(0, small), lambda: self.encode(1, large), like=small.x
         )
         # Both fusions read what was there before fusion.
-        small_cls, large_cls = side_by_side(
-            lambda: self.fuse(0, small.cls, large.patches),
-            lambda: self.fuse(1, large.cls, small.patches),
-            like=small.x,
-        )
-        return Branch(small.x, small_cls), Branch(large.x, large_cls)
+        inputs = (small.cls, large.patches), (large.cls, small.patches)
+        if self.cross_depth == 1:
+            first, second = (self._inputs(b, *inputs[b]) for b in (0, 1))
+            new: Sequence[Tensor] = ck.cross_attention_fusion_pair(first, second, **self._options())
+        else:
+            fusions = (lambda: self.fuse(0, *inputs[0])), (lambda: self.fuse(1, *inputs[1]))
+            new = side_by_side(*fusions, like=small.x)
+        return Branch(small.x, new[0]), Branch(large.x, new[1])
 
     def encode(self, b: int, branch: Branch) -> Branch:
         """The transformer blocks of branch b (Eq. 1)."""
@@ -153,21 +156,25 @@ class MultiScaleBlock(nn.Module):
         """The new CLS of branch b from its CLS [B, C] and the other branch's patches (Eq. 5-7)."""
         if self.cross_depth > 1:
             return self._fuse_repeatedly(b, cls, patches)
+        inputs = self._inputs(b, cls, patches)._asdict()
+        return ck.cross_attention_fusion(**inputs, **self._options())
+
+    def _inputs(self, b: int, cls: Tensor, patches: Tensor) -> ck.FusionInputs:
         f, g = self.projs[b], self.revert_projs[b]
         before, after = (
             [t for layer in (p[0], p[2]) for t in (layer.weight, layer.bias)] for p in (f, g)
         )
-        weights = ck.FusionWeights(*before, *self.fusion[b].parts(), *after)
-        return ck.cross_attention_fusion(
+        return ck.FusionInputs(
             cls,
             patches,
-            weights,
+            ck.FusionWeights(*before, *self.fusion[b].parts(), *after),
             self.num_heads[1 - b],
-            eps=EPS,
-            residual_scale=drop_path_scale(len(cls), self.drop_path, self.training, like=cls),
-            dropout_p=self.attn_drop if self.training else 0.0,
-            backend=self.backend,
+            drop_path_scale(len(cls), self.drop_path, self.training, like=cls),
         )
+
+    def _options(self) -> dict[str, Any]:
+        dropout_p = self.attn_drop if self.training else 0.0
+        return {"eps": EPS, "dropout_p": dropout_p, "backend": self.backend}
 
     def _fuse_repeatedly(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
         """L > 1: cross-attention after cross-attention between one f and one g."""

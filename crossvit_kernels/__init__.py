@@ -5,11 +5,12 @@ from crossvit_kernels.functional import (
     attention_core,
     attention_pool,
     cross_attention_fusion,
+    cross_attention_fusion_pair,
     layernorm_ffn,
     layernorm_msa,
 )
 from crossvit_kernels.graphs import make_graphed
-from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+from crossvit_kernels.ops.cross_attention.weights import FusionInputs, FusionWeights
 from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
 
@@ -17,12 +18,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FfnWeights",
+    "FusionInputs",
     "FusionWeights",
     "MsaWeights",
     "attention_core",
     "attention_pool",
     "backends",
     "cross_attention_fusion",
+    "cross_attention_fusion_pair",
     "layernorm_ffn",
     "layernorm_msa",
     "make_graphed",

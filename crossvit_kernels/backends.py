@@ -17,9 +17,21 @@ import torch
 from crossvit_kernels import extension
 from crossvit_kernels.gpu import launch
 
-#: Fastest first on each device ("triton" runs on a CPU only where it is interpreted, at a snail's
-#: pace). "reference" is eager PyTorch, on any device.
+#: "triton" runs on a CPU only where it is interpreted, at a snail's pace. "reference" is eager
+#: PyTorch, on any device.
 NAMES = ("cuda", "cpu", "triton", "reference")
+
+#: The order in which an operation's backends are tried on a GPU: from a compute capability on.
+#: Predicted from arithmetic (docs/cuda.md, docs/performance.md), not measured.
+ORDER: dict[str, dict[int, tuple[str, ...]]] = {
+    "attention_core": {80: ("cuda", "triton")},
+    "attention_pool": {80: ("cuda", "triton")},
+    # Before sm_90 no cluster shares the reading of weights; Triton has a form of three kernels.
+    "cross_attention_fusion": {80: ("triton", "cuda"), 90: ("cuda", "triton")},
+    "layernorm_msa": {80: ("triton",)},
+    "layernorm_ffn": {80: ("triton",)},
+}
+_ON_A_CPU = ("cpu", "cuda", "triton")  # the last two for tests
 
 ENVIRONMENT_VARIABLE = "CROSSVIT_KERNELS_BACKEND"
 
@@ -114,10 +126,23 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {sorted(NAMES)}")
 
 
+def order(operation: str, device: torch.device) -> tuple[str, ...]:
+    """The backends of an operation on a device, fastest first."""
+    if device.type != "cuda":
+        return _ON_A_CPU
+    capability = extension.compute_capability(device)
+    found: tuple[str, ...] = ("triton",)
+    for since, names in ORDER[operation].items():
+        if capability >= since:
+            found = names
+    return found
+
+
 def choose(
     operation: str,
     requested: str | None,
     modules: Mapping[str, Any],
+    device: torch.device,
     why_not: Callable[[Any], str | None],
     prefer_reference: bool = False,
 ) -> str:
@@ -128,6 +153,7 @@ def choose(
         requested: The call's ``backend`` argument; None for that of ``use_backend`` or, outside
             of it, of the environment.
         modules: For each backend with kernels, the module that runs it.
+        device: Where the call's tensors are.
         why_not: Says of such a module why it cannot run this call; None where it can.
         prefer_reference: Whether the reference is the faster one here; a named backend runs all
             the same.
@@ -139,7 +165,7 @@ def choose(
     check_name(name)
     if name == "auto":
         if not prefer_reference:
-            for candidate in NAMES:
+            for candidate in order(operation, device):
                 if candidate in modules and why_not(modules[candidate]) is None:
                     return candidate
         return "reference"

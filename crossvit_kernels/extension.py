@@ -47,7 +47,27 @@ def why_not_cuda_kernels(x: Tensor) -> str | None:
         return f"the tokens are on {x.device}, not on a CUDA device"
     if x.dtype not in DTYPE_CODES or x.dtype == torch.float64:
         return f"it has no code for {x.dtype} tokens"
+    if x.is_cuda and not has_code_for(cuda_architectures(), compute_capability(x.device)):
+        return f"the extension was built for {_C.cuda_architectures}, not for {x.device}"
     return None
+
+
+def compute_capability(device: torch.device) -> int:
+    """90 for 9.0."""
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor
+
+
+def has_code_for(architectures: list[str], capability: int) -> bool:
+    """Whether code for these, and PTX of the last without its "a", runs at a compute capability."""
+    for name in architectures:
+        built_for = int(name.rstrip("af"))
+        if capability == built_for:
+            return True
+        same_major = capability // 10 == built_for // 10
+        if same_major and capability > built_for and not name.endswith("a"):
+            return True
+    return bool(architectures) and capability >= int(architectures[-1].rstrip("af"))
 
 
 def shared_bytes_of_block(x: Tensor) -> int:

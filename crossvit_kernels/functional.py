@@ -19,10 +19,13 @@ from crossvit_kernels.ops.attention_core import reference as core_reference
 from crossvit_kernels.ops.attention_pool import op as pool_op
 from crossvit_kernels.ops.attention_pool.parameters import Norm, PoolCall, PoolParameters
 from crossvit_kernels.ops.cross_attention import op as fusion_op
-from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+from crossvit_kernels.ops.cross_attention.weights import SHAPES as FUSION_SHAPES
+from crossvit_kernels.ops.cross_attention.weights import FusionInputs, FusionWeights
 from crossvit_kernels.ops.layernorm_ffn import op as ffn_op
+from crossvit_kernels.ops.layernorm_ffn.weights import SHAPES as FFN_SHAPES
 from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
 from crossvit_kernels.ops.layernorm_msa import op as msa_op
+from crossvit_kernels.ops.layernorm_msa.weights import SHAPES as MSA_SHAPES
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
 
 
@@ -200,20 +203,49 @@ def cross_attention_fusion(
 
     Source: CrossViT (ICCV 2021), Eq. 5-7 and Figure 4.
     """
-    checks.tensor("cls", cls, "B", "C_own")
-    batch, own = cls.shape
-    checks.tensor("tokens", tokens, batch, "N", "C")
-    channels = tokens.shape[2]
-    checks.unit_stride("tokens", tokens)
-    checks.weights(weights, FusionWeights, _FUSION_SHAPES, {"C": channels, "C_own": own}, cls)
-    checks.same_device_and_dtype("cls", cls, tokens=tokens)
-    checks.heads(num_heads, C=channels)
+    _check_fusion(cls, tokens, weights, num_heads, residual_scale)
     checks.eps("eps", eps)
     checks.probability("dropout_p", dropout_p)
-    checks.residual_scale(residual_scale, batch, cls.device)
     return fusion_op.cross_attention_fusion(
         cls, tokens, weights, num_heads, eps, residual_scale, dropout_p, backend
     )
+
+
+def cross_attention_fusion_pair(
+    first: FusionInputs,
+    second: FusionInputs,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both fusions of a multi-scale block, or any two that do not depend on each other.
+
+    The results are those of two calls of ``cross_attention_fusion``. For inference on few images
+    Triton does both in one launch.
+
+    Args:
+        first: ``FusionInputs``: cls, tokens, weights, num_heads and residual_scale of one fusion.
+        second: Those of the other.
+        eps: Of all LayerNorms.
+        dropout_p: Attention dropout; above 0 the reference runs.
+        backend: Name of a backend, or None.
+
+    Returns:
+        The new CLS tokens of the first and of the second.
+
+    Raises:
+        ValueError, TypeError: As there, the argument's name behind ``first.`` or ``second.``.
+    """
+    for name, inputs in (("first", first), ("second", second)):
+        if not isinstance(inputs, FusionInputs):
+            raise TypeError(f"{name}: expected FusionInputs, found {type(inputs).__name__}")
+        try:
+            _check_fusion(*inputs)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}.{error}") from None
+    checks.eps("eps", eps)
+    checks.probability("dropout_p", dropout_p)
+    return fusion_op.cross_attention_fusion_pair(first, second, eps, dropout_p, backend)
 
 
 def layernorm_msa(
@@ -257,7 +289,7 @@ def layernorm_msa(
     checks.optional_tensor("cls", cls, batch, channels)
     if cls is not None and num_tokens == 0:
         raise ValueError("cls: x has no row 0 that it could stand in for")
-    checks.weights(weights, MsaWeights, _MSA_SHAPES, {"C": channels, "3 C": 3 * channels}, x)
+    checks.weights(weights, MsaWeights, MSA_SHAPES, {"C": channels, "3 C": 3 * channels}, x)
     checks.same_device_and_dtype("x", x, cls=cls)
     checks.heads(num_heads, C=channels)
     checks.eps("eps", eps)
@@ -298,48 +330,28 @@ def layernorm_ffn(
     checks.unit_stride("x", x)
     fc1 = getattr(weights, "fc1_weight", None)
     hidden = fc1.shape[0] if isinstance(fc1, Tensor) and fc1.dim() == 2 else 0
-    checks.weights(weights, FfnWeights, _FFN_SHAPES, {"C": x.shape[2], "F": hidden}, x)
+    checks.weights(weights, FfnWeights, FFN_SHAPES, {"C": x.shape[2], "F": hidden}, x)
     checks.eps("eps", eps)
     checks.residual_scale(residual_scale, x.shape[0], x.device)
     return ffn_op.layernorm_ffn(x, weights, eps, residual_scale, backend)
 
 
-_FUSION_SHAPES: checks.Shapes = {
-    "proj_norm_weight": ("C_own",),
-    "proj_norm_bias": ("C_own",),
-    "proj_weight": ("C", "C_own"),
-    "proj_bias": ("C",),
-    "norm_weight": ("C",),
-    "norm_bias": ("C",),
-    "q_weight": ("C", "C"),
-    "q_bias": ("C",),
-    "k_weight": ("C", "C"),
-    "k_bias": ("C",),
-    "v_weight": ("C", "C"),
-    "v_bias": ("C",),
-    "out_weight": ("C", "C"),
-    "out_bias": ("C",),
-    "back_norm_weight": ("C",),
-    "back_norm_bias": ("C",),
-    "back_weight": ("C_own", "C"),
-    "back_bias": ("C_own",),
-}
-_MSA_SHAPES: checks.Shapes = {
-    "norm_weight": ("C",),
-    "norm_bias": ("C",),
-    "qkv_weight": ("3 C", "C"),
-    "qkv_bias": ("3 C",),
-    "out_weight": ("C", "C"),
-    "out_bias": ("C",),
-}
-_FFN_SHAPES: checks.Shapes = {
-    "norm_weight": ("C",),
-    "norm_bias": ("C",),
-    "fc1_weight": ("F", "C"),
-    "fc1_bias": ("F",),
-    "fc2_weight": ("C", "F"),
-    "fc2_bias": ("C",),
-}
+def _check_fusion(
+    cls: Tensor,
+    tokens: Tensor,
+    weights: FusionWeights,
+    num_heads: int,
+    residual_scale: Tensor | None,
+) -> None:
+    checks.tensor("cls", cls, "B", "C_own")
+    batch, own = cls.shape
+    checks.tensor("tokens", tokens, batch, "N", "C")
+    channels = tokens.shape[2]
+    checks.unit_stride("tokens", tokens)
+    checks.weights(weights, FusionWeights, FUSION_SHAPES, {"C": channels, "C_own": own}, cls)
+    checks.same_device_and_dtype("cls", cls, tokens=tokens)
+    checks.heads(num_heads, C=channels)
+    checks.residual_scale(residual_scale, batch, cls.device)
 
 
 def _check_pool(

@@ -1,23 +1,29 @@
-"""What the Triton kernels compile to, without a GPU: ``python -m crossvit_kernels.inspect``.
+"""What the GPU kernels compile to, without a GPU: ``python -m crossvit_kernels.inspect``.
 
-Compiles the kernels of every configuration in the tables for NVIDIA GPUs and reads their code:
+Compiles Triton's kernels of every configuration in the tables for NVIDIA GPUs and reads their code:
 registers and spilled words of a thread, shared memory of a program, the share of a multiprocessor's
 threads that can be resident, tensor-core instructions and 16-byte loads. What is compiled goes to
 Triton's cache, where the first calls of a program find it: ``--processes`` compiles faster.
+
+The CUDA kernels' code is read from the extension. One is for all tokens up to a width; its shared
+memory and occupancy are those of tokens of that width.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from crossvit_kernels.gpu import ahead_of_time, launch
-from crossvit_kernels.gpu.ahead_of_time import Report, Specimen
+from crossvit_kernels import extension
+from crossvit_kernels.gpu import ahead_of_time, extension_code, launch, machine_code
+from crossvit_kernels.gpu.ahead_of_time import Specimen
+from crossvit_kernels.gpu.machine_code import Report
 
 #: (C_own, C, heads) of all fusions of the named models: Ti, S, B, 9, 15, 18.
 WIDTHS = tuple(
@@ -57,6 +63,8 @@ def specimens(
             yield from core.specimens(chip, dtype, channels, heads)
         for own, channels, heads in widths:
             yield from fusion.specimens(chip, dtype, own, channels, heads)
+            if own < channels and (channels, own, heads) in widths:
+                yield from fusion.pairs(chip, dtype, own, channels, heads)
         for channels, heads in sorted({(c, h) for c, h, _ in blocks}):
             yield from msa.specimens(chip, dtype, channels, heads)
         for channels, hidden in sorted({(c, f) for c, _, f in blocks}):
@@ -65,12 +73,25 @@ def specimens(
 
 def reports(found: Sequence[tuple[Specimen, int]], processes: int) -> Iterator[Report]:
     """Reports on (specimen, architecture) in order, compiled by several processes."""
-    if processes == 1:
+    if processes == 1 or not found:
         for specimen, arch in found:
             yield ahead_of_time.inspect(specimen, arch)
         return
     with ProcessPoolExecutor(processes) as pool:
         yield from pool.map(ahead_of_time.inspect, *zip(*found, strict=True))
+
+
+def extension_reports(options: argparse.Namespace) -> Iterator[Report]:
+    """Reports on the CUDA kernels, for the architectures that the extension was built for."""
+    if not extension.cuda_kernels:
+        reason = extension.missing or extension.NO_CUDA
+        print(f"inspect: no CUDA kernels: {reason}", file=sys.stderr)
+        return
+    for arch in options.arch:
+        if arch in extension_code.targets():
+            yield from extension_code.reports(
+                arch, options.dtype, options.channels, options.kernel or ""
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     if not options.json:
         print(_HEADER)
-    for report in reports(found, options.processes):
+    for report in itertools.chain(reports(found, options.processes), extension_reports(options)):
         rows.append(report)
         if not options.json:
             print(_row(report), flush=True)
@@ -105,14 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _HEADER = (
-    f"{'kernel':26} {'configuration':44} {'sm':>4} {'registers':>9} {'spills':>6} {'shared':>8} "
+    f"{'kernel':31} {'configuration':44} {'sm':>4} {'registers':>9} {'spills':>6} {'shared':>8} "
     f"{'occupancy':>9} {'tensor':>6} {'wide':>5}"
 )
 
 
 def _row(r: Report) -> str:
     return (
-        f"{r.kernel:26} {r.config:44} {r.arch:4} {r.registers:9} {r.spills:6} {r.shared_bytes:8} "
+        f"{r.kernel:31} {r.config:44} {r.arch:4} {r.registers:9} {r.spills:6} {r.shared_bytes:8} "
         f"{r.occupancy:9.0%} {r.tensor_core_instructions:6} {r.wide_loads:5}"
     )
 
@@ -141,7 +162,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="a JSON list of objects instead of a table")
     add("--processes", type=int, default=1, help="that compile at the same time")
     options = parser.parse_args(arguments)
-    unknown = set(options.arch) - set(ahead_of_time.SHARED_BYTES)
+    unknown = set(options.arch) - set(machine_code.SHARED_BYTES)
     if unknown:
         parser.error(f"--arch: {sorted(unknown)}: expected some of {ARCHITECTURES}")
     return options

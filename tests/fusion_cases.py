@@ -8,6 +8,7 @@ from torch import Tensor
 
 import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
+from crossvit_kernels.gpu import launcher
 
 # (C_own, C, heads) of both fusions of CrossViT-Ti, S, B, 9, 15 and 18.
 NAMED_WIDTHS = [
@@ -95,3 +96,16 @@ def check_rule(
         # q and k act through differences of scores: where there are few tokens these cancel.
         floor = 8 * eps * batch**0.5 if num_tokens < 8 else 0.0
         assert_within_rule(a, e, x, name, absolute_floor=floor)
+
+
+def launches(monkeypatch) -> list[str]:
+    """The names of kernels, as they are launched."""
+    names: list[str] = []
+
+    def start(kernel, *args, **kwargs) -> None:
+        names.append(kernel.__name__)
+        launch(kernel, *args, **kwargs)
+
+    launch = launcher.start
+    monkeypatch.setattr(launcher, "start", start)
+    return names

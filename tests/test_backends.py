@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import crossvit_kernels as ck
-from crossvit_kernels.backends import NAMES, choose
+from crossvit_kernels.backends import NAMES, choose, order
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -77,16 +78,23 @@ def test_a_named_backend_that_cannot_run_gives_all_reasons() -> None:
 
 
 def test_choose_prefers_the_first_that_can() -> None:
-    modules = {"cuda": "fast", "cpu": "slow"}
-    assert choose("op", None, modules, lambda module: None) == "cuda"
-    assert choose("op", None, modules, {"fast": "no", "slow": None}.get) == "cpu"
-    assert choose("op", None, modules, lambda module: "no") == "reference"
-    assert choose("op", "auto", modules, lambda module: None, prefer_reference=True) == "reference"
-    assert choose("op", "cpu", modules, lambda module: None, prefer_reference=True) == "cpu"
+    modules = {"cuda": "slow", "cpu": "fast"}
+
+    def chosen(name: str | None, why_not: Callable[[str], str | None], **options: bool) -> str:
+        return choose("op", name, modules, torch.device("cpu"), why_not, **options)
+
+    def can(module: str) -> None:
+        return None
+
+    assert chosen(None, can) == "cpu"
+    assert chosen(None, {"fast": "no", "slow": None}.get) == "cuda"
+    assert chosen(None, lambda module: "no") == "reference"
+    assert chosen("auto", can, prefer_reference=True) == "reference"
+    assert chosen("cpu", can, prefer_reference=True) == "cpu"
     with pytest.raises(ValueError, match=r"cuda: too wide; .*cpu: can run it"):
-        choose("op", "cuda", modules, {"fast": "too wide", "slow": None}.get)
+        chosen("cuda", {"slow": "too wide", "fast": None}.get)
     with pytest.raises(ValueError, match="triton: no kernels for this operation"):
-        choose("op", "triton", modules, lambda module: None)
+        chosen("triton", can)
 
 
 def test_environment_variable() -> None:
@@ -148,3 +156,22 @@ def test_import_is_light() -> None:
         "assert not torch.cuda.is_initialized()\n"
         "assert not {'triton', 'torch._dynamo'} & set(sys.modules)\n"
     )
+
+
+def test_the_order_follows_the_chip(monkeypatch) -> None:
+    from crossvit_kernels import extension
+
+    assert order("attention_core", torch.device("cpu"))[0] == "cpu"
+    for capability, first in ((75, "triton"), (80, "triton"), (89, "triton"), (90, "cuda")):
+        monkeypatch.setattr(extension, "compute_capability", lambda device, c=capability: c)
+        assert order("cross_attention_fusion", torch.device("cuda", 0))[0] == first
+
+
+def test_which_devices_a_build_has_code_for() -> None:
+    from crossvit_kernels.extension import has_code_for
+
+    default = ["80", "90a", "100"]
+    assert all(has_code_for(default, c) for c in (80, 86, 89, 90, 100, 103, 120))
+    assert not has_code_for(default, 75)
+    assert has_code_for(["90a"], 90) and has_code_for(["90a"], 100)  # PTX of compute_90
+    assert not has_code_for(["80", "100"], 90) and not has_code_for([], 90)

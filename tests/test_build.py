@@ -121,6 +121,91 @@ def test_a_misspelt_switch_is_refused(tree: Path) -> None:
     assert result.returncode != 0 and "CROSSVIT_BUILD_CUDA is 'yes'" in result.stderr
 
 
+NVCC = """#!/bin/sh
+case "$1" in --version) echo "Cuda compilation tools, release VERSION, V0"; exit;; esac
+while [ $# -gt 1 ]; do case "$1" in -o) out=$2;; -MF) rule=$2;; esac; shift; done
+echo "$out:" > "$rule"
+echo "int nothing;" | c++ -x c++ -fPIC -c - -o "$out"
+cat >&2 <<'END'
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN8crossvit12_GLOBAL__N_17forwardINS_4PlanIfLi12EEEEEvPf' for 'sm_90a'
+ptxas info    : Function properties for _ZN8crossvit12_GLOBAL__N_17forwardINS_4PlanIfLi12EEEEEvPf
+    0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 174 registers, used 1 barriers, 1024 bytes smem
+ptxas warning : Registers are spilled
+END
+"""  # noqa: E501
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    """Stands for a CUDA toolkit: it compiles nothing, and says of it what ptxas would."""
+    home = tmp_path / "cuda"
+    for folder in ("bin", "include", "lib64"):
+        (home / folder).mkdir(parents=True)
+    (home / "include/cuda_runtime.h").touch()
+    (home / "lib64/libcudart_static.a").write_bytes(b"!<arch>\n")
+    (home / "bin/nvcc").write_text(NVCC.replace("VERSION", "13.0"))
+    (home / "bin/nvcc").chmod(0o755)
+    return home
+
+
+@pytest.fixture
+def small_tree(tmp_path: Path) -> Path:
+    """One C++ and one CUDA source."""
+    tree = tmp_path / "tree"
+    (tree / "csrc/common").mkdir(parents=True)
+    for name in ("isa.cpp", "isa.h", "device.cu"):
+        shutil.copy(ROOT / "csrc/common" / name, tree / "csrc/common")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    (tree / "crossvit_kernels").mkdir()
+    return tree
+
+
+@needs_build_tools
+def test_a_verbose_build_has_a_line_for_each_kernel(small_tree: Path, toolkit: Path) -> None:
+    cuda = {"CROSSVIT_BUILD_CUDA": "1", "CUDA_HOME": str(toolkit)}
+    result = build(small_tree, **cuda, CROSSVIT_BUILD_VERBOSE="1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "ptxas info" not in result.stdout and "Registers are spilled" in result.stdout
+    if shutil.which("c++filt"):
+        line = "sm_90a   forward<Plan<float, 12> >: 174 registers, 4 bytes spilled, 1024 shared"
+        assert line in result.stdout.splitlines()
+    assert compiled_files(build(small_tree, **cuda, CROSSVIT_BUILD_VERBOSE="1").stdout) == []
+    (toolkit / "bin/nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (small_tree / "csrc/common/device.cu").touch()
+    failed = build(small_tree, **cuda, CROSSVIT_BUILD_VERBOSE="1", CROSSVIT_CUDA_ARCH_LIST="80")
+    assert failed.returncode != 0
+
+
+@needs_build_tools
+@pytest.mark.parametrize(
+    ("version", "wanted", "built"),
+    [
+        ("13.0", "", ["80", "90a", "100"]),
+        ("12.4", "", ["80", "90a"]),
+        ("12.4", "75,86", ["75", "86"]),
+    ],
+)
+def test_architectures(
+    version: str, wanted: str, built: list[str], small_tree: Path, toolkit: Path
+) -> None:
+    (toolkit / "bin/nvcc").write_text(NVCC.replace("VERSION", version))
+    result = build(
+        small_tree,
+        CROSSVIT_BUILD_CUDA="1",
+        CUDA_HOME=str(toolkit),
+        CROSSVIT_CUDA_ARCH_LIST=wanted,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (rules,) = small_tree.glob("build/*/build.ninja")
+    code = re.findall(r",code=(\w+)", rules.read_text())
+    newest = built[-1].rstrip("a")
+    assert code == [*(f"sm_{arch}" for arch in built), f"compute_{newest}"]
+    assert "-warn-spills" in rules.read_text() and "-lineinfo" in rules.read_text()
+
+
 @pytest.mark.usefixtures("cpu_backend")
 def test_cuda_code_imports_without_a_driver_and_says_so() -> None:
     """With CUDA built in, a machine without a driver gets a reason, not a crash."""

@@ -182,11 +182,28 @@ def test_not_a_number_is_wrong(bench: ModuleType) -> None:
     assert missing["reason"] == "output: missing"
 
 
+def test_both_fusions_of_a_block(bench: ModuleType, tmp_path: Path) -> None:
+    backend = "triton" if ck.backends()["triton"] else "reference"
+    code, rows = run(bench, tmp_path / "r.json", "--pair-tokens", "4", "--backend", backend)
+    ours = [f"ours ({backend})"]
+    if backend == "triton":
+        ours += ["ours (triton, paired)", "ours (triton, apart)"]
+    assert code == 0
+    assert set(rows) == {(name, "forward") for name in [*PYTORCH, *COMPILED, *ours]}
+    for name in [*PYTORCH, *ours]:
+        row = rows[name, "forward"]
+        assert row["status"] == "ok" and set(row["errors"]) == {"output", "output of the other"}
+        assert row["pair_tokens"] == 4 and row["tokens"] == 9
+
+
 def test_floor_is_the_tokens(contenders: ModuleType) -> None:
     shape = contenders.Shape(401, 1024, 192, 384, 6, torch.bfloat16)
     tokens = 1024 * 400 * 192 * 2
     assert tokens < shape.floor_bytes("forward") < 1.05 * tokens
     assert 3 * tokens < shape.floor_bytes("train") < 1.05 * 3 * tokens
+    both = contenders.Shape(401, 1024, 192, 384, 6, torch.bfloat16, pair_tokens=197)
+    assert both.token_bytes == tokens + 1024 * 196 * 384 * 2
+    assert both.floor_bytes("forward") > both.token_bytes
 
 
 @pytest.mark.parametrize(
@@ -194,6 +211,8 @@ def test_floor_is_the_tokens(contenders: ModuleType) -> None:
     [
         ("--dim 32 --heads 3", "--dim 32 is no multiple of --heads 3"),
         ("--tokens 1", "at least one patch"),
+        ("--pair-tokens 1", "at least one patch"),
+        ("--pair-tokens 9 --mode train", "--pair-tokens: both fusions at once"),
         ("--tokens many", "expected a positive whole number, got 'many'"),
         ("--sweep width=1,2", "expected tokens=N,N,... or batch=B,B,..."),
         ("--device tpu", "expected auto, cpu, cuda or cuda:N"),

@@ -24,7 +24,8 @@ def suite(monkeypatch):
 def test_dry_run(suite, tmp_path, capsys) -> None:
     assert suite.main([str(tmp_path), "--dry-run"]) == 0, capsys.readouterr().out
     stages = json.loads((tmp_path / "stages.json").read_text())
-    for name in ("imports", "tests", "sanitizer", "core", "fusion-Ti-S", "blocks-Ti"):
+    fusions = "fusion-Ti-S", "fusion-Ti-pair"
+    for name in ("imports", "tests", "sanitizer", "core", *fusions, "blocks-Ti"):
         assert stages[name]["status"] == 0
     assert stages["models-crossvit_tiny_240"]["status"] == 0
     blocks = json.loads((tmp_path / "blocks-Ti.json").read_text())["results"]
@@ -39,9 +40,8 @@ def test_dry_run(suite, tmp_path, capsys) -> None:
 
 def test_on_a_gpu_every_width_is_measured(suite, tmp_path) -> None:
     stages = {stage.name: stage for stage in suite.stages(tmp_path, dry=False)}
-    assert {f"fusion-{name}-{b}" for name in ("Ti", "15", "B", "9", "18") for b in "SL"} <= set(
-        stages
-    )
+    names = ("Ti", "15", "B", "9", "18")
+    assert {f"fusion-{n}-{b}" for n in names for b in ("S", "L", "pair")} <= set(stages)
     assert {f"blocks-{name}" for name in ("Ti", "15", "B", "9", "18")} <= set(stages)
     models = [name for name in stages if name.startswith("models-")]
     assert len(models) == 2 * 9 + 2  # the first model also without its compiled baselines

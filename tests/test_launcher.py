@@ -5,6 +5,11 @@ In processes of their own, as tests/no_device.py says.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from test_triton_launches import run_without_a_device
 
@@ -44,7 +49,7 @@ def check(kernel, *constants, sure=150):
     names = [p.name for p in kernel.params]
     num_tensors = sum(name.endswith("_ptr") for name in names)
     num_sizes = sum(p.do_not_specialize for p in kernel.params)
-    weights = names.count("w")
+    weights = sum(name in ("w", "a_w", "b_w") for name in names)
     of_triton, of_ours = collections.defaultdict(set), collections.defaultdict(set)
     *_, binder = kernel.device_caches[0]
     draw = random.Random(0)
@@ -59,7 +64,8 @@ def check(kernel, *constants, sure=150):
             tensors[draw.randrange(len(tensors))] = tensor(draw)
         else:
             sizes[draw.randrange(len(sizes))] = size(draw)
-        w = () if not weights else (FusionWeights(*tensors[num_tensors:]),)
+        ends = range(num_tensors, num_tensors + 18 * weights, 18)
+        w = tuple(FusionWeights(*tensors[at : at + 18]) for at in ends)
         tensors = tuple(tensors[:num_tensors])
         values = tuple(draw.choice(c) for c in constants)
         options = {"num_warps": draw.choice((4, 8)), "num_stages": draw.choice((1, 2))}
@@ -80,6 +86,7 @@ def check(kernel, *constants, sure=150):
 
 S, F, ALIGN, ADD = SHAPES, FUSIONS, (8,), (False, True)
 check(triton_forward.fusion_forward, S, F)
+check(triton_forward.fusion_forward_pair, S, F, S, F)
 check(triton_forward.fusion_after, F)
 check(triton_backward_kernels.fusion_backward, S, F)
 check(triton_backward_kernels.fusion_backward_before, ALIGN, F)
@@ -102,7 +109,7 @@ def kind(parameter):
         return 4
     if parameter.name.endswith("_ptr"):
         return 0
-    if parameter.name == "w" or parameter.name.endswith("_w"):
+    if parameter.name in ("w", "a_w", "b_w"):
         return 1
     if parameter.name == "eps":
         return 3
@@ -220,3 +227,13 @@ assert not launcher._starts_by_itself(found) and not launcher._starts_by_itself(
 )
 def test_a_compiled_kernel_is_started(script: str) -> None:
     run_without_a_device(script)
+
+
+@pytest.mark.slow
+def test_host_time_is_measured(tmp_path: Path) -> None:
+    program = Path(__file__).resolve().parents[1] / "bench" / "host_bench.py"
+    arguments = ["--rounds", "1", "--json", str(tmp_path / "host.json")]
+    subprocess.run([sys.executable, str(program), *arguments], check=True)
+    found = json.loads((tmp_path / "host.json").read_text())
+    assert found["ours_us"].keys() == found["triton_us"].keys()
+    assert all(value > 0 for value in found["ours_us"].values())

@@ -78,18 +78,33 @@ call(2, 3, keep="lean", with_cls=False, scaled=True)
 
 
 INSPECTED = """
-import no_device, torch
-from crossvit_kernels import FfnWeights
+from no_device import launched
+import torch
+from crossvit_kernels import FfnWeights, FusionInputs, FusionWeights
 from crossvit_kernels.gpu import ahead_of_time, launcher
+from crossvit_kernels.ops.cross_attention import specimens as fusions, triton as fusion
 from crossvit_kernels.ops.layernorm_ffn import specimens, triton as ffn
 from block_cases import ffn_weights
+from fusion_cases import make_weights
+
+def check(specimen):
+    (found,) = [c for c in launcher._compiled.values() if c.name == specimen.name]
+    inspected = ahead_of_time.compile_for(specimen, "cuda", 90)
+    assert inspected.hash == found.hash  # under which Triton keeps it
 
 x, w = torch.randn(64, 200, 96).bfloat16(), ffn_weights(96, 384)
 ffn.forward(x, FfnWeights(*(t.bfloat16() for t in w)), None, 1e-6, True)
-(launched,) = launcher._compiled.values()
-specimen = next(s for s in specimens.specimens(90, "bf16", 96, 384) if s.name == "ffn_forward")
-inspected = ahead_of_time.compile_for(specimen, "cuda", 90)
-assert inspected.hash == launched.hash  # under which Triton keeps it
+check(next(s for s in specimens.specimens(90, "bf16", 96, 384) if s.name == "ffn_forward"))
+
+def inputs(batch, own, channels):
+    w = FusionWeights(*(t.bfloat16() for t in make_weights(own, channels)))
+    x = torch.randn(batch, 5, channels).bfloat16()[:, 1:]
+    return FusionInputs(torch.randn(batch, own).bfloat16(), x, w, 2)
+
+for batch in (1, 2, 64):
+    fusion.forward_pair(inputs(batch, 32, 64), inputs(batch, 64, 32), 1e-6)
+assert len(launched["fusion_forward_pair"]) == 1 and not launched["fusion_forward"]
+check(*fusions.pairs(90, "bf16", 32, 64, 2))
 """
 
 

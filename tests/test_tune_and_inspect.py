@@ -1,4 +1,4 @@
-"""The commands that measure and inspect Triton's kernels; graphs where there is no GPU."""
+"""The commands that measure and inspect GPU kernels; graphs where there is no GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import torch
 
 import crossvit_kernels as ck
 from crossvit_kernels import graphs, tune
-from crossvit_kernels.gpu import ahead_of_time, configurations, launch, row_tiles, tuned
+from crossvit_kernels.gpu import (
+    configurations,
+    extension_code,
+    launch,
+    machine_code,
+    row_tiles,
+    tuned,
+)
 
 
 @pytest.fixture
@@ -102,7 +109,7 @@ def inspect(*arguments: str) -> subprocess.CompletedProcess[str]:
 def triton_compiles() -> None:
     pytest.importorskip("triton")
     try:
-        ahead_of_time.tool("cuobjdump")
+        machine_code.disassembler()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
@@ -114,7 +121,7 @@ def check_compiled(*arguments: str) -> list[dict]:
     rows = json.loads(result.stdout)
     for row in rows:
         assert row["spills"] == 0, row
-        assert row["shared_bytes"] <= ahead_of_time.SHARED_BYTES_OF_PROGRAM[row["arch"]], row
+        assert row["shared_bytes"] <= machine_code.SHARED_BYTES_OF_PROGRAM[row["arch"]], row
         assert 0 < row["occupancy"] <= 1 and 0 < row["registers"] <= 255, row
         no_products = row["kernel"] == "linear_norm_backward" and ", 768, 32x" in row["config"]
         if row["kernel"] != "attention_core_merge" and not no_products:
@@ -129,7 +136,7 @@ FORMS = {
     *(
         f"fusion_{name}"
         for name in (
-            *("forward", "before", "tokens", "after"),
+            *("forward", "forward_pair", "before", "tokens", "after"),
             *("backward", "backward_before", "backward_tokens", "backward_after"),
         )
     ),
@@ -143,7 +150,9 @@ FORMS = {
 def test_what_kernels_compile_to() -> None:
     """The widths of CrossViT-15 on an H100 or H200."""
     rows = check_compiled("--arch", "90", "--channels", "192,384")
-    assert {row["kernel"] for row in rows} == FORMS
+    of_extension = 90 in extension_code.targets()
+    cuda = {f"{name} (CUDA)" for name in extension_code.NAMES if of_extension}
+    assert {row["kernel"] for row in rows} == FORMS | cuda
     assert all(row["wide_loads"] > 0 for row in rows)
 
 
@@ -197,10 +206,41 @@ def test_inspect_prints_a_table() -> None:
     assert inspect("--dtype", "fp8").returncode == 2
 
 
+@pytest.mark.usefixtures("triton_compiles")
+def test_inspect_reads_the_extension() -> None:
+    if 90 not in extension_code.targets():
+        pytest.skip("the extension was built without CUDA, or not for sm_90")
+    rows = check_compiled(
+        *("--arch", "90", "--kernel", "cross_attention", "--channels", "96,192,768,1536"),
+        *("--dtype", "bf16,fp32"),
+    )
+    assert {row["config"] for row in rows if row["kernel"] == "cross_attention_forward (CUDA)"} == {
+        *("bf16 C <= 192, 8 rows", "bf16 C <= 768, 8 rows", "bf16 C <= 1536, 8 rows"),
+        *("fp32 C <= 192, 8 rows", "fp32 C <= 768, 8 rows", "fp32 C <= 1536, 8 rows"),
+        *("bf16 C <= 768, 16 rows", "fp32 C <= 768, 16 rows"),
+    }
+    assert all(row["wide_loads"] > 0 and row["shared_bytes"] > 0 for row in rows)
+
+
+@pytest.mark.usefixtures("triton_compiles")
+def test_inspect_without_cuda_kernels() -> None:
+    code = (
+        "from crossvit_kernels import extension, inspect\n"
+        "extension.cuda_kernels = None\n"
+        "raise SystemExit(inspect.main(['--kernel', 'cross_attention', '--json']))\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0 and json.loads(result.stdout) == []
+    assert "no CUDA kernels: " in result.stderr
+
+
 def test_occupancy() -> None:
-    assert ahead_of_time.occupancy(32, 0, 4, 90) == 1.0
-    assert ahead_of_time.occupancy(255, 1024, 8, 90) == 0.125  # by registers
-    assert ahead_of_time.occupancy(32, 120 * 1024, 4, 90) == 1 / 16  # by shared memory
+    assert machine_code.occupancy(32, 0, 4, 90) == 1.0
+    assert machine_code.occupancy(255, 1024, 8, 90) == 0.125  # by registers
+    assert machine_code.occupancy(32, 120 * 1024, 4, 90) == 1 / 16  # by shared memory
 
 
 def test_graphs_need_a_gpu() -> None:

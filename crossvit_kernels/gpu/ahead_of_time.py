@@ -1,26 +1,16 @@
-"""Triton kernels compiled without a GPU, and what the compiled code holds."""
+"""Triton kernels compiled without a GPU."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
-import os
-import re
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: Limits of a streaming multiprocessor: registers, threads, programs, bytes of shared memory in all
-#: and for one program (CUDA C++ Programming Guide, compute capabilities).
-REGISTERS, MAX_PROGRAMS = 65536, 32
-MAX_THREADS = 2048
-SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-SHARED_BYTES_OF_PROGRAM = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-_RESERVED_SHARED_BYTES = 1024  # of each program
-_REGISTER_UNIT = 256  # in which a warp's registers are handed out
+from crossvit_kernels.gpu import machine_code
+from crossvit_kernels.gpu.machine_code import Report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,70 +98,14 @@ def compile_for(specimen: Specimen, backend: str, arch: int | str) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a compiled kernel takes of a streaming multiprocessor, and which instructions it has."""
-
-    kernel: str
-    config: str
-    arch: int
-    registers: int
-    spills: int
-    shared_bytes: int
-    occupancy: float
-    tensor_core_instructions: int
-    wide_loads: int
-
-
 def inspect(specimen: Specimen, arch: int) -> Report:
     """Compile a kernel for a compute capability and read the machine code."""
     compiled = compile_for(specimen, "cuda", arch)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", str(cubin))
-        assembly = _run("nvdisasm", "-c", str(cubin))
-    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    stack = int(re.findall(r"STACK:(\d+)", usage)[-1])
+        (code,) = machine_code.read(cubin).values()
     shared = int(compiled.metadata.shared)
-    return Report(
-        kernel=specimen.name,
-        config=specimen.config,
-        arch=arch,
-        registers=registers,
-        spills=stack // 4 + len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
-        shared_bytes=shared,
-        occupancy=occupancy(registers, shared, specimen.num_warps, arch),
-        tensor_core_instructions=len(re.findall(r"\b\w*(?:HMMA|HGMMA|UTCHMMA|QGMMA)\b", assembly)),
-        wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b|\bUTMALDG", assembly)),
+    return machine_code.report(
+        specimen.name, specimen.config, arch, code, shared, specimen.num_warps
     )
-
-
-def occupancy(registers: int, shared_bytes: int, num_warps: int, arch: int) -> float:
-    """Resident threads of a streaming multiprocessor, as a share of its most."""
-    of_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
-    by_registers = REGISTERS // (of_warp * num_warps)
-    by_shared = SHARED_BYTES[arch] // (shared_bytes + _RESERVED_SHARED_BYTES)
-    by_threads = MAX_THREADS // (32 * num_warps)
-    programs = min(by_registers, by_shared, by_threads, MAX_PROGRAMS)
-    return programs * 32 * num_warps / MAX_THREADS
-
-
-def _run(name: str, *arguments: str) -> str:
-    command = [tool(name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-@functools.cache
-def tool(name: str) -> str:
-    """The path of one of NVIDIA's disassemblers, which Triton brings with it.
-
-    Raises:
-        FileNotFoundError: It does not.
-    """
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not os.access(path, os.X_OK):
-        raise FileNotFoundError(f"{name}: expected at {path}, as part of Triton")
-    return str(path)

@@ -16,6 +16,9 @@ from crossvit_kernels.gpu.forms import Forms
 #: "one" or "three" kernels for every fusion that can, rather than what its batch suggests.
 FORMS = Forms("CROSSVIT_KERNELS_FUSION", ("auto", "one", "three"))
 
+#: Two fusions "paired" in one launch wherever they can be, or "apart", rather than by the batch.
+PAIRS = Forms("CROSSVIT_KERNELS_FUSION_PAIR", ("auto", "paired", "apart"))
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenPass:
@@ -183,12 +186,14 @@ class Fusion:
         block_k: Columns of a weight matrix that are loaded together, along the sum.
         block_n: And along the result.
         one_kernel_up_to: The largest batch that one kernel does in all; above it three do.
+        pair_up_to: The largest batch of which one launch does both fusions of a block.
         programs: Images share a program, and its pass over the weights, once there are more.
     """
 
     block_k: int = 64
     block_n: int = 64
     one_kernel_up_to: int = 64
+    pair_up_to: int = 64
     programs: int = 64
 
     def images(self, batch: int) -> int:
@@ -201,6 +206,13 @@ class Fusion:
         if form == "auto" or not self.one_kernel_up_to:
             return batch <= self.one_kernel_up_to
         return form == "one"
+
+    def in_one_launch(self, batch: int) -> bool:
+        """Whether one kernel also does another fusion, as PAIRS asks, else by the batch."""
+        form = PAIRS.asked_for()
+        if form == "auto":
+            return batch <= self.pair_up_to and self.in_one_kernel(batch)
+        return form == "paired" and FORMS.asked_for() != "three"
 
 
 # Which form, and from which batch on, is predicted (docs/performance.md), not measured.

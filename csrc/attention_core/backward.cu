@@ -74,8 +74,6 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       count, [&](int row, int channel, float sum) { du[(begin + row) * stride + channel] = sum; });
 }
 
-constexpr int kMergeThreads = 128;
-
 // The parts of one row of du, in their order. Grid: score rows of all images.
 __global__ void __launch_bounds__(kMergeThreads)
     attention_core_backward_merge(const BackwardParams a, const float* partial, int parts) {
@@ -121,22 +119,23 @@ int64_t backward_workspace(const Problem& problem) {
   return parts == 1 ? 0 : problem.batch * parts * problem.num_rows * problem.channels;
 }
 
-int backward_bytes(DType dtype, int64_t rows, int64_t channels) {
-  int bytes = 0;
+BlockSize backward_block(DType dtype, int64_t rows, int64_t channels) {
+  BlockSize block = {};
   with_element(dtype, [&](auto element) {
     with_plan<decltype(element), true>(rows, channels, [&](auto plan, int teams) {
-      bytes = BackwardPass<decltype(plan)>::bytes(static_cast<int>(channels), teams);
+      using P = decltype(plan);
+      block = {P::threads(teams), BackwardPass<P>::bytes(static_cast<int>(channels), teams)};
     });
   });
-  return bytes;
+  return block;
 }
 
 void backward(const BackwardParams& params, float* workspace, const Place& place) {
   const DeviceGuard guard(place.device);
   check(guard.status, "attention_core_backward");
   const int64_t channels = params.problem.channels;
-  const int64_t rows = rows_of_pass(params.problem.num_rows,
-                                    backward_bytes(params.x.dtype, 16, channels), place.device);
+  const int bytes = backward_block(params.x.dtype, 16, channels).shared_bytes;
+  const int64_t rows = rows_of_pass(params.problem.num_rows, bytes, place.device);
   with_element(params.x.dtype, [&](auto element) {
     with_plan<decltype(element), true>(rows, channels, [&](auto plan, int teams) {
       run<decltype(plan)>(params, teams, workspace, static_cast<cudaStream_t>(place.stream));

@@ -26,6 +26,17 @@ int64_t backward_workspace(const Problem& problem);
 // The widest tokens.
 constexpr int kMaxChannels = 1536;
 
+// A block of threads, as kernels are launched.
+struct BlockSize {
+  int threads;
+  int shared_bytes;
+};
+
+// Of a pass over the tokens for at most so many score rows, and of what adds the parts up.
+BlockSize forward_block(DType dtype, int64_t rows, int64_t channels);
+BlockSize backward_block(DType dtype, int64_t rows, int64_t channels);
+constexpr int kMergeThreads = 128;
+
 // Shared memory of a block, in bytes, that tokens of a width need at least.
 int shared_bytes(DType dtype, int64_t channels);
 

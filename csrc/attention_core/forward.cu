@@ -51,8 +51,6 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   });
 }
 
-constexpr int kMergeThreads = 128;
-
 // The parts of one score row, in their order. Grid: score rows of all images.
 __global__ void __launch_bounds__(kMergeThreads)
     attention_core_forward_merge(const ForwardParams a, const Partial partial, int parts) {
@@ -114,25 +112,27 @@ int64_t forward_workspace(const Problem& problem) {
 }
 
 int shared_bytes(DType dtype, int64_t channels) {
-  return std::max(forward_bytes(dtype, 8, channels), backward_bytes(dtype, 8, channels));
+  return std::max(forward_block(dtype, 8, channels).shared_bytes,
+                  backward_block(dtype, 8, channels).shared_bytes);
 }
 
-int forward_bytes(DType dtype, int64_t rows, int64_t channels) {
-  int bytes = 0;
+BlockSize forward_block(DType dtype, int64_t rows, int64_t channels) {
+  BlockSize block = {};
   with_element(dtype, [&](auto element) {
     with_plan<decltype(element), false>(rows, channels, [&](auto plan, int teams) {
-      bytes = ForwardPass<decltype(plan)>::bytes(static_cast<int>(channels), teams);
+      using P = decltype(plan);
+      block = {P::threads(teams), ForwardPass<P>::bytes(static_cast<int>(channels), teams)};
     });
   });
-  return bytes;
+  return block;
 }
 
 void forward(const ForwardParams& params, float* workspace, const Place& place) {
   const DeviceGuard guard(place.device);
   check(guard.status, "attention_core_forward");
   const int64_t channels = params.problem.channels;
-  const int64_t rows = rows_of_pass(params.problem.num_rows,
-                                    forward_bytes(params.x.dtype, 16, channels), place.device);
+  const int bytes = forward_block(params.x.dtype, 16, channels).shared_bytes;
+  const int64_t rows = rows_of_pass(params.problem.num_rows, bytes, place.device);
   with_element(params.x.dtype, [&](auto element) {
     with_plan<decltype(element), false>(rows, channels, [&](auto plan, int teams) {
       run<decltype(plan)>(params, teams, workspace, static_cast<cudaStream_t>(place.stream));

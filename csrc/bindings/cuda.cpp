@@ -26,6 +26,11 @@ fusion::cuda::Division to_division(const DivisionArg& arg) {
   return {std::get<0>(arg), std::get<1>(arg)};
 }
 
+// threads, bytes of shared memory
+std::tuple<int, int> to_tuple(const core::cuda::BlockSize& block) {
+  return {block.threads, block.shared_bytes};
+}
+
 // Dtype code -> of_width for 16, 32, ... channels.
 template <class OfWidth>
 py::dict by_width(OfWidth of_width) {
@@ -56,6 +61,19 @@ void define_cuda(py::module_& m) {
     return std::tuple(fusion::cuda::pass_bytes(dtype, channels, 8),
                       fusion::cuda::pass_bytes(dtype, channels, 16));
   });
+
+  // The blocks of forward and backward, for what reports on them without launching any.
+  m.def("attention_core_blocks", [](int dtype, int rows, int channels) {
+    return std::tuple(to_tuple(core::cuda::forward_block(DType(dtype), rows, channels)),
+                      to_tuple(core::cuda::backward_block(DType(dtype), rows, channels)));
+  });
+  m.def("cross_attention_blocks", [](int dtype, int own, int channels, int heads, int most_bytes) {
+    const DType type = DType(dtype);
+    return std::tuple(
+        to_tuple(fusion::cuda::forward_block(type, own, channels, heads, most_bytes)),
+        to_tuple(fusion::cuda::backward_block(type, own, channels, heads, most_bytes)));
+  });
+  m.attr("attention_core_merge_threads") = core::cuda::kMergeThreads;
 
   m.def(
       "attention_core_workspaces",

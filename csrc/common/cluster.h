@@ -76,4 +76,12 @@ using testing::in_rank;
 
 #endif
 
+// To the same variable of all blocks of the cluster.
+template <class V>
+__device__ __forceinline__ void store_in_ranks(V* shared, V value) {
+  const int ranks = cluster_size();
+#pragma unroll 1  // a compiler that unrolls this makes most of a kernel of it
+  for (int to = 0; to < ranks; ++to) *in_rank(shared, to) = value;
+}
+
 }  // namespace crossvit

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     return [&, width](int) {
       return [&, width](int row, int c, float value) {
         if (row >= count) return;
-        for (int to = 0; to < ranks; ++to) *in_rank(floats + row * width + c, to) = value;
+        store_in_ranks(floats + row * width + c, value);
       };
     };
   };
@@ -125,9 +125,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   transposed_linears(rows, pitch, w.out.weight.data, 1, channels, channels, [&](int) {
     return [&](int row, int c, float value) {
       const bool is = row < count;
-      for (int to = 0; to < ranks; ++to) {
-        *in_rank(narrow + row * pitch + c, to) = from_float<T>(is ? value : 0);
-      }
+      store_in_ranks(narrow + row * pitch + c, from_float<T>(is ? value : 0));
       if (is) of(row).dout[c] = value;
     };
   });
@@ -178,9 +176,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
                   [&](int row, int c, float a, float b) {
                     const bool is = row < count;
                     a = is ? a * scale : 0, b = is ? b * scale : 0;
-                    for (int to = 0; to < ranks; ++to) {
-                      store_pair(in_rank(narrow + row * pitch + c, to), pack<T>(a, b));
-                    }
+                    store_in_ranks(reinterpret_cast<Pair<T>*>(narrow + row * pitch + c),
+                                   pack<T>(a, b));
                     if (is) of(row).dq[c] = a, of(row).dq[c + 1] = b;
                   });
   cluster_sync();
@@ -249,6 +246,18 @@ int pass_bytes(DType dtype, int64_t channels, int64_t heads) {
   return bytes;
 }
 
+attention_core::cuda::BlockSize backward_block(DType dtype, int own, int channels, int heads,
+                                               int most_bytes) {
+  attention_core::cuda::BlockSize block = {};
+  attention_core::cuda::with_element(dtype, [&](auto element) {
+    with_fusion_plan<decltype(element)>(heads, channels, [&](auto plan) {
+      using P = decltype(plan);
+      block = setup_of<P, BackwardPass<P>>(own, channels, most_bytes).block;
+    });
+  });
+  return block;
+}
+
 void backward(const BackwardParams& p, const Division& division,
               const attention_core::cuda::Place& place) {
   const DeviceGuard guard(place.device);
@@ -257,11 +266,12 @@ void backward(const BackwardParams& p, const Division& division,
   attention_core::cuda::with_element(p.tokens.dtype, [&](auto element) {
     with_fusion_plan<decltype(element)>(p.num_heads, p.channels, [&](auto plan) {
       using P = decltype(plan);
-      const Setup setup =
-          setup_of<P, BackwardPass<P>>(p.batch, p.own_channels, p.channels, division, place);
-      attention_core::cuda::check(launch(cross_attention_backward<P>, setup.config, p, vectors,
-                                         division.images, setup.over),
-                                  attention_core::cuda::name_of<P>("cross_attention_backward"));
+      const int limit = shared_bytes_of_block(place.device);
+      const Setup setup = setup_of<P, BackwardPass<P>>(p.own_channels, p.channels, limit);
+      attention_core::cuda::check(
+          launch(cross_attention_backward<P>, config_of(p.batch, setup.block, division, place), p,
+                 vectors, division.images, setup.over),
+          attention_core::cuda::name_of<P>("cross_attention_backward"));
     });
   });
 }

@@ -92,6 +92,12 @@ int operand_bytes(DType dtype, int64_t width);
 int float_bytes(int64_t width);
 int pass_bytes(DType dtype, int64_t channels, int64_t heads);
 
+// A kernel's block where one may have so many bytes of shared memory.
+attention_core::cuda::BlockSize forward_block(DType dtype, int own, int channels, int heads,
+                                              int most_bytes);
+attention_core::cuda::BlockSize backward_block(DType dtype, int own, int channels, int heads,
+                                               int most_bytes);
+
 void forward(const ForwardParams& params, const Division& division,
              const attention_core::cuda::Place& place);
 void backward(const BackwardParams& params, const Division& division,

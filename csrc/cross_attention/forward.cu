@@ -51,9 +51,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
            if (row >= count) return;
            const float2 value =
                make_float2(a + element(w.proj.bias, c), b + element(w.proj.bias, c + 1));
-           for (int to = 0; to < ranks; ++to) {
-             *reinterpret_cast<float2*>(in_rank(y0 + row * channels + c, to)) = value;
-           }
+           store_in_ranks(reinterpret_cast<float2*>(y0 + row * channels + c), value);
            *reinterpret_cast<float2*>(v.y0 + (first + row) * channels + c) = value;
          });
   cluster_sync();
@@ -71,9 +69,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     return [&, kept](int row, int c, float a, float b) {
       const bool is = row < count;
       a = is ? a + element(layer.bias, c) : 0, b = is ? b + element(layer.bias, c + 1) : 0;
-      for (int to = 0; to < ranks; ++to) {
-        store_pair(in_rank(queries + row * pitch + c, to), pack<T>(a, b));
-      }
+      store_in_ranks(reinterpret_cast<Pair<T>*>(queries + row * pitch + c), pack<T>(a, b));
       if (is) {
         *reinterpret_cast<float2*>(kept + (first + row) * channels + c) = make_float2(a, b);
       }
@@ -142,9 +138,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
            const float* of_y0 = v.y0 + (first + row) * channels + c;
            const float2 value = make_float2(of_y0[0] + r * (a + element(w.out.bias, c)),
                                             of_y0[1] + r * (b + element(w.out.bias, c + 1)));
-           for (int to = 0; to < ranks; ++to) {
-             *reinterpret_cast<float2*>(in_rank(y0 + row * channels + c, to)) = value;
-           }
+           store_in_ranks(reinterpret_cast<float2*>(y0 + row * channels + c), value);
            *reinterpret_cast<float2*>(v.y + (first + row) * channels + c) = value;
          });
   cluster_sync();
@@ -167,6 +161,18 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
 }  // namespace
 
+attention_core::cuda::BlockSize forward_block(DType dtype, int own, int channels, int heads,
+                                              int most_bytes) {
+  attention_core::cuda::BlockSize block = {};
+  attention_core::cuda::with_element(dtype, [&](auto element) {
+    with_fusion_plan<decltype(element)>(heads, channels, [&](auto plan) {
+      using P = decltype(plan);
+      block = setup_of<P, ForwardPass<P>>(own, channels, most_bytes).block;
+    });
+  });
+  return block;
+}
+
 void forward(const ForwardParams& p, const Division& division,
              const attention_core::cuda::Place& place) {
   const DeviceGuard guard(place.device);
@@ -175,10 +181,11 @@ void forward(const ForwardParams& p, const Division& division,
   attention_core::cuda::with_element(p.tokens.dtype, [&](auto element) {
     with_fusion_plan<decltype(element)>(p.num_heads, p.channels, [&](auto plan) {
       using P = decltype(plan);
-      const Setup setup =
-          setup_of<P, ForwardPass<P>>(p.batch, p.own_channels, p.channels, division, place);
+      const int limit = shared_bytes_of_block(place.device);
+      const Setup setup = setup_of<P, ForwardPass<P>>(p.own_channels, p.channels, limit);
       attention_core::cuda::check(
-          launch(cross_attention_forward<P>, setup.config, p, vectors, division.images, setup.over),
+          launch(cross_attention_forward<P>, config_of(p.batch, setup.block, division, place), p,
+                 vectors, division.images, setup.over),
           attention_core::cuda::name_of<P>("cross_attention_forward"));
     });
   });

@@ -36,3 +36,5 @@
 #define __align__(bytes) alignas(bytes)
 
 #define CROSSVIT_DYNAMIC_SHARED(name) char* const name = ::crossvit::testing::dynamic_shared()
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }

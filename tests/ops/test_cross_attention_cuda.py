@@ -178,7 +178,7 @@ def test_what_is_declined(cuda_device: str) -> None:
             ck.cross_attention_fusion(cls, tokens, weights, 3, backend="cuda")
     weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(48, 96)))
     cls, tokens = torch.randn(1, 48).to(cuda_device), torch.randn(1, 2, 96).to(cuda_device)
-    reason = r"cuda: proj_weight is in torch.bfloat16, the tokens in torch.float32"
+    reason = r"cuda: the matrices are in torch.bfloat16, the tokens in torch.float32"
     with torch.autocast(cuda_device, torch.bfloat16), pytest.raises(ValueError, match=reason):
         ck.cross_attention_fusion(cls, tokens, weights, 3, backend="cuda")
 

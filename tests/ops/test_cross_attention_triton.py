@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from fusion_cases import NAMED_WIDTHS, check_rule, fusion_and_gradients, make_weights
+from fusion_cases import NAMED_WIDTHS, check_rule, fusion_and_gradients, launches, make_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
 from crossvit_kernels import FusionWeights
-from crossvit_kernels.gpu import configurations, launcher
+from crossvit_kernels.gpu import configurations
 from crossvit_kernels.modules import CrossAttentionFusion
 from crossvit_kernels.ops.cross_attention import triton
 
@@ -168,16 +168,3 @@ def test_the_form_can_be_chosen(triton_device: str, monkeypatch) -> None:
     monkeypatch.setattr(configurations.FORMS, "_asked_for", "two")
     with pytest.raises(ValueError, match="CROSSVIT_KERNELS_FUSION"):
         fusion(cls, tokens, weights)
-
-
-def launches(monkeypatch) -> list[str]:
-    """The names of kernels, as they are launched."""
-    names: list[str] = []
-
-    def start(kernel, *args, **kwargs) -> None:
-        names.append(kernel.__name__)
-        launch(kernel, *args, **kwargs)
-
-    launch = launcher.start
-    monkeypatch.setattr(launcher, "start", start)
-    return names

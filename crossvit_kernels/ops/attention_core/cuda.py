@@ -11,20 +11,35 @@ from crossvit_kernels.gpu.launch import aligned_rows
 
 def why_not(x: Tensor) -> str | None:
     """Why the CUDA kernels cannot take tokens x; None where they can."""
-    if reason := extension.why_not_cuda_kernels(x):
+    if reason := why_not_tokens(x):
         return reason
     assert extension.cuda_kernels is not None
+    of_widths = extension.cuda_kernels.functions.attention_core_shared_bytes
+    needed = of_widths[extension.DTYPE_CODES[x.dtype]][x.shape[-1] // 16 - 1]
+    return why_not_shared_bytes(needed, x)
+
+
+def why_not_tokens(x: Tensor) -> str | None:
+    """Why no CUDA kernel around a pass over tokens can take x, however much memory there is."""
+    if reason := extension.why_not_cuda_kernels(x):
+        return reason
     channels = x.shape[-1]
     if channels % 16:
         return f"{channels} channels are no multiple of 16"
-    of_widths = extension.cuda_kernels.functions.attention_core_shared_bytes
-    of_widths = of_widths[extension.DTYPE_CODES[x.dtype]]
-    if channels > 16 * len(of_widths):
-        return f"{channels} channels are more than {16 * len(of_widths)}"
-    needed, most = of_widths[channels // 16 - 1], extension.shared_bytes_of_block(x)
-    if needed > most:
-        return f"it needs {needed} bytes of shared memory, of which a block there has {most}"
+    if channels > WIDEST:
+        return f"{channels} channels are more than {WIDEST}"
     return None
+
+
+WIDEST = 1536
+
+
+def why_not_shared_bytes(needed: int, x: Tensor) -> str | None:
+    """Why a block on x's device cannot have so many bytes of shared memory; None where it can."""
+    most = extension.shared_bytes_of_block(x)
+    if needed <= most:
+        return None
+    return f"it needs {needed} bytes of shared memory, of which a block there has {most}"
 
 
 def forward(

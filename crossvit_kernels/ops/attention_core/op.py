@@ -31,6 +31,7 @@ def attention_core(
         "attention_core",
         backend,
         BACKENDS,
+        x.device,
         lambda module: module.why_not(x),
     )
     if name == "reference":

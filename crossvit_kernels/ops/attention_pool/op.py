@@ -28,6 +28,7 @@ def attention_pool(
         "attention_pool",
         backend,
         core.BACKENDS,
+        tokens.device,
         lambda module: not_fused or module.why_not(tokens),
         # A score row costs C multiply-adds a token; head_dim rows cost as much as keys and values.
         prefer_reference=num_queries >= head_dim,

@@ -62,30 +62,21 @@ def why_not(
     """Why the CUDA kernels cannot run this fusion, its matrices cast to a dtype where one is given;
     None where they can.
     """
-    if reason := core.why_not(tokens):
+    if reason := core.why_not_tokens(tokens):
         return reason
     own, channels = cls.shape[-1], tokens.shape[-1]
     if own % 16:
         return f"{own} channels of the CLS are no multiple of 16"
     if channels // num_heads % 8:
         return f"{channels // num_heads} channels of a head are no multiple of 8"
-    for name in ("proj", "q", "k", "v", "out", "back"):
-        dtype = cast_to or getattr(weights, f"{name}_weight").dtype
-        if dtype != tokens.dtype:
-            return f"{name}_weight is in {dtype}, the tokens in {tokens.dtype}"
-    for name, t in (("cls", cls), *zip(weights._fields, weights, strict=True)):
-        if t is not None and t.dtype == torch.float64:
-            return f"{name} is in {t.dtype}"
-    if own > _WIDEST:
-        return f"{own} channels of the CLS are more than {_WIDEST}"
+    # Outside of autocast all have one dtype; in it float64 mixes with no other.
+    dtype = cast_to or weights.q_weight.dtype
+    if dtype != tokens.dtype:
+        return f"the matrices are in {dtype}, the tokens in {tokens.dtype}"
+    if own > core.WIDEST:
+        return f"{own} channels of the CLS are more than {core.WIDEST}"
     needed = _shared_bytes(own, channels, num_heads, tokens.dtype)
-    most = extension.shared_bytes_of_block(tokens)
-    if needed > most:
-        return f"it needs {needed} bytes of shared memory, of which a block there has {most}"
-    return None
-
-
-_WIDEST = 1536
+    return core.why_not_shared_bytes(needed, tokens)
 
 
 def _shared_bytes(own: int, channels: int, num_heads: int, dtype: torch.dtype) -> int:

@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crossvit_kernels.backends import choose, register_operation
+from crossvit_kernels.graphs import side_by_side
 from crossvit_kernels.ops import library
 from crossvit_kernels.ops.cross_attention import cuda, native, reference, triton
-from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+from crossvit_kernels.ops.cross_attention.weights import FusionInputs, FusionWeights
 
 #: Modules with why_not, forward, backward and empty_saved.
 BACKENDS: dict[str, Any] = {"cuda": cuda, "cpu": native, "triton": triton}
+#: Those with forward_pair.
+PAIRS: dict[str, Any] = {"triton": triton}
 register_operation("cross_attention_fusion", tuple(BACKENDS))
 
 _NORMS = ("proj_norm", "norm", "back_norm")
@@ -31,14 +34,8 @@ def cross_attention_fusion(
     backend: str | None,
 ) -> Tensor:
     """The new CLS on the chosen backend; see functional.cross_attention_fusion."""
-    not_fused = library.why_not_fused(dropout_p, residual_scale)
-    cast_to = library.autocast_dtype(cls)
-    name = choose(
-        "cross_attention_fusion",
-        backend,
-        BACKENDS,
-        lambda module: not_fused or module.why_not(cls, tokens, weights, num_heads, cast_to),
-    )
+    inputs = FusionInputs(cls, tokens, weights, num_heads, residual_scale)
+    name = _choose(inputs, dropout_p, backend)
     if name == "reference":
         return reference.cross_attention_fusion(
             cls, tokens, weights, num_heads, eps, residual_scale, dropout_p
@@ -48,6 +45,51 @@ def cross_attention_fusion(
     if library.needs_grad(cls, tokens, *weights):
         return _CrossAttentionFusion.apply(*arguments, *weights)
     return _forward(*arguments[:2], list(weights), *arguments[2:])[0]
+
+
+def cross_attention_fusion_pair(
+    first: FusionInputs,
+    second: FusionInputs,
+    eps: float,
+    dropout_p: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The new CLS of both; see functional.cross_attention_fusion_pair."""
+    name = _choose(first, dropout_p, backend)
+    same = name == _choose(second, dropout_p, backend)
+    if same and name in PAIRS and not (_needs_grad(first) or _needs_grad(second)):
+        new_cls = _pair(*_flat(first), *_flat(second), eps, name)
+    else:
+
+        def alone(x: FusionInputs) -> Tensor:
+            inputs = x.cls, x.tokens, x.weights, x.num_heads
+            return cross_attention_fusion(*inputs, eps, x.residual_scale, dropout_p, backend)
+
+        new_cls = side_by_side(lambda: alone(first), lambda: alone(second), like=first.cls)
+    return new_cls[0], new_cls[1]
+
+
+def _choose(inputs: FusionInputs, dropout_p: float, backend: str | None) -> str:
+    not_fused = library.why_not_fused(dropout_p, inputs.residual_scale)
+    cls, tokens, weights, num_heads, _ = inputs
+    cast_to = library.autocast_dtype(cls)
+    return choose(
+        "cross_attention_fusion",
+        backend,
+        BACKENDS,
+        tokens.device,
+        lambda module: not_fused or module.why_not(cls, tokens, weights, num_heads, cast_to),
+    )
+
+
+def _needs_grad(inputs: FusionInputs) -> bool:
+    return library.needs_grad(inputs.cls, inputs.tokens, *inputs.weights)
+
+
+def _flat(inputs: FusionInputs) -> tuple[Any, ...]:
+    """As an operator takes them."""
+    weights = library.autocast_linears(inputs.weights, inputs.cls, _NORMS)
+    return inputs.cls, inputs.tokens, list(weights), inputs.num_heads, inputs.residual_scale
 
 
 class _CrossAttentionFusion(torch.autograd.Function):
@@ -151,6 +193,23 @@ def _backward_fake(
     return [cls.new_empty(cls.shape), tokens.new_empty(tokens.shape), *d_weights]
 
 
+def _pair_kernel(*arguments: Any) -> list[Tensor]:
+    *inputs, eps, backend = arguments
+    first, second = (
+        FusionInputs(cls, tokens, FusionWeights(*weights), *rest)
+        for cls, tokens, weights, *rest in (inputs[:5], inputs[5:])
+    )
+    return list(PAIRS[backend].forward_pair(first, second, eps))
+
+
+def _pair_fake(*arguments: Any) -> list[Tensor]:
+    both = (arguments[:5], arguments[5:10])
+    return [
+        cls.new_empty(cls.shape, dtype=FusionWeights(*weights).back_weight.dtype)
+        for cls, _, weights, *_ in both
+    ]
+
+
 _forward = library.define(
     "cross_attention_fusion_forward(Tensor cls, Tensor tokens, Tensor?[] weights, "
     "Tensor? residual_scale, int num_heads, float eps, str backend) -> Tensor[]",
@@ -163,4 +222,13 @@ _backward = library.define(
     "str backend) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
+)
+_pair = library.define(
+    "cross_attention_fusion_pair("
+    "Tensor first_cls, Tensor first_tokens, Tensor?[] first_weights, int first_num_heads, "
+    "Tensor? first_residual_scale, "
+    "Tensor second_cls, Tensor second_tokens, Tensor?[] second_weights, int second_num_heads, "
+    "Tensor? second_residual_scale, float eps, str backend) -> Tensor[]",
+    _pair_kernel,
+    _pair_fake,
 )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import configurations, launch, launcher
 from crossvit_kernels.gpu.launch import ALIGN
+from crossvit_kernels.graphs import side_by_side
 from crossvit_kernels.ops.attention_core import triton as core
 from crossvit_kernels.ops.attention_core.shape import Shape, shape_for
 from crossvit_kernels.ops.cross_attention.saved import (
@@ -25,9 +26,9 @@ from crossvit_kernels.ops.cross_attention.saved import (
     weight_gradients,
 )
 from crossvit_kernels.ops.cross_attention.shape import FusionShape
-from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+from crossvit_kernels.ops.cross_attention.weights import FusionInputs, FusionWeights
 
-__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
+__all__ = ["Saved", "backward", "empty_saved", "forward", "forward_pair", "why_not"]
 
 # So many tokens of an image keep one program waiting for long: attention_core splits them.
 _MANY_TOKENS = 4096
@@ -61,47 +62,109 @@ def forward(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Saved]:
-    kernels, _ = _kernels()
-    batch, num_tokens, _ = tokens.shape
+    call = _forward_call(cls, tokens, w, residual_scale, num_heads)
+    _run(call, eps)
+    *_, new_cls, kept = call.tensors
+    return new_cls, Saved(kept)
+
+
+def forward_pair(first: FusionInputs, second: FusionInputs, eps: float) -> tuple[Tensor, Tensor]:
+    """The new CLS of two fusions, in one launch where that is possible and worthwhile."""
+    a, b = (_forward_call(*x[:3], x.residual_scale, x.num_heads) for x in (first, second))
+    if _in_one_launch(a, b):
+        launcher.start(
+            _kernels()[0].fusion_forward_pair,
+            (a.groups + b.groups, 1, 1),
+            (*a.tensors, *b.tensors),
+            (a.batch, *a.sizes, *b.sizes),
+            (*a.constants, *b.constants),
+            a.options,
+            (a.w, b.w),
+            eps,
+        )
+    else:
+        side_by_side(lambda: _run(a, eps), lambda: _run(b, eps), like=first.cls)
+    return a.tensors[3], b.tensors[3]
+
+
+class _Forward(NamedTuple):
+    """A forward pass that is ready to run."""
+
+    batch: int
+    groups: int  # programs that share the images
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # cls, x, scale, new_cls, kept
+    sizes: tuple[int, int, int, int]  # tokens; strides of cls, and of x between images and tokens
+    w: FusionWeights
+    constants: tuple[Shape, FusionShape]
+    config: configurations.Fusion
+    options: dict[str, int]
+
+
+def _forward_call(
+    cls: Tensor,
+    tokens: Tensor,
+    w: FusionWeights,
+    residual_scale: Tensor | None,
+    num_heads: int,
+) -> _Forward:
     dtype, contiguous = w.back_weight.dtype, torch.contiguous_format
     new_cls = torch.empty_like(cls, dtype=dtype, memory_format=contiguous)
-    saved = empty_saved(cls, tokens, num_heads)
-    if not batch:
-        return new_cls, saved
+    kept = empty_saved(cls, tokens, num_heads).vectors
     cls, x, w, scale = _prepared(cls, tokens, w, residual_scale)
     shape, fusion, config, options = _shapes("fusion forward", cls, x, w, num_heads)
-    groups = (-(-batch // fusion.images), 1, 1)
-    kept = saved.vectors
-    rest: dict[str, Any] = {"options": options, "weights": (w,), "eps": eps}
-    if config.in_one_kernel(batch) and num_tokens <= _MANY_TOKENS:
-        launcher.start(
-            kernels.fusion_forward,
-            groups,
-            (cls, x, scale, new_cls, kept),
-            (batch, num_tokens, cls.stride(0), x.stride(0), x.stride(1)),
-            (shape, fusion),
-            **rest,
-        )
-        return new_cls, saved
-    constants = ALIGN, fusion
-    launcher.start(
-        kernels.fusion_before, groups, (cls, kept), (batch, cls.stride(0)), constants, **rest
+    batch, num_tokens, _ = x.shape
+    return _Forward(
+        batch,
+        -(-batch // fusion.images),
+        (cls, x, scale, new_cls, kept),
+        (num_tokens, cls.stride(0), x.stride(0), x.stride(1)),
+        w,
+        (shape, fusion),
+        config,
+        options,
     )
-    if num_tokens > _MANY_TOKENS:
-        v = vectors(saved, batch, cls.shape[1], x.shape[2], num_heads)
+
+
+def _in_one_launch(a: _Forward, b: _Forward) -> bool:
+    batch = a.batch
+    return (
+        0 < batch == b.batch
+        and a.tensors[0].device == b.tensors[0].device
+        and a.options == b.options
+        and max(a.sizes[0], b.sizes[0]) <= _MANY_TOKENS
+        and a.config.in_one_launch(batch)
+        and b.config.in_one_launch(batch)
+    )
+
+
+def _run(call: _Forward, eps: float) -> None:
+    kernels, _ = _kernels()
+    batch, groups, tensors, sizes, w, constants, config, options = call
+    if not batch:
+        return
+    grid, many_tokens = (groups, 1, 1), sizes[0] > _MANY_TOKENS
+    rest: dict[str, Any] = {"options": options, "weights": (w,), "eps": eps}
+    if config.in_one_kernel(batch) and not many_tokens:
+        launcher.start(kernels.fusion_forward, grid, tensors, (batch, *sizes), constants, **rest)
+        return
+    cls, x, scale, new_cls, kept = tensors
+    num_tokens, cls_stride, *x_strides = sizes
+    _, fusion = constants
+    launcher.start(
+        kernels.fusion_before, grid, (cls, kept), (batch, cls_stride), (ALIGN, fusion), **rest
+    )
+    if many_tokens:
+        v = vectors(Saved(kept), batch, fusion.own, fusion.channels, fusion.heads)
         u = (v.kt * w.norm_weight.float()).transpose(0, 1)
         m, lse = core.forward(u, x, None, v.y0, eps)
         v.m.copy_(m.transpose(0, 1))
         v.lse.copy_(lse)
     else:
-        sizes = batch, num_tokens, x.stride(0), x.stride(1)
+        of_tokens = batch, num_tokens, *x_strides
         launcher.start(
-            kernels.fusion_tokens, (batch, 1, 1), (x, kept), sizes, (shape, fusion), **rest
+            kernels.fusion_tokens, (batch, 1, 1), (x, kept), of_tokens, constants, **rest
         )
-    launcher.start(
-        kernels.fusion_after, groups, (kept, new_cls, scale), (batch,), (fusion,), **rest
-    )
-    return new_cls, saved
+    launcher.start(kernels.fusion_after, grid, (kept, new_cls, scale), (batch,), (fusion,), **rest)
 
 
 def backward(

@@ -46,7 +46,7 @@ def fusion_backward(
     ALIGN: tl.constexpr = S.align
     COUNT: tl.constexpr = F.images
     OWN: tl.constexpr = F.own
-    first, used = images_of(batch, F)
+    first, used = images_of(tl.program_id(0), batch, F)
     at = first.to(tl.int64)
     vectors = vectors_of(vectors_ptr, batch, first, F)
     gradients = gradients_of(gradients_ptr, first, F)
@@ -107,7 +107,7 @@ def fusion_backward_before(
 ):
     """What comes before the token pass. Grid: groups of images."""
     C: tl.constexpr = F.channels
-    first, used = images_of(batch, F)
+    first, used = images_of(tl.program_id(0), batch, F)
     dout_stride = aligned(dout_stride, ALIGN)
     before_tokens(
         dout_ptr + first.to(tl.int64) * dout_stride,
@@ -182,7 +182,7 @@ def fusion_backward_after(
     """What comes after the token pass. Grid: groups of images."""
     C: tl.constexpr = F.channels
     OWN: tl.constexpr = F.own
-    first, used = images_of(batch, F)
+    first, used = images_of(tl.program_id(0), batch, F)
     at = first.to(tl.int64)
     cls_stride = aligned(cls_stride, ALIGN)
     after_tokens(

@@ -1,4 +1,4 @@
-"""The parameters of one fusion."""
+"""The parameters of one fusion, and what it takes besides."""
 
 from __future__ import annotations
 
@@ -31,3 +31,36 @@ class FusionWeights(NamedTuple):
     back_norm_bias: Tensor
     back_weight: Tensor
     back_bias: Tensor
+
+
+#: Sizes by letter, for checks.weights.
+SHAPES = {
+    "proj_norm_weight": ("C_own",),
+    "proj_norm_bias": ("C_own",),
+    "proj_weight": ("C", "C_own"),
+    "proj_bias": ("C",),
+    "norm_weight": ("C",),
+    "norm_bias": ("C",),
+    "q_weight": ("C", "C"),
+    "q_bias": ("C",),
+    "k_weight": ("C", "C"),
+    "k_bias": ("C",),
+    "v_weight": ("C", "C"),
+    "v_bias": ("C",),
+    "out_weight": ("C", "C"),
+    "out_bias": ("C",),
+    "back_norm_weight": ("C",),
+    "back_norm_bias": ("C",),
+    "back_weight": ("C_own", "C"),
+    "back_bias": ("C_own",),
+}
+
+
+class FusionInputs(NamedTuple):
+    """The arguments of one fusion, for ``cross_attention_fusion_pair``."""
+
+    cls: Tensor  # [B, C_own]
+    tokens: Tensor  # [B, N, C]: the other branch's patches
+    weights: FusionWeights
+    num_heads: int
+    residual_scale: Tensor | None = None  # [B]

@@ -31,6 +31,7 @@ def layernorm_ffn(
         "layernorm_ffn",
         backend,
         BACKENDS,
+        x.device,
         lambda module: not_fused or module.why_not(x),
     )
     if name == "reference":

@@ -16,3 +16,14 @@ class FfnWeights(NamedTuple):
     fc1_bias: Tensor
     fc2_weight: Tensor  # [C, F]
     fc2_bias: Tensor
+
+
+#: Sizes by letter, for checks.weights.
+SHAPES = {
+    "norm_weight": ("C",),
+    "norm_bias": ("C",),
+    "fc1_weight": ("F", "C"),
+    "fc1_bias": ("F",),
+    "fc2_weight": ("C", "F"),
+    "fc2_bias": ("C",),
+}

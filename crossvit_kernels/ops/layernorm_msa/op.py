@@ -38,6 +38,7 @@ def layernorm_msa(
         "layernorm_msa",
         backend,
         BACKENDS,
+        x.device,
         lambda module: not_fused or module.why_not(x, num_heads),
     )
     if name == "reference":

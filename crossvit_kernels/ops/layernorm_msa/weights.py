@@ -16,3 +16,14 @@ class MsaWeights(NamedTuple):
     qkv_bias: Tensor | None
     out_weight: Tensor  # [C, C]
     out_bias: Tensor
+
+
+#: Sizes by letter, for checks.weights.
+SHAPES = {
+    "norm_weight": ("C",),
+    "norm_bias": ("C",),
+    "qkv_weight": ("3 C", "C"),
+    "qkv_bias": ("3 C",),
+    "out_weight": ("C", "C"),
+    "out_bias": ("C",),
+}

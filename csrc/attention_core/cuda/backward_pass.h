@@ -15,8 +15,7 @@ class BackwardPass {
   static constexpr int kRows = P::kRows;
 
   __host__ __device__ static int bytes(int channels, int teams) {
-    return span_bytes(channels, teams) + Scores::bytes(teams) + number_bytes() +
-           teams * P::kSplit * weight_bytes();
+    return before_barriers(channels, teams) + teams * P::kSplit * TileRing<P>::barrier_bytes();
   }
 
   // memory: bytes(channels, teams) of shared memory, 16-byte aligned.
@@ -29,8 +28,10 @@ class BackwardPass {
         channels_(channels),
         normalize_(normalize),
         slice_(Slice::of(channels, P::part(), P::kSplit)),
-        ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels), channels,
-              slice_),
+        ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels),
+              memory + before_barriers(channels, P::teams()) +
+                  P::warp() * TileRing<P>::barrier_bytes(),
+              channels, slice_),
         scores_(memory + span_bytes(channels, P::teams()), rows_, channels, slice_, eps,
                 normalize) {}
 
@@ -43,9 +44,7 @@ class BackwardPass {
   __device__ float* lse() const { return numbers_; }
   __device__ float* delta() const { return numbers_ + kRows; }
 
-  __device__ void start(const Image<T>& x, int first, int last) {
-    for (int turn = 0; turn < P::kStages; ++turn) ring_.copy(x, turn, token_of(first, turn), last);
-  }
+  __device__ void start(const Image<T>& x, int first, int last) { ring_.fill(x, first, last); }
 
   // All threads. What the caller wrote need not be seen yet. write_extra(channel, pair) gets the
   // gradient of the extra token; with add, dx holds what other score rows gave.
@@ -54,12 +53,12 @@ class BackwardPass {
                       WriteExtra write_extra) {
     __syncthreads();
     scores_.sum_rows();
-    clear();
+    du_.clear();
     __syncthreads();
     if (threadIdx.x < 2 * kRows) sums()[threadIdx.x] = scores_.row_sum(threadIdx.x);
     __syncthreads();
-    for (int turn = 0, token; (token = token_of(first, turn)) < last; ++turn) {
-      ring_.wait();
+    for (int turn = 0, token; (token = P::token_of(first, turn)) < last; ++turn) {
+      ring_.wait(turn);
       const bool extra = token == 0 && x.has_extra;
       if (extra) ring_.write_extra(turn, x.extra);
       add_tile(turn, x.attended_of_tile(token, last));
@@ -67,11 +66,11 @@ class BackwardPass {
       if (extra) copy_extra(turn, write_extra);
       store(turn, x, dx, dx_stride, token, last, add);
       __syncwarp();
-      ring_.copy(x, turn + P::kStages, token_of(first, turn + P::kStages), last);
+      ring_.copy(x, turn + P::kStages, P::token_of(first, turn + P::kStages), last);
     }
-    copy_async_wait<0>();
+    ring_.drain();
     __syncthreads();
-    leave();
+    du_.leave(sums_of(P::team()), channels_, slice_);  // over rows and rings
     __syncthreads();
   }
 
@@ -92,10 +91,10 @@ class BackwardPass {
   // each token and row.
   static constexpr int kWeightPitch = 2 * kRows + static_cast<int>(16 / sizeof(T));
 
-  __device__ static int token_of(int first, int turn) {
-    return first + (turn * P::teams() + P::team()) * P::kTokens;
+  __host__ __device__ static int before_barriers(int channels, int teams) {
+    return span_bytes(channels, teams) + Scores::bytes(teams) + number_bytes() +
+           teams * P::kSplit * weight_bytes();
   }
-
   __host__ __device__ static int row_bytes(int channels) {
     return 2 * kRows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
   }
@@ -122,16 +121,6 @@ class BackwardPass {
     return reinterpret_cast<float*>(weights_ + P::kTokens * kWeightPitch);
   }
 
-  __device__ void clear() {
-    for (int group = 0; group < P::kGroups; ++group) {
-      mean_[group] = 0;
-#pragma unroll
-      for (int unit = 0; unit < P::kUnits; ++unit) {
-        for (int i = 0; i < 4; ++i) du_[unit][group][i] = 0;
-      }
-    }
-  }
-
   __device__ void add_tile(int turn, uint32_t attended) {
     float scores[2][P::kGroups][4];  // dp, s
     FourTokens four;
@@ -148,7 +137,7 @@ class BackwardPass {
       const FragmentA<T> x = channels_by_tokens(tile + unit * 16, ring_.pitch(), four);
 #pragma unroll
       for (int group = 0; group < P::kGroups; ++group) {
-        multiply(du_[unit][group], x, weights[group]);
+        multiply(du_.of[unit][group], x, weights[group]);
       }
     }
     __syncwarp();
@@ -172,7 +161,7 @@ class BackwardPass {
       of_token[kRows + row] = from_float<T>(ds);
       moments()[token * kRows + row] = rounded<T>(p) * dp[i] + rounded<T>(ds) * s[i];
     }
-    mean_[group] += sum_of_row(mean);
+    du_.mean[group] += sum_of_row(mean);
     return weights_as_b<T>(weights);
   }
 
@@ -260,25 +249,6 @@ class BackwardPass {
     }
   }
 
-  // Over the rows and the rings, which no copy is under way to.
-  __device__ void leave() {
-    const int g = lane_index() / 4, t = lane_index() % 4, pitch = P::row_pitch(channels_);
-    float* to = sums_of(P::team()) + slice_.first;
-#pragma unroll
-    for (int group = 0; group < P::kGroups; ++group) {
-      const float mean[2] = {__shfl_sync(~0u, mean_[group], 8 * t),
-                             __shfl_sync(~0u, mean_[group], 8 * t + 4)};
-#pragma unroll
-      for (int unit = 0; unit < P::kUnits; ++unit) {
-        if (unit >= slice_.units) break;
-        for (int i = 0; i < 4; ++i) {
-          const int channel = unit * 16 + g + 8 * (i >> 1);
-          to[(8 * group + 2 * t + (i & 1)) * pitch + channel] = du_[unit][group][i] - mean[i & 1];
-        }
-      }
-    }
-  }
-
   T* rows_;
   float* numbers_;
   T* weights_;
@@ -287,8 +257,7 @@ class BackwardPass {
   Slice slice_;
   TileRing<P> ring_;
   Scores scores_;
-  float du_[P::kUnits][P::kGroups][4];  // [channels of the unit, rows of the group]
-  float mean_[P::kGroups];              // weighted sum of the tokens' means, of row 8 group + g
+  WarpSums<P> du_;
 };
 
 }  // namespace crossvit::attention_core

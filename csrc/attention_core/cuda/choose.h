@@ -22,19 +22,20 @@ __host__ __device__ inline int end_of_part(const Problem& problem, int first) {
   return first + (left < kPart ? static_cast<int>(left) : kPart);
 }
 
-// Runs run(plan, teams). A wide image goes to more warps rather than to more registers of one. At
-// 384 channels backward has three teams: two blocks of four are more shared memory than a
-// multiprocessor of sm_90 has.
+// Runs run(plan, teams). A wide image goes to more warps rather than to more registers of one. Few
+// problems have 16 rows of narrow tokens: they have no kernels of their own, which take long to
+// compile. At 384 channels backward has three teams: two blocks of four are more shared memory than
+// a multiprocessor of sm_90 has.
 template <class T, bool kBackward, class Run>
 void with_plan(int64_t rows, int64_t channels, Run&& run) {
   constexpr bool kWide = sizeof(T) == 4;
-  if (rows <= 8) {
+  constexpr int kOneUnitEach = 64;  // channels; four warps of a tile want one or more
+  if (rows <= 8 || channels < kOneUnitEach) {
     if (channels <= 192) return run(Plan<T, 12, 1, 1, kWide ? 2 : 3>(), 4);
     if (channels <= 384) return run(Plan<T, 24, 1, 1, 2>(), kWide ? 2 : kBackward ? 3 : 4);
     if (channels <= 768) return run(Plan<T, 12, 1, 4, 2>(), 1);
     return run(Plan<T, 12, 1, 8, kWide ? 1 : 2>(), 1);
   }
-  if (channels <= 192) return run(Plan<T, 12, 2, 1, kWide ? 2 : 3>(), 4);
   if (channels <= 768) return run(Plan<T, 12, 2, 4, 2>(), 1);
   return run(Plan<T, 12, 2, 8, kWide ? 1 : 2>(), 1);
 }
@@ -48,10 +49,6 @@ void with_element(DType dtype, Run&& run) {
     default: throw std::invalid_argument("no CUDA kernel for this element type");
   }
 }
-
-// Shared memory of a pass of forward or backward over at most so many score rows.
-int forward_bytes(DType dtype, int64_t rows, int64_t channels);
-int backward_bytes(DType dtype, int64_t rows, int64_t channels);
 
 // Score rows of a pass, more of which take several: 16, or 8 where they do not fit.
 inline int64_t rows_of_pass(int64_t num_rows, int bytes_of_16, int device) {

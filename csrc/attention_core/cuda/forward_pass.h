@@ -21,7 +21,7 @@ class ForwardPass {
   // Score rows, rings, exchange. What the teams leave for each other at the end goes over the
   // rings.
   __host__ __device__ static int bytes(int channels, int teams) {
-    return span_bytes(channels, teams) + Scores::bytes(teams);
+    return before_barriers(channels, teams) + teams * P::kSplit * TileRing<P>::barrier_bytes();
   }
 
   // memory: bytes(channels, teams) of shared memory, 16-byte aligned.
@@ -29,8 +29,10 @@ class ForwardPass {
       : rows_(reinterpret_cast<T*>(memory)),
         channels_(channels),
         slice_(Slice::of(channels, P::part(), P::kSplit)),
-        ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels), channels,
-              slice_),
+        ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels),
+              memory + before_barriers(channels, P::teams()) +
+                  P::warp() * TileRing<P>::barrier_bytes(),
+              channels, slice_),
         scores_(memory + span_bytes(channels, P::teams()), rows_, channels, slice_, eps,
                 normalize) {}
 
@@ -38,9 +40,7 @@ class ForwardPass {
   __device__ T* rows() const { return rows_; }
 
   // Starts the first copies of tokens [first, last). Needs no rows and no extra token yet.
-  __device__ void start(const Image<T>& x, int first, int last) {
-    for (int turn = 0; turn < P::kStages; ++turn) ring_.copy(x, turn, token_of(first, turn), last);
-  }
+  __device__ void start(const Image<T>& x, int first, int last) { ring_.fill(x, first, last); }
 
   // All threads. The rows are written, not necessarily seen.
   __device__ void run(const Image<T>& x, int first, int last) {
@@ -48,14 +48,14 @@ class ForwardPass {
     scores_.sum_rows();
     clear();
     __syncthreads();
-    for (int turn = 0, token; (token = token_of(first, turn)) < last; ++turn) {
-      ring_.wait();
+    for (int turn = 0, token; (token = P::token_of(first, turn)) < last; ++turn) {
+      ring_.wait(turn);
       if (token == 0 && x.has_extra) ring_.write_extra(turn, x.extra);
       add_tile(turn, x.attended_of_tile(token, last));
       __syncwarp();
-      ring_.copy(x, turn + P::kStages, token_of(first, turn + P::kStages), last);
+      ring_.copy(x, turn + P::kStages, P::token_of(first, turn + P::kStages), last);
     }
-    copy_async_wait<0>();
+    ring_.drain();
     __syncthreads();
     leave();
     __syncthreads();
@@ -82,10 +82,9 @@ class ForwardPass {
   }
 
  private:
-  __device__ static int token_of(int first, int turn) {
-    return first + (turn * P::teams() + P::team()) * P::kTokens;
+  __host__ __device__ static int before_barriers(int channels, int teams) {
+    return span_bytes(channels, teams) + Scores::bytes(teams);
   }
-
   __host__ __device__ static int row_bytes(int channels) {
     return P::kRows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
   }
@@ -106,13 +105,10 @@ class ForwardPass {
   }
 
   __device__ void clear() {
+    sums_.clear();
     for (int group = 0; group < P::kGroups; ++group) {
       peak_[group] = -INFINITY;
-      total_[group] = mean_[group] = 0;
-#pragma unroll
-      for (int unit = 0; unit < P::kUnits; ++unit) {
-        for (int i = 0; i < 4; ++i) sums_[unit][group][i] = 0;
-      }
+      total_[group] = 0;
     }
   }
 
@@ -132,7 +128,7 @@ class ForwardPass {
       const FragmentA<T> x = channels_by_tokens(tile + unit * 16, ring_.pitch(), four);
 #pragma unroll
       for (int group = 0; group < P::kGroups; ++group) {
-        multiply(sums_[unit][group], x, weights[group]);
+        multiply(sums_.of[unit][group], x, weights[group]);
       }
     }
   }
@@ -156,7 +152,7 @@ class ForwardPass {
       mean += weights[i] * (four.mean[i] - four.centre[i]);
     }
     total_[group] = total_[group] * decay + sum_of_row(total);
-    mean_[group] = mean_[group] * decay + sum_of_row(mean);
+    sums_.mean[group] = sums_.mean[group] * decay + sum_of_row(mean);
     peak_[group] = peak;
     if (__any_sync(~0u, decay != 1.0f)) rescale(group, decay);
     return weights_as_b<T>(weights);
@@ -169,31 +165,18 @@ class ForwardPass {
     const float of_odd = __shfl_sync(~0u, decay, 8 * t + 4);
 #pragma unroll
     for (int unit = 0; unit < P::kUnits; ++unit) {
-      for (int i = 0; i < 4; ++i) sums_[unit][group][i] *= i & 1 ? of_odd : of_even;
+      for (int i = 0; i < 4; ++i) sums_.of[unit][group][i] *= i & 1 ? of_odd : of_even;
     }
   }
 
   // Over the rows and the rings, which no copy is under way to.
   __device__ void leave() {
-    const int g = lane_index() / 4, t = lane_index() % 4, pitch = P::row_pitch(channels_);
-    float* to = sums_of(P::team()) + slice_.first;
-#pragma unroll
+    sums_.leave(sums_of(P::team()), channels_, slice_);
+    if (lane_index() % 4 || P::part()) return;
     for (int group = 0; group < P::kGroups; ++group) {
-      const int row = 8 * group + g;
-      const float mean[2] = {__shfl_sync(~0u, mean_[group], 8 * t),
-                             __shfl_sync(~0u, mean_[group], 8 * t + 4)};
-      if (t == 0 && P::part() == 0) {
-        left(P::team(), row)[0] = peak_[group];
-        left(P::team(), row)[1] = total_[group];
-      }
-#pragma unroll
-      for (int unit = 0; unit < P::kUnits; ++unit) {
-        if (unit >= slice_.units) break;
-        for (int i = 0; i < 4; ++i) {
-          const int channel = unit * 16 + g + 8 * (i >> 1);
-          to[(8 * group + 2 * t + (i & 1)) * pitch + channel] = sums_[unit][group][i] - mean[i & 1];
-        }
-      }
+      float* numbers = left(P::team(), 8 * group + lane_index() / 4);
+      numbers[0] = peak_[group];
+      numbers[1] = total_[group];
     }
   }
 
@@ -202,10 +185,9 @@ class ForwardPass {
   Slice slice_;
   TileRing<P> ring_;
   Scores scores_;
-  float sums_[P::kUnits][P::kGroups][4];  // [channels of the unit, rows of the group]
-  float peak_[P::kGroups];                // of row 8 group + g, to the base 2
+  WarpSums<P> sums_;
+  float peak_[P::kGroups];  // of row 8 group + g, to the base 2
   float total_[P::kGroups];
-  float mean_[P::kGroups];  // weighted sum of the tokens' means
 };
 
 }  // namespace crossvit::attention_core

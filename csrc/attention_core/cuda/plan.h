@@ -35,6 +35,11 @@ struct Plan {
   // This warp's place in its team.
   __device__ static int part() { return warp() % kSplit; }
 
+  // The first token of the team's tile of a turn, of tokens from `first` on.
+  __device__ static int token_of(int first, int turn) {
+    return first + (turn * teams() + team()) * kTokens;
+  }
+
   __device__ static void meet_team() {
     if constexpr (kSplit == 1) {
       __syncwarp();
@@ -101,46 +106,70 @@ __device__ Image<T> image_of(const Tokens& x, const Mask& mask, int64_t image) {
           static_cast<const T*>(x.extra) + image * x.extra_batch_stride};
 }
 
-// The tiles of one warp, in its slice of the channels.
+// Whether tiles come by bulk copies, a row each, which cost a warp few instructions, or else by
+// copies of 16 bytes.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kBulkCopies = true;
+#else
+constexpr bool kBulkCopies = false;
+#endif
+
+// The tiles of one warp, in its slice of the channels. Every copy of a tile is waited for once.
 template <class P>
 class TileRing {
  public:
   using T = typename P::Element;
 
-  static constexpr int kChunk = 16 / sizeof(T);  // elements of a copy
+  static constexpr int kChunk = 16 / sizeof(T);  // elements of 16 bytes
 
   __host__ __device__ static int bytes(int channels) {
     return P::kStages * P::kTokens * P::tile_pitch(channels) * static_cast<int>(sizeof(T));
   }
+  __host__ __device__ static constexpr int barrier_bytes() {
+    return (P::kStages + 1) / 2 * 2 * static_cast<int>(sizeof(uint64_t));
+  }
 
-  __device__ TileRing(char* memory, int channels, Slice slice)
-      : memory_(reinterpret_cast<T*>(memory)), pitch_(P::tile_pitch(channels)), slice_(slice) {}
+  // Other data may lie in `memory` while no tile does, but not in `barriers`, from fill() on.
+  __device__ TileRing(char* memory, char* barriers, int channels, Slice slice)
+      : memory_(reinterpret_cast<T*>(memory)),
+        barriers_(reinterpret_cast<uint64_t*>(barriers)),
+        pitch_(P::tile_pitch(channels)),
+        slice_(slice) {}
 
   __device__ int pitch() const { return pitch_; }
   __device__ T* tile(int turn) const { return memory_ + turn % P::kStages * (P::kTokens * pitch_); }
 
-  // Starts the copy of a tile: zeros where a token is not attended to. Eight lanes share a row.
-  __device__ void copy(const Image<T>& x, int turn, int token, int last) {
-    if (token < last) {
-      const uint32_t attended = x.attended_of_tile(token, last);
-      const int lane = lane_index();
-      T* to = tile(turn);
-      for (int row = lane / 8; row < P::kTokens; row += 4) {
-        const bool read = (attended >> row & 1) && token + row >= x.has_extra;
-        const T* from = read ? x.row(token + row) + slice_.first : x.data;
-        T* to_row = to + row * pitch_;
-        for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
-          copy_async_16(to_row + c, read ? from + c : from, read ? 16 : 0);
-        }
-      }
-    }
-    copy_async_commit();
+  // Starts the copies of the team's first tiles of tokens [first, last).
+  __device__ void fill(const Image<T>& x, int first, int last) {
+    if (!open_) open();
+    for (int turn = 0; turn < P::kStages; ++turn) copy(x, turn, P::token_of(first, turn), last);
   }
 
-  // Waits for the oldest tile of those under way.
-  __device__ void wait() {
-    copy_async_wait<P::kStages - 1>();
-    __syncwarp();
+  // Starts the copy of a tile: zeros where a token is not attended to.
+  __device__ void copy(const Image<T>& x, int turn, int token, int last) {
+    if constexpr (kBulkCopies) {
+      if (token < last) copy_bulk_rows(x, turn, token, last);
+    } else {
+      if (token < last) copy_chunks(x, turn, token, last);
+      copy_async_commit();
+    }
+  }
+
+  // Until the tile of this turn, the oldest under way, is there.
+  __device__ void wait(int turn) {
+    if constexpr (kBulkCopies) {
+      const int stage = turn % P::kStages;
+      barrier_wait(barriers_ + stage, arrived_ >> stage & 1);
+      arrived_ ^= 1u << stage;
+    } else {
+      copy_async_wait<P::kStages - 1>();
+      __syncwarp();
+    }
+  }
+
+  // After the last tile.
+  __device__ void drain() {
+    if constexpr (!kBulkCopies) copy_async_wait<0>();
   }
 
   // Puts the extra token where its tile has it.
@@ -152,9 +181,61 @@ class TileRing {
   }
 
  private:
+  __device__ void open() {
+    open_ = true;
+    if constexpr (kBulkCopies) {
+      if (lane_index() == 0) {
+        for (int stage = 0; stage < P::kStages; ++stage) barrier_init(barriers_ + stage, 1);
+        barrier_init_visible();
+      }
+      __syncwarp();
+    }
+  }
+
+  // Eight lanes share a row.
+  __device__ void copy_chunks(const Image<T>& x, int turn, int token, int last) {
+    const uint32_t attended = x.attended_of_tile(token, last);
+    const int lane = lane_index();
+    T* to = tile(turn);
+    for (int row = lane / 8; row < P::kTokens; row += 4) {
+      const bool read = (attended >> row & 1) && token + row >= x.has_extra;
+      const T* from = read ? x.row(token + row) + slice_.first : x.data;
+      T* to_row = to + row * pitch_;
+      for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
+        copy_async_16(to_row + c, read ? from + c : from, read ? 16 : 0);
+      }
+    }
+  }
+
+  // A lane copies a row.
+  __device__ void copy_bulk_rows(const Image<T>& x, int turn, int token, int last) {
+    const uint32_t extra = token < x.has_extra ? 1u : 0u;
+    const uint32_t rows = x.attended_of_tile(token, last) & ~extra;
+    const int row_bytes = slice_.units * 16 * static_cast<int>(sizeof(T)), lane = lane_index();
+    uint64_t* barrier = barriers_ + turn % P::kStages;
+    T* to = tile(turn);
+    if (rows != 0xffffu) {
+      for (int row = lane / 8; row < P::kTokens; row += 4) {
+        if (rows >> row & 1) continue;
+        for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
+          *reinterpret_cast<uint4*>(to + row * pitch_ + c) = make_uint4(0, 0, 0, 0);
+        }
+      }
+    }
+    fence_async_proxy();  // what was read and written there comes before the copies
+    if (lane == 0) barrier_expect_bytes(barrier, __popc(rows) * row_bytes);
+    __syncwarp();
+    if (lane < P::kTokens && rows >> lane & 1) {
+      copy_bulk(to + lane * pitch_, x.row(token + lane) + slice_.first, row_bytes, barrier);
+    }
+  }
+
   T* memory_;
+  uint64_t* barriers_;  // one a stage
   int pitch_;
   Slice slice_;
+  bool open_ = false;
+  uint32_t arrived_ = 0;  // the parity that a stage's next copy completes, a bit each
 };
 
 // Score rows [0, count) as the tensor cores take them, zeros in the others. All threads.
@@ -169,6 +250,43 @@ __device__ void write_rows(typename P::Element* to, const float* from, int64_t s
     }
   }
 }
+
+// A warp's sums over its tokens: of unit u's channels [g, g + 8] and the rows [2 t, 2 t + 1] of a
+// group.
+template <class P>
+struct WarpSums {
+  float of[P::kUnits][P::kGroups][4];
+  float mean[P::kGroups];  // of row g, what the tokens' means add to all channels
+
+  __device__ void clear() {
+#pragma unroll
+    for (int group = 0; group < P::kGroups; ++group) {
+      mean[group] = 0;
+#pragma unroll
+      for (int unit = 0; unit < P::kUnits; ++unit) {
+        for (int i = 0; i < 4; ++i) of[unit][group][i] = 0;
+      }
+    }
+  }
+
+  // To [kRows, row_pitch], without the means.
+  __device__ void leave(float* rows, int channels, Slice slice) const {
+    const int g = lane_index() / 4, t = lane_index() % 4, pitch = P::row_pitch(channels);
+#pragma unroll
+    for (int group = 0; group < P::kGroups; ++group) {
+      const float means[2] = {__shfl_sync(~0u, mean[group], 8 * t),
+                              __shfl_sync(~0u, mean[group], 8 * t + 4)};
+      float* to = rows + (8 * group + 2 * t) * pitch + slice.first + g;
+#pragma unroll
+      for (int unit = 0; unit < P::kUnits; ++unit) {
+        if (unit >= slice.units) break;
+        for (int i = 0; i < 4; ++i) {
+          to[(i & 1) * pitch + unit * 16 + 8 * (i >> 1)] = of[unit][group][i] - means[i & 1];
+        }
+      }
+    }
+  }
+};
 
 // What a pass knows of the four tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of a tile.
 struct FourTokens {

@@ -98,33 +98,31 @@ __device__ void linear_of_heads(T* rows, int pitch, const void* weight, int dept
   }
 }
 
-// Runs run(plan). A block has eight warps where its shared memory does.
+// Runs run(plan). A block has eight warps where its shared memory does. Where there is no plan for
+// 16 heads they take two passes: of wide tokens and of floats, as registers do not suffice, and of
+// narrow ones, which no model has, as every plan is two kernels that take long to compile.
 template <class T, class Run>
 void with_fusion_plan(int64_t heads, int64_t channels, Run&& run) {
   using attention_core::Plan;
-  if (heads <= 8) {
-    if (channels <= 192) return run(Plan<T, 12, 1, 1, sizeof(T) == 4 ? 1 : 2>());
-    if (channels <= 384) return run(Plan<T, 24, 1, 1, 1>());
-    if (channels <= 768) return run(Plan<T, 12, 1, 4, 1>());
-    return run(Plan<T, 12, 1, 8, 1>());
+  if (channels > 768) return run(Plan<T, 12, 1, 8, 1>());
+  if constexpr (sizeof(T) == 2) {
+    if (heads > 8) return run(Plan<T, 12, 2, 4, 1>());
   }
-  if (channels <= 192) return run(Plan<T, 12, 2, 1, sizeof(T) == 4 ? 1 : 2>());
-  if (channels <= 768) return run(Plan<T, 12, 2, 4, 1>());
-  return run(Plan<T, 12, 2, 8, 1>());
+  if (channels <= 192) return run(Plan<T, 12, 1, 1, sizeof(T) == 4 ? 1 : 2>());
+  if (channels <= 384) return run(Plan<T, 24, 1, 1, 1>());
+  run(Plan<T, 12, 1, 4, 1>());
 }
 
 struct Setup {
-  LaunchConfig config;
+  attention_core::cuda::BlockSize block;
   bool over;
 };
 
 // As many teams as eight warps and the shared memory of a block make. A pass over the others'
 // memory comes last: it begins late.
 template <class P, class Pass>
-Setup setup_of(int64_t batch, int own, int channels, const Division& division,
-               const attention_core::cuda::Place& place) {
+Setup setup_of(int own, int channels, int limit) {
   using T = typename P::Element;
-  const int limit = shared_bytes_of_block(place.device);
   int teams = 8 / P::kSplit;
   const auto bytes_of = [&](bool over) {
     return Layout::of<T>(own, channels, over)
@@ -132,14 +130,19 @@ Setup setup_of(int64_t batch, int own, int channels, const Division& division,
   };
   while (teams > 1 && bytes_of(false) > limit) teams /= 2;
   const bool over = bytes_of(false) > limit;
+  return {{P::threads(teams), bytes_of(over)}, over};
+}
+
+inline LaunchConfig config_of(int64_t batch, const attention_core::cuda::BlockSize& block,
+                              const Division& division, const attention_core::cuda::Place& place) {
   const int64_t clusters = (batch + division.images - 1) / division.images;
   LaunchConfig config;
   config.grid = dim3(static_cast<unsigned>(clusters * division.blocks));
-  config.block = dim3(P::threads(teams));
-  config.shared_bytes = bytes_of(over);
+  config.block = dim3(static_cast<unsigned>(block.threads));
+  config.shared_bytes = block.shared_bytes;
   config.cluster = division.blocks;
   config.stream = static_cast<cudaStream_t>(place.stream);
-  return {config, over};
+  return config;
 }
 
 }  // namespace crossvit::cross_attention::cuda

@@ -1,0 +1,123 @@
+"""The machine code of the extension's CUDA kernels, as built: nothing of it needs a GPU."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from crossvit_kernels import extension
+from crossvit_kernels.gpu import extension_code, machine_code
+from crossvit_kernels.gpu.extension_code import Kernel
+from crossvit_kernels.gpu.machine_code import Code
+from crossvit_kernels.ops.attention_core import cuda as core
+from crossvit_kernels.ops.cross_attention import cuda as fusion
+from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+
+needs_cuda_code = pytest.mark.skipif(
+    not extension.cuda_kernels, reason="the extension was built without CUDA"
+)
+
+
+@pytest.fixture(scope="module")
+def cuobjdump() -> None:
+    pytest.importorskip("triton")
+    try:
+        machine_code.disassembler()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@functools.cache
+def read(arch: int) -> dict[Kernel, Code]:
+    return extension_code.read(arch)
+
+
+# What a test run reads by default is one architecture's code: the others take as long again.
+_SLOW = [pytest.mark.slow]
+ARCHITECTURES = [pytest.param(arch, marks=[] if arch == 90 else _SLOW) for arch in (80, 90, 100)]
+
+
+def skip_unless_built(arch: int) -> None:
+    if arch not in extension_code.targets():
+        pytest.skip(f"the extension was built for {sorted(extension_code.targets())}")
+
+
+@needs_cuda_code
+@pytest.mark.usefixtures("cuobjdump")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_registers_and_stack(arch: int) -> None:
+    """No local memory, and registers for all threads of a block."""
+    skip_unless_built(arch)
+    found = machine_code.usage(extension.location(), extension_code.targets()[arch])
+    kernels = {kernel for name in found if (kernel := extension_code.kernel_of(name))}
+    assert {kernel.name for kernel in kernels} == {*extension_code.NAMES}
+    assert {kernel.dtype for kernel in kernels} == {"bf16", "fp16", "fp32"}
+    for name, (registers, stack) in found.items():
+        assert stack == 0, name
+        assert 0 < registers <= 255, name
+        if kernel := extension_code.kernel_of(name):
+            threads, _ = kernel.block(arch, 16)
+            assert registers * threads <= machine_code.REGISTERS, name
+
+
+@needs_cuda_code
+@pytest.mark.usefixtures("cuobjdump")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_instructions_on_other_chips(arch: int) -> None:
+    """Tensor cores and 16-byte loads, no spills; in the fusion clusters, which sm_80 has not."""
+    skip_unless_built(arch)
+    for kernel, code in read(arch).items():
+        report = machine_code.report(kernel.name, "", arch, code, 0, 8)
+        assert report.spills == 0, kernel
+        assert report.tensor_core_instructions > 0, kernel
+        assert report.wide_loads > 0, kernel
+        clusters = arch >= 90 and kernel.name.startswith("cross_attention")
+        assert (code.count("UCGABAR") > 0) == clusters, kernel
+
+
+WIDTHS = (16, 96, 192, 208, 384, 400, 768, 784, 1024, 1152, 1408, 1536)
+
+
+@pytest.fixture(params=[80, 90, 100])
+def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """CPU tensors pass for those of a chip, of whose shared memory a block may have its most."""
+    functions = extension.cuda_kernels.functions
+    monkeypatch.setattr(extension, "cuda_kernels", extension.CudaKernels(functions, "cpu"))
+    most = machine_code.SHARED_BYTES_OF_PROGRAM[request.param]
+    monkeypatch.setattr(extension, "shared_bytes_of_block", lambda x: most)
+    return request.param
+
+
+@needs_cuda_code
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_attention_core_declines_does_not_fit(dtype: torch.dtype, chip: int) -> None:
+    functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[dtype]
+    for channels in WIDTHS:
+        blocks = functions.attention_core_blocks(code, 8, channels)
+        fits = all(b <= machine_code.SHARED_BYTES_OF_PROGRAM[chip] for _, b in blocks)
+        reason = core.why_not(torch.empty(1, 1, channels, dtype=dtype))
+        assert (reason is None) == fits, (channels, reason, blocks)
+        assert fits or "shared memory" in reason
+
+
+@needs_cuda_code
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [2, 12])
+def test_what_the_fusion_declines_does_not_fit(dtype: torch.dtype, heads: int, chip: int) -> None:
+    functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[dtype]
+    most = machine_code.SHARED_BYTES_OF_PROGRAM[chip]
+    weights = FusionWeights(*(torch.empty(0, dtype=dtype) for _ in FusionWeights._fields))
+    declined = 0
+    for channels in (c for c in WIDTHS if c % (8 * heads) == 0):
+        for own in WIDTHS:
+            blocks = functions.cross_attention_blocks(code, own, channels, heads, most)
+            fits = all(b <= most for _, b in blocks)
+            cls = torch.empty(1, own, dtype=dtype)
+            tokens = torch.empty(1, 1, channels, dtype=dtype)
+            reason = fusion.why_not(cls, tokens, weights, heads, None)
+            assert (reason is None) == fits, (own, channels, reason, blocks)
+            assert fits or "shared memory" in reason
+            declined += not fits
+    assert declined > 0 or dtype != torch.float32
