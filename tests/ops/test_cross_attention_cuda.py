@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import assert_within_rule
 from fusion_cases import NAMED_WIDTHS, check_rule, fusion_and_gradients, make_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -141,25 +142,15 @@ def test_parameters_of_other_dtypes(norms: torch.dtype, cuda_device: str) -> Non
     cls = torch.randn(3, 48, device=cuda_device)
     tokens = torch.randn(3, 9, 96, device=cuda_device).bfloat16()
     with torch.autocast(cuda_device, torch.bfloat16):
-        out, dcls, dtokens = fusion(cls, tokens, mixed)
-    exact = [
-        t.to(g.device)
-        for t, g in zip(
-            fusion_and_gradients(
-                cls.double(),
-                tokens.double(),
-                FusionWeights(*(w.double() for w in mixed)),
-                3,
-                "reference",
-            ),
-            (out, dcls, dtokens),
-            strict=True,
-        )
-    ]
-    assert (out.dtype, dcls.dtype, dtokens.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
-    for actual, expected in zip((out, dcls, dtokens), exact, strict=True):
-        error = (actual.double() - expected).norm() / expected.norm()
-        assert error < 2e-2
+        actual = fusion(cls, tokens, mixed)
+        # Eager takes a LayerNorm of 16 bits on no float32 input: the same values in float32.
+        widened = FusionWeights(*(w if w.ndim == 2 else w.float() for w in mixed))
+        eager = fusion_and_gradients(cls, tokens, widened, 3, "reference")
+    doubled = FusionWeights(*(w.double() for w in mixed))
+    exact = fusion_and_gradients(cls.double(), tokens.double(), doubled, 3, "reference")
+    assert [t.dtype for t in actual] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    for name, a, e, x in zip(("new_cls", "cls", "tokens"), actual, eager, exact, strict=True):
+        assert_within_rule(a, e, x, name, torch.bfloat16)
 
 
 def test_what_is_declined(cuda_device: str) -> None:
