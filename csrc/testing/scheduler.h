@@ -34,15 +34,18 @@ inline void wake_all(std::vector<Thread*>& waiting) {
 
 // A thread that waits for bulk copies nothing else can bring about any more.
 inline Thread* waiter_of_a_copy() {
+  std::vector<MemoryBarrier*> waited_for;
   for (Block& block : cluster->blocks) {
     for (auto& [address, barrier] : block.memory_barriers) {
-      if (barrier.waiting.empty() || barrier.in_flight.empty()) continue;
-      Thread* thread = barrier.waiting.front();
-      barrier.waiting.erase(barrier.waiting.begin());
-      return thread;
+      if (!barrier.waiting.empty() && !barrier.in_flight.empty()) waited_for.push_back(&barrier);
     }
   }
-  return nullptr;
+  if (waited_for.empty()) return nullptr;
+  std::vector<Thread*>& waiting =
+      waited_for[chance.on() ? chance.below(waited_for.size()) : 0]->waiting;
+  Thread* thread = waiting.front();
+  waiting.erase(waiting.begin());
+  return thread;
 }
 
 inline std::string describe_deadlock() {
