@@ -31,23 +31,24 @@ __device__ void write_numbers(const BackwardPass<P>& pass, const BackwardParams&
   }
 }
 
-// Score rows [begin, begin + kRows). Grid: images, parts. partial: [B, parts, R, C], du of a part,
-// where there are several.
+// Score rows [begin, begin + kRows). Grid: clusters of blocks that share an image, parts. partial:
+// [B, parts, R, C], du of a part, where there are several; tiles: of a part, what blocks of a
+// cluster leave for each other.
 template <class P>
 __global__ void __launch_bounds__(P::kMaxThreads, 1)
-    attention_core_backward(const BackwardParams a, float* partial, int begin) {
+    attention_core_backward(const BackwardParams a, float* partial, float* tiles, int begin) {
   using T = typename P::Element;
   CROSSVIT_DYNAMIC_SHARED(memory);
   const int channels = static_cast<int>(a.problem.channels);
   const int num_rows = static_cast<int>(a.problem.num_rows);
-  const int64_t image = blockIdx.x, part = blockIdx.y;
+  const int64_t image = blockIdx.x / cluster_size(), part = blockIdx.y;
   const int count = min(P::kRows, num_rows - begin);
-  const int first = static_cast<int>(part) * kPart;
-  const int last = end_of_part(a.problem, first);
+  const Range range = range_of_part(a.problem, static_cast<int>(part));
+  const TileStates<P> states = states_of_part<P>(tiles, a.problem, image * gridDim.y + part);
 
   BackwardPass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
   const Image<T> x = image_of<T>(a.x, a.mask, image);
-  pass.start(x, first, last);
+  pass.start(x, range);
   const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
   const float* dm = static_cast<const float*>(a.dm.data) + image * a.dm.batch_stride;
   T* rows = pass.rows();
@@ -58,11 +59,15 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   const bool add = begin > 0;
   T* dextra = static_cast<T*>(a.dx.extra) + image * a.dx.extra_batch_stride;
-  pass.run(x, static_cast<T*>(a.dx.data) + image * a.dx.batch_stride, a.dx.token_stride, first,
-           last, add, [&](int channel, T value) {
+  pass.run(x, static_cast<T*>(a.dx.data) + image * a.dx.batch_stride, a.dx.token_stride, range,
+           states, add, [&](int channel, T value) {
              dextra[channel] =
                  add ? from_float<T>(to_float(dextra[channel]) + to_float(value)) : value;
            });
+  if (states) {
+    cluster_sync();
+    pass.gather(states, range);
+  }
 
   float* du = static_cast<float*>(a.du.data) + image * a.du.batch_stride;
   int64_t stride = a.du.row_stride;
@@ -70,8 +75,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     du = partial + (image * gridDim.y + part) * num_rows * channels;
     stride = channels;
   }
-  pass.results(
-      count, [&](int row, int channel, float sum) { du[(begin + row) * stride + channel] = sum; });
+  pass.results(count, range, [&](int row, int channel, float sum) {
+    du[(begin + row) * stride + channel] = sum;
+  });
 }
 
 // The parts of one row of du, in their order. Grid: score rows of all images.
@@ -91,16 +97,19 @@ __global__ void __launch_bounds__(kMergeThreads)
 }
 
 template <class P>
-void run(const BackwardParams& params, int teams, float* workspace, cudaStream_t stream) {
+void run(const BackwardParams& params, int teams, int blocks, float* workspace,
+         cudaStream_t stream) {
   const Problem& problem = params.problem;
   const int parts = parts_of(problem);
   LaunchConfig config;
-  config.grid = dim3(static_cast<unsigned>(problem.batch), parts);
+  config.grid = dim3(static_cast<unsigned>(problem.batch * blocks), parts);
+  config.cluster = blocks;
   config.block = dim3(P::threads(teams));
   config.shared_bytes = BackwardPass<P>::bytes(static_cast<int>(problem.channels), teams);
   config.stream = stream;
+  float* tiles = blocks > 1 ? workspace + backward_workspace(problem, 1) : nullptr;
   for (int begin = 0; begin < problem.num_rows; begin += P::kRows) {
-    check(launch(attention_core_backward<P>, config, params, workspace, begin),
+    check(launch(attention_core_backward<P>, config, params, workspace, tiles, begin),
           name_of<P>("attention_core_backward"));
   }
   if (parts == 1) return;
@@ -114,9 +123,12 @@ void run(const BackwardParams& params, int teams, float* workspace, cudaStream_t
 
 }  // namespace
 
-int64_t backward_workspace(const Problem& problem) {
+int64_t backward_workspace(const Problem& problem, int blocks) {
   const int parts = parts_of(problem);
-  return parts == 1 ? 0 : problem.batch * parts * problem.num_rows * problem.channels;
+  const int64_t of_parts =
+      parts == 1 ? 0 : problem.batch * parts * problem.num_rows * problem.channels;
+  return of_parts +
+         tile_floats(problem, blocks, padded_rows(std::min(problem.num_rows, int64_t{16})));
 }
 
 BlockSize backward_block(DType dtype, int64_t rows, int64_t channels) {
@@ -130,7 +142,7 @@ BlockSize backward_block(DType dtype, int64_t rows, int64_t channels) {
   return block;
 }
 
-void backward(const BackwardParams& params, float* workspace, const Place& place) {
+void backward(const BackwardParams& params, int blocks, float* workspace, const Place& place) {
   const DeviceGuard guard(place.device);
   check(guard.status, "attention_core_backward");
   const int64_t channels = params.problem.channels;
@@ -138,7 +150,8 @@ void backward(const BackwardParams& params, float* workspace, const Place& place
   const int64_t rows = rows_of_pass(params.problem.num_rows, bytes, place.device);
   with_element(params.x.dtype, [&](auto element) {
     with_plan<decltype(element), true>(rows, channels, [&](auto plan, int teams) {
-      run<decltype(plan)>(params, teams, workspace, static_cast<cudaStream_t>(place.stream));
+      run<decltype(plan)>(params, teams, blocks, workspace,
+                          static_cast<cudaStream_t>(place.stream));
     });
   });
 }

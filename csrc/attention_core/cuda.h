@@ -19,9 +19,9 @@ struct Place {
 constexpr int kPart = 1024;
 
 // Floats of memory that forward and backward need beside their results: none for images of one
-// part.
-int64_t forward_workspace(const Problem& problem);
-int64_t backward_workspace(const Problem& problem);
+// part that no blocks share.
+int64_t forward_workspace(const Problem& problem, int blocks);
+int64_t backward_workspace(const Problem& problem, int blocks);
 
 // The widest tokens.
 constexpr int kMaxChannels = 1536;
@@ -40,8 +40,9 @@ constexpr int kMergeThreads = 128;
 // Shared memory of a block, in bytes, that tokens of a width need at least.
 int shared_bytes(DType dtype, int64_t channels);
 
-// m, lse, du and all score rows are floats.
-void forward(const ForwardParams& params, float* workspace, const Place& place);
-void backward(const BackwardParams& params, float* workspace, const Place& place);
+// m, lse, du and all score rows are floats. A cluster of `blocks` blocks, up to 8, shares the
+// tokens of an image's part; a result's bits do not depend on it.
+void forward(const ForwardParams& params, int blocks, float* workspace, const Place& place);
+void backward(const BackwardParams& params, int blocks, float* workspace, const Place& place);
 
 }  // namespace crossvit::attention_core::cuda

@@ -6,48 +6,51 @@ namespace {
 
 // Of an image with several parts, in the workspace.
 struct Partial {
-  float* sums;    // [B, parts, R, C]
-  float* totals;  // [B, parts, R, 2]: peak to the base 2, total
+  float* sums;           // [B, parts, R, C]
+  SoftmaxState* states;  // [B, parts, R]
 };
 
-// Grid: images, parts, groups of score rows.
+// Grid: clusters of blocks that share an image, parts, groups of score rows. tiles: of a part, what
+// blocks of a cluster leave for each other.
 template <class P>
 __global__ void __launch_bounds__(P::kMaxThreads, 1)
-    attention_core_forward(const ForwardParams a, const Partial partial) {
+    attention_core_forward(const ForwardParams a, const Partial partial, float* tiles) {
   using T = typename P::Element;
   CROSSVIT_DYNAMIC_SHARED(memory);
   const int channels = static_cast<int>(a.problem.channels);
   const int num_rows = static_cast<int>(a.problem.num_rows);
-  const int64_t image = blockIdx.x, part = blockIdx.y;
+  const int64_t image = blockIdx.x / cluster_size(), part = blockIdx.y;
   const int begin = static_cast<int>(blockIdx.z) * P::kRows;
   const int count = min(P::kRows, num_rows - begin);
-  const int first = static_cast<int>(part) * kPart;
-  const int last = end_of_part(a.problem, first);
+  const Range range = range_of_part(a.problem, static_cast<int>(part));
+  const int64_t at = (image * gridDim.y + part) * gridDim.z + blockIdx.z;
+  const TileStates<P> states = states_of_part<P>(tiles, a.problem, at);
 
   ForwardPass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
   const Image<T> x = image_of<T>(a.x, a.mask, image);
-  pass.start(x, first, last);
+  pass.start(x, range);
   const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
   write_rows<P>(pass.rows(), u + begin * a.u.row_stride, a.u.row_stride, count, channels);
-  pass.run(x, first, last);
+  pass.run(x, range, states);
+  if (states) {
+    cluster_sync();
+    pass.gather(states, range);
+  }
 
   if (gridDim.y > 1) {
     const int64_t at = (image * gridDim.y + part) * num_rows + begin;
-    pass.results(count, [&](int row, int channel, float sum, float peak, float total) {
+    pass.results(count, range, [&](int row, int channel, float sum, const SoftmaxState& state) {
       partial.sums[(at + row) * channels + channel] = sum;
-      if (channel == 0) {
-        partial.totals[2 * (at + row)] = peak;
-        partial.totals[2 * (at + row) + 1] = total;
-      }
+      if (channel == 0) partial.states[at + row] = state;
     });
     return;
   }
   float* m = static_cast<float*>(a.m.data) + image * a.m.batch_stride;
   float* lse = static_cast<float*>(a.lse) + image * num_rows;
-  pass.results(count, [&](int row, int channel, float sum, float peak, float total) {
-    const float divisor = total == 0 ? 1.0f : total;  // nothing attended to: lse is -inf
-    m[(begin + row) * a.m.row_stride + channel] = sum / divisor;
-    if (channel == 0) lse[begin + row] = log_of_total(peak, divisor);
+  pass.results(count, range, [&](int row, int channel, float sum, SoftmaxState state) {
+    if (state.total == 0) state.total = 1;  // nothing attended to: lse is -inf
+    m[(begin + row) * a.m.row_stride + channel] = sum / state.total;
+    if (channel == 0) lse[begin + row] = log_of_total(state);
   });
 }
 
@@ -58,41 +61,37 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int64_t num_rows = a.problem.num_rows;
   const int64_t image = blockIdx.x / num_rows, row = blockIdx.x % num_rows;
   const auto at = [&](int part) { return (image * parts + part) * num_rows + row; };
-  float peak = -INFINITY;
-  for (int part = 0; part < parts; ++part) peak = fmaxf(peak, partial.totals[2 * at(part)]);
-  const float finite = peak == -INFINITY ? 0.0f : peak;
-  float total = 0;
-  for (int part = 0; part < parts; ++part) {
-    const float* of_part = partial.totals + 2 * at(part);
-    total += exp2f(of_part[0] - finite) * of_part[1];
-  }
-  if (total == 0) total = 1;
   float* m = static_cast<float*>(a.m.data) + image * a.m.batch_stride + row * a.m.row_stride;
   for (int c = static_cast<int>(threadIdx.x); c < channels; c += kMergeThreads) {
+    SoftmaxState state;
     float sum = 0;
     for (int part = 0; part < parts; ++part) {
-      sum += exp2f(partial.totals[2 * at(part)] - finite) * partial.sums[at(part) * channels + c];
+      const Scales scales = join(state, partial.states[at(part)]);
+      sum = scales.join(sum, partial.sums[at(part) * channels + c]);
     }
-    m[c] = sum / total;
-  }
-  if (threadIdx.x == 0) {
-    static_cast<float*>(a.lse)[image * num_rows + row] = log_of_total(peak, total);
+    if (state.total == 0) state.total = 1;
+    m[c] = sum / state.total;
+    if (c == 0) static_cast<float*>(a.lse)[image * num_rows + row] = log_of_total(state);
   }
 }
 
 template <class P>
-void run(const ForwardParams& params, int teams, float* workspace, cudaStream_t stream) {
+void run(const ForwardParams& params, int teams, int blocks, float* workspace,
+         cudaStream_t stream) {
   const Problem& problem = params.problem;
   const int parts = parts_of(problem);
   const int groups = static_cast<int>((problem.num_rows + P::kRows - 1) / P::kRows);
   const int64_t results = problem.batch * parts * problem.num_rows;
-  const Partial partial = {workspace, workspace + results * problem.channels};
+  const Partial partial = {workspace,
+                           reinterpret_cast<SoftmaxState*>(workspace + results * problem.channels)};
   LaunchConfig config;
-  config.grid = dim3(static_cast<unsigned>(problem.batch), parts, groups);
+  config.grid = dim3(static_cast<unsigned>(problem.batch * blocks), parts, groups);
+  config.cluster = blocks;
   config.block = dim3(P::threads(teams));
   config.shared_bytes = ForwardPass<P>::bytes(static_cast<int>(problem.channels), teams);
   config.stream = stream;
-  check(launch(attention_core_forward<P>, config, params, partial),
+  check(launch(attention_core_forward<P>, config, params, partial,
+               blocks > 1 ? workspace + forward_workspace(problem, 1) : nullptr),
         name_of<P>("attention_core_forward"));
   if (parts == 1) return;
   LaunchConfig merge;
@@ -105,10 +104,11 @@ void run(const ForwardParams& params, int teams, float* workspace, cudaStream_t 
 
 }  // namespace
 
-int64_t forward_workspace(const Problem& problem) {
+int64_t forward_workspace(const Problem& problem, int blocks) {
   const int parts = parts_of(problem);
-  if (parts == 1) return 0;
-  return problem.batch * parts * problem.num_rows * (problem.channels + 2);
+  const int64_t of_parts =
+      parts == 1 ? 0 : problem.batch * parts * problem.num_rows * (problem.channels + 2);
+  return of_parts + tile_floats(problem, blocks, padded_rows(problem.num_rows));
 }
 
 int shared_bytes(DType dtype, int64_t channels) {
@@ -127,7 +127,7 @@ BlockSize forward_block(DType dtype, int64_t rows, int64_t channels) {
   return block;
 }
 
-void forward(const ForwardParams& params, float* workspace, const Place& place) {
+void forward(const ForwardParams& params, int blocks, float* workspace, const Place& place) {
   const DeviceGuard guard(place.device);
   check(guard.status, "attention_core_forward");
   const int64_t channels = params.problem.channels;
@@ -135,7 +135,8 @@ void forward(const ForwardParams& params, float* workspace, const Place& place) 
   const int64_t rows = rows_of_pass(params.problem.num_rows, bytes, place.device);
   with_element(params.x.dtype, [&](auto element) {
     with_plan<decltype(element), false>(rows, channels, [&](auto plan, int teams) {
-      run<decltype(plan)>(params, teams, workspace, static_cast<cudaStream_t>(place.stream));
+      run<decltype(plan)>(params, teams, blocks, workspace,
+                          static_cast<cudaStream_t>(place.stream));
     });
   });
 }

@@ -73,76 +73,86 @@ void define_cuda(py::module_& m) {
         to_tuple(fusion::cuda::forward_block(type, own, channels, heads, most_bytes)),
         to_tuple(fusion::cuda::backward_block(type, own, channels, heads, most_bytes)));
   });
+  m.attr("attention_core_part") = core::cuda::kPart;
   m.attr("attention_core_merge_threads") = core::cuda::kMergeThreads;
 
   m.def(
       "attention_core_workspaces",
-      [](const ProblemArg& problem) {
-        return std::tuple(core::cuda::forward_workspace(to_problem(problem)),
-                          core::cuda::backward_workspace(to_problem(problem)));
+      [](const ProblemArg& problem, int blocks) {
+        return std::tuple(core::cuda::forward_workspace(to_problem(problem), blocks),
+                          core::cuda::backward_workspace(to_problem(problem), blocks));
       },
-      py::arg("problem"));
+      py::arg("problem"), py::arg("blocks"));
+
+  m.def(
+      "cross_attention_states",
+      [](const FusionArg& problem, const DivisionArg& division) {
+        const auto& [batch, num_tokens, channels, own, heads, eps] = problem;
+        return fusion::cuda::states_size(to_division(division), batch, num_tokens, channels, heads);
+      },
+      py::arg("problem"), py::arg("division"));
 
   m.def(
       "attention_core_forward",
       [](const ProblemArg& problem, const TokensArg& x, const RowsArg& u, const MaskArg& mask,
-         const RowsArg& m_out, Address lse, Address workspace, const PlaceArg& place) {
+         const RowsArg& m_out, Address lse, int blocks, Address workspace, const PlaceArg& place) {
         core::cuda::forward({to_problem(problem), to_tokens(x), to_rows(u), to_mask(mask),
                              to_rows(m_out), pointer<void>(lse)},
-                            pointer<float>(workspace), to_place(place));
+                            blocks, pointer<float>(workspace), to_place(place));
       },
       py::arg("problem"), py::arg("x"), py::arg("u"), py::arg("mask"), py::arg("m"), py::arg("lse"),
-      py::arg("workspace"), py::arg("place"), Released());
+      py::arg("blocks"), py::arg("workspace"), py::arg("place"), Released());
 
   m.def(
       "attention_core_backward",
       [](const ProblemArg& problem, const TokensArg& x, const RowsArg& u, const MaskArg& mask,
          const RowsArg& m_in, Address lse, const RowsArg& dm, Address dlse, const RowsArg& du,
-         const TokensArg& dx, Address workspace, const PlaceArg& place) {
+         const TokensArg& dx, int blocks, Address workspace, const PlaceArg& place) {
         core::cuda::backward({to_problem(problem), to_tokens(x), to_rows(u), to_mask(mask),
                               to_rows(m_in), pointer<const void>(lse), to_rows(dm),
                               pointer<const void>(dlse), to_rows(du), to_tokens(dx)},
-                             pointer<float>(workspace), to_place(place));
+                             blocks, pointer<float>(workspace), to_place(place));
       },
       py::arg("problem"), py::arg("x"), py::arg("u"), py::arg("mask"), py::arg("m"), py::arg("lse"),
-      py::arg("dm"), py::arg("dlse"), py::arg("du"), py::arg("dx"), py::arg("workspace"),
-      py::arg("place"), Released());
+      py::arg("dm"), py::arg("dlse"), py::arg("du"), py::arg("dx"), py::arg("blocks"),
+      py::arg("workspace"), py::arg("place"), Released());
 
   m.def(
       "cross_attention_forward",
       [](const FusionArg& problem, const ParameterArg& cls, const TokensArg& tokens,
          const std::vector<ParameterArg>& weights, Address residual_scale, Address new_cls,
-         Address vectors, const DivisionArg& division, const PlaceArg& place) {
+         Address vectors, Address states, const DivisionArg& division, const PlaceArg& place) {
         const auto& [batch, num_tokens, channels, own, heads, eps] = problem;
         fusion::cuda::forward(
             {batch, num_tokens, channels, own, heads, eps, to_parameter(cls), to_tokens(tokens),
              to_weights(weights), pointer<const float>(residual_scale), pointer<void>(new_cls),
-             pointer<float>(vectors)},
+             pointer<float>(vectors), pointer<float>(states)},
             to_division(division), to_place(place));
       },
       py::arg("problem"), py::arg("cls"), py::arg("tokens"), py::arg("weights"),
-      py::arg("residual_scale"), py::arg("new_cls"), py::arg("vectors"), py::arg("division"),
-      py::arg("place"), Released());
+      py::arg("residual_scale"), py::arg("new_cls"), py::arg("vectors"), py::arg("states"),
+      py::arg("division"), py::arg("place"), Released());
 
   m.def(
       "cross_attention_backward",
       [](const FusionArg& problem, const ParameterArg& dnew_cls, const ParameterArg& cls,
          const TokensArg& tokens, const std::vector<ParameterArg>& weights, Address residual_scale,
          Address vectors, Address dcls, const TokensArg& dx, Address gradients, Address dz,
-         Address du, Address scratch, const DivisionArg& division, const PlaceArg& place) {
+         Address du, Address scratch, Address states, const DivisionArg& division,
+         const PlaceArg& place) {
         const auto& [batch, num_tokens, channels, own, heads, eps] = problem;
         fusion::cuda::backward(
             {batch, num_tokens, channels, own, heads, eps, to_parameter(dnew_cls),
              to_parameter(cls), to_tokens(tokens), to_weights(weights),
              pointer<const float>(residual_scale), pointer<float>(vectors), pointer<void>(dcls),
              to_tokens(dx), pointer<float>(gradients), pointer<float>(dz), pointer<float>(du),
-             pointer<float>(scratch)},
+             pointer<float>(scratch), pointer<float>(states)},
             to_division(division), to_place(place));
       },
       py::arg("problem"), py::arg("dnew_cls"), py::arg("cls"), py::arg("tokens"),
       py::arg("weights"), py::arg("residual_scale"), py::arg("vectors"), py::arg("dcls"),
       py::arg("dx"), py::arg("gradients"), py::arg("dz"), py::arg("du"), py::arg("scratch"),
-      py::arg("division"), py::arg("place"), Released());
+      py::arg("states"), py::arg("division"), py::arg("place"), Released());
 }
 
 }  // namespace crossvit::bindings

@@ -38,7 +38,7 @@ __device__ void write_score_rows(const BackwardPass<P>& pass, const BackwardPara
     const int64_t at = ((begin + row) * p.batch + image) * channels;
     float delta = 0;
     for (int c = lane_index(); c < channels; c += 32) {
-      const float gain = row < count ? element(p.weights.norm.weight, c) : 0;
+      const float gain = row < count ? element<T>(p.weights.norm.weight, c) : 0;
       dm[row * pitch + c] = from_float<T>(row < count ? p.dz[at + c] * gain : 0);
       u[row * pitch + c] = from_float<T>(row < count ? v.kt[at + c] * gain : 0);
       if (row < count) delta += to_float(dm[row * pitch + c]) * v.m[at + c];
@@ -58,10 +58,11 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   using T = typename P::Element;
   CROSSVIT_DYNAMIC_SHARED(memory);
   const int channels = p.channels, own = p.own_channels, heads = p.num_heads;
-  const int head_dim = channels / heads, num_tokens = p.num_tokens + 1;
+  const int head_dim = channels / heads;
   const int rank = cluster_rank(), ranks = cluster_size();
-  const int64_t first = int64_t{blockIdx.x} / ranks * images;
-  const int count = p.batch - first < images ? static_cast<int>(p.batch - first) : images;
+  const Images mine = Images::of(p.batch, images, p.num_tokens + 1);
+  const int64_t first = mine.first;
+  const int count = mine.count;
   const bool keeps = rank == 0;  // what every block computes, one writes
   const Layout layout = Layout::of<T>(own, channels, over);
   T* rows = reinterpret_cast<T*>(memory);
@@ -80,14 +81,14 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     x.extra = rows + image * layout.pitch;
     return x;
   };
-  if (!over && rank < count) pass.start(image_of(rank), 0, num_tokens);
+  if (!over && mine.begin < count) pass.start(image_of(mine.begin), mine.tokens);
 
   // g
   clear_rows(rows, count, own);
   const int own_pitch = operand_pitch<T>(own), pitch = operand_pitch<T>(channels);
   for (int i = static_cast<int>(threadIdx.x); i < count * own; i += blockDim.x) {
     const int row = i / own, c = i % own;
-    const float value = element(p.dnew_cls, first * own + i);
+    const float value = element<T>(p.dnew_cls, first * own + i);
     rows[row * own_pitch + c] = from_float<T>(value);
     if (keeps) of(row).dnew_cls[c] = value;
   }
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   // The residual: dy, and the update's r dy.
   clear_rows(rows, count, channels);
-  normalize_rows_backward<true>(
+  normalize_rows_backward<T, true>(
       0, 1, count, channels, p.eps, w.back_norm,
       [&](int row, int c) { return v.y[(first + row) * channels + c]; }, of_floats,
       [&](int row, int c, float dy, float dn, float xhat) {
@@ -144,24 +145,24 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   }
   cluster_sync();
 
-  for (int image = rank; image < count; image += ranks) {
+  const auto run = [&](int image, int begin, const TileStates<P>& states) {
     const Image<T> x = image_of(image);
     T* dx = static_cast<T*>(p.dx.data) + (first + image) * p.dx.batch_stride;
-    for (int begin = 0; begin < heads; begin += P::kRows) {
-      const int of_pass = min(P::kRows, heads - begin);
-      if (over || image != rank || begin > 0) pass.start(x, 0, num_tokens);
-      write_score_rows<P>(pass, p, v, first + image, begin, of_pass);
-      float* token = scratch_token + (first + image) * channels;
-      pass.run(x, dx, p.dx.token_stride, 0, num_tokens, begin > 0, [&](int c, T value) {
-        token[c] = begin > 0 ? token[c] + to_float(value) : to_float(value);
-      });
-      pass.results(of_pass, [&](int row, int c, float sum) {
-        p.du[((begin + row) * p.batch + first + image) * channels + c] = sum;
-      });
-      __syncthreads();
-    }
-  }
-  cluster_sync();
+    if (over || image != mine.begin || begin > 0) pass.start(x, mine.tokens);
+    write_score_rows<P>(pass, p, v, first + image, begin, min(P::kRows, heads - begin));
+    float* token = scratch_token + (first + image) * channels;
+    pass.run(x, dx, p.dx.token_stride, mine.tokens, states, begin > 0, [&](int c, T value) {
+      token[c] = begin > 0 ? token[c] + to_float(value) : to_float(value);
+    });
+  };
+  const auto results = [&](int image, int begin) {
+    const auto write = [&](int row, int c, float sum) {
+      p.du[((begin + row) * p.batch + first + image) * channels + c] = sum;
+    };
+    pass.results(min(P::kRows, heads - begin), mine.tokens, write);
+    __syncthreads();
+  };
+  pass_over_images<P>(pass, mine, p.states, heads, channels, run, results);
 
   // dq_h = W_k,h (gamma du_h) / sqrt(d)
   const float scale = 1.0f / sqrtf(static_cast<float>(head_dim));
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     for (int i = static_cast<int>(threadIdx.x); i < kImages * channels; i += blockDim.x) {
       const int row = i / channels, c = i % channels;
       const float du = row < count ? p.du[(head * p.batch + first + row) * channels + c] : 0;
-      rows[row * pitch + c] = from_float<T>(row < count ? du * element(w.norm.weight, c) : 0);
+      rows[row * pitch + c] = from_float<T>(row < count ? du * element<T>(w.norm.weight, c) : 0);
     }
   };
   linear_of_heads(rows, pitch, w.key.weight.data, channels, head_dim, stage,
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   // y0 is what is added to, a query and a token.
   clear_rows(rows, count, channels);
-  normalize_rows_backward<false>(
+  normalize_rows_backward<T, false>(
       0, 1, count, channels, p.eps, w.norm,
       [&](int row, int c) { return v.y0[(first + row) * channels + c]; }, of_floats,
       [&](int row, int c, float dx, float dn, float xhat) {
@@ -212,12 +213,12 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   // f
   transposed_linears(rows, pitch, w.proj.weight.data, 1, channels, own, give_floats(own));
   cluster_sync();
-  normalize_rows_backward<true>(
+  normalize_rows_backward<T, true>(
       rank, ranks, count, own, p.eps, w.proj_norm,
-      [&](int row, int c) { return element(p.cls, (first + row) * own + c); },
+      [&](int row, int c) { return element<T>(p.cls, (first + row) * own + c); },
       [&](int row, int c) { return floats[row * own + c]; },
       [&](int row, int c, float dcls, float dn, float xhat) {
-        write_element(p.dcls, p.cls.dtype, (first + row) * own + c, dcls);
+        write_element<T>(p.dcls, p.cls.dtype, (first + row) * own + c, dcls);
         of(row).proj_norm_weight[c] = dn * xhat;
         of(row).proj_norm_bias[c] = dn;
       });

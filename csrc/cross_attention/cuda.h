@@ -4,8 +4,8 @@
 #include "cross_attention/params.h"
 
 // The fusion on an NVIDIA GPU, one kernel each way: float32, bfloat16 and float16, weight matrices
-// of the tokens' type, LayerNorm's parameters, biases and the CLS of any of these types. Widths as
-// attention_core has them.
+// of the tokens' type, LayerNorm's parameters, biases and the CLS of the tokens' type or float.
+// Widths as attention_core has them.
 
 namespace crossvit::cross_attention::cuda {
 
@@ -28,11 +28,16 @@ inline int64_t vector_size(int64_t own, int64_t channels, int64_t heads) {
   return own + 6 * channels + 2 * heads * channels + heads;
 }
 
-// How a cluster of blocks shares the work; a result's bits do not depend on it.
+// How a cluster of blocks shares the work; a result's bits do not depend on it. Where it has fewer
+// images than blocks, blocks / images blocks share the tokens of one.
 struct Division {
   int images;  // of a cluster, at most 16
   int blocks;  // of a cluster: 1, 2, 4 or 8
 };
+
+// Floats of memory in which blocks that share an image leave what its tiles give.
+int64_t states_size(const Division& division, int64_t batch, int num_tokens, int channels,
+                    int heads);
 
 struct ForwardParams {
   int64_t batch;
@@ -47,6 +52,7 @@ struct ForwardParams {
   const float* residual_scale;  // [B] or null
   void* new_cls;                // out: [B, C_own], of the weights' type
   float* vectors;               // out
+  float* states;                // states_size, for its own use
 };
 
 // What backward leaves for the products over the batch that are the weight matrices' gradients, and
@@ -84,6 +90,7 @@ struct BackwardParams {
   float* dz;                  // [h, B, C], for its own use
   float* du;                  // out: [h, B, C]
   float* scratch;             // [2, B, C], for its own use
+  float* states;              // states_size, for its own use
 };
 
 // Parts of the shared memory of a block, in bytes (cross_attention/cuda/block.h): operands and

@@ -7,6 +7,7 @@ namespace {
 using attention_core::ForwardPass;
 using attention_core::Image;
 using attention_core::log_of_total;
+using attention_core::SoftmaxState;
 
 // Grid: clusters, of `images` images each.
 template <class P>
@@ -15,11 +16,11 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   using T = typename P::Element;
   CROSSVIT_DYNAMIC_SHARED(memory);
   const int channels = p.channels, own = p.own_channels, heads = p.num_heads;
-  const int head_dim = channels / heads, num_tokens = p.num_tokens + 1;
-  const int rank = cluster_rank(), ranks = cluster_size();
-  const int64_t first = int64_t{blockIdx.x} / ranks * images;
-  const int count = p.batch - first < images ? static_cast<int>(p.batch - first) : images;
-  const bool keeps = rank == 0;  // what every block computes, one writes
+  const int head_dim = channels / heads;
+  const Images mine = Images::of(p.batch, images, p.num_tokens + 1);
+  const int64_t first = mine.first;
+  const int count = mine.count;
+  const bool keeps = cluster_rank() == 0;  // what every block computes, one writes
   const Layout layout = Layout::of<T>(own, channels, over);
   T* rows = reinterpret_cast<T*>(memory);
   T* queries = reinterpret_cast<T*>(memory + layout.narrow);
@@ -34,12 +35,12 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     x.extra = rows + image * layout.pitch;
     return x;
   };
-  if (!over && rank < count) pass.start(image_of(rank), 0, num_tokens);
+  if (!over && mine.begin < count) pass.start(image_of(mine.begin), mine.tokens);
 
   clear_rows(rows, count, own);
-  normalize_rows<true>(
+  normalize_rows<T, true>(
       count, own, p.eps, w.proj_norm,
-      [&](int row, int c) { return element(p.cls, (first + row) * own + c); },
+      [&](int row, int c) { return element<T>(p.cls, (first + row) * own + c); },
       [&](int row, int c, float value) {
         rows[row * operand_pitch<T>(own) + c] = from_float<T>(value);
         if (keeps) v.activated[(first + row) * own + c] = value;
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
          [&](int row, int c, float a, float b) {
            if (row >= count) return;
            const float2 value =
-               make_float2(a + element(w.proj.bias, c), b + element(w.proj.bias, c + 1));
+               make_float2(a + element<T>(w.proj.bias, c), b + element<T>(w.proj.bias, c + 1));
            store_in_ranks(reinterpret_cast<float2*>(y0 + row * channels + c), value);
            *reinterpret_cast<float2*>(v.y0 + (first + row) * channels + c) = value;
          });
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   clear_rows(rows, count, channels);
   const int pitch = operand_pitch<T>(channels);
   const auto of_y0 = [&](int row, int c) { return y0[row * channels + c]; };
-  normalize_rows<false>(count, channels, p.eps, w.norm, of_y0, [&](int row, int c, float value) {
+  normalize_rows<T, false>(count, channels, p.eps, w.norm, of_y0, [&](int row, int c, float value) {
     rows[row * pitch + c] = from_float<T>(value);
     if (keeps) v.normed[(first + row) * channels + c] = value;
   });
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const auto give = [&](const Layer& layer, float* kept) {
     return [&, kept](int row, int c, float a, float b) {
       const bool is = row < count;
-      a = is ? a + element(layer.bias, c) : 0, b = is ? b + element(layer.bias, c + 1) : 0;
+      a = is ? a + element<T>(layer.bias, c) : 0, b = is ? b + element<T>(layer.bias, c + 1) : 0;
       store_in_ranks(reinterpret_cast<Pair<T>*>(queries + row * pitch + c), pack<T>(a, b));
       if (is) {
         *reinterpret_cast<float2*>(kept + (first + row) * channels + c) = make_float2(a, b);
@@ -94,36 +95,37 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   }
   cluster_sync();
 
-  for (int image = rank; image < count; image += ranks) {
+  const auto run = [&](int image, int begin, const TileStates<P>& states) {
     const Image<T> x = image_of(image);
-    for (int begin = 0; begin < heads; begin += P::kRows) {
-      if (over || image != rank || begin > 0) pass.start(x, 0, num_tokens);
-      T* u = pass.rows();
-      for (int row = 0; row < P::kRows; ++row) {
-        const float* kt = v.kt + ((begin + row) * p.batch + first + image) * channels;
-        for (int c = static_cast<int>(threadIdx.x); c < channels; c += blockDim.x) {
-          const float value = begin + row < heads ? kt[c] * element(w.norm.weight, c) : 0;
-          u[row * P::row_pitch(channels) + c] = from_float<T>(value);
-        }
+    if (over || image != mine.begin || begin > 0) pass.start(x, mine.tokens);
+    T* u = pass.rows();
+    for (int row = 0; row < P::kRows; ++row) {
+      const float* kt = v.kt + ((begin + row) * p.batch + first + image) * channels;
+      for (int c = static_cast<int>(threadIdx.x); c < channels; c += blockDim.x) {
+        const float value = begin + row < heads ? kt[c] * element<T>(w.norm.weight, c) : 0;
+        u[row * P::row_pitch(channels) + c] = from_float<T>(value);
       }
-      pass.run(x, 0, num_tokens);
-      const auto write = [&](int row, int c, float sum, float peak, float total) {
-        const int head = begin + row;
-        v.m[(head * p.batch + first + image) * channels + c] = sum / total;
-        if (c == 0) v.lse[(first + image) * heads + head] = log_of_total(peak, total);
-      };
-      pass.results(min(P::kRows, heads - begin), write);
-      __syncthreads();
     }
-  }
-  cluster_sync();
+    pass.run(x, mine.tokens, states);
+  };
+  const auto results = [&](int image, int begin) {
+    const auto write = [&](int row, int c, float sum, const SoftmaxState& state) {
+      const int head = begin + row;
+      v.m[(head * p.batch + first + image) * channels + c] = sum / state.total;
+      if (c == 0) v.lse[(first + image) * heads + head] = log_of_total(state);
+    };
+    pass.results(min(P::kRows, heads - begin), mine.tokens, write);
+    __syncthreads();
+  };
+  pass_over_images<P>(pass, mine, p.states, heads, channels, run, results);
 
   // o_h = W_v,h (gamma m_h + beta) + b_v,h
   const auto stage = [&](int head) {
     for (int i = static_cast<int>(threadIdx.x); i < kImages * channels; i += blockDim.x) {
       const int row = i / channels, c = i % channels;
       const float m = row < count ? v.m[(head * p.batch + first + row) * channels + c] : 0;
-      const float z = row < count ? m * element(w.norm.weight, c) + element(w.norm.bias, c) : 0;
+      const float z =
+          row < count ? m * element<T>(w.norm.weight, c) + element<T>(w.norm.bias, c) : 0;
       rows[row * pitch + c] = from_float<T>(z);
     }
   };
@@ -136,30 +138,39 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
            if (row >= count) return;
            const float r = p.residual_scale ? p.residual_scale[first + row] : 1.0f;
            const float* of_y0 = v.y0 + (first + row) * channels + c;
-           const float2 value = make_float2(of_y0[0] + r * (a + element(w.out.bias, c)),
-                                            of_y0[1] + r * (b + element(w.out.bias, c + 1)));
+           const float2 value = make_float2(of_y0[0] + r * (a + element<T>(w.out.bias, c)),
+                                            of_y0[1] + r * (b + element<T>(w.out.bias, c + 1)));
            store_in_ranks(reinterpret_cast<float2*>(y0 + row * channels + c), value);
            *reinterpret_cast<float2*>(v.y + (first + row) * channels + c) = value;
          });
   cluster_sync();
 
   clear_rows(rows, count, channels);
-  normalize_rows<true>(count, channels, p.eps, w.back_norm, of_y0,
-                       [&](int row, int c, float value) {
-                         rows[row * pitch + c] = from_float<T>(value);
-                         if (keeps) v.back_activated[(first + row) * channels + c] = value;
-                       });
+  normalize_rows<T, true>(count, channels, p.eps, w.back_norm, of_y0,
+                          [&](int row, int c, float value) {
+                            rows[row * pitch + c] = from_float<T>(value);
+                            if (keeps) v.back_activated[(first + row) * channels + c] = value;
+                          });
   __syncthreads();
   const Share back = Share::of(own);
   linear(rows, pitch, w.back.weight.data, channels, back.first, back.last,
          [&](int row, int c, float a, float b) {
            if (row >= count) return;
            T* to = static_cast<T*>(p.new_cls) + (first + row) * own + c;
-           store_pair(to, pack<T>(a + element(w.back.bias, c), b + element(w.back.bias, c + 1)));
+           store_pair(to,
+                      pack<T>(a + element<T>(w.back.bias, c), b + element<T>(w.back.bias, c + 1)));
          });
 }
 
 }  // namespace
+
+int64_t states_size(const Division& division, int64_t batch, int num_tokens, int channels,
+                    int heads) {
+  if (division.blocks / division.images <= 1) return 0;
+  const int64_t tiles = num_tokens / attention_core::kTokensOfTile + 1;  // with the CLS
+  return batch * tiles * attention_core::cuda::padded_rows(heads) *
+         attention_core::tile_state_floats(channels);
+}
 
 attention_core::cuda::BlockSize forward_block(DType dtype, int own, int channels, int heads,
                                               int most_bytes) {

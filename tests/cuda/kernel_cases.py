@@ -33,6 +33,7 @@ class Core:
     extra: bool = False
     masked: bool = False
     norm_eps: float | None = 1e-6
+    blocks: int = 1  # that share an image
 
     def arrays(self) -> list[np.ndarray]:
         sizes = self.batch, self.tokens, self.rows, self.channels
@@ -45,7 +46,7 @@ class Core:
             return reference.attention_core(u, x, self.norm_eps, mask, extra)
 
         exact = outputs_and_gradients(core, inputs, upstream, torch.float64)
-        numbers = _numbers(0, *sizes, self.norm_eps is not None)
+        numbers = _numbers(0, *sizes, self.norm_eps is not None, self.blocks)
         given = bits(x), bits(extra), floats(u), _array(mask), *map(floats, upstream)
         return [numbers, *given, *(t.numpy() for t in exact), *[_array(None)] * (5 - len(exact))]
 
@@ -98,8 +99,11 @@ CASES = {
     "core": Core(2, 150, 10, 48, extra=True, masked=True),
     "core, wide": Core(1, 70, 5, 112, extra=True, masked=True),
     "core, not normalized": Core(1, 70, 5, 48, norm_eps=None),
+    "core, shared": Core(2, 150, 10, 48, extra=True, masked=True, blocks=4),
+    "core, wide, shared": Core(1, 70, 5, 112, extra=True, masked=True, blocks=2),
     "fusion": Fusion(5, 70, 80, 32, 10, images=3, blocks=2),
     "fusion, over": Fusion(5, 70, 48, 64, 3, images=3, blocks=2, over=True),
+    "fusion, shared": Fusion(3, 70, 80, 32, 10, images=2, blocks=4),
     "fusion, wide": Fusion(3, 40, 112, 48, 7, images=3, blocks=2),
     "fusion, wide, over": Fusion(3, 40, 112, 48, 7, images=3, blocks=2, over=True),
 }

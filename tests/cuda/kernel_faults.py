@@ -54,8 +54,13 @@ REDUCED: list[Change] = [
 
 RACE, OVERFLOW = "ThreadSanitizer: data race", "AddressSanitizer: heap-buffer-overflow"
 # Of kernel_cases.CASES.
-CORE, CORE_WIDE, FUSION, FUSION_OVER = "core", "core, wide", "fusion", "fusion, over"
-FUSION_WIDE = "fusion, wide"
+CORE, CORE_WIDE, CORE_SHARED = "core", "core, wide", "core, shared"
+FUSION, FUSION_OVER, FUSION_WIDE, FUSION_SHARED = (
+    "fusion",
+    "fusion, over",
+    "fusion, wide",
+    "fusion, shared",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +92,7 @@ def left_out(file: str, text: str, context: str | None = None) -> Change:
     return file, context, f"{before}if (!FAULT) {text}{after}"
 
 
+GATHERED = "__syncthreads();\n  }\n\n  // After run(), or gather()"
 BARRIER, WARP_BARRIER, CLUSTER_BARRIER = "__syncthreads();", "__syncwarp();", "cluster_sync();"
 
 
@@ -104,13 +110,13 @@ def barrier_of_a_block(file: str, context: str) -> Change:
     return file, context, f"{before}{{ if (FAULT) {BARRIER} else {CLUSTER_BARRIER} }}{after}"
 
 
-def of_a_pass(way: str, file: str, refilled: str, leave: str) -> dict[str, Fault]:
+def of_a_pass(way: str, file: str, result: str, refilled: str, leave: str) -> dict[str, Fault]:
     """What forward_pass.h and backward_pass.h have in common."""
     faults = {
         "rows not seen": race(CORE, no_barrier(file, f"{BARRIER}\n    scores_.sum_rows();")),
         "sums of rows not seen": race(CORE, no_barrier(file, f"clear();\n    {BARRIER}")),
         "tile refilled early": race(
-            refilled, no_warp_barrier(file, f"{WARP_BARRIER}\n      ring_.copy(x, turn")
+            refilled, no_warp_barrier(file, f"{WARP_BARRIER}\n      ring_.copy(x, range")
         ),
         "sums over tiles in use": race(CORE, no_barrier(file, f"{BARRIER}\n    {leave}")),
         "results read early": race(CORE_WIDE, no_barrier(file, f"{leave}\n    {BARRIER}\n  }}")),
@@ -120,8 +126,16 @@ def of_a_pass(way: str, file: str, refilled: str, leave: str) -> dict[str, Fault
             "more arrivals than an mbarrier was initialised for",
         ),
         "a row of results too many": overflow(
-            CORE_WIDE, (file, "i < count * channels_;", "i < (count + FAULT) * channels_;")
+            CORE_WIDE, (file, "i < count * width;", "i < (count + FAULT) * width;")
         ),
+        "tiles of other blocks not there": race(
+            CORE_SHARED,
+            barrier_of_a_block(
+                f"attention_core/{way}.cu", f"{CLUSTER_BARRIER}\n    pass.gather(states"
+            ),
+        ),
+        "gathered sums not seen": race(CORE_SHARED, no_barrier(file, f"    }}\n    {GATHERED}")),
+        "a tile too many": wrong(CORE_SHARED, result, (file, "< tiles;", "< tiles + FAULT;")),
     }
     return {f"{way}: {name}": fault for name, fault in faults.items()}
 
@@ -132,30 +146,31 @@ CLUSTER_BARRIERS = {
         "start": f"{CLUSTER_BARRIER}  // the other blocks have started",
         "y0": f"{CLUSTER_BARRIER}\n\n  clear_rows(rows, count, channels);\n  const int pitch",
         "q": f"{CLUSTER_BARRIER}\n\n  // kt_h",
-        "kt": f"{CLUSTER_BARRIER}\n\n  for (int image = rank",
-        "m": f"{CLUSTER_BARRIER}\n\n  // o_h",
+        "kt": f"{CLUSTER_BARRIER}\n\n  const auto run",
         "o": f"{CLUSTER_BARRIER}\n\n  // y = y0",
-        "y": f"{CLUSTER_BARRIER}\n\n  clear_rows(rows, count, channels);\n  normalize_rows<true>",
+        "y": f"{CLUSTER_BARRIER}\n\n  clear_rows(rows, count, channels);\n  normalize_rows<T, t",
     },
     FUSION_BACKWARD: {
         "start": f"{CLUSTER_BARRIER}  // the other blocks have started",
         "g": f"{CLUSTER_BARRIER}\n\n  // The residual",
         "do": f"{CLUSTER_BARRIER}\n  // dz_h",
-        "dz": f"{CLUSTER_BARRIER}\n\n  for (int image = rank",
-        "du": f"{CLUSTER_BARRIER}\n\n  // dq_h",
+        "dz": f"{CLUSTER_BARRIER}\n\n  const auto run",
         "dq": f"{CLUSTER_BARRIER}\n  // LN(y0)'s",
         "the query": f"{CLUSTER_BARRIER}\n\n  // y0 is what",
         "reading floats": f"{CLUSTER_BARRIER}  // no block reads",
-        "f": f"{CLUSTER_BARRIER}\n  normalize_rows_backward<true>(\n      rank",
+        "f": f"{CLUSTER_BARRIER}\n  normalize_rows_backward<T, true>(\n      rank",
     },
 }
-LEAVE_DU = "du_.leave(sums_of(P::team()), channels_, slice_);  // over rows and rings"
+LEAVE_M = "if (!states) leave();"
+LEAVE_DU = (
+    "if (!states) du_.template leave<true>(sums_of(P::team()), P::row_pitch(channels_), slice_);"
+)
 TEAM_BARRIER = "barrier_of_warps(1 + team(), 32 * kSplit);"
 SWAPPED_SIDES = "FAULT ? 2 * side : side", "FAULT ? 2 * side + 1 : side + 2"
 
 FAULTS: dict[str, Fault] = {
-    **of_a_pass("forward", FORWARD_PASS, CORE_WIDE, "leave();"),
-    **of_a_pass("backward", BACKWARD_PASS, CORE, LEAVE_DU),
+    **of_a_pass("forward", FORWARD_PASS, "m", CORE_WIDE, LEAVE_M),
+    **of_a_pass("backward", BACKWARD_PASS, "du", CORE, LEAVE_DU),
     "backward: sums of all rows not seen": race(
         CORE, no_barrier(BACKWARD_PASS, f"{BARRIER}\n    for (int turn")
     ),
@@ -247,10 +262,16 @@ FAULTS: dict[str, Fault] = {
     ),
     # A block has several images.
     "fusion forward: an image over results": race(
-        FUSION_OVER, no_barrier(FUSION_FORWARD, f"write);\n      {BARRIER}")
+        FUSION_OVER, no_barrier(FUSION_FORWARD, f"write);\n    {BARRIER}")
     ),
     "fusion backward: an image over results": race(
-        FUSION_OVER, no_barrier(FUSION_BACKWARD, f"}});\n      {BARRIER}")
+        FUSION_OVER, no_barrier(FUSION_BACKWARD, f"write);\n    {BARRIER}")
+    ),
+    "fusion: tiles of other blocks not there": race(
+        FUSION_SHARED, barrier_of_a_block(BLOCK, f"{CLUSTER_BARRIER}\n  if (images.sharing")
+    ),
+    "fusion: the pass's results not there": race(
+        FUSION_SHARED, barrier_of_a_block(BLOCK, f"  }}\n  {CLUSTER_BARRIER}\n}}\n\n// The columns")
     ),
     **{
         f"fusion {Path(file).stem}: cluster does not meet after {name}": race(

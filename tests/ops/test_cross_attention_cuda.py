@@ -17,7 +17,7 @@ from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention.cuda import Division
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DIVISIONS = (Division(1, 8), Division(4, 2), Division(16, 8), Division(2, 1))
+DIVISIONS = tuple(Division(*of) for of in ((1, 8), (3, 8), (4, 2), (16, 8), (2, 1)))
 
 
 @pytest.fixture(params=DIVISIONS, ids=str)
@@ -95,27 +95,35 @@ def test_large_mean_small_spread(dtype: torch.dtype, cuda_device: str) -> None:
 
 
 def fusion(
-    cls: torch.Tensor, tokens: torch.Tensor, weights: FusionWeights
+    cls: torch.Tensor, tokens: torch.Tensor, weights: FusionWeights, heads: int = 3
 ) -> tuple[torch.Tensor, ...]:
-    return fusion_and_gradients(cls, tokens, weights, 3, "cuda")
+    return fusion_and_gradients(cls, tokens, weights, heads, "cuda")
 
 
-def test_an_image_depends_on_itself_alone(cuda_device: str, monkeypatch) -> None:
-    """Not on its batch, nor on how clusters share the work, nor on a NaN in another image."""
-    weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(48, 96)))
-    cls = torch.randn(7, 48, device=cuda_device)
-    tokens = torch.randn(7, 21, 96, device=cuda_device)
+@pytest.mark.parametrize(
+    "channels, heads, dtype", [(96, 3, torch.float32), (416, 13, torch.bfloat16)], ids=str
+)
+def test_an_image_depends_on_itself_alone(
+    channels: int, heads: int, dtype: torch.dtype, cuda_device: str, monkeypatch
+) -> None:
+    """Not on its batch, nor on how clusters share the work, nor on a NaN in another image. Warps
+    have several tiles, one after the other.
+    """
+    weights = FusionWeights(*(w.to(cuda_device, dtype) for w in make_weights(48, channels)))
+    cls = torch.randn(5, 48, device=cuda_device, dtype=dtype)
+    tokens = torch.randn(5, 210, channels, device=cuda_device, dtype=dtype)
     choose(Division(1, 1), monkeypatch)
-    expected = fusion(cls, tokens, weights)
+    expected = fusion(cls, tokens, weights, heads)
     poisoned = tokens.clone()
     poisoned[2, 3, 5] = torch.nan
-    others = [i for i in range(7) if i != 2]
+    others = [0, 1, 3, 4]
     for division in DIVISIONS:
         choose(division, monkeypatch)
-        for batch in (slice(0, 7), slice(5, 6)):
-            for a, e in zip(fusion(cls[batch], tokens[batch], weights), expected, strict=True):
+        for batch in (slice(0, 5), slice(4, 5)):
+            results = fusion(cls[batch], tokens[batch], weights, heads)
+            for a, e in zip(results, expected, strict=True):
                 assert torch.equal(a, e[batch])
-        for a, e in zip(fusion(cls, poisoned, weights), expected, strict=True):
+        for a, e in zip(fusion(cls, poisoned, weights, heads), expected, strict=True):
             assert torch.isnan(a[2]).any() and torch.equal(a[others], e[others])
 
 
@@ -132,7 +140,7 @@ def test_strided_tokens_and_cls(cuda_device: str) -> None:
             assert torch.equal(a, e)
 
 
-@pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16, torch.float16])
 def test_parameters_of_other_dtypes(norms: torch.dtype, cuda_device: str) -> None:
     """LayerNorms, biases and the CLS in float32 beside matrices in bfloat16, as autocast has."""
     weights = make_weights(48, 96)

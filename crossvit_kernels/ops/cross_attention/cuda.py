@@ -33,7 +33,7 @@ class Division:
         images: Images of a cluster, at most the 16 rows of a tensor-core tile. They share one
             reading of the weights.
         blocks: Blocks of a cluster. They share the columns of every linear layer, and the images'
-            tokens.
+            tokens: blocks / images of them an image's where the images are fewer.
     """
 
     images: int
@@ -44,12 +44,9 @@ def division(batch: int, chip: int) -> Division:
     """As many images a cluster as leave no multiprocessor idle: predicted, not measured."""
     blocks = 8 if chip >= 90 or chip == 0 else 1  # clusters begin with sm_90
     images = 1
-    while images < 16 and -(-batch // images) * blocks > _MULTIPROCESSORS:
+    while images < 16 and -(-batch // images) * blocks > core.MULTIPROCESSORS:
         images *= 2
     return Division(images, blocks)
-
-
-_MULTIPROCESSORS = 128  # of an A100 and an H200 there are 108 and 132
 
 
 def why_not(
@@ -104,16 +101,19 @@ def forward(
     if batch:
         assert extension.cuda_kernels is not None
         x, weights, scale = _prepared(tokens, w, residual_scale)
-        cls = cls.contiguous()  # stays alive until the kernel has been started
+        cls = _readable(cls, x).contiguous()  # stays alive until the kernel has been started
         split = division(batch, launch.chip(x.device))
+        problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
+        states = _states(problem, split, saved.vectors)
         extension.cuda_kernels.functions.cross_attention_forward(
-            problem=(batch, num_tokens, channels, cls.shape[1], num_heads, eps),
+            problem=problem,
             cls=extension.parameter(cls),
             tokens=extension.tokens(x, None),
             weights=[extension.parameter(p) for p in weights],
             residual_scale=extension.optional(scale),
             new_cls=new_cls.data_ptr(),
             vectors=saved.vectors.data_ptr(),
+            states=extension.optional(states),
             division=(split.images, split.blocks),
             place=extension.place(x),
         )
@@ -132,19 +132,22 @@ def backward(
 ) -> tuple[Tensor, Tensor, FusionWeights]:
     """(dcls, dtokens, gradients of the weights; None where the weight is None)."""
     (batch, num_tokens, channels), own = tokens.shape, cls.shape[1]
-    dcls, dx = cls.new_empty(cls.shape), tokens.new_empty(tokens.shape)
+    dcls = torch.empty_like(_readable(cls, tokens), memory_format=torch.contiguous_format)
+    dx = tokens.new_empty(tokens.shape)
     gradients = dx.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
     dz, du = dx.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
     if batch:
         assert extension.cuda_kernels is not None
         x, w, scale = _prepared(tokens, weights, residual_scale)
         split = division(batch, launch.chip(x.device))
+        problem = batch, num_tokens, channels, own, num_heads, eps
+        states = _states(problem, split, gradients)
         scratch = dx.new_empty(2, batch, channels, dtype=torch.float32)
-        cls, d_new_cls = cls.contiguous(), d_new_cls.contiguous()
+        of_cls, d_new_cls = _readable(cls, x).contiguous(), d_new_cls.contiguous()
         extension.cuda_kernels.functions.cross_attention_backward(
-            problem=(batch, num_tokens, channels, own, num_heads, eps),
+            problem=problem,
             dnew_cls=extension.parameter(d_new_cls),
-            cls=extension.parameter(cls),
+            cls=extension.parameter(of_cls),
             tokens=extension.tokens(x, None),
             weights=[extension.parameter(p) for p in w],
             residual_scale=extension.optional(scale),
@@ -155,17 +158,37 @@ def backward(
             dz=dz.data_ptr(),
             du=du.data_ptr(),
             scratch=scratch.data_ptr(),
+            states=extension.optional(states),
             division=(split.images, split.blocks),
             place=extension.place(x),
         )
     v = vectors(saved, batch, own, channels, num_heads)
-    return dcls, dx, weight_gradients(weights, v, gradients, du)
+    return dcls.to(cls.dtype), dx, weight_gradients(weights, v, gradients, du)
+
+
+def _states(
+    problem: tuple[int, int, int, int, int, float], split: Division, floats: Tensor
+) -> Tensor | None:
+    """What blocks that share an image leave for each other, beside `floats`."""
+    if split.images >= split.blocks:
+        return None
+    assert extension.cuda_kernels is not None
+    functions = extension.cuda_kernels.functions
+    return floats.new_empty(functions.cross_attention_states(problem, (split.images, split.blocks)))
 
 
 def _prepared(
     tokens: Tensor, w: FusionWeights, residual_scale: Tensor | None
 ) -> tuple[Tensor, FusionWeights, Tensor | None]:
     """As kernels read them: rows of tokens and matrices at multiples of 16 bytes."""
-    matrices = [launch.aligned_rows(p) if p is not None and p.ndim == 2 else p for p in w]
+    readable = [
+        p if p is None else launch.aligned_rows(p) if p.ndim == 2 else _readable(p, tokens)
+        for p in w
+    ]
     scale = None if residual_scale is None else residual_scale.float().contiguous()
-    return launch.aligned_rows(tokens), launch.contiguous(FusionWeights(*matrices)), scale  # type: ignore[arg-type]
+    return launch.aligned_rows(tokens), launch.contiguous(FusionWeights(*readable)), scale  # type: ignore[arg-type]
+
+
+def _readable(t: Tensor, tokens: Tensor) -> Tensor:
+    """t where it is of the tokens' dtype or float32, as kernels take it; else in float32."""
+    return t if t.dtype in (tokens.dtype, torch.float32) else t.float()

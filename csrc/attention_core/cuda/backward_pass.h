@@ -1,6 +1,7 @@
 #pragma once
 
 #include "attention_core/cuda/scores.h"
+#include "attention_core/cuda/tile_states.h"
 
 // The backward pass of one block over a range of one image's tokens: reads them once, writes their
 // gradient once, and sums du. Probabilities come from lse (docs/derivation.md).
@@ -44,42 +45,69 @@ class BackwardPass {
   __device__ float* lse() const { return numbers_; }
   __device__ float* delta() const { return numbers_ + kRows; }
 
-  __device__ void start(const Image<T>& x, int first, int last) { ring_.fill(x, first, last); }
+  __device__ void start(const Image<T>& x, const Range& range) { ring_.fill(x, range); }
 
   // All threads. What the caller wrote need not be seen yet. write_extra(channel, pair) gets the
-  // gradient of the extra token; with add, dx holds what other score rows gave.
+  // gradient of the extra token; with add, dx holds what other score rows gave. Blocks that share
+  // the image leave their tiles' du in `states`.
   template <class WriteExtra>
-  __device__ void run(const Image<T>& x, T* dx, int64_t dx_stride, int first, int last, bool add,
-                      WriteExtra write_extra) {
+  __device__ void run(const Image<T>& x, T* dx, int64_t dx_stride, const Range& range,
+                      const TileStates<P>& states, bool add, WriteExtra write_extra) {
     __syncthreads();
     scores_.sum_rows();
     du_.clear();
     __syncthreads();
     if (threadIdx.x < 2 * kRows) sums()[threadIdx.x] = scores_.row_sum(threadIdx.x);
     __syncthreads();
-    for (int turn = 0, token; (token = P::token_of(first, turn)) < last; ++turn) {
+    for (int turn = 0, token; (token = P::token_of(range, turn)) < range.last; ++turn) {
       ring_.wait(turn);
       const bool extra = token == 0 && x.has_extra;
       if (extra) ring_.write_extra(turn, x.extra);
-      add_tile(turn, x.attended_of_tile(token, last));
+      add_tile(turn, x.attended_of_tile(token, range.last));
       __syncwarp();
       if (extra) copy_extra(turn, write_extra);
-      store(turn, x, dx, dx_stride, token, last, add);
+      store(turn, x, dx, dx_stride, token, range.last, add);
       __syncwarp();
-      ring_.copy(x, turn + P::kStages, P::token_of(first, turn + P::kStages), last);
+      ring_.copy(x, range, turn + P::kStages);
+      if (states) {
+        states.leave(P::tile_of(range, turn), du_, slice_);
+        du_.clear();
+      }
     }
     ring_.drain();
     __syncthreads();
-    du_.leave(sums_of(P::team()), channels_, slice_);  // over rows and rings
+    if (!states) du_.template leave<true>(sums_of(P::team()), P::row_pitch(channels_), slice_);
     __syncthreads();
   }
 
-  // After run(), for rows [0, count): write(row, channel, du).
+  // As in forward_pass.h.
+  __device__ void gather(const TileStates<P>& states, const Range& range) {
+    const int pitch = P::row_pitch(channels_), tiles = P::tiles_of(range);
+    const ChannelShare share = ChannelShare::of(channels_, range);
+    const int width = share.last - share.first, all = P::teams() * kRows * width;
+    for (int i = static_cast<int>(threadIdx.x); i < all; i += blockDim.x) {
+      const int channel = share.first + i % width, row = i / width % kRows;
+      const int team = i / width / kRows;
+      float sum = 0, mean = 0;
+#pragma unroll 4  // loads under way
+      for (int tile = team; tile < tiles; tile += P::teams()) {
+        sum += states.sum(tile, row, channel);
+        mean += states.mean(tile, row, channel);
+      }
+      sums_of(team)[row * pitch + channel] = sum - mean;
+    }
+    __syncthreads();
+  }
+
+  // After run(), or gather(), for rows [0, count) and this block's share of the channels:
+  // write(row, channel, du).
   template <class Write>
-  __device__ void results(int count, Write write) const {
+  __device__ void results(int count, const Range& range, Write write) const {
     const int pitch = P::row_pitch(channels_);
-    for (int i = static_cast<int>(threadIdx.x); i < count * channels_; i += blockDim.x) {
-      const int row = i / channels_, channel = i % channels_;
+    const ChannelShare share = ChannelShare::of(channels_, range);
+    const int width = share.last - share.first;
+    for (int i = static_cast<int>(threadIdx.x); i < count * width; i += blockDim.x) {
+      const int row = i / width, channel = share.first + i % width;
       float sum = 0;
       for (int team = 0; team < P::teams(); ++team) sum += sums_of(team)[row * pitch + channel];
       write(row, channel, sum);
@@ -137,7 +165,9 @@ class BackwardPass {
       const FragmentA<T> x = channels_by_tokens(tile + unit * 16, ring_.pitch(), four);
 #pragma unroll
       for (int group = 0; group < P::kGroups; ++group) {
-        multiply(du_.of[unit][group], x, weights[group]);
+        float du[4] = {};
+        multiply(du, x, weights[group]);
+        for (int i = 0; i < 4; ++i) du_.of[unit][group][i] += du[i];
       }
     }
     __syncwarp();
@@ -196,9 +226,8 @@ class BackwardPass {
       b[i] = normalize_ ? sum_of_row(b[i]) / channels_ * rstd[i] : 0.0f;
     }
     const int row_pitch = P::row_pitch(channels_), pitch = ring_.pitch();
-#pragma unroll
-    for (int unit = 0; unit < P::kUnits; ++unit) {
-      if (unit >= slice_.units) break;
+#pragma unroll P::kUnroll
+    for (int unit = 0; unit < slice_.units; ++unit) {
       float dx[2][4] = {};
 #pragma unroll
       for (int step = 0; step < P::kGroups; ++step) {

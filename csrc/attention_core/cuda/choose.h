@@ -5,7 +5,8 @@
 #include <string>
 
 #include "attention_core/cuda.h"
-#include "attention_core/cuda/plan.h"
+#include "attention_core/cuda/tile_states.h"
+#include "common/cluster.h"
 #include "common/launch.h"
 
 // Which plan runs a problem, and what launchers have in common.
@@ -16,23 +17,53 @@ inline int parts_of(const Problem& problem) {
   return static_cast<int>(std::max<int64_t>(1, (problem.num_tokens + kPart - 1) / kPart));
 }
 
-// Of the part that begins with token `first`.
-__host__ __device__ inline int end_of_part(const Problem& problem, int first) {
+// Of a part, what this block of its cluster has.
+__device__ inline Range range_of_part(const Problem& problem, int part) {
+  const int first = part * kPart;
   const int64_t left = problem.num_tokens - first;
-  return first + (left < kPart ? static_cast<int>(left) : kPart);
+  return {first, first + (left < kPart ? static_cast<int>(left) : kPart), cluster_rank(),
+          cluster_size()};
+}
+
+// Enough for passes of 8 score rows and of 16.
+inline int64_t padded_rows(int64_t rows) { return (rows + 15) / 16 * 16; }
+
+// The most tiles that a part has.
+__host__ __device__ inline int64_t tiles_of_part(const Problem& problem) {
+  const int64_t tokens = problem.num_tokens < kPart ? problem.num_tokens : kPart;
+  return (tokens + kTokensOfTile - 1) / kTokensOfTile;
+}
+
+// What the tiles of so many score rows of all parts leave in memory, where blocks share them.
+inline int64_t tile_floats(const Problem& problem, int blocks, int64_t rows) {
+  if (blocks == 1) return 0;
+  const int64_t tiles = problem.batch * parts_of(problem) * tiles_of_part(problem);
+  return tiles * rows * tile_state_floats(static_cast<int>(problem.channels));
+}
+
+// Of the index-th part, of all images and groups of score rows.
+template <class P>
+__device__ TileStates<P> states_of_part(float* tiles, const Problem& problem, int64_t index) {
+  const int channels = static_cast<int>(problem.channels);
+  if (!tiles) return {nullptr, channels};
+  return {tiles + index * tiles_of_part(problem) * TileStates<P>::floats(channels), channels};
 }
 
 // Runs run(plan, teams). A wide image goes to more warps rather than to more registers of one. Few
 // problems have 16 rows of narrow tokens: they have no kernels of their own, which take long to
 // compile. At 384 channels backward has three teams: two blocks of four are more shared memory than
-// a multiprocessor of sm_90 has.
+// a multiprocessor of sm_90 has. Floats of as many channels are more registers than a warp has.
 template <class T, bool kBackward, class Run>
 void with_plan(int64_t rows, int64_t channels, Run&& run) {
   constexpr bool kWide = sizeof(T) == 4;
   constexpr int kOneUnitEach = 64;  // channels; four warps of a tile want one or more
   if (rows <= 8 || channels < kOneUnitEach) {
     if (channels <= 192) return run(Plan<T, 12, 1, 1, kWide ? 2 : 3>(), 4);
-    if (channels <= 384) return run(Plan<T, 24, 1, 1, 2>(), kWide ? 2 : kBackward ? 3 : 4);
+    if constexpr (kWide) {
+      if (channels <= 384) return run(Plan<T, 12, 1, 2, 2>(), 2);
+    } else {
+      if (channels <= 384) return run(Plan<T, 24, 1, 1, 2>(), kBackward ? 3 : 4);
+    }
     if (channels <= 768) return run(Plan<T, 12, 1, 4, 2>(), 1);
     return run(Plan<T, 12, 1, 8, kWide ? 1 : 2>(), 1);
   }

@@ -1,15 +1,16 @@
 #pragma once
 
 #include "attention_core/cuda/scores.h"
+#include "attention_core/cuda/tile_states.h"
 
 // The forward pass of one block over a range of one image's tokens: online softmax, and sums of raw
 // tokens whose means are subtracted at the end (docs/derivation.md).
 
 namespace crossvit::attention_core {
 
-// lse of weights that sum to `total` where the peak, to the base 2, counts 1.
-__device__ inline float log_of_total(float peak, float total) {
-  return (peak + log2f(total)) / kLog2e;
+// lse, for a total above 0.
+__device__ inline float log_of_total(const SoftmaxState& state) {
+  return (state.peak + log2f(state.total)) / kLog2e;
 }
 
 template <class P>
@@ -39,45 +40,73 @@ class ForwardPass {
   // [kRows, row_pitch]: u, for the caller to write before run(), zeros where there is no row.
   __device__ T* rows() const { return rows_; }
 
-  // Starts the first copies of tokens [first, last). Needs no rows and no extra token yet.
-  __device__ void start(const Image<T>& x, int first, int last) { ring_.fill(x, first, last); }
+  // Starts the first copies. Needs no rows and no extra token yet.
+  __device__ void start(const Image<T>& x, const Range& range) { ring_.fill(x, range); }
 
-  // All threads. The rows are written, not necessarily seen.
-  __device__ void run(const Image<T>& x, int first, int last) {
+  // All threads. The rows are written, not necessarily seen. Blocks that share the image leave
+  // their tiles in `states`.
+  __device__ void run(const Image<T>& x, const Range& range, const TileStates<P>& states) {
     __syncthreads();
     scores_.sum_rows();
     clear();
     __syncthreads();
-    for (int turn = 0, token; (token = P::token_of(first, turn)) < last; ++turn) {
+    for (int turn = 0, token; (token = P::token_of(range, turn)) < range.last; ++turn) {
       ring_.wait(turn);
       if (token == 0 && x.has_extra) ring_.write_extra(turn, x.extra);
-      add_tile(turn, x.attended_of_tile(token, last));
+      add_tile(turn, x.attended_of_tile(token, range.last));
       __syncwarp();
-      ring_.copy(x, turn + P::kStages, P::token_of(first, turn + P::kStages), last);
+      ring_.copy(x, range, turn + P::kStages);
+      if (states) {
+        const int tile = P::tile_of(range, turn);
+        states.leave(tile, sums_, slice_);
+        states.leave(tile, softmax_);
+        clear();
+      }
     }
     ring_.drain();
     __syncthreads();
-    leave();
+    if (!states) leave();
     __syncthreads();
   }
 
-  // After run(), for rows [0, count): write(row, channel, m, peak, total), m not divided by the
-  // total yet; peaks are to the base 2, and -inf where nothing is attended to.
-  template <class Write>
-  __device__ void results(int count, Write write) const {
-    const int pitch = P::row_pitch(channels_);
-    for (int i = static_cast<int>(threadIdx.x); i < count * channels_; i += blockDim.x) {
-      const int row = i / channels_, channel = i % channels_;
-      float peak = -INFINITY;
-      for (int team = 0; team < P::teams(); ++team) peak = fmaxf(peak, left(team, row)[0]);
-      const float finite = peak == -INFINITY ? 0.0f : peak;
-      float sum = 0, total = 0;
-      for (int team = 0; team < P::teams(); ++team) {
-        const float decay = exp2f(left(team, row)[0] - finite);
-        total += decay * left(team, row)[1];
-        sum += decay * sums_of(team)[row * pitch + channel];
+  // After run() of all blocks that share the image: what the teams of a block that has all tiles
+  // would have left, of this block's share of the channels. All threads.
+  __device__ void gather(const TileStates<P>& states, const Range& range) {
+    const int pitch = P::row_pitch(channels_), tiles = P::tiles_of(range);
+    const ChannelShare share = ChannelShare::of(channels_, range);
+    const int width = share.last - share.first, all = P::teams() * P::kRows * width;
+    for (int i = static_cast<int>(threadIdx.x); i < all; i += blockDim.x) {
+      const int channel = share.first + i % width, row = i / width % P::kRows;
+      const int team = i / width / P::kRows;
+      SoftmaxState state;
+      float sum = 0, mean = 0;
+#pragma unroll 4  // loads under way
+      for (int tile = team; tile < tiles; tile += P::teams()) {
+        const Scales scales = join(state, states.state(tile, row));
+        sum = scales.join(sum, states.sum(tile, row, channel));
+        mean = scales.join(mean, states.mean(tile, row, channel));
       }
-      write(row, channel, sum, peak, total);
+      sums_of(team)[row * pitch + channel] = sum - mean;
+      if (channel == share.first) *left(team, row) = state;
+    }
+    __syncthreads();
+  }
+
+  // After run(), or gather(), for rows [0, count) and this block's share of the channels:
+  // write(row, channel, m, state), m not divided by the total yet.
+  template <class Write>
+  __device__ void results(int count, const Range& range, Write write) const {
+    const int pitch = P::row_pitch(channels_);
+    const ChannelShare share = ChannelShare::of(channels_, range);
+    const int width = share.last - share.first;
+    for (int i = static_cast<int>(threadIdx.x); i < count * width; i += blockDim.x) {
+      const int row = i / width, channel = share.first + i % width;
+      SoftmaxState state;
+      float sum = 0;
+      for (int team = 0; team < P::teams(); ++team) {
+        sum = join(state, *left(team, row)).join(sum, sums_of(team)[row * pitch + channel]);
+      }
+      write(row, channel, sum, state);
     }
   }
 
@@ -100,16 +129,14 @@ class ForwardPass {
   __device__ float* sums_of(int team) const {
     return reinterpret_cast<float*>(rows_) + team * floats_of_team(channels_);
   }
-  __device__ float* left(int team, int row) const {
-    return sums_of(team) + P::kRows * P::row_pitch(channels_) + 2 * row;
+  __device__ SoftmaxState* left(int team, int row) const {
+    return reinterpret_cast<SoftmaxState*>(sums_of(team) + P::kRows * P::row_pitch(channels_)) +
+           row;
   }
 
   __device__ void clear() {
     sums_.clear();
-    for (int group = 0; group < P::kGroups; ++group) {
-      peak_[group] = -INFINITY;
-      total_[group] = 0;
-    }
+    for (int group = 0; group < P::kGroups; ++group) softmax_[group] = {};
   }
 
   __device__ void add_tile(int turn, uint32_t attended) {
@@ -118,9 +145,10 @@ class ForwardPass {
     const T* tile = ring_.tile(turn);
     scores_.of_tile(tile, turn, attended, scores, four);
     FragmentB<T> weights[P::kGroups];
+    float added[P::kGroups][2];
 #pragma unroll
     for (int group = 0; group < P::kGroups; ++group) {
-      weights[group] = soften(group, attended, scores[0][group], four);
+      weights[group] = soften(group, attended, scores[0][group], four, added[group]);
     }
 #pragma unroll
     for (int unit = 0; unit < P::kUnits; ++unit) {
@@ -128,22 +156,28 @@ class ForwardPass {
       const FragmentA<T> x = channels_by_tokens(tile + unit * 16, ring_.pitch(), four);
 #pragma unroll
       for (int group = 0; group < P::kGroups; ++group) {
-        multiply(sums_.of[unit][group], x, weights[group]);
+        float sums[4] = {};
+        multiply(sums, x, weights[group]);
+        for (int i = 0; i < 4; ++i) {
+          float& sum = sums_.of[unit][group][i];
+          sum = fmaf(sums[i], added[group][i & 1], sum);
+        }
       }
     }
   }
 
   // Scores to weights exp(score - peak) * rstd; brings what was summed before to the new peak.
+  // added: what the tile's sums of rows 2 t and 2 t + 1 are multiplied by.
   __device__ FragmentB<T> soften(int group, uint32_t attended, const float (&scores)[4],
-                                 const FourTokens& four) {
-    float s[4], top = -INFINITY;
+                                 const FourTokens& four, float (&added)[2]) {
+    SoftmaxState tile;
+    float s[4];
     for (int i = 0; i < 4; ++i) {
       s[i] = attended >> nth_token(i) & 1 ? scores[i] * kLog2e : -INFINITY;
-      top = fmaxf(top, s[i]);
+      tile.peak = fmaxf(tile.peak, s[i]);
     }
-    const float peak = fmaxf(peak_[group], max_of_row(top));
-    const float finite = peak == -INFINITY ? 0.0f : peak;
-    const float decay = exp2f(peak_[group] - finite);
+    tile.peak = max_of_row(tile.peak);
+    const float finite = tile.peak == -INFINITY ? 0.0f : tile.peak;
     float total = 0, mean = 0, weights[4];
     for (int i = 0; i < 4; ++i) {
       const float p = exp2f(s[i] - finite);
@@ -151,10 +185,12 @@ class ForwardPass {
       weights[i] = rounded<T>(p * four.rstd[i]);
       mean += weights[i] * (four.mean[i] - four.centre[i]);
     }
-    total_[group] = total_[group] * decay + sum_of_row(total);
-    sums_.mean[group] = sums_.mean[group] * decay + sum_of_row(mean);
-    peak_[group] = peak;
-    if (__any_sync(~0u, decay != 1.0f)) rescale(group, decay);
+    tile.total = sum_of_row(total);
+    const Scales scales = join(softmax_[group], tile);
+    sums_.mean[group] = scales.join(sums_.mean[group], sum_of_row(mean));
+    if (__any_sync(~0u, scales.old != 1.0f)) rescale(group, scales.old);
+    const int t = lane_index() % 4;
+    for (int i = 0; i < 2; ++i) added[i] = __shfl_sync(~0u, scales.added, 8 * t + 4 * i);
     return weights_as_b<T>(weights);
   }
 
@@ -171,12 +207,10 @@ class ForwardPass {
 
   // Over the rows and the rings, which no copy is under way to.
   __device__ void leave() {
-    sums_.leave(sums_of(P::team()), channels_, slice_);
+    sums_.template leave<true>(sums_of(P::team()), P::row_pitch(channels_), slice_);
     if (lane_index() % 4 || P::part()) return;
     for (int group = 0; group < P::kGroups; ++group) {
-      float* numbers = left(P::team(), 8 * group + lane_index() / 4);
-      numbers[0] = peak_[group];
-      numbers[1] = total_[group];
+      *left(P::team(), 8 * group + lane_index() / 4) = softmax_[group];
     }
   }
 
@@ -186,8 +220,7 @@ class ForwardPass {
   TileRing<P> ring_;
   Scores scores_;
   WarpSums<P> sums_;
-  float peak_[P::kGroups];  // of row 8 group + g, to the base 2
-  float total_[P::kGroups];
+  SoftmaxState softmax_[P::kGroups];  // of row 8 group + g
 };
 
 }  // namespace crossvit::attention_core

@@ -15,6 +15,14 @@
 
 namespace crossvit::attention_core {
 
+constexpr int kTokensOfTile = 16;
+
+// Tokens [first, last) of an image. Blocks that share it take turns: tile i is block i % ranks'.
+struct Range {
+  int first, last;
+  int rank = 0, ranks = 1;
+};
+
 template <class T, int kUnits_, int kGroups_, int kSplit_, int kStages_>
 struct Plan {
   using Element = T;
@@ -22,9 +30,11 @@ struct Plan {
   static constexpr int kGroups = kGroups_;  // of 8 score rows
   static constexpr int kSplit = kSplit_;    // warps of a team
   static constexpr int kStages = kStages_;
-  static constexpr int kTokens = 16;
+  static constexpr int kTokens = kTokensOfTile;
   static constexpr int kRows = 8 * kGroups;
   static constexpr int kMaxThreads = 256;
+  // Units at once where none keeps registers for later; the widest plans spill with more.
+  static constexpr int kUnroll = 2;
   static constexpr int kMaxChannels = 16 * kUnits * kSplit;
 
   static int threads(int teams) { return 32 * kSplit * teams; }
@@ -35,9 +45,15 @@ struct Plan {
   // This warp's place in its team.
   __device__ static int part() { return warp() % kSplit; }
 
-  // The first token of the team's tile of a turn, of tokens from `first` on.
-  __device__ static int token_of(int first, int turn) {
-    return first + (turn * teams() + team()) * kTokens;
+  // The team's tile of a turn, counted from the range's first, and its first token.
+  __device__ static int tile_of(const Range& range, int turn) {
+    return (turn * teams() + team()) * range.ranks + range.rank;
+  }
+  __device__ static int tiles_of(const Range& range) {
+    return (range.last - range.first + kTokens - 1) / kTokens;
+  }
+  __device__ static int token_of(const Range& range, int turn) {
+    return range.first + tile_of(range, turn) * kTokens;
   }
 
   __device__ static void meet_team() {
@@ -68,6 +84,11 @@ struct Slice {
   __device__ static Slice of(int channels, int part, int parts) {
     const int all = channels / 16, begin = all * part / parts;
     return {begin * 16, all * (part + 1) / parts - begin};
+  }
+
+  // The part that has a channel.
+  __device__ static int part_of(int channels, int channel, int parts) {
+    return ((channel / 16 + 1) * parts - 1) / (channels / 16);
   }
 };
 
@@ -139,18 +160,19 @@ class TileRing {
   __device__ int pitch() const { return pitch_; }
   __device__ T* tile(int turn) const { return memory_ + turn % P::kStages * (P::kTokens * pitch_); }
 
-  // Starts the copies of the team's first tiles of tokens [first, last).
-  __device__ void fill(const Image<T>& x, int first, int last) {
+  // Starts the copies of the team's first tiles.
+  __device__ void fill(const Image<T>& x, const Range& range) {
     if (!open_) open();
-    for (int turn = 0; turn < P::kStages; ++turn) copy(x, turn, P::token_of(first, turn), last);
+    for (int turn = 0; turn < P::kStages; ++turn) copy(x, range, turn);
   }
 
   // Starts the copy of a tile: zeros where a token is not attended to.
-  __device__ void copy(const Image<T>& x, int turn, int token, int last) {
+  __device__ void copy(const Image<T>& x, const Range& range, int turn) {
+    const int token = P::token_of(range, turn);
     if constexpr (kBulkCopies) {
-      if (token < last) copy_bulk_rows(x, turn, token, last);
+      if (token < range.last) copy_bulk_rows(x, turn, token, range.last);
     } else {
-      if (token < last) copy_chunks(x, turn, token, last);
+      if (token < range.last) copy_chunks(x, turn, token, range.last);
       copy_async_commit();
     }
   }
@@ -269,13 +291,16 @@ struct WarpSums {
     }
   }
 
-  // To [kRows, row_pitch], without the means.
-  __device__ void leave(float* rows, int channels, Slice slice) const {
-    const int g = lane_index() / 4, t = lane_index() % 4, pitch = P::row_pitch(channels);
+  // To [kRows, pitch]; with kFinal without the means.
+  template <bool kFinal>
+  __device__ void leave(float* rows, int pitch, Slice slice) const {
+    const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int group = 0; group < P::kGroups; ++group) {
-      const float means[2] = {__shfl_sync(~0u, mean[group], 8 * t),
-                              __shfl_sync(~0u, mean[group], 8 * t + 4)};
+      float means[2] = {0, 0};
+      if constexpr (kFinal) {
+        for (int i = 0; i < 2; ++i) means[i] = __shfl_sync(~0u, mean[group], 8 * t + 4 * i);
+      }
       float* to = rows + (8 * group + 2 * t) * pitch + slice.first + g;
 #pragma unroll
       for (int unit = 0; unit < P::kUnits; ++unit) {

@@ -77,9 +77,8 @@ class TileScores {
     const int row_pitch = P::row_pitch(channels_);
     TokenSums sums;
     for (int i = 0; i < 2; ++i) sums.centre[i] = to_float(tile[(g + 8 * i) * pitch]);
-#pragma unroll
-    for (int unit = 0; unit < P::kUnits; ++unit) {
-      if (unit >= slice_.units) break;
+#pragma unroll P::kUnroll
+    for (int unit = 0; unit < slice_.units; ++unit) {
       FragmentA<T> x = load_rows(tile + unit * 16, pitch);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

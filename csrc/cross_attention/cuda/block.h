@@ -10,9 +10,12 @@
 // What the fusion's two kernels have in common. A cluster of blocks owns up to 16 images: its
 // blocks share the columns of every linear layer and give each other the results through
 // distributed shared memory, so that the cluster reads the weights once; then each takes the tokens
-// of its images.
+// of its images, or its part of an image's.
 
 namespace crossvit::cross_attention::cuda {
+
+using attention_core::Range;
+using attention_core::TileStates;
 
 inline Vectors vectors_of(float* memory, int64_t batch, int64_t own, int64_t channels,
                           int64_t heads) {
@@ -56,6 +59,52 @@ struct Layout {
     return std::max(narrow + operand_bytes_of<T>(channels), pass + of_pass);
   }
 };
+
+// The images of a cluster. Where they are fewer than its blocks, blocks share an image's tokens.
+struct Images {
+  int64_t first;
+  int count;
+  int sharing;      // blocks an image
+  Range tokens;     // of this block, of any of its images
+  int begin, step;  // its images are begin, begin + step and so on, up to count
+
+  // Of a grid of clusters with `images` images each.
+  __device__ static Images of(int64_t batch, int images, int num_tokens) {
+    const int rank = cluster_rank(), ranks = cluster_size(), sharing = max(1, ranks / images);
+    const int64_t first = int64_t{blockIdx.x} / ranks * images;
+    const int count = batch - first < images ? static_cast<int>(batch - first) : images;
+    const Range tokens = {0, num_tokens, rank % sharing, sharing};
+    return {first, count, sharing, tokens, rank / sharing, ranks / sharing};
+  }
+};
+
+// Passes over the tokens of this block's images, for as many heads at a time as a pass has rows:
+// run(image, head, states) with the first of the heads, then results(image, head). Blocks that
+// share an image meet in between, with what its tiles gave in `memory`.
+template <class P, class Pass, class Run, class Results>
+__device__ void pass_over_images(Pass& pass, const Images& images, float* memory, int heads,
+                                 int channels, Run run, Results results) {
+  const auto states_of = [&](int image, int head) -> TileStates<P> {
+    if (images.sharing == 1) return {nullptr, channels};
+    const int64_t passes = (heads + P::kRows - 1) / P::kRows;
+    const int64_t at = (images.first + image) * passes + head / P::kRows;
+    const int64_t floats = P::tiles_of(images.tokens) * TileStates<P>::floats(channels);
+    return {memory + at * floats, channels};
+  };
+  for (int image = images.begin; image < images.count; image += images.step) {
+    for (int head = 0; head < heads; head += P::kRows) {
+      run(image, head, states_of(image, head));
+      if (images.sharing == 1) results(image, head);
+    }
+  }
+  cluster_sync();
+  if (images.sharing == 1) return;
+  for (int head = 0; images.begin < images.count && head < heads; head += P::kRows) {
+    pass.gather(states_of(images.begin, head), images.tokens);
+    results(images.begin, head);
+  }
+  cluster_sync();
+}
 
 // The columns of a linear layer that belong to this block of the cluster, in tiles of 8.
 struct Share {
@@ -109,7 +158,11 @@ void with_fusion_plan(int64_t heads, int64_t channels, Run&& run) {
     if (heads > 8) return run(Plan<T, 12, 2, 4, 1>());
   }
   if (channels <= 192) return run(Plan<T, 12, 1, 1, sizeof(T) == 4 ? 1 : 2>());
-  if (channels <= 384) return run(Plan<T, 24, 1, 1, 1>());
+  if constexpr (sizeof(T) == 4) {
+    if (channels <= 384) return run(Plan<T, 12, 1, 2, 1>());
+  } else {
+    if (channels <= 384) return run(Plan<T, 24, 1, 1, 1>());
+  }
   run(Plan<T, 12, 1, 4, 1>());
 }
 

@@ -28,21 +28,20 @@ __host__ __device__ constexpr int float_bytes_of(int width) {
   return kImages * width * static_cast<int>(sizeof(float));
 }
 
-// Element `at` of a parameter; 0 where there is none.
-__device__ inline float element(const Parameter& p, int64_t at) {
+// Element `at` of a parameter, of type T or float; 0 where there is none.
+template <class T>
+__device__ __forceinline__ float element(const Parameter& p, int64_t at) {
   if (!p.data) return 0;
-  switch (p.dtype) {
-    case DType::kBFloat16: return to_float(static_cast<const bf16*>(p.data)[at]);
-    case DType::kFloat16: return to_float(static_cast<const half*>(p.data)[at]);
-    default: return static_cast<const float*>(p.data)[at];
-  }
+  if (sizeof(T) == 4 || p.dtype == DType::kFloat32) return static_cast<const float*>(p.data)[at];
+  return to_float(static_cast<const T*>(p.data)[at]);
 }
 
-__device__ inline void write_element(void* data, DType dtype, int64_t at, float value) {
-  switch (dtype) {
-    case DType::kBFloat16: static_cast<bf16*>(data)[at] = from_float<bf16>(value); break;
-    case DType::kFloat16: static_cast<half*>(data)[at] = from_float<half>(value); break;
-    default: static_cast<float*>(data)[at] = value;
+template <class T>
+__device__ __forceinline__ void write_element(void* data, DType dtype, int64_t at, float value) {
+  if (sizeof(T) == 4 || dtype == DType::kFloat32) {
+    static_cast<float*>(data)[at] = value;
+  } else {
+    static_cast<T*>(data)[at] = from_float<T>(value);
   }
 }
 
@@ -73,7 +72,7 @@ __device__ __forceinline__ float normal_distribution(float x) {
 }
 
 // LayerNorm of rows [0, count) of value(row, c), or its GELU, to write(row, c, y). A block.
-template <bool kGelu, class Value, class Write>
+template <class T, bool kGelu, class Value, class Write>
 __device__ void normalize_rows(int count, int width, float eps, const Layer& norm, Value value,
                                Write write) {
   const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
@@ -81,7 +80,8 @@ __device__ void normalize_rows(int count, int width, float eps, const Layer& nor
     const auto of_row = [&](int c) { return value(row, c); };
     const RowStatistics s = statistics_of_row(width, eps, of_row);
     for (int c = lane_index(); c < width; c += 32) {
-      float y = (of_row(c) - s.mean) * s.rstd * element(norm.weight, c) + element(norm.bias, c);
+      float y =
+          (of_row(c) - s.mean) * s.rstd * element<T>(norm.weight, c) + element<T>(norm.bias, c);
       if (kGelu) y *= normal_distribution(y);
       write(row, c, y);
     }
@@ -90,7 +90,7 @@ __device__ void normalize_rows(int count, int width, float eps, const Layer& nor
 
 // Of normalize_rows, for rows begin, begin + step, ... below count: given the gradient d(row, c),
 // write(row, c, dx, dn, xhat) with dn the gradient of LayerNorm's result. A block.
-template <bool kGelu, class Value, class Gradient, class Write>
+template <class T, bool kGelu, class Value, class Gradient, class Write>
 __device__ void normalize_rows_backward(int begin, int step, int count, int width, float eps,
                                         const Layer& norm, Value value, Gradient d, Write write) {
   const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
@@ -100,21 +100,22 @@ __device__ void normalize_rows_backward(int begin, int step, int count, int widt
     const auto xhat_of = [&](int c) { return (of_row(c) - s.mean) * s.rstd; };
     const auto dn_of = [&](int c, float xhat) {
       if (!kGelu) return d(row, c);
-      const float n = xhat * element(norm.weight, c) + element(norm.bias, c);
+      const float n = xhat * element<T>(norm.weight, c) + element<T>(norm.bias, c);
       const float density = 0.39894228040143268f * expf(-0.5f * n * n);
       return d(row, c) * (normal_distribution(n) + n * density);
     };
     float a = 0, b = 0;
     for (int c = lane_index(); c < width; c += 32) {
-      const float xhat = xhat_of(c), dxhat = dn_of(c, xhat) * element(norm.weight, c);
+      const float xhat = xhat_of(c), dxhat = dn_of(c, xhat) * element<T>(norm.weight, c);
       a += dxhat;
       b += dxhat * xhat;
     }
     a = sum_of_warp(a) / width;
     b = sum_of_warp(b) / width;
+#pragma unroll 1  // all of it has been read: more at once is more code, and no faster
     for (int c = lane_index(); c < width; c += 32) {
       const float xhat = xhat_of(c), dn = dn_of(c, xhat);
-      write(row, c, (dn * element(norm.weight, c) - a - xhat * b) * s.rstd, dn, xhat);
+      write(row, c, (dn * element<T>(norm.weight, c) - a - xhat * b) * s.rstd, dn, xhat);
     }
   }
 }

@@ -102,6 +102,7 @@ bool run_core(File& file, const int64_t* numbers) {
   namespace core = attention_core;
   const int64_t batch = numbers[0], tokens = numbers[1], rows = numbers[2], channels = numbers[3];
   const bool normalize = numbers[4];
+  const int blocks = static_cast<int>(numbers[5]);
   const Array x = file.next(), extra = file.next(), u = file.next(), mask = file.next();
   const Array dm = file.next(), dlse = file.next();
   const Array expected_m = file.next(), expected_lse = file.next(), expected_du = file.next();
@@ -121,14 +122,14 @@ bool run_core(File& file, const int64_t* numbers) {
   const Array dextra = like<bf16>(expected_dextra);
   const core::Tokens of_x = tokens_of(x, extra);
   {
-    const Array workspace(core::cuda::forward_workspace(problem) * int64_t{sizeof(float)});
-    core::cuda::forward({problem, of_x, rows_of(u), of_mask, rows_of(m), lse.as()},
+    const Array workspace(core::cuda::forward_workspace(problem, blocks) * int64_t{sizeof(float)});
+    core::cuda::forward({problem, of_x, rows_of(u), of_mask, rows_of(m), lse.as()}, blocks,
                         workspace.as<float>(), {});
   }
-  const Array workspace(core::cuda::backward_workspace(problem) * int64_t{sizeof(float)});
+  const Array workspace(core::cuda::backward_workspace(problem, blocks) * int64_t{sizeof(float)});
   core::cuda::backward({problem, of_x, rows_of(u), of_mask, rows_of(m), lse.as(), rows_of(dm),
                         dlse.as(), rows_of(du), tokens_of(dx, dextra)},
-                       workspace.as<float>(), {});
+                       blocks, workspace.as<float>(), {});
   Results results;
   results.judge<float>("m", m, expected_m);
   results.judge<float>("lse", lse, expected_lse);
@@ -169,15 +170,18 @@ bool run_fusion(File& file, const int64_t* numbers) {
   const Array new_cls = like<bf16>(expected_new_cls), dcls = like<bf16>(expected_dcls);
   const Array dx = like<bf16>(expected_dx), gradients = like<float>(expected_gradients);
   const Array dz(rows), du(rows), scratch(2 * rows / heads);
+  const Array states(fusion::cuda::states_size(division, batch, tokens, channels, heads) *
+                     int64_t{sizeof(float)});
   constexpr float kEps = 1e-6f;
-  fusion::cuda::forward({batch, tokens, channels, own, heads, kEps, parameter(cls), tokens_of(x),
-                         weights, scale.as<float>(), new_cls.as(), vectors.as<float>()},
-                        division, {});
-  fusion::cuda::backward(
-      {batch, tokens, channels, own, heads, kEps, parameter(dnew_cls), parameter(cls), tokens_of(x),
-       weights, scale.as<float>(), vectors.as<float>(), dcls.as(), tokens_of(dx),
-       gradients.as<float>(), dz.as<float>(), du.as<float>(), scratch.as<float>()},
+  fusion::cuda::forward(
+      {batch, tokens, channels, own, heads, kEps, parameter(cls), tokens_of(x), weights,
+       scale.as<float>(), new_cls.as(), vectors.as<float>(), states.as<float>()},
       division, {});
+  fusion::cuda::backward({batch, tokens, channels, own, heads, kEps, parameter(dnew_cls),
+                          parameter(cls), tokens_of(x), weights, scale.as<float>(),
+                          vectors.as<float>(), dcls.as(), tokens_of(dx), gradients.as<float>(),
+                          dz.as<float>(), du.as<float>(), scratch.as<float>(), states.as<float>()},
+                         division, {});
   Results results;
   results.judge<bf16>("new_cls", new_cls, expected_new_cls);
   results.judge<bf16>("dcls", dcls, expected_dcls);
