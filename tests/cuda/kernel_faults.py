@@ -64,21 +64,35 @@ FUSION, FUSION_OVER, FUSION_WIDE, FUSION_SHARED = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Build:
+    sanitizer: str | None = None
+    bulk_copies: bool = True  # and clusters; before sm_90 tokens come 16 bytes at a time
+
+    def __str__(self) -> str:
+        return (self.sanitizer or "plain") + ("" if self.bulk_copies else ", small copies")
+
+
+PLAIN, THREAD, ADDRESS = Build(), Build("thread"), Build("address")
+SMALL_COPIES = Build("thread", bulk_copies=False)
+BUILDS = PLAIN, THREAD, ADDRESS, SMALL_COPIES
+
+
+@dataclasses.dataclass(frozen=True)
 class Fault:
     """What is changed where FAULT is true, and how a run of a case shows it."""
 
     changes: Sequence[Change]
     case: str
     says: str
-    sanitizer: str | None = None
+    build: Build = PLAIN
 
 
-def race(case: str, *changes: Change) -> Fault:
-    return Fault(changes, case, RACE, "thread")
+def race(case: str, *changes: Change, build: Build = THREAD) -> Fault:
+    return Fault(changes, case, RACE, build)
 
 
 def overflow(case: str, *changes: Change) -> Fault:
-    return Fault(changes, case, OVERFLOW, "address")
+    return Fault(changes, case, OVERFLOW, ADDRESS)
 
 
 def wrong(case: str, result: str, *changes: Change) -> Fault:
@@ -190,6 +204,17 @@ FAULTS: dict[str, Fault] = {
         CORE,
         "more bytes than were expected",
     ),
+    "small copies not waited for": Fault(
+        [left_out(PLAN, "copy_async_wait<P::kStages - 1>();")], CORE, "wrong result", SMALL_COPIES
+    ),
+    "small copies of other lanes not seen": race(
+        CORE,
+        no_warp_barrier(PLAN, f"copy_async_wait<P::kStages - 1>();\n      {WARP_BARRIER}"),
+        build=SMALL_COPIES,
+    ),
+    "small copies of no group": race(
+        CORE, left_out(PLAN, "copy_async_commit();"), build=SMALL_COPIES
+    ),
     "extra token not seen": race(
         CORE, no_warp_barrier(PLAN, f"to[c] = extra[slice_.first + c];\n    {WARP_BARRIER}")
     ),
@@ -300,10 +325,14 @@ def changed_files() -> Path:
     return shim.changed_tree(host_build.CSRC, replacements)
 
 
-def program(sanitizer: str | None = None) -> Path:
+def program(build: Build) -> Path:
     folder = changed_files()
     sources = shim.KERNELS / "run_case.cpp", *(folder / name for name in KERNELS)
     # The folder comes before those of -I, where a name is in quotes. AddressSanitizer's code takes
     # half as long to compile with -Og.
-    flags = "-iquote", str(folder), *(("-Og",) if sanitizer == "address" else ())
-    return shim.program(sources, sanitizer=sanitizer, flags=flags)
+    flags = ["-iquote", str(folder)]
+    if build.sanitizer == "address":
+        flags.append("-Og")
+    if not build.bulk_copies:
+        flags.append("-D__CUDA_ARCH__=800")
+    return shim.program(sources, sanitizer=build.sanitizer, flags=flags)
