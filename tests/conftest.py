@@ -12,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
 import crossvit_kernels as ck
 from crossvit_kernels import extension
 from crossvit_kernels.gpu import launch, row_tiles
@@ -28,6 +31,17 @@ def _first_vector_math_on_one_thread() -> None:
     torch.logsumexp(x, dim=-1).exp_().log_()
     x.softmax(dim=-1)
     torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, or one process of several ends long after the others."""
+    longest = (
+        "test_dry_run",
+        "test_whole_model",
+        "test_what_kernels_compile_to",
+        "test_a_touched_file",
+    )
+    items.sort(key=lambda item: not item.name.startswith(longest))
 
 
 @pytest.fixture(autouse=True)
