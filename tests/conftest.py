@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # read when torch is imported
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 import host_build
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
-
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
 import crossvit_kernels as ck
 from crossvit_kernels import extension

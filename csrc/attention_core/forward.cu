@@ -117,28 +117,14 @@ int shared_bytes(DType dtype, int64_t channels) {
 }
 
 BlockSize forward_block(DType dtype, int64_t rows, int64_t channels) {
-  BlockSize block = {};
-  with_element(dtype, [&](auto element) {
-    with_plan<decltype(element), false>(rows, channels, [&](auto plan, int teams) {
-      using P = decltype(plan);
-      block = {P::threads(teams), ForwardPass<P>::bytes(static_cast<int>(channels), teams)};
-    });
-  });
-  return block;
+  return block_of<ForwardPass, false>(dtype, rows, channels);
 }
 
 void forward(const ForwardParams& params, int blocks, float* workspace, const Place& place) {
-  const DeviceGuard guard(place.device);
-  check(guard.status, "attention_core_forward");
-  const int64_t channels = params.problem.channels;
-  const int bytes = forward_block(params.x.dtype, 16, channels).shared_bytes;
-  const int64_t rows = rows_of_pass(params.problem.num_rows, bytes, place.device);
-  with_element(params.x.dtype, [&](auto element) {
-    with_plan<decltype(element), false>(rows, channels, [&](auto plan, int teams) {
-      run<decltype(plan)>(params, teams, blocks, workspace,
-                          static_cast<cudaStream_t>(place.stream));
-    });
-  });
+  start<ForwardPass, false>("attention_core_forward", params.problem, params.x.dtype, place,
+                            [&](auto plan, int teams, cudaStream_t stream) {
+                              run<decltype(plan)>(params, teams, blocks, workspace, stream);
+                            });
 }
 
 }  // namespace crossvit::attention_core::cuda

@@ -249,32 +249,13 @@ int pass_bytes(DType dtype, int64_t channels, int64_t heads) {
 
 attention_core::cuda::BlockSize backward_block(DType dtype, int own, int channels, int heads,
                                                int most_bytes) {
-  attention_core::cuda::BlockSize block = {};
-  attention_core::cuda::with_element(dtype, [&](auto element) {
-    with_fusion_plan<decltype(element)>(heads, channels, [&](auto plan) {
-      using P = decltype(plan);
-      block = setup_of<P, BackwardPass<P>>(own, channels, most_bytes).block;
-    });
-  });
-  return block;
+  return block_of<BackwardPass>(dtype, own, channels, heads, most_bytes);
 }
 
 void backward(const BackwardParams& p, const Division& division,
               const attention_core::cuda::Place& place) {
-  const DeviceGuard guard(place.device);
-  attention_core::cuda::check(guard.status, "cross_attention_backward");
-  const Vectors vectors = vectors_of(p.vectors, p.batch, p.own_channels, p.channels, p.num_heads);
-  attention_core::cuda::with_element(p.tokens.dtype, [&](auto element) {
-    with_fusion_plan<decltype(element)>(p.num_heads, p.channels, [&](auto plan) {
-      using P = decltype(plan);
-      const int limit = shared_bytes_of_block(place.device);
-      const Setup setup = setup_of<P, BackwardPass<P>>(p.own_channels, p.channels, limit);
-      attention_core::cuda::check(
-          launch(cross_attention_backward<P>, config_of(p.batch, setup.block, division, place), p,
-                 vectors, division.images, setup.over),
-          attention_core::cuda::name_of<P>("cross_attention_backward"));
-    });
-  });
+  start<BackwardPass>("cross_attention_backward", p, division, place,
+                      [](auto plan) { return &cross_attention_backward<decltype(plan)>; });
 }
 
 }  // namespace crossvit::cross_attention::cuda

@@ -174,32 +174,13 @@ int64_t states_size(const Division& division, int64_t batch, int num_tokens, int
 
 attention_core::cuda::BlockSize forward_block(DType dtype, int own, int channels, int heads,
                                               int most_bytes) {
-  attention_core::cuda::BlockSize block = {};
-  attention_core::cuda::with_element(dtype, [&](auto element) {
-    with_fusion_plan<decltype(element)>(heads, channels, [&](auto plan) {
-      using P = decltype(plan);
-      block = setup_of<P, ForwardPass<P>>(own, channels, most_bytes).block;
-    });
-  });
-  return block;
+  return block_of<ForwardPass>(dtype, own, channels, heads, most_bytes);
 }
 
 void forward(const ForwardParams& p, const Division& division,
              const attention_core::cuda::Place& place) {
-  const DeviceGuard guard(place.device);
-  attention_core::cuda::check(guard.status, "cross_attention_forward");
-  const Vectors vectors = vectors_of(p.vectors, p.batch, p.own_channels, p.channels, p.num_heads);
-  attention_core::cuda::with_element(p.tokens.dtype, [&](auto element) {
-    with_fusion_plan<decltype(element)>(p.num_heads, p.channels, [&](auto plan) {
-      using P = decltype(plan);
-      const int limit = shared_bytes_of_block(place.device);
-      const Setup setup = setup_of<P, ForwardPass<P>>(p.own_channels, p.channels, limit);
-      attention_core::cuda::check(
-          launch(cross_attention_forward<P>, config_of(p.batch, setup.block, division, place), p,
-                 vectors, division.images, setup.over),
-          attention_core::cuda::name_of<P>("cross_attention_forward"));
-    });
-  });
+  start<ForwardPass>("cross_attention_forward", p, division, place,
+                     [](auto plan) { return &cross_attention_forward<decltype(plan)>; });
 }
 
 }  // namespace crossvit::cross_attention::cuda

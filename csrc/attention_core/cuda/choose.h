@@ -101,4 +101,31 @@ inline void check(cudaError_t error, const std::string& kernel) {
                            cudaGetErrorString(error));
 }
 
+// The block of a kernel with this pass for at most so many score rows.
+template <template <class> class Pass, bool kBackward>
+BlockSize block_of(DType dtype, int64_t rows, int64_t channels) {
+  BlockSize block = {};
+  with_element(dtype, [&](auto element) {
+    with_plan<decltype(element), kBackward>(rows, channels, [&](auto plan, int teams) {
+      using P = decltype(plan);
+      block = {P::threads(teams), Pass<P>::bytes(static_cast<int>(channels), teams)};
+    });
+  });
+  return block;
+}
+
+// Runs run(plan, teams, stream) on the device for a problem of any number of score rows.
+template <template <class> class Pass, bool kBackward, class Run>
+void start(const char* name, const Problem& problem, DType dtype, const Place& place, Run run) {
+  const DeviceGuard guard(place.device);
+  check(guard.status, name);
+  const int bytes = block_of<Pass, kBackward>(dtype, 16, problem.channels).shared_bytes;
+  const int64_t rows = rows_of_pass(problem.num_rows, bytes, place.device);
+  with_element(dtype, [&](auto element) {
+    with_plan<decltype(element), kBackward>(rows, problem.channels, [&](auto plan, int teams) {
+      run(plan, teams, static_cast<cudaStream_t>(place.stream));
+    });
+  });
+}
+
 }  // namespace crossvit::attention_core::cuda

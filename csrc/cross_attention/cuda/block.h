@@ -198,4 +198,37 @@ inline LaunchConfig config_of(int64_t batch, const attention_core::cuda::BlockSi
   return config;
 }
 
+// The block of a kernel with this pass, where one may have so many bytes of shared memory.
+template <template <class> class Pass>
+attention_core::cuda::BlockSize block_of(DType dtype, int own, int channels, int heads,
+                                         int most_bytes) {
+  attention_core::cuda::BlockSize block = {};
+  attention_core::cuda::with_element(dtype, [&](auto element) {
+    with_fusion_plan<decltype(element)>(heads, channels, [&](auto plan) {
+      block = setup_of<decltype(plan), Pass<decltype(plan)>>(own, channels, most_bytes).block;
+    });
+  });
+  return block;
+}
+
+// Starts kernel_of(plan), a kernel with this pass.
+template <template <class> class Pass, class Params, class KernelOf>
+void start(const char* name, const Params& p, const Division& division,
+           const attention_core::cuda::Place& place, KernelOf kernel_of) {
+  const DeviceGuard guard(place.device);
+  attention_core::cuda::check(guard.status, name);
+  const Vectors vectors = vectors_of(p.vectors, p.batch, p.own_channels, p.channels, p.num_heads);
+  attention_core::cuda::with_element(p.tokens.dtype, [&](auto element) {
+    with_fusion_plan<decltype(element)>(p.num_heads, p.channels, [&](auto plan) {
+      using P = decltype(plan);
+      const int limit = shared_bytes_of_block(place.device);
+      const Setup setup = setup_of<P, Pass<P>>(p.own_channels, p.channels, limit);
+      attention_core::cuda::check(
+          launch(kernel_of(plan), config_of(p.batch, setup.block, division, place), p, vectors,
+                 division.images, setup.over),
+          attention_core::cuda::name_of<P>(name));
+    });
+  });
+}
+
 }  // namespace crossvit::cross_attention::cuda
