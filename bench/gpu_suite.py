@@ -49,6 +49,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     quick = "1" if dry else "0.5"
     names = (
         "attention_core_gpu",
+        "attention_core_cuda",
         "cross_attention_triton",
         "cross_attention_cuda",
         "cross_attention_pair",
