@@ -140,6 +140,18 @@ def test_strided_tokens_and_cls(cuda_device: str) -> None:
             assert torch.equal(a, e)
 
 
+def test_weights_at_odd_addresses(cuda_device: str) -> None:
+    """As pieces of one flat tensor are, which sharding makes of parameters."""
+    weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(48, 96)))
+    cls, tokens = torch.randn(2, 48, device=cuda_device), torch.randn(2, 9, 96, device=cuda_device)
+    flat = torch.cat([cls.new_zeros(1), *(w.flatten() for w in weights)])
+    _, *pieces = flat.split([1, *(w.numel() for w in weights)])
+    views = FusionWeights(*(p.view(w.shape) for p, w in zip(pieces, weights, strict=True)))
+    assert views.q_weight.data_ptr() % 16 and views.q_weight.is_contiguous()
+    expected = fusion(cls, tokens, weights)
+    assert all(torch.equal(a, e) for a, e in zip(fusion(cls, tokens, views), expected, strict=True))
+
+
 @pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16, torch.float16])
 def test_parameters_of_other_dtypes(norms: torch.dtype, cuda_device: str) -> None:
     """LayerNorms, biases and the CLS in float32 beside matrices in bfloat16, as autocast has."""

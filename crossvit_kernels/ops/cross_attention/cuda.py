@@ -6,6 +6,9 @@ The weight matrices' gradients are products over the batch of vectors that the k
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,8 +103,9 @@ def forward(
     saved = empty_saved(cls, tokens, num_heads)
     if batch:
         assert extension.cuda_kernels is not None
-        x, weights, scale = _prepared(tokens, w, residual_scale)
-        cls = _readable(cls, x).contiguous()  # stays alive until the kernel has been started
+        x, scale = _aligned(tokens, residual_scale)
+        _alive, of_weights = _weights(w, tokens)
+        cls = _readable(cls, x).contiguous()
         split = division(batch, launch.chip(x.device))
         problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
         states = _states(problem, split, saved.vectors)
@@ -109,7 +113,7 @@ def forward(
             problem=problem,
             cls=extension.parameter(cls),
             tokens=extension.tokens(x, None),
-            weights=[extension.parameter(p) for p in weights],
+            weights=of_weights,
             residual_scale=extension.optional(scale),
             new_cls=new_cls.data_ptr(),
             vectors=saved.vectors.data_ptr(),
@@ -138,7 +142,8 @@ def backward(
     dz, du = dx.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
     if batch:
         assert extension.cuda_kernels is not None
-        x, w, scale = _prepared(tokens, weights, residual_scale)
+        x, scale = _aligned(tokens, residual_scale)
+        _alive, of_weights = _weights(weights, tokens)
         split = division(batch, launch.chip(x.device))
         problem = batch, num_tokens, channels, own, num_heads, eps
         states = _states(problem, split, gradients)
@@ -149,7 +154,7 @@ def backward(
             dnew_cls=extension.parameter(d_new_cls),
             cls=extension.parameter(of_cls),
             tokens=extension.tokens(x, None),
-            weights=[extension.parameter(p) for p in w],
+            weights=of_weights,
             residual_scale=extension.optional(scale),
             vectors=saved.vectors.data_ptr(),
             dcls=dcls.data_ptr(),
@@ -177,16 +182,43 @@ def _states(
     return floats.new_empty(functions.cross_attention_states(problem, (split.images, split.blocks)))
 
 
-def _prepared(
-    tokens: Tensor, w: FusionWeights, residual_scale: Tensor | None
-) -> tuple[Tensor, FusionWeights, Tensor | None]:
-    """As kernels read them: rows of tokens and matrices at multiples of 16 bytes."""
-    readable = [
-        p if p is None else launch.aligned_rows(p) if p.ndim == 2 else _readable(p, tokens)
-        for p in w
-    ]
+def _aligned(tokens: Tensor, residual_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As kernels read them: rows of tokens at multiples of 16 bytes."""
     scale = None if residual_scale is None else residual_scale.float().contiguous()
-    return launch.aligned_rows(tokens), launch.contiguous(FusionWeights(*readable)), scale  # type: ignore[arg-type]
+    return launch.aligned_rows(tokens), scale
+
+
+Arguments = list[tuple[int, int]]
+
+
+def _weights(w: FusionWeights, tokens: Tensor) -> tuple[FusionWeights, Arguments]:
+    """The weights as kernels read them, to be kept alive, and as the extension takes them."""
+    try:  # loops in C, as there are many and host time counts; none of them takes None
+        addresses, dtypes = list(map(_address, w)), list(map(_dtype, w))
+        if (
+            all(map(_is_contiguous, w))
+            and not functools.reduce(operator.or_, addresses) % _ALIGNMENT
+            and not set(dtypes) - {tokens.dtype, torch.float32}
+        ):
+            codes = map(extension.DTYPE_CODES.__getitem__, dtypes)
+            return w, list(zip(addresses, codes, strict=True))
+    except (AttributeError, TypeError):
+        pass
+    readable = launch.contiguous(FusionWeights(*(_readable_weight(p, tokens) for p in w)))
+    return readable, [extension.parameter(p) for p in readable]
+
+
+_ALIGNMENT = 16  # bytes
+_address: Any = Tensor.data_ptr
+_is_contiguous: Any = Tensor.is_contiguous
+_dtype = operator.attrgetter("dtype")
+
+
+def _readable_weight(p: Tensor | None, tokens: Tensor) -> Any:
+    """A matrix with aligned rows, or a vector; None stays None."""
+    if p is None or p.ndim == 2:
+        return p if p is None else launch.aligned_rows(p)
+    return _readable(p, tokens)
 
 
 def _readable(t: Tensor, tokens: Tensor) -> Tensor:
