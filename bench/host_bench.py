@@ -3,7 +3,8 @@
 A driver that does nothing stands in for CUDA's (tests/no_device.py), so what is measured is Python
 and torch on the host: checks, memory for results, and the launch up to the call of a driver. Each
 time is the best of many rounds, in microseconds, once as Triton launches kernels and once as
-crossvit_kernels/gpu/launcher.py does. Memory comes from torch's allocator for CPUs.
+crossvit_kernels/gpu/launcher.py does. Memory comes from torch's allocator for CPUs. Where the
+extension has CUDA kernels, also up to the call of the extension, which is left out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import os
 import sys
 import time
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,10 @@ import triton
 from fusion_cases import make_weights
 
 import crossvit_kernels as ck
+from crossvit_kernels import extension
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.configurations import PAIRS
+from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention import triton as fusion
 
 #: CrossViT-15 at 240 pixels: C_own, C and patches of the L branch's CLS, then of the S branch's.
@@ -100,6 +104,26 @@ def measure_all(rounds: int) -> dict[str, float]:
         return {name: best(call, rounds) for name, call in calls.items()}
 
 
+def measure_cuda(rounds: int) -> dict[str, float]:
+    found = extension.cuda_kernels
+    if found is None:
+        return {}
+    functions = {name: getattr(found.functions, name) for name in dir(found.functions)}
+    functions["cross_attention_forward"] = lambda **arguments: None
+    stand_in = extension.CudaKernels(types.SimpleNamespace(**functions), "cpu")
+    cls, tokens, weights, heads, _ = inputs(*SIZES[0])
+
+    def call() -> Any:
+        return cuda.forward(cls, tokens, weights, None, heads, 1e-6)
+
+    extension.cuda_kernels = stand_in
+    try:
+        with torch.no_grad():
+            return {"forward, CUDA's part": best(call, rounds)}
+    finally:
+        extension.cuda_kernels = found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -109,16 +133,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     no_device.NoDevice.launcher_cls = Nothing
-    fusion.why_not = lambda tokens: None  # no GPU is no reason here
+    fusion.why_not = lambda *inputs: None  # no GPU is no reason here
     ours, start = measure_all(options.rounds), launcher.start
     launcher.start = as_triton_does
     theirs, launcher.start = measure_all(options.rounds), start
     print(f"Triton {triton.__version__}, us{'':24} as Triton launches    as we do")
     for name, value in ours.items():
         print(f"{name:38} {theirs[name]:18.1f} {value:11.1f}")
+    cuda_us = measure_cuda(options.rounds)
+    for name, value in cuda_us.items():
+        print(f"{name:57} {value:11.1f}")
     if options.json:
         facts = measure.environment(torch.device("cpu")) | {"triton": triton.__version__}
         found = {"benchmark": "host", "environment": facts, "triton_us": theirs, "ours_us": ours}
+        found["cuda_us"] = cuda_us
         report.write_json(options.json, found)
     return 0
 

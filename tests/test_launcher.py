@@ -237,3 +237,16 @@ def test_host_time_is_measured(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "host.json").read_text())
     assert found["ours_us"].keys() == found["triton_us"].keys()
     assert all(value > 0 for value in found["ours_us"].values())
+
+
+def test_the_benchmark_of_host_time(tmp_path: Path) -> None:
+    program = Path(__file__).resolve().parents[1] / "bench/host_bench.py"
+    results = tmp_path / "host.json"
+    command = [sys.executable, str(program), "--rounds", "1", "--json", str(results)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(results.read_text())
+    assert set(found["triton_us"]) == set(found["ours_us"])
+    assert all(
+        us > 0 for times in ("triton_us", "ours_us", "cuda_us") for us in found[times].values()
+    )

@@ -99,7 +99,8 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Saved]:
     batch, num_tokens, channels = tokens.shape
-    new_cls = cls.new_empty(cls.shape, dtype=w.back_weight.dtype)
+    dtype, contiguous = w.back_weight.dtype, torch.contiguous_format
+    new_cls = torch.empty_like(cls, dtype=dtype, memory_format=contiguous)
     saved = empty_saved(cls, tokens, num_heads)
     if batch:
         assert extension.cuda_kernels is not None
