@@ -229,17 +229,7 @@ def test_a_compiled_kernel_is_started(script: str) -> None:
     run_without_a_device(script)
 
 
-@pytest.mark.slow
 def test_host_time_is_measured(tmp_path: Path) -> None:
-    program = Path(__file__).resolve().parents[1] / "bench" / "host_bench.py"
-    arguments = ["--rounds", "1", "--json", str(tmp_path / "host.json")]
-    subprocess.run([sys.executable, str(program), *arguments], check=True)
-    found = json.loads((tmp_path / "host.json").read_text())
-    assert found["ours_us"].keys() == found["triton_us"].keys()
-    assert all(value > 0 for value in found["ours_us"].values())
-
-
-def test_the_benchmark_of_host_time(tmp_path: Path) -> None:
     program = Path(__file__).resolve().parents[1] / "bench/host_bench.py"
     results = tmp_path / "host.json"
     command = [sys.executable, str(program), "--rounds", "1", "--json", str(results)]

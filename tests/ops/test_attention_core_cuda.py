@@ -26,9 +26,8 @@ def test_bits_do_not_tell_how_many_blocks_share_an_image(
         pytest.skip("a GPU without clusters")
     (u, x, extra), mask = make(*sizes, dtype, extra=True, masked=True)
     leaves = [t.to(cuda_device, dtype).requires_grad_() for t in (u, x, extra)]
-    if mask is not None:
-        mask[0, :40] = False  # tiles of which nothing is attended to
-        mask = mask.to(cuda_device)
+    mask[0, :40] = False  # tiles of which nothing is attended to
+    mask = mask.to(cuda_device)
 
     def results(blocks: int) -> list[torch.Tensor]:
         monkeypatch.setattr(cuda, "blocks_of_image", lambda *sizes: blocks)

@@ -42,11 +42,16 @@ def why_not_shared_bytes(needed: int, x: Tensor) -> str | None:
     return f"it needs {needed} bytes of shared memory, of which a block there has {most}"
 
 
+def has_clusters(chip: int) -> bool:
+    """Whether blocks can share each other's memory: from sm_90 on; a CPU, in tests, is 0."""
+    return chip >= 90 or chip == 0
+
+
 def blocks_of_image(batch: int, num_tokens: int, chip: int) -> int:
     """Blocks of a cluster that share an image's tokens: as many as leave no multiprocessor idle,
     predicted, not measured. A result's bits do not depend on it.
     """
-    if chip and chip < 90:  # no clusters there
+    if not has_clusters(chip):
         return 1
     assert extension.cuda_kernels is not None
     parts = -(-num_tokens // extension.cuda_kernels.functions.attention_core_part)

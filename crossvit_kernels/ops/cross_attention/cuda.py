@@ -45,7 +45,7 @@ class Division:
 
 def division(batch: int, chip: int) -> Division:
     """As many images a cluster as leave no multiprocessor idle: predicted, not measured."""
-    blocks = 8 if chip >= 90 or chip == 0 else 1  # clusters begin with sm_90
+    blocks = 8 if core.has_clusters(chip) else 1
     images = 1
     while images < 16 and -(-batch // images) * blocks > core.MULTIPROCESSORS:
         images *= 2
