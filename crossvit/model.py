@@ -258,7 +258,9 @@ def _drop_paths(config: Config, rate: float) -> list[list[float]]:
     """The rates of each multi-scale block, as in the released code."""
     # It writes a single cross-attention block as L = 0, which then takes no step of its own.
     steps = max(config.depths) + (config.cross_depth if config.cross_depth > 1 else 0)
-    rates = torch.linspace(0, rate, steps * config.num_blocks, device="cpu").tolist()
+    rates = torch.linspace(
+        0, rate, steps * config.num_blocks, dtype=torch.float32, device="cpu"
+    ).tolist()
     return [rates[k * steps : (k + 1) * steps] for k in range(config.num_blocks)]
 
 

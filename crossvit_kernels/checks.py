@@ -18,6 +18,9 @@ def tensor(name: str, t: object, *shape: int | str) -> None:
         raise TypeError(f"{name}: expected a tensor, found {type(t).__name__}")
     if t.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, found {t.dtype}")
+    if t.layout != torch.strided or t.is_nested:
+        found = "a nested tensor" if t.is_nested else t.layout
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), found {found}")
     fits = t.dim() == len(shape) and all(
         isinstance(size, str) or size == found for size, found in zip(shape, t.shape, strict=True)
     )
@@ -149,12 +152,15 @@ def _fit(given: Any, shapes: Shapes, sizes: dict[str, int], like: Tensor) -> boo
             list(map(_shape, given)) == _expected(tuple(shapes.values()), tuple(sizes.items()))
             and set(map(_dtype, given)) == {like.dtype}
             and set(map(_device, given)) == {like.device}
+            and set(map(_layout, given)) == {torch.strided}
         )
     except (AttributeError, TypeError):  # None, no tensor, a symbolic size
         return False
 
 
-_shape, _dtype, _device = (operator.attrgetter(name) for name in ("shape", "dtype", "device"))
+_shape, _dtype, _device, _layout = (
+    operator.attrgetter(name) for name in ("shape", "dtype", "device", "layout")
+)
 
 
 @functools.cache

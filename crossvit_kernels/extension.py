@@ -118,17 +118,6 @@ def cuda_self_check(device: int) -> str:
     return failure
 
 
-def rows(t: Tensor) -> tuple[int, int, int]:
-    """[B, R, C] with unit stride along C, of the type that ``accumulate_dtype`` names."""
-    return t.data_ptr(), t.stride(0), t.stride(1)
-
-
-def tokens(x: Tensor, extra: Tensor | None) -> tuple[int, int, int, int, int, int]:
-    """[B, N, C] and, where given, one more token [B, C] in front of each image's, same dtype."""
-    front = (_NOTHING, 0) if extra is None else (extra.data_ptr(), extra.stride(0))
-    return x.data_ptr(), DTYPE_CODES[x.dtype], x.stride(0), x.stride(1), *front
-
-
 def core_problem(
     x: Tensor, extra: Tensor | None, num_rows: int, norm_eps: float | None
 ) -> tuple[int, int, int, int, bool, float]:
@@ -136,18 +125,6 @@ def core_problem(
     batch, num_tokens, channels = x.shape
     num_tokens += extra is not None
     return batch, num_tokens, num_rows, channels, norm_eps is not None, norm_eps or 0.0
-
-
-def mask(key_mask: Tensor | None) -> tuple[int, int, int]:
-    """bool [B, N], any strides."""
-    if key_mask is None:
-        return _NOTHING, 0, 0
-    return key_mask.data_ptr(), key_mask.stride(0), key_mask.stride(1)
-
-
-def parameter(t: Tensor | None) -> tuple[int, int]:
-    """A contiguous tensor of any shape; None is a null address."""
-    return (_NOTHING, 0) if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype])
 
 
 def all_float32(*tensors: Tensor | None) -> bool:
@@ -159,26 +136,87 @@ def unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-def token_rows(x: Tensor, cls: Tensor | None) -> tuple[int, int, int, int, int, int, int, int]:
-    """[B, N, C] and, in place of its row 0, cls [B, C]."""
-    row_0 = (_NOTHING, 0) if cls is None else (cls.data_ptr(), cls.stride(0))
-    return x.data_ptr(), *x.shape, x.stride(0), x.stride(1), *row_0
+class Arguments:
+    """Tensors of one call as the extension takes them; every address goes through ``pointer``.
 
+    Args:
+        device: Where the kernel runs.
+    """
 
-def norm(
-    weight: Tensor, bias: Tensor, eps: float, saved: Any
-) -> tuple[int, int, float, int, int, int]:
-    """A LayerNorm; saved has normed, mean and rstd to write to, or is None."""
-    if not saved:
-        return weight.data_ptr(), bias.data_ptr(), eps, _NOTHING, _NOTHING, _NOTHING
-    out = saved.normed.data_ptr(), saved.mean.data_ptr(), saved.rstd.data_ptr()
-    return weight.data_ptr(), bias.data_ptr(), eps, *out
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
+    def pointer(
+        self, t: Tensor | None, dtype: torch.dtype | None = None, rows: bool = False
+    ) -> int:
+        """The address of a contiguous tensor, or of one whose rows are; of None it is null.
 
-def linear(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    """A contiguous weight [out, in] and its bias."""
-    return weight.data_ptr(), optional(bias)
+        Args:
+            t: Must live until the kernel has been started: a copy goes into a variable first.
+            dtype: What the kernel takes it for; None where it is told the type, too.
+            rows: Whether the kernel knows all strides but the last, which is 1.
 
+        Raises:
+            ValueError: A kernel would read or write other memory than the tensor's elements.
+        """
+        if t is None:
+            return _NOTHING
+        if t.device != self._device:
+            raise ValueError(f"expected a tensor on {self._device}, found one on {t.device}")
+        if t.dtype != dtype and (dtype is not None or t.dtype not in DTYPE_CODES):
+            raise ValueError(f"expected a tensor of {dtype or 'float'} elements, found {t.dtype}")
+        unit = t.stride(-1) == 1 or t.shape[-1] <= 1 if rows else t.is_contiguous()
+        if not unit or t.is_neg():
+            kind = "contiguous rows" if rows else "a contiguous tensor"
+            raise ValueError(f"expected {kind}, found shape {[*t.shape]}, strides {t.stride()}")
+        return t.data_ptr()
 
-def optional(t: Tensor | None) -> int:
-    return _NOTHING if t is None else t.data_ptr()
+    def rows(self, t: Tensor, dtype: torch.dtype | None = None) -> tuple[int, int, int]:
+        """[B, R, C] with unit stride along C, of the type that ``accumulate_dtype`` names."""
+        return self.pointer(t, dtype, rows=True), t.stride(0), t.stride(1)
+
+    def tokens(self, x: Tensor, extra: Tensor | None) -> tuple[int, int, int, int, int, int]:
+        """[B, N, C] and, where given, one more token [B, C] in front of each image's."""
+        return (
+            self.pointer(x, rows=True),
+            DTYPE_CODES[x.dtype],
+            x.stride(0),
+            x.stride(1),
+            *self._row(extra, x.dtype),
+        )
+
+    def token_rows(
+        self, x: Tensor, cls: Tensor | None
+    ) -> tuple[int, int, int, int, int, int, int, int]:
+        """[B, N, C] of float32 and, in place of its row 0, cls [B, C]."""
+        address = self.pointer(x, torch.float32, rows=True)
+        return address, *x.shape, x.stride(0), x.stride(1), *self._row(cls, x.dtype)
+
+    def _row(self, t: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
+        """[B, C]."""
+        return self.pointer(t, dtype, rows=True), 0 if t is None else t.stride(0)
+
+    def mask(self, key_mask: Tensor | None) -> tuple[int, int, int]:
+        """Bool [B, N], any strides."""
+        if key_mask is None:
+            return _NOTHING, 0, 0
+        # The extension takes both strides.
+        address = self.pointer(key_mask[:, :1], torch.bool, rows=True)
+        return address, key_mask.stride(0), key_mask.stride(1)
+
+    def parameter(self, t: Tensor | None) -> tuple[int, int]:
+        """A contiguous tensor of any shape, with its type."""
+        return self.pointer(t), 0 if t is None else DTYPE_CODES[t.dtype]
+
+    def norm(
+        self, weight: Tensor, bias: Tensor, eps: float, saved: Any
+    ) -> tuple[int, int, float, int, int, int]:
+        """A LayerNorm; saved has normed, mean and rstd to write to, or is None."""
+        out = (saved.normed, saved.mean, saved.rstd) if saved else (None, None, None)
+        affine = self.linear(weight, bias)
+        normed, mean, rstd = (self.pointer(t, torch.float32) for t in out)
+        return *affine, eps, normed, mean, rstd
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+        """A weight [out, in] and its bias, in float32."""
+        return self.pointer(weight, torch.float32), self.pointer(bias, torch.float32)

@@ -60,7 +60,8 @@ def test_opcheck_cross_attention_fusion(scale: Tensor | None) -> None:
     arguments += (HEADS, EPS, "cpu")
     opcheck(ops.cross_attention_fusion_forward.default, arguments)
     new_cls, *saved = ops.cross_attention_fusion_forward(*arguments)
-    backward = (new_cls, *arguments[:4], saved, HEADS, EPS, "cpu")
+    wanted = [True] * (2 + len(weights))
+    backward = (new_cls, *arguments[:4], saved, wanted, HEADS, EPS, "cpu")
     opcheck(ops.cross_attention_fusion_backward.default, backward)
 
 
@@ -71,7 +72,9 @@ def test_opcheck_layernorm_msa(cls: Tensor | None, keep: str) -> None:
     opcheck(ops.layernorm_msa_forward.default, (*arguments, keep, "cpu"))
     if keep:
         y, *saved = ops.layernorm_msa_forward(*arguments, keep, "cpu")
-        opcheck(ops.layernorm_msa_backward.default, (y, *arguments[:4], saved, HEADS, EPS, "cpu"))
+        wanted = [True, cls is not None, *[True] * len(MsaWeights._fields)]
+        backward = (y, *arguments[:4], saved, wanted, HEADS, EPS, "cpu")
+        opcheck(ops.layernorm_msa_backward.default, backward)
 
 
 @pytest.mark.parametrize("save", [False, True])
@@ -80,7 +83,9 @@ def test_opcheck_layernorm_ffn(save: bool) -> None:
     opcheck(ops.layernorm_ffn_forward.default, arguments)
     if save:
         y, *saved = ops.layernorm_ffn_forward(*arguments)
-        opcheck(ops.layernorm_ffn_backward.default, (y, *arguments[:3], saved, EPS, "cpu"))
+        for wanted in ([True] * 7, [True] + [False] * 6, [False] * 5 + [True] * 2):
+            backward = (y, *arguments[:3], saved, wanted, EPS, "cpu")
+            opcheck(ops.layernorm_ffn_backward.default, backward)
 
 
 class Operation(nn.Module):
@@ -245,11 +250,13 @@ def test_no_grad_pays_for_no_autograd(make: Any, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("make", [fusion_module, msa_module, ffn_module, core_module])
-def test_a_second_derivative_is_refused(make: Any) -> None:
+def test_a_compiled_second_derivative_is_refused(make: Any) -> None:
+    """By torch.compile itself, of any function; eager mode has them (test_autograd_contract.py)."""
     module, inputs = make()
     arguments = tuple(t.requires_grad_() for t in inputs(2))
-    (gradient,) = torch.autograd.grad(module(*arguments).sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError):
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    (gradient,) = torch.autograd.grad(compiled(*arguments).sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(gradient.sum(), arguments[0])
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +26,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Normalized:
 
 
 def backward(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx in x's dtype, dweight, dbias)."""
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: Sequence[bool] = (True, True, True),
+) -> tuple[Any, Any, Any]:
+    """(dx in x's dtype, dweight, dbias); None for those that are not wanted."""
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dout.to(weight.dtype),
         x.to(weight.dtype),
@@ -36,9 +43,9 @@ def backward(
         rstd,
         weight,
         bias,
-        [True, True, True],
+        list(wanted),
     )
-    return dx.to(x.dtype), dweight, dbias
+    return None if dx is None else dx.to(x.dtype), dweight, dbias
 
 
 def add_residual(

@@ -80,18 +80,20 @@ def forward(
         assert extension.cuda_kernels is not None
         functions = extension.cuda_kernels.functions
         u, x = extension.unit_stride(u), launch.aligned_rows(x)
+        extra_token = None if extra_token is None else launch.aligned_rows(extra_token)
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
         blocks = blocks_of_image(batch, x.shape[1], launch.chip(x.device))
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[0])
+        at, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_forward(
             problem=problem,
-            x=extension.tokens(x, extra_token),
-            u=extension.rows(u.expand(batch, -1, -1)),
-            mask=extension.mask(key_mask),
-            m=extension.rows(m),
-            lse=lse.data_ptr(),
+            x=at.tokens(x, extra_token),
+            u=at.rows(u.expand(batch, -1, -1), float32),
+            mask=at.mask(key_mask),
+            m=at.rows(m, float32),
+            lse=at.pointer(lse, float32),
             blocks=blocks,
-            workspace=workspace.data_ptr(),
+            workspace=at.pointer(workspace, float32),
             place=extension.place(x),
         )
     return m, lse
@@ -116,24 +118,27 @@ def backward(
         assert extension.cuda_kernels is not None
         functions = extension.cuda_kernels.functions
         u, x, dm = extension.unit_stride(u), launch.aligned_rows(x), extension.unit_stride(dm)
+        extra_token = None if extra_token is None else launch.aligned_rows(extra_token)
+        m = extension.unit_stride(m)
         # Alive until the kernel has been started.
         dlse = None if dlse is None else dlse.contiguous()
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
         blocks = blocks_of_image(batch, x.shape[1], launch.chip(x.device))
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[1])
+        at, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_backward(
             problem=problem,
-            x=extension.tokens(x, extra_token),
-            u=extension.rows(u.expand(batch, -1, -1)),
-            mask=extension.mask(key_mask),
-            m=extension.rows(m),
-            lse=lse.data_ptr(),
-            dm=extension.rows(dm),
-            dlse=extension.optional(dlse),
-            du=extension.rows(du),
-            dx=extension.tokens(dx, dextra),
+            x=at.tokens(x, extra_token),
+            u=at.rows(u.expand(batch, -1, -1), float32),
+            mask=at.mask(key_mask),
+            m=at.rows(m, float32),
+            lse=at.pointer(lse, float32),
+            dm=at.rows(dm, float32),
+            dlse=at.pointer(dlse, float32),
+            du=at.rows(du, float32),
+            dx=at.tokens(dx, dextra),
             blocks=blocks,
-            workspace=workspace.data_ptr(),
+            workspace=at.pointer(workspace, float32),
             place=extension.place(x),
         )
     return du, dx, dextra

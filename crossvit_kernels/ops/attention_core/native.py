@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,17 +35,18 @@ def forward(
     m_out: memory for m, [B, R, C] with any strides that end in 1.
     """
     batch, num_rows, channels = x.shape[0], u.shape[1], x.shape[2]
-    u, x = extension.unit_stride(u), extension.unit_stride(x)
+    u, x, extra_token = _unit_strides(u, x, extra_token)
     m = u.new_empty(batch, num_rows, channels) if m_out is None else m_out
     lse = u.new_empty(batch, num_rows)
     if m.numel():
+        at, dtype = extension.Arguments(x.device), extension.accumulate_dtype(x)
         _C.attention_core_forward(
             problem=extension.core_problem(x, extra_token, num_rows, norm_eps),
-            x=extension.tokens(x, extra_token),
-            u=extension.rows(u.expand(batch, -1, -1)),
-            mask=extension.mask(key_mask),
-            m=extension.rows(m),
-            lse=lse.data_ptr(),
+            x=at.tokens(x, extra_token),
+            u=at.rows(u.expand(batch, -1, -1), dtype),
+            mask=at.mask(key_mask),
+            m=at.rows(m, dtype),
+            lse=at.pointer(lse, dtype),
         )
     return m, lse
 
@@ -62,22 +65,28 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared."""
     batch, num_rows, channels = m.shape
-    u, x, dm = extension.unit_stride(u), extension.unit_stride(x), extension.unit_stride(dm)
+    u, x, dm, m, extra_token = _unit_strides(u, x, dm, m, extra_token)
+    lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()  # alive until the kernel returns
     du = torch.empty_like(m) if du_out is None else du_out
     dx = x.new_empty(x.shape)
     dextra = None if extra_token is None else x.new_empty(batch, channels)
     if m.numel():
+        at, dtype = extension.Arguments(x.device), extension.accumulate_dtype(x)
         _C.attention_core_backward(
             problem=extension.core_problem(x, extra_token, num_rows, norm_eps),
-            x=extension.tokens(x, extra_token),
-            u=extension.rows(u.expand(batch, -1, -1)),
-            mask=extension.mask(key_mask),
-            m=extension.rows(m),
-            lse=lse.data_ptr(),
-            dm=extension.rows(dm),
-            dlse=extension.optional(dlse),
-            du=extension.rows(du),
-            dx=extension.tokens(dx, dextra),
+            x=at.tokens(x, extra_token),
+            u=at.rows(u.expand(batch, -1, -1), dtype),
+            mask=at.mask(key_mask),
+            m=at.rows(m, dtype),
+            lse=at.pointer(lse, dtype),
+            dm=at.rows(dm, dtype),
+            dlse=at.pointer(dlse, dtype),
+            du=at.rows(du, dtype),
+            dx=at.tokens(dx, dextra),
         )
     return du, dx, dextra
+
+
+def _unit_strides(*tensors: Tensor | None) -> Any:
+    return [None if t is None else extension.unit_stride(t) for t in tensors]

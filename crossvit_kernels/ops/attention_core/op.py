@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from crossvit_kernels.backends import choose, register_operation
 from crossvit_kernels.extension import accumulate_dtype
-from crossvit_kernels.ops import library
+from crossvit_kernels.ops import autograd, library
 from crossvit_kernels.ops.attention_core import cuda, native, reference, triton
 
 #: Modules with why_not, forward and backward.
@@ -27,12 +27,13 @@ def attention_core(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(m, lse) on the chosen backend; see functional.attention_core."""
+    not_fused = library.why_not_fused(u, x, key_mask, extra_token)
     name = choose(
         "attention_core",
         backend,
         BACKENDS,
         x.device,
-        lambda module: module.why_not(x),
+        lambda module: not_fused or module.why_not(x),
     )
     if name == "reference":
         return reference.attention_core(u, x, norm_eps, key_mask, extra_token)
@@ -64,19 +65,32 @@ class _AttentionCore(torch.autograd.Function):
         norm_eps: float | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        m, lse = _forward(u, x, key_mask, extra_token, norm_eps, backend)
-        ctx.save_for_backward(u, x, key_mask, extra_token, m, lse)
+        results = list(_forward(u, x, key_mask, extra_token, norm_eps, backend))
         ctx.norm_eps, ctx.backend = norm_eps, backend
-        return m, lse
+        return autograd.outputs(ctx, (u, x, key_mask, extra_token), results, count=2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dm: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        u, x, key_mask, extra_token, m, lse = ctx.saved_tensors
-        du, dx, dextra = _backward(
-            dm, dlse, u, x, key_mask, extra_token, m, lse, ctx.norm_eps, ctx.backend
-        )
-        return du, dx, None, None if extra_token is None else dextra, None, None
+        inputs, (m, lse) = autograd.saved(ctx, 4)
+        wants_u, wants_x, _, wants_extra, _, _ = ctx.needs_input_grad
+        if autograd.needs_reference((dm, dlse)):
+            reference_of = functools.partial(_reference, ctx.norm_eps)
+            wanted = wants_u, wants_x, False, wants_extra
+            du, dx, _, dextra = autograd.by_reference(ctx, reference_of, inputs, wanted, (dm, dlse))
+        else:
+            found = _backward(dm, dlse, *inputs, m, lse, ctx.norm_eps, ctx.backend)
+            du, dx, dextra = autograd.given(found, (wants_u, wants_x, wants_extra))
+        return du, dx, None, dextra, None, None
+
+
+def _reference(
+    norm_eps: float | None,
+    u: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    extra_token: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return reference.attention_core(u, x, norm_eps, key_mask, extra_token)
 
 
 def _forward_kernel(

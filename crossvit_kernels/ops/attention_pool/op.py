@@ -22,7 +22,13 @@ def attention_pool(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, weights or None) on the chosen backend; see functional.attention_pool."""
-    not_fused = library.why_not_fused(call.dropout_p, residual_scale=None)
+    not_fused = library.why_not_fused(
+        query,
+        tokens,
+        key_mask,
+        *parameters.tensors(),
+        dropout_p=call.dropout_p,
+    )
     num_queries, head_dim = query.shape[1], parameters.w_k.shape[0] // call.num_heads
     name = choose(
         "attention_pool",

@@ -25,6 +25,11 @@ class PoolParameters(NamedTuple):
     token_norm: Norm | None
     norm_eps: float
 
+    def tensors(self) -> list[Tensor | None]:
+        """All of them."""
+        norms = [t for norm in (self.query_norm, self.token_norm) if norm for t in norm]
+        return [*self[:8], *norms]
+
 
 class PoolCall(NamedTuple):
     """What else decides how the tokens are pooled."""

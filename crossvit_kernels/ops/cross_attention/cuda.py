@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,15 +111,16 @@ def forward(
         split = division(batch, launch.chip(x.device))
         problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
         states = _states(problem, split, saved.vectors)
+        at, float32 = extension.Arguments(x.device), torch.float32
         extension.cuda_kernels.functions.cross_attention_forward(
             problem=problem,
-            cls=extension.parameter(cls),
-            tokens=extension.tokens(x, None),
+            cls=at.parameter(cls),
+            tokens=at.tokens(x, None),
             weights=of_weights,
-            residual_scale=extension.optional(scale),
-            new_cls=new_cls.data_ptr(),
-            vectors=saved.vectors.data_ptr(),
-            states=extension.optional(states),
+            residual_scale=at.pointer(scale, float32),
+            new_cls=at.pointer(new_cls),
+            vectors=at.pointer(saved.vectors, float32),
+            states=at.pointer(states, float32),
             division=(split.images, split.blocks),
             place=extension.place(x),
         )
@@ -134,8 +136,9 @@ def backward(
     saved: Saved,
     num_heads: int,
     eps: float,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, FusionWeights]:
-    """(dcls, dtokens, gradients of the weights; None where the weight is None)."""
+    """(dcls, dtokens, gradients of the weights); None for weights whose is not wanted."""
     (batch, num_tokens, channels), own = tokens.shape, cls.shape[1]
     dcls = torch.empty_like(_readable(cls, tokens), memory_format=torch.contiguous_format)
     dx = tokens.new_empty(tokens.shape)
@@ -150,26 +153,27 @@ def backward(
         states = _states(problem, split, gradients)
         scratch = dx.new_empty(2, batch, channels, dtype=torch.float32)
         of_cls, d_new_cls = _readable(cls, x).contiguous(), d_new_cls.contiguous()
+        at, float32 = extension.Arguments(x.device), torch.float32
         extension.cuda_kernels.functions.cross_attention_backward(
             problem=problem,
-            dnew_cls=extension.parameter(d_new_cls),
-            cls=extension.parameter(of_cls),
-            tokens=extension.tokens(x, None),
+            dnew_cls=at.parameter(d_new_cls),
+            cls=at.parameter(of_cls),
+            tokens=at.tokens(x, None),
             weights=of_weights,
-            residual_scale=extension.optional(scale),
-            vectors=saved.vectors.data_ptr(),
-            dcls=dcls.data_ptr(),
-            dx=extension.tokens(dx, None),
-            gradients=gradients.data_ptr(),
-            dz=dz.data_ptr(),
-            du=du.data_ptr(),
-            scratch=scratch.data_ptr(),
-            states=extension.optional(states),
+            residual_scale=at.pointer(scale, float32),
+            vectors=at.pointer(saved.vectors, float32),
+            dcls=at.pointer(dcls),
+            dx=at.tokens(dx, None),
+            gradients=at.pointer(gradients, float32),
+            dz=at.pointer(dz, float32),
+            du=at.pointer(du, float32),
+            scratch=at.pointer(scratch, float32),
+            states=at.pointer(states, float32),
             division=(split.images, split.blocks),
             place=extension.place(x),
         )
     v = vectors(saved, batch, own, channels, num_heads)
-    return dcls.to(cls.dtype), dx, weight_gradients(weights, v, gradients, du)
+    return dcls.to(cls.dtype), dx, weight_gradients(weights, v, gradients, du, wanted[2:])
 
 
 def _states(
@@ -200,19 +204,22 @@ def _weights(w: FusionWeights, tokens: Tensor) -> tuple[FusionWeights, Arguments
             all(map(_is_contiguous, w))
             and not functools.reduce(operator.or_, addresses) % _ALIGNMENT
             and not set(dtypes) - {tokens.dtype, torch.float32}
+            and set(map(_device, w)) == {tokens.device}
         ):
             codes = map(extension.DTYPE_CODES.__getitem__, dtypes)
             return w, list(zip(addresses, codes, strict=True))
     except (AttributeError, TypeError):
         pass
     readable = launch.contiguous(FusionWeights(*(_readable_weight(p, tokens) for p in w)))
-    return readable, [extension.parameter(p) for p in readable]
+    at = extension.Arguments(tokens.device)
+    return readable, [at.parameter(p) for p in readable]
 
 
 _ALIGNMENT = 16  # bytes
 _address: Any = Tensor.data_ptr
 _is_contiguous: Any = Tensor.is_contiguous
 _dtype = operator.attrgetter("dtype")
+_device = operator.attrgetter("device")
 
 
 def _readable_weight(p: Tensor | None, tokens: Tensor) -> Any:

@@ -83,14 +83,16 @@ def forward(
     cls = cls.contiguous() if dtype != torch.float64 else cls.to(dtype).contiguous()
     parameters = [None if p is None else p.contiguous() for p in w]
     if batch:
+        at = extension.Arguments(tokens.device)
+        tokens = extension.unit_stride(tokens)  # alive until the kernel returns
         _C.cross_attention_forward(
             problem=(batch, num_tokens, channels, cls.shape[1], num_heads, eps),
-            cls=extension.parameter(cls),
-            tokens=extension.tokens(extension.unit_stride(tokens), None),
-            weights=[extension.parameter(p) for p in parameters],
-            residual_scale=extension.parameter(residual_scale),
-            saved=[t.data_ptr() for t in saved],
-            new_cls=extension.parameter(new_cls),
+            cls=at.parameter(cls),
+            tokens=at.tokens(tokens, None),
+            weights=[at.parameter(p) for p in parameters],
+            residual_scale=at.parameter(residual_scale),
+            saved=[at.pointer(t) for t in saved],
+            new_cls=at.parameter(new_cls),
         )
     return new_cls, saved
 
@@ -104,31 +106,37 @@ def backward(
     saved: Saved,
     num_heads: int,
     eps: float,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, FusionWeights]:
-    """(dcls, dtokens, gradients of the weights; None where the weight is None)."""
+    """(dcls, dtokens, gradients of the weights); None for weights whose is not wanted."""
     # In the precision of the token pass throughout: casting the weights costs less than small GEMMs
     # in 16 bits do.
     dtype = accumulate_dtype(tokens)
+    wants: Any = FusionWeights._make(wanted[2:])
     w = _cast(weights, [dtype] * len(weights))
     y0, q, kt, m, lse, o, y = saved
     batch, _, channels = tokens.shape
     head_dim = channels // num_heads
     per_head = (num_heads, head_dim, channels)
     scale = head_dim**-0.5
+    found: dict[str, Any] = {}
 
     # g, residual, W_o
-    dy, d_back = _norm_gelu_linear_backward(
-        d_new_cls.to(dtype), y, w.back_norm_weight, w.back_norm_bias, w.back_weight, eps
-    )
+    dy = _norm_gelu_linear_backward(d_new_cls.to(dtype), y, w, "back", eps, wants, found)
     dupdate = dy if residual_scale is None else dy * residual_scale.to(dtype).unsqueeze(-1)
     do = _heads(dupdate @ w.out_weight, num_heads)
+    if wants.out_weight:
+        found["out_weight"] = dupdate.t() @ o
+    if wants.out_bias:
+        found["out_bias"] = dupdate.sum(dim=0)
 
     # o_h = W_v,h z_h + b_v,h with z_h = gamma * m_h + beta
-    z = torch.addcmul(w.norm_bias, m, w.norm_weight)
-    d_v_weight = torch.bmm(do.transpose(1, 2), z)
     dz = torch.bmm(do, w.v_weight.view(per_head))
-    dgamma = (dz * m).sum(dim=(0, 1))
-    dbeta = dz.sum(dim=(0, 1))
+    if wants.v_weight:
+        z = torch.addcmul(w.norm_bias, m, w.norm_weight)
+        found["v_weight"] = torch.bmm(do.transpose(1, 2), z).view(channels, channels)
+    if wants.v_bias:
+        found["v_bias"] = do.sum(dim=1).flatten()
 
     # The token pass, with u_h = gamma * kt_h
     du = torch.empty_like(m)
@@ -147,38 +155,32 @@ def backward(
     assert dy0_as_token is not None
 
     # kt_h = W_k,h^T q_h / sqrt(d), q = W_q LN(y0) + b_q
-    dgamma += (du * kt).sum(dim=(0, 1))
     dkt = du * w.norm_weight
-    d_k_weight = _scaled_bmm(_heads(q, num_heads).transpose(1, 2), dkt, scale)
+    if wants.k_weight:
+        dk = _scaled_bmm(_heads(q, num_heads).transpose(1, 2), dkt, scale)
+        found["k_weight"] = dk.view(channels, channels)
+    if wants.k_bias:
+        found["k_bias"] = torch.zeros_like(w.norm_bias)  # softmax drops b_k
     dq = _scaled_bmm(dkt, w.k_weight.view(per_head).transpose(1, 2), scale)
     dq = dq.transpose(0, 1).reshape(batch, channels)
     y0 = y0.to(dtype)
-    normed, *statistics = norm.forward(y0, w.norm_weight, w.norm_bias, eps)
-    dy0_as_query, dgamma_query, dbeta_query = norm.backward(
-        dq @ w.q_weight, y0, w.norm_weight, w.norm_bias, *statistics
+    normed, mean, rstd = norm.forward(y0, w.norm_weight, w.norm_bias, eps)
+    affine = wants.norm_weight, wants.norm_bias
+    dy0_as_query, dgamma, dbeta = norm.backward(
+        dq @ w.q_weight, y0, w.norm_weight, w.norm_bias, mean, rstd, (True, *affine)
     )
+    if wants.norm_weight:
+        found["norm_weight"] = dgamma + (dz * m).sum(dim=(0, 1)) + (du * kt).sum(dim=(0, 1))
+    if wants.norm_bias:
+        found["norm_bias"] = dbeta + dz.sum(dim=(0, 1))
+    if wants.q_weight:
+        found["q_weight"] = dq.t() @ normed
+    if wants.q_bias:
+        found["q_bias"] = dq.sum(dim=0)
 
     dy0 = dy + dy0_as_query + dy0_as_token
-    dcls, d_proj = _norm_gelu_linear_backward(
-        dy0, cls.to(dtype), w.proj_norm_weight, w.proj_norm_bias, w.proj_weight, eps
-    )
-    d_weights = FusionWeights(
-        *d_proj,
-        norm_weight=dgamma + dgamma_query,
-        norm_bias=dbeta + dbeta_query,
-        q_weight=dq.t() @ normed,
-        q_bias=dq.sum(dim=0),
-        k_weight=d_k_weight.view(channels, channels),
-        k_bias=torch.zeros_like(dgamma),  # softmax drops b_k
-        v_weight=d_v_weight.view(channels, channels),
-        v_bias=do.sum(dim=1).flatten(),
-        out_weight=dupdate.t() @ o,
-        out_bias=dupdate.sum(dim=0),
-        back_norm_weight=d_back[0],
-        back_norm_bias=d_back[1],
-        back_weight=d_back[2],
-        back_bias=d_back[3],
-    )
+    dcls = _norm_gelu_linear_backward(dy0, cls.to(dtype), w, "proj", eps, wants, found)
+    d_weights = FusionWeights._make(map(found.get, FusionWeights._fields))
     dtypes = [None if t is None else t.dtype for t in weights]
     return dcls.to(cls.dtype), dtokens, _cast(d_weights, dtypes)
 
@@ -204,11 +206,25 @@ def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _norm_gelu_linear_backward(
-    dout: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """dx, and the gradients of norm_weight, norm_bias, weight and bias."""
-    normed, *statistics = norm.forward(x, norm_weight, norm_bias, eps)
+    dout: Tensor,
+    x: Tensor,
+    weights: FusionWeights,
+    layer: str,
+    eps: float,
+    wants: FusionWeights,
+    found: dict[str, Any],
+) -> Tensor:
+    """dx of f ("proj") or g ("back"); adds the gradients that are wanted to ``found``."""
+    names = [f"{layer}_{name}" for name in ("norm_weight", "norm_bias", "weight", "bias")]
+    norm_weight, norm_bias, weight, _ = (getattr(weights, name) for name in names)
+    wanted = [getattr(wants, name) for name in names]
+    normed, mean, rstd = norm.forward(x, norm_weight, norm_bias, eps)
     dnormed = torch.ops.aten.gelu_backward(dout @ weight, normed)
-    dx, dnorm_weight, dnorm_bias = norm.backward(dnormed, x, norm_weight, norm_bias, *statistics)
-    dweight = dout.t() @ F.gelu(normed)
-    return dx, (dnorm_weight, dnorm_bias, dweight, dout.sum(dim=0))
+    dx, found[names[0]], found[names[1]] = norm.backward(
+        dnormed, x, norm_weight, norm_bias, mean, rstd, (True, *wanted[:2])
+    )
+    if wanted[2]:
+        found[names[2]] = dout.t() @ F.gelu(normed)
+    if wanted[3]:
+        found[names[3]] = dout.sum(dim=0)
+    return dx

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from crossvit_kernels.backends import choose, register_operation
 from crossvit_kernels.graphs import side_by_side
-from crossvit_kernels.ops import library
+from crossvit_kernels.ops import autograd, library
 from crossvit_kernels.ops.cross_attention import cuda, native, reference, triton
 from crossvit_kernels.ops.cross_attention.weights import FusionInputs, FusionWeights
 
@@ -70,8 +70,10 @@ def cross_attention_fusion_pair(
 
 
 def _choose(inputs: FusionInputs, dropout_p: float, backend: str | None) -> str:
-    not_fused = library.why_not_fused(dropout_p, inputs.residual_scale)
-    cls, tokens, weights, num_heads, _ = inputs
+    cls, tokens, weights, num_heads, residual_scale = inputs
+    not_fused = library.why_not_fused(
+        cls, tokens, residual_scale, *weights, dropout_p=dropout_p, residual_scale=residual_scale
+    )
     cast_to = library.autocast_dtype(cls)
     return choose(
         "cross_attention_fusion",
@@ -104,24 +106,40 @@ class _CrossAttentionFusion(torch.autograd.Function):
         backend: str,
         *weights: Tensor | None,
     ) -> Tensor:
-        new_cls, *saved = _forward(
-            cls, tokens, list(weights), residual_scale, num_heads, eps, backend
-        )
-        ctx.save_for_backward(cls, tokens, residual_scale, *weights, *saved)
+        results = _forward(cls, tokens, list(weights), residual_scale, num_heads, eps, backend)
         ctx.constants = (num_heads, eps, backend)
-        return new_cls
+        return autograd.outputs(ctx, (cls, tokens, residual_scale, *weights), results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_new_cls: Tensor) -> tuple[Tensor | None, ...]:
-        cls, tokens, residual_scale, *rest = ctx.saved_tensors
-        count = len(FusionWeights._fields)
-        weights, saved = rest[:count], rest[count:]
-        dcls, dtokens, *d_weights = _backward(
-            d_new_cls, cls, tokens, weights, residual_scale, saved, *ctx.constants
-        )
-        d_weights = [None if w is None else dw for w, dw in zip(weights, d_weights, strict=True)]
+        inputs, saved = autograd.saved(ctx, 3 + len(FusionWeights._fields))
+        wants_cls, wants_tokens, _, _, _, _, *wants_weights = ctx.needs_input_grad
+        if autograd.needs_reference((d_new_cls,)):
+            wanted = (wants_cls, wants_tokens, False, *wants_weights)
+            dcls, dtokens, _, *d_weights = autograd.by_reference(
+                ctx, functools.partial(_reference, *ctx.constants[:2]), inputs, wanted, (d_new_cls,)
+            )
+        else:
+            cls, tokens, residual_scale, *weights = inputs
+            wanted = (wants_cls, wants_tokens, *wants_weights)
+            found = _backward(
+                d_new_cls, cls, tokens, weights, residual_scale, saved, wanted, *ctx.constants
+            )
+            dcls, dtokens, *d_weights = autograd.given(found, wanted)
         return dcls, dtokens, None, None, None, None, *d_weights
+
+
+def _reference(
+    num_heads: int,
+    eps: float,
+    cls: Tensor,
+    tokens: Tensor,
+    residual_scale: Tensor | None,
+    *weights: Any,
+) -> Tensor:
+    return reference.cross_attention_fusion(
+        cls, tokens, FusionWeights(*weights), num_heads, eps, residual_scale
+    )
 
 
 def _forward_kernel(
@@ -160,6 +178,7 @@ def _backward_kernel(
     weights: list[Any],
     residual_scale: Tensor | None,
     saved: list[Tensor],
+    wanted: list[bool],
     num_heads: int,
     eps: float,
     backend: str,
@@ -174,8 +193,9 @@ def _backward_kernel(
         module.Saved(*saved),
         num_heads,
         eps,
+        wanted,
     )
-    return [dcls, dtokens, *(cls.new_empty(0) if dw is None else dw for dw in d_weights)]
+    return autograd.filled((dcls, dtokens, *d_weights), cls)
 
 
 def _backward_fake(
@@ -185,12 +205,12 @@ def _backward_fake(
     weights: list[Any],
     residual_scale: Tensor | None,
     saved: list[Tensor],
+    wanted: list[bool],
     num_heads: int,
     eps: float,
     backend: str,
 ) -> list[Tensor]:
-    d_weights = [cls.new_empty(0) if w is None else w.new_empty(w.shape) for w in weights]
-    return [cls.new_empty(cls.shape), tokens.new_empty(tokens.shape), *d_weights]
+    return autograd.empty_gradients((cls, tokens, *weights), wanted, cls)
 
 
 def _pair_kernel(*arguments: Any) -> list[Tensor]:
@@ -218,8 +238,8 @@ _forward = library.define(
 )
 _backward = library.define(
     "cross_attention_fusion_backward(Tensor d_new_cls, Tensor cls, Tensor tokens, "
-    "Tensor?[] weights, Tensor? residual_scale, Tensor[] saved, int num_heads, float eps, "
-    "str backend) -> Tensor[]",
+    "Tensor?[] weights, Tensor? residual_scale, Tensor[] saved, bool[] wanted, int num_heads, "
+    "float eps, str backend) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,9 +66,9 @@ def gradient_sizes(own: int, channels: int) -> list[int]:
 
 
 def weight_gradients(
-    weights: FusionWeights, v: Vectors, gradients: Tensor, du: Tensor
+    weights: FusionWeights, v: Vectors, gradients: Tensor, du: Tensor, wanted: Sequence[bool]
 ) -> FusionWeights:
-    """From the rows of gradients (gradient_sizes) and du [h, B, C]; None where a weight is None."""
+    """From the rows of gradients (gradient_sizes) and du [h, B, C]; None where not wanted."""
     own, (heads, _, channels) = v.activated.shape[1], du.shape
     d, sizes = channels // heads, gradient_sizes(own, channels)
     _, _, dy0, _, _, dq, do, dupdate, _, _, dout = gradients.split(sizes, dim=1)
@@ -77,30 +78,25 @@ def weight_gradients(
     def of_heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, d)).permute(1, 2, 0)
 
-    dv = torch.bmm(of_heads(do), torch.addcmul(beta, v.m, gamma))
-    dk = torch.bmm(of_heads(v.q), du) * (gamma * d**-0.5)
-    d_weights: list[Any] = [
-        sums[0],
-        sums[1],
-        dy0.t() @ v.activated,
-        sums[2],
-        sums[3],
-        sums[4],
-        dq.t() @ v.normed,
-        sums[5],
-        dk.view(channels, channels),
-        torch.zeros_like(gamma),  # softmax drops b_k
-        dv.view(channels, channels),
-        sums[6],
-        dupdate.t() @ v.o,
-        sums[7],
-        sums[8],
-        sums[9],
-        dout.t() @ v.back_activated,
-        sums[10],
-    ]
-    pairs = zip(d_weights, weights, strict=True)
-    return FusionWeights(*(None if w is None else _own(g, w) for g, w in pairs))  # type: ignore[arg-type]
+    products: dict[str, Callable[[], Tensor]] = {
+        "proj_weight": lambda: dy0.t() @ v.activated,
+        "q_weight": lambda: dq.t() @ v.normed,
+        "k_weight": lambda: torch.bmm(of_heads(v.q), du) * (gamma * d**-0.5),
+        "k_bias": lambda: torch.zeros_like(gamma),  # softmax drops it
+        "v_weight": lambda: torch.bmm(of_heads(do), torch.addcmul(beta, v.m, gamma)),
+        "out_weight": lambda: dupdate.t() @ v.o,
+        "back_weight": lambda: dout.t() @ v.back_activated,
+    }
+    sum_of = iter(sums)
+    found: list[Any] = []
+    for name, w, want in zip(weights._fields, weights, wanted, strict=True):
+        of_vector = None if name in products else next(sum_of)
+        if not want or w is None:
+            found.append(None)
+        else:
+            gradient = products[name]() if of_vector is None else of_vector
+            found.append(_own(gradient.view(w.shape), w))
+    return FusionWeights._make(found)
 
 
 def _own(gradient: Tensor, like: Tensor) -> Tensor:

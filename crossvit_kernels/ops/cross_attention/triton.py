@@ -6,6 +6,7 @@ The weight matrices' gradients are products over the batch of vectors that the k
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -176,8 +177,9 @@ def backward(
     saved: Saved,
     num_heads: int,
     eps: float,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, FusionWeights]:
-    """(dcls, dtokens, gradients of the weights; None where the weight is None)."""
+    """(dcls, dtokens, gradients of the weights); None for weights whose is not wanted."""
     batch, _, channels = tokens.shape
     own = cls.shape[1]
     dcls, dx = cls.new_empty(cls.shape), tokens.new_empty(tokens.shape)
@@ -196,7 +198,7 @@ def backward(
             (dcls, dx, gradients, dz_du[0], dz_du[1]),
         )
     v = vectors(saved, batch, own, channels, num_heads)
-    return dcls, dx, weight_gradients(weights, v, gradients, dz_du[1])
+    return dcls, dx, weight_gradients(weights, v, gradients, dz_du[1], wanted[2:])
 
 
 def _launch_backward(

@@ -5,7 +5,8 @@ oneDNN's and MKL's GEMMs are the time. Without gradients GELU works in place.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,25 +62,34 @@ def backward(
     residual_scale: Tensor | None,
     saved: Saved,
     eps: float,
-) -> tuple[Tensor, FfnWeights]:
-    """(dx, gradients of the weights)."""
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, FfnWeights]:
+    """(dx, gradients of the weights); None for those that are not wanted."""
+    wants_x = wanted[0]
+    wants: Any = FfnWeights._make(wanted[1:])
     channels, num_hidden = x.shape[-1], w.fc1_weight.shape[0]
     dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).reshape(-1, channels)
-    hidden, activated = (t.view(-1, num_hidden) for t in (saved.hidden, saved.activated))
-    dhidden = torch.ops.aten.gelu_backward(dupdate @ w.fc2_weight, hidden)
-    dx, dnorm_weight, dnorm_bias = norm.backward(
-        (dhidden @ w.fc1_weight).view(x.shape),
-        x,
-        w.norm_weight,
-        w.norm_bias,
-        saved.mean,
-        saved.rstd,
-    )
-    return dx.add_(dy), FfnWeights(
-        norm_weight=dnorm_weight,
-        norm_bias=dnorm_bias,
-        fc1_weight=dhidden.t() @ saved.normed.view(-1, channels),
-        fc1_bias=dhidden.sum(dim=0),
-        fc2_weight=dupdate.t() @ activated,
-        fc2_bias=dupdate.sum(dim=0),
-    )
+    dx, found = None, dict[str, Any]()
+    if wants.fc2_weight:
+        found["fc2_weight"] = dupdate.t() @ saved.activated.view(-1, num_hidden)
+    if wants.fc2_bias:
+        found["fc2_bias"] = dupdate.sum(dim=0)
+    if wants_x or any(wants[:4]):
+        hidden = saved.hidden.view(-1, num_hidden)
+        dhidden = torch.ops.aten.gelu_backward(dupdate @ w.fc2_weight, hidden)
+        if wants.fc1_weight:
+            found["fc1_weight"] = dhidden.t() @ saved.normed.view(-1, channels)
+        if wants.fc1_bias:
+            found["fc1_bias"] = dhidden.sum(dim=0)
+        if wants_x or any(wants[:2]):
+            dx, found["norm_weight"], found["norm_bias"] = norm.backward(
+                (dhidden @ w.fc1_weight).view(x.shape),
+                x,
+                w.norm_weight,
+                w.norm_bias,
+                saved.mean,
+                saved.rstd,
+                (wants_x, *wants[:2]),
+            )
+            dx = dx.add_(dy) if wants_x else None
+    return dx, FfnWeights._make(map(found.get, FfnWeights._fields))

@@ -19,20 +19,21 @@ def forward(
 ) -> tuple[Tensor, Saved | None]:
     if not extension.all_float32(x, *w):
         return composed.forward(x, w, residual_scale, eps, save)
-    y = torch.empty(x.shape)
+    y = x.new_empty(x.shape)
     saved = empty_saved(x, w) if save else None
     x = extension.unit_stride(x)
     w = FfnWeights(*(t.contiguous() for t in w))
     scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
+    at = extension.Arguments(x.device)
     _C.layernorm_ffn_forward(
-        x=extension.token_rows(x, None),
-        norm=extension.norm(w.norm_weight, w.norm_bias, eps, saved),
-        fc1=extension.linear(w.fc1_weight, w.fc1_bias),
-        fc2=extension.linear(w.fc2_weight, w.fc2_bias),
+        x=at.token_rows(x, None),
+        norm=at.norm(w.norm_weight, w.norm_bias, eps, saved),
+        fc1=at.linear(w.fc1_weight, w.fc1_bias),
+        fc2=at.linear(w.fc2_weight, w.fc2_bias),
         hidden_width=w.fc1_weight.shape[0],
-        residual_scale=extension.optional(scale),
-        hidden=extension.optional(saved and saved.hidden),
-        activated=extension.optional(saved and saved.activated),
-        y=y.data_ptr(),
+        residual_scale=at.pointer(scale, torch.float32),
+        hidden=at.pointer(saved and saved.hidden, torch.float32),
+        activated=at.pointer(saved and saved.activated, torch.float32),
+        y=at.pointer(y, torch.float32),
     )
     return y, saved

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from crossvit_kernels.backends import choose, register_operation
-from crossvit_kernels.ops import library
+from crossvit_kernels.ops import autograd, library
 from crossvit_kernels.ops.layernorm_ffn import native, reference, triton
 from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
 
@@ -26,7 +26,7 @@ def layernorm_ffn(
     backend: str | None,
 ) -> Tensor:
     """Y on the chosen backend; see functional.layernorm_ffn."""
-    not_fused = library.why_not_fused(0.0, residual_scale)
+    not_fused = library.why_not_fused(x, residual_scale, *weights, residual_scale=residual_scale)
     name = choose(
         "layernorm_ffn",
         backend,
@@ -52,20 +52,29 @@ class _LayerNormFfn(torch.autograd.Function):
         backend: str,
         *weights: Tensor,
     ) -> Tensor:
-        y, *saved = _forward(x, list(weights), residual_scale, eps, True, backend)
-        ctx.save_for_backward(x, residual_scale, *weights, *saved)
+        results = _forward(x, list(weights), residual_scale, eps, True, backend)
         ctx.constants = (eps, backend)
-        return y
+        return autograd.outputs(ctx, (x, residual_scale, *weights), results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual_scale, *rest = ctx.saved_tensors
-        count = len(FfnWeights._fields)
-        dx, *d_weights = _backward(
-            dy, x, rest[:count], residual_scale, rest[count:], *ctx.constants
-        )
+        inputs, saved = autograd.saved(ctx, 2 + len(FfnWeights._fields))
+        wants_x, _, _, _, *wants_weights = ctx.needs_input_grad
+        if autograd.needs_reference((dy,)):
+            wanted = (wants_x, False, *wants_weights)
+            dx, _, *d_weights = autograd.by_reference(
+                ctx, functools.partial(_reference, ctx.constants[0]), inputs, wanted, (dy,)
+            )
+        else:
+            x, residual_scale, *weights = inputs
+            wanted = (wants_x, *wants_weights)
+            found = _backward(dy, x, weights, residual_scale, saved, wanted, *ctx.constants)
+            dx, *d_weights = autograd.given(found, wanted)
         return dx, None, None, None, *d_weights
+
+
+def _reference(eps: float, x: Tensor, residual_scale: Tensor | None, *weights: Tensor) -> Tensor:
+    return reference.layernorm_ffn(x, FfnWeights(*weights), eps, residual_scale)
 
 
 def _forward_kernel(
@@ -99,14 +108,15 @@ def _backward_kernel(
     weights: list[Any],
     residual_scale: Tensor | None,
     saved: list[Tensor],
+    wanted: list[bool],
     eps: float,
     backend: str,
 ) -> list[Tensor]:
     module = BACKENDS[backend]
     dx, d_weights = module.backward(
-        dy, x, FfnWeights(*weights), residual_scale, module.Saved(*saved), eps
+        dy, x, FfnWeights(*weights), residual_scale, module.Saved(*saved), eps, wanted
     )
-    return [dx, *d_weights]
+    return autograd.filled((dx, *d_weights), x)
 
 
 def _backward_fake(
@@ -115,10 +125,11 @@ def _backward_fake(
     weights: list[Any],
     residual_scale: Tensor | None,
     saved: list[Tensor],
+    wanted: list[bool],
     eps: float,
     backend: str,
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (x, *weights)]
+    return autograd.empty_gradients((x, *weights), wanted, x)
 
 
 _forward = library.define(
@@ -129,7 +140,7 @@ _forward = library.define(
 )
 _backward = library.define(
     "layernorm_ffn_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor? residual_scale, "
-    "Tensor[] saved, float eps, str backend) -> Tensor[]",
+    "Tensor[] saved, bool[] wanted, float eps, str backend) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
 )

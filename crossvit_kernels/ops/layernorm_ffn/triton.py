@@ -5,7 +5,8 @@ Weight gradients are products over all tokens, which torch's libraries form.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +54,10 @@ def backward(
     residual_scale: Tensor | None,
     saved: Saved,
     eps: float,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, FfnWeights]:
-    """(dx, gradients of the weights)."""
+    """(dx, gradients of the weights); products that are not wanted are None."""
+    wants: Any = FfnWeights._make(wanted[1:])
     dy, tokens, w = dy.contiguous(), layers.prepared(x), launch.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
@@ -65,9 +68,9 @@ def backward(
     return found.dx, FfnWeights(
         norm_weight=found.d_norm_weight,
         norm_bias=found.d_norm_bias,
-        fc1_weight=dhidden.t() @ found.normed.view(-1, channels),
+        fc1_weight=layers.weight_gradient(dhidden, found.normed, wants.fc1_weight),
         fc1_bias=d_fc1_bias,
-        fc2_weight=dupdate.t() @ activated,
+        fc2_weight=layers.weight_gradient(dupdate, activated, wants.fc2_weight),
         fc2_bias=found.sum_dy,
     )
 

@@ -7,7 +7,8 @@ are not copied for it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,48 +85,74 @@ def backward(
     saved: Saved,
     num_heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor | None, MsaWeights]:
-    """(dx, dcls, gradients of the weights; None where the weight is None)."""
-    normed, mean, rstd, qkv, heads, lse = saved
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, MsaWeights]:
+    """(dx, dcls, gradients of the weights); None for those that are not wanted."""
+    wants: Any = MsaWeights._make(wanted[2:])
     channels = x.shape[-1]
     dupdate = norm.scale_update(dy, residual_scale, w.out_weight.dtype).reshape(-1, channels)
-    dheads = (dupdate @ w.out_weight).view(*x.shape[:2], num_heads, -1).transpose(1, 2)
-    dqkv = torch.stack(
-        [
-            d.transpose(1, 2)
-            for d in _attention_backward(
-                dheads, *_split(qkv, num_heads), heads, lse, dropout_p=0.0, is_causal=False
+    dx, dcls, found = None, None, dict[str, Any]()
+    if wants.out_weight:
+        found["out_weight"] = dupdate.t() @ _joined(saved.heads).view(-1, channels)
+    if wants.out_bias:
+        found["out_bias"] = dupdate.sum(dim=0)
+    if any(wanted[:2]) or any(wants[:4]):
+        dqkv = _qkv_backward(dupdate @ w.out_weight, saved, num_heads)
+        if wants.qkv_weight:
+            found["qkv_weight"] = dqkv.t() @ saved.normed.view(-1, channels)
+        if wants.qkv_bias:
+            found["qkv_bias"] = dqkv.sum(dim=0)
+        if any(wanted[:2]) or any(wants[:2]):
+            dx, dcls, found["norm_weight"], found["norm_bias"] = _norm_backward(
+                (dqkv @ w.qkv_weight).view(x.shape), dy, x, w, cls, saved, eps, wanted
             )
-        ],
-        dim=2,
-    ).view(-1, 3 * channels)
-    dnormed = (dqkv @ w.qkv_weight).view(x.shape)
-    dcls = None
+    return dx, dcls, MsaWeights._make(map(found.get, MsaWeights._fields))
+
+
+def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int) -> Tensor:
+    """The gradient of q, k and v [B N, 3 C] from that of attention's output [B N, C]."""
+    qkv, heads = saved.qkv, saved.heads
+    dheads = dheads.view(*qkv.shape[:2], num_heads, -1).transpose(1, 2)
+    gradients = _attention_backward(
+        dheads, *_split(qkv, num_heads), heads, saved.lse, dropout_p=0.0, is_causal=False
+    )
+    return torch.stack([d.transpose(1, 2) for d in gradients], dim=2).view(-1, qkv.shape[2])
+
+
+def _norm_backward(
+    dnormed: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    w: MsaWeights,
+    cls: Tensor | None,
+    saved: Saved,
+    eps: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dcls, gradients of LayerNorm's weight and bias), residual included; cls is row 0."""
+    (wants_x, wants_cls), wants_affine = wanted[:2], wanted[2:4]
+    affine, dcls = (w.norm_weight, w.norm_bias), None
     if cls is not None:
         # Row 0 belongs to cls: with its gradient taken out, x's own row 0 contributes nothing.
-        _, *statistics = norm.forward(cls, w.norm_weight, w.norm_bias, eps)
-        dcls, *d_norm_cls = norm.backward(
-            dnormed[:, 0], cls, w.norm_weight, w.norm_bias, *statistics
+        _, mean, rstd = norm.forward(cls, *affine, eps)
+        dcls, *d_affine_cls = norm.backward(
+            dnormed[:, 0], cls, *affine, mean, rstd, (wants_cls, *wants_affine)
         )
         dnormed[:, 0] = 0
-    dx, d_norm_weight, d_norm_bias = norm.backward(
-        dnormed, x, w.norm_weight, w.norm_bias, mean, rstd
+    dx, *d_affine = norm.backward(
+        dnormed, x, *affine, saved.mean, saved.rstd, (wants_x, *wants_affine)
     )
-    dx.add_(dy)
-    if dcls is not None:
-        dcls += dy[:, 0]
-        dx[:, 0] = 0
-        d_norm_weight += d_norm_cls[0]
-        d_norm_bias += d_norm_cls[1]
-    d_weights = MsaWeights(
-        norm_weight=d_norm_weight,
-        norm_bias=d_norm_bias,
-        qkv_weight=dqkv.t() @ normed.view(-1, channels),
-        qkv_bias=None if w.qkv_bias is None else dqkv.sum(dim=0),
-        out_weight=dupdate.t() @ _joined(heads).view(-1, channels),
-        out_bias=dupdate.sum(dim=0),
-    )
-    return dx, dcls, d_weights
+    if wants_x:
+        dx.add_(dy)
+    if cls is not None:
+        if wants_x:
+            dx[:, 0] = 0
+        if dcls is not None:
+            dcls += dy[:, 0]
+        for total, of_cls in zip(d_affine, d_affine_cls, strict=True):
+            if total is not None:
+                total += of_cls
+    return dx, dcls, d_affine[0], d_affine[1]
 
 
 def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,23 +25,24 @@ def forward(
 ) -> tuple[Tensor, Saved | None]:
     if not extension.all_float32(x, cls, *w):
         return composed.forward(x, w, residual_scale, cls, num_heads, eps, keep)
-    y = torch.empty(x.shape)
+    y = x.new_empty(x.shape)
     saved = empty_saved(x, w, num_heads, keep) if keep else None
     qkv = saved.qkv if saved else x.new_empty(*x.shape[:2], 3 * x.shape[2])
-    heads = saved.heads if saved else torch.empty_like(y)
+    heads = saved.heads.transpose(1, 2) if saved else x.new_empty(x.shape)
     x, cls = extension.unit_stride(x), None if cls is None else extension.unit_stride(cls)
     w = MsaWeights(*(None if t is None else t.contiguous() for t in w))  # type: ignore[arg-type]
     scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
+    at = extension.Arguments(x.device)
     _C.layernorm_msa_forward(
-        x=extension.token_rows(x, cls),
-        norm=extension.norm(w.norm_weight, w.norm_bias, eps, saved),
-        qkv=extension.linear(w.qkv_weight, w.qkv_bias),
-        out=extension.linear(w.out_weight, w.out_bias),
+        x=at.token_rows(x, cls),
+        norm=at.norm(w.norm_weight, w.norm_bias, eps, saved),
+        qkv=at.linear(w.qkv_weight, w.qkv_bias),
+        out=at.linear(w.out_weight, w.out_bias),
         num_heads=num_heads,
-        residual_scale=extension.optional(scale),
-        qkv_rows=qkv.data_ptr(),
-        heads=heads.data_ptr(),
-        lse=extension.optional(saved and saved.lse),
-        y=y.data_ptr(),
+        residual_scale=at.pointer(scale, torch.float32),
+        qkv_rows=at.pointer(qkv, torch.float32),
+        heads=at.pointer(heads, torch.float32),
+        lse=at.pointer(saved and saved.lse.transpose(1, 2), torch.float32),
+        y=at.pointer(y, torch.float32),
     )
     return y, saved

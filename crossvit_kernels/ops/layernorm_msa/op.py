@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from crossvit_kernels.backends import choose, register_operation
-from crossvit_kernels.ops import library
+from crossvit_kernels.ops import autograd, library
 from crossvit_kernels.ops.layernorm_msa import native, reference, triton
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
 
@@ -33,7 +33,9 @@ def layernorm_msa(
     backend: str | None,
 ) -> Tensor:
     """Y on the chosen backend; see functional.layernorm_msa."""
-    not_fused = library.why_not_fused(dropout_p, residual_scale)
+    not_fused = library.why_not_fused(
+        x, residual_scale, cls, *weights, dropout_p=dropout_p, residual_scale=residual_scale
+    )
     name = choose(
         "layernorm_msa",
         backend,
@@ -62,20 +64,36 @@ class _LayerNormMsa(torch.autograd.Function):
         backend: str,
         *weights: Tensor | None,
     ) -> Tensor:
-        y, *saved = _forward(x, list(weights), residual_scale, cls, num_heads, eps, keep, backend)
-        ctx.save_for_backward(x, residual_scale, cls, *weights, *saved)
+        results = _forward(x, list(weights), residual_scale, cls, num_heads, eps, keep, backend)
         ctx.constants = (num_heads, eps, backend)
-        return y
+        return autograd.outputs(ctx, (x, residual_scale, cls, *weights), results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual_scale, cls, *rest = ctx.saved_tensors
-        count = len(MsaWeights._fields)
-        weights, saved = rest[:count], rest[count:]
-        dx, dcls, *d_weights = _backward(dy, x, weights, residual_scale, cls, saved, *ctx.constants)
-        d_weights = [None if w is None else dw for w, dw in zip(weights, d_weights, strict=True)]
-        return dx, None, None if cls is None else dcls, None, None, None, None, *d_weights
+        inputs, saved = autograd.saved(ctx, 3 + len(MsaWeights._fields))
+        wants_x, _, wants_cls, _, _, _, _, *wants_weights = ctx.needs_input_grad
+        if autograd.needs_reference((dy,)):
+            wanted = (wants_x, False, wants_cls, *wants_weights)
+            dx, _, dcls, *d_weights = autograd.by_reference(
+                ctx, functools.partial(_reference, *ctx.constants[:2]), inputs, wanted, (dy,)
+            )
+        else:
+            x, residual_scale, cls, *weights = inputs
+            wanted = (wants_x, wants_cls, *wants_weights)
+            found = _backward(dy, x, weights, residual_scale, cls, saved, wanted, *ctx.constants)
+            dx, dcls, *d_weights = autograd.given(found, wanted)
+        return dx, None, dcls, None, None, None, None, *d_weights
+
+
+def _reference(
+    num_heads: int,
+    eps: float,
+    x: Tensor,
+    residual_scale: Tensor | None,
+    cls: Tensor | None,
+    *weights: Any,
+) -> Tensor:
+    return reference.layernorm_msa(x, MsaWeights(*weights), num_heads, eps, residual_scale, cls)
 
 
 def _forward_kernel(
@@ -116,6 +134,7 @@ def _backward_kernel(
     residual_scale: Tensor | None,
     cls: Tensor | None,
     saved: list[Tensor],
+    wanted: list[bool],
     num_heads: int,
     eps: float,
     backend: str,
@@ -130,8 +149,9 @@ def _backward_kernel(
         module.Saved(*saved),
         num_heads,
         eps,
+        wanted,
     )
-    return [x.new_empty(0) if t is None else t for t in (dx, dcls, *d_weights)]
+    return autograd.filled((dx, dcls, *d_weights), x)
 
 
 def _backward_fake(
@@ -141,11 +161,12 @@ def _backward_fake(
     residual_scale: Tensor | None,
     cls: Tensor | None,
     saved: list[Tensor],
+    wanted: list[bool],
     num_heads: int,
     eps: float,
     backend: str,
 ) -> list[Tensor]:
-    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, cls, *weights)]
+    return autograd.empty_gradients((x, cls, *weights), wanted, x)
 
 
 _forward = library.define(
@@ -156,7 +177,8 @@ _forward = library.define(
 )
 _backward = library.define(
     "layernorm_msa_backward(Tensor dy, Tensor x, Tensor?[] weights, Tensor? residual_scale, "
-    "Tensor? cls, Tensor[] saved, int num_heads, float eps, str backend) -> Tensor[]",
+    "Tensor? cls, Tensor[] saved, bool[] wanted, int num_heads, float eps, str backend) "
+    "-> Tensor[]",
     _backward_kernel,
     _backward_fake,
 )

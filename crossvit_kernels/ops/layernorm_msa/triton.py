@@ -5,7 +5,8 @@ Weight gradients are products over all tokens, which torch's libraries form.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,8 +84,10 @@ def backward(
     saved: Saved,
     num_heads: int,
     eps: float,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, MsaWeights]:
-    """(dx, dcls, gradients of the weights; None where the weight is None)."""
+    """(dx, dcls, gradients of the weights); products that are not wanted are None."""
+    wants: Any = MsaWeights._make(wanted[2:])
     dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), launch.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
@@ -103,9 +106,9 @@ def backward(
         MsaWeights(
             norm_weight=found.d_norm_weight,
             norm_bias=found.d_norm_bias,
-            qkv_weight=dqkv.t() @ found.normed.view(-1, channels),
+            qkv_weight=layers.weight_gradient(dqkv, found.normed, wants.qkv_weight),
             qkv_bias=None if w.qkv_bias is None else sums.to(w.qkv_bias.dtype),
-            out_weight=dupdate.t() @ heads.view(-1, channels),
+            out_weight=layers.weight_gradient(dupdate, heads, wants.out_weight),
             out_bias=found.sum_dy,
         ),
     )

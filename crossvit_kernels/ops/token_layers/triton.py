@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -232,3 +232,8 @@ def linear_norm_backward(
     dtypes = norm[0].dtype, norm[1].dtype, weight.dtype
     sums = (shares[:, i].sum(dim=0).to(dtype) for i, dtype in enumerate(dtypes))
     return Gradients(dx, dcls, normed, *sums)
+
+
+def weight_gradient(d: Tensor, rows: Tensor, wanted: bool) -> Any:
+    """d^T rows, from a layer's gradient d [B N, out] and its input [..., in]; or None."""
+    return d.t() @ rows.view(d.shape[0], -1) if wanted else None
