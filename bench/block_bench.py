@@ -4,10 +4,18 @@
 
 measures in one run the reference (matmul, softmax, matmul), the composition of torch's LayerNorm,
 matrix products and SDPA, both under torch.compile, and ours; forward, and forward with backward,
-for both branches of a named model. Beside each time stand the floor (the time of its FLOP at the
-rate of matrix products, or of reading x and writing y at the rate of a copy, whichever is longer)
-and what a call allocates. A result that is wrong, output or gradient of x, is reported and not
-timed.
+for both branches of a named model. The first row of ours is what users get: the form that the
+tables choose, with keep="fast". Beside each time stand the floor (the time of its FLOP at the rate
+of matrix products, or of reading x and writing y at the rate of a copy, whichever is longer) and
+what a call allocates. A result that is wrong, output or any gradient, is reported and not timed.
+
+    python bench/block_bench.py --frozen
+
+trains with frozen weights, whose gradients nobody asks for, as when only heads are fine-tuned, and
+
+    python bench/block_bench.py --preset few-rows
+
+takes one image of few tokens at wide C.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +74,10 @@ class Sizes:
         terms = c if half == "msa" else f
         return [(c,), (c,), (rows, c), (rows,), (c, terms), (c,)]
 
+    def names(self, half: str) -> tuple[str, ...]:
+        """Of the weights."""
+        return ck.MsaWeights._fields if half == "msa" else ck.FfnWeights._fields
+
     def flop(self, half: str) -> float:
         """Of the matrix products, forward."""
         rows, c = self.batch * self.tokens, self.channels
@@ -111,6 +123,7 @@ def contenders(half: str, sizes: Sizes, options: argparse.Namespace) -> dict[str
             )
     for backend in options.backends:
         if backend == "triton":
+            calls["ours (triton)"] = ours(backend)
             calls |= {name: ours(backend) for name in FORM_OF}
             if half == "msa":
                 calls["ours (triton, lean)"] = ours(backend, keep="lean")
@@ -133,18 +146,17 @@ class Runner:
     ) -> None:
         self.call, self.x, self.weights, self.dy = call, x, weights, dy
         self.train, self.form = train, form
+        self.wanted = [t for t in (x, *weights) if t.requires_grad]
 
     def __call__(self, _: int) -> object:
-        with row_tiles.FORMS.choose(self.form), torch.set_grad_enabled(self.train):
-            y = self.call(self.x, self.weights)
-            return torch.autograd.grad(y, [self.x, *self.weights], self.dy) if self.train else y
+        return self.results()
 
     def results(self) -> list[Tensor]:
-        """y; in training also dx."""
+        """y; in training also the gradients of x and of weights that are not frozen."""
         with row_tiles.FORMS.choose(self.form), torch.set_grad_enabled(self.train):
             y = self.call(self.x, self.weights)
-            gradients = torch.autograd.grad(y, [self.x], self.dy) if self.train else ()
-            return [y.detach().clone(), *gradients]
+            gradients = torch.autograd.grad(y, self.wanted, self.dy) if self.train else ()
+            return [y, *gradients]
 
 
 def measure_half(
@@ -159,17 +171,17 @@ def measure_half(
 
     x = random(sizes.batch, sizes.tokens, sizes.channels).requires_grad_()
     weights = [
-        (random(*s) * (s[1] ** -0.5 if len(s) == 2 else 0.1)).requires_grad_()
+        (random(*s) * (s[1] ** -0.5 if len(s) == 2 else 0.1)).requires_grad_(not options.frozen)
         for s in sizes.shapes(half)
     ]
     dy, train = random(*x.shape), mode == "train"
     calls = contenders(half, sizes, options)
-    doubles = [t.detach().double().requires_grad_() for t in (x, *weights)]
+    doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, *weights)]
     exact = Runner(calls["eager"], doubles[0], doubles[1:], dy.double(), train).results()
     eager = Runner(calls["eager"], x, weights, dy, train).results()
     tolerances = {
         name: measure.Tolerance(e, measure.error_of(result, e), dtype)
-        for name, e, result in zip(("y", "dx"), exact, eager, strict=False)
+        for name, e, result in zip(("y", "dx", *sizes.names(half)), exact, eager, strict=False)
     }
     floor = sizes.floor_seconds(half, train, dtype.itemsize, limits)
     rows, runners = {}, {}
@@ -181,7 +193,8 @@ def measure_half(
             "dtype": options.dtype,
             "contender": name,
             "floor_ms": floor * 1e3,
-            **measure.judge(runner.results(), tolerances),
+            "frozen": options.frozen,
+            **measure.judge([t.detach().clone() for t in runner.results()], tolerances),
         }
         if rows[name]["status"] == "ok":
             rows[name]["extra_peak_bytes"] = measure.extra_peak_bytes(runner, device)
@@ -235,6 +248,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--branches", nargs="+", choices=tuple(TOKENS), default=list(TOKENS))
     add("--batch", type=int, nargs="+", default=[256 if cuda else 16])
     add("--tokens", type=int, help="of both branches, rather than those at 240 pixels")
+    add("--frozen", action="store_true", help="train without gradients of the weights")
+    add("--preset", choices=("few-rows",), help="one image of 50 to 400 tokens at C = 768 and 1024")
     add("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32")
     add("--device", default="cuda" if cuda else "cpu")
     add("--backends", nargs="+", choices=tuple(BACKENDS), help="all that suit the device")
@@ -257,25 +272,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limits = measure.measure_ceilings(device, DTYPES[options.dtype])
     modes = ("forward", "train") if options.mode == "both" else (options.mode,)
     rows: list[dict[str, Any]] = []
-    for model in options.models:
-        small, heads, ratio = WIDTHS[model]
-        for branch in options.branches:
-            channels = small if branch == "S" else 2 * small
-            for batch in options.batch:
-                tokens = options.tokens or TOKENS[branch]
-                sizes = Sizes(model, branch, batch, tokens, channels, heads, ratio * channels)
-                for half in ("msa", "ffn"):
-                    for mode in modes:
-                        rows += measure_half(half, sizes, mode, options, limits)
-                        save(options, device, limits, rows)
+    verdicts = []
+    for sizes in all_sizes(options):
+        for half in ("msa", "ffn"):
+            for mode in modes:
+                found = measure_half(half, sizes, mode, options, limits)
+                rows += found
+                what = f"{sizes.model} {sizes.branch}, batch {sizes.batch}, {half}, {mode}"
+                verdicts.append(report.verdict(what, found, "times_eager"))
+                save(options, device, limits, rows)
     print(f"{measure.device_name(device)}, torch {torch.__version__}, {options.dtype}")
     right = [r for r in rows if r["status"] == "ok"]
     print(report.format_table(_HEADER, [_row(r) for r in right]))
+    print("\n" + "\n".join(verdicts))
     wrong = [r for r in rows if r["status"] != "ok"]
     for r in wrong:
         where = f"{r['model']} {r['branch']}, batch {r['batch']}, {r['half']} {r['mode']}"
         print(f"WRONG RESULT, not timed: {where}: {r['contender']}: {r['reason']}", file=sys.stderr)
     return 1 if any(r["contender"].startswith("ours") for r in wrong) else 0
+
+
+def all_sizes(options: argparse.Namespace) -> Iterator[Sizes]:
+    """What is to be measured."""
+    if options.preset == "few-rows":
+        for channels, heads in ((768, 12), (1024, 16)):
+            for tokens in (50, 100, 200, 400):
+                name = f"C {channels},"
+                yield Sizes(name, f"N {tokens}", 1, tokens, channels, heads, 4 * channels)
+        return
+    for model in options.models:
+        small, heads, ratio = WIDTHS[model]
+        for branch in options.branches:
+            channels = small if branch == "S" else 2 * small
+            tokens = options.tokens or TOKENS[branch]
+            for batch in options.batch:
+                yield Sizes(model, branch, batch, tokens, channels, heads, ratio * channels)
 
 
 def save(
@@ -286,13 +317,7 @@ def save(
 ) -> None:
     """After every point: what was measured is kept, whatever happens to the rest."""
     if options.json:
-        document = {
-            "benchmark": "blocks",
-            "environment": measure.environment(device),
-            "arguments": {name: str(value) for name, value in vars(options).items()},
-            "ceilings": dataclasses.asdict(limits),
-            "results": rows,
-        }
+        document = report.document("blocks", options, measure.environment(device), limits, rows)
         report.write_json(options.json, document)
 
 

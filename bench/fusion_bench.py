@@ -57,6 +57,7 @@ class Bench:
         progress.stage("measuring a large copy and a large matrix product")
         self.ceilings = measure.measure_ceilings(self.device, DTYPES[options.dtype])
         self.rows: list[dict[str, Any]] = []
+        self.verdicts: list[str] = []
         self._compile_seconds = 0.0
 
     def measure_point(self, shape: Shape) -> None:
@@ -71,6 +72,9 @@ class Bench:
                 with torch.set_grad_enabled(mode == "train"):
                     rows = self._measure(shape, field, inputs, mode, kind)
                 self.rows += rows
+                what = f"{shape.tokens} tokens, batch {shape.batch}, {mode}"
+                what += f", {kind}" if kind == "L2-hot" else ""
+                self.verdicts.append(report.verdict(what, rows, "speedup_over_eager"))
                 self.progress.clear()
                 print(report.point_table(shape, rows, self.ceilings), flush=True)
 
@@ -336,13 +340,7 @@ def introduction(bench: Bench) -> str:
 def save(options: argparse.Namespace, bench: Bench) -> None:
     """Write the files asked for."""
     facts = bench.environment
-    document = {
-        "benchmark": "fusion",
-        "environment": facts,
-        "arguments": {name: str(value) for name, value in vars(options).items()},
-        "ceilings": dataclasses.asdict(bench.ceilings),
-        "results": bench.rows,
-    }
+    document = report.document("fusion", options, facts, bench.ceilings, bench.rows)
     if options.save:
         name = f"{facts['date'][:10]}-fusion-{options.dtype}.json"
         report.write_json(report.RESULTS / measure.device_slug(options.device) / name, document)
@@ -370,6 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:  # what was measured before a fault or Ctrl-C is kept
         if bench.rows:
             save(options, bench)
+    print("\n" + "\n".join(bench.verdicts))
     faults = [row for row in bench.rows if row["ours"] and row["status"] in ("wrong", "failed")]
     for row in faults:
         print(f"ERROR: {row['contender']} {row['mode']}: {row['reason']}", file=sys.stderr)

@@ -367,6 +367,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        **commit(),
     }
     for package in ("torch", "triton", "crossvit-kernels"):
         try:
@@ -384,6 +385,21 @@ def environment(device: torch.device) -> dict[str, Any]:
         facts["multiprocessors"] = properties.multi_processor_count
         facts["l2_bytes"] = l2_bytes(device)
     return facts
+
+
+def commit() -> dict[str, Any]:
+    """The commit that is measured, and whether files differ from it; None outside of a checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/")
+        return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "uncommitted_changes": None}
 
 
 def l2_bytes(device: torch.device) -> int:

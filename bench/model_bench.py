@@ -14,7 +14,6 @@ A training step is forward, cross-entropy, backward and AdamW.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -338,13 +337,7 @@ def save(
     options: argparse.Namespace, rows: list[dict[str, Any]], ceilings: measure.Ceilings
 ) -> None:
     facts = measure.environment(options.device)
-    document = {
-        "benchmark": "models",
-        "environment": facts,
-        "arguments": {name: str(value) for name, value in vars(options).items()},
-        "ceilings": dataclasses.asdict(ceilings),
-        "results": rows,
-    }
+    document = report.document("models", options, facts, ceilings, rows)
     if options.save:
         name = f"{facts['date'][:10]}-models-{options.dtype}.json"
         report.write_json(report.RESULTS / measure.device_slug(options.device) / name, document)
@@ -363,6 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = measure.measure_ceilings(options.device, DTYPES[options.dtype])
     modes = ("inference", "train") if options.mode == "both" else (options.mode,)
     rows: list[dict[str, Any]] = []
+    verdicts: list[str] = []
     try:
         for name in options.models:
             for batch in options.batch:
@@ -371,9 +365,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     rows += found
                     progress.clear()
                     print(table(found, ceilings), flush=True)
+                    names = [row["contender"] for row in found]
+                    eager = "timm, eager" if "timm, eager" in names else "ours, eager"
+                    what = f"{name}, batch {batch}, {mode}"
+                    verdicts.append(report.verdict(what, found, "speedup", eager))
     finally:  # what was measured before a fault or Ctrl-C is kept
         if rows:
             save(options, rows, ceilings)
+    print("\n" + "\n".join(verdicts))
     wrong = [row for row in rows if row["ours"] and row["status"] != "ok"]
     for row in wrong:
         print(f"ERROR: {row['model']} {row['mode']}: {row['reason']}", file=sys.stderr)

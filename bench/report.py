@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,6 +71,58 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def document(
+    benchmark: str,
+    options: argparse.Namespace,
+    environment: Mapping[str, Any],
+    ceilings: measure.Ceilings,
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What a result file holds."""
+    return {
+        "benchmark": benchmark,
+        "environment": environment,
+        "arguments": {name: str(value) for name, value in vars(options).items()},
+        "ceilings": dataclasses.asdict(ceilings),
+        "results": rows,
+    }
+
+
+def verdict(
+    what: str, rows: Iterable[Mapping[str, Any]], times_eager: str, eager: str = "eager"
+) -> str:
+    """One line of plain words: what was fastest, and where ours stands if that is another.
+
+    Args:
+        what: Was measured: "forward", say.
+        rows: Of one measurement, with "contender", "median_ms" and ``times_eager``.
+        times_eager: The key of the speed relative to eager mode.
+        eager: The name of that.
+    """
+    timed = sorted((r for r in rows if "median_ms" in r), key=lambda r: r["median_ms"])
+    if not timed:
+        return f"{what}: nothing was timed."
+    first = timed[0]
+    line = f"{what}: {first['contender']} is fastest, {first['median_ms']:.3g} ms"
+    if times_eager in first and first["contender"] != eager:
+        line += f", {first[times_eager]:.3g}x {eager}"
+    if is_ours(first["contender"]):
+        others = [r for r in timed if not is_ours(r["contender"])]
+        if others and others[0]["contender"] != eager:
+            ratio = others[0]["median_ms"] / first["median_ms"]
+            line += f" and {ratio:.3g}x the next best ({others[0]['contender']})"
+    elif ours := [r for r in timed if is_ours(r["contender"])]:
+        ratio = first["median_ms"] / ours[0]["median_ms"]
+        line += f"; {ours[0]['contender']} has {ratio:.2g}x its speed"
+        line += f" ({ours[0]['median_ms']:.3g} ms)"
+    return line + "."
+
+
+def is_ours(contender: str) -> bool:
+    """Whether this library's kernels run it; they do not run its model in eager mode."""
+    return contender.startswith(("ours (", "ours, fused"))
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
