@@ -31,6 +31,7 @@ from fusion_cases import make_weights
 import crossvit_kernels as ck
 from crossvit_kernels import extension
 from crossvit_kernels.gpu import launcher
+from crossvit_kernels.gpu.candidates import Candidates
 from crossvit_kernels.gpu.configurations import PAIRS
 from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention import triton as fusion
@@ -55,13 +56,15 @@ def as_triton_does(
     grid: tuple[int, int, int],
     tensors: tuple[Any, ...],
     sizes: tuple[int, ...],
-    constants: tuple[Any, ...],
-    options: dict[str, int],
+    candidates: Candidates,
+    constants: tuple[Any, ...] = (),
     weights: tuple[Any, ...] = (),
     eps: float | None = None,
 ) -> None:
+    preferred = candidates[0]
+    constants = *preferred.constants, *constants
     numbers = sizes if eps is None else (*sizes, eps)
-    kernel[grid](*tensors, *weights, *numbers, *constants, **options)
+    kernel[grid](*tensors, *weights, *numbers, *constants, **preferred.options)
 
 
 def inputs(own: int, channels: int, num_tokens: int) -> ck.FusionInputs:

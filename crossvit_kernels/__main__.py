@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -10,15 +9,16 @@ from pathlib import Path
 import torch
 
 import crossvit_kernels as ck
-from crossvit_kernels import extension
+from crossvit_kernels import extension, supported
 from crossvit_kernels.backends import ENVIRONMENT_VARIABLE
 
 
 def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return supported.installed_version(package) or "not installed"
+
+
+def _tested(package: str) -> str:
+    return f"(tested: {supported.tested_range(package)})"
 
 
 def _cpu_model() -> str:
@@ -64,8 +64,8 @@ def report() -> str:
         "crossvit_kernels": ck.__version__,
         "extension": _extension(),
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
-        "triton": _version("triton"),
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'} {_tested('torch')}",
+        "triton": f"{_version('triton')} {_tested('triton')}",
         "numpy": _version("numpy"),
         "cpu": f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "gpu": _gpus(),
@@ -73,6 +73,7 @@ def report() -> str:
     }
     width = max(map(len, rows)) + 2
     lines = [f"{name:{width}}{value}" for name, value in rows.items()]
+    lines += [f"warning: {sentence}" for sentence in supported.warnings()]
     requested = f" ({ENVIRONMENT_VARIABLE} chooses one)"
     return "\n".join([*lines, "", f"backends{requested}", str(ck.backends())])
 

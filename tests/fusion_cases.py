@@ -102,9 +102,9 @@ def launches(monkeypatch) -> list[str]:
     """The names of kernels, as they are launched."""
     names: list[str] = []
 
-    def start(kernel, *args, **kwargs) -> None:
+    def start(kernel, *args, **kwargs):
         names.append(kernel.__name__)
-        launch(kernel, *args, **kwargs)
+        return launch(kernel, *args, **kwargs)
 
     launch = launcher.start
     monkeypatch.setattr(launcher, "start", start)

@@ -23,6 +23,7 @@ import no_device
 import torch, triton
 from crossvit_kernels import FusionWeights
 from crossvit_kernels.gpu import launcher
+from crossvit_kernels.gpu.candidates import Candidate, Candidates
 from crossvit_kernels.ops.attention_core import triton_kernels as core
 from crossvit_kernels.ops.attention_core.shape import Shape
 from crossvit_kernels.ops.cross_attention import triton_forward, triton_backward_kernels
@@ -71,7 +72,8 @@ def check(kernel, *constants, sure=150):
         options = {"num_warps": draw.choice((4, 8)), "num_stages": draw.choice((1, 2))}
         device = draw.choice((0, 1))
         number = (draw.choice((1e-6, 0.0, 1.0, 16.0)),) if "eps" in names else ()
-        given = tensors, tuple(sizes), values, options, w
+        candidates = Candidates((Candidate(values[:1], options),))
+        given = tensors, tuple(sizes), candidates, values[1:], w
         key, pointers = launcher._key(kernel, device, *given)
         flat = [p for group in pointers for p in (group if isinstance(group, tuple) else [group])]
         assert flat == [0 if t is None else t.data_ptr() for g in (tensors, *w) for t in g]
@@ -139,14 +141,14 @@ from fusion_cases import make_weights
 
 kernel = triton_forward.fusion_forward
 looked, run = [], kernel.run
-def watched(*args, **kwargs):
-    looked.append(1)
-    return run(*args, **kwargs)
+def watched(*args, warmup, **kwargs):
+    looked.extend([1] * (not warmup))  # Triton compiles without a launch, too
+    return run(*args, warmup=warmup, **kwargs)
 kernel.run = watched
 
 def call(eps=1e-6):
     launches.clear()
-    start(kernel, (2, 1, 1), tensors, sizes, constants, options, (w,), eps)
+    start(kernel, (2, 1, 1), tensors, sizes, candidates, weights=(w,), eps=eps)
     (found,) = launches
     return found
 
@@ -154,7 +156,7 @@ start = launcher.start
 captured = []
 def capture(*args, **kwargs):
     captured.append((args, kwargs))
-    start(*args, **kwargs)
+    return start(*args, **kwargs)
 launcher.start = capture
 w = FusionWeights(*(torch.nn.Parameter(t.bfloat16()) for t in make_weights(32, 48)))
 cls, x = torch.randn(2, 32).bfloat16(), torch.randn(2, 9, 48).bfloat16()[:, 1:]
@@ -173,8 +175,7 @@ for (args, kwargs), expected in zip(captured, list(launches), strict=True):
     assert launches[-1] == expected and not looked
 
 # What is not as it was goes to another kernel, or by Triton's way.
-(_, grid, tensors, sizes, constants), kwargs = captured[0]
-options = kwargs["options"]
+(_, grid, tensors, sizes, candidates), kwargs = captured[0]
 same = call()
 assert not looked and call(eps=0)[-3] == 0.0 and not looked  # an int is no other kernel
 sizes = (2**31, *sizes[1:])
@@ -215,15 +216,133 @@ hooked = []
 kernel.add_pre_run_hook(lambda *args, **kwargs: hooked.append(1))
 call(), call()
 assert len(hooked) == 2
-found = next(iter(launcher._compiled.values()))
+_, found = next(iter(launcher._known.values()))
 assert launcher._starts_by_itself(found)
 found.metadata = found.metadata._replace(target=type(found.metadata.target)("hip", "gfx942", 64))
 assert not launcher._starts_by_itself(found) and not launcher._starts_by_itself(None)
 """
 
 
+# What is launched: the first candidate that compiles to no spills and fits, looked for once.
+CANDIDATES = """
+import no_device
+from no_device import launches
+import dataclasses, torch, triton
+from crossvit_kernels import FfnWeights, supported
+from crossvit_kernels.gpu import launcher, row_tiles
+from crossvit_kernels.gpu.row_tiles import RowTile
+from crossvit_kernels.ops.layernorm_ffn import triton as ffn, triton_kernels
+from block_cases import ffn_weights
+
+kernel = triton_kernels.ffn_forward
+warmups, warmup = [], kernel.warmup
+def watched(*args, **kwargs):
+    warmups.append(kwargs["num_stages"])
+    return warmup(*args, **kwargs)
+kernel.warmup = watched
+
+x = torch.randn(64, 200, 48).bfloat16()
+w = FfnWeights(*(t.bfloat16() for t in ffn_weights(48, 96)))
+PROGRAMS = {rows: 64 * 200 // rows for rows in (128, 64, 32)}
+
+def launched(save=True):
+    launches.clear()
+    ffn.forward(x, w, None, 1e-6, save)
+    (name, grid, function, *_), = launches
+    assert name == "ffn_forward"
+    return grid[0], function
+
+def forget():
+    launcher._known.clear()
+    kernel.device_caches.clear()
+    warmups.clear()
+
+# What a kernel is said to spill, in the order in which kernels are loaded.
+def spill(*words):
+    forget()
+    left = list(words)
+    no_device.spilled = lambda name, shared: left.pop(0) if left else 0
+
+spill()
+assert launched() == launched() and launched()[0] == PROGRAMS[128] and len(warmups) == 1
+spill(6)
+first = launched()
+assert first[0] == PROGRAMS[64] and len(warmups) == 2
+assert launched() == first and len(warmups) == 2  # remembered
+spill(0, 18)  # another form of the kernel has a choice of its own
+assert launched()[0] == PROGRAMS[128] and launched(save=False)[0] == PROGRAMS[64]
+assert launched()[0] == PROGRAMS[128] and len(warmups) == 3
+spill(9, 9, 9, 2, *[9] * 9)  # where all spill, the fewest
+grid, _ = launched()
+assert len(warmups) == 5 and warmups[3] == 1 and grid == PROGRAMS[64], (grid, warmups)
+
+# What does not fit shared memory.
+spill()
+from triton.compiler import compiler
+in_all = compiler.max_shared_mem(0)
+launched()
+(_, found), = launcher._known.values()
+spill()
+compiler.max_shared_mem = lambda device: found.metadata.shared - 1
+assert launched()[0] == PROGRAMS[64] and len(warmups) == 2, warmups
+compiler.max_shared_mem = lambda device: 100
+forget()
+try:
+    launched()
+    raise SystemExit("launched what does not fit")
+except triton.OutOfResources:
+    pass
+compiler.max_shared_mem = lambda device: in_all
+
+# A look that fails is no reason not to launch; nor is a candidate that does not compile.
+spill(6)
+init, compiler.CompiledKernel._init_handles = compiler.CompiledKernel._init_handles, None
+kernel.warmup = lambda *args, **kwargs: triton.compiler.CompiledKernel  # of which nothing is known
+compiler.CompiledKernel._init_handles = init
+assert launched()[0] == PROGRAMS[128]
+def failing(*args, num_stages, **kwargs):
+    if num_stages == 2:
+        raise RuntimeError("PTXAS error")
+    return watched(*args, num_stages=num_stages, **kwargs)
+kernel.warmup = failing
+spill()
+assert launched()[0] == PROGRAMS[128] and warmups == [1]
+def never(*args, **kwargs):
+    raise RuntimeError("no such method")
+kernel.warmup = never
+spill()
+assert launched()[0] == PROGRAMS[128]
+kernel.warmup = watched
+
+# What was measured runs although it spills, and so does the only one.
+spill(6)
+row_tiles.tuned.configuration = lambda kind, key: RowTile(32, 32, 32, 8, 2)
+row_tiles.forget()
+assert launched()[0] == PROGRAMS[32] and len(warmups) == 1
+spill(6)
+with row_tiles.only("ffn", RowTile(64, 32, 32, 8, 1)):
+    assert launched()[0] == PROGRAMS[64] and not warmups
+
+# On a Triton that is not tested every launch is its own.
+spill()
+supported.triton_is_tested = lambda: False
+looked, run = [], kernel.run
+def seen(*args, warmup, **kwargs):
+    looked.append(warmup)
+    return run(*args, warmup=warmup, **kwargs)
+kernel.run = seen
+launched(), launched(), launched()
+assert looked == [True, False, False, False], looked
+supported.triton_is_tested = lambda: True
+launched(), launched(), launched()
+assert looked == [True, False, False, False, False], looked
+"""
+
+
 @pytest.mark.parametrize(
-    "script", [KEYS, PARAMETERS, ARGUMENTS], ids=["keys", "parameters", "arguments"]
+    "script",
+    [KEYS, PARAMETERS, ARGUMENTS, CANDIDATES],
+    ids=["keys", "parameters", "arguments", "candidates"],
 )
 def test_a_compiled_kernel_is_started(script: str) -> None:
     run_without_a_device(script)

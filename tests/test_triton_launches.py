@@ -80,21 +80,36 @@ call(2, 3, keep="lean", with_cls=False, scaled=True)
 INSPECTED = """
 from no_device import launched
 import torch
-from crossvit_kernels import FfnWeights, FusionInputs, FusionWeights
+from crossvit_kernels import FfnWeights, FusionInputs, FusionWeights, MsaWeights, inspect
 from crossvit_kernels.gpu import ahead_of_time, launcher
-from crossvit_kernels.ops.cross_attention import specimens as fusions, triton as fusion
-from crossvit_kernels.ops.layernorm_ffn import specimens, triton as ffn
-from block_cases import ffn_weights
+from crossvit_kernels.ops.cross_attention import triton as fusion
+from crossvit_kernels.ops.layernorm_ffn import triton as ffn
+from crossvit_kernels.ops.layernorm_msa import triton as msa
+from block_cases import ffn_weights, msa_weights
 from fusion_cases import make_weights
 
-def check(specimen):
-    (found,) = [c for c in launcher._compiled.values() if c.name == specimen.name]
-    inspected = ahead_of_time.compile_for(specimen, "cuda", 90)
-    assert inspected.hash == found.hash  # under which Triton keeps it
+def check(widths, blocks, *names):
+    # Triton keeps a kernel under its hash: a launch compiled exactly one of those inspected.
+    found = {c.hash: c.name for _, c in launcher._known.values()}
+    assert {name for name in names if name in found.values()} == {*names}, found
+    inspected = {
+        ahead_of_time.compile_for(s, "cuda", 90).hash
+        for s in inspect.specimens(90, ["bf16"], widths, blocks, ["auto"])
+        if s.name in names
+    }
+    assert {h for h, name in found.items() if name in names} <= inspected
+    launcher._known.clear()
 
-x, w = torch.randn(64, 200, 96).bfloat16(), ffn_weights(96, 384)
-ffn.forward(x, FfnWeights(*(t.bfloat16() for t in w)), None, 1e-6, True)
-check(next(s for s in specimens.specimens(90, "bf16", 96, 384) if s.name == "ffn_forward"))
+x = torch.randn(64, 200, 96).bfloat16()
+w = FfnWeights(*(t.bfloat16() for t in ffn_weights(96, 384)))
+y, saved = ffn.forward(x, w, None, 1e-6, True)
+ffn.forward(x, w, None, 1e-6, False)
+ffn.backward(y, x, w, torch.ones(64).bfloat16(), saved, 1e-6)
+check([], [(96, 3, 384)], "ffn_forward", "ffn_hidden_backward")
+w = MsaWeights(*(t.bfloat16() for t in msa_weights(96)))
+for cls in (None, x[:, 0]):
+    msa.forward(x, w, None, cls, 3, 1e-6, "")
+check([], [(96, 3, 384)], "attention_projection")
 
 def inputs(batch, own, channels):
     w = FusionWeights(*(t.bfloat16() for t in make_weights(own, channels)))
@@ -104,7 +119,7 @@ def inputs(batch, own, channels):
 for batch in (1, 2, 64):
     fusion.forward_pair(inputs(batch, 32, 64), inputs(batch, 64, 32), 1e-6)
 assert len(launched["fusion_forward_pair"]) == 1 and not launched["fusion_forward"]
-check(*fusions.pairs(90, "bf16", 32, 64, 2))
+check([(32, 64, 2), (64, 32, 2)], [], "fusion_forward_pair")
 """
 
 

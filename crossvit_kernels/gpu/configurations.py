@@ -1,6 +1,8 @@
-"""Which configuration a pass over tokens, and a fusion around it, runs in.
+"""Which configurations a pass over tokens, and a fusion around it, may run in.
 
-Nothing is measured on a call's way: there are tables, and gpu/tuned.py goes before them.
+Nothing is measured on a call's way: there are tables, and gpu/tuned.py goes before them. A table
+has the configuration that is preferred; smaller ones follow it for compilers that have no registers
+or no shared memory for that (gpu/candidates.py).
 """
 
 from __future__ import annotations
@@ -37,6 +39,23 @@ class TokenPass:
     num_warps: int
     num_stages: int
     part: int = 1024
+
+    def and_fewer_stages(self) -> tuple[TokenPass, ...]:
+        """Itself and what to try where it does not fit; the bits of a result stay."""
+        return tuple(dataclasses.replace(self, num_stages=n) for n in range(self.num_stages, 0, -1))
+
+    def and_smaller(self) -> tuple[TokenPass, ...]:
+        """The same, then more warps and fewer tokens, with which results are rounded otherwise."""
+        warps = max(self.num_warps, 8)
+        return tuple(
+            dataclasses.replace(config, num_warps=num_warps, tokens=tokens)
+            for num_warps, tokens in (
+                (self.num_warps, self.tokens),
+                (warps, self.tokens),
+                (warps, max(self.tokens // 2, 16)),
+            )
+            for config in self.and_fewer_stages()
+        )
 
 
 # (widest C, configuration), narrowest first.
@@ -139,8 +158,11 @@ def only(config: TokenPass) -> Iterator[None]:
         _only = previous
 
 
-def token_pass(kernel: str, device: str, chip: int, channels: int, element_size: int) -> TokenPass:
-    """The configuration of a pass ("forward", "fusion backward", ...) over tokens of a width.
+def candidates(
+    kernel: str, device: str, chip: int, channels: int, element_size: int
+) -> tuple[tuple[TokenPass, ...], bool]:
+    """The configurations of a pass ("forward", "fusion backward", ...) over tokens of a width, and
+    whether the first was measured.
 
     Args:
         kernel: What passes over the tokens.
@@ -152,19 +174,27 @@ def token_pass(kernel: str, device: str, chip: int, channels: int, element_size:
     Raises:
         ValueError: The file of measurements cannot be read or holds something else.
     """
-    return _only or _measured_or_from_table(kernel, device, chip, channels, element_size)
+    if _only:
+        return (_only,), False
+    return _measured_or_from_table(kernel, device, chip, channels, element_size)
 
 
 @functools.cache
 def _measured_or_from_table(
     kernel: str, device: str, chip: int, channels: int, element_size: int
-) -> TokenPass:
+) -> tuple[tuple[TokenPass, ...], bool]:
     measured = tuned.configuration(TokenPass, tuned.key(kernel, device, channels, element_size))
-    return measured or from_table(kernel, chip, channels, element_size)
+    config = from_table(kernel, chip, channels, element_size)
+    # A fusion takes one kernel or three by its batch, on which a result's bits must not depend.
+    is_fusion = kernel.startswith("fusion")
+    table = config.and_fewer_stages() if is_fusion else config.and_smaller()
+    if measured is None:
+        return table, False
+    return (measured, *(dataclasses.replace(c, part=measured.part) for c in table)), True
 
 
 def from_table(kernel: str, chip: int, channels: int, element_size: int) -> TokenPass:
-    """What token_pass says where nothing was measured."""
+    """What is preferred where nothing was measured."""
     differs = _ON_CHIP.get((chip, kernel, element_size), {})
     for widest, config in _TOKEN_PASSES[kernel, element_size]:
         if channels <= widest:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,13 +71,34 @@ def precision(dtype: torch.dtype) -> str:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """As torch gives it; "interpreter" on a CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    """As torch gives it; "interpreter" on a CPU, "meta" where there is no memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "meta" if device.type == "meta" else "interpreter"
+
+
+# The chip that tensors without memory stand for.
+_chip_of_meta = 0
+
+
+@contextmanager
+def as_if_on(chip_of_meta: int) -> Iterator[None]:
+    """Take tensors on the meta device for tensors on a chip, 90 for 9.0."""
+    global _chip_of_meta
+    previous, _chip_of_meta = _chip_of_meta, chip_of_meta
+    chip.cache_clear()
+    try:
+        yield
+    finally:
+        _chip_of_meta = previous
+        chip.cache_clear()
 
 
 @functools.cache
 def chip(device: torch.device) -> int:
     """Compute capability, 90 for 9.0; on others than NVIDIA's the tables' default."""
+    if device.type == "meta":
+        return _chip_of_meta
     if device.type != "cuda" or torch.version.hip:
         return 0
     major, minor = torch.cuda.get_device_capability(device)

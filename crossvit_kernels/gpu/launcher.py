@@ -3,65 +3,129 @@
 ``kernel[grid](...)`` finds the type and the alignment of each argument and looks up the compiled
 kernel that fits them, which takes the host longer than a small kernel takes the GPU. It returns
 what it found, and ``compiled[grid](...)`` launches that as it is. So compiled kernels are
-remembered here, under all that Triton (3.6 to 3.9) tells them apart by and that our calls vary.
+remembered here, under all that Triton tells them apart by and that our calls vary; with them the
+configuration that was chosen for them. On a Triton that this is not tested with (supported.py),
+every launch is Triton's own.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from crossvit_kernels import supported
+from crossvit_kernels.gpu import launch
+from crossvit_kernels.gpu.candidates import Candidate, Candidates, Usage, choose
 
 _ALIGNMENT = 16  # bytes, of a pointer that loads may be wide at
 _INT32_MAX = 2**31 - 1
 
 Tensors = tuple[Tensor | None, ...]
+Grid = tuple[int, int, int]
 
 _address: Any = Tensor.data_ptr
 _dtype = operator.attrgetter("dtype")
-_compiled: dict[tuple[Any, ...], Any] = {}
+# The chosen candidate, and the compiled kernel where it may be launched as it is.
+_known: dict[tuple[Any, ...], tuple[Candidate, Any]] = {}
+
+
+class Programs(NamedTuple):
+    """What of a launch depends on the configuration.
+
+    Attributes:
+        grid: Programs.
+        tensors: Memory that the kernel writes, new and in float32; after the other tensors.
+        sizes: Integers of 32 bits, after the other sizes.
+    """
+
+    grid: Grid
+    tensors: tuple[Tensor, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+
+class Form(NamedTuple):
+    """A kernel and all that a launch compiles it for, but for one of the candidates.
+
+    Attributes:
+        kernel: A ``triton.jit`` function.
+        tensors: Their dtypes, or None for none.
+        weights: NamedTuples of dtypes.
+        candidates: Of which one runs.
+        constants: The others.
+    """
+
+    kernel: Any
+    tensors: tuple[torch.dtype | None, ...]
+    weights: tuple[Any, ...]
+    candidates: Candidates
+    constants: tuple[Any, ...]
 
 
 def start(
     kernel: Any,
-    grid: tuple[int, int, int],
+    grid: Grid | Callable[..., Programs],
     tensors: Tensors,
     sizes: tuple[int, ...],
-    constants: tuple[Any, ...],
-    options: dict[str, int],
+    candidates: Candidates,
+    constants: tuple[Any, ...] = (),
     weights: tuple[Tensors, ...] = (),
     eps: float | None = None,
-) -> None:
-    """Start a kernel whose parameters are these, in the order of tensors to eps to constants.
+) -> tuple[Tensor, ...]:
+    """Start a kernel whose parameters are, in this order, tensors, weights, sizes, eps, constants.
 
     Args:
         kernel: A ``triton.jit`` function.
-        grid: Programs.
+        grid: Programs; where they depend on the configuration, a function of its constants.
         tensors: All on one device; the first is not None.
         sizes: Integers from 0 upward, of which the kernel specialises on none.
-        constants: Hashable.
-        options: num_warps and the like.
+        candidates: The configurations that it may run in.
+        constants: Hashable; they follow those of the configuration.
         weights: NamedTuples of tensors, which follow the tensors.
         eps: Follows the sizes, if given.
+
+    Returns:
+        The tensors that the grid's function made.
     """
+    if _record is not None:
+        return _recorded(kernel, grid, tensors, candidates, constants, weights)
     device = tensors[0].get_device()  # type: ignore[union-attr]
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            start(kernel, grid, tensors, sizes, constants, options, weights, eps)
-        return
+            return start(kernel, grid, tensors, sizes, candidates, constants, weights, eps)
+    key, pointers = _key(kernel, device, tensors, sizes, candidates, constants, weights)
+    known = _known.get(key)
+    if known is None:
+
+        def usage_of(candidate: Candidate) -> Usage | None:
+            programs = _programs(grid, candidate)
+            numbers = _numbers(sizes, programs, eps)
+            arguments = *tensors, *programs.tensors, *weights, *numbers
+            return _usage(kernel, programs.grid, arguments, candidate, constants)
+
+        known = _known[key] = _chosen(candidates, usage_of), None
+    candidate, compiled = known
+    made: tuple[Tensor, ...] = ()
+    if callable(grid):
+        grid, made, counts = grid(*candidate.constants)
+        sizes = *sizes, *counts
     # An integer in its place would be another type.
     numbers = sizes if eps is None else (*sizes, float(eps))
-    key, pointers = _key(kernel, device, tensors, sizes, constants, options, weights)
-    compiled = _compiled.get(key)
+    constants = *candidate.constants, *constants
     if compiled is not None and not _changes_kernels(kernel):
+        if made:
+            pointers[len(tensors) : len(tensors)] = map(_address, made)
         compiled[grid](*pointers, *numbers, *constants)
-        return
-    found = kernel[grid](*tensors, *weights, *numbers, *constants, **options)
+        return made
+    found = kernel[grid](*tensors, *made, *weights, *numbers, *constants, **candidate.options)
     if _starts_by_itself(found) and not _changes_kernels(kernel):
-        _compiled[key] = found
+        _known[key] = candidate, found
+    return made
 
 
 def _key(
@@ -69,15 +133,15 @@ def _key(
     device: int,
     tensors: Tensors,
     sizes: tuple[int, ...],
+    candidates: Candidates,
     constants: tuple[Any, ...],
-    options: dict[str, int],
     weights: tuple[Tensors, ...],
 ) -> tuple[tuple[Any, ...], list[Any]]:
     """What tells compiled kernels apart; and the addresses of tensors and weights, 0 for None.
 
     Triton's own key has, for a tensor its dtype and whether its address is a multiple of 16, for an
     integer that it does not specialise on whether it takes 32 bits, for a float nothing; constants
-    and options; and it is kept for each device.
+    and options, here those of one of the candidates; and it is kept for each device.
     """
     pointers: list[Any] = [0 if t is None else t.data_ptr() for t in tensors]
     dtypes = [None if t is None else t.dtype for t in tensors]
@@ -98,8 +162,83 @@ def _key(
     if not narrow:
         narrow = tuple(size <= _INT32_MAX for size in sizes)
     # kernel.fn: the function itself, whose hash costs nothing.
-    key = kernel.fn, constants, *options.items(), device, *dtypes, aligned, narrow
+    key = kernel.fn, candidates, *constants, device, *dtypes, aligned, narrow
     return key, pointers
+
+
+def _programs(grid: Grid | Callable[..., Programs], candidate: Candidate) -> Programs:
+    return grid(*candidate.constants) if callable(grid) else Programs(grid)
+
+
+def _numbers(
+    sizes: tuple[int, ...], programs: Programs, eps: float | None
+) -> tuple[int | float, ...]:
+    return *sizes, *programs.sizes, *(() if eps is None else (float(eps),))
+
+
+def _chosen(candidates: Candidates, usage_of: Callable[[Candidate], Usage | None]) -> Candidate:
+    """The candidate to launch. A single one is not compiled to see: it runs whatever it takes."""
+    if len(candidates) == 1 or launch.interpreting():
+        return candidates[0]
+    return candidates[choose(candidates, usage_of).index]
+
+
+def _usage(
+    kernel: Any,
+    grid: Grid,
+    arguments: tuple[Any, ...],
+    candidate: Candidate,
+    constants: tuple[Any, ...],
+) -> Usage | None:
+    """Compile and load a kernel without a launch; None where Triton does not say what it takes.
+
+    Triton itself keeps what it compiled, so that the launch finds it.
+    """
+    constants = *candidate.constants, *constants
+    compiled = kernel.warmup(*arguments, *constants, grid=grid, **candidate.options)
+    try:
+        shared_bytes = int(compiled.metadata.shared)
+        try:
+            compiled._init_handles()
+        except _triton().runtime.errors.OutOfResources:
+            return Usage(0, 0, shared_bytes, fits=False)
+        return Usage(int(compiled.n_regs), int(compiled.n_spills), shared_bytes, fits=True)
+    except Exception:  # whatever it is, the launch is not to fail of the look
+        return None
+
+
+_record: Callable[[Form], None] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Form]]:
+    """Note the form of every launch, and launch nothing: for tensors on the meta device."""
+    global _record
+    forms: list[Form] = []
+    previous, _record = _record, forms.append
+    try:
+        yield forms
+    finally:
+        _record = previous
+
+
+def _recorded(
+    kernel: Any,
+    grid: Grid | Callable[..., Programs],
+    tensors: Tensors,
+    candidates: Candidates,
+    constants: tuple[Any, ...],
+    weights: tuple[Any, ...],
+) -> tuple[Tensor, ...]:
+    made = _programs(grid, candidates[0]).tensors
+
+    def dtypes(group: Tensors) -> list[torch.dtype | None]:
+        return [None if t is None else t.dtype for t in group]
+
+    assert _record is not None
+    of_weights = tuple(type(group)(*dtypes(group)) for group in weights)
+    _record(Form(kernel, tuple(dtypes((*tensors, *made))), of_weights, candidates, constants))
+    return made
 
 
 def _changes_kernels(kernel: Any) -> bool:
@@ -114,9 +253,11 @@ def _changes_kernels(kernel: Any) -> bool:
 
 
 def _starts_by_itself(found: Any) -> bool:
-    """Whether ``found[grid]`` can be relied on: nothing is in the interpreter, and for AMD's GPUs
-    Triton also looks at the size of a tensor's memory.
+    """Whether ``found[grid]`` can be relied on: nothing is in the interpreter or in a Triton that
+    is not tested, and for AMD's GPUs Triton also looks at the size of a tensor's memory.
     """
+    if not supported.triton_is_tested():
+        return False
     compiler = _triton().compiler
     return isinstance(found, compiler.CompiledKernel) and found.metadata.target.backend == "cuda"
 

@@ -52,7 +52,22 @@ class Code:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a compiled kernel takes of a streaming multiprocessor, and which instructions it has."""
+    """What a compiled kernel takes of a streaming multiprocessor, and which instructions it has.
+
+    Attributes:
+        kernel: Its name.
+        config: What it was compiled for.
+        arch: Compute capability, 90 for 9.0.
+        registers: Of a thread.
+        spills: Words of a thread in local memory.
+        shared_bytes: Shared memory of a program.
+        occupancy: Resident threads, as a share of a multiprocessor's most.
+        tensor_core_instructions: Of its code.
+        wide_loads: Of 16 bytes.
+        absent: Optional tensors that this form of the kernel goes without.
+        candidate: Place of its configuration among those of the table.
+        passed_over: Those that were tried and not chosen, each with the reason.
+    """
 
     kernel: str
     config: str
@@ -63,6 +78,9 @@ class Report:
     occupancy: float
     tensor_core_instructions: int
     wide_loads: int
+    absent: tuple[str, ...] = ()
+    candidate: int = 0
+    passed_over: tuple[str, ...] = ()
 
 
 def report(

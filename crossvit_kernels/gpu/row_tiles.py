@@ -1,6 +1,8 @@
-"""Which configuration the kernels of a transformer block run in, and which of its forms.
+"""Which configurations the kernels of a transformer block may run in, and which of its forms.
 
-Nothing is measured on a call's way: there are tables, and gpu/tuned.py goes before them.
+Nothing is measured on a call's way: there are tables, and gpu/tuned.py goes before them. A table
+has the configuration that is preferred; smaller ones follow it for compilers that have no registers
+or no shared memory for that (gpu/candidates.py).
 """
 
 from __future__ import annotations
@@ -41,6 +43,19 @@ class RowTile:
     chunk: int
     num_warps: int
     num_stages: int
+
+    def and_smaller(self) -> tuple[RowTile, ...]:
+        """Itself and what to try where it does not fit, in this order.
+
+        They have fewer rows or stages. Neither changes the bits of a result, which steps along the
+        other sizes would do.
+        """
+        fewer = max(self.num_stages - 1, 1)
+        tried = ((1, self.num_stages), (2, self.num_stages), (1, fewer), (2, fewer), (4, fewer))
+        return tuple(
+            dataclasses.replace(self, rows=max(self.rows // share, 16), num_stages=stages)
+            for share, stages in (*tried, (2, 1), (4, 1))
+        )
 
 
 # (widest, configuration), narrowest first. The width is C; a head's, where attention is alone.
@@ -151,6 +166,9 @@ _ON_CHIP: dict[tuple[int, str, int], dict[int, RowTile]] = {
     (100, "ffn", 2): {384: RowTile(64, 32, 64, 8, 2)},
 }
 
+# What to try before smaller ones, where the preferred configuration does not fit.
+_SECOND = {("ffn hidden backward", 2): RowTile(128, 128, 32, 8, 3)}
+
 # Widths up to which one kernel is predicted to be faster than two (docs/performance.md): wider ones
 # leave room for tiles of 64 rows alone, and read weights, keys and values too often.
 _FUSED_UP_TO = {"ffn": 448, "attention projection": 192}
@@ -189,10 +207,10 @@ def name_of(kernel: str, element_size: int, few: bool) -> str:
     return kernel + _FEW if few and (kernel + _FEW, element_size) in _ROW_TILES else kernel
 
 
-def row_tile(
+def candidates(
     kernel: str, device: str, chip: int, width: int, element_size: int, few: bool = False
-) -> RowTile:
-    """The configuration of a kernel ("norm linear", ...).
+) -> tuple[tuple[RowTile, ...], bool]:
+    """The configurations of a kernel ("norm linear", ...), and whether the first was measured.
 
     Args:
         kernel: Its name in the tables.
@@ -206,29 +224,29 @@ def row_tile(
         ValueError: The file of measurements cannot be read or holds something else.
     """
     kernel = name_of(kernel, element_size, few)
-    return _only.get(kernel) or _measured_or_from_table(kernel, device, chip, width, element_size)
+    if kernel in _only:
+        return (_only[kernel],), False
+    return _measured_or_from_table(kernel, device, chip, width, element_size)
 
 
 @functools.cache
 def _measured_or_from_table(
     kernel: str, device: str, chip: int, width: int, element_size: int
-) -> RowTile:
+) -> tuple[tuple[RowTile, ...], bool]:
     measured = tuned.configuration(RowTile, tuned.key(kernel, device, width, element_size))
-    return measured or from_table(kernel, chip, width, element_size)
+    first, *smaller = from_table(kernel, chip, width, element_size).and_smaller()
+    second = _SECOND.get((kernel, element_size), first)
+    table = first, second, *smaller
+    return ((measured, *table), True) if measured else (table, False)
 
 
 def from_table(kernel: str, chip: int, width: int, element_size: int) -> RowTile:
-    """What row_tile says where nothing was measured."""
+    """What is preferred where nothing was measured."""
     differs = _ON_CHIP.get((chip, kernel, element_size), {})
     for widest, config in _ROW_TILES[kernel, element_size]:
         if width <= widest:
             return differs.get(widest, config)
     raise ValueError(f"{kernel}: {width} columns are more than any configuration takes")
-
-
-def variants(kernel: str, element_size: int) -> list[str]:
-    """The kernel's names in the tables: with many rows and, where that differs, with few."""
-    return sorted({name_of(kernel, element_size, few) for few in (False, True)})
 
 
 def forget() -> None:

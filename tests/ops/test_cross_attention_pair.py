@@ -124,8 +124,9 @@ def test_when_one_launch_does_both(triton_device: str, monkeypatch) -> None:
         patched.setattr(triton, "_MANY_TOKENS", 8)
         assert "fusion_forward_pair" not in launched(pair)
     with monkeypatch.context() as patched:  # other launch options at one of the widths
-        patched.setattr(configurations, "token_pass", token_pass_by_width)
-        assert shape.shape_for("fusion forward", pair[0].tokens, 3, True)[1]["num_warps"] == 4
+        patched.setattr(configurations, "candidates", passes_by_width)
+        found = shape.candidates("fusion forward", pair[0].tokens, 3, True)
+        assert found.options["num_warps"] == 4
         assert launched(pair) == two
     other_batch = both(triton_device, 1)
     assert launched((pair[0], other_batch[1])) == two
@@ -135,9 +136,9 @@ def test_when_one_launch_does_both(triton_device: str, monkeypatch) -> None:
         assert launched(pair) == two
 
 
-def token_pass_by_width(kernel, device, chip, channels, size) -> configurations.TokenPass:
+def passes_by_width(kernel, device, chip, channels, size):
     config = configurations.from_table(kernel, chip, channels, size)
-    return dataclasses.replace(config, num_warps=4) if channels == 48 else config
+    return (dataclasses.replace(config, num_warps=4) if channels == 48 else config,), False
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])

@@ -8,6 +8,7 @@ import functools
 from torch import Tensor
 
 from crossvit_kernels.gpu import configurations, launch
+from crossvit_kernels.gpu.candidates import Candidate, Candidates
 
 _MAX_ROWS = 64
 
@@ -43,9 +44,10 @@ class Shape:
         """The last one may reach beyond the last channel."""
         return -(-self.channels // self.chunk)
 
-    def describe(self, dtype: str) -> str:
+    def describe(self) -> str:
         """For the report of ``crossvit_kernels.inspect``."""
-        return f"{dtype} C {self.channels}, {self.num_rows} rows, {self.tokens}x{self.chunk}"
+        norm = "" if self.normalize else " as they are"
+        return f"C {self.channels}{norm}, {self.num_rows} rows, {self.tokens}x{self.chunk}"
 
     def parts(self, num_tokens: int) -> int:
         """Programs that share an image's tokens: not a matter of the batch."""
@@ -56,33 +58,27 @@ def padded_rows(num_rows: int) -> int:
     return min(max(configurations.next_power_of_2(num_rows), 16), _MAX_ROWS)
 
 
-def shape_for(
-    kernel: str, x: Tensor, num_rows: int, normalize: bool
-) -> tuple[Shape, dict[str, int]]:
-    """Constants and launch options of a pass ("forward", "fusion backward", ...) over tokens x."""
+def candidates(kernel: str, x: Tensor, num_rows: int, normalize: bool) -> Candidates:
+    """Of a pass ("forward", "fusion backward", ...) over tokens x; the constant is a Shape."""
     device, channels = x.device, x.shape[2]
     name, chip = launch.device_name(device), launch.chip(device)
-    config = configurations.token_pass(kernel, name, chip, channels, x.element_size())
-    return _shape(config, channels, num_rows, normalize, launch.precision(x.dtype))
-
-
-def for_element(
-    kernel: str, chip: int, dtype: str, num_rows: int, channels: int
-) -> tuple[Shape, dict[str, int]]:
-    """The same from the tables, for tokens that are not at hand, of a dtype by Triton's name."""
-    config = configurations.from_table(kernel, chip, channels, 4 if dtype == "fp32" else 2)
-    return _shape(config, channels, num_rows, True, "ieee")
+    found = configurations.candidates(kernel, name, chip, channels, x.element_size())
+    return _candidates(*found, channels, num_rows, normalize, launch.precision(x.dtype))
 
 
 @functools.cache
-def _shape(
-    config: configurations.TokenPass,
+def _candidates(
+    configs: tuple[configurations.TokenPass, ...],
+    measured: bool,
     channels: int,
     num_rows: int,
     normalize: bool,
     precision: str,
-) -> tuple[Shape, dict[str, int]]:
+) -> Candidates:
     """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
-    sizes = num_rows, channels, padded_rows(num_rows), config.chunk, config.tokens, config.part
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return Shape(*sizes, normalize, precision), options
+    items = []
+    for config in configs:
+        sizes = num_rows, channels, padded_rows(num_rows), config.chunk, config.tokens, config.part
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        items.append(Candidate((Shape(*sizes, normalize, precision),), options))
+    return Candidates(tuple(items), measured)

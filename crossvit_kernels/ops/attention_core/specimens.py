@@ -1,33 +1,36 @@
-"""attention_core's kernels as ``crossvit_kernels.inspect`` compiles them."""
+"""The ways in which attention_core launches its kernels, for ``crossvit_kernels.inspect``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import torch
+from torch import Tensor
 
-from crossvit_kernels.gpu.ahead_of_time import Specimen
-from crossvit_kernels.ops.attention_core import shape as shapes
+from crossvit_kernels.gpu import configurations
+from crossvit_kernels.gpu.ahead_of_time import empty
+from crossvit_kernels.ops.attention_core import triton
+
+_EPS = 1e-6
 
 
-def specimens(chip: int, dtype: str, channels: int, num_rows: int) -> Iterator[Specimen]:
-    """Forward, merge and backward over tokens of a dtype ("bf16", ...)."""
-    from crossvit_kernels.ops.attention_core import triton_kernels as kernels
+def run(dtype: torch.dtype, channels: int, num_rows: int) -> None:
+    """Forward and backward, over tokens [1, N, C] on the meta device.
 
-    for kernel, name in (
-        (kernels.attention_core_forward, "forward"),
-        (kernels.attention_core_merge, "forward"),
-        (kernels.attention_core_backward, "backward"),
-    ):
-        shape, options = shapes.for_element(name, chip, dtype, num_rows, channels)
-        pointers = {p.name: "fp32" for p in kernel.params if p.name.endswith("_ptr")}
-        for tokens in ("x_ptr", "dx_ptr"):
-            if tokens in pointers:
-                pointers[tokens] = dtype
-        absent = ("extra_ptr", "dextra_ptr", "mask_ptr", "dlse_ptr")
-        optional = {n: None for n in pointers if n in absent}
-        if kernel is kernels.attention_core_forward:
-            optional["peak_ptr"] = None
-        constants: dict[str, Any] = {"S": shape}
-        if "ADD" in kernel.arg_names:
-            constants["ADD"] = False
-        yield Specimen(kernel, shape.describe(dtype), pointers | optional, constants, **options)
+    With LayerNorm in all forms; without it with and without a mask; and over an image's parts.
+    """
+    x, many = (empty((1, n, channels), dtype) for n in (16, configurations.TokenPass.part + 1))
+    u = empty((1, num_rows, channels), torch.float32)
+    mask = empty((1, 16), torch.bool)
+    for extra in (None, x[:, 0]):
+        for key_mask in (None, mask):
+            _both_ways(u, x, key_mask, extra, _EPS)
+    for key_mask in (None, mask):
+        _both_ways(u, x, key_mask, None, None)
+    m, lse = triton.forward(u, many, None, None, _EPS)
+    triton.backward(m, None, u, many, None, None, m, lse, _EPS)
+
+
+def _both_ways(
+    u: Tensor, x: Tensor, key_mask: Tensor | None, extra: Tensor | None, eps: float | None
+) -> None:
+    m, lse = triton.forward(u, x, key_mask, extra, eps)
+    triton.backward(m, lse, u, x, key_mask, extra, m, lse, eps)

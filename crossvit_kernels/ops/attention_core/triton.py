@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import launch, launcher
+from crossvit_kernels.gpu.candidates import Candidate, Candidates
 from crossvit_kernels.gpu.launch import why_not
-from crossvit_kernels.ops.attention_core.shape import shape_for
+from crossvit_kernels.ops.attention_core.shape import Shape, candidates
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -39,7 +41,8 @@ def forward(
         return m, lse
     u, x = launch.aligned_rows(u), launch.aligned_rows(x)
     extra = None if extra_token is None else launch.aligned_rows(extra_token)
-    shape, options = shape_for("forward", x, num_rows, norm_eps is not None)
+    found = candidates("forward", x, num_rows, norm_eps is not None)
+    shape = _shape_of(found)
     rows, parts = shape.rows, shape.parts(x.shape[1])
     m_out, sums, peaks = m, lse, None
     if parts > 1:
@@ -61,8 +64,7 @@ def forward(
             m_out.stride(0),
             m_out.stride(1),
         ),
-        (shape,),
-        options,
+        found,
         eps=norm_eps or 0.0,
     )
     if parts > 1:
@@ -71,10 +73,20 @@ def forward(
             (batch, shape.num_chunks, blocks),
             (m_out, sums, peaks, m, lse),
             (parts, m.stride(0), m.stride(1)),
-            (shape,),
-            {"num_warps": 4},
+            _merge(shape),
         )
     return m, lse
+
+
+def _shape_of(found: Candidates) -> Shape:
+    """The preferred one. In rows and parts all candidates are the same, in chunks too."""
+    shape: Shape = found[0].constants[0]
+    return shape
+
+
+@functools.cache
+def _merge(shape: Shape) -> Candidates:
+    return Candidates((Candidate((shape,), {"num_warps": 4, "num_stages": 1}),))
 
 
 def backward(
@@ -94,7 +106,8 @@ def backward(
     dx_out: memory for dx, contiguous.
     """
     batch, num_rows, channels = m.shape
-    shape, options = shape_for("backward", x, num_rows, norm_eps is not None)
+    found = candidates("backward", x, num_rows, norm_eps is not None)
+    shape = _shape_of(found)
     rows, parts = shape.rows, shape.parts(x.shape[1])
     # Where score rows take several launches, these add up in float32.
     dtype = x.dtype if num_rows <= rows else torch.float32
@@ -130,8 +143,8 @@ def backward(
                     dx.stride(0),
                     dx.stride(1),
                 ),
-                (shape, row > 0),
-                options,
+                found,
+                (row > 0,),
                 eps=norm_eps or 0.0,
             )
     if dx_out is not None and dx is not dx_out:

@@ -29,6 +29,11 @@ class FusionShape:
     block_n: int
     precision: str
 
+    def describe(self) -> str:
+        """For the report of ``crossvit_kernels.inspect``."""
+        sizes = f"{self.images} images, {self.block_k}x{self.block_n}"
+        return f"own {self.own} of {self.channels}, {self.heads} heads, {sizes}"
+
     @property
     def head_dim(self) -> int:
         return self.channels // self.heads

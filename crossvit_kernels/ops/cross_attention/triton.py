@@ -6,7 +6,7 @@ The weight matrices' gradients are products over the batch of vectors that the k
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import configurations, launch, launcher
+from crossvit_kernels.gpu.candidates import Candidate, Candidates
 from crossvit_kernels.gpu.launch import ALIGN
 from crossvit_kernels.graphs import side_by_side
+from crossvit_kernels.ops.attention_core import shape as token_passes
 from crossvit_kernels.ops.attention_core import triton as core
-from crossvit_kernels.ops.attention_core.shape import Shape, shape_for
 from crossvit_kernels.ops.cross_attention.saved import (
     Saved,
     Vectors,
@@ -78,14 +79,21 @@ def forward_pair(first: FusionInputs, second: FusionInputs, eps: float) -> tuple
             (a.groups + b.groups, 1, 1),
             (*a.tensors, *b.tensors),
             (a.batch, *a.sizes, *b.sizes),
-            (*a.constants, *b.constants),
-            a.options,
-            (a.w, b.w),
-            eps,
+            _of_both(a.candidates.whole, b.candidates.whole),
+            weights=(a.w, b.w),
+            eps=eps,
         )
     else:
         side_by_side(lambda: _run(a, eps), lambda: _run(b, eps), like=first.cls)
     return a.tensors[3], b.tensors[3]
+
+
+class _FusionCandidates(NamedTuple):
+    """The configurations of a fusion's kernels, by their constants."""
+
+    whole: Candidates  # Shape, FusionShape: in one kernel, and the token pass of three
+    aligned: Candidates  # ALIGN, FusionShape: those with rows of CLS
+    vectors: Candidates  # FusionShape
 
 
 class _Forward(NamedTuple):
@@ -96,9 +104,9 @@ class _Forward(NamedTuple):
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # cls, x, scale, new_cls, kept
     sizes: tuple[int, int, int, int]  # tokens; strides of cls, and of x between images and tokens
     w: FusionWeights
-    constants: tuple[Shape, FusionShape]
+    shape: FusionShape
     config: configurations.Fusion
-    options: dict[str, int]
+    candidates: _FusionCandidates
 
 
 def _forward_call(
@@ -112,17 +120,17 @@ def _forward_call(
     new_cls = torch.empty_like(cls, dtype=dtype, memory_format=contiguous)
     kept = empty_saved(cls, tokens, num_heads).vectors
     cls, x, w, scale = _prepared(cls, tokens, w, residual_scale)
-    shape, fusion, config, options = _shapes("fusion forward", cls, x, w, num_heads)
+    shape, config, candidates = _candidates("fusion forward", cls, x, w, num_heads)
     batch, num_tokens, _ = x.shape
     return _Forward(
         batch,
-        -(-batch // fusion.images),
+        -(-batch // shape.images),
         (cls, x, scale, new_cls, kept),
         (num_tokens, cls.stride(0), x.stride(0), x.stride(1)),
         w,
-        (shape, fusion),
+        shape,
         config,
-        options,
+        candidates,
     )
 
 
@@ -131,7 +139,7 @@ def _in_one_launch(a: _Forward, b: _Forward) -> bool:
     return (
         0 < batch == b.batch
         and a.tensors[0].device == b.tensors[0].device
-        and a.options == b.options
+        and a.candidates.whole.options == b.candidates.whole.options
         and max(a.sizes[0], b.sizes[0]) <= _MANY_TOKENS
         and a.config.in_one_launch(batch)
         and b.config.in_one_launch(batch)
@@ -140,22 +148,21 @@ def _in_one_launch(a: _Forward, b: _Forward) -> bool:
 
 def _run(call: _Forward, eps: float) -> None:
     kernels, _ = _kernels()
-    batch, groups, tensors, sizes, w, constants, config, options = call
+    batch, groups, tensors, sizes, w, shape, config, candidates = call
     if not batch:
         return
     grid, many_tokens = (groups, 1, 1), sizes[0] > _MANY_TOKENS
-    rest: dict[str, Any] = {"options": options, "weights": (w,), "eps": eps}
+    rest: dict[str, Any] = {"weights": (w,), "eps": eps}
     if config.in_one_kernel(batch) and not many_tokens:
-        launcher.start(kernels.fusion_forward, grid, tensors, (batch, *sizes), constants, **rest)
+        all_sizes = batch, *sizes
+        launcher.start(kernels.fusion_forward, grid, tensors, all_sizes, candidates.whole, **rest)
         return
     cls, x, scale, new_cls, kept = tensors
     num_tokens, cls_stride, *x_strides = sizes
-    _, fusion = constants
-    launcher.start(
-        kernels.fusion_before, grid, (cls, kept), (batch, cls_stride), (ALIGN, fusion), **rest
-    )
+    of_cls = batch, cls_stride
+    launcher.start(kernels.fusion_before, grid, (cls, kept), of_cls, candidates.aligned, **rest)
     if many_tokens:
-        v = vectors(Saved(kept), batch, fusion.own, fusion.channels, fusion.heads)
+        v = vectors(Saved(kept), batch, shape.own, shape.channels, shape.heads)
         u = (v.kt * w.norm_weight.float()).transpose(0, 1)
         m, lse = core.forward(u, x, None, v.y0, eps)
         v.m.copy_(m.transpose(0, 1))
@@ -163,9 +170,10 @@ def _run(call: _Forward, eps: float) -> None:
     else:
         of_tokens = batch, num_tokens, *x_strides
         launcher.start(
-            kernels.fusion_tokens, (batch, 1, 1), (x, kept), of_tokens, constants, **rest
+            kernels.fusion_tokens, (batch, 1, 1), (x, kept), of_tokens, candidates.whole, **rest
         )
-    launcher.start(kernels.fusion_after, grid, (kept, new_cls, scale), (batch,), (fusion,), **rest)
+    written = kept, new_cls, scale
+    launcher.start(kernels.fusion_after, grid, written, (batch,), candidates.vectors, **rest)
 
 
 def backward(
@@ -217,16 +225,16 @@ def _launch_backward(
     cls, x, w, scale = _prepared(cls, tokens, weights, residual_scale)
     dout, kept = launch.aligned_rows(d_new_cls), saved.vectors
     dcls, dx, gradients, dz, du = out
-    shape, fusion, config, options = _shapes("fusion backward", cls, x, w, num_heads)
-    groups = (-(-batch // fusion.images), 1, 1)
-    rest: dict[str, Any] = {"options": options, "weights": (w,), "eps": eps}
+    shape, config, candidates = _candidates("fusion backward", cls, x, w, num_heads)
+    groups = (-(-batch // shape.images), 1, 1)
+    rest: dict[str, Any] = {"weights": (w,), "eps": eps}
     if config.in_one_kernel(batch) and num_tokens <= _MANY_TOKENS:
         launcher.start(
             kernels.fusion_backward,
             groups,
             (dout, cls, x, scale, kept, *out),
             (batch, num_tokens, dout.stride(0), cls.stride(0), x.stride(0), x.stride(1)),
-            (shape, fusion),
+            candidates.whole,
             **rest,
         )
         return
@@ -235,7 +243,7 @@ def _launch_backward(
         groups,
         (dout, scale, kept, gradients, dz),
         (batch, dout.stride(0)),
-        (ALIGN, fusion),
+        candidates.aligned,
         **rest,
     )
     if num_tokens > _MANY_TOKENS:
@@ -247,7 +255,7 @@ def _launch_backward(
             (batch, 1, 1),
             (x, kept, dx, gradients, dz, du),
             (batch, num_tokens, x.stride(0), x.stride(1)),
-            (shape, fusion),
+            candidates.whole,
             **rest,
         )
     launcher.start(
@@ -255,7 +263,7 @@ def _launch_backward(
         groups,
         (cls, kept, dcls, gradients, dz, du),
         (batch, cls.stride(0)),
-        (ALIGN, fusion),
+        candidates.aligned,
         **rest,
     )
 
@@ -287,17 +295,59 @@ def _prepared(
     return launch.aligned_rows(cls), launch.aligned_rows(tokens), launch.contiguous(w), scale
 
 
-def _shapes(
+def _candidates(
     kernel: str, cls: Tensor, x: Tensor, w: FusionWeights, num_heads: int
-) -> tuple[Shape, FusionShape, configurations.Fusion, dict[str, int]]:
-    shape, options = shape_for(kernel, x, num_heads, normalize=True)
+) -> tuple[FusionShape, configurations.Fusion, _FusionCandidates]:
+    """Of "fusion forward" or "fusion backward"; all have the shape's sizes but for block_n."""
     batch, _, channels = x.shape
+    passes = token_passes.candidates(kernel, x, num_heads, normalize=True)
     config = configurations.fusion(kernel, launch.chip(x.device), channels)
     precision = launch.precision(w.q_weight.dtype)
     blocks = config.images(batch), config.block_k, config.block_n
-    fusion = _fusion_shape(cls.shape[1], channels, num_heads, *blocks, precision)
-    return shape, fusion, config, options
+    shape, found = _with_passes(passes, cls.shape[1], channels, num_heads, *blocks, precision)
+    return shape, config, found
 
 
-# One object a shape: it is part of the key under which Triton finds a compiled kernel.
-_fusion_shape = functools.cache(FusionShape)
+@functools.cache
+def _with_passes(
+    passes: Candidates,
+    own: int,
+    channels: int,
+    num_heads: int,
+    images: int,
+    block_k: int,
+    block_n: int,
+    precision: str,
+) -> tuple[FusionShape, _FusionCandidates]:
+    """One object a shape: it is part of the key under which Triton finds a compiled kernel.
+
+    Weight matrices are read in narrower blocks where no token pass fits. The bits of a result stay.
+    """
+    shapes = [
+        FusionShape(own, channels, num_heads, images, block_k, n, precision)
+        for n in (block_n, 32)
+        if n <= block_n
+    ]
+    pairs = [(shape, of_pass) for shape in shapes for of_pass in passes]
+
+    def candidates(constants: Callable[[FusionShape, Candidate], tuple[Any, ...]]) -> Candidates:
+        items = (Candidate(constants(f, s), s.options) for f, s in pairs)
+        return Candidates(tuple(items), passes.measured)
+
+    return shapes[0], _FusionCandidates(
+        whole=candidates(lambda f, s: (*s.constants, f)),
+        aligned=candidates(lambda f, s: (ALIGN, f)),
+        vectors=candidates(lambda f, s: (f,)),
+    )
+
+
+@functools.cache
+def _of_both(a: Candidates, b: Candidates) -> Candidates:
+    """Of two fusions in one launch: those that are launched alike."""
+    items = (
+        Candidate((*x.constants, *y.constants), x.options)
+        for x in a
+        for y in b
+        if x.options == y.options
+    )
+    return Candidates(tuple(items), a.measured or b.measured)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import launch, launcher, row_tiles
+from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops import norm
 from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
 from crossvit_kernels.ops.token_layers import triton as layers
+from crossvit_kernels.ops.token_layers.shape import LayerShape
 from crossvit_kernels.ops.token_layers.triton import Tokens
 
 
@@ -82,14 +84,13 @@ def _in_one_kernel(
 
     x, (hidden, channels) = tokens.x, w.fc1_weight.shape
     y = layers.empty_result(x, w.fc2_weight)
-    shape, options = layers.shape_for("ffn", w.fc1_weight, tokens.num_rows, channels, hidden)
+    num_rows = tokens.num_rows
     launcher.start(
         kernels.ffn_forward,
-        (-(-tokens.num_rows // shape.rows), 1, 1),
+        lambda shape: Programs((-(-num_rows // shape.rows), 1, 1)),
         (x, scale, *w, y, *(saved or (None, None))),
-        (tokens.num_rows, x.shape[1], *x.stride()[:2]),
-        (shape,),
-        options,
+        (num_rows, x.shape[1], *x.stride()[:2]),
+        layers.candidates("ffn", w.fc1_weight, num_rows, channels, hidden),
         eps=eps,
     )
     return y
@@ -102,18 +103,20 @@ def _hidden_backward(
     from crossvit_kernels.ops.layernorm_ffn import triton_kernels as kernels
 
     x, (hidden, channels) = tokens.x, w.fc1_weight.shape
-    name = "ffn hidden backward"
-    shape, options = layers.shape_for(name, w.fc1_weight, tokens.num_rows, channels, hidden)
-    tiles, blocks = -(-tokens.num_rows // shape.rows), -(-hidden // shape.columns)
-    activated = x.new_empty(tokens.num_rows, hidden, dtype=w.fc1_weight.dtype)
+    num_rows = tokens.num_rows
+    activated = x.new_empty(num_rows, hidden, dtype=w.fc1_weight.dtype)
     dhidden = torch.empty_like(activated)
-    shares = x.new_empty(tiles, hidden, dtype=torch.float32)
-    launcher.start(
+
+    def programs(shape: LayerShape) -> Programs:
+        tiles, blocks = -(-num_rows // shape.rows), -(-hidden // shape.columns)
+        shares = x.new_empty(tiles, hidden, dtype=torch.float32)
+        return Programs((tiles * blocks, 1, 1), (shares,))
+
+    (shares,) = launcher.start(
         kernels.ffn_hidden_backward,
-        (tiles * blocks, 1, 1),
-        (dupdate, x, *saved, *w[:5], activated, dhidden, shares),
-        (tokens.num_rows, x.shape[1], *x.stride()[:2]),
-        (shape,),
-        options,
+        programs,
+        (dupdate, x, *saved, *w[:5], activated, dhidden),
+        (num_rows, x.shape[1], *x.stride()[:2]),
+        layers.candidates("ffn hidden backward", w.fc1_weight, num_rows, channels, hidden),
     )
     return activated, dhidden, shares.sum(dim=0).to(w.fc1_bias.dtype)

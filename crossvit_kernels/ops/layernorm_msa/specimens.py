@@ -1,32 +1,24 @@
-"""layernorm_msa's kernels as ``crossvit_kernels.inspect`` compiles them."""
+"""Every way in which layernorm_msa launches its kernels, for ``crossvit_kernels.inspect``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from crossvit_kernels.gpu import row_tiles
-from crossvit_kernels.gpu.ahead_of_time import Specimen
-from crossvit_kernels.ops.token_layers import specimens as layers
+from crossvit_kernels.gpu.ahead_of_time import Dtypes, empty, empty_weights
+from crossvit_kernels.ops.layernorm_msa import triton
+from crossvit_kernels.ops.layernorm_msa.weights import SHAPES, MsaWeights
+
+_EPS = 1e-6
 
 
-def specimens(chip: int, dtype: str, channels: int, heads: int) -> Iterator[Specimen]:
-    """Forward and backward for tokens and weights of a dtype ("bf16", ...)."""
-    from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
-    from crossvit_kernels.ops.token_layers import triton_kernels as linear
-
-    sizes, qkv, d = (chip, dtype, channels), 3 * channels, channels // heads
-    of, size = layers.specimens, 4 if dtype == "fp32" else 2
-    if channels <= row_tiles.widest("norm linear", size):
-        yield from of(linear.norm_linear, "norm linear", *sizes, qkv, GELU=False)
-    yield from of(kernels.attention, "attention", *sizes, 0, d, HEADS=heads)
-    if channels <= row_tiles.widest("attention projection", size):
-        name = "attention projection"
-        yield from of(kernels.attention_projection, name, *sizes, 0, HEADS=heads)
-    yield from of(linear.linear, "linear", *sizes, channels)
-    yield from of(kernels.attention_backward, "attention backward", *sizes, 0, d, HEADS=heads)
-    if channels <= row_tiles.widest("linear norm backward", size):
-        name = "linear norm backward"
-        yield from of(linear.linear_norm_backward, name, *sizes, qkv, PRODUCT=True)
-    else:
-        name = "norm backward"
-        yield from of(linear.linear_norm_backward, name, *sizes, channels, PRODUCT=False)
+def run(dtypes: Dtypes, channels: int, heads: int) -> None:
+    """Inference, and training with drop path and without; of tensors on the meta device."""
+    w = MsaWeights(*empty_weights(SHAPES, {"C": channels}, dtypes))
+    for num_rows in (16, row_tiles.FEW_ROWS + 1):
+        x = empty((1, num_rows, channels), dtypes.tokens)
+        for cls in (None, x[:, 0]):
+            triton.forward(x, w, None, cls, heads, _EPS, keep="")
+            for keep in ("fast", "lean"):
+                for scale in (None, x.new_empty(1)):
+                    y, saved = triton.forward(x, w, scale, cls, heads, _EPS, keep)
+                    assert saved is not None
+                    triton.backward(y, x, w, scale, cls, saved, heads, _EPS)

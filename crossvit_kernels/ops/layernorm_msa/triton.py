@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import launch, launcher, row_tiles
+from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops import norm
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
 from crossvit_kernels.ops.token_layers import triton as layers
+from crossvit_kernels.ops.token_layers.shape import LayerShape
 from crossvit_kernels.ops.token_layers.triton import Tokens
 
 _HEAD_DIMS = (16, 32, 64, 128)
@@ -123,18 +125,16 @@ def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
     if by_library and (qkv.is_cpu or qkv.element_size() == 2):
         return _flash_attention(qkv, lse, num_heads)
     heads = qkv.new_empty(batch, num_tokens, channels)
-    shape, options = layers.shape_for(
+    found = layers.candidates(
         "attention", qkv, batch * num_tokens, channels, 0, width=channels // num_heads
     )
-    tiles = -(-num_tokens // shape.rows)
-    launcher.start(
-        kernels.attention,
-        (batch * num_heads * tiles, 1, 1),
-        (qkv, heads, lse),
-        (num_tokens, tiles),
-        (shape, num_heads),
-        options,
-    )
+
+    def programs(shape: LayerShape) -> Programs:
+        tiles = -(-num_tokens // shape.rows)
+        return Programs((batch * num_heads * tiles, 1, 1), sizes=(tiles,))
+
+    tensors = qkv, heads, lse
+    launcher.start(kernels.attention, programs, tensors, (num_tokens,), found, (num_heads,))
     return heads
 
 
@@ -166,15 +166,18 @@ def _attention_projection(
     x, cls = tokens
     batch, num_tokens, channels = x.shape
     y = layers.empty_result(x, w.out_weight)
-    shape, options = layers.shape_for("attention projection", qkv, tokens.num_rows, channels, 0)
-    tiles = -(-num_tokens // shape.rows)
+
+    def programs(shape: LayerShape) -> Programs:
+        tiles = -(-num_tokens // shape.rows)
+        return Programs((batch * tiles, 1, 1), sizes=(tiles,))
+
     launcher.start(
         kernels.attention_projection,
-        (batch * tiles, 1, 1),
+        programs,
         (qkv, heads, lse, w.out_weight, w.out_bias, x, cls, residual_scale, y),
-        (num_tokens, tiles, *tokens.strides),
-        (shape, num_heads),
-        options,
+        (num_tokens, *tokens.strides),
+        layers.candidates("attention projection", qkv, tokens.num_rows, channels, 0),
+        (num_heads,),
     )
     return y
 
@@ -187,17 +190,17 @@ def _attention_backward(
 
     batch, num_tokens, channels = heads.shape
     dqkv = torch.empty_like(qkv)
-    shape, options = layers.shape_for(
+    found = layers.candidates(
         "attention backward", qkv, batch * num_tokens, channels, 0, width=channels // num_heads
     )
-    tiles = -(-num_tokens // shape.rows)
-    shares = qkv.new_empty(batch * tiles, 3 * channels, dtype=torch.float32)
-    launcher.start(
-        kernels.attention_backward,
-        (batch * num_heads * tiles, 1, 1),
-        (qkv, heads, dheads, lse, dqkv, shares),
-        (num_tokens, tiles),
-        (shape, num_heads),
-        options,
+
+    def programs(shape: LayerShape) -> Programs:
+        tiles = -(-num_tokens // shape.rows)
+        shares = qkv.new_empty(batch * tiles, 3 * channels, dtype=torch.float32)
+        return Programs((batch * num_heads * tiles, 1, 1), (shares,), (tiles,))
+
+    tensors = qkv, heads, dheads, lse, dqkv
+    (shares,) = launcher.start(
+        kernels.attention_backward, programs, tensors, (num_tokens,), found, (num_heads,)
     )
     return dqkv, shares.sum(dim=0)

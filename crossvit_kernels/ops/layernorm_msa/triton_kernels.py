@@ -81,10 +81,10 @@ def attention_projection(
     scale_ptr,
     y_ptr,
     num_tokens,
-    num_tiles,
     x_batch_stride,
     x_token_stride,
     cls_stride,
+    num_tiles,
     A: tl.constexpr,
     HEADS: tl.constexpr,
 ):

@@ -36,6 +36,6 @@ class LayerShape:
         """The last one may reach beyond the last channel."""
         return -(-self.channels // self.chunk)
 
-    def describe(self, dtype: str) -> str:
+    def describe(self) -> str:
         """For the report of ``crossvit_kernels.inspect``."""
-        return f"{dtype} C {self.channels}, {self.inner}, {self.rows}x{self.columns}x{self.chunk}"
+        return f"C {self.channels}, {self.inner}, {self.rows}x{self.columns}x{self.chunk}"

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossvit_kernels.gpu import launch, launcher, row_tiles
+from crossvit_kernels.gpu.candidates import Candidate, Candidates
+from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops import norm as layer_norm
 from crossvit_kernels.ops.token_layers.shape import LayerShape
 
@@ -34,10 +36,10 @@ def prepared(x: Tensor, cls: Tensor | None = None) -> Tokens:
     return Tokens(launch.aligned_rows(x), None if cls is None else launch.aligned_rows(cls))
 
 
-def shape_for(
+def candidates(
     kernel: str, like: Tensor, num_rows: int, channels: int, inner: int, width: int | None = None
-) -> tuple[LayerShape, dict[str, int]]:
-    """Constants and launch options of a kernel.
+) -> Candidates:
+    """The configurations that a kernel may run in; the constant is a LayerShape.
 
     Args:
         kernel: Its name in the tables.
@@ -49,27 +51,25 @@ def shape_for(
     """
     name, chip = launch.device_name(like.device), launch.chip(like.device)
     few = num_rows <= row_tiles.FEW_ROWS
-    config = row_tiles.row_tile(kernel, name, chip, width or channels, like.element_size(), few)
-    return _shape(config, channels, inner, launch.precision(like.dtype))
-
-
-def from_table(
-    kernel: str, chip: int, dtype: str, channels: int, inner: int, width: int | None = None
-) -> tuple[LayerShape, dict[str, int]]:
-    """The same from the tables, for a dtype by Triton's name."""
-    element_size = 4 if dtype == "fp32" else 2
-    config = row_tiles.from_table(kernel, chip, width or channels, element_size)
-    return _shape(config, channels, inner, "ieee")
+    found = row_tiles.candidates(kernel, name, chip, width or channels, like.element_size(), few)
+    return _candidates(*found, channels, inner, launch.precision(like.dtype))
 
 
 @functools.cache
-def _shape(
-    config: row_tiles.RowTile, channels: int, inner: int, precision: str
-) -> tuple[LayerShape, dict[str, int]]:
+def _candidates(
+    configs: tuple[row_tiles.RowTile, ...],
+    measured: bool,
+    channels: int,
+    inner: int,
+    precision: str,
+) -> Candidates:
     """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    sizes = config.rows, config.columns, config.chunk
-    return LayerShape(channels, inner, *sizes, precision), options
+    items = []
+    for config in configs:
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        sizes = config.rows, config.columns, config.chunk
+        items.append(Candidate((LayerShape(channels, inner, *sizes, precision),), options))
+    return Candidates(tuple(items), measured)
 
 
 def norm_linear(
@@ -89,18 +89,22 @@ def norm_linear(
     if row_tiles.by_library("norm linear", channels, weight.element_size()):
         return _norm_then_linear(tokens, norm, weight, bias, eps, statistics, gelu)
     out = x.new_empty(batch, num_tokens, columns, dtype=weight.dtype)
-    shape, options = shape_for("norm linear", weight, tokens.num_rows, channels, columns)
-    tiles, steps = -(-tokens.num_rows // shape.rows), -(-columns // shape.columns)
-    per_group = -(-steps // min(-(-row_tiles.PROGRAMS // tiles), steps))
-    groups = -(-steps // per_group)
+    num_rows = tokens.num_rows
     mean, rstd = statistics or (None, None)
+
+    def programs(shape: LayerShape) -> Programs:
+        tiles, steps = -(-num_rows // shape.rows), -(-columns // shape.columns)
+        per_group = -(-steps // min(-(-row_tiles.PROGRAMS // tiles), steps))
+        groups = -(-steps // per_group)
+        return Programs((tiles * groups, 1, 1), sizes=(groups, per_group * shape.columns))
+
     launcher.start(
         kernels.norm_linear,
-        (tiles * groups, 1, 1),
+        programs,
         (x, cls, *norm, weight, bias, out, mean, rstd),
-        (tokens.num_rows, num_tokens, groups, per_group * shape.columns, *tokens.strides),
-        (shape, gelu),
-        options,
+        (num_rows, num_tokens, *tokens.strides),
+        candidates("norm linear", weight, num_rows, channels, columns),
+        (gelu,),
         eps=eps,
     )
     return out
@@ -165,16 +169,18 @@ def _linear(
     from crossvit_kernels.ops.token_layers import triton_kernels as kernels
 
     num_rows, (columns, terms) = out.shape[0] * out.shape[1], weight.shape
-    shape, options = shape_for("linear", weight, num_rows, columns, terms)
-    tiles, blocks = -(-num_rows // shape.rows), -(-columns // shape.columns)
     x, cls = tokens or (None, None)
+
+    def programs(shape: LayerShape) -> Programs:
+        tiles, blocks = -(-num_rows // shape.rows), -(-columns // shape.columns)
+        return Programs((tiles * blocks, 1, 1))
+
     launcher.start(
         kernels.linear,
-        (tiles * blocks, 1, 1),
+        programs,
         (a, weight, bias, x, cls, residual_scale, out),
         (num_rows, out.shape[1], *(tokens.strides if tokens else (0, 0, 0))),
-        (shape,),
-        options,
+        candidates("linear", weight, num_rows, columns, terms),
     )
 
 
@@ -216,18 +222,21 @@ def linear_norm_backward(
         name, inner = "linear norm backward", terms
     else:
         name, inner, d = "norm backward", channels, d @ weight
-    shape, options = shape_for(name, weight, tokens.num_rows, channels, inner)
-    tiles = -(-tokens.num_rows // shape.rows)
     dx, dcls = x.new_empty(x.shape), None if cls is None else x.new_empty(cls.shape)
     normed = x.new_empty(x.shape, dtype=weight.dtype)
-    shares = x.new_empty(tiles, 3, channels, dtype=torch.float32)
-    launcher.start(
+
+    def programs(shape: LayerShape) -> Programs:
+        tiles = -(-tokens.num_rows // shape.rows)
+        shares = x.new_empty(tiles, 3, channels, dtype=torch.float32)
+        return Programs((tiles, 1, 1), (shares,))
+
+    (shares,) = launcher.start(
         kernels.linear_norm_backward,
-        (tiles, 1, 1),
-        (d, weight, dy, residual_scale, x, cls, *statistics, *norm, dx, dcls, normed, shares),
+        programs,
+        (d, weight, dy, residual_scale, x, cls, *statistics, *norm, dx, dcls, normed),
         (tokens.num_rows, x.shape[1], *tokens.strides),
-        (shape, in_one),
-        options,
+        candidates(name, weight, tokens.num_rows, channels, inner),
+        (in_one,),
     )
     dtypes = norm[0].dtype, norm[1].dtype, weight.dtype
     sums = (shares[:, i].sum(dim=0).to(dtype) for i, dtype in enumerate(dtypes))
