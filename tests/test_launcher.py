@@ -164,7 +164,7 @@ scale = torch.ones(2)
 for given, biases in ((None, True), (scale, True), (None, False)):
     given_w = w if biases else w._replace(q_bias=None, k_bias=None, v_bias=None)
     new_cls, saved = fusion.forward(cls, x, given_w, given, 3, 1e-6)
-    fusion.backward(new_cls, cls, x, given_w, given, saved, 3, 1e-6)
+    fusion.backward(new_cls, cls, x, given_w, given, saved, 3, 1e-6, [True] * 20)
 u = torch.randn(2, 3, 48)
 m, lse = core.forward(u, x, None, None, 1e-6)
 core.backward(m, None, u, x, torch.ones(2, 8, dtype=torch.bool), x[:, 0], m, lse, 1e-6)

@@ -23,7 +23,7 @@ def call(batch, tokens, biases=True, scaled=False):
     cls, x = torch.randn(batch, 32).bfloat16(), torch.randn(batch, tokens + 1, 48).bfloat16()[:, 1:]
     scale = torch.ones(batch) if scaled else None
     new_cls, saved = fusion.forward(cls, x, w, scale, 3, 1e-6)
-    fusion.backward(new_cls, cls, x, w, scale, saved, 3, 1e-6)
+    fusion.backward(new_cls, cls, x, w, scale, saved, 3, 1e-6, [True] * 20)
     m, lse = core.forward(u := torch.randn(batch, 3, 48), x, None, None, 1e-6)
     core.backward(m, lse, u, x, None, None, m, lse, 1e-6)
 
@@ -56,10 +56,10 @@ def call(batch, tokens, keep="fast", with_cls=True, scaled=False):
     cls, scale = cls if with_cls else None, torch.ones(batch) if scaled else None
     w = MsaWeights(*(t.bfloat16() for t in msa_weights(48)))
     y, saved = msa.forward(x, w, scale, cls, 3, 1e-6, keep)
-    msa.backward(y, x, w, scale, cls, saved, 3, 1e-6)
+    msa.backward(y, x, w, scale, cls, saved, 3, 1e-6, [True] * 8)
     w = FfnWeights(*(t.bfloat16() for t in ffn_weights(48, 96)))
     y, saved = ffn.forward(x, w, scale, 1e-6, True)
-    ffn.backward(y, x, w, scale, saved, 1e-6)
+    ffn.backward(y, x, w, scale, saved, 1e-6, [True] * 7)
 
 for batch, tokens in ((1, 1), (2, 16), (64, 17), (33, 64)):
     call(batch, tokens)
@@ -104,7 +104,7 @@ x = torch.randn(64, 200, 96).bfloat16()
 w = FfnWeights(*(t.bfloat16() for t in ffn_weights(96, 384)))
 y, saved = ffn.forward(x, w, None, 1e-6, True)
 ffn.forward(x, w, None, 1e-6, False)
-ffn.backward(y, x, w, torch.ones(64).bfloat16(), saved, 1e-6)
+ffn.backward(y, x, w, torch.ones(64).bfloat16(), saved, 1e-6, [True] * 7)
 check([], [(96, 3, 384)], "ffn_forward", "ffn_hidden_backward")
 w = MsaWeights(*(t.bfloat16() for t in msa_weights(96)))
 for cls in (None, x[:, 0]):

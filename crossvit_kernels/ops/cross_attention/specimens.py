@@ -17,7 +17,8 @@ def run(dtypes: Dtypes, own: int, channels: int, heads: int) -> None:
         cls, x, w, *_ = _inputs(batch, dtypes, own, channels, heads)
         for scale in (None, cls.new_empty(batch)):
             new_cls, saved = triton.forward(cls, x, w, scale, heads, _EPS)
-            triton.backward(new_cls, cls, x, w, scale, saved, heads, _EPS)
+            wanted = [True] * (2 + len(w))
+            triton.backward(new_cls, cls, x, w, scale, saved, heads, _EPS, wanted)
 
 
 def run_pair(dtypes: Dtypes, own: int, channels: int, heads: int) -> None:

@@ -21,4 +21,4 @@ def run(dtypes: Dtypes, channels: int, heads: int) -> None:
                 for scale in (None, x.new_empty(1)):
                     y, saved = triton.forward(x, w, scale, cls, heads, _EPS, keep)
                     assert saved is not None
-                    triton.backward(y, x, w, scale, cls, saved, heads, _EPS)
+                    triton.backward(y, x, w, scale, cls, saved, heads, _EPS, [True] * (2 + len(w)))
