@@ -1,110 +1,52 @@
 """Builds crossvit_kernels._C from csrc/ through one generated build.ninja.
 
 The extension holds no torch headers: torch is not needed to build it, and any torch can run it.
-CROSSVIT_BUILD_CUDA = auto (default) | 1 | 0, CROSSVIT_CUDA_ARCH_LIST, CROSSVIT_BUILD_VERBOSE = 0
-(default) | 1 (a line for each CUDA kernel and architecture: registers, spills, static shared
-memory), CUDA_HOME, CXX and MAX_JOBS are read from the environment; README.md explains them.
+What is read from the environment is in csrc/toolchain.py; README.md explains it.
 """
 
-import os
+import atexit
 import platform
-import re
-import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+sys.path.insert(0, str(CSRC))
+import toolchain  # noqa: E402
 
-# Sources compiled once per instruction-set level, chosen among at run time (csrc/common/isa.h).
-PER_ISA_SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/cpu/*.cpp")}
-ISA_LEVELS = {"baseline": ""}
+# csrc/*/cpu/*.cpp are compiled once per instruction-set level, chosen among at run time
+# (csrc/common/isa.h).
+ISA_FLAGS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISA_LEVELS.update(
-        x86_64_v3="-march=x86-64-v3", x86_64_v4="-march=x86-64-v4 -mprefer-vector-width=512"
-    )
+    ISA_FLAGS["x86_64_v3"] = "-march=x86-64-v3"
+    ISA_FLAGS["x86_64_v4"] = "-march=x86-64-v4 -mprefer-vector-width=512"
 
-
-def find_cuda() -> Path | None:
-    """The CUDA toolkit's root. A bare nvcc may be a script that lives elsewhere."""
-    wanted = os.environ.get("CROSSVIT_BUILD_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        sys.exit(f"CROSSVIT_BUILD_CUDA is {wanted!r}, expected auto, 0 or 1")
-    if wanted == "0":
-        return None
-    nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
-    for home in map(Path, filter(None, [*candidates, "/usr/local/cuda"])):
-        if (home / "bin/nvcc").is_file() and (home / "include/cuda_runtime.h").is_file():
-            return home.resolve()
-    if wanted == "1":
-        sys.exit("CROSSVIT_BUILD_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME")
-    return None
-
-
-def ninja_program() -> str:
-    try:
-        import ninja
-
-        return str(Path(ninja.BIN_DIR) / "ninja")
-    except ImportError:
-        return shutil.which("ninja") or sys.exit("ninja is missing: pip install ninja")
-
-
-def default_cuda_arch_list(cuda: Path) -> str:
-    """Ampere, Hopper and, where the toolkit knows it (from 12.8 on), Blackwell."""
-    version = subprocess.check_output([str(cuda / "bin/nvcc"), "--version"], text=True)
-    found = re.search(r"release (\d+)\.(\d+)", version)
-    knows_blackwell = found is not None and tuple(map(int, found.groups())) >= (12, 8)
-    return "80;90a;100" if knows_blackwell else "80;90a"
-
-
-def gencode_flags(arch_list: str) -> str:
-    """Machine code for each architecture, and PTX of the last."""
-    archs = arch_list.split(";")
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    newest = archs[-1].rstrip("a")
-    return " ".join([*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"])
-
-
-def readable(lines: Iterable[str]) -> Iterator[str]:
-    """A compilation's output with one line for each kernel in place of what ptxas -v says of it."""
-    kernel = spilled = ""
-    for line in lines:
-        if found := re.search(r"Compiling entry function '(.*)' for '(\w+)'", line):
-            name, arch = found.groups()
-            name = re.sub(r"\(anonymous namespace\)::|\b\w+::|^void ", "", name).split("(")[0]
-            kernel = f"{arch:8} {name}"
-        elif found := re.search(r"(\d+) bytes spill stores", line):
-            spilled = found[1]
-        elif found := re.search(r"Used (\d+) registers", line):
-            static = re.search(r"(\d+) bytes smem", line)
-            shared = static[1] if static else 0
-            yield f"{kernel}: {found[1]} registers, {spilled} bytes spilled, {shared} shared\n"
-        elif not line.startswith("ptxas info"):
-            yield line
-
-
-def run_ninja(command: list[str], verbose: bool) -> None:
-    if not verbose:
-        subprocess.check_call(command)
-        return
-    names = shutil.which("c++filt") or "cat"
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE) as ninja,
-        subprocess.Popen([names], stdin=ninja.stdout, stdout=subprocess.PIPE, text=True) as output,
-    ):
-        assert output.stdout
-        for line in readable(output.stdout):
-            print(line, end="", flush=True)
-    if ninja.returncode:
-        raise subprocess.CalledProcessError(ninja.returncode, command)
+CXX_FLAGS = (
+    "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=fast -fno-math-errno"
+)
+NVCC_FLAGS = (
+    "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall "
+    "-Xptxas -warn-spills,-warn-lmem-usage -Xfatbin -compress-all"
+)
+RULES = f"""
+rule cxx
+  command = $launcher $cxx -MMD -MF $out.d {CXX_FLAGS} -I{CSRC} $extra -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = C++ $out
+rule nvcc
+  command = $launcher $nvcc -MD -MF $out.d {NVCC_FLAGS} $gencode -I{CSRC} -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = CUDA $out
+rule link
+  command = $cxx -shared $in -o $out $libs
+"""
 
 
 class NinjaBuild(build_ext):
@@ -113,88 +55,57 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        cuda = find_cuda()
-        arch_list = os.environ.get("CROSSVIT_CUDA_ARCH_LIST", "")
-        if cuda and not arch_list:
-            arch_list = default_cuda_arch_list(cuda)
-        arch_list = arch_list.replace(",", ";").replace(" ", ";")
-        if not cuda:
-            self.warn("CUDA kernels are left out: no CUDA toolkit, or CROSSVIT_BUILD_CUDA=0")
+        cuda, why_not_cuda = toolchain.find_cuda()
+        archs = toolchain.cuda_architectures(cuda) if cuda else []
+        jobs, cxx = toolchain.jobs(), toolchain.cxx()
+        # Only the bindings see pybind11, whose path is new in every isolated build.
+        bindings = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        libs = "-ldl -lpthread" if sys.platform != "darwin" else "-undefined dynamic_lookup"
+        lines = [f"cxx = {cxx}", f"launcher = {toolchain.ccache()}", RULES]
+        if cuda:
+            bindings += f" -DCROSSVIT_WITH_CUDA -DCROSSVIT_CUDA_ARCH_LIST='\"{';'.join(archs)}\"'"
+            libs += f" -L{cuda / 'lib64'} -lcudart_static -lrt"
+            threads = max(1, min(len(archs), jobs // 4))  # there are four large sources
+            lines.insert(0, f"nvcc = {cuda / 'bin/nvcc'} -ccbin {cxx} --threads {threads}")
+            lines.insert(0, f"gencode = {toolchain.gencode_flags(archs)}")
+
+        objects = []
+        for source in ext.sources:
+            stem = str(Path(source).relative_to("csrc").with_suffix("")).replace("/", "_")
+            rule, variants = "cxx", {stem: ""}
+            if source.endswith(".cu"):
+                rule, variants = "nvcc", {f"{stem}_cuda": ""} if cuda else {}
+            elif Path(source).match("csrc/*/cpu/*.cpp"):
+                variants = {
+                    f"{stem}_{level}": f"{flags} -DCROSSVIT_ISA={level}"
+                    for level, flags in ISA_FLAGS.items()
+                }
+            elif source.startswith("csrc/bindings/"):
+                variants = {stem: bindings} if cuda or source != "csrc/bindings/cuda.cpp" else {}
+            for name, extra in variants.items():
+                objects.append(f"{name}.o")
+                lines += [f"build {name}.o: {rule} {ROOT / source}", f"  extra = {extra}"]
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {libs}"]
         # Not setuptools' build_temp: an editable install throws that away.
         work = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         work.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-
-        cxx = os.environ.get("CXX", "c++")
-        flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
-        flags += " -ffp-contract=fast -fno-math-errno"
-        # Only the bindings see pybind11, whose path is new in every isolated build.
-        binding_flags = (
-            f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
-        )
-        libs = "-ldl -lpthread" if sys.platform != "darwin" else "-undefined dynamic_lookup"
-        lines = [
-            f"cxx = {cxx}",
-            f"flags = {flags} -I{ROOT / 'csrc'}",
-            "rule cxx",
-            "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = C++ $out",
-            "rule link",
-            "  command = $cxx -shared $in -o $out $libs",
-        ]
-        jobs = os.environ.get("MAX_JOBS", "")
-        verbose = os.environ.get("CROSSVIT_BUILD_VERBOSE", "0") == "1"
-        if cuda:
-            threads = min(int(jobs or os.cpu_count() or 1), len(arch_list.split(";")))
-            binding_flags += f" -DCROSSVIT_WITH_CUDA -DCROSSVIT_CUDA_ARCH_LIST='\"{arch_list}\"'"
-            libs += f" -L{cuda / 'lib64'} -lcudart_static -lrt"
-            lines += [
-                "rule nvcc",
-                f"  command = {cuda / 'bin/nvcc'} -ccbin $cxx -MD -MF $out.d -O3 -std=c++17 "
-                "-lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall "
-                f"-Xptxas -warn-spills,-warn-lmem-usage{',-v' if verbose else ''} "
-                f"-Xfatbin -compress-all --threads {threads} "
-                f"{gencode_flags(arch_list)} -I{ROOT / 'csrc'} -c $in -o $out",
-                "  depfile = $out.d",
-                "  deps = gcc",
-                "  description = CUDA $out",
-            ]
-
-        objects = []
-
-        def compile_rule(source: str, rule: str, stem: str, extra: str = "") -> None:
-            objects.append(f"{stem}.o")
-            lines.extend([f"build {stem}.o: {rule} {ROOT / source}", f"  extra = {extra}"])
-
-        for source in sorted(ext.sources):
-            stem = str(Path(source).relative_to("csrc").with_suffix("")).replace("/", "_")
-            if source.endswith(".cu"):
-                if cuda:
-                    compile_rule(source, "nvcc", f"{stem}_cuda")
-            elif source in PER_ISA_SOURCES:
-                for level, march in ISA_LEVELS.items():
-                    extra = f"{march} -DCROSSVIT_ISA={level}"
-                    compile_rule(source, "cxx", f"{stem}_{level}", extra)
-            else:
-                extra = binding_flags if source.startswith("csrc/bindings/") else ""
-                if cuda or source != "csrc/bindings/cuda.cpp":
-                    compile_rule(source, "cxx", stem, extra)
-        lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {libs}"]
         (work / "build.ninja").write_text("\n".join(lines) + "\n")
-
-        command = [ninja_program(), "-C", str(work), *([f"-j{jobs}"] if jobs else [])]
-        run_ninja(command, verbose)
+        subprocess.check_call([toolchain.ninja(), "-C", str(work), f"-j{jobs}"])
+        # After all that setuptools has to say.
+        atexit.register(print, toolchain.summary([*ISA_FLAGS], archs, why_not_cuda), flush=True)
 
 
 def sources() -> list[str]:
-    """All of csrc/ but what runs CUDA sources on a CPU, which is for the tests."""
-    found = [p for pattern in ("*.cpp", "*.cu") for p in (ROOT / "csrc").rglob(pattern)]
-    relative = [path.relative_to(ROOT) for path in found]
-    return sorted(str(path) for path in relative if path.parts[1] != "testing")
+    """All of csrc/ but what runs CUDA sources on a CPU, for tests. What takes longest to compile
+    comes first: CUDA, and of each language the longest file.
+    """
+    found = [p for pattern in ("*.cu", "*.cpp") for p in CSRC.rglob(pattern)]
+    kept = [path for path in found if path.relative_to(CSRC).parts[0] != "testing"]
+    kept.sort(key=lambda path: (path.suffix != ".cu", -path.stat().st_size, path))
+    return [str(path.relative_to(ROOT)) for path in kept]
 
 
 setup(

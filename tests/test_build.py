@@ -52,7 +52,13 @@ def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         cwd=tree,
         capture_output=True,
         text=True,
-        env={**os.environ, "CROSSVIT_BUILD_CUDA": "0", "MAX_JOBS": "2", **environment},
+        env={
+            **os.environ,
+            "CROSSVIT_BUILD_CUDA": "0",
+            "CROSSVIT_BUILD_CCACHE": "0",
+            "MAX_JOBS": "2",
+            **environment,
+        },
     )
 
 
@@ -72,7 +78,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compiled_files(output: str) -> list[str]:
-    return re.findall(r"\] (?:C\+\+|CUDA) (\S+)\.o", output)
+    return re.findall(r"^\[\d+/\d+\] (?:C\+\+|CUDA) (\S+)\.o", output, re.MULTILINE)
 
 
 @needs_build_tools
@@ -89,74 +95,52 @@ def test_a_touched_file_is_the_only_one_compiled_again(tree: Path) -> None:
 
 
 @needs_build_tools
-def test_what_is_left_out_is_said(tree: Path) -> None:
-    result = build(tree)
-    assert "CUDA kernels are left out" in result.stdout + result.stderr
-
-
-@needs_build_tools
-def test_cuda_that_was_asked_for_must_be_there(tree: Path, tmp_path: Path) -> None:
-    shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("build", "*.so"))
-    empty = str(tmp_path / "nowhere")
-    setup = tmp_path / "tree/setup.py"
-    setup.write_text(setup.read_text().replace("/usr/local/cuda", empty))
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name in ("c++", "ninja"):
-        if program := shutil.which(name):
-            (programs / name).symlink_to(program)
-    result = build(
-        tmp_path / "tree",
-        CROSSVIT_BUILD_CUDA="1",
-        CUDA_HOME=empty,
-        CUDA_PATH=empty,
-        PATH=str(programs),
-    )
-    assert result.returncode != 0 and "no CUDA toolkit was found" in result.stderr
-
-
-@needs_build_tools
-def test_a_misspelt_switch_is_refused(tree: Path) -> None:
-    result = build(tree, CROSSVIT_BUILD_CUDA="yes")
-    assert result.returncode != 0 and "CROSSVIT_BUILD_CUDA is 'yes'" in result.stderr
+def test_the_last_line_says_what_is_left_out(tree: Path) -> None:
+    last = build(tree).stdout.splitlines()[-1]
+    assert last.startswith("crossvit_kernels: built CPU (baseline")
+    assert last.endswith("kernels; CUDA is left out: CROSSVIT_BUILD_CUDA=0 was set")
 
 
 NVCC = """#!/bin/sh
-case "$1" in --version) echo "Cuda compilation tools, release VERSION, V0"; exit;; esac
+case "$1" in
+  --version) echo "Cuda compilation tools, release VERSION, V0"; exit;;
+  --list-gpu-arch) echo "compute_75 compute_80 compute_86 compute_90 compute_100"; exit;;
+esac
 while [ $# -gt 1 ]; do case "$1" in -o) out=$2;; -MF) rule=$2;; esac; shift; done
 echo "$out:" > "$rule"
-echo "int nothing;" | c++ -x c++ -fPIC -c - -o "$out"
-cat >&2 <<'END'
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN8crossvit12_GLOBAL__N_17forwardINS_4PlanIfLi12EEEEEvPf' for 'sm_90a'
-ptxas info    : Function properties for _ZN8crossvit12_GLOBAL__N_17forwardINS_4PlanIfLi12EEEEEvPf
-    0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
-ptxas info    : Used 174 registers, used 1 barriers, 1024 bytes smem
-ptxas warning : Registers are spilled
-END
-"""  # noqa: E501
+echo "static int nothing;" | c++ -x c++ -fPIC -c - -o "$out"
+echo "ptxas warning : Registers are spilled" >&2
+"""
+
+
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
 
 
 @pytest.fixture
-def toolkit(tmp_path: Path) -> Path:
-    """Stands for a CUDA toolkit: it compiles nothing, and says of it what ptxas would."""
-    home = tmp_path / "cuda"
-    for folder in ("bin", "include", "lib64"):
+def cuda(tmp_path: Path) -> dict[str, str]:
+    """Variables of a build with a CUDA toolkit, which compiles nothing, and without a GPU."""
+    home, programs = tmp_path / "cuda", tmp_path / "programs"
+    for folder in ("include", "lib64"):
         (home / folder).mkdir(parents=True)
     (home / "include/cuda_runtime.h").touch()
     (home / "lib64/libcudart_static.a").write_bytes(b"!<arch>\n")
-    (home / "bin/nvcc").write_text(NVCC.replace("VERSION", "13.0"))
-    (home / "bin/nvcc").chmod(0o755)
-    return home
+    write_program(home / "bin/nvcc", NVCC.replace("VERSION", "13.0"))
+    write_program(programs / "nvidia-smi", "#!/bin/sh\necho 'No devices were found'; exit 9\n")
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    return {"CROSSVIT_BUILD_CUDA": "1", "CUDA_HOME": str(home), "PATH": path}
 
 
 @pytest.fixture
 def small_tree(tmp_path: Path) -> Path:
-    """One C++ and one CUDA source."""
+    """One C++ and two CUDA sources, the shorter of which comes first by name."""
     tree = tmp_path / "tree"
     (tree / "csrc/common").mkdir(parents=True)
-    for name in ("isa.cpp", "isa.h", "device.cu"):
-        shutil.copy(ROOT / "csrc/common" / name, tree / "csrc/common")
+    for name in ("toolchain.py", "common/isa.cpp", "common/isa.h", "common/device.cu"):
+        shutil.copy(ROOT / "csrc" / name, tree / "csrc" / name)
+    (tree / "csrc/common/another.cu").write_text("// shorter\n")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     (tree / "crossvit_kernels").mkdir()
@@ -164,46 +148,120 @@ def small_tree(tmp_path: Path) -> Path:
 
 
 @needs_build_tools
-def test_a_verbose_build_has_a_line_for_each_kernel(small_tree: Path, toolkit: Path) -> None:
-    cuda = {"CROSSVIT_BUILD_CUDA": "1", "CUDA_HOME": str(toolkit)}
-    result = build(small_tree, **cuda, CROSSVIT_BUILD_VERBOSE="1")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("CROSSVIT_BUILD_CUDA", "yes", "is 'yes', expected auto, 0 or 1"),
+        ("CROSSVIT_BUILD_CCACHE", "on", "is 'on', expected auto, 0 or 1"),
+        ("MAX_JOBS", "many", "is 'many', expected a number of parallel jobs"),
+        ("MAX_JOBS", "0", "is '0', expected a number of parallel jobs"),
+        ("CROSSVIT_CUDA_ARCH_LIST", "8.0", "has '8.0', expected compute capabilities as in 80;90"),
+        ("CROSSVIT_CUDA_ARCH_LIST", "80;sm_90", "has 'sm_90', expected"),
+        ("CROSSVIT_CUDA_ARCH_LIST", "75", "has '75', expected"),  # older than the kernels take
+        ("CROSSVIT_CUDA_ARCH_LIST", "80;95", "has '95', expected"),  # unknown to the toolkit
+    ],
+)
+def test_bad_values_are_refused(
+    name: str, value: str, message: str, small_tree: Path, cuda: dict[str, str]
+) -> None:
+    result = build(small_tree, **{**cuda, name: value})
+    assert result.returncode != 0 and f"{name} {message}" in result.stderr, result.stderr
+
+
+@needs_build_tools
+def test_progress_and_the_last_line(small_tree: Path, cuda: dict[str, str]) -> None:
+    result = build(small_tree, **cuda, MAX_JOBS="1")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "ptxas info" not in result.stdout and "Registers are spilled" in result.stdout
-    if shutil.which("c++filt"):
-        line = "sm_90a   forward<Plan<float, 12> >: 174 registers, 4 bytes spilled, 1024 shared"
-        assert line in result.stdout.splitlines()
-    assert compiled_files(build(small_tree, **cuda, CROSSVIT_BUILD_VERBOSE="1").stdout) == []
-    (toolkit / "bin/nvcc").write_text("#!/bin/sh\nexit 1\n")
+    # What takes longest comes first.
+    assert compiled_files(result.stdout)[0] == "common_device_cuda"
+    assert len(compiled_files(result.stdout)) == 3
+    assert "Registers are spilled" in result.stdout
+    assert result.stdout.splitlines()[-1].endswith(
+        ') and CUDA (sm_80, sm_90 + PTX) kernels; CROSSVIT_CUDA_ARCH_LIST="80;90" chooses others, '
+        "CROSSVIT_BUILD_CUDA=0 leaves CUDA out"
+    )
+    assert compiled_files(build(small_tree, **cuda).stdout) == []
+    write_program(Path(cuda["CUDA_HOME"]) / "bin/nvcc", NVCC.replace("echo", "exit 1 #", 1))
     (small_tree / "csrc/common/device.cu").touch()
-    failed = build(small_tree, **cuda, CROSSVIT_BUILD_VERBOSE="1", CROSSVIT_CUDA_ARCH_LIST="80")
-    assert failed.returncode != 0
+    failed = build(small_tree, **cuda)
+    assert failed.returncode != 0 and "crossvit_kernels: built" not in failed.stdout
 
 
 @needs_build_tools
 @pytest.mark.parametrize(
-    ("version", "wanted", "built"),
+    ("gpus", "wanted", "built"),
     [
-        ("13.0", "", ["80", "90a", "100"]),
-        ("12.4", "", ["80", "90a"]),
-        ("12.4", "75,86", ["75", "86"]),
+        ("", "", ["80", "90"]),
+        ("8.6\n", "", ["86"]),
+        ("9.0\n8.6\n9.0\n", "", ["86", "90"]),
+        ("12.0\n", "", ["80", "90"]),  # newer than the toolkit: PTX serves it
+        ("7.5\n", "", ["80", "90"]),  # older than the kernels take
+        ("[N/A]\n", "", ["80", "90"]),
+        ("8.6\n", "90a, 80;100", ["80", "90a", "100"]),
+        ("8.6\n", "90a", ["90a"]),
     ],
 )
 def test_architectures(
-    version: str, wanted: str, built: list[str], small_tree: Path, toolkit: Path
+    gpus: str, wanted: str, built: list[str], small_tree: Path, cuda: dict[str, str]
 ) -> None:
-    (toolkit / "bin/nvcc").write_text(NVCC.replace("VERSION", version))
-    result = build(
-        small_tree,
-        CROSSVIT_BUILD_CUDA="1",
-        CUDA_HOME=str(toolkit),
-        CROSSVIT_CUDA_ARCH_LIST=wanted,
-    )
+    if gpus:
+        smi = Path(cuda["PATH"].split(os.pathsep)[0]) / "nvidia-smi"
+        write_program(smi, f"#!/bin/sh\nprintf '{gpus}'\n")
+    result = build(small_tree, **cuda, CROSSVIT_CUDA_ARCH_LIST=wanted)
     assert result.returncode == 0, result.stdout + result.stderr
     (rules,) = small_tree.glob("build/*/build.ninja")
     code = re.findall(r",code=(\w+)", rules.read_text())
     newest = built[-1].rstrip("a")
     assert code == [*(f"sm_{arch}" for arch in built), f"compute_{newest}"]
-    assert "-warn-spills" in rules.read_text() and "-lineinfo" in rules.read_text()
+    assert "-warn-spills" in rules.read_text()
+    assert all(extension.has_code_for(built, int(arch.rstrip("a"))) for arch in built)
+
+
+@needs_build_tools
+def test_cuda_that_was_asked_for_must_be_there(small_tree: Path, tmp_path: Path) -> None:
+    empty = str(tmp_path / "nowhere")
+    toolchain = small_tree / "csrc/toolchain.py"
+    toolchain.write_text(toolchain.read_text().replace("/usr/local/cuda", empty))
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("c++", "as", "ld", "ninja", "sh"):
+        if program := shutil.which(name):
+            (programs / name).symlink_to(program)
+    nowhere = {"CUDA_HOME": empty, "CUDA_PATH": empty, "PATH": str(programs)}
+    result = build(small_tree, CROSSVIT_BUILD_CUDA="1", **nowhere)
+    assert result.returncode != 0 and "no CUDA toolkit was found" in result.stderr
+    result = build(small_tree, CROSSVIT_BUILD_CUDA="auto", **nowhere)
+    assert result.returncode == 0, result.stdout + result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last.endswith("CUDA is left out: no CUDA toolkit was found: set CUDA_HOME")
+
+
+@needs_build_tools
+def test_an_old_toolkit_is_not_taken(small_tree: Path, cuda: dict[str, str]) -> None:
+    write_program(Path(cuda["CUDA_HOME"]) / "bin/nvcc", NVCC.replace("VERSION", "12.3"))
+    result = build(small_tree, **cuda)
+    assert result.returncode != 0 and "is 12.3, older than 12.4" in result.stderr
+    result = build(small_tree, **{**cuda, "CROSSVIT_BUILD_CUDA": "auto"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "is 12.3, older than 12.4" in result.stdout.splitlines()[-1]
+
+
+@needs_build_tools
+def test_a_compiler_cache_is_used_where_it_is(small_tree: Path, cuda: dict[str, str]) -> None:
+    log = small_tree / "log"
+    ccache = Path(cuda["PATH"].split(os.pathsep)[0]) / "ccache"
+    write_program(ccache, f'#!/bin/sh\necho "$1" >> {log}\nexec "$@"\n')
+    result = build(small_tree, **cuda, CROSSVIT_BUILD_CCACHE="auto")
+    assert result.returncode == 0, result.stdout + result.stderr
+    used = log.read_text().split()
+    assert [Path(program).name for program in used].count("nvcc") == 2 and "c++" in used
+    log.unlink()
+    assert len(compiled_files(build(small_tree, **cuda, CROSSVIT_BUILD_CCACHE="0").stdout)) == 3
+    assert not log.exists()
+    ccache.unlink()
+    if not shutil.which("ccache"):
+        refused = build(small_tree, **cuda, CROSSVIT_BUILD_CCACHE="1")
+        assert refused.returncode != 0 and "no ccache on the PATH" in refused.stderr
 
 
 @pytest.mark.usefixtures("cpu_backend")
