@@ -2,39 +2,89 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
+from http.client import HTTPException, IncompleteRead
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
+from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor
 
+from crossvit import checkpoint_hub as hub
+
 _HUB_ID = re.compile(r"(?:hf[-_]hub:)?([\w.-]+/[\w.-]+)")
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-_INSTALL = "pip install 'crossvit-kernels[checkpoints]'"
+_HUB_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+_INDEX = ".index.json"
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".json")
+_TIMEOUT_S = 30
+_KINDS: dict[int, type[OSError]] = {
+    401: PermissionError,
+    403: PermissionError,
+    404: FileNotFoundError,
+    410: FileNotFoundError,
+}
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
     """The local file of a path, a URL or a Hugging Face hub id, downloaded where it is not local.
 
     Raises:
-        FileNotFoundError: The source is none of them, or the hub's repository has no weights.
+        FileNotFoundError: The source is none of them, or there are no weights.
+        PermissionError: The server or the hub's repository does not admit this user.
+        ConnectionError: The server or the hub cannot be reached, or fails.
         ImportError: A hub id without huggingface_hub.
+        TypeError: The source is neither a string nor a path.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        kind = type(source).__name__
+        advice = "; pass its state_dict()" if isinstance(source, torch.nn.Module) else ""
+        raise TypeError(
+            f"source: expected a path, a URL, a hub id or a state dict, found {kind}{advice}"
+        )
     path, name = Path(source), str(source)
     if path.is_file():
         return path
+    if path.is_dir():
+        return _inside(path)
     if urlparse(name).scheme in ("http", "https", "file"):
         return _download(name)
     if (hub_id := _HUB_ID.fullmatch(name)) and path.suffix not in _SUFFIXES:
-        return _download_from_hub(hub_id[1])
+        path = hub.download(hub_id[1], _HUB_FILES)
+        for shard in shards(path) if path.name.endswith(_INDEX) else ():
+            hub.download(hub_id[1], [shard])
+        return path
     raise FileNotFoundError(f"{name}: no such file, and neither a URL nor a hub id (owner/name)")
+
+
+def _inside(folder: Path) -> Path:
+    """The weights of a folder that is laid out as a repository of the hub."""
+    for name in _HUB_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    if (folder / ".metadata").is_file():
+        raise FileNotFoundError(
+            f"{folder}: a directory of torch.distributed.checkpoint: make one file of it with "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        )
+    raise FileNotFoundError(
+        f"{folder}: a directory without {', '.join(_HUB_FILES)}: name the file; a repository of "
+        "the hub is hf_hub:owner/name"
+    )
 
 
 def _download(url: str) -> Path:
@@ -44,10 +94,10 @@ def _download(url: str) -> Path:
     local = Path(torch.hub.get_dir(), "checkpoints", f"{remote.stem}-{digest}{remote.suffix}")
     if not local.is_file():
         local.parent.mkdir(parents=True, exist_ok=True)
-        # torch.hub takes a connection that breaks off for the end of the file.
+        # A connection that breaks off may look like the end of the file.
         unchecked = local.with_name(f".{os.getpid()}.{local.name}")
         try:
-            torch.hub.download_url_to_file(url, str(unchecked))
+            _fetch(url, unchecked)
             read(unchecked)
             unchecked.replace(local)
         finally:
@@ -55,49 +105,120 @@ def _download(url: str) -> Path:
     return local
 
 
-def _download_from_hub(repository: str) -> Path:
+def _fetch(url: str, path: Path) -> None:
+    """Write what is at a URL to a file; unlike torch.hub, give up on a server that is silent."""
+    request = Request(url, headers={"User-Agent": "crossvit"})
     try:
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError
-    except ImportError as error:
-        raise ImportError(
-            f"{repository} is a hub id, which needs huggingface_hub: {_INSTALL}"
-        ) from error
-    for name in _HUB_FILES:
-        try:
-            return Path(huggingface_hub.hf_hub_download(repository, name))
-        except EntryNotFoundError:
-            continue
-    raise FileNotFoundError(f"{repository}: the repository has none of {', '.join(_HUB_FILES)}")
+        response = urlopen(request, timeout=_TIMEOUT_S)
+    except HTTPError as error:
+        error.close()
+        kind = _KINDS.get(error.code, ConnectionError)
+        raise kind(f"{url}: the server answers {error.code} {error.reason}") from error
+    except URLError as error:
+        if isinstance(error.reason, FileNotFoundError):
+            raise FileNotFoundError(f"{url}: no such file") from error
+        raise ConnectionError(f"{url}: cannot be reached: {error.reason}") from error
+    except (OSError, HTTPException) as error:
+        raise ConnectionError(f"{url}: cannot be reached: {error}") from error
+    with response, path.open("wb") as file:
+        length = response.headers.get("Content-Length")
+        # torch.hub has a stand-in where tqdm is not installed.
+        tqdm = vars(torch.hub)["tqdm"]
+        with tqdm(total=int(length) if length else None, unit="B", unit_scale=True) as progress:
+            while chunk := _receive(response, url):
+                file.write(chunk)
+                progress.update(len(chunk))
+
+
+def _receive(response: Any, url: str) -> bytes:
+    try:
+        return response.read(1 << 20)
+    except IncompleteRead as error:
+        return error.partial  # the file is checked as a whole
+    except (OSError, HTTPException) as error:
+        raise ConnectionError(f"{url}: broke off: {error}") from error
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """What a safetensors or a torch.save file holds, and the metadata of the former.
 
+    The index of a sharded checkpoint stands for all of its files, which lie beside it.
+
     Raises:
+        FileNotFoundError: A shard is missing.
         ValueError: The file is truncated, is no checkpoint, or holds more than tensors and plain
             containers, which could run code.
         ImportError: A safetensors file without safetensors.
     """
+    if path.name.endswith(_INDEX):
+        return _read_shards(path)
     with path.open("rb") as file:
         start = file.read(9)
     # The length of a JSON header, and the header; a torch.save file is a zip or a pickle.
     if start[8:] == b"{" or path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            # timm keeps its arguments in a namespace. Of TorchScript, torch warns and then raises.
+            warnings.filterwarnings("ignore", ".*TorchScript", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Not the whole of torch's message, which advises to load it all the same.
-        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(
-                f"{path}: refused, it holds more than tensors, which could run code: {found[1]}"
-            ) from error
-        raise _unreadable(path, error) from error
+        raise _refused(path, error) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{path}: a TorchScript program, which is code: save its state_dict()"
+            ) from error
         raise _unreadable(path, error) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a state dict, found {type(content).__name__}")
-    return dict(content), {}
+    # Not a copy of another type, which would lose the versions and grids that modules add.
+    return content if isinstance(content, dict) else dict(content), {}
+
+
+def _refused(path: Path, error: pickle.UnpicklingError) -> ValueError:
+    """Not the whole of torch's message, which advises to load it all the same."""
+    if not (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
+        return _unreadable(path, error)
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # an old file, which is a bare pickle
+        names = []
+    advice = ""
+    if any(name.startswith("torch.nn.modules.") for name in (*names, found[1])):
+        advice = "a whole module was saved, not its state_dict(): "
+    return ValueError(
+        f"{path}: refused, {advice}it holds more than tensors, which could run code: {found[1]}"
+    )
+
+
+def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    content: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for name in shards(path):
+        shard = path.with_name(name)
+        if not shard.is_file():
+            raise FileNotFoundError(f"{path}: its shard {name} is not beside it")
+        part, found = read(shard)
+        content |= part
+        metadata |= found
+    return content, metadata
+
+
+def shards(path: Path) -> list[str]:
+    """The files that the index of a sharded checkpoint names.
+
+    Raises:
+        ValueError: It is no such index, or names files elsewhere.
+    """
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: truncated, or no index of a sharded checkpoint") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name.endswith(_INDEX):
+            raise ValueError(f"{path}: expected names of files beside it, found {name!r}")
+    return names
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -138,5 +259,5 @@ def _import_safetensors() -> Any:
     try:
         import safetensors
     except ImportError as error:
-        raise ImportError(f"safetensors files need safetensors: {_INSTALL}") from error
+        raise ImportError(f"safetensors files need safetensors: {hub.INSTALL}") from error
     return safetensors

@@ -6,64 +6,96 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from crossvit import checkpoint_files
+from crossvit import checkpoint_files, checkpoint_layouts, checkpoint_targets
+from crossvit.checkpoint_layouts import Found, logger
+from crossvit.checkpoint_report import refuse_misfits
 from crossvit.configs import Config, Size, branch_sizes
 from crossvit.embed import resize_position_embedding
 from crossvit.model import CrossViT
 
-#: Where a training checkpoint keeps its state dict, in the order of search.
-_NESTED = ("model", "state_dict", "model_ema", "state_dict_ema")
-#: What wrappers put in front of every key: DistributedDataParallel and torch.compile.
-_WRAPPERS = ("module.", "_orig_mod.")
 _RELEASE = "https://github.com/IBM/CrossViT/releases/download/weights-0.1"
 _RELEASED_240 = ("tiny", "small", "base", "9", "15", "18", "9_dagger", "15_dagger", "18_dagger")
 _RELEASED_408 = ("15_dagger", "18_dagger")
 _METADATA_KEY = "crossvit"
 
-Source = str | os.PathLike[str] | Mapping[str, Tensor]
+Source = str | os.PathLike[str] | Mapping[str, Any]
 Grids = Sequence[Size]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_checkpoint(
-    model: CrossViT, source: Source, *, replace_head: bool = False, grid_sizes: Grids | None = None
-) -> CrossViT:
+    model: Model,
+    source: Source,
+    *,
+    replace_head: bool = False,
+    grid_sizes: Grids | None = None,
+    use_ema: bool = True,
+) -> Model:
     """Load weights into a model.
 
-    Position embeddings of another image size are resized, bicubic. Tensors take the dtype and
+    What wrappers and training scripts add is recognised: a container such as ``{"state_dict":
+    ..., "epoch": ...}``, a prefix of the model's keys (``module.``, ``model.``, any other), names
+    of torch.compile, FSDP or activation checkpointing inside of keys, and entries beside the
+    model's prefix, such as a loss's or a metric's, which are left out. The logger ``crossvit``
+    says at level INFO what was recognised.
+
+    Position embeddings of another grid are resized, bicubic. A checkpoint's grid is, in this
+    order: ``grid_sizes``; what ``save_checkpoint`` or ``state_dict()`` of this class noted; the
+    model's where both branches have its number of patches; else square. Where it could be the
+    model's, not square, or a square one, the checkpoint is refused. Tensors take the dtype and
     device of the model's parameters. On an error the model is as it was.
 
     Args:
-        model: Of the same architecture; image size and number of classes may differ.
-        source: A local file (``.safetensors``, ``.pth``, ``.bin``, in the layout of the official
-            release, of timm or of ``save_checkpoint``), a URL of one, a Hugging Face hub id such as
-            ``timm/crossvit_15_240.in1k``, or a state dict.
+        model: Of the same architecture; image size and number of classes may differ. It may be
+            wrapped: by torch.compile, DataParallel, DistributedDataParallel, FSDP (all ranks call
+            this), AveragedModel, activation checkpointing.
+        source: A local file (``.safetensors``, ``.pth``, ``.bin``, ``.ckpt``, in the layout of the
+            official release, of timm or of ``save_checkpoint``), the index of a sharded one, a
+            directory with ``model.safetensors`` or the like, a URL of a file, a Hugging Face hub
+            id such as ``timm/crossvit_15_240.in1k``, or a state dict or container.
         replace_head: Keep the model's own heads. A model without heads ignores the checkpoint's.
-        grid_sizes: (height, width) of each branch of the checkpoint, in patches. Needed only where
-            they are not square and the file is not one of ``save_checkpoint``.
+        grid_sizes: (height, width) of each branch of the checkpoint, in patches.
+        use_ema: Where there are averaged weights and others (``model_ema`` and ``model``, or keys
+            under ``ema_model.`` and ``online_model.``), take the averaged ones, as timm does.
 
     Returns:
-        The model.
+        The model, as it was passed.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or unsafe, its number of classes is another, or keys are
-            missing, unexpected or of another shape: all of them are listed.
+        FileNotFoundError: There is no such file, repository or entry.
+        ConnectionError: The hub or the server of a URL cannot be reached, or fails.
+        PermissionError: The hub or the server does not admit this user.
+        ValueError: The file is damaged or unsafe, its number of classes is another, it is not
+            clear which weights or grid it means, or keys are missing, unexpected or of another
+            shape: the message has at most ten of them.
+        TypeError: The model is no CrossViT, or the source none of the above.
         ImportError: The source needs a package that is not installed.
     """
+    core = checkpoint_targets.unwrap(model)
     content, metadata = _read(source)
-    state = _timm_keys(_state_dict(content), model.config)
-    own = model.state_dict()
-    _fit_heads(state, own, model.num_classes, replace_head)
-    _fit_position_embeddings(state, model, grid_sizes or _grids(metadata))
-    _check_keys(state, own)
-    model.load_state_dict(state)
+    own = checkpoint_targets.tensors(model)
+    without_heads = replace_head or core.num_classes == 0
+    found = checkpoint_layouts.find(
+        content,
+        [*own, *(f"head.{b}.{kind}" for b in (0, 1) for kind in ("weight", "bias"))],
+        [key for key in own if not (without_heads and key.startswith("head."))],
+        indexed_fusion=core.config.cross_depth > 1,
+        use_ema=use_ema,
+    )
+    _fit_heads(found.state, own, core.num_classes, replace_head)
+    grids = _checked_grids(grid_sizes) or _grids(metadata)
+    _fit_position_embeddings(found, core, grids)
+    refuse_misfits(found, own, core.config)
+    checkpoint_targets.load(model, found.state)
+    name = "a state dict" if isinstance(source, Mapping) else source
+    for note in found.notes:
+        logger.info("%s: %s", name, note)
     return model
 
 
@@ -78,7 +110,8 @@ def load_model(
         **options: Arguments of ``CrossViT`` that differ, e.g. ``use_fused=True``.
 
     Raises:
-        ValueError: The file does not describe its model, or see ``load_checkpoint``.
+        ValueError: The file does not describe its model, or see ``load_checkpoint``, whose other
+            errors are raised too.
     """
     path = checkpoint_files.locate(source)
     _, metadata = checkpoint_files.read(path)
@@ -92,27 +125,42 @@ def load_model(
     return load_checkpoint(model, path, replace_head=replace_head)
 
 
-def save_checkpoint(model: CrossViT, path: str | os.PathLike[str]) -> None:
+def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write weights and the model's description as safetensors, the whole file or nothing.
 
+    Args:
+        model: A CrossViT, which may be wrapped as for ``load_checkpoint``: keys are the model's
+            own. Of one that ranks share, all call this and the first writes.
+        path: Of the file, which ends in ``.safetensors``.
+
     Raises:
-        ValueError: The path does not end in ``.safetensors``.
+        ValueError: The path does not end in ``.safetensors``, or the model is on ``meta``.
+        TypeError: The model is no CrossViT.
         ImportError: safetensors is not installed.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path: expected one that ends in .safetensors, found {path}")
-    block = model.blocks[0]
+    core = checkpoint_targets.unwrap(model)
+    state = checkpoint_targets.tensors(model)
     description = {
-        "config": dataclasses.asdict(model.config),
-        "num_classes": model.num_classes,
-        "in_chans": model.in_chans,
-        "qkv_bias": block.blocks[0][0].attn.qkv.bias is not None,
-        "reread_patches": block.reread_patches,
+        "config": dataclasses.asdict(core.config),
+        "num_classes": core.num_classes,
+        "in_chans": core.in_chans,
+        "qkv_bias": "blocks.0.blocks.0.0.attn.qkv.bias" in state,
+        "reread_patches": checkpoint_targets.unwrap_any(core.blocks[0]).reread_patches,
     }
-    tensors = {key: t.detach().cpu().contiguous() for key, t in model.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    memory = set()
+    for key, t in state.items():
+        t = t.detach().cpu().contiguous()
+        # Tied parameters are written twice, as safetensors has no references.
+        start = t.untyped_storage().data_ptr()
+        tensors[key] = t.clone() if start in memory else t
+        memory.add(start)
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(description)}
-    checkpoint_files.write_safetensors(path, tensors, metadata)
+    if checkpoint_targets.writes(model):
+        checkpoint_files.write_safetensors(path, tensors, metadata)
 
 
 def official_url(name: str) -> str:
@@ -138,35 +186,6 @@ def _read(source: Source) -> tuple[Mapping[str, Any], dict[str, str]]:
     return checkpoint_files.read(checkpoint_files.locate(source))
 
 
-def _state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict of a checkpoint, without wrappers' prefixes."""
-    for key in _NESTED:
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    others = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    if others or not content:
-        found = f"other things: {', '.join(map(str, others))}" if others else "nothing"
-        raise ValueError(f"checkpoint: expected tensors by name, found {found}")
-    state = dict(content)
-    for prefix in _WRAPPERS * 2:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): t for key, t in state.items()}
-    return state
-
-
-def _timm_keys(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Keys of the official release as ours, which are timm's."""
-
-    def rename(key: str) -> str:
-        key = re.sub(r"^(pos_embed|cls_token)\.([01])$", r"\1_\2", key)
-        if config.cross_depth == 1:
-            key = re.sub(r"(\.fusion\.[01])\.0\.", r"\1.", key)
-        return key
-
-    return {rename(key): t for key, t in state.items()}
-
-
 def _fit_heads(
     state: dict[str, Tensor], own: Mapping[str, Tensor], num_classes: int, replace_head: bool
 ) -> None:
@@ -182,42 +201,81 @@ def _fit_heads(
         )
 
 
-def _fit_position_embeddings(
-    state: dict[str, Tensor], model: CrossViT, grid_sizes: Grids | None
-) -> None:
-    for b, new_grid in enumerate(model.grid_sizes):
-        key = f"pos_embed_{b}"
-        embedding = state.get(key)
-        if embedding is None or embedding.dim() != 3 or embedding.shape[1] < 2:
-            continue  # listed with the other keys
-        patches = embedding.shape[1] - 1
-        if grid_sizes is None and patches == math.prod(new_grid):
-            continue
-        side = math.isqrt(patches)
-        old_grid = (side, side) if grid_sizes is None else tuple(grid_sizes[b])
-        if math.prod(old_grid) != patches:
+def _fit_position_embeddings(found: Found, model: CrossViT, grid_sizes: Grids | None) -> None:
+    """Resizes the position embeddings to the model's grids."""
+    patches = {}
+    for b in (0, 1):
+        t = found.state.get(f"pos_embed_{b}")
+        if t is not None and t.dim() == 3 and t.shape[1] > 1 and t.is_floating_point():
+            patches[b] = t.shape[1] - 1  # others are listed with the other keys
+    noted = found.grid_sizes  # stays in a state dict whose tensors are replaced
+    if noted and any(math.prod(noted[b]) != count for b, count in patches.items()):
+        noted = None
+    grids = grid_sizes or noted or _assumed_grids(patches, model.grid_sizes, found.notes)
+    for b, count in patches.items():
+        key, (height, width), new_grid = f"pos_embed_{b}", grids[b], model.grid_sizes[b]
+        if height * width != count:
             raise ValueError(
-                f"{key}: has {patches} patches, which are not {old_grid[0]} x {old_grid[1]}: name "
+                f"{key}: has {count} patches, which are not {height} x {width}: name "
                 "the checkpoint's (height, width) in patches of each branch with grid_sizes"
             )
-        state[key] = resize_position_embedding(embedding, (old_grid[0], old_grid[1]), new_grid)
+        embedding = found.state[key]
+        if not embedding.is_meta:  # refused later
+            found.state[key] = resize_position_embedding(embedding, (height, width), new_grid)
 
 
-def _check_keys(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    problems = [f"missing: {key}" for key in own if key not in state]
-    problems += [f"unexpected: {key}" for key in state if key not in own]
-    problems += [
-        f"{key}: found {list(state[key].shape)}, expected {list(t.shape)}"
-        for key, t in own.items()
-        if key in state and state[key].shape != t.shape
-    ]
-    if problems:
-        raise ValueError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
+def _assumed_grids(patches: Mapping[int, int], own: Grids, notes: list[str]) -> Grids:
+    """The grids of a checkpoint that tells the numbers of patches alone.
+
+    Raises:
+        ValueError: They fit the model's grids and square ones, which differ.
+    """
+    sides = [math.isqrt(patches.get(b, 1)) for b in (0, 1)]
+    squares = [(side, side) for side in sides]
+    are_own = all(math.prod(own[b]) == count for b, count in patches.items())
+    are_square = all(math.prod(squares[b]) == count for b, count in patches.items())
+    if not are_own or all(own[b] == squares[b] for b in patches):
+        return squares
+    if are_square:
+        names = " and ".join(f"pos_embed_{b} {patches[b]}" for b in patches)
+        raise ValueError(
+            f"the checkpoint does not say whether its patches ({names}) are the model's grids, "
+            f"{_text(own)}, or square ones, {_text(squares)}: name them with "
+            f"grid_sizes={list(own)} for the former or grid_sizes={squares} for the latter"
+        )
+    notes.append(f"position embeddings are taken for the model's grids, {_text(own)} patches")
+    return own
+
+
+def _text(grids: Grids) -> str:
+    return " and ".join(f"{height} x {width}" for height, width in grids)
+
+
+def _checked_grids(grid_sizes: Any) -> Grids | None:
+    if grid_sizes is None:
+        return None
+    try:
+        grids = [(int(height), int(width)) for height, width in grid_sizes]
+    except (TypeError, ValueError):
+        grids = []
+    if len(grids) != 2 or min(map(min, grids)) < 1:
+        raise ValueError(
+            f"grid_sizes: expected (height, width) in patches of both branches, found {grid_sizes}"
+        )
+    return grids
 
 
 def _description(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    text = metadata.get(_METADATA_KEY)
-    return None if text is None else json.loads(text)
+    if (text := metadata.get(_METADATA_KEY)) is None:
+        return None
+    try:
+        description = json.loads(text)
+        description["config"] = dataclasses.asdict(_config(description["config"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"the checkpoint's description of its model is damaged, or of another version: {error}"
+        ) from error
+    return description
 
 
 def _grids(metadata: Mapping[str, str]) -> Grids | None:
@@ -234,6 +292,6 @@ def _grids(metadata: Mapping[str, str]) -> Grids | None:
 
 def _config(fields: Mapping[str, Any]) -> Config:
     def tuples(value: Any) -> Any:
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
+        return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
 
     return Config(**{name: tuples(value) for name, value in fields.items()})

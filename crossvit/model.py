@@ -148,6 +148,13 @@ class CrossViT(nn.Module):
         """Names of parameters that weight decay should leave alone, besides biases and norms."""
         return {f"{kind}_{b}" for kind in ("pos_embed", "cls_token") for b in (0, 1)}
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the version, where load_checkpoint finds it: from 16 patches alone nobody can tell
+        # whether they are 4 x 4 or 2 x 8. A plain dict has no such place.
+        versions = getattr(destination, "_metadata", {})
+        versions.get(prefix[:-1], {})["grid_sizes"] = self.grid_sizes
+
     def _make_head(self, num_classes: int) -> nn.ModuleList:
         return nn.ModuleList(
             nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()

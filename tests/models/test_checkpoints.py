@@ -247,11 +247,13 @@ def test_position_embeddings_are_resized(saved, tmp_path):
         )
         new = larger.get_parameter(f"pos_embed_{b}")[:, 1:].unflatten(1, (height, width))
         torch.testing.assert_close(new.permute(0, 3, 1, 2), expected)
-    # Not square to not square: our files know their grid, others have to be told.
+    # Not square to not square: our files and state dicts know their grid, others have to be told.
     save_checkpoint(larger, tmp_path / "larger.safetensors")
     turned = load_checkpoint(tiny(img_size=(72, 96)), tmp_path / "larger.safetensors")
     assert not torch.equal(turned.pos_embed_0, larger.pos_embed_0)
-    state = larger.state_dict()
+    noted = load_checkpoint(tiny(img_size=(72, 96)), larger.state_dict())
+    assert torch.equal(noted.pos_embed_0, turned.pos_embed_0)
+    state = dict(larger.state_dict())
     with pytest.raises(ValueError, match="grid_sizes"):
         load_checkpoint(tiny(), state)
     told = load_checkpoint(tiny(img_size=(72, 96)), state, grid_sizes=larger.grid_sizes)

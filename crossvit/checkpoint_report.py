@@ -1,0 +1,119 @@
+"""What of a checkpoint does not fit a model, in few lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from crossvit.checkpoint_layouts import Found
+from crossvit.configs import Config, list_models, named_config
+
+_LINES = 10
+
+
+def refuse_misfits(found: Found, own: Mapping[str, Tensor], config: Config) -> None:
+    """Checks that a checkpoint has what a model has, and nothing else.
+
+    Raises:
+        ValueError: It has not. At most ten keys are named, and how many more there are; what was
+            recognised of wrappers; what may be the reason.
+    """
+    state = found.state
+    kinds = {
+        "missing": [f"missing: {key}" for key in own if key not in state],
+        "unexpected": [f"unexpected: {key}" for key in state if key not in own],
+        "of another shape": [
+            f"{key}: found {list(state[key].shape)}, expected {list(t.shape)}"
+            for key, t in own.items()
+            if key in state and state[key].shape != t.shape
+        ],
+        "of another kind": [
+            f"{key}: found {kind}, expected {t.dtype}, or a type of its kind, dense"
+            for key, t in own.items()
+            if key in state and (kind := _unusable(state[key], t))
+        ],
+    }
+    on_meta = [key for key, t in own.items() if t.is_meta]
+    if on_meta:
+        raise ValueError(f"model: {on_meta[0]} is on meta: model.to_empty(device=...) first")
+    lines = _few(kinds)
+    if lines:
+        lines += [f"recognised: {note}" for note in found.notes]
+        if found.common_prefix:
+            lines.append(f"all keys begin with: {found.common_prefix}")
+        lines += _hints(state, own, config)
+        raise ValueError("the checkpoint does not fit the model:\n  " + "\n  ".join(lines))
+
+
+def _few(kinds: Mapping[str, list[str]]) -> list[str]:
+    """Ten lines in all: the first problems of each kind, and how many more there are."""
+    kinds = {kind: problems for kind, problems in kinds.items() if problems}
+    if sum(map(len, kinds.values())) <= _LINES:
+        return [problem for problems in kinds.values() for problem in problems]
+    share = _LINES // len(kinds) - 1
+    lines = []
+    for kind, problems in kinds.items():
+        shown = share + 1 if len(problems) <= share + 1 else share
+        lines += problems[:shown]
+        if len(problems) > shown:
+            lines.append(f"and {len(problems) - shown} more {kind}, {len(problems)} in all")
+    return lines
+
+
+def _unusable(t: Tensor, own: Tensor) -> str | None:
+    """What keeps a tensor's numbers from being copied as they are."""
+    if t.is_meta:
+        return "one on meta, without data"
+    if t.layout is not torch.strided or t.is_quantized:
+        return f"a {'quantised' if t.is_quantized else 'sparse'} one"
+    if t.is_floating_point() != own.is_floating_point() or t.is_complex() != own.is_complex():
+        return str(t.dtype)
+    return None
+
+
+def _hints(state: Mapping[str, Tensor], own: Mapping[str, Tensor], config: Config) -> list[str]:
+    hints = []
+    heads = [key for key in own if key.startswith("head.")]
+    if heads and not any(key in state for key in heads) and _is_one(state):
+        hints.append("it has no heads: replace_head=True keeps the model's own")
+    if any("lora_" in key or ".base_layer." in key for key in state):
+        hints.append("it has adapters (peft): merge them before saving, merge_and_unload()")
+    if any(".parametrizations." in key for key in state):
+        hints.append("it has parametrizations: remove them before saving")
+    if name := _looks_like(state, config):
+        hints.append(f"it looks like {name}")
+    return hints
+
+
+def _is_one(state: Mapping[str, Tensor]) -> bool:
+    return "pos_embed_0" in state and "norm.0.weight" in state
+
+
+def _looks_like(state: Mapping[str, Tensor], config: Config) -> str | None:
+    """The named model whose widths, depth and patches a checkpoint has, where it is another."""
+    try:
+        dims = tuple(int(state[f"pos_embed_{b}"].shape[-1]) for b in (0, 1))
+        hidden = [state[f"blocks.0.blocks.{b}.0.mlp.fc1.weight"].shape[0] for b in (0, 1)]
+        patches = state["pos_embed_0"].shape[1] - 1
+    except (KeyError, IndexError):
+        return None
+    depth = re.compile(r"blocks\.0\.blocks\.1\.(\d+)\.")
+    depths = {int(m[1]) for key in state if (m := depth.match(key))}
+    conv_stem = "patch_embed.0.proj.0.weight" in state
+    for name in list_models():
+        named = named_config(name)
+        side = int(named.img_size) // named.patch_sizes[0] if isinstance(named.img_size, int) else 0
+        if (
+            named.dims == dims
+            and [int(d * r) for d, r in zip(dims, named.mlp_ratios, strict=True)] == hidden
+            and named.depths[1] == len(depths)
+            and named.conv_stem == conv_stem
+            and side * side == patches
+        ):
+            same = dataclasses.replace(named, img_size=config.img_size) == config
+            return None if same else name
+    return None

@@ -1,0 +1,92 @@
+"""Models that checkpoints are loaded into and saved from, whatever wraps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossvit.checkpoint_layouts import WRAPPERS, unwrapped_name
+from crossvit.model import CrossViT
+
+
+def unwrap(model: Any) -> CrossViT:
+    """The CrossViT inside of torch.compile, DataParallel, DistributedDataParallel, FSDP, ...
+
+    Raises:
+        TypeError: There is none.
+    """
+    inner = unwrap_any(model)
+    if not isinstance(inner, CrossViT):
+        raise TypeError(f"model: expected a CrossViT, {_found(model)}")
+    return inner
+
+
+def unwrap_any(module: Any) -> Any:
+    """The module inside of wrappers, or what is passed."""
+    while isinstance(module, nn.Module) and not isinstance(module, CrossViT):
+        inner = next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
+        if inner is None:
+            break
+        module = inner
+    return module
+
+
+def _found(model: Any) -> str:
+    kind = f"found {type(model).__module__}.{type(model).__qualname__}"
+    if isinstance(model, nn.Module):
+        names = [name for name, module in model.named_modules() if isinstance(module, CrossViT)]
+        if names:
+            return f"{kind}, which has one at .{names[0]}"
+    if isinstance(model, type) and issubclass(model, CrossViT):
+        return "found the class; pass a model"
+    return kind
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The whole parameters and buffers of a model by its own names, not those of wrappers.
+
+    Ranks that share parameters call it together.
+    """
+    core = unwrap(model)
+    if _is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True)
+        state: Mapping[str, Any] = get_model_state_dict(model, options=options)
+    else:
+        state = core.state_dict()
+    return {unwrapped_name(key): t for key, t in state.items()}
+
+
+def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies tensors by the model's own names into it."""
+    core = unwrap(model)
+    if _is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True)
+        device = next(core.parameters()).device
+        whole: dict[str, Any] = {name: t.to(device) for name, t in state.items()}
+        set_model_state_dict(model, whole, options=options)
+        return
+    keys = {unwrapped_name(key): key for key in core.state_dict()}
+    core.load_state_dict({keys[name]: t for name, t in state.items()})
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether this process is to write the file; of one whose parameters are shared, one does."""
+    return not _is_sharded(model) or torch.distributed.get_rank() == 0
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )
