@@ -326,9 +326,9 @@ def test_construction_checks_the_rates(rate: str) -> None:
         modules.TransformerBlock(C, HEADS, **{rate: -0.1})
 
 
-@pytest.mark.parametrize("shape", [(B, C, 4, 4), (B, C + 8, 3, 5), (B, 15, C)])
+@pytest.mark.parametrize("shape", [(B, C, 4, 4), (B, C, 5, 3), (B, C + 8, 3, 5), (B, 15, C)])
 def test_pool_2d_checks_the_feature_map(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"x: expected shape \[B, 24, H, W\] with H \* W = 15"):
+    with pytest.raises(ValueError, match=r"x: expected shape \[B, 24, 3, 5\]"):
         modules.AttentionPool2d((3, 5), C, HEADS)(torch.zeros(shape))
 
 
