@@ -222,7 +222,7 @@ class CrossViT(nn.Module):
         patches = self.patch_embed[b](image)
         # Attributes, not get_parameter: replicas and sharded models hold plain tensors.
         cls_token, pos_embed = (getattr(self, f"{name}_{b}") for name in ("cls_token", "pos_embed"))
-        cls = cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
+        cls = cls_token.to(patches.dtype).expand(image.shape[0], -1, -1)
         tokens = torch.cat([cls, patches], dim=1) + pos_embed
         return Branch(self.pos_drop(tokens))
 

@@ -150,7 +150,7 @@ def _why_not_plain(layer: nn.Module | None, kind: type[nn.Module], size: int) ->
     if parametrize.is_parametrized(layer):
         found = found.__bases__[0]
     if found is not kind:
-        return f"is a {found.__qualname__} of {found.__module__.partition('.')[0]}"
+        return f"is a {found.__module__}.{found.__qualname__}"
     if (
         layer._forward_hooks
         or layer._forward_pre_hooks

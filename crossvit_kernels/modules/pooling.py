@@ -160,6 +160,9 @@ class MAPHead(FusedModule):
         return self._pool(self.probe, tokens, weights, key_mask=key_mask)[:, 0]
 
     def _attend_by_layers(self, tokens: Tensor, key_mask: Tensor | None) -> Tensor:
+        if tokens.shape[0] == 0:  # which torch's attention does not take
+            tokens = torch.cat([tokens, tokens.new_zeros(1, *tokens.shape[1:])])
+            return self._attend_by_layers(tokens, None)[:0]
         probe = self.probe.expand(tokens.shape[0], -1, -1)
         if key_mask is None:
             pooled, _ = self.attention(probe, tokens, tokens, need_weights=False)
@@ -308,7 +311,7 @@ class AttentionPool2d(FusedModule):
         """X [B, C, H, W], best in channels_last memory format -> [B, C_out]."""
         checks.tensor("x", x, "B", self.dim, *self.size)
         embedding = self.positional_embedding.to(x.dtype)
-        tokens = x.flatten(2).transpose(1, 2).contiguous()
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
         query = tokens.mean(dim=1, keepdim=True) + embedding[:1]
         tokens = tokens + embedding[1:]
         found, reason = plain_layers.find(self._modules, _POOL_2D_LAYERS)
