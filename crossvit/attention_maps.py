@@ -73,4 +73,4 @@ def _block_attention(block: MultiScaleBlock, small: Branch, large: Branch) -> Bl
 def _self_attention(layer: TransformerBlock, x: Tensor) -> Tensor:
     attn = layer.attn
     q, k, _ = attn.qkv(layer.norm1(x)).chunk(3, dim=-1)
-    return attention_weights(q, k, attn.num_heads)
+    return attention_weights(q, k, attn.num_heads, attn.scale)

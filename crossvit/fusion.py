@@ -223,7 +223,8 @@ class MultiScaleBlock(nn.Module):
         for index, block in enumerate(blocks):
             tokens = torch.cat([y, self._patches_seen(index, patches)], dim=1)
             normed, attn = block.norm1(tokens), block.attn
-            weights = attention_weights(attn.wq(normed[:, :1]), attn.wk(normed), attn.num_heads)
+            q, k = attn.wq(normed[:, :1]), attn.wk(normed)
+            weights = attention_weights(q, k, attn.num_heads, attn.scale)
             found.append(weights[:, :, 0])
             if index + 1 < len(blocks):
                 y = block(tokens)

@@ -44,6 +44,14 @@ def test_agrees_with_what_it_replaces(name: str, backend: str) -> None:
         torch.testing.assert_close(fused(*inputs), eager(*inputs), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_an_empty_batch(name: str, backend: str) -> None:
+    fused, _ = pair(CASES[name], backend)
+    found = outcome(fused, *random_inputs(CASES[name], batch=0))
+    assert found["output"].shape[0] == 0
+    assert not any(gradient.any() for gradient in found.values())
+
+
 def test_map_head_with_a_mask(backend: str) -> None:
     fused, eager = pair(CASES["MAP head"], backend)
     (tokens,) = random_inputs(CASES["MAP head"])

@@ -54,6 +54,7 @@ class FusedModule(nn.Module):
         super().__init__()
         checks.heads(num_heads, dim=dim)
         self.dim, self.num_heads, self.backend = dim, num_heads, backend
+        self.scale = (dim // num_heads) ** -0.5  # of the scores
         for name, rate in rates.items():
             checks.probability(name, rate)
             setattr(self, name, rate)

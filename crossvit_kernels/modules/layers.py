@@ -32,7 +32,13 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, dropout_p: float, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    scale: float,
+    dropout_p: float = 0.0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention with h heads.
 
@@ -41,6 +47,8 @@ def attend(
         k: [B, N, D].
         v: [B, N, D_v].
         num_heads: h.
+        scale: Of the scores; a number that torch.jit.trace does not make float32 of, as it does
+            of one computed from a shape.
         dropout_p: Of the weights.
         mask: bool [B, N], True where a key is attended to; an image without any pools to 0.
 
@@ -48,7 +56,7 @@ def attend(
         [B, Q, D_v].
     """
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    scores = q @ k.transpose(-2, -1) * scale
     if mask is None:
         weights = scores.softmax(dim=-1)
     else:
@@ -58,10 +66,10 @@ def attend(
     return (F.dropout(weights, dropout_p) @ v).transpose(1, 2).flatten(2)
 
 
-def attention_weights(q: Tensor, k: Tensor, num_heads: int) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, num_heads: int, scale: float) -> Tensor:
     """The weights of ``attend``, [B, h, Q, N], in attention without dropout and mask."""
     q, k = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k))
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)
 
 
 def drop_path_scale(batch: int, drop_path: float, training: bool, like: Tensor) -> Tensor | None:
@@ -99,6 +107,7 @@ class Attention(nn.Module):
         checks.heads(num_heads, dim=dim)
         checks.probability("attn_drop", attn_drop)
         self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.scale = (dim // num_heads) ** -0.5
 
     @property
     def dropout_p(self) -> float:
@@ -117,7 +126,7 @@ class SelfAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         """X [B, N, C] -> [B, N, C]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        out: Tensor = self.proj(attend(q, k, v, self.num_heads, self.dropout_p))
+        out: Tensor = self.proj(attend(q, k, v, self.num_heads, self.scale, self.dropout_p))
         return out
 
 
@@ -159,7 +168,7 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         """X [B, 1 + N, C] -> [B, 1, C]."""
         q, k, v = self.wq(x[:, :1]), self.wk(x), self.wv(x)
-        out: Tensor = self.proj(attend(q, k, v, self.num_heads, self.dropout_p))
+        out: Tensor = self.proj(attend(q, k, v, self.num_heads, self.scale, self.dropout_p))
         return out
 
 
@@ -218,7 +227,7 @@ class ProbeAttention(Attention):
     def forward(self, queries: Tensor, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Queries [B, Q, C], x [B, N, C], key_mask bool [B, N] -> [B, Q, C]."""
         k, v = self.kv(x).chunk(2, dim=-1)
-        out = attend(self.q(queries), k, v, self.num_heads, self.dropout_p, key_mask)
+        out = attend(self.q(queries), k, v, self.num_heads, self.scale, self.dropout_p, key_mask)
         return out if self.proj is None else self.proj(out)
 
 

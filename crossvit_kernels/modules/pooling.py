@@ -165,14 +165,12 @@ class MAPHead(FusedModule):
             return self._attend_by_layers(tokens, None)[:0]
         probe = self.probe.expand(tokens.shape[0], -1, -1)
         if key_mask is None:
-            pooled, _ = self.attention(probe, tokens, tokens, need_weights=False)
+            pooled, _ = self.attention(probe, tokens, tokens)
             return cast(Tensor, pooled)[:, 0]
         tokens = tokens.masked_fill(~key_mask.unsqueeze(-1), 0)  # whatever they hold
         empty = ~key_mask.any(dim=1, keepdim=True)
         ignored = ~(key_mask | empty)  # softmax of no key at all is NaN
-        pooled, _ = self.attention(
-            probe, tokens, tokens, key_padding_mask=ignored, need_weights=False
-        )
+        pooled, _ = self.attention(probe, tokens, tokens, key_padding_mask=ignored)
         nothing = getattr(getattr(self.attention, "out_proj", None), "bias", None)
         nothing = pooled.new_zeros(()) if nothing is None else nothing.to(pooled.dtype)
         return torch.where(empty, nothing, cast(Tensor, pooled)[:, 0])
@@ -263,7 +261,7 @@ class ClassAttention(FusedModule):
                 check_layers("x", x, found)
             x = x if norm is None else norm(x)
             q, k, v = self.q(x[:, :1]), self.k(x), self.v(x)
-            out: Tensor = self.proj(attend(q, k, v, self.num_heads, dropout_p))
+            out: Tensor = self.proj(attend(q, k, v, self.num_heads, self.scale, dropout_p))
             return out
         affine = None if norm is None else (norm.weight, norm.bias)
         eps = 1e-6 if norm is None else norm.eps
@@ -324,7 +322,7 @@ class AttentionPool2d(FusedModule):
                 check_layers("x", x, found)
             rows = torch.cat([query, tokens], dim=1)
             q, k, v = self.q_proj(query), self.k_proj(rows), self.v_proj(rows)
-            out: Tensor = self.c_proj(attend(q, k, v, self.num_heads, 0.0))
+            out: Tensor = self.c_proj(attend(q, k, v, self.num_heads, self.scale))
             return out[:, 0]
         return self._pool(query, tokens, weights, include_query=True)[:, 0]
 

@@ -179,7 +179,9 @@ def test_an_image_without_a_token(backend: str | None) -> None:
     found, expected = converted(x, key_mask), head(x, key_mask.long())
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    # There scores that round to one number still have gradients; here a mean is a mean.
+    torch.testing.assert_close(*(g[::2] for g in gradients), rtol=1e-9, atol=1e-9)
+    assert torch.equal(gradients[0][1], gradients[0][1, :1].expand(N, C))
 
     zeros = MAPHead(C, HEADS, hidden_dim=50, backend=backend).double()
     zeros.load_state_dict(converted.state_dict())
