@@ -11,6 +11,7 @@ from torch import Tensor
 from crossvit.fusion import Branch, MultiScaleBlock
 from crossvit.model import CrossViT
 from crossvit_kernels.modules import TransformerBlock
+from crossvit_kernels.modules.layers import attention_weights
 
 
 class BlockAttention(NamedTuple):
@@ -31,7 +32,8 @@ def attention_maps(model: CrossViT, x: Tensor | Sequence[Tensor]) -> list[BlockA
     """Attention weights of all multi-scale blocks, as in evaluation mode.
 
     Args:
-        model: In whichever mode; dropout and drop path are not applied.
+        model: In whichever mode; dropout and drop path are not applied. Layers are called
+            more often than in ``forward``, and so are hooks on them.
         x: Images as ``CrossViT.forward`` takes them.
 
     Returns:
@@ -39,7 +41,7 @@ def attention_maps(model: CrossViT, x: Tensor | Sequence[Tensor]) -> list[BlockA
         make an image: ``maps[-1].fusion[0][0][..., 1:].unflatten(-1, model.grid_sizes[1])`` is
         where the S branch's last fusion looks, [B, h, height, width].
     """
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         branches = model.embed(x)
@@ -49,7 +51,8 @@ def attention_maps(model: CrossViT, x: Tensor | Sequence[Tensor]) -> list[BlockA
             branches = block(*branches)
         return maps
     finally:
-        model.train(training)
+        for module, training in modes:  # frozen parts may be in another than the model
+            module.training = training
 
 
 def _block_attention(block: MultiScaleBlock, small: Branch, large: Branch) -> BlockAttention:
@@ -62,18 +65,12 @@ def _block_attention(block: MultiScaleBlock, small: Branch, large: Branch) -> Bl
             tokens = layer(tokens)
         encoded.append(Branch(tokens))
     fusion = tuple(
-        _fusion_attention(block, b, encoded[b].cls, encoded[1 - b].patches) for b in (0, 1)
+        block.cross_attention_weights(b, encoded[b].cls, encoded[1 - b].patches) for b in (0, 1)
     )
     return BlockAttention(self_attention, (fusion[0], fusion[1]))
 
 
 def _self_attention(layer: TransformerBlock, x: Tensor) -> Tensor:
-    qkv = layer.attn.qkv(layer.norm1(x)).unflatten(-1, (3, layer.num_heads, -1))
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4)
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
-
-
-def _fusion_attention(block: MultiScaleBlock, b: int, cls: Tensor, patches: Tensor) -> list[Tensor]:
-    weights: list[Tensor] = []
-    block.cross_attend(b, block.projs[b](cls), patches, weights)
-    return weights
+    attn = layer.attn
+    q, k, _ = attn.qkv(layer.norm1(x)).chunk(3, dim=-1)
+    return attention_weights(q, k, attn.num_heads, attn.scale)

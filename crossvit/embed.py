@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossvit.configs import Size
+from crossvit_kernels.modules import plain_layers
+
+_ONE_CONVOLUTION = plain_layers.layers({"proj": nn.Conv2d})
 
 
 class PatchEmbed(nn.Module):
@@ -40,8 +43,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [B, in_chans, H, W] -> patch tokens [B, N, C]."""
-        if isinstance(self.proj, nn.Conv2d):
-            return self._project_patches(x, self.proj)
+        found, reason = plain_layers.find(self._modules, _ONE_CONVOLUTION)
+        if reason is None and plain_layers.why_not_tensors(found[0]._parameters.values()) is None:
+            return self._project_patches(x, found[0])
         return cast(Tensor, self.proj(x)).flatten(2).transpose(1, 2)
 
     def _project_patches(self, x: Tensor, proj: nn.Conv2d) -> Tensor:

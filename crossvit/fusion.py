@@ -15,7 +15,15 @@ from torch import Tensor, nn
 import crossvit_kernels as ck
 from crossvit.configs import Config
 from crossvit_kernels.graphs import side_by_side
-from crossvit_kernels.modules import TransformerBlock, drop_path_scale
+from crossvit_kernels.modules import CrossAttentionBlock, TransformerBlock
+from crossvit_kernels.modules.base import calls_layers
+from crossvit_kernels.modules.fusion import (
+    FusionLayers,
+    attend_to_patches,
+    block_drop_path,
+    fuse_layer_by_layer,
+)
+from crossvit_kernels.modules.layers import attention_weights, lift
 
 EPS = 1e-6  # of every LayerNorm
 
@@ -41,37 +49,6 @@ class Branch(NamedTuple):
         if self.new_cls is None:
             return self.x
         return torch.cat([self.new_cls.unsqueeze(1), self.patches], dim=1)
-
-
-class CrossAttention(nn.Module):
-    """The projections of Eq. 6."""
-
-    def __init__(self, dim: int, qkv_bias: bool) -> None:
-        super().__init__()
-        self.wq = nn.Linear(dim, dim, bias=qkv_bias)
-        self.wk = nn.Linear(dim, dim, bias=qkv_bias)
-        self.wv = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-
-
-class CrossAttentionBlock(nn.Module):
-    """LayerNorm and cross-attention: the parameters of the update in Eq. 7."""
-
-    def __init__(self, dim: int, qkv_bias: bool) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
-        self.attn = CrossAttention(dim, qkv_bias)
-
-    def parts(self) -> list[Any]:
-        """Weight and bias of LayerNorm, W_q, W_k, W_v and the output projection."""
-        a = self.attn
-        layers = (self.norm1, a.wq, a.wk, a.wv, a.proj)
-        return [t for layer in layers for t in (layer.weight, layer.bias)]
-
-
-def projection(dim_in: int, dim_out: int) -> nn.Sequential:
-    """f or g: LayerNorm -> GELU -> Linear."""
-    return nn.Sequential(nn.LayerNorm(dim_in, eps=EPS), nn.GELU(), nn.Linear(dim_in, dim_out))
 
 
 class MultiScaleBlock(nn.Module):
@@ -101,7 +78,7 @@ class MultiScaleBlock(nn.Module):
         reread_patches: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads, self.attn_drop, self.drop_path = config.num_heads, attn_drop, drop_paths[-1]
+        self.num_heads = config.num_heads
         self.cross_depth, self.reread_patches = config.cross_depth, reread_patches
         self.backend: str | None = None
         dims = config.dims
@@ -121,14 +98,48 @@ class MultiScaleBlock(nn.Module):
             for b in (0, 1)
         )
         # Fusion b belongs to branch b's CLS and runs at the width of the other branch.
-        self.projs = nn.ModuleList(projection(dims[b], dims[1 - b]) for b in (0, 1))
-        self.fusion = nn.ModuleList(self._cross_attention(dims[1 - b], qkv_bias) for b in (0, 1))
-        self.revert_projs = nn.ModuleList(projection(dims[1 - b], dims[b]) for b in (0, 1))
+        self.projs = nn.ModuleList(lift(dims[b], dims[1 - b], EPS) for b in (0, 1))
+        self.fusion = nn.ModuleList(
+            self._cross_attention(
+                dims[1 - b], self.num_heads[1 - b], qkv_bias, attn_drop, drop_paths[-1]
+            )
+            for b in (0, 1)
+        )
+        self.revert_projs = nn.ModuleList(lift(dims[1 - b], dims[b], EPS) for b in (0, 1))
 
-    def _cross_attention(self, dim: int, qkv_bias: bool) -> nn.Module:
+    def _cross_attention(self, dim: int, num_heads: int, qkv_bias: bool, *rates: float) -> Any:
+        blocks = [
+            CrossAttentionBlock(dim, num_heads, qkv_bias, EPS, *rates)
+            for _ in range(self.cross_depth)
+        ]
         if self.cross_depth == 1:  # released checkpoints have no index here
-            return CrossAttentionBlock(dim, qkv_bias)
-        return nn.Sequential(*(CrossAttentionBlock(dim, qkv_bias) for _ in range(self.cross_depth)))
+            return blocks[0]
+        return nn.Sequential(*blocks)
+
+    @property
+    def drop_path(self) -> float:
+        """The rate of drop path of the fusions."""
+        return float(self._cross_attention_blocks()[0].drop_path)
+
+    @drop_path.setter
+    def drop_path(self, rate: float) -> None:
+        for block in self._cross_attention_blocks():
+            block.drop_path = rate
+
+    @property
+    def attn_drop(self) -> float:
+        """The rate of attention dropout of the fusions."""
+        return float(self._cross_attention_blocks()[0].attn.attn_drop)
+
+    @attn_drop.setter
+    def attn_drop(self, rate: float) -> None:
+        for block in self._cross_attention_blocks():
+            block.attn.attn_drop = rate
+
+    def _cross_attention_blocks(self) -> list[Any]:
+        if self.cross_depth == 1:
+            return list(self.fusion)
+        return [block for blocks in self.fusion for block in blocks]
 
     def forward(self, small: Branch, large: Branch) -> tuple[Branch, Branch]:
         """The branches after one multi-scale block, each with a new CLS."""
@@ -137,12 +148,17 @@ class MultiScaleBlock(nn.Module):
         )
         # Both fusions read what was there before fusion.
         inputs = (small.cls, large.patches), (large.cls, small.patches)
-        if self.cross_depth == 1:
-            first, second = (self._inputs(b, *inputs[b]) for b in (0, 1))
-            new: Sequence[Tensor] = ck.cross_attention_fusion_pair(first, second, **self._options())
+        first, second = (self._fused_inputs(b, *inputs[b]) for b in (0, 1))
+        if first is not None and second is not None and first.options == second.options:
+            new: Sequence[Tensor] = ck.cross_attention_fusion_pair(
+                first.inputs, second.inputs, backend=self.backend, **first.options
+            )
         else:
-            fusions = (lambda: self.fuse(0, *inputs[0])), (lambda: self.fuse(1, *inputs[1]))
-            new = side_by_side(*fusions, like=small.x)
+            new = side_by_side(
+                lambda: self._fuse(0, *inputs[0], first),
+                lambda: self._fuse(1, *inputs[1], second),
+                like=small.x,
+            )
         return Branch(small.x, new[0]), Branch(large.x, new[1])
 
     def encode(self, b: int, branch: Branch) -> Branch:
@@ -154,60 +170,67 @@ class MultiScaleBlock(nn.Module):
 
     def fuse(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
         """The new CLS of branch b from its CLS [B, C] and the other branch's patches (Eq. 5-7)."""
+        return self._fuse(b, cls, patches, self._fused_inputs(b, cls, patches))
+
+    def _fuse(self, b: int, cls: Tensor, patches: Tensor, fused: _FusedCall | None) -> Tensor:
+        if fused is not None:
+            options = {**fused.inputs._asdict(), **fused.options}
+            return ck.cross_attention_fusion(**options, backend=self.backend)
         if self.cross_depth > 1:
             return self._fuse_repeatedly(b, cls, patches)
-        inputs = self._inputs(b, cls, patches)._asdict()
-        return ck.cross_attention_fusion(**inputs, **self._options())
+        return fuse_layer_by_layer(cls, patches, *self._parts(b).values())
 
-    def _inputs(self, b: int, cls: Tensor, patches: Tensor) -> ck.FusionInputs:
-        f, g = self.projs[b], self.revert_projs[b]
-        before, after = (
-            [t for layer in (p[0], p[2]) for t in (layer.weight, layer.bias)] for p in (f, g)
-        )
-        return ck.FusionInputs(
-            cls,
-            patches,
-            ck.FusionWeights(*before, *self.fusion[b].parts(), *after),
-            self.num_heads[1 - b],
-            drop_path_scale(len(cls), self.drop_path, self.training, like=cls),
-        )
+    def _parts(self, b: int) -> dict[str, nn.Module]:
+        return {
+            "proj": self.projs[b],
+            "fusion": self.fusion[b],
+            "revert_proj": self.revert_projs[b],
+        }
 
-    def _options(self) -> dict[str, Any]:
-        dropout_p = self.attn_drop if self.training else 0.0
-        return {"eps": EPS, "dropout_p": dropout_p, "backend": self.backend}
+    def _fused_inputs(self, b: int, cls: Tensor, patches: Tensor) -> _FusedCall | None:
+        """What one fused operation takes for branch b; None where layers are called."""
+        if self.cross_depth > 1:
+            return None
+        parts = self._parts(b)
+        layers = FusionLayers.find(parts, read=self.backend != "reference")
+        reason = layers.reason and f"fusion of branch {b}: {layers.reason}"
+        if calls_layers(self, self.backend, reason):
+            return None
+        assert layers.weights is not None
+        scale = block_drop_path(self.fusion[b], cls)
+        return _FusedCall(
+            ck.FusionInputs(cls, patches, layers.weights, layers.num_heads, scale),
+            {"eps": layers.eps, "dropout_p": layers.dropout_p},
+        )
 
     def _fuse_repeatedly(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
         """L > 1: cross-attention after cross-attention between one f and one g."""
-        new_cls: Tensor = self.revert_projs[b](self.cross_attend(b, self.projs[b](cls), patches))
+        y = self.projs[b](cls).unsqueeze(1)
+        for index, block in enumerate(self.fusion[b]):
+            y = attend_to_patches(y, self._patches_seen(index, patches), block, self.backend)
+        new_cls: Tensor = self.revert_projs[b](y[:, 0])
         return new_cls
 
-    def cross_attend(
-        self, b: int, y: Tensor, patches: Tensor, attention: list[Tensor] | None = None
-    ) -> Tensor:
-        """Y + CA(LN([y || patches])) (Eq. 7), L times: y [B, C] is f of branch b's CLS.
+    def _patches_seen(self, index: int, patches: Tensor) -> Tensor:
+        """By cross-attention block number ``index``."""
+        return patches if index == 0 or self.reread_patches else patches[:, :0]
 
-        Attention weights [B, h, 1 + N] are appended to ``attention``, if given.
-        """
-        y = y.unsqueeze(1)
-        cross_attentions = [self.fusion[b]] if self.cross_depth == 1 else self.fusion[b]
-        for index, block in enumerate(cross_attentions):
-            norm_weight, norm_bias, *projections = block.parts()
-            update: Any = ck.attention_pool(
-                y,
-                patches if index == 0 or self.reread_patches else patches[:, :0],
-                *projections,
-                num_heads=self.num_heads[1 - b],
-                include_query=True,
-                query_norm=(norm_weight, norm_bias),
-                token_norm=(norm_weight, norm_bias),
-                norm_eps=EPS,
-                dropout_p=self.attn_drop if self.training else 0.0,
-                return_weights=attention is not None,
-                backend=self.backend,
-            )
-            if attention is not None:
-                update, weights = update
-                attention.append(weights[:, 0])
-            scale = drop_path_scale(len(y), self.drop_path, self.training, like=y)
-            y = y + (update if scale is None else update * scale.view(-1, 1, 1))
-        return y[:, 0]
+    def cross_attention_weights(self, b: int, cls: Tensor, patches: Tensor) -> list[Tensor]:
+        """What branch b's CLS [B, C] attends to in each cross-attention block, [B, h, 1 + N]."""
+        y = self.projs[b](cls).unsqueeze(1)
+        blocks = [self.fusion[b]] if self.cross_depth == 1 else list(self.fusion[b])
+        found = []
+        for index, block in enumerate(blocks):
+            tokens = torch.cat([y, self._patches_seen(index, patches)], dim=1)
+            normed, attn = block.norm1(tokens), block.attn
+            q, k = attn.wq(normed[:, :1]), attn.wk(normed)
+            weights = attention_weights(q, k, attn.num_heads, attn.scale)
+            found.append(weights[:, :, 0])
+            if index + 1 < len(blocks):
+                y = block(tokens)
+        return found
+
+
+class _FusedCall(NamedTuple):
+    inputs: ck.FusionInputs
+    options: dict[str, Any]

@@ -20,8 +20,8 @@ class CrossViT(nn.Module):
 
     Args:
         name: A model of ``list_models``, whose size at the end may be left out, or a ``Config``.
-        use_fused: Run the kernels of crossvit_kernels. False runs its eager reference. Parameters
-            and state-dict keys are the same; ``set_fused`` switches.
+        use_fused: Run the kernels of crossvit_kernels. False is eager mode, layer by layer.
+            Parameters and state-dict keys are the same; ``set_fused`` switches.
         backend: Name of a crossvit_kernels backend where use_fused; None for the fastest.
         keep: What training keeps for backward on a GPU where use_fused: "fast", or "lean" for less
             memory and more arithmetic.
@@ -108,7 +108,10 @@ class CrossViT(nn.Module):
         """Choose what runs the blocks; the parameters stay.
 
         Args:
-            fused: The kernels of crossvit_kernels, or its eager reference.
+            fused: The kernels of crossvit_kernels, or eager mode, in which every layer is called
+                as a module: hooks, adapters, pruning, quantised and replaced layers work. With
+                kernels a block that has any of them runs layer by layer, too, and says so once
+                through the logger ``crossvit_kernels``.
             backend: Name of a backend to run them on; None for the fastest.
             keep: "fast" or "lean": what training keeps for backward on a GPU.
 
@@ -224,8 +227,10 @@ class CrossViT(nn.Module):
 
     def _embed(self, b: int, image: Tensor) -> Branch:
         patches = self.patch_embed[b](image)
-        cls = self.get_parameter(f"cls_token_{b}").to(patches.dtype).expand(len(patches), -1, -1)
-        tokens = torch.cat([cls, patches], dim=1) + self.get_parameter(f"pos_embed_{b}")
+        # Attributes, not get_parameter: replicas and sharded models hold plain tensors.
+        cls_token, pos_embed = (getattr(self, f"{name}_{b}") for name in ("cls_token", "pos_embed"))
+        cls = cls_token.to(patches.dtype).expand(image.shape[0], -1, -1)
+        tokens = torch.cat([cls, patches], dim=1) + pos_embed
         return Branch(self.pos_drop(tokens))
 
     def _images(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:

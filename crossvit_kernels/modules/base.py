@@ -1,0 +1,76 @@
+"""What the modules share: settings, and the choice between a fused call and their layers."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from crossvit_kernels import checks, functional
+from crossvit_kernels.backends import check_name
+from crossvit_kernels.modules import plain_layers
+from crossvit_kernels.modules.layers import drop_path_scale
+
+
+def calls_layers(owner: nn.Module, backend: str | None, reason: str | None) -> bool:
+    """Whether a call goes through the layers rather than to a fused operation.
+
+    Args:
+        owner: The module that is called, for the message.
+        backend: Its backend.
+        reason: Why its layers' parameters do not say what they compute; None if they do.
+
+    Raises:
+        ValueError: There is no such backend.
+    """
+    if backend is not None:
+        check_name(backend)
+    if backend == "reference" or plain_layers.is_transformed():
+        return True
+    if reason is not None:
+        plain_layers.report(owner, reason)
+    return reason is not None
+
+
+def check_layers(name: str, x: Tensor, layers: list[Any]) -> None:
+    """X has the device and dtype of the parameters of plain layers.
+
+    Parametrized ones are left out: each look at their weights would compute them.
+    """
+    owned = {
+        f"{type(layer).__name__}.{key}": p
+        for layer in layers
+        for key, p in layer._parameters.items()
+    }
+    checks.same_device_and_dtype(name, x, **owned)
+
+
+class FusedModule(nn.Module):
+    """The settings that modules share."""
+
+    attn_drop = drop_path = 0.0
+
+    def __init__(self, dim: int, num_heads: int, backend: str | None, **rates: float) -> None:
+        super().__init__()
+        checks.heads(num_heads, dim=dim)
+        self.dim, self.num_heads, self.backend = dim, num_heads, backend
+        self.scale = (dim // num_heads) ** -0.5  # of the scores
+        for name, rate in rates.items():
+            checks.probability(name, rate)
+            setattr(self, name, rate)
+
+    def extra_repr(self) -> str:
+        shown = ("dim", "num_heads", "attn_drop", "drop_path", "backend")
+        return ", ".join(f"{name}={getattr(self, name, None)!r}" for name in shown)
+
+    def _residual_scale(self, x: Tensor) -> Tensor | None:
+        return drop_path_scale(x.shape[0], self.drop_path, self.training, like=x)
+
+    def _calls_layers(self, reason: str | None) -> bool:
+        return calls_layers(self, self.backend, reason)
+
+    def _pool(self, query: Tensor, tokens: Tensor, weights: list[Any], **options: Any) -> Tensor:
+        pooled = functional.attention_pool(
+            query, tokens, *weights, num_heads=self.num_heads, backend=self.backend, **options
+        )
+        return cast(Tensor, pooled)

@@ -1,0 +1,154 @@
+"""The transformer block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossvit_kernels import checks, functional
+from crossvit_kernels.modules import converters, plain_layers
+from crossvit_kernels.modules.base import FusedModule, check_layers
+from crossvit_kernels.modules.layers import Mlp, SelfAttention, add_update, init_linears
+from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
+from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+
+_MSA_LAYERS = plain_layers.layers(
+    {
+        "norm1": nn.LayerNorm,
+        "attn": SelfAttention,
+        "attn.qkv": nn.Linear,
+        "attn.proj": nn.Linear,
+    }
+)
+_FFN_LAYERS = plain_layers.layers(
+    {
+        "norm2": nn.LayerNorm,
+        "mlp": Mlp,
+        "mlp.fc1": nn.Linear,
+        "mlp.act": nn.GELU,
+        "mlp.fc2": nn.Linear,
+    }
+)
+
+
+class TransformerBlock(FusedModule):
+    """A pre-norm transformer block. Replaces timm's ``vision_transformer.Block``.
+
+    Args:
+        mlp_ratio: Hidden units of the feed-forward network per channel.
+        keep: What training keeps for backward on a GPU, "fast" or "lean": see
+            ``functional.layernorm_msa``.
+        act: What is between the two linear layers: "gelu", its approximation "gelu_tanh", or
+            CLIP's "quick_gelu". Kernels exist for "gelu"; with the others that half runs layer by
+            layer. The other arguments are described in ``crossvit_kernels.modules``; drop_path
+            applies to either half by itself.
+
+    Raises:
+        ValueError: num_heads does not divide dim, a rate is not in [0, 1), or act is unknown.
+    """
+
+    attn: Any  # they may be replaced
+    mlp: Any
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        eps: float = 1e-6,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        keep: str = "fast",
+        backend: str | None = None,
+        act: str = "gelu",
+    ) -> None:
+        super().__init__(dim, num_heads, backend, drop_path=drop_path)
+        self.keep = keep
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = SelfAttention(dim, num_heads, qkv_bias, attn_drop)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act)
+        init_linears(self)
+
+    @classmethod
+    def from_timm(cls, block: nn.Module, backend: str | None = None) -> TransformerBlock:
+        """Convert timm's ``vision_transformer.Block``, weights, activation and eps included.
+
+        Args:
+            block: The block, as it is: its mode, dtype and device are taken over.
+            backend: Name of a backend, or None.
+
+        Raises:
+            ValueError: The block computes what this one cannot: layer scale, a norm of queries and
+                keys, another activation, dropout of features.
+            TypeError: block is no such module.
+        """
+        options, state = converters.timm_block(block)
+        eps2 = options.pop("eps2")
+        converted = cls(**options, backend=backend)
+        converted.norm2.eps = eps2
+        return converters.load(converted, state, block)
+
+    @property
+    def attn_drop(self) -> float:
+        """Attention dropout in training."""
+        return float(self.attn.attn_drop)
+
+    @attn_drop.setter
+    def attn_drop(self, rate: float) -> None:
+        self.attn.attn_drop = rate
+
+    def forward(self, x: Tensor, cls: Tensor | None = None) -> Tensor:
+        """X [B, N, C] -> y [B, N, C]; cls [B, C], if given, stands in for row 0 of x."""
+        return self._ffn(self._msa(x, cls))
+
+    def _msa(self, x: Tensor, cls: Tensor | None) -> Tensor:
+        found, reason = plain_layers.find(self._modules, _MSA_LAYERS)
+        weights = None
+        if reason is None and self.backend != "reference":
+            norm, attn, qkv, proj = found
+            weights = MsaWeights(*plain_layers.parameters(norm, qkv, proj))
+            reason = plain_layers.why_not_weights(weights)
+        if self._calls_layers(reason):
+            self._check(x, cls, found if reason is None else [])
+            scale = self._residual_scale(x)
+            if cls is not None:
+                x = torch.cat([cls.unsqueeze(1).to(x.dtype), x[:, 1:]], dim=1)
+            return add_update(x, self.attn(self.norm1(x)), scale)
+        assert weights is not None
+        return functional.layernorm_msa(
+            x,
+            weights,
+            attn.num_heads,
+            eps=norm.eps,
+            residual_scale=self._residual_scale(x),
+            cls=cls,
+            dropout_p=attn.dropout_p,
+            keep=self.keep,
+            backend=self.backend,
+        )
+
+    def _ffn(self, x: Tensor) -> Tensor:
+        found, reason = plain_layers.find(self._modules, _FFN_LAYERS)
+        weights = None
+        if reason is None and self.backend != "reference":
+            norm, _, fc1, _, fc2 = found
+            weights = FfnWeights(*plain_layers.parameters(norm, fc1, fc2))
+            reason = plain_layers.why_not_weights(weights)
+        scale = self._residual_scale(x)
+        if self._calls_layers(reason):
+            return add_update(x, self.mlp(self.norm2(x)), scale)
+        assert weights is not None
+        return functional.layernorm_ffn(x, weights, norm.eps, scale, self.backend)
+
+    def _check(self, x: Tensor, cls: Tensor | None, layers: list[Any]) -> None:
+        checks.tensor("x", x, "B", "N", self.dim)
+        checks.optional_tensor("cls", cls, x.shape[0], self.dim)
+        if cls is not None and x.shape[1] == 0:
+            raise ValueError("cls: x has no row 0 that it could stand in for")
+        checks.same_device_and_dtype("x", x, cls=cls)
+        checks.one_of("keep", self.keep, ("fast", "lean"))
+        check_layers("x", x, layers)

@@ -1,0 +1,314 @@
+"""What modules of timm and transformers compute, as options and weights of ours.
+
+State dicts say nothing of an activation, an eps or a scale. Each function here looks at the module
+itself, and refuses one that computes what ours does not. Neither library is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Converted = tuple[dict[str, Any], dict[str, Tensor]]  # options of our module, its state dict
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def load(module: Module, state: dict[str, Tensor], source: nn.Module) -> Module:
+    """The module with the state, and with the dtype, device and mode of the source."""
+    like = next(source.parameters())
+    module.to(like.device, like.dtype)
+    module.load_state_dict(state, strict=True)
+    return module.train(source.training)
+
+
+def timm_block(block: nn.Module) -> Converted:
+    """``vision_transformer.Block`` as a TransformerBlock; ``eps2`` is that of norm2."""
+    source = _Source(block, ("Block",), "vision_transformer")
+    source.has_only("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+    attn = source.child("attn")
+    attn.has_only("qkv", "proj", "attn_drop")
+    eps1, norm1 = source.norm("norm1")
+    eps2, norm2 = source.norm("norm2")
+    qkv, proj = attn.linear("qkv"), attn.linear("proj", bias=True)
+    rates = {source.drop_path("drop_path1"), source.drop_path("drop_path2")}
+    source.require(len(rates) == 1, f"has two rates of drop path, {rates}")
+    dim = norm1["norm1.weight"].shape[0]
+    options = {
+        "dim": dim,
+        "num_heads": attn.heads(dim),
+        "qkv_bias": "qkv.bias" in qkv,
+        "eps": eps1,
+        "eps2": eps2,
+        "attn_drop": attn.dropout("attn_drop"),
+        "drop_path": rates.pop(),
+    }
+    mlp_options, mlp = _mlp(source.child("mlp"), "act")
+    options |= {"act": mlp_options["act"], "mlp_ratio": (mlp_options["hidden_dim"] + 0.5) / dim}
+    return options, norm1 | norm2 | _under("attn", qkv | proj) | _under("mlp", mlp)
+
+
+def timm_fusion(block: nn.Module, branch: int) -> Converted:
+    """One branch of ``crossvit.MultiScaleBlock`` as a CrossAttentionFusion."""
+    source = _Source(block, ("MultiScaleBlock",), "crossvit")
+    if branch not in (0, 1):
+        raise ValueError(f"branch: expected 0 or 1, found {branch!r}")
+    state: dict[str, Tensor] = {}
+    eps = set()
+    for ours, theirs in (("proj", "projs"), ("revert_proj", "revert_projs")):
+        lift = source.child(theirs).child(str(branch))
+        lift.has_only("0", "1", "2")
+        lift.require(_activation(lift.module[1]) == "gelu", "has another activation than GELU")
+        norm_eps, norm = lift.norm("0")
+        eps.add(norm_eps)
+        state |= _under(ours, norm | lift.linear("2", bias=True))
+    fusion = source.child("fusion").child(str(branch))
+    if isinstance(fusion.module, nn.Sequential):
+        fusion.require(len(fusion.module) == 1, "has several cross-attention blocks")
+        fusion = fusion.child("0")
+    fusion.has_only("norm1", "attn", "drop_path")
+    attn = fusion.child("attn")
+    attn.has_only("wq", "wk", "wv", "proj", "attn_drop")
+    norm_eps, norm = fusion.norm("norm1")
+    eps.add(norm_eps)
+    source.require(len(eps) == 1, f"has LayerNorms of different eps, {eps}")
+    projections = {k: t for name in ("wq", "wk", "wv") for k, t in attn.linear(name).items()}
+    dim, own = state["proj.2.weight"].shape
+    options = {
+        "dim_own": own,
+        "dim": dim,
+        "num_heads": attn.heads(dim),
+        "qkv_bias": "wq.bias" in projections,
+        "eps": eps.pop(),
+        "attn_drop": attn.dropout("attn_drop"),
+        "drop_path": fusion.drop_path("drop_path"),
+    }
+    attn_state = _under("attn", projections | attn.linear("proj", bias=True))
+    return options, state | _under("fusion", norm | attn_state)
+
+
+def timm_class_attention(attention: nn.Module) -> Converted:
+    """``cait.ClassAttn`` as a ClassAttention."""
+    source = _Source(attention, ("ClassAttn",), "cait")
+    source.has_only("q", "k", "v", "proj", "attn_drop")
+    state = {k: t for name in ("q", "k", "v") for k, t in source.linear(name).items()}
+    dim = state["q.weight"].shape[0]
+    options = {
+        "dim": dim,
+        "num_heads": source.heads(dim),
+        "qkv_bias": "q.bias" in state,
+        "attn_drop": source.dropout("attn_drop"),
+    }
+    return options, state | source.linear("proj", bias=True)
+
+
+def timm_latent_pool(pool: nn.Module) -> Converted:
+    """``AttentionPoolLatent`` as a MAPHead."""
+    source = _Source(pool, ("AttentionPoolLatent",), "attention_pool")
+    source.has_only("q", "kv", "proj", "norm", "mlp")
+    module = source.module
+    source.require(module.pos_embed is None, "has a position embedding")
+    source.require(module.latent_len == 1, f"has {module.latent_len} latents")
+    source.require(module.pool in ("token", "avg"), f"pools {module.pool!r}, keeping its latents")
+    source.require(module.mlp is not None, "has no MLP")
+    q, kv = source.linear("q", bias=True), source.linear("kv", bias=True)
+    proj = source.linear("proj", bias=True)
+    dim = module.latent.shape[-1]
+    square = q["q.weight"].shape == proj["proj.weight"].shape == (dim, dim)
+    source.require(square, "has other widths inside or after")
+    eps, norm = source.norm("norm")
+    mlp_options, mlp = _mlp(source.child("mlp"), "act")
+    options = {"dim": dim, "num_heads": source.heads(dim), "eps": eps, **mlp_options}
+    attention = {
+        "in_proj_weight": torch.cat([q["q.weight"], kv["kv.weight"]]),
+        "in_proj_bias": torch.cat([q["q.bias"], kv["kv.bias"]]),
+        "out_proj.weight": proj["proj.weight"],
+        "out_proj.bias": proj["proj.bias"],
+    }
+    norm = {key.replace("norm.", "layernorm."): t for key, t in norm.items()}
+    state = {"probe": module.latent.detach(), **norm}
+    return options, state | _under("attention", attention) | _under("mlp", mlp)
+
+
+def transformers_map_head(head: nn.Module) -> Converted:
+    """``Siglip[2]MultiheadAttentionPoolingHead`` as a MAPHead."""
+    names = [f"Siglip{version}MultiheadAttentionPoolingHead" for version in ("", "2")]
+    source = _Source(head, (*names, "SiglipVisionMultiheadAttentionPoolingHead"), "")
+    source.has_only("attention", "layernorm", "mlp")
+    attention = source.child("attention")
+    attention.has_only("out_proj")
+    torch_attention = attention.module
+    plain = (
+        type(torch_attention) is nn.MultiheadAttention
+        and torch_attention.in_proj_weight is not None
+        and torch_attention.in_proj_bias is not None
+        and torch_attention.bias_k is None
+        and not torch_attention.add_zero_attn
+        and torch_attention.dropout == 0
+    )
+    attention.require(plain, "is not torch's attention without dropout and keys of its own")
+    eps, norm = source.norm("layernorm")
+    mlp_options, mlp = _mlp(source.child("mlp"), "activation_fn")
+    options = {
+        "dim": source.module.probe.shape[-1],
+        "num_heads": torch_attention.num_heads,
+        "eps": eps,
+        "empty": "mean" if type(head).__name__.startswith("Siglip2") else "zeros",
+        **mlp_options,
+    }
+    state = {"probe": source.module.probe.detach(), **norm}
+    attention_state = {k: t.detach() for k, t in torch_attention.state_dict().items()}
+    return options, state | _under("attention", attention_state) | _under("mlp", mlp)
+
+
+def transformers_probe(pooler: nn.Module) -> Converted:
+    """``VJEPA2AttentivePooler`` without self-attention layers as an AttentiveProbe."""
+    source = _Source(pooler, ("VJEPA2AttentivePooler",), "")
+    source.has_only("cross_attention_layer", "self_attention_layers")
+    layers = len(source.module.self_attention_layers)
+    source.require(layers == 0, f"has {layers} self-attention layers before it")
+    layer = source.child("cross_attention_layer")
+    layer.has_only("layer_norm1", "cross_attn", "layer_norm2", "mlp")
+    attn = layer.child("cross_attn")
+    attn.has_only("q_proj", "k_proj", "v_proj")
+    attn.require(attn.module.dropout == 0, f"has dropout={attn.module.dropout}")
+    (eps, norm1), (eps2, norm2) = layer.norm("layer_norm1"), layer.norm("layer_norm2")
+    layer.require(eps == eps2, f"has LayerNorms of different eps, {eps} and {eps2}")
+    mlp_options, mlp = _mlp(layer.child("mlp"), "activation")
+    layer.require(mlp_options["act"] == "gelu", "has another activation than GELU")
+    q, k, v = (attn.linear(f"{name}_proj", bias=True) for name in "qkv")
+    dim = q["q_proj.weight"].shape[0]
+    xattn = {
+        **{f"q.{kind}": q[f"q_proj.{kind}"] for kind in ("weight", "bias")},
+        **{
+            f"kv.{kind}": torch.cat([k[f"k_proj.{kind}"], v[f"v_proj.{kind}"]])
+            for kind in ("weight", "bias")
+        },
+    }
+    norms = {key.replace("layer_norm", "norm"): t for key, t in (norm1 | norm2).items()}
+    options = {
+        "dim": dim,
+        "num_heads": attn.heads(dim),
+        "num_queries": source.module.query_tokens.shape[1],
+        "mlp_ratio": (mlp_options["hidden_dim"] + 0.5) / dim,
+        "out_proj": False,
+        "eps": eps,
+    }
+    block = norms | _under("xattn", xattn) | _under("mlp", mlp)
+    state = {"query_tokens": source.module.query_tokens.detach()}
+    return options, state | _under("cross_attention_block", block)
+
+
+class _Source:
+    """A module that is looked at, with its path for messages."""
+
+    def __init__(self, module: Any, names: Iterable[str], file: str, path: str = "") -> None:
+        found = type(module)
+        expected = [*names]
+        if expected and (found.__name__ not in expected or not found.__module__.endswith(file)):
+            where = f" of a module {file}" if file else ""
+            raise TypeError(
+                f"expected a {' or '.join(expected)}{where}, found {found.__module__}."
+                f"{found.__name__}"
+            )
+        self.module, self.path = module, path or found.__name__
+
+    def child(self, name: str) -> _Source:
+        module = self.module._modules.get(name)
+        self.require(module is not None, f"has no {name}")
+        return _Source(module, (), "", f"{self.path}.{name}")
+
+    def require(self, holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"{self.path}: {what}, which the module here cannot compute")
+
+    def has_only(self, *known: str) -> None:
+        """Nothing acts besides the known children."""
+        for name, child in self.module._modules.items():
+            idle = (
+                child is None
+                or isinstance(child, nn.Identity)
+                or (isinstance(child, nn.Dropout) and child.p == 0)
+            )
+            self.require(name in known or idle, f"has {name} = {child}")
+
+    def norm(self, name: str) -> tuple[float, dict[str, Tensor]]:
+        """(eps, state) of a LayerNorm with weight and bias; timm has one of its own."""
+        norm = self.module._modules.get(name)
+        known = isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm"
+        if not known or norm is None or norm.weight is None or norm.bias is None:
+            raise ValueError(f"{self.path}.{name}: expected a LayerNorm with bias, found {norm}")
+        return float(norm.eps), _under(name, _parameters(norm))
+
+    def linear(self, name: str, bias: bool = False) -> dict[str, Tensor]:
+        """State of a Linear; bias: whether it must have one."""
+        layer = self.module._modules.get(name)
+        if not isinstance(layer, nn.Linear) or not type(layer).__module__.startswith("torch.nn"):
+            raise ValueError(f"{self.path}.{name}: expected an nn.Linear, found {layer}")
+        self.require(layer.bias is not None or not bias, f"has no bias in {name}")
+        return _under(name, _parameters(layer))
+
+    def heads(self, dim: int) -> int:
+        num_heads: int = self.module.num_heads
+        scale = (dim // num_heads) ** -0.5
+        found = getattr(self.module, "scale", scale)
+        self.require(abs(found - scale) < 1e-12, f"has scale={found} and not {scale}")
+        width = getattr(self.module, "head_dim", dim // num_heads)
+        self.require(width * num_heads == dim, f"has {num_heads} heads of width {width}")
+        return num_heads
+
+    def dropout(self, name: str) -> float:
+        layer = self.module._modules.get(name)
+        return float(layer.p) if isinstance(layer, nn.Dropout) else 0.0
+
+    def drop_path(self, name: str) -> float:
+        layer = self.module._modules.get(name)
+        if layer is None or isinstance(layer, nn.Identity):
+            return 0.0
+        rate = getattr(layer, "drop_prob", None)
+        known = rate is not None and getattr(layer, "scale_by_keep", True)
+        self.require(known, f"has {name} = {layer}")
+        return float(rate or 0.0)
+
+
+def _mlp(source: _Source, act: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """({act, hidden_dim}, state) of Linear, activation, Linear."""
+    source.has_only("fc1", act, "fc2")
+    fc1, fc2 = source.linear("fc1", bias=True), source.linear("fc2", bias=True)
+    activation = getattr(source.module, act, None)
+    name = _activation(activation)
+    source.require(name is not None, f"has {act} = {activation}")
+    return {"act": name, "hidden_dim": fc1["fc1.weight"].shape[0]}, fc1 | fc2
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+def _activation(activation: Any) -> str | None:
+    """Which of our activations one is, by what it computes: each has many names."""
+    x = torch.linspace(-6, 6, 241, dtype=torch.float64, device="cpu")
+    try:
+        with torch.no_grad():
+            y = activation(x.clone())
+    except Exception:  # of any kind: the activation is anyone's
+        return None
+    for name, ours in _ACTIVATIONS.items():
+        if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, ours(x), 0, 1e-12):
+            return name
+    return None
+
+
+def _parameters(layer: Any) -> dict[str, Tensor]:
+    found = {"weight": layer.weight, "bias": layer.bias}
+    return {key: t.detach() for key, t in found.items() if t is not None}
+
+
+def _under(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": t for key, t in state.items()}

@@ -1,0 +1,260 @@
+"""The layers that modules own, as modules that can be called: eager PyTorch.
+
+This is what runs where ``backend`` is "reference", and where kernels may not read the parameters
+(see ``plain_layers``). Hooks, adapters and replaced layers work, as every layer is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossvit_kernels import checks
+
+
+class QuickGELU(nn.Module):
+    """``x * sigmoid(1.702 x)``: the GELU of CLIP's first models."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X of any shape -> y of the same."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+#: By the name that modules take as ``act``.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    scale: float,
+    dropout_p: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention with h heads.
+
+    Args:
+        q: [B, Q, D].
+        k: [B, N, D].
+        v: [B, N, D_v].
+        num_heads: h.
+        scale: Of the scores; a number that torch.jit.trace does not make float32 of, as it does
+            of one computed from a shape.
+        dropout_p: Of the weights.
+        mask: bool [B, N], True where a key is attended to; an image without any pools to 0.
+
+    Returns:
+        [B, Q, D_v].
+    """
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    scores = q @ k.transpose(-2, -1) * scale
+    if mask is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        attended = mask[:, None, None]
+        scores = scores.masked_fill(~attended, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1) * attended
+    return (F.dropout(weights, dropout_p) @ v).transpose(1, 2).flatten(2)
+
+
+def attention_weights(q: Tensor, k: Tensor, num_heads: int, scale: float) -> Tensor:
+    """The weights of ``attend``, [B, h, Q, N], in attention without dropout and mask."""
+    q, k = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k))
+    return (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)
+
+
+def drop_path_scale(batch: int, drop_path: float, training: bool, like: Tensor) -> Tensor | None:
+    """The factor of each image's residual update: drop path (stochastic depth).
+
+    Args:
+        batch: B.
+        drop_path: Probability that an image's update is dropped, in [0, 1).
+        training: Whether updates are dropped at all.
+        like: A tensor of the dtype and device that the factors take.
+
+    Returns:
+        [B], each 0 or 1 / (1 - drop_path), from torch's generator; None where all are 1.
+
+    Raises:
+        ValueError: drop_path is not in [0, 1).
+    """
+    checks.probability("drop_path", drop_path)
+    if not training or drop_path == 0:
+        return None
+    keep = 1 - drop_path
+    return like.new_empty(batch).bernoulli_(keep) / keep
+
+
+def add_update(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
+    """``x + scale * update``: both [B, N, C], scale [B] or None."""
+    return x + (update if scale is None else update * scale.to(update.dtype).view(-1, 1, 1))
+
+
+class Attention(nn.Module):
+    """What attention modules share: heads, and dropout of the weights in training."""
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0) -> None:
+        super().__init__()
+        checks.heads(num_heads, dim=dim)
+        checks.probability("attn_drop", attn_drop)
+        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.scale = (dim // num_heads) ** -0.5
+
+    @property
+    def dropout_p(self) -> float:
+        """The rate at which weights are dropped now."""
+        return self.attn_drop if self.training else 0.0
+
+
+class SelfAttention(Attention):
+    """Self-attention with one projection for q, k and v: timm's ``Attention``."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float) -> None:
+        super().__init__(dim, num_heads, attn_drop)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [B, N, C] -> [B, N, C]."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        out: Tensor = self.proj(attend(q, k, v, self.num_heads, self.scale, self.dropout_p))
+        return out
+
+
+class Mlp(nn.Module):
+    """Linear, activation, Linear.
+
+    Args:
+        dim: C, of input and output.
+        hidden_dim: Hidden units.
+        act: A key of ``ACTIVATIONS``.
+
+    Raises:
+        ValueError: There is no such activation.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, act: str = "gelu") -> None:
+        super().__init__()
+        checks.one_of("act", act, tuple(ACTIVATIONS))
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = ACTIVATIONS[act]()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [..., C] -> [..., C]."""
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class CrossAttention(Attention):
+    """Row 0 attends to all rows (CrossViT, Eq. 6): timm's ``crossvit.CrossAttention``."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float) -> None:
+        super().__init__(dim, num_heads, attn_drop)
+        self.wq = nn.Linear(dim, dim, bias=qkv_bias)
+        self.wk = nn.Linear(dim, dim, bias=qkv_bias)
+        self.wv = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [B, 1 + N, C] -> [B, 1, C]."""
+        q, k, v = self.wq(x[:, :1]), self.wk(x), self.wv(x)
+        out: Tensor = self.proj(attend(q, k, v, self.num_heads, self.scale, self.dropout_p))
+        return out
+
+
+class CrossAttentionBlock(nn.Module):
+    """``x_0 + CA(LN(x))`` (CrossViT, Eq. 7): timm's ``crossvit.CrossAttentionBlock``.
+
+    Args:
+        dim: C.
+        num_heads: h, which divides C.
+        qkv_bias: Whether query, key and value projections have biases.
+        eps: LayerNorm's.
+        attn_drop: Attention dropout in training.
+        drop_path: Probability in training that an image's update is dropped.
+
+    Raises:
+        ValueError: num_heads does not divide dim, or a rate is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        eps: float = 1e-6,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        checks.probability("drop_path", drop_path)
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = CrossAttention(dim, num_heads, qkv_bias, attn_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [B, 1 + N, C] -> row 0 anew, [B, 1, C]."""
+        scale = drop_path_scale(x.shape[0], self.drop_path, self.training, like=x)
+        return add_update(x[:, :1], self.attn(self.norm1(x)), scale)
+
+
+def lift(dim_in: int, dim_out: int, eps: float = 1e-6) -> nn.Sequential:
+    """The f or g of a fusion: LayerNorm, GELU, Linear."""
+    return nn.Sequential(nn.LayerNorm(dim_in, eps=eps), nn.GELU(), nn.Linear(dim_in, dim_out))
+
+
+class ProbeAttention(Attention):
+    """Queries attend to tokens: V-JEPA's ``CrossAttention``."""
+
+    proj: nn.Linear | None
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, out_proj: bool) -> None:
+        super().__init__(dim, num_heads)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim) if out_proj else None
+
+    def forward(self, queries: Tensor, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Queries [B, Q, C], x [B, N, C], key_mask bool [B, N] -> [B, Q, C]."""
+        k, v = self.kv(x).chunk(2, dim=-1)
+        out = attend(self.q(queries), k, v, self.num_heads, self.scale, self.dropout_p, key_mask)
+        return out if self.proj is None else self.proj(out)
+
+
+class ProbeBlock(nn.Module):
+    """V-JEPA's ``CrossAttentionBlock``: the LayerNorm before attention is on the tokens alone."""
+
+    def __init__(
+        self, dim: int, num_heads: int, hidden_dim: int, qkv_bias: bool, out_proj: bool, eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.xattn = ProbeAttention(dim, num_heads, qkv_bias, out_proj)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, hidden_dim)
+
+    def forward(self, queries: Tensor, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Queries [B, Q, C], x [B, N, C], key_mask bool [B, N] -> [B, Q, C]."""
+        mask = () if key_mask is None else (key_mask,)
+        queries = queries + self.xattn(queries, self.norm1(x), *mask)
+        out: Tensor = queries + self.mlp(self.norm2(queries))
+        return out
+
+
+def init_linears(module: nn.Module) -> None:
+    """The initialisation of vision transformers; a LayerNorm begins as the identity by itself."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
