@@ -1,4 +1,4 @@
-"""layernorm_ffn on a CPU: in float32 one C++ call forward; else, and backward, torch's kernels."""
+"""layernorm_ffn on a CPU: up to a width, in float32, one C++ call forward; torch's kernels else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from crossvit_kernels import extension
 from crossvit_kernels.extension import _C
+from crossvit_kernels.ops import panels
 from crossvit_kernels.ops.layernorm_ffn import composed
 from crossvit_kernels.ops.layernorm_ffn.composed import Saved, backward, empty_saved, why_not
 from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
@@ -17,7 +18,7 @@ __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 def forward(
     x: Tensor, w: FfnWeights, residual_scale: Tensor | None, eps: float, save: bool
 ) -> tuple[Tensor, Saved | None]:
-    if not extension.all_float32(x, *w):
+    if x.shape[2] > panels.widest() or not extension.all_float32(x, *w):
         return composed.forward(x, w, residual_scale, eps, save)
     y = x.new_empty(x.shape)
     saved = empty_saved(x, w) if save else None

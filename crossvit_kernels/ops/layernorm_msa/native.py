@@ -1,4 +1,4 @@
-"""layernorm_msa on a CPU: in float32 one C++ call forward; else, and backward, torch's kernels."""
+"""layernorm_msa on a CPU: up to a width, in float32, one C++ call forward; torch's kernels else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from crossvit_kernels import extension
 from crossvit_kernels.extension import _C
+from crossvit_kernels.ops import panels
 from crossvit_kernels.ops.layernorm_msa import composed
 from crossvit_kernels.ops.layernorm_msa.composed import Saved, backward, empty_saved, why_not
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
@@ -23,7 +24,7 @@ def forward(
     eps: float,
     keep: str,
 ) -> tuple[Tensor, Saved | None]:
-    if not extension.all_float32(x, cls, *w):
+    if x.shape[2] > panels.widest() or not extension.all_float32(x, cls, *w):
         return composed.forward(x, w, residual_scale, cls, num_heads, eps, keep)
     y = x.new_empty(x.shape)
     saved = empty_saved(x, w, num_heads, keep) if keep else None
