@@ -213,11 +213,10 @@ def test_every_kernel_is_inspected() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_compiles")
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
-@pytest.mark.parametrize(
-    "kernel", ["fusion_forward", "fusion_backward", "attention", "linear", "ffn", "fusion_"]
-)
+@pytest.mark.parametrize("kernel", ["fusion_", "attention", "linear", "ffn"])
 def test_what_kernels_compile_to_at_all_widths(kernel: str, arch: str) -> None:
-    check_compiled("--arch", arch, "--kernel", kernel)
+    """In all forms on sm_90, and elsewhere in those with most and with fewest tensors."""
+    check_compiled("--arch", arch, "--kernel", kernel, *(() if arch == "90" else ("--quick",)))
 
 
 @pytest.mark.usefixtures("triton_compiles")
