@@ -119,9 +119,9 @@ def attention_pool(
     """Multi-head attention of one or a few queries over many tokens, with all projections.
 
     The general single- or few-query head: SigLIP's MAP head, CaiT's class attention, CLIP's
-    AttentionPool2d, V-JEPA's attentive probe (see ``crossvit_kernels.modules``). From about
-    head_dim queries on, keys and values are cheaper and the reference forms them, unless a
-    backend is named.
+    AttentionPool2d, V-JEPA's attentive probe (see ``crossvit_kernels.modules``). From head_dim
+    queries on, on a CPU from 0.4 head_dim, keys and values are cheaper and the reference forms
+    them, unless a backend is named.
 
     Args:
         query: [B, Q, C_q], or [1, Q, C_q] shared by all images (a parameter).

@@ -305,7 +305,7 @@ def ran_absorbed(monkeypatch: pytest.MonkeyPatch, case: Case, **options: Any) ->
 
 @pytest.mark.usefixtures("cpu_backend")
 def test_many_queries_prefer_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = Case(queries=11), Case(queries=12)  # head_dim is 12
+    few, many = Case(queries=4), Case(queries=5)  # 0.4 of head_dim, 12, lies between
     assert ran_absorbed(monkeypatch, few)
     assert not ran_absorbed(monkeypatch, many)
     assert not ran_absorbed(monkeypatch, many, backend="auto")
