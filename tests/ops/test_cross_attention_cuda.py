@@ -226,7 +226,8 @@ def test_operators_are_what_they_say(cuda_device: str) -> None:
     arguments = (cls, tokens, weights, scale, *options)
     opcheck(operators.cross_attention_fusion_forward.default, arguments)
     new_cls, *saved = operators.cross_attention_fusion_forward(*arguments)
-    arguments = (new_cls, cls, tokens, weights, scale, saved, *options)
+    wanted = [True] * (2 + len(weights))
+    arguments = (new_cls, cls, tokens, weights, scale, saved, wanted, *options)
     opcheck(operators.cross_attention_fusion_backward.default, arguments)
 
 
