@@ -272,6 +272,7 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 def test_calls_are_seen_by_whoever_asks() -> None:
     """Plain eager mode calls the kernel directly; modes and profilers still learn of it."""
     name = "crossvit_kernels::layernorm_ffn_forward"

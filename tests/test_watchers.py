@@ -19,7 +19,7 @@ from crossvit_kernels.modules import CrossAttentionFusion
 
 pytestmark = [
     pytest.mark.usefixtures("cpu_backend"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),  # of torch itself, too
+    pytest.mark.filterwarnings("ignore:`torch.jit"),  # deprecated, and used by torch itself
 ]
 operations = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
 NAMES = list(OPERATIONS)

@@ -93,9 +93,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 def autocast_dtype(t: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to matrix products on t's device; None where it is off."""
     device_type = t.device.type
-    if not torch.amp.is_autocast_available(device_type):  # "meta"
-        return None
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # meta has no autocast
         return None
     return torch.get_autocast_dtype(device_type)
 
