@@ -255,8 +255,9 @@ def test_a_compiled_second_derivative_is_refused(make: Any) -> None:
     module, inputs = make()
     arguments = tuple(t.requires_grad_() for t in inputs(2))
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    (gradient,) = torch.autograd.grad(compiled(*arguments).sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
+    y = compiled(*arguments).sum()
+    with pytest.raises(RuntimeError, match="double backward|create_graph"):
+        (gradient,) = torch.autograd.grad(y, arguments[0], create_graph=True)
         torch.autograd.grad(gradient.sum(), arguments[0])
 
 
