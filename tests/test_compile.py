@@ -256,7 +256,7 @@ def test_a_compiled_second_derivative_is_refused(make: Any) -> None:
     arguments = tuple(t.requires_grad_() for t in inputs(2))
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     y = compiled(*arguments).sum()
-    with pytest.raises(RuntimeError, match="double backward|create_graph"):
+    with pytest.raises(RuntimeError, match=r"double backward|create_graph"):
         (gradient,) = torch.autograd.grad(y, arguments[0], create_graph=True)
         torch.autograd.grad(gradient.sum(), arguments[0])
 

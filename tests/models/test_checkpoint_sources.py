@@ -63,7 +63,7 @@ def test_shards(tmp_path):
 
 def test_directories(tmp_path):
     model = tiny()
-    with pytest.raises(FileNotFoundError, match="a directory without model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"a directory without model\.safetensors"):
         load_checkpoint(tiny(), tmp_path)
     (tmp_path / ".metadata").touch()
     with pytest.raises(FileNotFoundError, match="dcp_to_torch_save"):

@@ -149,7 +149,16 @@ def test_operators_are_what_they_say(triton_device: str) -> None:
     arguments = (cls, tokens, weights, scale, *settings)
     opcheck(operators.cross_attention_fusion_forward.default, arguments)
     new_cls, *saved = operators.cross_attention_fusion_forward(*arguments)
-    arguments = (new_cls, cls, tokens, weights, scale, saved, [True] * (2 + len(weights)), *settings)
+    arguments = (
+        new_cls,
+        cls,
+        tokens,
+        weights,
+        scale,
+        saved,
+        [True] * (2 + len(weights)),
+        *settings,
+    )
     opcheck(operators.cross_attention_fusion_backward.default, arguments)
 
 
