@@ -36,10 +36,8 @@ def refuse_misfits(found: Found, own: Mapping[str, Tensor], config: Config) -> N
             for key, t in own.items()
             if key in state and (kind := _unusable(state[key], t))
         ],
+        "of two values": _torn(state, own),
     }
-    on_meta = [key for key, t in own.items() if t.is_meta]
-    if on_meta:
-        raise ValueError(f"model: {on_meta[0]} is on meta: model.to_empty(device=...) first")
     lines = _few(kinds)
     if lines:
         lines += [f"recognised: {note}" for note in found.notes]
@@ -73,6 +71,24 @@ def _unusable(t: Tensor, own: Tensor) -> str | None:
     if t.is_floating_point() != own.is_floating_point() or t.is_complex() != own.is_complex():
         return str(t.dtype)
     return None
+
+
+def _torn(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Tied parameters of the model that the checkpoint has two values for."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    problems = []
+    for key, t in own.items():
+        if type(t) is not Tensor or t.numel() == 0:
+            continue
+        other = first.setdefault((t.data_ptr(), t.shape), key)
+        if other == key or key not in state or other not in state:
+            continue
+        a, b = state[other], state[key]
+        if a is b or a.shape != b.shape or _unusable(a, t) or _unusable(b, t):
+            continue
+        if not torch.equal(a.to(b), b):
+            problems.append(f"{key}: differs from {other}, to which the model ties it")
+    return problems
 
 
 def _hints(state: Mapping[str, Tensor], own: Mapping[str, Tensor], config: Config) -> list[str]:

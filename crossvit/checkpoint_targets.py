@@ -49,6 +49,9 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The whole parameters and buffers of a model by its own names, not those of wrappers.
 
     Ranks that share parameters call it together.
+
+    Raises:
+        ValueError: They are on ``meta``.
     """
     core = unwrap(model)
     if _is_sharded(model):
@@ -58,6 +61,9 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         state: Mapping[str, Any] = get_model_state_dict(model, options=options)
     else:
         state = core.state_dict()
+    for key, t in state.items():
+        if t.is_meta:
+            raise ValueError(f"model: {key} is on meta: model.to_empty(device=...) first")
     return {unwrapped_name(key): t for key, t in state.items()}
 
 
