@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,11 +89,10 @@ def writes(model: nn.Module) -> bool:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
-        isinstance(parameter, DTensor) for parameter in model.parameters()
+    # Where nobody has imported them, no model is of them, and importing them takes a second.
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    wrapped = fsdp is not None and any(isinstance(module, fsdp) for module in model.modules())
+    return wrapped or (
+        dtensor is not None and any(isinstance(p, dtensor) for p in model.parameters())
     )

@@ -6,6 +6,7 @@ import http.server
 import json
 import threading
 import time
+import warnings
 from pathlib import Path
 from urllib.error import URLError
 
@@ -78,7 +79,9 @@ def test_whole_modules_and_programs_are_refused(tmp_path):
     message = r"whole\.pth: refused, a whole module was saved, not its state_dict\(\)"
     with pytest.raises(ValueError, match=message):
         load_checkpoint(tiny(), tmp_path / "whole.pth")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
+    with warnings.catch_warnings():  # TorchScript is deprecated
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
     with pytest.raises(ValueError, match=r"a TorchScript program, which is code"):
         load_checkpoint(tiny(), tmp_path / "program.pt")
 

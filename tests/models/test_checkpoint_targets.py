@@ -86,13 +86,10 @@ def test_wrapped_models(name, tmp_path):
         with pytest.raises(ValueError, match=r"norm\.0\.weight: found \[3\]"):
             load_checkpoint(wrapped, broken)
         save_checkpoint(wrapped, tmp_path / "b.safetensors")
-    saved = safetensors_torch.load_file(tmp_path / "a.safetensors")
-    assert saved.keys() == model.state_dict().keys()
-    for key, t in model.state_dict().items():
-        assert torch.equal(t, saved[key]), key
-    # The entries of a header come in any order.
-    a, b = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "ab")
-    assert sorted(a) == sorted(b)
+    for name in ("a", "b"):
+        saved = safetensors_torch.load_file(tmp_path / f"{name}.safetensors")
+        assert saved.keys() == model.state_dict().keys()
+        assert all(torch.equal(t, saved[key]) for key, t in model.state_dict().items())
     loaded = load_model(tmp_path / "a.safetensors")
     assert loaded.config == TINY and loaded.blocks[0].reread_patches
 
