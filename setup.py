@@ -46,6 +46,7 @@ rule nvcc
   description = CUDA $out
 rule link
   command = $cxx -shared $in -o $out $libs
+  description = LINK $out
 """
 
 

@@ -18,9 +18,10 @@ NAMES = tuple(
     for way in ("forward", "backward")
 )
 
-# Name<Plan<element, units of 16 channels a warp, groups of 8 rows, warps of a tile, ...>>
+# Name<Plan<element, units of 16 channels a warp, groups of 8 rows, least and most warps of a tile,
+# ...>>
 _MANGLED = re.compile(
-    rf"\d({'|'.join(NAMES)})I\w*?PlanI(f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)ELi(\d+)E"
+    rf"\d({'|'.join(NAMES)})I\w*?PlanI(f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)ELi\d+ELi(\d+)E"
 )
 _DTYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 _TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -18,6 +18,7 @@ __device__ void write_numbers(const BackwardPass<P>& pass, const BackwardParams&
     if (row < count) {
       const float* of_dm = dm + (begin + row) * a.dm.row_stride;
       const float* of_m = m + (begin + row) * a.m.row_stride;
+#pragma unroll 2
       for (int c = lane; c < channels; c += 32) delta += rounded<T>(of_dm[c]) * of_m[c];
       for (int far = 16; far > 0; far /= 2) delta += __shfl_xor_sync(~0u, delta, far);
       lse = static_cast<const float*>(a.lse)[at + row];
@@ -104,7 +105,7 @@ void run(const BackwardParams& params, int teams, int blocks, float* workspace,
   LaunchConfig config;
   config.grid = dim3(static_cast<unsigned>(problem.batch * blocks), parts);
   config.cluster = blocks;
-  config.block = dim3(P::threads(teams));
+  config.block = dim3(P::threads(static_cast<int>(problem.channels), teams));
   config.shared_bytes = BackwardPass<P>::bytes(static_cast<int>(problem.channels), teams);
   config.stream = stream;
   float* tiles = blocks > 1 ? workspace + backward_workspace(problem, 1) : nullptr;

@@ -87,7 +87,7 @@ void run(const ForwardParams& params, int teams, int blocks, float* workspace,
   LaunchConfig config;
   config.grid = dim3(static_cast<unsigned>(problem.batch * blocks), parts, groups);
   config.cluster = blocks;
-  config.block = dim3(P::threads(teams));
+  config.block = dim3(P::threads(static_cast<int>(problem.channels), teams));
   config.shared_bytes = ForwardPass<P>::bytes(static_cast<int>(problem.channels), teams);
   config.stream = stream;
   check(launch(attention_core_forward<P>, config, params, partial,

@@ -37,6 +37,7 @@ __device__ void write_score_rows(const BackwardPass<P>& pass, const BackwardPara
   for (int row = P::warp(); row < P::kRows; row += P::warps()) {
     const int64_t at = ((begin + row) * p.batch + image) * channels;
     float delta = 0;
+#pragma unroll 2
     for (int c = lane_index(); c < channels; c += 32) {
       const float gain = row < count ? element<T>(p.weights.norm.weight, c) : 0;
       dm[row * pitch + c] = from_float<T>(row < count ? p.dz[at + c] * gain : 0);
@@ -86,6 +87,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   // g
   clear_rows(rows, count, own);
   const int own_pitch = operand_pitch<T>(own), pitch = operand_pitch<T>(channels);
+#pragma unroll 2
   for (int i = static_cast<int>(threadIdx.x); i < count * own; i += blockDim.x) {
     const int row = i / own, c = i % own;
     const float value = element<T>(p.dnew_cls, first * own + i);
@@ -139,6 +141,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     };
   });
   for (int row = 0; row < count; ++row) {
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < channels; c += blockDim.x) {
       rows[row * layout.pitch + c] = from_float<T>(v.y0[(first + row) * channels + c]);
     }

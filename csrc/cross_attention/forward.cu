@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   });
   // The first row of every image's tokens.
   for (int row = 0; row < count; ++row) {
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < channels; c += blockDim.x) {
       rows[row * layout.pitch + c] = from_float<T>(y0[row * channels + c]);
     }
@@ -99,11 +100,19 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     const Image<T> x = image_of(image);
     if (over || image != mine.begin || begin > 0) pass.start(x, mine.tokens);
     T* u = pass.rows();
-    for (int row = 0; row < P::kRows; ++row) {
-      const float* kt = v.kt + ((begin + row) * p.batch + first + image) * channels;
-      for (int c = static_cast<int>(threadIdx.x); c < channels; c += blockDim.x) {
-        const float value = begin + row < heads ? kt[c] * element<T>(w.norm.weight, c) : 0;
-        u[row * P::row_pitch(channels) + c] = from_float<T>(value);
+    const float* kt = v.kt + (begin * p.batch + first + image) * channels;
+#pragma unroll 1  // all rows of a channel are loads under way
+    for (int c = static_cast<int>(threadIdx.x); c < channels; c += blockDim.x) {
+      const float gain = element<T>(w.norm.weight, c);
+      float values[P::kRows];
+      const float* of_row = kt + c;
+#pragma unroll
+      for (int row = 0; row < P::kRows; ++row, of_row += p.batch * channels) {
+        values[row] = begin + row < heads ? *of_row * gain : 0;
+      }
+#pragma unroll
+      for (int row = 0; row < P::kRows; ++row) {
+        u[row * P::row_pitch(channels) + c] = from_float<T>(values[row]);
       }
     }
     pass.run(x, mine.tokens, states);

@@ -31,19 +31,19 @@ REDUCED: list[Change] = [
     (CHOOSE, "case DType::kFloat16: return run(half{});", ""),
     (
         CHOOSE,
-        "  if (rows <= 8 || channels < kOneUnitEach) {\n",
-        "  if (channels <= 96) return run(Plan<T, 6, 1, 1, 3>(), 2);\n"
-        "  return run(Plan<T, 3, 2, 4, 2>(), 1);\n#if 0\n",
+        "  if constexpr (sizeof(T) == 4) {\n",
+        "  if (channels <= 96) return run(Plan<T, 6, 1, 1, 1, 3>(), 2);\n"
+        "  return run(Plan<T, 3, 2, 4, 8, 2>(), 1);\n#if 0\n",
     ),
-    (CHOOSE, "  return run(Plan<T, 12, 2, 8, kWide ? 1 : 2>(), 1);\n}\n", "#endif\n}\n"),
+    (CHOOSE, "    return run(Plan<T, 12, 1, 4, 8, 2>(), 1);\n  }\n}\n", "#endif\n}\n"),
     (
         BLOCK,
-        "  if (channels > 768) return run(Plan<T, 12, 1, 8, 1>());\n",
-        "  if (channels <= 96) return run(Plan<T, 6, 1, 1, 2>());\n"
-        "  return run(Plan<T, 6, 2, 2, 1>());\n#if 0\n",
+        "  if constexpr (sizeof(T) == 4) {\n",
+        "  if (channels <= 96) return run(Plan<T, 6, 1, 1, 1, 2>());\n"
+        "  return run(Plan<T, 6, 2, 2, 4, 1>());\n#if 0\n",
     ),
-    (BLOCK, "  run(Plan<T, 12, 1, 4, 1>());\n}\n", "#endif\n}\n"),
-    (BLOCK, "teams = 8 / P::kSplit;", "teams = 2;"),
+    (BLOCK, "    return run(Plan<T, 12, 1, 4, 8, 1>());\n  }\n}\n", "#endif\n}\n"),
+    (BLOCK, "teams = 8 / P::split(channels);", "teams = 2;"),
     (
         BLOCK,
         "over = bytes_of(false) > limit;",
@@ -124,16 +124,19 @@ def barrier_of_a_block(file: str, context: str) -> Change:
     return file, context, f"{before}{{ if (FAULT) {BARRIER} else {CLUSTER_BARRIER} }}{after}"
 
 
-def of_a_pass(way: str, file: str, result: str, refilled: str, leave: str) -> dict[str, Fault]:
+LEAVE = "if (!states) leave();"
+
+
+def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Fault]:
     """What forward_pass.h and backward_pass.h have in common."""
     faults = {
         "rows not seen": race(CORE, no_barrier(file, f"{BARRIER}\n    scores_.sum_rows();")),
         "sums of rows not seen": race(CORE, no_barrier(file, f"clear();\n    {BARRIER}")),
         "tile refilled early": race(
-            refilled, no_warp_barrier(file, f"{WARP_BARRIER}\n      ring_.copy(x, range")
+            refilled, no_warp_barrier(file, f"{WARP_BARRIER}\n      ring_.copy_next(x, range")
         ),
-        "sums over tiles in use": race(CORE, no_barrier(file, f"{BARRIER}\n    {leave}")),
-        "results read early": race(CORE_WIDE, no_barrier(file, f"{leave}\n    {BARRIER}\n  }}")),
+        "sums over tiles in use": race(CORE, no_barrier(file, f"{BARRIER}\n    {LEAVE}")),
+        "results read early": race(CORE_WIDE, no_barrier(file, f"{LEAVE}\n    {BARRIER}\n  }}")),
         "tile not waited for": Fault(
             [left_out(file, "ring_.wait(turn);")],
             CORE,
@@ -175,16 +178,12 @@ CLUSTER_BARRIERS = {
         "f": f"{CLUSTER_BARRIER}\n  normalize_rows_backward<T, true>(\n      rank",
     },
 }
-LEAVE_M = "if (!states) leave();"
-LEAVE_DU = (
-    "if (!states) du_.template leave<true>(sums_of(P::team()), P::row_pitch(channels_), slice_);"
-)
-TEAM_BARRIER = "barrier_of_warps(1 + team(), 32 * kSplit);"
+TEAM_BARRIER = "barrier_of_warps(1 + team(channels), 32 * split(channels));"
 SWAPPED_SIDES = "FAULT ? 2 * side : side", "FAULT ? 2 * side + 1 : side + 2"
 
 FAULTS: dict[str, Fault] = {
-    **of_a_pass("forward", FORWARD_PASS, "m", CORE_WIDE, LEAVE_M),
-    **of_a_pass("backward", BACKWARD_PASS, "du", CORE, LEAVE_DU),
+    **of_a_pass("forward", FORWARD_PASS, "m", CORE_WIDE),
+    **of_a_pass("backward", BACKWARD_PASS, "du", CORE),
     "backward: sums of all rows not seen": race(
         CORE, no_barrier(BACKWARD_PASS, f"{BARRIER}\n    for (int turn")
     ),
@@ -209,7 +208,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "small copies of other lanes not seen": race(
         CORE,
-        no_warp_barrier(PLAN, f"copy_async_wait<P::kStages - 1>();\n      {WARP_BARRIER}"),
+        no_warp_barrier(PLAN, f"copy_async_wait<0>();\n      }}\n      {WARP_BARRIER}"),
         build=SMALL_COPIES,
     ),
     "small copies of no group": race(
@@ -222,7 +221,11 @@ FAULTS: dict[str, Fault] = {
     "a team does not meet": race(CORE_WIDE, left_out(PLAN, TEAM_BARRIER)),
     "teams share a barrier": race(
         FUSION_WIDE,
-        (PLAN, "barrier_of_warps(1 + team()", "barrier_of_warps(1 + (FAULT ? 0 : team())"),
+        (
+            PLAN,
+            "barrier_of_warps(1 + team(channels)",
+            "barrier_of_warps(1 + (FAULT ? 0 : team(channels))",
+        ),
     ),
     "one buffer of scores": race(
         CORE_WIDE,
@@ -232,7 +235,7 @@ FAULTS: dict[str, Fault] = {
         ),
     ),
     "a sum of a row too many": Fault(
-        [(SCORES, "i < P::kSplit * kSums;", "i < P::kSplit * kSums + FAULT;")],
+        [(SCORES, "i < P::split(channels_) * kSums;", "i < P::split(channels_) * kSums + FAULT;")],
         CORE,
         "an mbarrier that is not initialised, or was overwritten",
     ),

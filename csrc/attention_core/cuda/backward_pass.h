@@ -16,24 +16,25 @@ class BackwardPass {
   static constexpr int kRows = P::kRows;
 
   __host__ __device__ static int bytes(int channels, int teams) {
-    return before_barriers(channels, teams) + teams * P::kSplit * TileRing<P>::barrier_bytes();
+    return before_barriers(channels, teams) +
+           teams * P::split(channels) * TileRing<P>::barrier_bytes();
   }
 
   // memory: bytes(channels, teams) of shared memory, 16-byte aligned.
   __device__ BackwardPass(char* memory, int channels, float eps, bool normalize)
       : rows_(reinterpret_cast<T*>(memory)),
-        numbers_(reinterpret_cast<float*>(memory + span_bytes(channels, P::teams()) +
-                                          Scores::bytes(P::teams()))),
+        numbers_(reinterpret_cast<float*>(memory + span_bytes(channels, P::teams(channels)) +
+                                          Scores::bytes(channels, P::teams(channels)))),
         weights_(reinterpret_cast<T*>(reinterpret_cast<char*>(numbers_) + number_bytes() +
                                       P::warp() * weight_bytes())),
         channels_(channels),
         normalize_(normalize),
-        slice_(Slice::of(channels, P::part(), P::kSplit)),
+        slice_(Slice::of(channels, P::part(channels), P::split_log(channels))),
         ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels),
-              memory + before_barriers(channels, P::teams()) +
+              memory + before_barriers(channels, P::teams(channels)) +
                   P::warp() * TileRing<P>::barrier_bytes(),
               channels, slice_),
-        scores_(memory + span_bytes(channels, P::teams()), rows_, channels, slice_, eps,
+        scores_(memory + span_bytes(channels, P::teams(channels)), rows_, channels, slice_, eps,
                 normalize) {}
 
   // [2 kRows, row_pitch] for the caller to write before run(): dm, then u; zeros where there is no
@@ -59,7 +60,7 @@ class BackwardPass {
     __syncthreads();
     if (threadIdx.x < 2 * kRows) sums()[threadIdx.x] = scores_.row_sum(threadIdx.x);
     __syncthreads();
-    for (int turn = 0, token; (token = P::token_of(range, turn)) < range.last; ++turn) {
+    for (int turn = 0, token; (token = P::token_of(channels_, range, turn)) < range.last; ++turn) {
       ring_.wait(turn);
       const bool extra = token == 0 && x.has_extra;
       if (extra) ring_.write_extra(turn, x.extra);
@@ -68,15 +69,15 @@ class BackwardPass {
       if (extra) copy_extra(turn, write_extra);
       store(turn, x, dx, dx_stride, token, range.last, add);
       __syncwarp();
-      ring_.copy(x, range, turn + P::kStages);
+      ring_.copy_next(x, range, turn);
       if (states) {
-        states.leave(P::tile_of(range, turn), du_, slice_);
+        states.leave(P::tile_of(channels_, range, turn), du_, slice_);
         du_.clear();
       }
     }
     ring_.drain();
     __syncthreads();
-    if (!states) du_.template leave<true>(sums_of(P::team()), P::row_pitch(channels_), slice_);
+    if (!states) leave();
     __syncthreads();
   }
 
@@ -84,13 +85,13 @@ class BackwardPass {
   __device__ void gather(const TileStates<P>& states, const Range& range) {
     const int pitch = P::row_pitch(channels_), tiles = P::tiles_of(range);
     const ChannelShare share = ChannelShare::of(channels_, range);
-    const int width = share.last - share.first, all = P::teams() * kRows * width;
+    const int width = share.last - share.first, all = P::teams(channels_) * kRows * width;
     for (int i = static_cast<int>(threadIdx.x); i < all; i += blockDim.x) {
       const int channel = share.first + i % width, row = i / width % kRows;
       const int team = i / width / kRows;
       float sum = 0, mean = 0;
 #pragma unroll 4  // loads under way
-      for (int tile = team; tile < tiles; tile += P::teams()) {
+      for (int tile = team; tile < tiles; tile += P::teams(channels_)) {
         sum += states.sum(tile, row, channel);
         mean += states.mean(tile, row, channel);
       }
@@ -109,7 +110,10 @@ class BackwardPass {
     for (int i = static_cast<int>(threadIdx.x); i < count * width; i += blockDim.x) {
       const int row = i / width, channel = share.first + i % width;
       float sum = 0;
-      for (int team = 0; team < P::teams(); ++team) sum += sums_of(team)[row * pitch + channel];
+#pragma unroll 2
+      for (int team = 0; team < P::teams(channels_); ++team) {
+        sum += sums_of(team)[row * pitch + channel];
+      }
       write(row, channel, sum);
     }
   }
@@ -120,14 +124,15 @@ class BackwardPass {
   static constexpr int kWeightPitch = 2 * kRows + static_cast<int>(16 / sizeof(T));
 
   __host__ __device__ static int before_barriers(int channels, int teams) {
-    return span_bytes(channels, teams) + Scores::bytes(teams) + number_bytes() +
-           teams * P::kSplit * weight_bytes();
+    return span_bytes(channels, teams) + Scores::bytes(channels, teams) + number_bytes() +
+           teams * P::split(channels) * weight_bytes();
   }
   __host__ __device__ static int row_bytes(int channels) {
     return 2 * kRows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
   }
   __host__ __device__ static int span_bytes(int channels, int teams) {
-    const int rings = row_bytes(channels) + teams * P::kSplit * TileRing<P>::bytes(channels);
+    const int rings =
+        row_bytes(channels) + teams * P::split(channels) * TileRing<P>::bytes(channels);
     const int sums = teams * floats_of_team(channels) * static_cast<int>(sizeof(float));
     return rings > sums ? rings : sums;
   }
@@ -147,6 +152,11 @@ class BackwardPass {
   __device__ float* sums() const { return numbers_ + 2 * kRows; }  // of the rows, dm's then u's
   __device__ float* moments() const {
     return reinterpret_cast<float*>(weights_ + P::kTokens * kWeightPitch);
+  }
+
+  // Over the rows and the rings, which no copy is under way to.
+  __device__ void leave() {
+    du_.template leave<true>(sums_of(P::team(channels_)), P::row_pitch(channels_), slice_);
   }
 
   __device__ void add_tile(int turn, uint32_t attended) {
@@ -253,6 +263,7 @@ class BackwardPass {
   template <class WriteExtra>
   __device__ void copy_extra(int turn, WriteExtra write_extra) const {
     const T* from = ring_.tile(turn);
+#pragma unroll 1  // one tile of an image has it
     for (int c = lane_index(); c < slice_.units * 16; c += 32) {
       write_extra(slice_.first + c, from[c]);
     }
@@ -263,16 +274,21 @@ class BackwardPass {
                         bool add) const {
     constexpr int kChunk = TileRing<P>::kChunk;
     const int lane = lane_index();
+#pragma unroll 1
     for (int row = lane / 8; row < P::kTokens; row += 4) {
       if (token + row >= last || token + row < x.has_extra) continue;
       T* to = dx + (token + row - x.has_extra) * stride + slice_.first;
       T* from = ring_.tile(turn) + row * ring_.pitch();
-      for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
-        if (add) {
+      if (add) {
+#pragma unroll 1
+        for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
           for (int i = 0; i < kChunk; ++i) {
             from[c + i] = from_float<T>(to_float(from[c + i]) + to_float(to[c + i]));
           }
         }
+      }
+#pragma unroll 2
+      for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
         *reinterpret_cast<uint4*>(to + c) = *reinterpret_cast<const uint4*>(from + c);
       }
     }

@@ -50,25 +50,20 @@ __device__ TileStates<P> states_of_part(float* tiles, const Problem& problem, in
 }
 
 // Runs run(plan, teams). A wide image goes to more warps rather than to more registers of one. Few
-// problems have 16 rows of narrow tokens: they have no kernels of their own, which take long to
-// compile. At 384 channels backward has three teams: two blocks of four are more shared memory than
-// a multiprocessor of sm_90 has. Floats of as many channels are more registers than a warp has.
+// problems have 16 rows of narrow tokens, or floats: the former have no kernels of their own, which
+// take long to compile, the latter one kernel for all. At 384 channels backward has three teams:
+// two blocks of four are more shared memory than a multiprocessor of sm_90 has.
 template <class T, bool kBackward, class Run>
 void with_plan(int64_t rows, int64_t channels, Run&& run) {
-  constexpr bool kWide = sizeof(T) == 4;
-  constexpr int kOneUnitEach = 64;  // channels; four warps of a tile want one or more
-  if (rows <= 8 || channels < kOneUnitEach) {
-    if (channels <= 192) return run(Plan<T, 12, 1, 1, kWide ? 2 : 3>(), 4);
-    if constexpr (kWide) {
-      if (channels <= 384) return run(Plan<T, 12, 1, 2, 2>(), 2);
-    } else {
-      if (channels <= 384) return run(Plan<T, 24, 1, 1, 2>(), kBackward ? 3 : 4);
-    }
-    if (channels <= 768) return run(Plan<T, 12, 1, 4, 2>(), 1);
-    return run(Plan<T, 12, 1, 8, kWide ? 1 : 2>(), 1);
+  if constexpr (sizeof(T) == 4) {
+    return run(Plan<T, 12, 1, 1, 8, 2>(), channels <= 192 ? 4 : channels <= 384 ? 2 : 1);
+  } else {
+    constexpr int kOneUnitEach = 64;  // channels; four warps of a tile want one or more
+    if (rows > 8 && channels >= kOneUnitEach) return run(Plan<T, 12, 2, 4, 8, 2>(), 1);
+    if (channels <= 192) return run(Plan<T, 12, 1, 1, 1, 3>(), 4);
+    if (channels <= 384) return run(Plan<T, 24, 1, 1, 1, 2>(), kBackward ? 3 : 4);
+    return run(Plan<T, 12, 1, 4, 8, 2>(), 1);
   }
-  if (channels <= 768) return run(Plan<T, 12, 2, 4, 2>(), 1);
-  return run(Plan<T, 12, 2, 8, kWide ? 1 : 2>(), 1);
 }
 
 template <class Run>
@@ -108,7 +103,8 @@ BlockSize block_of(DType dtype, int64_t rows, int64_t channels) {
   with_element(dtype, [&](auto element) {
     with_plan<decltype(element), kBackward>(rows, channels, [&](auto plan, int teams) {
       using P = decltype(plan);
-      block = {P::threads(teams), Pass<P>::bytes(static_cast<int>(channels), teams)};
+      const int width = static_cast<int>(channels);
+      block = {P::threads(width, teams), Pass<P>::bytes(width, teams)};
     });
   });
   return block;

@@ -22,19 +22,20 @@ class ForwardPass {
   // Score rows, rings, exchange. What the teams leave for each other at the end goes over the
   // rings.
   __host__ __device__ static int bytes(int channels, int teams) {
-    return before_barriers(channels, teams) + teams * P::kSplit * TileRing<P>::barrier_bytes();
+    return before_barriers(channels, teams) +
+           teams * P::split(channels) * TileRing<P>::barrier_bytes();
   }
 
   // memory: bytes(channels, teams) of shared memory, 16-byte aligned.
   __device__ ForwardPass(char* memory, int channels, float eps, bool normalize)
       : rows_(reinterpret_cast<T*>(memory)),
         channels_(channels),
-        slice_(Slice::of(channels, P::part(), P::kSplit)),
+        slice_(Slice::of(channels, P::part(channels), P::split_log(channels))),
         ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels),
-              memory + before_barriers(channels, P::teams()) +
+              memory + before_barriers(channels, P::teams(channels)) +
                   P::warp() * TileRing<P>::barrier_bytes(),
               channels, slice_),
-        scores_(memory + span_bytes(channels, P::teams()), rows_, channels, slice_, eps,
+        scores_(memory + span_bytes(channels, P::teams(channels)), rows_, channels, slice_, eps,
                 normalize) {}
 
   // [kRows, row_pitch]: u, for the caller to write before run(), zeros where there is no row.
@@ -50,14 +51,14 @@ class ForwardPass {
     scores_.sum_rows();
     clear();
     __syncthreads();
-    for (int turn = 0, token; (token = P::token_of(range, turn)) < range.last; ++turn) {
+    for (int turn = 0, token; (token = P::token_of(channels_, range, turn)) < range.last; ++turn) {
       ring_.wait(turn);
       if (token == 0 && x.has_extra) ring_.write_extra(turn, x.extra);
       add_tile(turn, x.attended_of_tile(token, range.last));
       __syncwarp();
-      ring_.copy(x, range, turn + P::kStages);
+      ring_.copy_next(x, range, turn);
       if (states) {
-        const int tile = P::tile_of(range, turn);
+        const int tile = P::tile_of(channels_, range, turn);
         states.leave(tile, sums_, slice_);
         states.leave(tile, softmax_);
         clear();
@@ -74,14 +75,14 @@ class ForwardPass {
   __device__ void gather(const TileStates<P>& states, const Range& range) {
     const int pitch = P::row_pitch(channels_), tiles = P::tiles_of(range);
     const ChannelShare share = ChannelShare::of(channels_, range);
-    const int width = share.last - share.first, all = P::teams() * P::kRows * width;
+    const int width = share.last - share.first, all = P::teams(channels_) * P::kRows * width;
     for (int i = static_cast<int>(threadIdx.x); i < all; i += blockDim.x) {
       const int channel = share.first + i % width, row = i / width % P::kRows;
       const int team = i / width / P::kRows;
       SoftmaxState state;
       float sum = 0, mean = 0;
 #pragma unroll 4  // loads under way
-      for (int tile = team; tile < tiles; tile += P::teams()) {
+      for (int tile = team; tile < tiles; tile += P::teams(channels_)) {
         const Scales scales = join(state, states.state(tile, row));
         sum = scales.join(sum, states.sum(tile, row, channel));
         mean = scales.join(mean, states.mean(tile, row, channel));
@@ -103,7 +104,8 @@ class ForwardPass {
       const int row = i / width, channel = share.first + i % width;
       SoftmaxState state;
       float sum = 0;
-      for (int team = 0; team < P::teams(); ++team) {
+#pragma unroll 2
+      for (int team = 0; team < P::teams(channels_); ++team) {
         sum = join(state, *left(team, row)).join(sum, sums_of(team)[row * pitch + channel]);
       }
       write(row, channel, sum, state);
@@ -112,7 +114,7 @@ class ForwardPass {
 
  private:
   __host__ __device__ static int before_barriers(int channels, int teams) {
-    return span_bytes(channels, teams) + Scores::bytes(teams);
+    return span_bytes(channels, teams) + Scores::bytes(channels, teams);
   }
   __host__ __device__ static int row_bytes(int channels) {
     return P::kRows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
@@ -122,7 +124,8 @@ class ForwardPass {
     return P::kRows * P::row_pitch(channels) + 2 * P::kRows;
   }
   __host__ __device__ static int span_bytes(int channels, int teams) {
-    const int rings = row_bytes(channels) + teams * P::kSplit * TileRing<P>::bytes(channels);
+    const int rings =
+        row_bytes(channels) + teams * P::split(channels) * TileRing<P>::bytes(channels);
     const int sums = teams * floats_of_team(channels) * static_cast<int>(sizeof(float));
     return rings > sums ? rings : sums;
   }
@@ -207,10 +210,10 @@ class ForwardPass {
 
   // Over the rows and the rings, which no copy is under way to.
   __device__ void leave() {
-    sums_.template leave<true>(sums_of(P::team()), P::row_pitch(channels_), slice_);
-    if (lane_index() % 4 || P::part()) return;
+    sums_.template leave<true>(sums_of(P::team(channels_)), P::row_pitch(channels_), slice_);
+    if (lane_index() % 4 || P::part(channels_)) return;
     for (int group = 0; group < P::kGroups; ++group) {
-      *left(P::team(), 8 * group + lane_index() / 4) = softmax_[group];
+      *left(P::team(channels_), 8 * group + lane_index() / 4) = softmax_[group];
     }
   }
 

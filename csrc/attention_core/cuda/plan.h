@@ -7,11 +7,14 @@
 
 // How a block of threads passes over a range of an image's tokens.
 //
-// A tile is 16 tokens. It belongs to a team of kSplit warps, each of which has its own slice of the
-// channels, in units of 16, and its own ring of kStages tiles in shared memory, which it fills with
+// A tile is 16 tokens. It belongs to a team of warps, each of which has its own slice of the
+// channels, in units of 16, and its own ring of tiles in shared memory, which it fills with
 // asynchronous copies. Teams take turns: tile i is team i % teams'. With one warp a team, warps
 // meet only at the range's end, where their sums are added in a fixed order; with more, the warps
 // of a team exchange the partial scores of a tile. A block has as many teams as it has warps for.
+//
+// A plan is what kernels are compiled for, which takes seconds each. So one serves several widths:
+// the warps of a team follow from the channels, between kLeastSplit and kMostSplit.
 
 namespace crossvit::attention_core {
 
@@ -23,51 +26,68 @@ struct Range {
   int rank = 0, ranks = 1;
 };
 
-template <class T, int kUnits_, int kGroups_, int kSplit_, int kStages_>
+template <class T, int kUnits_, int kGroups_, int kLeastSplit_, int kMostSplit_, int kStages_>
 struct Plan {
   using Element = T;
-  static constexpr int kUnits = kUnits_;    // at most so many of 16 channels a warp
-  static constexpr int kGroups = kGroups_;  // of 8 score rows
-  static constexpr int kSplit = kSplit_;    // warps of a team
-  static constexpr int kStages = kStages_;
+  static constexpr int kUnits = kUnits_;            // at most so many of 16 channels a warp
+  static constexpr int kGroups = kGroups_;          // of 8 score rows
+  static constexpr int kLeastSplit = kLeastSplit_;  // warps of a team, a power of two
+  static constexpr int kMostSplit = kMostSplit_;
+  static constexpr bool kTeams = kMostSplit > 1;
+  static constexpr int kStages = kStages_;  // of a ring, at most
   static constexpr int kTokens = kTokensOfTile;
   static constexpr int kRows = 8 * kGroups;
   static constexpr int kMaxThreads = 256;
   // Units at once where none keeps registers for later; the widest plans spill with more.
   static constexpr int kUnroll = 2;
-  static constexpr int kMaxChannels = 16 * kUnits * kSplit;
+  static constexpr int kMaxChannels = 16 * kUnits * kMostSplit;
 
-  static int threads(int teams) { return 32 * kSplit * teams; }
+  // Warps of a team, and their number's logarithm.
+  __host__ __device__ static int split(int channels) { return 1 << split_log(channels); }
+  __host__ __device__ static int split_log(int channels) {
+    int log = 0;
+    for (int split = 1; split < kMostSplit; split *= 2) {
+      log += split < kLeastSplit || channels > 16 * kUnits * split;
+    }
+    return log;
+  }
+  // Shared memory has one tile of the widest floats.
+  __host__ __device__ static int stages(int channels) {
+    constexpr int kTwo = 768;  // channels of the widest that it has two of
+    return sizeof(T) == 4 && kMaxChannels > kTwo && channels > kTwo ? 1 : kStages;
+  }
+
+  static int threads(int channels, int teams) { return 32 * split(channels) * teams; }
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   __device__ static int warps() { return static_cast<int>(blockDim.x) / 32; }
-  __device__ static int teams() { return warps() / kSplit; }
-  __device__ static int team() { return warp() / kSplit; }
+  __device__ static int teams(int channels) { return warps() >> split_log(channels); }
+  __device__ static int team(int channels) { return warp() >> split_log(channels); }
   // This warp's place in its team.
-  __device__ static int part() { return warp() % kSplit; }
+  __device__ static int part(int channels) { return warp() & (split(channels) - 1); }
 
   // The team's tile of a turn, counted from the range's first, and its first token.
-  __device__ static int tile_of(const Range& range, int turn) {
-    return (turn * teams() + team()) * range.ranks + range.rank;
+  __device__ static int tile_of(int channels, const Range& range, int turn) {
+    return (turn * teams(channels) + team(channels)) * range.ranks + range.rank;
   }
   __device__ static int tiles_of(const Range& range) {
     return (range.last - range.first + kTokens - 1) / kTokens;
   }
-  __device__ static int token_of(const Range& range, int turn) {
-    return range.first + tile_of(range, turn) * kTokens;
+  __device__ static int token_of(int channels, const Range& range, int turn) {
+    return range.first + tile_of(channels, range, turn) * kTokens;
   }
 
-  __device__ static void meet_team() {
-    if constexpr (kSplit == 1) {
+  __device__ static void meet_team(int channels) {
+    if constexpr (!kTeams) {
       __syncwarp();
     } else {
-      barrier_of_warps(1 + team(), 32 * kSplit);
+      barrier_of_warps(1 + team(channels), 32 * split(channels));
     }
   }
 
   // From a row of a tile to the next, in elements; 16 bytes more than what is in it, so that 8 rows
   // lie in different banks.
   __host__ __device__ static int tile_pitch(int channels) {
-    const int most = (channels / 16 + kSplit - 1) / kSplit;
+    const int most = (channels / 16 + split(channels) - 1) >> split_log(channels);
     return most * 16 + static_cast<int>(16 / sizeof(T));
   }
   // The same of whole rows of channels.
@@ -81,9 +101,10 @@ struct Slice {
   int first;  // channel
   int units;
 
-  __device__ static Slice of(int channels, int part, int parts) {
-    const int all = channels / 16, begin = all * part / parts;
-    return {begin * 16, all * (part + 1) / parts - begin};
+  // parts: as a logarithm.
+  __device__ static Slice of(int channels, int part, int log_of_parts) {
+    const int all = channels / 16, begin = all * part >> log_of_parts;
+    return {begin * 16, (all * (part + 1) >> log_of_parts) - begin};
   }
 
   // The part that has a channel.
@@ -144,7 +165,7 @@ class TileRing {
   static constexpr int kChunk = 16 / sizeof(T);  // elements of 16 bytes
 
   __host__ __device__ static int bytes(int channels) {
-    return P::kStages * P::kTokens * P::tile_pitch(channels) * static_cast<int>(sizeof(T));
+    return P::stages(channels) * P::kTokens * P::tile_pitch(channels) * static_cast<int>(sizeof(T));
   }
   __host__ __device__ static constexpr int barrier_bytes() {
     return (P::kStages + 1) / 2 * 2 * static_cast<int>(sizeof(uint64_t));
@@ -154,21 +175,28 @@ class TileRing {
   __device__ TileRing(char* memory, char* barriers, int channels, Slice slice)
       : memory_(reinterpret_cast<T*>(memory)),
         barriers_(reinterpret_cast<uint64_t*>(barriers)),
+        channels_(channels),
         pitch_(P::tile_pitch(channels)),
         slice_(slice) {}
 
   __device__ int pitch() const { return pitch_; }
-  __device__ T* tile(int turn) const { return memory_ + turn % P::kStages * (P::kTokens * pitch_); }
+  __device__ T* tile(int turn) const { return memory_ + stage_of(turn) * (P::kTokens * pitch_); }
 
   // Starts the copies of the team's first tiles.
   __device__ void fill(const Image<T>& x, const Range& range) {
     if (!open_) open();
-    for (int turn = 0; turn < P::kStages; ++turn) copy(x, range, turn);
+#pragma unroll 1
+    for (int turn = 0; turn < P::stages(channels_); ++turn) copy(x, range, turn);
+  }
+
+  // Starts the copy of the tile that takes the place of a turn's.
+  __device__ void copy_next(const Image<T>& x, const Range& range, int turn) {
+    copy(x, range, turn + P::stages(channels_));
   }
 
   // Starts the copy of a tile: zeros where a token is not attended to.
   __device__ void copy(const Image<T>& x, const Range& range, int turn) {
-    const int token = P::token_of(range, turn);
+    const int token = P::token_of(channels_, range, turn);
     if constexpr (kBulkCopies) {
       if (token < range.last) copy_bulk_rows(x, turn, token, range.last);
     } else {
@@ -180,11 +208,15 @@ class TileRing {
   // Until the tile of this turn, the oldest under way, is there.
   __device__ void wait(int turn) {
     if constexpr (kBulkCopies) {
-      const int stage = turn % P::kStages;
+      const int stage = stage_of(turn);
       barrier_wait(barriers_ + stage, arrived_ >> stage & 1);
       arrived_ ^= 1u << stage;
     } else {
-      copy_async_wait<P::kStages - 1>();
+      if (P::stages(channels_) == P::kStages) {
+        copy_async_wait<P::kStages - 1>();
+      } else {
+        copy_async_wait<0>();
+      }
       __syncwarp();
     }
   }
@@ -198,11 +230,16 @@ class TileRing {
   __device__ void write_extra(int turn, const T* extra) {
     const int lane = lane_index();
     T* to = tile(turn);
+#pragma unroll 2
     for (int c = lane; c < slice_.units * 16; c += 32) to[c] = extra[slice_.first + c];
     __syncwarp();
   }
 
  private:
+  __device__ int stage_of(int turn) const {
+    return P::stages(channels_) == P::kStages ? turn % P::kStages : 0;
+  }
+
   __device__ void open() {
     open_ = true;
     if constexpr (kBulkCopies) {
@@ -219,10 +256,12 @@ class TileRing {
     const uint32_t attended = x.attended_of_tile(token, last);
     const int lane = lane_index();
     T* to = tile(turn);
+#pragma unroll 1
     for (int row = lane / 8; row < P::kTokens; row += 4) {
       const bool read = (attended >> row & 1) && token + row >= x.has_extra;
       const T* from = read ? x.row(token + row) + slice_.first : x.data;
       T* to_row = to + row * pitch_;
+#pragma unroll 2
       for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
         copy_async_16(to_row + c, read ? from + c : from, read ? 16 : 0);
       }
@@ -234,11 +273,13 @@ class TileRing {
     const uint32_t extra = token < x.has_extra ? 1u : 0u;
     const uint32_t rows = x.attended_of_tile(token, last) & ~extra;
     const int row_bytes = slice_.units * 16 * static_cast<int>(sizeof(T)), lane = lane_index();
-    uint64_t* barrier = barriers_ + turn % P::kStages;
+    uint64_t* barrier = barriers_ + stage_of(turn);
     T* to = tile(turn);
     if (rows != 0xffffu) {
+#pragma unroll 1
       for (int row = lane / 8; row < P::kTokens; row += 4) {
         if (rows >> row & 1) continue;
+#pragma unroll 1
         for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
           *reinterpret_cast<uint4*>(to + row * pitch_ + c) = make_uint4(0, 0, 0, 0);
         }
@@ -254,6 +295,7 @@ class TileRing {
 
   T* memory_;
   uint64_t* barriers_;  // one a stage
+  int channels_;
   int pitch_;
   Slice slice_;
   bool open_ = false;
@@ -266,10 +308,15 @@ __device__ void write_rows(typename P::Element* to, const float* from, int64_t s
                            int channels) {
   using T = typename P::Element;
   const int pitch = P::row_pitch(channels);
-  for (int row = 0; row < P::kRows; ++row) {
-    for (int c = static_cast<int>(threadIdx.x); c < channels; c += static_cast<int>(blockDim.x)) {
-      to[row * pitch + c] = from_float<T>(row < count ? from[row * stride + c] : 0.0f);
+#pragma unroll 1  // all rows of a channel are loads under way
+  for (int c = static_cast<int>(threadIdx.x); c < channels; c += static_cast<int>(blockDim.x)) {
+    float values[P::kRows];
+#pragma unroll
+    for (int row = 0; row < P::kRows; ++row) {
+      values[row] = row < count ? from[row * stride + c] : 0.0f;
     }
+#pragma unroll
+    for (int row = 0; row < P::kRows; ++row) to[row * pitch + c] = from_float<T>(values[row]);
   }
 }
 

@@ -18,12 +18,13 @@ class TileScores {
   static constexpr int kRows = P::kRows;
   static constexpr int kSums = kSets * kRows;
   // Of one warp, for one tile: three numbers a token, and the scores where warps share a tile.
-  static constexpr int kScores = P::kSplit > 1 ? kSums* P::kTokens : 0;
+  static constexpr int kScores = P::kTeams ? kSums * P::kTokens : 0;
   static constexpr int kFloats = 3 * P::kTokens + kScores;
-  static constexpr int kBuffers = P::kSplit > 1 ? 2 : 1;
+  static constexpr int kBuffers = P::kTeams ? 2 : 1;
 
-  __host__ __device__ static int bytes(int teams) {
-    return (teams * kBuffers * kFloats + kSums) * P::kSplit * static_cast<int>(sizeof(float));
+  __host__ __device__ static int bytes(int channels, int teams) {
+    const int floats = (teams * kBuffers * kFloats + kSums) * P::split(channels);
+    return floats * static_cast<int>(sizeof(float));
   }
 
   // rows: [kSums, row_pitch] in shared memory.
@@ -40,10 +41,11 @@ class TileScores {
   // Sums of the rows as rounded, a number a slice. All threads; a barrier must follow.
   __device__ void sum_rows() {
     const int pitch = P::row_pitch(channels_);
-    for (int i = P::warp(); i < P::kSplit * kSums; i += P::warps()) {
+    for (int i = P::warp(); i < P::split(channels_) * kSums; i += P::warps()) {
       const int part = i / kSums, row = i % kSums;
-      const Slice slice = Slice::of(channels_, part, P::kSplit);
+      const Slice slice = Slice::of(channels_, part, P::split_log(channels_));
       float sum = 0;
+#pragma unroll 2
       for (int c = lane_index(); c < slice.units * 16; c += 32) {
         sum += to_float(rows_[row * pitch + slice.first + c]);
       }
@@ -55,7 +57,7 @@ class TileScores {
   // The sum of a row over all channels.
   __device__ float row_sum(int row) const {
     float sum = 0;
-    for (int part = 0; part < P::kSplit; ++part) sum += row_sums_[part * kSums + row];
+    for (int part = 0; part < P::split(channels_); ++part) sum += row_sums_[part * kSums + row];
     return sum;
   }
 
@@ -67,7 +69,7 @@ class TileScores {
     const TokenSums sums = products_of_slice(tile, products);
     float* mine = exchange_ + (P::warp() * kBuffers + turn % kBuffers) * kFloats;
     leave(mine, sums, products);
-    P::meet_team();
+    P::meet_team(channels_);
     collect(turn, attended, products, scores, four);
   }
 
@@ -116,7 +118,7 @@ class TileScores {
         of_token[2 * P::kTokens] = sums.centre[i];
       }
     }
-    if constexpr (P::kSplit > 1) {
+    if constexpr (P::kTeams) {
       for (int set = 0; set < kSets; ++set) {
         for (int group = 0; group < P::kGroups; ++group) {
           for (int side = 0; side < 2; ++side) {
@@ -130,53 +132,76 @@ class TileScores {
     }
   }
 
+  // Of the team's warps in their order.
   __device__ void collect(int turn, uint32_t attended, const float (&products)[kSets][2][4],
                           float (&scores)[kSets][P::kGroups][4], FourTokens& four) const {
-    const int g = lane_index() / 4, first_warp = P::warp() - P::part();
-    const float* left = exchange_ + (first_warp * kBuffers + turn % kBuffers) * kFloats;
+    const int g = lane_index() / 4, part = P::part(channels_), parts = P::split(channels_);
     constexpr int kNext = kBuffers * kFloats;  // from a warp to the next
+    const int first_warp = P::warp() - part;
+    const float* left = exchange_ + (first_warp * kBuffers + turn % kBuffers) * kFloats;
+    float mean[4], squares[4] = {};
+    means_of_tile(left, mean);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int token = nth_token(i);
-      float mean = left[token], squares = left[P::kTokens + token];
-      if constexpr (P::kSplit > 1) {
-        mean = squares = 0;
-        for (int part = 0; part < P::kSplit; ++part) {
-          mean += left[part * kNext + token] * width_of(part);
-        }
-        mean /= channels_;
-        for (int part = 0; part < P::kSplit; ++part) {
-          const float apart = left[part * kNext + token] - mean;
-          squares += left[part * kNext + P::kTokens + token] + apart * apart * width_of(part);
+      four.centre[i] = centre_of(left + part * kNext, nth_token(i));
+      four.mean[i] = normalize_ ? mean[i] : 0.0f;
+      for (int set = 0; set < kSets; ++set) {
+        for (int group = 0; group < P::kGroups; ++group) scores[set][group][i] = 0;
+      }
+    }
+#pragma unroll 1  // what it loads is enough to wait for at once
+    for (int p = 0; p < parts; ++p, left += kNext) {
+      const float* row_sums = row_sums_ + p * kSums;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = nth_token(i);
+        const float apart = left[token] - mean[i];
+        const float of_part = P::kTeams ? apart * apart * width_of(p) : 0.0f;
+        squares[i] += left[P::kTokens + token] + of_part;
+        const float centred = four.mean[i] - centre_of(left, token);
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+          for (int group = 0; group < P::kGroups; ++group) {
+            const int row = set * kRows + 8 * group + g;
+            const float product = P::kTeams ? left[3 * P::kTokens + row * P::kTokens + token]
+                                            : products[set][i >> 1][2 * group + (i & 1)];
+            scores[set][group][i] += product - centred * row_sums[row];
+          }
         }
       }
-      const bool is = attended >> token & 1;
-      const int part = P::part();
-      four.centre[i] = kCentre && normalize_ ? left[part * kNext + 2 * P::kTokens + token] : 0.0f;
-      four.mean[i] = normalize_ ? mean : 0.0f;
-      four.rstd[i] = !is ? 0.0f : normalize_ ? 1.0f / sqrtf(squares / channels_ + eps_) : 1.0f;
+    }
 #pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool is = attended >> nth_token(i) & 1;
+      four.rstd[i] = !is ? 0.0f : normalize_ ? 1.0f / sqrtf(squares[i] / channels_ + eps_) : 1.0f;
       for (int set = 0; set < kSets; ++set) {
-#pragma unroll
-        for (int group = 0; group < P::kGroups; ++group) {
-          const int row = set * kRows + 8 * group + g;
-          float score = 0;
-          for (int p = 0; p < P::kSplit; ++p) {
-            const float* of_part = left + p * kNext;
-            const float centre = kCentre && normalize_ ? of_part[2 * P::kTokens + token] : 0.0f;
-            const float product = P::kSplit == 1
-                                      ? products[set][i >> 1][2 * group + (i & 1)]
-                                      : of_part[3 * P::kTokens + row * P::kTokens + token];
-            score += product - (four.mean[i] - centre) * row_sums_[p * kSums + row];
-          }
-          scores[set][group][i] = score * four.rstd[i];
-        }
+        for (int group = 0; group < P::kGroups; ++group) scores[set][group][i] *= four.rstd[i];
       }
     }
   }
 
+  // Of the four tokens, from what the team's warps left.
+  __device__ void means_of_tile(const float* left, float (&mean)[4]) const {
+    if constexpr (!P::kTeams) {
+      for (int i = 0; i < 4; ++i) mean[i] = left[nth_token(i)];
+    } else {
+      for (int i = 0; i < 4; ++i) mean[i] = 0;
+#pragma unroll 1
+      for (int part = 0; part < P::split(channels_); ++part) {
+        const float* of_part = left + part * kBuffers * kFloats;
+        for (int i = 0; i < 4; ++i) mean[i] += of_part[nth_token(i)] * width_of(part);
+      }
+      for (int i = 0; i < 4; ++i) mean[i] /= channels_;
+    }
+  }
+
+  __device__ float centre_of(const float* left, int token) const {
+    return kCentre && normalize_ ? left[2 * P::kTokens + token] : 0.0f;
+  }
+
   __device__ int width_of(int part) const {
-    return Slice::of(channels_, part, P::kSplit).units * 16;
+    return Slice::of(channels_, part, P::split_log(channels_)).units * 16;
   }
 
   float* exchange_;

@@ -52,13 +52,13 @@ class TileStates {
     sums.template leave<false>(sums_of(tile), channels_, slice);
     if (lane_index() % 4) return;
     for (int group = 0; group < P::kGroups; ++group) {
-      numbers_of(tile, 8 * group + lane_index() / 4)[2 + P::part()] = sums.mean[group];
+      numbers_of(tile, 8 * group + lane_index() / 4)[2 + P::part(channels_)] = sums.mean[group];
     }
   }
 
   // The team's first warp does; states are of row 8 group + g.
   __device__ void leave(int tile, const SoftmaxState (&states)[P::kGroups]) const {
-    if (lane_index() % 4 || P::part()) return;
+    if (lane_index() % 4 || P::part(channels_)) return;
     for (int group = 0; group < P::kGroups; ++group) {
       float* numbers = numbers_of(tile, 8 * group + lane_index() / 4);
       numbers[0] = states[group].peak;
@@ -75,11 +75,11 @@ class TileStates {
   }
   // What the tokens' means add in the warp that had the channel.
   __device__ float mean(int tile, int row, int channel) const {
-    return numbers_of(tile, row)[2 + Slice::part_of(channels_, channel, P::kSplit)];
+    return numbers_of(tile, row)[2 + Slice::part_of(channels_, channel, P::split(channels_))];
   }
 
  private:
-  static constexpr int kNumbers = 2 + P::kSplit;
+  static constexpr int kNumbers = 2 + P::kMostSplit;
 
   __device__ float* sums_of(int tile) const { return memory_ + tile * floats(channels_); }
   __device__ float* numbers_of(int tile, int row) const {

@@ -153,17 +153,14 @@ __device__ void linear_of_heads(T* rows, int pitch, const void* weight, int dept
 template <class T, class Run>
 void with_fusion_plan(int64_t heads, int64_t channels, Run&& run) {
   using attention_core::Plan;
-  if (channels > 768) return run(Plan<T, 12, 1, 8, 1>());
-  if constexpr (sizeof(T) == 2) {
-    if (heads > 8) return run(Plan<T, 12, 2, 4, 1>());
-  }
-  if (channels <= 192) return run(Plan<T, 12, 1, 1, sizeof(T) == 4 ? 1 : 2>());
   if constexpr (sizeof(T) == 4) {
-    if (channels <= 384) return run(Plan<T, 12, 1, 2, 1>());
+    return run(Plan<T, 12, 1, 1, 8, 1>());
   } else {
-    if (channels <= 384) return run(Plan<T, 24, 1, 1, 1>());
+    if (heads > 8 && channels <= 768) return run(Plan<T, 12, 2, 4, 4, 1>());
+    if (channels <= 192) return run(Plan<T, 12, 1, 1, 1, 2>());
+    if (channels <= 384) return run(Plan<T, 24, 1, 1, 1, 1>());
+    return run(Plan<T, 12, 1, 4, 8, 1>());
   }
-  run(Plan<T, 12, 1, 4, 1>());
 }
 
 struct Setup {
@@ -176,14 +173,14 @@ struct Setup {
 template <class P, class Pass>
 Setup setup_of(int own, int channels, int limit) {
   using T = typename P::Element;
-  int teams = 8 / P::kSplit;
+  int teams = 8 / P::split(channels);
   const auto bytes_of = [&](bool over) {
     return Layout::of<T>(own, channels, over)
         .template bytes<T>(channels, Pass::bytes(channels, teams));
   };
   while (teams > 1 && bytes_of(false) > limit) teams /= 2;
   const bool over = bytes_of(false) > limit;
-  return {{P::threads(teams), bytes_of(over)}, over};
+  return {{P::threads(channels, teams), bytes_of(over)}, over};
 }
 
 inline LaunchConfig config_of(int64_t batch, const attention_core::cuda::BlockSize& block,

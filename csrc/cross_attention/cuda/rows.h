@@ -46,6 +46,7 @@ __device__ __forceinline__ void write_element(void* data, DType dtype, int64_t a
 }
 
 __device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll 1  // of many places, none in a loop that matters
   for (int far = 16; far > 0; far /= 2) x += __shfl_xor_sync(~0u, x, far);
   return x;
 }
@@ -58,8 +59,10 @@ struct RowStatistics {
 template <class Value>
 __device__ RowStatistics statistics_of_row(int width, float eps, Value value) {
   float sum = 0, squares = 0;
+#pragma unroll 4  // loads under way, which the others find in the cache
   for (int c = lane_index(); c < width; c += 32) sum += value(c);
   const float mean = sum_of_warp(sum) / width;
+#pragma unroll 2
   for (int c = lane_index(); c < width; c += 32) {
     const float apart = value(c) - mean;
     squares += apart * apart;
@@ -79,6 +82,7 @@ __device__ void normalize_rows(int count, int width, float eps, const Layer& nor
   for (int row = warp; row < count; row += warps) {
     const auto of_row = [&](int c) { return value(row, c); };
     const RowStatistics s = statistics_of_row(width, eps, of_row);
+#pragma unroll 2
     for (int c = lane_index(); c < width; c += 32) {
       float y =
           (of_row(c) - s.mean) * s.rstd * element<T>(norm.weight, c) + element<T>(norm.bias, c);
@@ -105,6 +109,7 @@ __device__ void normalize_rows_backward(int begin, int step, int count, int widt
       return d(row, c) * (normal_distribution(n) + n * density);
     };
     float a = 0, b = 0;
+#pragma unroll 2
     for (int c = lane_index(); c < width; c += 32) {
       const float xhat = xhat_of(c), dxhat = dn_of(c, xhat) * element<T>(norm.weight, c);
       a += dxhat;
@@ -124,6 +129,7 @@ __device__ void normalize_rows_backward(int begin, int step, int count, int widt
 template <class T>
 __device__ void clear_rows(T* rows, int count, int width) {
   const int pitch = operand_pitch<T>(width);
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < (kImages - count) * pitch; i += blockDim.x) {
     rows[count * pitch + i] = from_float<T>(0);
   }
@@ -204,16 +210,18 @@ __device__ void transposed_linear(const T* rows, int pitch, const void* weight, 
                                   int columns, int first, Write write) {
   constexpr int kSteps = 4;  // of 16 along k: loads under way
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const T* w = static_cast<const T*>(weight) + first + 2 * g;
+  const T* w = static_cast<const T*>(weight) + int64_t{2 * t} * columns + first + 2 * g;
   float sums[2][4] = {};
+#pragma unroll 1
   for (int begin = 0; begin < depth; begin += 16 * kSteps) {
     Pair<T> b[kSteps][4];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int k = begin + 16 * step + 2 * t + (i & 1) + 8 * (i >> 1);
-        b[step][i] = k < depth ? load_pair(w + int64_t{k} * columns) : pack<T>(0, 0);
+        const int k = begin + 16 * step + 8 * (i >> 1);  // of a depth that is a multiple of 8
+        b[step][i] = k < depth ? load_pair(i & 1 ? w + columns : w) : pack<T>(0, 0);
+        if (i & 1) w += 8 * columns;
       }
     }
 #pragma unroll
@@ -221,8 +229,9 @@ __device__ void transposed_linear(const T* rows, int pitch, const void* weight, 
       FragmentA<T> a;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int k = begin + 16 * step + 2 * t + 8 * (i >> 1);
-        a.pair[i] = k < depth ? load_pair(rows + (g + 8 * (i & 1)) * pitch + k) : pack<T>(0, 0);
+        const int k = begin + 16 * step + 8 * (i >> 1);
+        const T* at = rows + (g + 8 * (i & 1)) * pitch + k + 2 * t;
+        a.pair[i] = k < depth ? load_pair(at) : pack<T>(0, 0);
       }
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
