@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import checks
-from crossvit_kernels.ops import flops
 from crossvit_kernels.ops.attention_core import op as core_op
 from crossvit_kernels.ops.attention_core import reference as core_reference
 from crossvit_kernels.ops.attention_pool import op as pool_op
@@ -28,8 +27,6 @@ from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
 from crossvit_kernels.ops.layernorm_msa import op as msa_op
 from crossvit_kernels.ops.layernorm_msa.weights import SHAPES as MSA_SHAPES
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
-
-flops.register()  # once all operators are defined
 
 
 def attention_core(

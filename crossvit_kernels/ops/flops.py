@@ -6,14 +6,14 @@ arithmetic that is counted: of a fusion, no keys and values (docs/derivation.md)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Shape = Sequence[int]
-_OPS = torch.ops.crossvit_kernels
 
 
 def _core(u: Shape, x: Shape, extra: Shape | None) -> int:
@@ -100,7 +100,21 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 }
 
 
-def register() -> None:
-    """Tell torch's counter of all operators."""
-    for name, formula in _FORMULAS.items():
-        register_flop_formula(getattr(_OPS, name))(formula)
+def tell_counters() -> None:
+    """Register the formulas with torch's counter, where a program has imported it.
+
+    It is slow to import, and imports Triton. A counter copies torch's formulas when it is made, so
+    those that are counting are told as well.
+    """
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    operators = {getattr(torch.ops.crossvit_kernels, name): f for name, f in _FORMULAS.items()}
+    for operator, formula in operators.items():
+        if operator not in module.flop_registry:
+            module.register_flop_formula(operator)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        if registry := getattr(getattr(mode, "counter", None), "flop_registry", None):
+            registry.update(
+                {op: module.flop_registry[op] for op in operators if op not in registry}
+            )

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from crossvit_kernels.ops import flops
+
 _LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
 
 
@@ -37,7 +39,11 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     operator = getattr(torch.ops.crossvit_kernels, name).default
 
     def call(*args: Any) -> Any:
-        return (kernel if _is_plain_eager(args) else operator)(*args)
+        if _is_plain_eager(args):
+            return kernel(*args)
+        if not torch.compiler.is_compiling():
+            flops.tell_counters()
+        return operator(*args)
 
     return call
 
