@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import contest
+import environment
 import measure
 import torch
 import torch.nn.functional as F
@@ -54,21 +56,24 @@ class Shape:
 
     def floor_bytes(self, mode: str) -> int:
         """What must cross the memory interface: the patches once, thrice with their gradient."""
+        of_x, of_weights = measure.TRAINED[mode]
         if self.other:
             alone = dataclasses.replace(self, pair_tokens=0)
             return alone.floor_bytes(mode) + self.other.floor_bytes(mode)
         cls = self.batch * self.own_dim
         weights = 4 * self.dim**2 + 2 * self.dim * self.own_dim + 9 * self.dim + 3 * self.own_dim
-        if mode == "forward":
+        if not of_x:
             return self.token_bytes + (2 * cls + weights) * self.dtype.itemsize
         # Read, read again, gradient written; of the CLS: in, out, and both gradients.
-        return 3 * self.token_bytes + (4 * cls + 3 * weights) * self.dtype.itemsize
+        of_weights = 3 if of_weights else 2
+        return 3 * self.token_bytes + (4 * cls + of_weights * weights) * self.dtype.itemsize
 
     def flops(self, mode: str) -> int:
         """Of the absorbed algorithm: two products a head over the tokens, seven with backward."""
         pass_over_tokens = 2 * self.tokens * self.dim * self.heads
         projections = 8 * self.dim**2 + 4 * self.dim * self.own_dim
-        passes, paths = (2, 1) if mode == "forward" else (7, 3)
+        of_x, of_weights = measure.TRAINED[mode]
+        passes, paths = 7 if of_x else 2, 1 + of_x + of_weights
         own = self.batch * (passes * pass_over_tokens + paths * projections)
         return own + (self.other.flops(mode) if self.other else 0)
 
@@ -80,11 +85,27 @@ class Inputs:
     weights: ck.FusionWeights
     upstream: Tensor
     sets: list[tuple[Tensor, Tensor]]
+    head: Tensor  # of a classifier on the CLS
     other: Inputs | None = None  # of the other fusion of a block
+
+    def tensors(self, index: int) -> list[Tensor]:
+        """All of one pair."""
+        return [*self.sets[index], *(w for w in self.weights if w is not None), self.head]
 
     def leaves(self, index: int) -> list[Tensor]:
         """What gradients are taken of, for one pair."""
-        return [*self.sets[index], *(w for w in self.weights if w is not None)]
+        return [t for t in self.tensors(index) if t.requires_grad]
+
+    def prepare(self, mode: str) -> None:
+        """Require the gradients that the mode asks for, and no others."""
+        of_x, of_weights = measure.TRAINED[mode]
+        for pair in self.sets:
+            for t in pair:
+                t.requires_grad_(of_x)
+        for w in self.weights:
+            if w is not None:
+                w.requires_grad_(of_weights)
+        self.head.requires_grad_(mode == "heads")
 
 
 def make_inputs(shape: Shape, device: torch.device, sets: int) -> Inputs:
@@ -115,6 +136,7 @@ def make_inputs(shape: Shape, device: torch.device, sets: int) -> Inputs:
         weights=ck.FusionWeights(*map(torch.nn.Parameter, tensors)),
         upstream=normal(shape.batch, own_dim).detach(),
         sets=[cls_and_tokens() for _ in range(sets)],
+        head=normal(measure.CLASSES, shape.own_dim, scale=shape.own_dim**-0.5),
         other=make_inputs(shape.other, device, sets) if shape.other else None,
     )
 
@@ -123,7 +145,7 @@ def rotated_sets(shape: Shape, device: torch.device) -> int:
     """So many that their tokens are four times a GPU's L2, or 2048; one on a CPU."""
     if device.type == "cpu":
         return 1
-    return min(max(2, math.ceil(4 * measure.l2_bytes(device) / shape.token_bytes)), 2048)
+    return min(max(2, math.ceil(4 * environment.l2_bytes(device) / shape.token_bytes)), 2048)
 
 
 # The contenders that PyTorch offers. They share f and g with the definition.
@@ -228,12 +250,10 @@ def two_calls(fusion: Fusion) -> Pair:
     return lambda a, b: (fusion(*a[:4]), fusion(*b[:4]))
 
 
-def our_name(backend: str) -> str:
-    return f"ours ({backend})"
-
-
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class Method:
+    """A way to compute one fusion, or both of a block."""
+
     name: str
     fusion: Fusion
     pair: Pair
@@ -242,29 +262,16 @@ class Contender:
     skip: str | None = None  # why it is not run
 
 
-def contenders(options: argparse.Namespace, shape: Shape, device: torch.device) -> list[Contender]:
+def methods(options: argparse.Namespace, shape: Shape) -> list[Method]:
+    """Eager first."""
     torch._dynamo.reset()  # or each shape would count as a recompilation, and soon run eager
 
-    def compiled(function: Any) -> Any:
-        if options.no_compile:  # importing the compiler takes seconds
-            return function
-        run = torch.compile(function, mode=options.compile_mode, dynamic=False)
-        if device.type == "cpu":
-            return run
-        new_step: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
+    def alone(name: str, fusion: Fusion, **facts: Any) -> Method:
+        return Method(name, fusion, two_calls(fusion), **facts)
 
-        def step(*arguments: Any) -> Any:
-            new_step()  # the last call's results are done with
-            return run(*arguments)
-
-        return step
-
-    def alone(name: str, fusion: Fusion, **options: Any) -> Contender:
-        return Contender(name, fusion, two_calls(fusion), **options)
-
-    def with_compiler(name: str, fusion: Fusion) -> Contender:
-        pair = compiled(two_calls(fusion))
-        return Contender(name, compiled(fusion), pair, compiled=True, skip=no_compile)
+    def with_compiler(name: str, fusion: Fusion) -> Method:
+        compiled = (contest.compiled(f, options) for f in (fusion, two_calls(fusion)))
+        return Method(name, *compiled, compiled=True, skip=no_compile)
 
     no_compile = "--no-compile" if options.no_compile else None
     too_wide = "SDPA's fused kernels end at head dim 256" if shape.dim > 256 else None
@@ -275,37 +282,54 @@ def contenders(options: argparse.Namespace, shape: Shape, device: torch.device) 
         alone("absorbed", absorbed),
         with_compiler("absorbed, compiled", absorbed),
         alone("absorbed, SDPA", absorbed_sdpa, skip=too_wide),
-        *(alone(our_name(name), our_backend(name), ours=True) for name in options.backends),
+        *(our_method(name) for name in options.backends),
         *(our_forms(bool(shape.pair_tokens)) if "triton" in options.backends else ()),
     ]
 
 
-def our_forms(pairs: bool) -> list[Contender]:
+def our_method(backend: str) -> Method:
+    """What the library does on a backend, both fusions in one call."""
+    fusion = our_backend(backend)
+
+    def pair(a: ck.FusionInputs, b: ck.FusionInputs) -> tuple[Tensor, Tensor]:
+        return ck.cross_attention_fusion_pair(a, b, eps=EPS, backend=backend)
+
+    return Method(contest.our_name(backend), fusion, pair, ours=True)
+
+
+def our_forms(pairs: bool) -> list[Method]:
     """Ways of the Triton kernels to do the same."""
     fusion = our_backend("triton")
     if pairs:
         forms = (("paired", fusion, our_pair("paired")), ("apart", fusion, our_pair("apart")))
     else:
         forms = tuple((f, our_form(f), two_calls(our_form(f))) for f in ("one", "three"))
-    return [Contender(our_name(f"triton, {form}"), *ways, ours=True) for form, *ways in forms]
+    return [Method(contest.our_name(f"triton, {form}"), *ways, ours=True) for form, *ways in forms]
 
 
 Caller = Callable[[int], tuple[Tensor | None, ...]]
 
-RESULTS = ("output", "grad cls", "grad tokens", *map("grad {}".format, ck.FusionWeights._fields))
-RESULTS_OF_PAIR = ("output", "output of the other")
+
+def result_names(mode: str, pair: bool = False) -> tuple[str, ...]:
+    """Of what a caller returns."""
+    of_x, of_weights = measure.TRAINED[mode]
+    names = ["output", *(["output of the other"] if pair else [])]
+    names += ["grad cls", "grad tokens"] if of_x else []
+    names += [f"grad {name}" for name in ck.FusionWeights._fields] if of_weights else []
+    return (*names, *(["grad head"] if mode == "heads" else []))
 
 
-def caller(contender: Contender, inputs: Inputs, heads: int, mode: str) -> Caller:
-    """A function of an input set's number that returns what ``RESULTS`` names."""
-    fusion, sets, count, other = contender.fusion, inputs.sets, len(inputs.sets), inputs.other
+def caller(method: Method, inputs: Inputs, heads: int, mode: str) -> Caller:
+    """A function of an input set's number that returns what ``result_names`` names."""
+    inputs.prepare(mode)
+    fusion, sets, count, other = method.fusion, inputs.sets, len(inputs.sets), inputs.other
     if other:
 
         def both(index: int) -> tuple[Tensor, Tensor]:
             a, b = (
                 ck.FusionInputs(*x.sets[index % count], x.weights, heads) for x in (inputs, other)
             )
-            return contender.pair(a, b)
+            return method.pair(a, b)
 
         return both
     leaves = [inputs.leaves(index) for index in range(count)]
@@ -313,8 +337,10 @@ def caller(contender: Contender, inputs: Inputs, heads: int, mode: str) -> Calle
     def forward(index: int) -> tuple[Tensor]:
         return (fusion(*sets[index % count], inputs.weights, heads),)
 
-    def train(index: int) -> tuple[Tensor | None, ...]:
+    def train(index: int) -> tuple[Tensor, ...]:
         (output,) = forward(index)
+        if mode == "heads":
+            return output, *torch.autograd.grad(F.linear(output, inputs.head).mean(), inputs.head)
         # allow_unused: the absorbed form has no use for k_bias, whose gradient is zero.
         gradients = torch.autograd.grad(
             output, leaves[index % count], inputs.upstream, allow_unused=True
@@ -326,26 +352,20 @@ def caller(contender: Contender, inputs: Inputs, heads: int, mode: str) -> Calle
 
 def tolerances(inputs: Inputs, heads: int, mode: str) -> dict[str, Tolerance]:
     """For each result its float64 value, and the error that eager makes in the run's dtype."""
-    definition = Contender("eager", eager, two_calls(eager))
-    allowed = {}
+    definition = Method("eager", eager, two_calls(eager))
     exact = caller(definition, _doubled(inputs), heads, mode)(0)
     usual = caller(definition, inputs, heads, mode)(0)
-    names = RESULTS_OF_PAIR if inputs.other else RESULTS
-    for name, e, u in zip(names, exact, usual, strict=False):
-        assert e is not None and u is not None, "the definition uses every input"
-        allowed[name] = Tolerance(e.detach(), measure.error_of(u, e.detach()), u.dtype)
-    if mode == "train":  # that of k_bias is exactly zero: rounding is relative to its like
-        scale = measure.rms(allowed["grad v_bias"].exact)
-        allowed["grad k_bias"] = dataclasses.replace(allowed["grad k_bias"], scale=scale)
-    return allowed
+    names = result_names(mode, pair=inputs.other is not None)
+    return measure.tolerances(names, exact, usual, inputs.upstream.dtype)
 
 
 def _doubled(inputs: Inputs) -> Inputs:
     """The first set in float64."""
-    cls, tokens, *weights = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves(0)]
+    cls, tokens, *weights, head = [t.detach().double() for t in inputs.tensors(0)]
     return Inputs(
         ck.FusionWeights(*weights),
         inputs.upstream.double(),
         [(cls, tokens)],
+        head,
         _doubled(inputs.other) if inputs.other else None,
     )

@@ -9,7 +9,6 @@ running. ``--dry-run`` runs all kinds of stages on a CPU with tiny sizes.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -20,6 +19,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = Path("bench")
@@ -123,7 +124,7 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
     def blocks(name: str, compiled: bool) -> Stage:
         if dry:
             options = ("--branches", "S", "--tokens", "9", "--batch", "1", "--repeats", "1")
-            options += ("--mode", "train", "--backends", "cpu", "triton", "--no-compile")
+            options += ("--mode", "train", "--backends", "auto", "cpu", "triton", "--no-compile")
         elif compiled:
             options = ("--batch", "1", "64", "256")
         else:
@@ -183,12 +184,12 @@ def run(stage: Stage, out: Path, seconds: float) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for logs and results")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU")
-    parser.add_argument("--seconds", type=int, default=515, help="for all stages together")
+    parser.add_argument(
+        "--seconds", type=command_line.positive, default=515, help="for all stages together"
+    )
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages, even if done")
     options = parser.parse_args(arguments)
     out = options.out.resolve()

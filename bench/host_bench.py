@@ -5,11 +5,13 @@ and torch on the host: checks, memory for results, and the launch up to the call
 time is the best of many rounds, in microseconds, once as Triton launches kernels and once as
 crossvit_kernels/gpu/launcher.py does. Memory comes from torch's allocator for CPUs. Where the
 extension has CUDA kernels, also up to the call of the extension, which is left out.
+
+What has no results cannot be checked by them: before it is timed, each call is counted to launch as
+often as it should, both ways with the same kernels and arguments.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -21,7 +23,8 @@ from typing import Any
 os.environ |= {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}  # read by Triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import measure
+import command_line
+import environment
 import no_device
 import report
 import torch
@@ -39,16 +42,37 @@ from crossvit_kernels.ops.cross_attention import triton as fusion
 #: CrossViT-15 at 240 pixels: C_own, C and patches of the L branch's CLS, then of the S branch's.
 SIZES = ((384, 192, 400), (192, 384, 196))
 HEADS = 6
+EXPECTED_LAUNCHES = {
+    "forward, Triton's part": 1,
+    "forward": 1,
+    "both, two calls": 2,
+    "both, in two launches": 2,
+    "both, in one launch": 1,
+}
 
 
 class Nothing:
     """In place of a launch."""
 
+    #: While calls are checked: what was launched, None while they are timed.
+    launches: list[tuple[Any, ...]] | None = None
+
     def __init__(self, source: Any, metadata: Any) -> None:
-        pass
+        self.name = metadata.name
 
     def __call__(self, *arguments: Any) -> None:
-        pass
+        if Nothing.launches is not None:
+            Nothing.launches.append((self.name, arguments[:3], len(arguments)))
+
+
+def launched(call: Callable[[], Any]) -> list[tuple[Any, ...]]:
+    """Of each of a call's launches: kernel, grid and the number of arguments."""
+    Nothing.launches = found = []
+    try:
+        call()
+    finally:
+        Nothing.launches = None
+    return found
 
 
 def as_triton_does(
@@ -86,7 +110,7 @@ def best(call: Callable[[], Any], rounds: int, calls: int = 200) -> float:
     return round(min(times), 1)
 
 
-def measure_all(rounds: int) -> dict[str, float]:
+def calls_to_measure() -> dict[str, Callable[[], Any]]:
     a, b = (inputs(*sizes) for sizes in SIZES)
 
     def alone(x: ck.FusionInputs) -> torch.Tensor:
@@ -96,15 +120,38 @@ def measure_all(rounds: int) -> dict[str, float]:
         with PAIRS.choose(form):
             return ck.cross_attention_fusion_pair(a, b, backend="triton")
 
-    calls: dict[str, Callable[[], Any]] = {
+    return {
         "forward, Triton's part": lambda: fusion.forward(*a[:3], None, HEADS, 1e-6),
         "forward": lambda: alone(a),
         "both, two calls": lambda: (alone(a), alone(b)),
         "both, in two launches": lambda: pair("apart"),
         "both, in one launch": lambda: pair("paired"),
     }
+
+
+def measure_both(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Microseconds of each call: with our launcher, and as Triton launches."""
+    calls, start = calls_to_measure(), launcher.start
     with torch.no_grad():
-        return {name: best(call, rounds) for name, call in calls.items()}
+        found = {name: launched(call) for name, call in calls.items()}
+        ours = {name: best(call, rounds) for name, call in calls.items()}
+        launcher.start = as_triton_does
+        try:
+            check(found, {name: launched(call) for name, call in calls.items()})
+            theirs = {name: best(call, rounds) for name, call in calls.items()}
+        finally:
+            launcher.start = start
+    return ours, theirs
+
+
+def check(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """RuntimeError where a call launches other kernels than it should."""
+    for name, launches in ours.items():
+        expected = EXPECTED_LAUNCHES[name]
+        if len(launches) != expected:
+            raise RuntimeError(f"{name}: expected {expected} launches, found {launches}")
+        if launches != theirs[name]:
+            raise RuntimeError(f"{name}: we launch {launches}, Triton {theirs[name]}")
 
 
 def measure_cuda(rounds: int) -> dict[str, float]:
@@ -112,7 +159,8 @@ def measure_cuda(rounds: int) -> dict[str, float]:
     if found is None:
         return {}
     functions = {name: getattr(found.functions, name) for name in dir(found.functions)}
-    functions["cross_attention_forward"] = lambda **arguments: None
+    calls: list[str] = []
+    functions["cross_attention_forward"] = lambda **arguments: calls.append("forward")
     stand_in = extension.CudaKernels(types.SimpleNamespace(**functions), "cpu")
     cls, tokens, weights, heads, _ = inputs(*SIZES[0])
 
@@ -122,35 +170,36 @@ def measure_cuda(rounds: int) -> dict[str, float]:
     extension.cuda_kernels = stand_in
     try:
         with torch.no_grad():
+            call()
+            if calls != ["forward"]:
+                raise RuntimeError(
+                    f"CUDA's part: expected one call of the extension, found {calls}"
+                )
+            stand_in.functions.cross_attention_forward = lambda **arguments: None
             return {"forward, CUDA's part": best(call, rounds)}
     finally:
         extension.cuda_kernels = found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--json", type=Path, metavar="PATH")
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--rounds", type=command_line.positive, default=40, help="of 200 calls")
+    command_line.add_files(parser, "host", csv=False)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     no_device.NoDevice.launcher_cls = Nothing
     fusion.why_not = lambda *inputs: None  # no GPU is no reason here
-    ours, start = measure_all(options.rounds), launcher.start
-    launcher.start = as_triton_does
-    theirs, launcher.start = measure_all(options.rounds), start
+    ours, theirs = measure_both(options.rounds)
     print(f"Triton {triton.__version__}, us{'':24} as Triton launches    as we do")
     for name, value in ours.items():
         print(f"{name:38} {theirs[name]:18.1f} {value:11.1f}")
     cuda_us = measure_cuda(options.rounds)
     for name, value in cuda_us.items():
         print(f"{name:57} {value:11.1f}")
-    if options.json:
-        facts = measure.environment(torch.device("cpu")) | {"triton": triton.__version__}
-        found = {"benchmark": "host", "environment": facts, "triton_us": theirs, "ours_us": ours}
-        found["cuda_us"] = cuda_us
-        report.write_json(options.json, found)
+    facts = environment.environment(torch.device("cpu"), "bfloat16")
+    facts["triton"] = triton.__version__
+    found = {"benchmark": "host", "environment": facts, "triton_us": theirs, "ours_us": ours}
+    report.save(options, found | {"cuda_us": cuda_us})
     return 0
 
 

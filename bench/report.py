@@ -1,63 +1,21 @@
-"""What the benchmarks show and keep: tables, JSON and CSV files, plots."""
+"""What the benchmarks show and keep: tables, plain words, JSON and CSV files, plots."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import measure
-from fusion_contenders import Shape
+from environment import device_slug
 
+#: What speedups are relative to: the first of them that a benchmark has.
+EAGER = ("timm, eager", "ours, eager", "eager")
 RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def point_table(shape: Shape, rows: list[dict[str, Any]], ceilings: measure.Ceilings) -> str:
-    """Table of one point in one mode, at most 120 columns wide."""
-    mode, kind, sets = (rows[0][key] for key in ("mode", "inputs", "input_sets"))
-    floor, flops = shape.floor_bytes(mode), shape.flops(mode)
-    floor_ms = floor / ceilings.copy_bytes_per_second * 1e3
-    on_gpu = kind != "one set"
-    header = ["contender", "median ms", "10-90 %", "vs eager", "GB/s", "of copy", "GFLOP/s"]
-    header += ["extra MiB", *(["host us"] if on_gpu else []), "error (eager's)"]
-    lines, asides = [], []
-    for row in rows:
-        if row["status"] != "ok":
-            asides.append(f"  {row['contender']}: {row['status']}: {row['reason']}"[:400])
-            continue
-        extra = row["extra_peak_bytes"]
-        lines.append(
-            [
-                row["contender"],
-                f"{row['median_ms']:.4g}",
-                f"{row['p10_ms']:.4g}-{row['p90_ms']:.4g}",
-                f"{row['speedup_over_eager']:.2f}x",
-                f"{row['achieved_gbps']:.4g}",
-                f"{row['share_of_copy']:.1%}",
-                f"{row['achieved_gflops']:.4g}",
-                "-" if extra is None else f"{extra / 2**20:.1f}",
-                *([f"{row['host_us']:.0f}"] if on_gpu else []),
-                f"{row['error']:.1e} ({row['eager_error']:.1e})",
-            ]
-        )
-    if any(row.get("p90_ms", 0) > 2 * row.get("p10_ms", 0) for row in rows):
-        asides.append("  some times vary by more than 2x: is the machine busy with something else?")
-    other = f" and the other fusion's {shape.pair_tokens}" if shape.pair_tokens else ""
-    title = (
-        f"\n{shape.tokens} tokens{other}, batch {shape.batch}, "
-        f"width {shape.dim} (own {shape.own_dim}), {shape.heads} heads, "
-        f"{measure.dtype_name(shape.dtype)}, {mode}\n"
-        f"inputs: {kind}, {sets * shape.token_bytes / 1e6:.4g} MB of tokens; "
-        f"floor: {floor / 1e6:.1f} MB, {floor_ms:.3g} ms at the copy's bandwidth; "
-        f"{flops / 1e9:.3g} GFLOP absorbed"
-    )
-    return "\n".join([title, format_table(header, lines), *asides])
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -73,56 +31,155 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def document(
-    benchmark: str,
-    options: argparse.Namespace,
-    environment: Mapping[str, Any],
-    ceilings: measure.Ceilings,
-    rows: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """What a result file holds."""
-    return {
-        "benchmark": benchmark,
-        "environment": environment,
-        "arguments": {name: str(value) for name, value in vars(options).items()},
-        "ceilings": dataclasses.asdict(ceilings),
-        "results": rows,
-    }
+class Point(NamedTuple):
+    """The rows of all contenders at one size."""
+
+    where: str
+    rows: list[dict[str, Any]]
 
 
-def verdict(
-    what: str, rows: Iterable[Mapping[str, Any]], times_eager: str, eager: str = "eager"
+class Verdict(NamedTuple):
+    """Who was fastest at a point: what users call, ours, against the best of the others."""
+
+    ours: dict[str, Any]
+    others: list[dict[str, Any]]  # fastest first
+
+    @property
+    def times_other(self) -> float:
+        """How many times faster than the best of the others."""
+        return float(self.others[0]["median_ms"] / self.ours["median_ms"])
+
+
+def closing(
+    what: str, points: Sequence[Point], called: str, headline: str, words: Mapping[str, str]
 ) -> str:
-    """One line of plain words: what was fastest, and where ours stands if that is another.
+    """One line of plain words: what was fastest, and by how much against eager and the next best.
 
     Args:
-        what: Was measured: "forward", say.
-        rows: Of one measurement, with "contender", "median_ms" and ``times_eager``.
-        times_eager: The key of the speed relative to eager mode.
-        eager: The name of that.
+        what: Which mode: "forward".
+        points: All that were measured in it.
+        called: Ours, as users call it.
+        headline: The row that is ours; without it the fastest of our rows.
+        words: Contender -> plain words; others go by their names.
     """
-    timed = sorted((r for r in rows if "median_ms" in r), key=lambda r: r["median_ms"])
-    if not timed:
-        return f"{what}: nothing was timed."
-    first = timed[0]
-    line = f"{what}: {first['contender']} is fastest, {first['median_ms']:.3g} ms"
-    if times_eager in first and first["contender"] != eager:
-        line += f", {first[times_eager]:.3g}x {eager}"
-    if is_ours(first["contender"]):
-        others = [r for r in timed if not is_ours(r["contender"])]
-        if others and others[0]["contender"] != eager:
-            ratio = others[0]["median_ms"] / first["median_ms"]
-            line += f" and {ratio:.3g}x the next best ({others[0]['contender']})"
-    elif ours := [r for r in timed if is_ours(r["contender"])]:
-        ratio = first["median_ms"] / ours[0]["median_ms"]
-        line += f"; {ours[0]['contender']} has {ratio:.2g}x its speed"
-        line += f" ({ours[0]['median_ms']:.3g} ms)"
-    return line + "."
+    verdicts = [(point.where, verdict(point.rows, headline)) for point in points]
+    found = [(where, v) for where, v in verdicts if v is not None]
+    if not found:
+        others = sorted(timed(points[-1].rows), key=_median)
+        if not others:
+            return f"Fastest {what}: nothing was timed."
+        first = words.get(others[0]["contender"], others[0]["contender"])
+        return f"Fastest {what}: {first}, {_figures(others[0])}; {called} was not timed."
+    if len(points) == 1:
+        return f"Fastest {what}: {_one(found[0][1], called, words)}"
+    return f"{what.capitalize()}, {len(points)} sizes: {_many(found, called, words)}"
 
 
-def is_ours(contender: str) -> bool:
-    """Whether this library's kernels run it; they do not run its model in eager mode."""
-    return contender.startswith(("ours (", "ours, fused"))
+def verdict(rows: Sequence[dict[str, Any]], headline: str) -> Verdict | None:
+    """None where nothing of ours, or nothing else, was right."""
+    right = sorted(timed(rows), key=_median)
+    ours = [row for row in right if row["ours"]]
+    others = [row for row in right if not row["ours"]]
+    if not ours or not others:
+        return None
+    return Verdict(next((r for r in ours if r["contender"] == headline), ours[0]), others)
+
+
+def _one(v: Verdict, called: str, words: Mapping[str, str]) -> str:
+    best = v.others[0]
+    other = words.get(best["contender"], best["contender"])
+    if v.times_other >= 1:
+        if len(v.others) == 1:
+            return f"{called}, {_figures(v.ours)}, the only other contender."
+        return f"{called}, {_figures(v.ours)} and {times(v.times_other)} the next best ({other})."
+    place = 1 + sum(row["median_ms"] < v.ours["median_ms"] for row in v.others)
+    ordinal = {2: "second", 3: "third"}.get(place, f"{place}th")
+    return (
+        f"{other}, {_figures(best)}; {called} is {ordinal}, {v.ours['median_ms']:.3g} ms, "
+        f"{times(v.times_other)} of its speed."
+    )
+
+
+def _many(found: Sequence[tuple[str, Verdict]], called: str, words: Mapping[str, str]) -> str:
+    won = sum(v.times_other >= 1 for _, v in found)
+    where, worst = min(found, key=lambda pair: pair[1].times_other)
+    other = words.get(worst.others[0]["contender"], worst.others[0]["contender"])
+    speedups = sorted(v.ours["speedup_over_eager"] or 0.0 for _, v in found)
+    count = {0: "none", len(found): "all"}.get(won, str(won))
+    bound = "at least" if won == len(found) else "at worst"
+    return (
+        f"{called} is fastest at {count}, {times(speedups[0])} to {times(speedups[-1])} eager, "
+        f"{bound} {times(worst.times_other)} the best other ({other}; {where})."
+    )
+
+
+def times(ratio: float) -> str:
+    """A ratio with the digits that say something."""
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x" if ratio >= 2 else f"{ratio:.2f}x"
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    text = f"{row['median_ms']:.3g} ms"
+    speedup = row["speedup_over_eager"]
+    if speedup is None or row["contender"] in EAGER:
+        return text
+    return f"{text}, {times(speedup)} eager"
+
+
+def timed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of those that were right."""
+    return [row for row in rows if row["status"] == "ok"]
+
+
+def _median(row: Mapping[str, Any]) -> float:
+    return float(row["median_ms"])
+
+
+def save(
+    options: argparse.Namespace,
+    document: Mapping[str, Any],
+    panels: Callable[[list[dict[str, Any]]], Sequence[Panel]] | None = None,
+) -> None:
+    """Write the files that a command line asks for."""
+    rows, facts = document.get("results", []), document["environment"]
+    if options.save:
+        name = "-".join(filter(None, (facts["date"][:10], options.benchmark, facts["dtype"])))
+        write_json(RESULTS / device_slug(options.device) / f"{name}.json", document)
+    if options.json:
+        write_json(options.json, document)
+    if getattr(options, "csv", None):
+        write_csv(options.csv, rows)
+    if getattr(options, "plot", None) and panels:
+        title = f"{options.benchmark.capitalize()}, {facts['device']}, {facts['dtype']}"
+        plot(options.plot, panels(rows), title)
+
+
+def asides(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines below a table: who is not in it and why, and whether to trust the times."""
+    lines = [
+        f"  {row['contender']}: {row['status']}: {row['reason']}"[:400]
+        for row in rows
+        if row["status"] != "ok"
+    ]
+    return lines + unsteady(rows)
+
+
+def unsteady(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A warning where times are not to be trusted."""
+    if not any(row["p90_ms"] > 2 * row["p10_ms"] for row in timed(rows)):
+        return []
+    return ["  some times vary by more than 2x: is the machine busy with something else?"]
+
+
+def usual_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Against eager, host us, extra MiB, error (eager's)."""
+    extra, speedup = row["extra_peak_bytes"], row["speedup_over_eager"]
+    return (
+        "-" if speedup is None else f"{speedup:.2f}x",
+        "-" if row["host_us"] is None else f"{row['host_us']:.0f}",
+        "-" if extra is None else f"{extra / 2**20:.4g}",
+        f"{row['error']:.1e} ({row['eager_error']:.1e})",
+    )
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -163,7 +220,7 @@ class Panel:
 
 
 def plot(path: Path, panels: Sequence[Panel], title: str) -> None:
-    """Panels two in a row."""
+    """Draw panels, two in a row."""
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(panels) / 2)

@@ -14,38 +14,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import bench_programs
 import pytest
 import torch
+from bench_programs import BENCH, FACTS, Rows, program
 from torch import Tensor
 
 import crossvit_kernels as ck
-from crossvit_kernels.gpu import launch
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
 TINY = shlex.split("--tokens 9 --dim 32 --heads 2 --batch 2 --device cpu --no-compile --repeats 3")
 PYTORCH = ["eager", "SDPA", "absorbed", "absorbed, SDPA"]
 COMPILED = ["eager, compiled", "absorbed, compiled"]
 
-Rows = dict[tuple[str, str], dict[str, Any]]
-
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The program as a module, with ceilings that cost no time, on one thread.
-
-    Threads of a busy machine wait for each other longer than sizes as small as these take.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.syspath_prepend(str(BENCH))
-    module = importlib.import_module("fusion_bench")
-    measure = module.measure
-    ceilings = measure.Ceilings(1e10, 2**28, 1e11, 2048, "float32")
-    monkeypatch.setattr(measure, "measure_ceilings", lambda device, dtype: ceilings)
-    yield module
-    torch.set_num_threads(threads)
-    for name in ("fusion_bench", "fusion_contenders", "measure", "report"):
-        sys.modules.pop(name, None)
+    with program(monkeypatch, "fusion_bench") as module:
+        yield module
 
 
 @pytest.fixture
@@ -55,10 +40,7 @@ def contenders(bench: ModuleType) -> ModuleType:
 
 
 def run(bench: ModuleType, path: Path, *arguments: str) -> tuple[int, Rows]:
-    """Exit code, and the result rows by contender and mode."""
-    code = bench.main([*TINY, "--json", str(path), *arguments])
-    rows = json.loads(path.read_text())["results"]
-    return code, {(row["contender"], row["mode"]): row for row in rows}
+    return bench_programs.run(bench, path, *TINY, *arguments)
 
 
 def test_program_writes_every_contender(tmp_path: Path) -> None:
@@ -72,13 +54,12 @@ def test_program_writes_every_contender(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "r.json").read_text())
+    assert set(document["environment"]) >= FACTS
     assert document["environment"]["device"]
     assert document["environment"]["torch"].startswith(torch.__version__.split("+")[0])
     assert document["ceilings"]["copy_bytes_per_second"] > 0
 
-    no_contenders = {"reference"} | ({"triton"} if launch.interpreting() else set())
-    usable = [name for name, ok in ck.backends().items() if ok and name not in no_contenders]
-    ours = [f"ours ({name})" for name in usable]
+    ours = ["ours (auto)", *(["ours (cpu)"] if ck.backends()["cpu"] else [])]
     rows = {(row["contender"], row["mode"]): row for row in document["results"]}
     assert set(rows) == {
         (name, mode) for name in [*PYTORCH, *COMPILED, *ours] for mode in ("forward", "train")
@@ -89,6 +70,10 @@ def test_program_writes_every_contender(tmp_path: Path) -> None:
         elif name in PYTORCH or row["status"] == "ok":
             check_measured(row, mode)
             assert name in done.stdout
+
+    forward, train = done.stdout.splitlines()[-2:]
+    assert forward.startswith("Fastest forward: ") and "cross_attention_fusion" in forward
+    assert train.startswith("Fastest with backward: ") and "cross_attention_fusion" in train
 
     with (tmp_path / "r.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -133,12 +118,12 @@ def test_wrong_answer_is_not_timed(
 ) -> None:
     eager = contenders.eager
     monkeypatch.setattr(contenders, "our_backend", lambda name: breakage(eager))
-    code, rows = run(bench, tmp_path / "r.json", "--backend", "reference", "--mode", mode)
+    code, rows = run(bench, tmp_path / "r.json", "--backends", "reference", "--mode", mode)
     row = rows["ours (reference)", mode]
     assert code == 1
     assert row["status"] == "wrong" and row["reason"].startswith(f"{result}: RMS error")
     assert "median_ms" not in row
-    assert f"ERROR: ours (reference) {mode}: {result}" in capsys.readouterr().err
+    assert f"ours (reference): wrong: {result}" in capsys.readouterr().err
     assert rows["eager", mode]["median_ms"] > 0
 
 
@@ -152,7 +137,7 @@ def test_failing_baseline_leaves_the_others(
         raise RuntimeError("no such\nkernel")
 
     monkeypatch.setattr(contenders, "sdpa", fail)
-    code, rows = run(bench, tmp_path / "r.json", "--mode", "forward", "--backend", "none")
+    code, rows = run(bench, tmp_path / "r.json", "--mode", "forward", "--backends", "none")
     assert code == 0
     assert rows["SDPA", "forward"]["status"] == "failed"
     assert rows["SDPA", "forward"]["reason"] == "RuntimeError: no such kernel"
@@ -161,7 +146,7 @@ def test_failing_baseline_leaves_the_others(
 
 def test_sweep_and_plot(bench: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    sweeps = ["--sweep", "tokens=5,9", "--sweep", "batch=1,2", "--backend", "none"]
+    sweeps = ["--sweep", "tokens=5,9", "--sweep", "batch=1,2", "--backends", "none"]
     plot = tmp_path / "sweep.png"
     code = bench.main([*TINY, *sweeps, "--csv", str(tmp_path / "r.csv"), "--plot", str(plot)])
     assert code == 0
@@ -184,7 +169,7 @@ def test_not_a_number_is_wrong(bench: ModuleType) -> None:
 
 def test_both_fusions_of_a_block(bench: ModuleType, tmp_path: Path) -> None:
     backend = "triton" if ck.backends()["triton"] else "reference"
-    code, rows = run(bench, tmp_path / "r.json", "--pair-tokens", "4", "--backend", backend)
+    code, rows = run(bench, tmp_path / "r.json", "--pair-tokens", "4", "--backends", backend)
     ours = [f"ours ({backend})"]
     if backend == "triton":
         ours += ["ours (triton, paired)", "ours (triton, apart)"]
@@ -194,6 +179,28 @@ def test_both_fusions_of_a_block(bench: ModuleType, tmp_path: Path) -> None:
         row = rows[name, "forward"]
         assert row["status"] == "ok" and set(row["errors"]) == {"output", "output of the other"}
         assert row["pair_tokens"] == 4 and row["tokens"] == 9
+
+
+def test_frozen_weights(bench: ModuleType, tmp_path: Path) -> None:
+    """The gradients of the inputs alone, or of a head alone; the value and they are checked."""
+    code, rows = run(bench, tmp_path / "r.json", "--frozen")
+    assert code == 0
+    for name in [*PYTORCH, "ours (auto)"]:
+        assert set(rows[name, "frozen"]["errors"]) == {"output", "grad cls", "grad tokens"}
+        assert set(rows[name, "heads"]["errors"]) == {"output", "grad head"}
+        assert rows[name, "frozen"]["median_ms"] > 0 and rows[name, "heads"]["median_ms"] > 0
+
+
+def test_wrong_gradient_with_frozen_weights_is_not_timed(
+    bench: ModuleType, contenders: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spoiled = broken_gradient(contenders.eager)
+    monkeypatch.setattr(contenders, "our_backend", lambda name: spoiled)
+    code, rows = run(bench, tmp_path / "r.json", "--backends", "reference", "--frozen")
+    assert code == 1
+    row = rows["ours (reference)", "frozen"]
+    assert row["status"] == "wrong" and row["reason"].startswith("grad tokens: RMS error")
+    assert rows["ours (reference)", "heads"]["status"] == "ok"
 
 
 def test_floor_is_the_tokens(contenders: ModuleType) -> None:
@@ -212,11 +219,13 @@ def test_floor_is_the_tokens(contenders: ModuleType) -> None:
         ("--dim 32 --heads 3", "--dim 32 is no multiple of --heads 3"),
         ("--tokens 1", "at least one patch"),
         ("--pair-tokens 1", "at least one patch"),
+        ("--pair-tokens 9 --frozen", "--pair-tokens: both fusions at once"),
+        ("--frozen --mode train", "not allowed with argument"),
         ("--pair-tokens 9 --mode train", "--pair-tokens: both fusions at once"),
         ("--tokens many", "expected a positive whole number, got 'many'"),
         ("--sweep width=1,2", "expected tokens=N,N,... or batch=B,B,..."),
         ("--device tpu", "expected auto, cpu, cuda or cuda:N"),
-        ("--backend fpga", "--backend fpga: expected one of"),
+        ("--backends fpga", "--backends fpga: expected one of"),
     ],
 )
 def test_bad_argument_is_explained(

@@ -17,7 +17,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 def suite(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield importlib.import_module("gpu_suite")
-    for name in ("gpu_suite", "core_bench", "measure", "report"):
+    for name in ("gpu_suite", "command_line"):
         sys.modules.pop(name, None)
 
 
@@ -29,7 +29,7 @@ def test_dry_run(suite, tmp_path, capsys) -> None:
         assert stages[name]["status"] == 0
     assert stages["models-crossvit_tiny_240"]["status"] == 0
     blocks = json.loads((tmp_path / "blocks-Ti.json").read_text())["results"]
-    assert {"ours (cpu)", "ours (triton, lean)"} <= {r["contender"] for r in blocks}
+    assert {"ours (auto)", "ours (cpu)", "ours (triton, lean)"} <= {r["contender"] for r in blocks}
     rows = json.loads((tmp_path / "core.json").read_text())["results"]
     assert {r["mode"] for r in rows} == {"forward", "train"}
     assert all(r["median_ms"] > 0 and r["floor_bytes"] > 0 for r in rows)

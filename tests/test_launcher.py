@@ -355,6 +355,7 @@ def test_host_time_is_measured(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(results.read_text())
+    assert {"commit", "dirty", "date", "device", "dtype"} <= set(found["environment"])
     assert set(found["triton_us"]) == set(found["ours_us"])
     assert all(
         us > 0 for times in ("triton_us", "ours_us", "cuda_us") for us in found[times].values()

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from bench_programs import FACTS, program
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
 QUICK = ["--models", "crossvit_tiny_240", "--img-size", "48", "--batch", "2", "--device", "cpu"]
 QUICK += ["--min-time", "0", "--no-compile"]
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The program as a module, with ceilings that cost no time."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    module = importlib.import_module("model_bench")
-    ceilings = module.measure.Ceilings(1e10, 2**28, 1e11, 2048, "float32")
-    monkeypatch.setattr(module.measure, "measure_ceilings", lambda device, dtype: ceilings)
-    yield module
-    for name in ("model_bench", "measure", "report", "fusion_contenders"):
-        sys.modules.pop(name, None)
+    with program(monkeypatch, "model_bench") as module:
+        yield module
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -50,7 +42,11 @@ def test_files_and_table(bench, tmp_path, capsys, dtype):
     with paths["csv"].open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     assert paths["png"].read_bytes().startswith(b"\x89PNG")
+    assert set(document["environment"]) >= FACTS and document["environment"]["dtype"] == dtype
     printed = capsys.readouterr().out
+    inference, training = printed.splitlines()[-2:]
+    assert inference.startswith("Fastest inference: ") and "CrossViT, fused" in inference
+    assert training.startswith("Fastest training: ") and "CrossViT, fused" in training
     assert "48 x 48" in printed and "ours, fused" in printed
 
 
@@ -71,6 +67,33 @@ def test_a_wrong_model_is_not_timed(bench, monkeypatch, tmp_path, capsys):
         assert (row["status"] == "wrong") == (row["contender"] == "ours, fused")
         assert ("median_ms" in row) == (row["status"] == "ok")
     assert "ERROR: crossvit_tiny_240" in capsys.readouterr().err
+
+
+def test_a_wrong_gradient_of_one_parameter_is_not_timed(bench, monkeypatch, tmp_path):
+    """The logits are right, and all gradients but one."""
+    make = bench.crossvit.create_model
+
+    def spoiled(*args, use_fused=False, **options):
+        model = make(*args, use_fused=use_fused, **options)
+        if use_fused:
+            b = model.norm[0].bias
+
+            def forward_head(features):
+                # The sum over classes of cross-entropy's gradient is zero: one class alone.
+                shift = torch.eye(1, 1000) * 1e-2 * (b - b.detach()).sum()
+                return type(model).forward_head(model, features) + shift
+
+            model.forward_head = forward_head
+        return model
+
+    monkeypatch.setattr(bench.crossvit, "create_model", spoiled)
+    path = tmp_path / "models.json"
+    assert bench.main([*QUICK, "--mode", "train", "--json", str(path)]) == 1
+    rows = {row["contender"]: row for row in json.loads(path.read_text())["results"]}
+    assert rows["ours, eager"]["status"] == "ok"
+    wrong = rows["ours, fused"]
+    assert wrong["status"] == "wrong" and "median_ms" not in wrong
+    assert wrong["reason"].startswith("grad norm.0.bias: ") and "; " not in wrong["reason"]
 
 
 def test_arguments(bench, capsys):

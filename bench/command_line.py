@@ -1,0 +1,203 @@
+"""The command line that the benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: What --mode and --frozen measure: modes as in measure.TRAINED.
+MODES = {
+    "both": ("forward", "train"),
+    "forward": ("forward",),
+    "train": ("train",),
+    "frozen": ("frozen", "heads"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes options by their whole names alone, and proposes the likeliest for an unknown one."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._explain(unknown))
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
+
+    def _explain(self, unknown: Sequence[str]) -> str:
+        names = [name for action in self._actions for name in action.option_strings]
+        text = f"unknown argument {' '.join(unknown)}"
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], names, n=1)
+        return f"{text}; is {close[0]} meant?" if close else text
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}")
+    return value
+
+
+def add_common(
+    parser: Parser,
+    *,
+    min_time: float,
+    repeats: int,
+    compile_mode: str | None = None,
+    compile_budget: float | None = None,
+) -> None:
+    """Options of every benchmark, with their defaults; those of None depend on the device."""
+    add = parser.add_argument_group("where and how").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
+    add(
+        "--compile-mode",
+        default=compile_mode,
+        help=f"of torch.compile: {compile_mode or 'default on a CPU, max-autotune on a GPU'}",
+    )
+    add(
+        "--compile-budget",
+        type=seconds,
+        default=compile_budget,
+        metavar="SECONDS",
+        help="of compilation after which none begins",
+    )
+    add("--no-compile", action="store_true", help="leave the compiled baselines out")
+    add(
+        "--min-time",
+        type=seconds,
+        default=min_time,
+        metavar="SECONDS",
+        help=f"to measure each mode for ({min_time:g})",
+    )
+    add("--repeats", type=positive, default=repeats, help=f"rounds at most ({repeats})")
+
+
+def add_files(parser: Parser, benchmark: str, csv: bool = True, plot: bool = False) -> None:
+    """Options that say which files are written."""
+    add = parser.add_argument_group("files").add_argument
+    add("--json", type=Path, metavar="PATH", help="results, and where they come from")
+    if csv:
+        add("--csv", type=Path, metavar="PATH")
+    if plot:
+        add("--plot", type=Path, metavar="PATH.png")
+    name = f"<date>-{benchmark}-<dtype>.json"
+    add("--save", action="store_true", help=f"write bench/results/<device>/{name}")
+    parser.set_defaults(benchmark=benchmark)
+
+
+def add_modes(parser: Parser) -> None:
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--mode", choices=("forward", "train", "both"), default="both")
+    modes.add_argument(
+        "--frozen",
+        action="store_const",
+        const="frozen",
+        dest="mode",
+        default="both",
+        help="fine-tuning with frozen weights: backward to the inputs, and to a head alone",
+    )
+
+
+def add_backends(parser: Parser) -> None:
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help='of ours: "auto" is what a user gets who names none; all (auto, and each that suits '
+        "the device), none, or names",
+    )
+
+
+def completed(
+    parser: Parser, arguments: Sequence[str] | None, operation: Iterable[str] | None = None
+) -> argparse.Namespace:
+    """The parsed options; ``operation`` names the backends that have kernels for it, if any do."""
+    options: argparse.Namespace = parser.parse_args(arguments)
+    try:
+        complete(options)
+        if operation is not None:
+            complete_backends(options, list(operation))
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def complete(options: argparse.Namespace) -> None:
+    """Fill in what depends on the device; ValueError says what is wrong."""
+    options.device = usable_device(options.device)
+    on_gpu = options.device.type == "cuda"
+    if on_gpu and options.device.index is not None:
+        torch.cuda.set_device(options.device)
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.compile_mode = options.compile_mode or ("max-autotune" if on_gpu else "default")
+    if options.compile_budget is None:
+        options.compile_budget = 300.0 if on_gpu else 60.0
+    if getattr(options, "plot", None) and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+
+
+def usable_device(name: str) -> torch.device:
+    found = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if found else "cpu"
+    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and not found:
+        raise ValueError(f"--device {name}: torch finds no CUDA device")
+    if (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def complete_backends(options: argparse.Namespace, available: Sequence[str]) -> None:
+    """Replace "all" and "none"; ``available`` are those that the operation has kernels for.
+
+    ``options.named`` are those that were asked for by name: for them to decline is a failure.
+    """
+    import crossvit_kernels as ck  # here, as the suite parses before it builds the extension
+
+    usable = ck.backends()
+    names: list[str] = options.backends
+    if names in (["all"], ["none"]):
+        on_cpu = options.device.type == "cpu"
+        # On a CPU others than "cpu" are for tests: an interpreter is no contender.
+        suited = [n for n in available if usable[n] and (n == "cpu") == on_cpu]
+        options.backends, options.named = ["auto", *suited] if names == ["all"] else [], []
+        return
+    for name in names:
+        if name not in ("auto", *available, "reference"):
+            expected = ", ".join(["all", "none", "auto", *available, "reference"])
+            raise ValueError(f"--backends {name}: expected one of {expected}")
+        if not usable.get(name, True):
+            raise ValueError(f"--backends {name}: {usable.reasons[name]}")
+    options.named = options.backends = list(dict.fromkeys(names))
