@@ -60,7 +60,8 @@ def new_storages(num_tokens: int, backward: bool) -> list[int]:
         if not backward:
             return forward.sizes
         with Allocations() as allocations:
-            native.backward(new_cls, cls, tokens, weights, None, saved, HEADS, 1e-6)
+            wanted = [True] * (2 + len(weights))
+            native.backward(new_cls, cls, tokens, weights, None, saved, HEADS, 1e-6, wanted)
     return allocations.sizes
 
 

@@ -234,9 +234,11 @@ def test_opcheck(keep: str, triton_device: str) -> None:
     if not keep:
         return
     y, *saved = ops.layernorm_msa_forward(*arguments, keep, "triton")
-    opcheck(ops.layernorm_msa_backward.default, (y, *arguments[:4], saved, 2, 1e-6, "triton"))
+    backward = (y, *arguments[:4], saved, [True] * 8, 2, 1e-6, "triton")
+    opcheck(ops.layernorm_msa_backward.default, backward)
     y, *saved = ops.layernorm_ffn_forward(x, ffn, scale, 1e-6, True, "triton")
-    opcheck(ops.layernorm_ffn_backward.default, (y, x, ffn, scale, saved, 1e-6, "triton"))
+    backward = (y, x, ffn, scale, saved, [True] * 7, 1e-6, "triton")
+    opcheck(ops.layernorm_ffn_backward.default, backward)
 
 
 def test_why_not(triton_device: str) -> None:
