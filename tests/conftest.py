@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # read when torch is imported
     threads = max(1, (os.cpu_count() or 1) // int(workers))
@@ -17,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 import crossvit_kernels as ck
-from crossvit_kernels import extension
+from crossvit_kernels import extension, supported
 from crossvit_kernels.gpu import launch, row_tiles
 
 
@@ -69,22 +70,42 @@ def _is_slow(item: pytest.Item) -> bool:
 
 
 @pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tier; and the longest first, or one process of several ends long after the others."""
+    """Tiers; and the longest first, or one process of several ends long after the others."""
     if not torch.cuda.is_available():
         for item in items:
-            if _is_slow(item):
+            if item.get_closest_marker("slow_on_cpu"):
                 item.add_marker(pytest.mark.slow)
     longest = (
-        "test_compiles_without_graph_breaks",
+        "test_it_sees_reads",
         "test_dry_run",
-        "test_fuzz",
-        "test_one_graph_for_every_batch",
         "test_what_kernels_compile_to",
         "test_whole_model",
         "test_a_touched_file",
+        "test_fuzz",
+        "test_compiles_without_graph_breaks",
+        "test_one_graph_for_every_batch",
     )
     items.sort(key=lambda item: not item.name.startswith(longest))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What a user should do about tests that failed."""
+    failed = [r for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, ())]
+    if not failed:
+        return
+    terminalreporter.section("what to do")
+    alone = " ".join(shlex.quote(report.nodeid) for report in failed[:3])
+    for line in (
+        *(f"{warning}." for warning in supported.warnings()),
+        "Run what failed by itself, where nothing competes for memory and time:",
+        f"    pytest -n 0 -m '' {alone}",
+        "If it fails again, please report it with what it prints and what",
+        "    python -m crossvit_kernels",
+        "prints. Until it is mended, CROSSVIT_KERNELS_BACKEND=reference runs plain PyTorch.",
+    ):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -81,6 +81,7 @@ def compiled_files(output: str) -> list[str]:
     return re.findall(r"^\[\d+/\d+\] (?:C\+\+|CUDA) (\S+)\.o", output, re.MULTILINE)
 
 
+@pytest.mark.slow
 @needs_build_tools
 def test_a_touched_file_is_the_only_one_compiled_again(tree: Path) -> None:
     assert compiled_files(build(tree).stdout) == []
@@ -94,6 +95,7 @@ def test_a_touched_file_is_the_only_one_compiled_again(tree: Path) -> None:
     assert set(compiled_files(build(tree).stdout)) == including
 
 
+@pytest.mark.slow
 @needs_build_tools
 def test_the_last_line_says_what_is_left_out(tree: Path) -> None:
     last = build(tree).stdout.splitlines()[-1]
@@ -168,6 +170,7 @@ def test_bad_values_are_refused(
     assert result.returncode != 0 and f"{name} {message}" in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 @needs_build_tools
 def test_progress_and_the_last_line(small_tree: Path, cuda: dict[str, str]) -> None:
     result = build(small_tree, **cuda, MAX_JOBS="1")
@@ -187,6 +190,7 @@ def test_progress_and_the_last_line(small_tree: Path, cuda: dict[str, str]) -> N
     assert failed.returncode != 0 and "crossvit_kernels: built" not in failed.stdout
 
 
+@pytest.mark.slow
 @needs_build_tools
 @pytest.mark.parametrize(
     ("gpus", "wanted", "built"),
@@ -217,6 +221,7 @@ def test_architectures(
     assert all(extension.has_code_for(built, int(arch.rstrip("a"))) for arch in built)
 
 
+@pytest.mark.slow
 @needs_build_tools
 def test_cuda_that_was_asked_for_must_be_there(small_tree: Path, tmp_path: Path) -> None:
     empty = str(tmp_path / "nowhere")
@@ -236,6 +241,7 @@ def test_cuda_that_was_asked_for_must_be_there(small_tree: Path, tmp_path: Path)
     assert last.endswith("CUDA is left out: no CUDA toolkit was found: set CUDA_HOME")
 
 
+@pytest.mark.slow
 @needs_build_tools
 def test_an_old_toolkit_is_not_taken(small_tree: Path, cuda: dict[str, str]) -> None:
     write_program(Path(cuda["CUDA_HOME"]) / "bin/nvcc", NVCC.replace("VERSION", "12.3"))
@@ -246,6 +252,7 @@ def test_an_old_toolkit_is_not_taken(small_tree: Path, cuda: dict[str, str]) -> 
     assert "is 12.3, older than 12.4" in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @needs_build_tools
 def test_a_compiler_cache_is_used_where_it_is(small_tree: Path, cuda: dict[str, str]) -> None:
     log = small_tree / "log"

@@ -62,6 +62,7 @@ def test_registers_and_stack(arch: int) -> None:
             assert registers * threads <= machine_code.REGISTERS, name
 
 
+@pytest.mark.slow
 @needs_cuda_code
 @pytest.mark.usefixtures("cuobjdump")
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -23,6 +23,7 @@ def digits(monkeypatch) -> Iterator[ModuleType]:
     sys.modules.pop("digits", None)
 
 
+@pytest.mark.slow
 def test_digits_fused_and_eager_learn_alike(digits, tmp_path, capsys, restore_threads):
     picture = tmp_path / "curves.png"
     arguments = ["--epochs", "2", "--output", str(picture)]
@@ -34,6 +35,7 @@ def test_digits_fused_and_eager_learn_alike(digits, tmp_path, capsys, restore_th
     assert digits.main(arguments) == 1
 
 
+@pytest.mark.slow
 def test_digits_curves_are_the_same(digits, restore_threads):
     """In float64 roundings stay small for as long as a test may take."""
     options = digits.parse(["--epochs", "2", "--dtype", "float64"])

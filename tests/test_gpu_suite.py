@@ -21,6 +21,7 @@ def suite(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_dry_run(suite, tmp_path, capsys) -> None:
     assert suite.main([str(tmp_path), "--dry-run"]) == 0, capsys.readouterr().out
     stages = json.loads((tmp_path / "stages.json").read_text())

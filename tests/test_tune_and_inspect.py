@@ -236,6 +236,7 @@ def test_what_kernels_compile_to_at_all_widths(kernel: str, arch: str) -> None:
     check_compiled("--arch", arch, "--kernel", kernel, *(() if arch == "90" else ("--quick",)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_compiles")
 def test_portable_to_amd() -> None:
     """That it compiles for a gfx942 is all that is known."""
@@ -256,6 +257,7 @@ def test_portable_to_amd() -> None:
         assert f"{kernel} " in printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_compiles")
 def test_inspect_prints_a_table() -> None:
     options = "--arch", "90", "--channels", "96,192", "--kernel", "core_forward", "--quick"

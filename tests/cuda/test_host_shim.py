@@ -19,7 +19,10 @@ import pytest
 import shim
 import torch
 
-pytestmark = pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not())),
+]
 
 FIXED, RANDOM = (None,), (1, 2, 3)
 SANITIZERS = (None, "thread", "address")

@@ -28,6 +28,8 @@ from crossvit_kernels import FusionWeights
 from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention.cuda import Division
 
+pytestmark = pytest.mark.slow
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -91,6 +91,7 @@ def test_whole_models(name: str, autocast: bool) -> None:
     compare(randomised(create_model(name)).eval(), 240, batch=1, autocast=autocast)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 def test_whole_model_on_triton(autocast: bool, triton_device: str) -> None:
     """In the interpreter where there is no GPU: all of CrossViT-9 on a small image."""

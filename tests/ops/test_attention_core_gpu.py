@@ -33,6 +33,7 @@ def test_rule(sizes, norm_eps, dtype, gpu: Gpu, request) -> None:
     check_rule(inputs, mask, dtype, norm_eps, gpu.name, gpu.device)
 
 
+@pytest.mark.slow_on_cpu
 @settings(
     max_examples=40,
     deadline=None,
@@ -145,6 +146,7 @@ def test_masked_tokens_reach_nothing(gpu: Gpu) -> None:
     assert (dx[~mask] == 0).all() and torch.isfinite(dx).all()
 
 
+@pytest.mark.slow_on_cpu
 def test_an_image_depends_on_itself_alone(gpu: Gpu) -> None:
     """Neither on its batch nor on a NaN in another image."""
     (u, x, _), _ = make(4, 45, 5, 64)

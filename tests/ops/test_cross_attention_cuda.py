@@ -44,6 +44,7 @@ def test_rule(division: Division, dtype: torch.dtype, cuda_device: str) -> None:
     check(128, 80, 10, 2, 33, dtype=dtype, biases=False, device=cuda_device)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
 def test_named_widths(own: int, channels: int, heads: int, cuda_device: str) -> None:
     dtype = DTYPES[own > channels]
@@ -66,6 +67,7 @@ def test_wide(cuda_device: str) -> None:
     check(192, 1152, 16, 1, 20, dtype=torch.bfloat16, device=cuda_device)
 
 
+@pytest.mark.slow_on_cpu
 @settings(
     max_examples=8,
     deadline=None,
@@ -100,6 +102,7 @@ def fusion(
     return fusion_and_gradients(cls, tokens, weights, heads, "cuda")
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     "channels, heads, dtype", [(96, 3, torch.float32), (416, 13, torch.bfloat16)], ids=str
 )
@@ -217,6 +220,7 @@ def test_autocast(cuda_device: str) -> None:
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients)
 
 
+@pytest.mark.slow_on_cpu
 def test_operators_are_what_they_say(cuda_device: str) -> None:
     weights = [w.float().to(cuda_device) for w in make_weights(32, 16)]
     cls, tokens = torch.randn(3, 32, device=cuda_device), torch.randn(3, 5, 16).to(cuda_device)

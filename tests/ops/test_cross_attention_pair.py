@@ -70,6 +70,7 @@ def test_rule(dtype: torch.dtype, triton_device: str) -> None:
         assert_within_rule(a, e, x, dtype=dtype)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("own, other, heads", [(128, 256, 4), (192, 384, 6), (224, 448, 7)])
 def test_named_widths(own: int, other: int, heads: int, triton_device: str) -> None:
     options = {"dtype": torch.bfloat16, "device": triton_device}
@@ -78,6 +79,7 @@ def test_named_widths(own: int, other: int, heads: int, triton_device: str) -> N
         assert torch.equal(a, e)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch, tokens", [(1, (1, 1)), (1, (0, 40)), (5, (17, 3)), (7, (2, 33))])
 def test_the_same_bits_as_two_launches(batch, tokens, dtype, triton_device, monkeypatch) -> None:

@@ -44,6 +44,7 @@ def test_rule(form: str, dtype: torch.dtype, triton_device: str) -> None:
     check(120, 72, 9, 2, 33, dtype=dtype, biases=False, device=triton_device)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
 def test_named_widths(own: int, channels: int, heads: int, triton_device: str) -> None:
     dtype = DTYPES[own > channels]
@@ -56,6 +57,7 @@ def test_few_tokens(form: str, num_tokens: int, triton_device: str) -> None:
     check(32, 48, 3, 3, num_tokens, device=triton_device)
 
 
+@pytest.mark.slow_on_cpu
 @settings(
     max_examples=8,
     deadline=None,
@@ -97,6 +99,7 @@ def fusion(
     return fusion_and_gradients(cls, tokens, weights, 3, "triton")
 
 
+@pytest.mark.slow_on_cpu
 def test_an_image_depends_on_itself_alone(triton_device: str, monkeypatch) -> None:
     """Not on its batch, nor on how many kernels run, nor on a NaN in another image."""
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(40, 48)))
@@ -140,6 +143,7 @@ def test_compiled_without_a_graph_break(triton_device: str) -> None:
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.slow_on_cpu
 def test_operators_are_what_they_say(triton_device: str) -> None:
     weights = [w.float().to(triton_device) for w in make_weights(24, 16)]
     cls, tokens = torch.randn(3, 24, device=triton_device), torch.randn(3, 5, 16).to(triton_device)

@@ -53,6 +53,7 @@ def test_ffn(form: str, dtype: torch.dtype, triton_device: str) -> None:
     ffn(40, 88, 2, 21, dtype=dtype, device=triton_device)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("channels, heads, ratio", NAMED_WIDTHS)
 def test_named_widths(channels: int, heads: int, ratio: int, triton_device: str) -> None:
     with row_tiles.FORMS.choose("fused"):  # where the width allows
@@ -67,6 +68,7 @@ def test_few_and_odd_tokens(form: str, num_tokens: int, triton_device: str) -> N
     ffn(32, 56, 3, num_tokens, scaled=True, device=triton_device)
 
 
+@pytest.mark.slow_on_cpu
 @settings(
     max_examples=6,
     deadline=None,
@@ -92,6 +94,7 @@ def test_msa_fuzz(
     msa(*sizes, dtype=dtype, **options)
 
 
+@pytest.mark.slow_on_cpu
 @settings(
     max_examples=6,
     deadline=None,
@@ -133,6 +136,7 @@ def with_gradient(function, x: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value")  # numpy
 @pytest.mark.parametrize("half", ["msa", "ffn"])
 def test_an_image_depends_on_itself_alone(half: str, form: str, triton_device: str) -> None:
@@ -252,6 +256,7 @@ def test_why_not(triton_device: str) -> None:
         pass
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("keep, share", [("lean", 0.2), ("fast", 0.5)])
 def test_saved_bytes(keep: str, share: float, triton_device: str) -> None:
     """What a block keeps, against eager mode's: CrossViT-15's L branch, in 16 bits."""
