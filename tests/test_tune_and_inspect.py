@@ -229,11 +229,22 @@ def test_every_kernel_is_inspected() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_compiles")
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
 @pytest.mark.parametrize("kernel", ["fusion_", "attention", "linear", "ffn"])
-def test_what_kernels_compile_to_at_all_widths(kernel: str, arch: str) -> None:
-    """In all forms on sm_90, and elsewhere in those with most and with fewest tensors."""
-    check_compiled("--arch", arch, "--kernel", kernel, *(() if arch == "90" else ("--quick",)))
+def test_what_models_compile_to(kernel: str) -> None:
+    """With most and fewest tensors, at all widths; fusions, slow to compile, at CrossViT-15's."""
+    widths = ("--channels", "192,384") if kernel == "fusion_" else ()
+    check_compiled("--arch", "90", "--dtype", "bf16", "--quick", "--kernel", kernel, *widths)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("triton_compiles")
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("kernel", ["fusion_", "attention", "linear", "ffn"])
+def test_what_kernels_compile_to_at_all_widths(kernel: str, dtype: str, arch: str) -> None:
+    """In all forms in bfloat16 on sm_90, elsewhere in those with most and with fewest tensors."""
+    forms = () if (arch, dtype) == ("90", "bf16") else ("--quick",)
+    check_compiled("--arch", arch, "--dtype", dtype, "--kernel", kernel, *forms)
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ class TokenPass:
                 (self.num_warps, self.tokens),
                 (warps, self.tokens),
                 (warps, max(self.tokens // 2, 16)),
+                (16, max(self.tokens // 2, 16)),
             )
             for config in self.and_fewer_stages()
         )
@@ -218,6 +219,7 @@ class Fusion:
         one_kernel_up_to: The largest batch that one kernel does in all; above it three do.
         pair_up_to: The largest batch of which one launch does both fusions of a block.
         programs: Images share a program, and its pass over the weights, once there are more.
+        most_images: Of a program: no more than the 16 rows of a tensor-core tile.
     """
 
     block_k: int = 64
@@ -225,10 +227,11 @@ class Fusion:
     one_kernel_up_to: int = 64
     pair_up_to: int = 64
     programs: int = 64
+    most_images: int = 16
 
     def images(self, batch: int) -> int:
-        """Images of a program: a power of two, at most the 16 rows of a tensor-core tile."""
-        return min(16, next_power_of_2(-(-batch // self.programs)))
+        """Images of a program: a power of two."""
+        return min(self.most_images, next_power_of_2(-(-batch // self.programs)))
 
     def in_one_kernel(self, batch: int) -> bool:
         """Whether one kernel does it all, as FORMS asks, else by the batch."""
@@ -247,8 +250,8 @@ class Fusion:
 
 # Which form, and from which batch on, is predicted (docs/performance.md), not measured.
 _FUSION = Fusion()
-# Backward in one kernel runs out of registers.
-_FUSION_IN_THREE = Fusion(one_kernel_up_to=0)
+# Backward in one kernel runs out of registers, and so do whole rows of 16 images.
+_FUSION_IN_THREE = Fusion(one_kernel_up_to=0, most_images=8)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from crossvit_kernels.ops.attention_core.triton_kernels import aligned
 from crossvit_kernels.ops.attention_core.triton_passes import backward_pass
 from crossvit_kernels.ops.cross_attention.triton_forward import residual_scales
 from crossvit_kernels.ops.cross_attention.triton_passes import (
+    IMAGES,
     linear,
     load_rows,
     norm_backward,
@@ -201,6 +202,7 @@ def after_tokens(
     HEAD: tl.constexpr = F.padded_head
     PADDED_OWN: tl.constexpr = F.padded_own
     PADDED: tl.constexpr = F.padded
+    PART: tl.constexpr = min(F.padded, 256)
     PRECISION: tl.constexpr = F.precision
     _, y0, _, _, _, _, _, kt, m, _, head_stride = vectors
     dweight_own, dbias_own, dy0, dgamma, dbeta, dq, _, _, _, _, _ = gradients
@@ -230,17 +232,27 @@ def after_tokens(
     dn = load_rows(dbeta, SIZE, used, C, PADDED)
     dy = norm_backward(dn, xhat, rstd, w.norm_weight, C, PADDED)
     dy += load_rows(dy0, SIZE, used, C, PADDED) + load_rows(dgamma, SIZE, used, C, PADDED)
-    dgain = dn * xhat
-    for head in range(H):
-        at = head * head_stride
-        dz = load_rows(dz_ptr + at, C, used, C, PADDED)
-        dgain += dz * load_rows(m + at, C, used, C, PADDED)
-        dgain += load_rows(du_ptr + at, C, used, C, PADDED) * load_rows(kt + at, C, used, C, PADDED)
-        dn += dz
     tl.debug_barrier()
     store_rows(dy0, SIZE, used, dy, C, PADDED)
-    store_rows(dgamma, SIZE, used, dgain, C, PADDED)
-    store_rows(dbeta, SIZE, used, dn, C, PADDED)
+    store_rows(dgamma, SIZE, used, dn * xhat, C, PADDED)
+    tl.debug_barrier()
+    row = tl.arange(0, IMAGES)
+    for c in range(0, C, PART):  # parts of a row, which registers hold beside four more
+        column = c + tl.arange(0, PART)
+        mask = used[:, None] & (column < C)[None, :]
+        of_head = row[:, None] * C + column[None, :]
+        of_image = row[:, None] * SIZE + column[None, :]
+        dgain = tl.load(dgamma + of_image, mask=mask, other=0.0)
+        dshift = tl.load(dbeta + of_image, mask=mask, other=0.0)
+        for head in range(H):
+            at = of_head + head * head_stride
+            dz = tl.load(dz_ptr + at, mask=mask, other=0.0)
+            dgain += dz * tl.load(m + at, mask=mask, other=0.0)
+            du = tl.load(du_ptr + at, mask=mask, other=0.0)
+            dgain += du * tl.load(kt + at, mask=mask, other=0.0)
+            dshift += dz
+        tl.store(dgamma + of_image, dgain, mask=mask)
+        tl.store(dbeta + of_image, dshift, mask=mask)
     tl.debug_barrier()
     weight = w.proj_weight
     linear(
