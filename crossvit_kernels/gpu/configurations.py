@@ -45,15 +45,17 @@ class TokenPass:
         return tuple(dataclasses.replace(self, num_stages=n) for n in range(self.num_stages, 0, -1))
 
     def and_smaller(self) -> tuple[TokenPass, ...]:
-        """The same, then more warps and fewer tokens, with which results are rounded otherwise."""
-        warps = max(self.num_warps, 8)
+        """The same, then more warps, fewer tokens and channels, with which results are rounded
+        otherwise.
+        """
+        warps, fewer = max(self.num_warps, 8), max(self.tokens // 2, 16)
         return tuple(
-            dataclasses.replace(config, num_warps=num_warps, tokens=tokens)
-            for num_warps, tokens in (
-                (self.num_warps, self.tokens),
-                (warps, self.tokens),
-                (warps, max(self.tokens // 2, 16)),
-                (16, max(self.tokens // 2, 16)),
+            dataclasses.replace(config, num_warps=num_warps, tokens=tokens, chunk=chunk)
+            for num_warps, tokens, chunk in (
+                (self.num_warps, self.tokens, self.chunk),
+                (warps, self.tokens, self.chunk),
+                (warps, fewer, self.chunk),
+                (warps, fewer, max(self.chunk // 2, 32)),
             )
             for config in self.and_fewer_stages()
         )
