@@ -129,9 +129,9 @@ def triton_device() -> str:
     if not backends["triton"]:
         pytest.skip(backends.reasons["triton"])
     if not torch.cuda.is_available():
-        import interpreter_bfloat16
+        import interpreter
 
-        interpreter_bfloat16.install()
+        interpreter.install()
         # Here steps take time, not registers: fewer of them, each larger.
         row_tiles.PROGRAMS = 4
         chip, float32 = launch.chip(torch.device("cpu")), 4

@@ -1,7 +1,9 @@
-"""bfloat16 for Triton's interpreter, which stores it as uint16 and computes with that.
+"""What Triton's interpreter gets wrong, put right.
 
-Products upcast what they multiply, and float32 is rounded to nearest even, where the interpreter
-truncates. Kernels upcast before every other operation, as they should.
+It stores bfloat16 as uint16 and computes with that. Here products upcast what they multiply, and
+float32 is rounded to nearest even, where the interpreter truncates; kernels upcast before every
+other operation, as they should. Triton 3.6's takes arrays of one number for scalars, which NumPy
+2.4 refuses.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from crossvit_kernels.gpu import launch
 def install() -> None:
     """For the rest of the process."""
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
@@ -36,6 +45,7 @@ def install() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, to_float32(a), to_float32(b), *rest)
 
+    interpreter._patch_lang_tensor = patch_with_index
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     for name in ("create_fp_ext", "create_fp_trunc"):  # bound to the old cast_impl in some versions
