@@ -341,13 +341,18 @@ assert looked == [True, False, False, False, False], looked
 
 @pytest.mark.parametrize(
     "script",
-    [KEYS, PARAMETERS, ARGUMENTS, CANDIDATES],
-    ids=["keys", "parameters", "arguments", "candidates"],
+    [
+        pytest.param(KEYS, id="keys"),
+        pytest.param(PARAMETERS, id="parameters"),
+        pytest.param(ARGUMENTS, id="arguments", marks=pytest.mark.slow),
+        pytest.param(CANDIDATES, id="candidates"),
+    ],
 )
 def test_a_compiled_kernel_is_started(script: str) -> None:
     run_without_a_device(script)
 
 
+@pytest.mark.slow
 def test_host_time_is_measured(tmp_path: Path) -> None:
     program = Path(__file__).resolve().parents[1] / "bench/host_bench.py"
     results = tmp_path / "host.json"

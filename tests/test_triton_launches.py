@@ -138,7 +138,12 @@ def run_without_a_device(script: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "calls", [FUSIONS, BLOCKS, INSPECTED], ids=["fusions", "blocks", "inspected"]
+    "calls",
+    [
+        pytest.param(FUSIONS, id="fusions"),
+        pytest.param(BLOCKS, id="blocks"),
+        pytest.param(INSPECTED, id="inspected", marks=pytest.mark.slow),
+    ],
 )
 def test_batch_and_tokens_are_not_compiled_in(calls: str) -> None:
     pytest.importorskip("triton")
