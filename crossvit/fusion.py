@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import crossvit_kernels as ck
 from crossvit.configs import Config
 from crossvit_kernels.graphs import side_by_side
-from crossvit_kernels.modules import CrossAttentionBlock, TransformerBlock
+from crossvit_kernels.modules import CrossAttentionBlock, TransformerBlock, plain_layers
 from crossvit_kernels.modules.base import calls_layers
 from crossvit_kernels.modules.fusion import (
     FusionLayers,
@@ -26,6 +26,8 @@ from crossvit_kernels.modules.fusion import (
 from crossvit_kernels.modules.layers import attention_weights, lift
 
 EPS = 1e-6  # of every LayerNorm
+
+_FIRST_BLOCK = plain_layers.layers({"0": TransformerBlock})
 
 
 class Branch(NamedTuple):
@@ -164,8 +166,13 @@ class MultiScaleBlock(nn.Module):
     def encode(self, b: int, branch: Branch) -> Branch:
         """The transformer blocks of branch b (Eq. 1)."""
         x, new_cls = branch
+        if new_cls is not None:
+            # A hook, or a module in the block's place, is given tokens as they are.
+            _, reason = plain_layers.find(self.blocks[b]._modules, _FIRST_BLOCK)
+            if reason is not None:
+                x, new_cls = branch.tokens(), None
         for block in self.blocks[b]:
-            x, new_cls = block(x, new_cls), None
+            x, new_cls = block(x) if new_cls is None else block(x, new_cls), None
         return Branch(x, new_cls)
 
     def fuse(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
@@ -205,8 +212,11 @@ class MultiScaleBlock(nn.Module):
 
     def _fuse_repeatedly(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
         """L > 1: cross-attention after cross-attention between one f and one g."""
-        y = self.projs[b](cls).unsqueeze(1)
-        for index, block in enumerate(self.fusion[b]):
+        y, blocks = self.projs[b](cls).unsqueeze(1), self.fusion[b]
+        if not self.reread_patches and not _is_plain(blocks):
+            y = blocks(torch.cat([y, patches], dim=1))
+            blocks = ()
+        for index, block in enumerate(blocks):
             y = attend_to_patches(y, self._patches_seen(index, patches), block, self.backend)
         new_cls: Tensor = self.revert_projs[b](y[:, 0])
         return new_cls
@@ -229,6 +239,13 @@ class MultiScaleBlock(nn.Module):
             if index + 1 < len(blocks):
                 y = block(tokens)
         return found
+
+
+def _is_plain(blocks: nn.Module) -> bool:
+    """Whether calling the blocks one by one is calling what holds them."""
+    hooks: list[Any] = [blocks._forward_hooks, blocks._forward_pre_hooks]
+    hooks += [blocks._backward_hooks, blocks._backward_pre_hooks]
+    return type(blocks) is nn.Sequential and not any(hooks) and "forward" not in blocks.__dict__
 
 
 class _FusedCall(NamedTuple):

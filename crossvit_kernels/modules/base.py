@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from crossvit_kernels import checks, functional
@@ -45,6 +46,12 @@ def check_layers(name: str, x: Tensor, layers: list[Any]) -> None:
     checks.same_device_and_dtype(name, x, **owned)
 
 
+def unit_stride(x: Any) -> Any:
+    """Tokens as operations take them: ``map.flatten(2).transpose(1, 2)`` has channels apart."""
+    strided = isinstance(x, Tensor) and x.layout == torch.strided and x.dim() == 3
+    return x.contiguous() if strided and x.stride(-1) != 1 else x
+
+
 class FusedModule(nn.Module):
     """The settings that modules share."""
 
@@ -54,7 +61,7 @@ class FusedModule(nn.Module):
         super().__init__()
         checks.heads(num_heads, dim=dim)
         self.dim, self.num_heads, self.backend = dim, num_heads, backend
-        self.scale = (dim // num_heads) ** -0.5  # of the scores
+        self.scale = self._scale = (dim // num_heads) ** -0.5  # of the scores
         for name, rate in rates.items():
             checks.probability(name, rate)
             setattr(self, name, rate)
@@ -67,10 +74,17 @@ class FusedModule(nn.Module):
         return drop_path_scale(x.shape[0], self.drop_path, self.training, like=x)
 
     def _calls_layers(self, reason: str | None) -> bool:
+        if reason is None and self.scale != self._scale:
+            reason = f"has scale={self.scale}"
         return calls_layers(self, self.backend, reason)
 
     def _pool(self, query: Tensor, tokens: Tensor, weights: list[Any], **options: Any) -> Tensor:
         pooled = functional.attention_pool(
-            query, tokens, *weights, num_heads=self.num_heads, backend=self.backend, **options
+            query,
+            unit_stride(tokens),
+            *weights,
+            num_heads=self.num_heads,
+            backend=self.backend,
+            **options,
         )
         return cast(Tensor, pooled)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from crossvit_kernels import checks, functional
 from crossvit_kernels.modules import converters, plain_layers
-from crossvit_kernels.modules.base import FusedModule, check_layers
+from crossvit_kernels.modules.base import FusedModule, check_layers, unit_stride
 from crossvit_kernels.modules.layers import Mlp, SelfAttention, add_update, init_linears
 from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
 from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
@@ -112,6 +112,8 @@ class TransformerBlock(FusedModule):
             norm, attn, qkv, proj = found
             weights = MsaWeights(*plain_layers.parameters(norm, qkv, proj))
             reason = plain_layers.why_not_weights(weights)
+            if reason is None and weights.qkv_weight.shape[0] != 3 * self.dim:
+                reason = f"attn.qkv has {weights.qkv_weight.shape[0]} features"
         if self._calls_layers(reason):
             self._check(x, cls, found if reason is None else [])
             scale = self._residual_scale(x)
@@ -120,7 +122,7 @@ class TransformerBlock(FusedModule):
             return add_update(x, self.attn(self.norm1(x)), scale)
         assert weights is not None
         return functional.layernorm_msa(
-            x,
+            unit_stride(x),
             weights,
             attn.num_heads,
             eps=norm.eps,

@@ -107,7 +107,7 @@ class Attention(nn.Module):
         checks.heads(num_heads, dim=dim)
         checks.probability("attn_drop", attn_drop)
         self.num_heads, self.attn_drop = num_heads, attn_drop
-        self.scale = (dim // num_heads) ** -0.5
+        self.scale = self._scale = (dim // num_heads) ** -0.5
 
     @property
     def dropout_p(self) -> float:

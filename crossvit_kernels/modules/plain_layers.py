@@ -18,6 +18,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from crossvit_kernels.ops.library import overrides_functions
+
 _LOG = logging.getLogger("crossvit_kernels")
 
 _PLAIN_TENSORS = {Tensor, nn.Parameter}
@@ -76,6 +78,7 @@ def find(
             or layer._backward_hooks
             or layer._backward_pre_hooks
             or "forward" in layer.__dict__
+            or layer.__dict__.get("scale") != layer.__dict__.get("_scale")
             or (kind is nn.GELU and layer.approximate != "none")
             or (kind is nn.Sequential and len(layer._modules) != size)
         ):
@@ -93,8 +96,6 @@ def parameters(*owners: nn.Module) -> list[Any]:
 
 def why_not_weights(weights: Any) -> str | None:
     """What of a NamedTuple of weights no operation can be given."""
-    if not torch.compiler.is_compiling() and _PLAIN_TENSORS.issuperset(map(type, weights)):
-        return None
     for name, w in zip(weights._fields, weights, strict=True):
         if w is None and name not in _OPTIONAL:
             return f"there is no {name}"
@@ -104,8 +105,16 @@ def why_not_weights(weights: Any) -> str | None:
 def why_not_tensors(tensors: Iterable[Tensor | None]) -> str | None:
     """Why kernels cannot read some of the tensors: it is a wrapper around others."""
     for t in tensors:
-        if type(t) not in _PLAIN_TENSORS and t is not None and is_traceable_wrapper_subclass(t):
-            return f"a parameter is a {type(t).__name__}"
+        if t is None:
+            continue
+        kind = type(t)
+        if kind not in _PLAIN_TENSORS and (
+            is_traceable_wrapper_subclass(t)
+            or (not torch.compiler.is_compiling() and overrides_functions(kind))
+        ):
+            return f"a parameter is a {kind.__name__}"
+        if t.layout != torch.strided:
+            return f"a parameter is {t.layout}"
     return None
 
 
@@ -160,6 +169,8 @@ def _why_not_plain(layer: nn.Module | None, kind: type[nn.Module], size: int) ->
         return "has hooks"
     if "forward" in layer.__dict__:
         return "has a forward of its own"
+    if layer.__dict__.get("scale") != layer.__dict__.get("_scale"):
+        return f"has scale={layer.scale}"
     if isinstance(layer, nn.GELU) and layer.approximate != "none":
         return f"is a {layer}"
     if isinstance(layer, nn.Sequential) and len(layer) != size:

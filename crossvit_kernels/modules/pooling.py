@@ -147,7 +147,7 @@ class MAPHead(FusedModule):
         """[B, C]: what the probe attends to, projected."""
         found, reason = plain_layers.find(self._modules, _MAP_LAYERS)
         if reason is None:
-            reason = _why_not_simple(found[0])
+            reason = _why_not_simple(found[0], self.num_heads)
         weights: list[Any] = []
         if reason is None and self.backend != "reference":
             weights = _attention_weights(*found)
@@ -192,8 +192,10 @@ def _attention_weights(attention: nn.MultiheadAttention, out_proj: nn.Module) ->
     return [w_q, b_q, w_k, b_k, w_v, b_v, *plain_layers.parameters(out_proj)]
 
 
-def _why_not_simple(attention: nn.MultiheadAttention) -> str | None:
+def _why_not_simple(attention: nn.MultiheadAttention, num_heads: int) -> str | None:
     """What torch's attention does beside projections and softmax."""
+    if attention.num_heads != num_heads:
+        return f"attention has {attention.num_heads} heads"
     if attention.in_proj_weight is None:
         return "attention has keys or values of another width"
     if attention.bias_k is not None or attention.bias_v is not None or attention.add_zero_attn:

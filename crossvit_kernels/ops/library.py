@@ -166,17 +166,30 @@ def why_no_kernel(tensors: Sequence[torch.Tensor | None]) -> str | None:
     given = [t for t in tensors if t is not None]
     if any(map(torch.Tensor.is_neg, given)):
         return "a tensor is a negative view: call .resolve_neg() on it"
+    if any(map(torch.Tensor._is_zerotensor, given)):
+        return "a tensor of zeros has no memory"
     if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in given):
         return "kernels have no forward-mode derivatives"
     return None
+
+
+def overrides_functions(kind: type) -> bool:
+    """Whether a type of tensors says itself what torch's functions do with them."""
+    function: Any = getattr(kind, "__torch_function__", None)
+    usual: Any = torch.Tensor.__torch_function__
+    return (
+        function is not torch._C._disabled_torch_function_impl
+        and getattr(function, "__func__", None) is not usual.__func__
+    )
 
 
 def _is_wrapper(kind: type) -> bool:
     """Whether tensors of a type run torch's operators in Python, in place of memory; those that
     torch itself traces with take custom operators as they are.
     """
-    if getattr(kind, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl:
-        return False
+    dispatches = getattr(kind, "__torch_dispatch__", None)
+    if dispatches is torch._C._disabled_torch_dispatch_impl:
+        return overrides_functions(kind)
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 

@@ -132,6 +132,7 @@ def _norm_backward(
     """(dx, dcls, gradients of LayerNorm's weight and bias), residual included; cls is row 0."""
     (wants_x, wants_cls), wants_affine = wanted[:2], wanted[2:4]
     affine, dcls = (w.norm_weight, w.norm_bias), None
+    mean_of_x, rstd_of_x = saved.mean, saved.rstd
     if cls is not None:
         # Row 0 belongs to cls: with its gradient taken out, x's own row 0 contributes nothing.
         _, mean, rstd = norm.forward(cls, *affine, eps)
@@ -139,8 +140,10 @@ def _norm_backward(
             dnormed[:, 0], cls, *affine, mean, rstd, (wants_cls, *wants_affine)
         )
         dnormed[:, 0] = 0
+        if not x[:, 0].isfinite().all():  # nor does a NaN there, times 0
+            x, mean_of_x, rstd_of_x = map(_without_row_0, (x, mean_of_x, rstd_of_x))
     dx, *d_affine = norm.backward(
-        dnormed, x, *affine, saved.mean, saved.rstd, (wants_x, *wants_affine)
+        dnormed, x, *affine, mean_of_x, rstd_of_x, (wants_x, *wants_affine)
     )
     if wants_x:
         dx.add_(dy)
@@ -153,6 +156,10 @@ def _norm_backward(
             if total is not None:
                 total += of_cls
     return dx, dcls, d_affine[0], d_affine[1]
+
+
+def _without_row_0(t: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], dim=1)
 
 
 def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
