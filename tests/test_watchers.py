@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from operation_cases import BATCH, OPERATIONS, Operation
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from crossvit_kernels.modules import CrossAttentionFusion
+import crossvit_kernels as ck
+from crossvit_kernels.modules import CrossAttentionFusion, TransformerBlock
 
 pytestmark = [
     pytest.mark.usefixtures("cpu_backend"),
@@ -226,3 +228,54 @@ def test_functional_call_with_other_weights() -> None:
     y = functional_call(fusion, other, (cls, tokens))
     fusion.load_state_dict(other)
     torch.testing.assert_close(y, fusion(cls, tokens))
+
+
+class Doubled(torch.Tensor):
+    """Says itself what a linear layer does with it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * out if function is F.linear else out
+
+
+def test_tensors_with_functions_of_their_own() -> None:
+    block, x = TransformerBlock(16, 2).eval(), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        plain = block(x)
+        weight = block.mlp.fc1.weight.detach().as_subclass(Doubled)
+        block.mlp.fc1.weight = torch.nn.Parameter(weight, requires_grad=False)
+        fused = block(x)
+        block.backend = "reference"
+        assert not torch.allclose(fused, plain)
+        torch.testing.assert_close(fused, block(x))
+
+
+def test_tensors_without_memory() -> None:
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    u = torch.randn(1, 2, 8)
+    zeros = torch._efficientzerotensor(2, 2, 8)
+    (dx,) = torch.autograd.grad(ck.attention_core(u, x)[0], x, zeros)
+    assert dx.abs().max() == 0
+    m, _ = ck.attention_core(u, torch._efficientzerotensor(2, 5, 8))
+    assert m.abs().max() == 0
+
+
+def test_no_score_row() -> None:
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    m, lse = ck.attention_core(torch.randn(2, 0, 8), x)
+    (m.sum() + lse.sum()).backward()
+    assert x.grad is not None and x.grad.abs().max() == 0
+
+
+def test_what_cls_replaces_reaches_nothing() -> None:
+    block, cls = TransformerBlock(16, 2), torch.randn(2, 16)
+    found = []
+    for value in (0.0, float("nan"), float("inf")):
+        x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+        x[:, 0] = value
+        block.zero_grad()
+        block(x.requires_grad_(), cls).sum().backward()
+        found.append([x.grad, *(p.grad.clone() for p in block.parameters())])
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
