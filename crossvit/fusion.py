@@ -213,9 +213,10 @@ class MultiScaleBlock(nn.Module):
     def _fuse_repeatedly(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
         """L > 1: cross-attention after cross-attention between one f and one g."""
         y, blocks = self.projs[b](cls).unsqueeze(1), self.fusion[b]
-        if not self.reread_patches and not _is_plain(blocks):
-            y = blocks(torch.cat([y, patches], dim=1))
-            blocks = ()
+        if not self.reread_patches and plain_layers.why_not_plain(
+            blocks, nn.Sequential, self.cross_depth
+        ):
+            y, blocks = blocks(torch.cat([y, patches], dim=1)), ()
         for index, block in enumerate(blocks):
             y = attend_to_patches(y, self._patches_seen(index, patches), block, self.backend)
         new_cls: Tensor = self.revert_projs[b](y[:, 0])
@@ -239,13 +240,6 @@ class MultiScaleBlock(nn.Module):
             if index + 1 < len(blocks):
                 y = block(tokens)
         return found
-
-
-def _is_plain(blocks: nn.Module) -> bool:
-    """Whether calling the blocks one by one is calling what holds them."""
-    hooks: list[Any] = [blocks._forward_hooks, blocks._forward_pre_hooks]
-    hooks += [blocks._backward_hooks, blocks._backward_pre_hooks]
-    return type(blocks) is nn.Sequential and not any(hooks) and "forward" not in blocks.__dict__
 
 
 class _FusedCall(NamedTuple):

@@ -35,41 +35,6 @@ def _first_vector_math_on_one_thread() -> None:
     torch.set_num_threads(threads)
 
 
-#: Tests of the slow tier where there is no GPU: what is interpreted, or compiled from source, takes
-#: minutes there. `pytest -m slow` runs them.
-_SLOW_FILES = ("tests/cuda/", "tests/test_gpu_suite.py")
-_SLOW_FIXTURES = {"tree", "small_tree"}  # builds of the extension
-_SLOW_ON_TRITON = (
-    "test_fuzz",
-    "test_ffn_fuzz",
-    "test_msa_fuzz",
-    "test_named_widths",
-    "test_an_image_depends_on_itself_alone",
-    "test_the_same_bits_as_two_launches",
-    "test_operators_are_what_they_say",
-    "test_saved_bytes",
-)
-_SLOW = (
-    "test_digits",
-    "test_inspect_prints_a_table",
-    "test_instructions",
-    "test_portable_to_amd",
-    "test_whole_model_on_triton",
-)
-
-
-def _is_slow(item: pytest.Item) -> bool:
-    path, _, name = item.nodeid.partition("::")
-    on_triton = any(part in path for part in ("triton", "pair", "gpu", "cuda"))
-    return (
-        path.startswith(_SLOW_FILES)
-        or bool(_SLOW_FIXTURES & set(getattr(item, "fixturenames", ())))
-        or name.startswith(_SLOW)
-        or (on_triton and name.startswith(_SLOW_ON_TRITON))
-    )
-
-
-@pytest.hookimpl(tryfirst=True)
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tiers; and the longest first, or one process of several ends long after the others."""

@@ -262,10 +262,15 @@ def test_tensors_without_memory() -> None:
 
 
 def test_no_score_row() -> None:
-    x = torch.randn(2, 5, 8, requires_grad=True)
-    m, lse = ck.attention_core(torch.randn(2, 0, 8), x)
-    (m.sum() + lse.sum()).backward()
+    x, extra = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        m, lse = ck.attention_core(torch.randn(2, 0, 8), x, extra_token=extra)
+        (m.sum() + lse.sum()).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert x.grad is not None and x.grad.abs().max() == 0
+    assert extra.grad is not None and extra.grad.abs().max() == 0
 
 
 def test_what_cls_replaces_reaches_nothing() -> None:

@@ -82,7 +82,7 @@ def find(
             or (kind is nn.GELU and layer.approximate != "none")
             or (kind is nn.Sequential and len(layer._modules) != size)
         ):
-            reason = _why_not_plain(layer, kind, size)
+            reason = why_not_plain(layer, kind, size)
             if reason is not None:
                 return found, f"{path} {reason}"
         found.append(layer)
@@ -96,6 +96,12 @@ def parameters(*owners: nn.Module) -> list[Any]:
 
 def why_not_weights(weights: Any) -> str | None:
     """What of a NamedTuple of weights no operation can be given."""
+    if (
+        not torch.compiler.is_compiling()
+        and _PLAIN_TENSORS.issuperset(map(type, weights))
+        and {w.layout for w in weights} == {torch.strided}
+    ):
+        return None
     for name, w in zip(weights._fields, weights, strict=True):
         if w is None and name not in _OPTIONAL:
             return f"there is no {name}"
@@ -103,7 +109,7 @@ def why_not_weights(weights: Any) -> str | None:
 
 
 def why_not_tensors(tensors: Iterable[Tensor | None]) -> str | None:
-    """Why kernels cannot read some of the tensors: it is a wrapper around others."""
+    """Why kernels cannot read some of the tensors: it is more than rows in memory."""
     for t in tensors:
         if t is None:
             continue
@@ -152,7 +158,8 @@ def _report_while_tracing(message: str) -> bool:
     return True
 
 
-def _why_not_plain(layer: nn.Module | None, kind: type[nn.Module], size: int) -> str | None:
+def why_not_plain(layer: nn.Module | None, kind: type[nn.Module], size: int = 0) -> str | None:
+    """What is between a layer and what a ``kind`` computes; size: children of a Sequential."""
     if layer is None:
         return "is missing"
     found: type[Any] = type(layer)

@@ -85,10 +85,6 @@ def backward(
             du=at.rows(du, dtype),
             dx=at.tokens(dx, dextra),
         )
-    else:  # no score row, or no image
-        dx.zero_()
-        if dextra is not None:
-            dextra.zero_()
     return du, dx, dextra
 
 

@@ -128,6 +128,9 @@ def _backward_kernel(
     norm_eps: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not m.numel():  # without a score row tokens reach nothing
+        dextra = x.new_zeros(0 if extra_token is None else extra_token.shape)
+        return torch.zeros_like(u), x.new_zeros(x.shape), dextra
     du, dx, dextra = BACKENDS[backend].backward(
         dm, dlse, u, x, key_mask, extra_token, m, lse, norm_eps
     )

@@ -10,7 +10,11 @@ import triton
 import triton.language as tl
 
 from crossvit_kernels.ops.attention_core.triton_kernels import aligned
-from crossvit_kernels.ops.attention_core.triton_passes import backward_pass
+from crossvit_kernels.ops.attention_core.triton_passes import (
+    backward_pass,
+    load_chunk,
+    store_chunk,
+)
 from crossvit_kernels.ops.cross_attention.triton_forward import residual_scales
 from crossvit_kernels.ops.cross_attention.triton_passes import (
     IMAGES,
@@ -237,22 +241,18 @@ def after_tokens(
     store_rows(dgamma, SIZE, used, dn * xhat, C, PADDED)
     tl.debug_barrier()
     row = tl.arange(0, IMAGES)
-    for c in range(0, C, PART):  # parts of a row, which registers hold beside four more
-        column = c + tl.arange(0, PART)
-        mask = used[:, None] & (column < C)[None, :]
-        of_head = row[:, None] * C + column[None, :]
-        of_image = row[:, None] * SIZE + column[None, :]
-        dgain = tl.load(dgamma + of_image, mask=mask, other=0.0)
-        dshift = tl.load(dbeta + of_image, mask=mask, other=0.0)
+    for i in tl.static_range((C + PART - 1) // PART):  # registers hold six such parts, not rows
+        dgain = load_chunk(dgamma, SIZE, row, used, i, C, PART)
+        dshift = load_chunk(dbeta, SIZE, row, used, i, C, PART)
         for head in range(H):
-            at = of_head + head * head_stride
-            dz = tl.load(dz_ptr + at, mask=mask, other=0.0)
-            dgain += dz * tl.load(m + at, mask=mask, other=0.0)
-            du = tl.load(du_ptr + at, mask=mask, other=0.0)
-            dgain += du * tl.load(kt + at, mask=mask, other=0.0)
+            at = head * head_stride
+            dz = load_chunk(dz_ptr + at, C, row, used, i, C, PART)
+            dgain += dz * load_chunk(m + at, C, row, used, i, C, PART)
+            du = load_chunk(du_ptr + at, C, row, used, i, C, PART)
+            dgain += du * load_chunk(kt + at, C, row, used, i, C, PART)
             dshift += dz
-        tl.store(dgamma + of_image, dgain, mask=mask)
-        tl.store(dbeta + of_image, dshift, mask=mask)
+        store_chunk(dgamma, SIZE, row, used, dgain, i, C, PART)
+        store_chunk(dbeta, SIZE, row, used, dshift, i, C, PART)
     tl.debug_barrier()
     weight = w.proj_weight
     linear(
