@@ -99,8 +99,8 @@ def find(
 def _state_dict(content: Mapping[str, Any], use_ema: bool) -> tuple[Mapping[str, Any], list[str]]:
     """The innermost state dict of a container, and what was chosen on the way."""
     notes: list[str] = []
-    while (key := _container(content, use_ema, notes)) is not None:
-        content = content[key]
+    while (inner := _contained(content, use_ema, notes)) is not None:
+        content = inner
     if not any(isinstance(value, Tensor) for value in content.values()):
         found = f"other things: {shortened(content)}" if content else "nothing"
         raise ValueError(f"checkpoint: expected tensors by name, found {found}")
@@ -109,12 +109,15 @@ def _state_dict(content: Mapping[str, Any], use_ema: bool) -> tuple[Mapping[str,
     return content, notes
 
 
-def _container(content: Mapping[str, Any], use_ema: bool, notes: list[str]) -> Any:
-    """The key of a state dict, or None."""
+def _contained(
+    content: Mapping[str, Any], use_ema: bool, notes: list[str]
+) -> Mapping[str, Any] | None:
+    """The state dict in a container; None where the content is one."""
 
     def holds(key: Any) -> bool:
         return isinstance(content.get(key), Mapping) and len(content[key]) > 0
 
+    content = {**_of_callbacks(content), **content}
     averaged = next(filter(holds, _AVERAGED), None)
     trained = next(filter(holds, _TRAINED), None)
     if "averaging_state" in content and holds("current_model_state"):
@@ -127,11 +130,11 @@ def _container(content: Mapping[str, Any], use_ema: bool, notes: list[str]) -> A
     if averaged is not None and use_ema:
         other = f"; use_ema=False takes {trained!r}" if trained else ""
         notes.append(f"averaged weights (EMA), from {averaged!r}{other}")
-        return averaged
+        return content[averaged]
     if trained is not None:
         other = f"; use_ema=True takes {averaged!r}" if averaged else ""
         notes.append(f"weights from {trained!r}{other}")
-        return trained
+        return content[trained]
     if any(isinstance(value, Tensor) for value in content.values()):
         return None  # a state dict already
     unnamed = [
@@ -146,7 +149,20 @@ def _container(content: Mapping[str, Any], use_ema: bool, notes: list[str]) -> A
         )
     if unnamed:
         notes.append(f"weights from {unnamed[0]!r}")
-    return unnamed[0] if unnamed else None
+    return content[unnamed[0]] if unnamed else None
+
+
+def _of_callbacks(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The averaged weights that a callback of Lightning kept: ``callbacks.EMA.ema_state_dict``."""
+    callbacks = content.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    return {
+        key: state[key]
+        for state in states
+        if isinstance(state, Mapping)
+        for key in _AVERAGED
+        if key in state
+    }
 
 
 class _Splitter:

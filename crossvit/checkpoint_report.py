@@ -100,6 +100,8 @@ def _hints(state: Mapping[str, Tensor], own: Mapping[str, Tensor], config: Confi
         hints.append("it has adapters (peft): merge them before saving, merge_and_unload()")
     if any(".parametrizations." in key for key in state):
         hints.append("it has parametrizations: remove them before saving")
+    if any(key.endswith("_orig") for key in state):
+        hints.append("it is pruned: torch.nn.utils.prune.remove() each parameter before saving")
     if name := _looks_like(state, config):
         hints.append(f"it looks like {name}")
     return hints

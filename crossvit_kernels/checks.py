@@ -62,6 +62,11 @@ def _autocast_is_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta has none
 
 
+def some_channels(name: str, t: Tensor) -> None:
+    if t.shape[-1] == 0:
+        raise ValueError(f"{name}: expected at least one channel, found shape {list(t.shape)}")
+
+
 def heads(num_heads: int, **widths: int) -> None:
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"num_heads: expected an int, found {type(num_heads).__name__}")

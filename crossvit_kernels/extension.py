@@ -185,6 +185,14 @@ class Arguments:
             *self._row(extra, x.dtype),
         )
 
+    def token_gradients(
+        self, dx: Tensor | None, dextra: Tensor | None, dtype: torch.dtype
+    ) -> tuple[int, int, int, int, int, int]:
+        """Those of ``tokens``, in their dtype; dx is None where it is not wanted."""
+        if dx is None:
+            return _NOTHING, DTYPE_CODES[dtype], 0, 0, *self._row(dextra, dtype)
+        return self.tokens(dx, dextra)
+
     def token_rows(
         self, x: Tensor, cls: Tensor | None
     ) -> tuple[int, int, int, int, int, int, int, int]:

@@ -72,8 +72,7 @@ def attention_core(
         raise ValueError(f"u: expected a batch of 1 or {batch}, found {u.shape[0]}")
     if num_tokens == 0:
         raise ValueError("x: expected at least one token, found shape " + str(list(x.shape)))
-    if channels == 0:
-        raise ValueError("x: expected at least one channel, found shape " + str(list(x.shape)))
+    checks.some_channels("x", x)
     checks.unit_stride("x", x)
     checks.optional_tensor("extra_token", extra_token, batch, channels)
     checks.same_device_and_dtype("x", x, extra_token=extra_token)
@@ -285,6 +284,7 @@ def layernorm_msa(
     """
     checks.tensor("x", x, "B", "N", "C")
     batch, num_tokens, channels = x.shape
+    checks.some_channels("x", x)
     checks.unit_stride("x", x)
     checks.optional_tensor("cls", cls, batch, channels)
     if cls is not None and num_tokens == 0:
@@ -327,6 +327,7 @@ def layernorm_ffn(
     Source: CrossViT (ICCV 2021), Eq. 1.
     """
     checks.tensor("x", x, "B", "N", "C")
+    checks.some_channels("x", x)
     checks.unit_stride("x", x)
     fc1 = getattr(weights, "fc1_weight", None)
     hidden = fc1.shape[0] if isinstance(fc1, Tensor) and fc1.dim() == 2 else 0
@@ -347,6 +348,7 @@ def _check_fusion(
     batch, own = cls.shape
     checks.tensor("tokens", tokens, batch, "N", "C")
     channels = tokens.shape[2]
+    checks.some_channels("tokens", tokens)
     checks.unit_stride("tokens", tokens)
     checks.weights(weights, FusionWeights, FUSION_SHAPES, {"C": channels, "C_own": own}, cls)
     checks.same_device_and_dtype("cls", cls, tokens=tokens)
@@ -368,6 +370,7 @@ def _check_pool(
         raise ValueError("query: expected at least one query, found none")
     if num_tokens == 0 and not include_query:
         raise ValueError("tokens: expected at least one token, found none")
+    checks.some_channels("tokens", tokens)
     checks.unit_stride("tokens", tokens)
     checks.tensor("w_k", p.w_k, "D", channels)
     checks.tensor("w_v", p.w_v, "D_v", channels)

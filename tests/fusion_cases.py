@@ -48,6 +48,19 @@ def fusion_and_gradients(
     return new_cls, *torch.autograd.grad(new_cls.square().sum(), (cls, tokens))
 
 
+def check_frozen_tokens(backend: str, device: str, num_tokens: int = 21) -> None:
+    """Where the tokens' gradient is not wanted, the others have the same bits."""
+    results = []
+    cls, tokens = torch.randn(3, 32, device=device), torch.randn(3, num_tokens, 48, device=device)
+    weights = [w.float().to(device).requires_grad_() for w in make_weights(32, 48)]
+    for is_frozen in (False, True):
+        leaves = [cls.detach().requires_grad_(), *weights]
+        x = tokens.detach().requires_grad_(not is_frozen)
+        y = ck.cross_attention_fusion(leaves[0], x, FusionWeights(*weights), 3, backend=backend)
+        results.append(torch.autograd.grad(y.square().sum(), leaves))
+    assert all(map(torch.equal, *results))
+
+
 def check_rule(
     own: int,
     channels: int,

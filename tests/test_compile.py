@@ -49,7 +49,8 @@ def test_opcheck_attention_core(extra: bool, shared: bool) -> None:
     arguments = (u, x, mask, extra_token, EPS, "cpu")
     opcheck(ops.attention_core_forward.default, arguments)
     m, lse = ops.attention_core_forward(*arguments)
-    backward = (torch.randn_like(m), torch.randn_like(lse), *arguments[:4], m, lse, EPS, "cpu")
+    backward = (torch.randn_like(m), torch.randn_like(lse), *arguments[:4], m, lse)
+    backward += ([True, True, extra], EPS, "cpu")
     opcheck(ops.attention_core_backward.default, backward)
 
 

@@ -221,6 +221,34 @@ def test_flops_are_counted(operation: Operation) -> None:
         assert counted == plain.get_total_flops()
 
 
+@pytest.mark.parametrize("name", ["layernorm_msa", "layernorm_ffn"])
+def test_flops_of_frozen_weights_are_counted_as_eager(name: str) -> None:
+    operation = OPERATIONS[name]
+    for trained in operation.shapes:
+        tensors = [t.requires_grad_(k == trained) for k, t in operation.tensors().items()]
+        counts = []
+        for function in (operation.call, operation.plain):
+            with FlopCounterMode(display=False) as mode:
+                function(*tensors).sum().backward()
+            counts.append(mode.get_total_flops())
+        # Attention's backward computes scores again, and all of dq, dk and dv.
+        assert counts[0] == counts[1] if name == "layernorm_ffn" else counts[0] >= counts[1]
+
+
+@pytest.mark.parametrize("name", ["attention_core", "cross_attention_fusion"])
+def test_flops_of_frozen_tokens_are_not_counted(name: str) -> None:
+    operation = OPERATIONS[name]
+    which = "x" if "x" in operation.shapes else "tokens"
+    counts = []
+    for wants_tokens in (True, False):
+        tensors = operation.tensors()
+        leaves = [t.requires_grad_(wants_tokens or k != which) for k, t in tensors.items()]
+        with FlopCounterMode(display=False) as mode:
+            operation.call(*leaves).sum().backward()
+        counts.append(mode.get_total_flops())
+    assert counts[0] > counts[1] > 0
+
+
 def test_functional_call_with_other_weights() -> None:
     fusion = CrossAttentionFusion(16, 24, 3).double()
     cls, tokens = torch.randn(2, 16).double(), torch.randn(2, 5, 24).double()

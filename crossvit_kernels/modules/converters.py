@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossvit_kernels.modules import plain_layers
+
 Converted = tuple[dict[str, Any], dict[str, Tensor]]  # options of our module, its state dict
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -215,6 +217,13 @@ class _Source:
                 f"{found.__name__}"
             )
         self.module, self.path = module, path or found.__name__
+        if not path:
+            self._runs_as_its_types_say()
+
+    def _runs_as_its_types_say(self) -> None:
+        for name, module in self.module.named_modules():
+            if reason := plain_layers.why_not_called_plainly(module):
+                raise ValueError(f"{'.'.join(filter(None, (self.path, name)))} {reason}")
 
     def child(self, name: str) -> _Source:
         module = self.module._modules.get(name)

@@ -100,11 +100,15 @@ def why_not_weights(weights: Any) -> str | None:
         not torch.compiler.is_compiling()
         and _PLAIN_TENSORS.issuperset(map(type, weights))
         and {w.layout for w in weights} == {torch.strided}
+        and len({w.dtype for w in weights}) == 1
     ):
         return None
     for name, w in zip(weights._fields, weights, strict=True):
         if w is None and name not in _OPTIONAL:
             return f"there is no {name}"
+    dtypes = {w.dtype for w in weights if w is not None}
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(weights[0].device.type):
+        return f"its parameters are in {' and '.join(sorted(map(str, dtypes)))}"
     return why_not_tensors(weights)
 
 
@@ -167,15 +171,8 @@ def why_not_plain(layer: nn.Module | None, kind: type[nn.Module], size: int = 0)
         found = found.__bases__[0]
     if found is not kind:
         return f"is a {found.__module__}.{found.__qualname__}"
-    if (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    ):
-        return "has hooks"
-    if "forward" in layer.__dict__:
-        return "has a forward of its own"
+    if reason := why_not_called_plainly(layer):
+        return reason
     if layer.__dict__.get("scale") != layer.__dict__.get("_scale"):
         return f"has scale={layer.scale}"
     if isinstance(layer, nn.GELU) and layer.approximate != "none":
@@ -183,3 +180,15 @@ def why_not_plain(layer: nn.Module | None, kind: type[nn.Module], size: int = 0)
     if isinstance(layer, nn.Sequential) and len(layer) != size:
         return f"has {len(layer)} layers instead of {size}"
     return None
+
+
+def why_not_called_plainly(module: nn.Module) -> str | None:
+    """What else than its class's forward runs when a module is called."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "has hooks"
+    return "has a forward of its own" if "forward" in module.__dict__ else None

@@ -1,7 +1,8 @@
 """Floating-point operations of each operator, for ``torch.utils.flop_counter.FlopCounterMode``.
 
 As there, matrix products alone count, two operations a multiply-add, and it is the kernels' own
-arithmetic that is counted: of a fusion, no keys and values (docs/derivation.md).
+arithmetic that is counted: of a fusion, no keys and values (docs/derivation.md). Of a backward pass
+those products count whose results are wanted, or lead to some that are.
 """
 
 from __future__ import annotations
@@ -27,64 +28,82 @@ def _attention_core_forward(u: Shape, x: Shape, mask: Any, extra: Any, *_: Any, 
 
 
 def _attention_core_backward(
-    dm: Any, dlse: Any, u: Shape, x: Shape, mask: Any, extra: Any, *_: Any, **__: Any
-) -> int:
-    """Scores again, dp, du and dx."""
-    return 5 * _core(u, x, extra) // 2
+    dm: Any, dlse: Any, u: Shape, x: Shape, mask: Any, extra: Any, m: Any, lse: Any,
+    wanted: Sequence[bool], *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Scores again, dp, du and two for dx."""
+    return (3 + 2 * wanted[1]) * _core(u, x, extra) // 2
 
 
-def _fusion(cls: Shape, tokens: Shape, num_heads: int, way: int) -> int:
-    """f, g, W_q, W_k, W_v and W_o for one row an image; tokens meet a row a head."""
+def _fusion(cls: Shape, tokens: Shape, num_heads: int) -> tuple[int, int, int]:
+    """f or g, one of W_q, W_k, W_v and W_o, for a row an image; tokens meet a row a head."""
     (batch, own), (_, num_tokens, channels) = cls, tokens
-    layers = 2 * batch * (2 * own * channels + 4 * channels * channels)
     core = _core((1, num_heads, channels), (batch, num_tokens + 1, channels), None)
-    return layers + core if way == 1 else 2 * layers + 5 * core // 2
+    return 2 * batch * own * channels, 2 * batch * channels * channels, core
 
 
 def _fusion_forward(
     cls: Shape, tokens: Shape, w: Any, s: Any, num_heads: int, *_: Any, **__: Any
 ) -> int:
-    return _fusion(cls, tokens, num_heads, 1)
+    lift, square, core = _fusion(cls, tokens, num_heads)
+    return 2 * lift + 4 * square + core
 
 
 def _fusion_backward(
-    d: Any, cls: Shape, tokens: Shape, w: Any, s: Any, saved: Any, wanted: Any, num_heads: int,
-    *_: Any, **__: Any,
+    d: Any, cls: Shape, tokens: Shape, w: Any, s: Any, saved: Any, wanted: Sequence[bool],
+    num_heads: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    return _fusion(cls, tokens, num_heads, 2)
+    """Gradients of the inputs of all layers, the token pass, and the weights' that are wanted."""
+    lift, square, core = _fusion(cls, tokens, num_heads)
+    w_f, w_q, w_k, w_v, w_o, w_g = (wanted[i] for i in (4, 8, 10, 12, 14, 18))
+    lifts, squares = 2 + w_f + w_g, 4 + w_q + w_k + w_v + w_o
+    return lifts * lift + squares * square + (3 + 2 * wanted[1]) * core // 2
 
 
 def _fusion_pair(*args: Any, **_: Any) -> int:
-    return sum(_fusion(a[0], a[1], a[3], 1) for a in (args[:5], args[5:10]))
+    return sum(_fusion_forward(*a[:3], None, a[3]) for a in (args[:5], args[5:10]))
 
 
-def _msa(x: Shape, way: int) -> int:
-    """Projections of 4 C^2 a token; scores and their sums of 2 N C, backward five halves of it."""
+def _msa(x: Shape) -> tuple[int, int]:
+    """A projection of C^2 a token; scores and their sums of 2 N C."""
     batch, num_tokens, channels = x
-    layers = 8 * batch * num_tokens * channels * channels
-    attention = 4 * batch * num_tokens * num_tokens * channels
-    return layers + attention if way == 1 else 2 * layers + 5 * attention // 2
+    projection = 2 * batch * num_tokens * channels * channels
+    return projection, 4 * batch * num_tokens * num_tokens * channels
 
 
 def _msa_forward(x: Shape, *_: Any, **__: Any) -> int:
-    return _msa(x, 1)
+    projection, attention = _msa(x)
+    return 4 * projection + attention
 
 
-def _msa_backward(dy: Any, x: Shape, *_: Any, **__: Any) -> int:
-    return _msa(x, 2)
+def _msa_backward(
+    dy: Any, x: Shape, w: Any, s: Any, cls: Any, saved: Any, wanted: Sequence[bool],
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    projection, attention = _msa(x)
+    wants_x, wants_cls, *norm, w_qkv, b_qkv, w_out, _b_out = wanted
+    before_qkv = wants_x or wants_cls or any(norm)
+    through = before_qkv or w_qkv or b_qkv
+    layers = w_out + through + 3 * (w_qkv + before_qkv)
+    return layers * projection + through * 5 * attention // 2
 
 
 def _ffn(x: Shape, weights: Any) -> int:
+    """One of the two layers."""
     (batch, num_tokens, channels), hidden = x, weights[2][0]
-    return 4 * batch * num_tokens * channels * hidden
+    return 2 * batch * num_tokens * channels * hidden
 
 
 def _ffn_forward(x: Shape, weights: Any, *_: Any, **__: Any) -> int:
-    return _ffn(x, weights)
-
-
-def _ffn_backward(dy: Any, x: Shape, weights: Any, *_: Any, **__: Any) -> int:
     return 2 * _ffn(x, weights)
+
+
+def _ffn_backward(
+    dy: Any, x: Shape, weights: Any, s: Any, saved: Any, wanted: Sequence[bool], *_: Any, **__: Any
+) -> int:
+    wants_x, *norm, w_1, b_1, w_2, _b_2 = wanted
+    before_fc1 = wants_x or any(norm)
+    return (w_2 + (before_fc1 or w_1 or b_1) + w_1 + before_fc1) * _ffn(x, weights)
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {

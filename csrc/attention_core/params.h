@@ -66,7 +66,7 @@ struct BackwardParams {
   Rows dm;
   const void* dlse;  // null: zero
   Rows du;           // out, per image even where u is shared
-  Tokens dx;         // out
+  Tokens dx;         // out; its data is null, and its strides are 0, where it is not wanted
 };
 
 void forward(const ForwardParams& params);

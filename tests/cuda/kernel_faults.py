@@ -188,7 +188,7 @@ FAULTS: dict[str, Fault] = {
         CORE, no_barrier(BACKWARD_PASS, f"{BARRIER}\n    for (int turn")
     ),
     "backward: weights not seen": race(
-        CORE, no_warp_barrier(BACKWARD_PASS, f"{WARP_BARRIER}\n    write_dx(")
+        CORE, no_warp_barrier(BACKWARD_PASS, f"{WARP_BARRIER}\n    if (wants_dx) write_dx(")
     ),
     "backward: dx not seen": race(
         CORE, no_warp_barrier(BACKWARD_PASS, f"{WARP_BARRIER}\n      if (extra) copy_extra")

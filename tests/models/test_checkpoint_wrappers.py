@@ -223,6 +223,20 @@ def test_the_average_of_lightnings_callback():
     assert_loads(content, model, use_ema=False)
 
 
+def test_averaged_weights_of_a_callback() -> None:
+    """As Lightning's callbacks keep them."""
+    model, ema = tiny(), tiny()
+    content = {
+        "state_dict": under("model.", model.state_dict()),
+        "callbacks": {
+            "ModelCheckpoint{}": {"best_model_path": "best.ckpt"},
+            "EMA": {"ema_state_dict": under("model.", ema.state_dict()), "decay": 0.999},
+        },
+    }
+    assert_loads(content, ema)
+    assert_loads(content, model, use_ema=False)
+
+
 def test_averaged_weights_alone():
     ema = tiny()
     for content in ({"model_ema": ema.state_dict()}, under("ema_model.", ema.state_dict())):

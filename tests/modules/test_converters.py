@@ -91,6 +91,21 @@ def test_timm_blocks_of_other_functions_are_refused(options: Any, named: str) ->
         TransformerBlock.from_timm(timm_block(**options))
 
 
+@pytest.mark.parametrize("path", ["", "attn", "attn.qkv", "norm1", "mlp.act"])
+def test_sources_that_run_something_else_are_refused(path: str) -> None:
+    """A hook may change what a layer gives, and would be left behind."""
+    block = timm_block()
+    layer = block.get_submodule(path)
+    hook = layer.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match=rf"^Block{'.' * bool(path)}{path} has hooks"):
+        TransformerBlock.from_timm(block)
+    hook.remove()
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    with pytest.raises(ValueError, match="has a forward of its own"):
+        TransformerBlock.from_timm(block)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["GELU", "GELUTanh", "QuickGELU"])
 def test_timm_latent_pool(name: str, backend: str | None) -> None:

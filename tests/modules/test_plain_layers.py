@@ -301,3 +301,18 @@ def test_forward_derivatives_and_traces(name: str) -> None:
         traced = torch.jit.trace(ours, inputs)
     other = [torch.randn(7, *t.shape[1:], dtype=t.dtype) for t in inputs]
     torch.testing.assert_close(traced(*other), eager(*other), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["fusion", "block"])
+def test_layers_of_several_dtypes(name: str) -> None:
+    """LayerNorms in float32 beside linear layers in bfloat16: torch runs them on a CPU."""
+    ours, eager = pair(CASES[name], None)
+    for module in (ours, eager):
+        module.bfloat16()
+        for layer in module.modules():
+            if isinstance(layer, nn.LayerNorm):
+                layer.float()
+    inputs = [t.detach().bfloat16() for t in random_inputs(CASES[name])]
+    found, expected = ours(*inputs), eager(*inputs)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)

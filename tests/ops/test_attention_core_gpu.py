@@ -100,6 +100,19 @@ def test_many_score_rows(gpu: Gpu) -> None:
     check_rule(inputs, mask, torch.float16, 1e-6, gpu.name, gpu.device)
 
 
+@pytest.mark.parametrize("num_tokens, num_rows", [(18, 70), (1100, 3)])
+def test_frozen_tokens(num_tokens: int, num_rows: int, gpu: Gpu) -> None:
+    """Where dx is not wanted, the other gradients have the same bits."""
+    inputs, _ = make(2, num_tokens, num_rows, 16, extra=True)
+    results = []
+    for is_frozen in (False, True):
+        u, x, extra = leaves = [t.float().to(gpu.device).requires_grad_() for t in inputs]
+        x.requires_grad_(not is_frozen)
+        m, lse = ck.attention_core(u, x, extra_token=extra, backend=gpu.name)
+        results.append(torch.autograd.grad((m.sin().sum() + lse.sum()), leaves[::2]))
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_mean_small_spread(dtype: torch.dtype, gpu: Gpu) -> None:
     """Tokens with mean 100 and spread 1 keep their digits."""

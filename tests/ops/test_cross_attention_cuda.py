@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_within_rule
-from fusion_cases import NAMED_WIDTHS, check_rule, fusion_and_gradients, make_weights
+from fusion_cases import (
+    NAMED_WIDTHS,
+    check_frozen_tokens,
+    check_rule,
+    fusion_and_gradients,
+    make_weights,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -42,6 +48,10 @@ def test_rule(division: Division, dtype: torch.dtype, cuda_device: str) -> None:
     """Batches beyond a cluster's images, no biases, heads that are no power of two."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=cuda_device)
     check(128, 80, 10, 2, 33, dtype=dtype, biases=False, device=cuda_device)
+
+
+def test_frozen_tokens(division: Division, cuda_device: str) -> None:
+    check_frozen_tokens("cuda", cuda_device)
 
 
 @pytest.mark.slow_on_cpu

@@ -6,7 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from fusion_cases import NAMED_WIDTHS, check_rule, fusion_and_gradients, launches, make_weights
+from fusion_cases import (
+    NAMED_WIDTHS,
+    check_frozen_tokens,
+    check_rule,
+    fusion_and_gradients,
+    launches,
+    make_weights,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -42,6 +49,14 @@ def test_rule(form: str, dtype: torch.dtype, triton_device: str) -> None:
     """Batches beyond a program's images, widths that are no multiple of a block, no biases."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=triton_device)
     check(120, 72, 9, 2, 33, dtype=dtype, biases=False, device=triton_device)
+
+
+def test_frozen_tokens(form: str, triton_device: str) -> None:
+    check_frozen_tokens("triton", triton_device)
+
+
+def test_many_frozen_tokens(triton_device: str) -> None:
+    check_frozen_tokens("triton", triton_device, num_tokens=4100)
 
 
 @pytest.mark.slow_on_cpu

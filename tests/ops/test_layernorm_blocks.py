@@ -82,6 +82,26 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
         assert torch.autograd.grad(y.sum(), x)[0].shape == shape
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_hidden_units(dtype: torch.dtype) -> None:
+    """All that is left of the update is the last bias."""
+    w = FfnWeights(*(t.to(dtype) for t in ffn_weights(24, 4)))
+    w = w._replace(
+        fc1_weight=w.fc1_weight[:0], fc1_bias=w.fc1_bias[:0], fc2_weight=w.fc2_weight[:, :0]
+    )
+    x = torch.randn(2, 3, 24).to(dtype).requires_grad_()
+    y = ck.layernorm_ffn(x, w)
+    assert torch.equal(y, x + w.fc2_bias)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.ones_like(x))
+
+
+def test_no_channels() -> None:
+    with pytest.raises(ValueError, match="x: expected at least one channel"):
+        ck.layernorm_msa(torch.randn(2, 3, 0), msa_weights(8), 1)
+    with pytest.raises(ValueError, match="x: expected at least one channel"):
+        ck.layernorm_ffn(torch.randn(2, 3, 0), ffn_weights(8, 4))
+
+
 def test_inputs_are_left_alone() -> None:
     """The fused CLS stands in for row 0 without being written there."""
     x, cls = torch.randn(2, 9, 24).double(), torch.randn(2, 24).double()

@@ -109,10 +109,11 @@ def backward(
     m: Tensor,
     lse: Tensor,
     norm_eps: float | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    wants_dx: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared."""
     batch, num_rows, channels = m.shape
-    du, dx = torch.empty_like(m), x.new_empty(x.shape)
+    du, dx = torch.empty_like(m), x.new_empty(x.shape) if wants_dx else None
     dextra = None if extra_token is None else x.new_empty(batch, channels)
     if m.numel():
         assert extension.cuda_kernels is not None
@@ -136,7 +137,7 @@ def backward(
             dm=at.rows(dm, float32),
             dlse=at.pointer(dlse, float32),
             du=at.rows(du, float32),
-            dx=at.tokens(dx, dextra),
+            dx=at.token_gradients(dx, dextra, x.dtype),
             blocks=blocks,
             workspace=at.pointer(workspace, float32),
             place=extension.place(x),

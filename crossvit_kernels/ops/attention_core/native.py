@@ -61,15 +61,16 @@ def backward(
     m: Tensor,
     lse: Tensor,
     norm_eps: float | None,
+    wants_dx: bool = True,
     du_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared."""
     batch, num_rows, channels = m.shape
     u, x, dm, m, extra_token = _unit_strides(u, x, dm, m, extra_token)
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()  # alive until the kernel returns
     du = torch.empty_like(m) if du_out is None else du_out
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if wants_dx else None
     dextra = None if extra_token is None else x.new_empty(batch, channels)
     if m.numel():
         at, dtype = extension.Arguments(x.device), extension.accumulate_dtype(x)
@@ -83,7 +84,7 @@ def backward(
             dm=at.rows(dm, dtype),
             dlse=at.pointer(dlse, dtype),
             du=at.rows(du, dtype),
-            dx=at.tokens(dx, dextra),
+            dx=at.token_gradients(dx, dextra, x.dtype),
         )
     return du, dx, dextra
 

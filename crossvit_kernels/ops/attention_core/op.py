@@ -75,11 +75,14 @@ class _AttentionCore(torch.autograd.Function):
         wants_u, wants_x, _, wants_extra, _, _ = ctx.needs_input_grad
         if autograd.needs_reference((dm, dlse)):
             reference_of = functools.partial(_reference, ctx.norm_eps)
-            wanted = wants_u, wants_x, False, wants_extra
-            du, dx, _, dextra = autograd.by_reference(ctx, reference_of, inputs, wanted, (dm, dlse))
+            of_inputs = wants_u, wants_x, False, wants_extra
+            du, dx, _, dextra = autograd.by_reference(
+                ctx, reference_of, inputs, of_inputs, (dm, dlse)
+            )
         else:
-            found = _backward(dm, dlse, *inputs, m, lse, ctx.norm_eps, ctx.backend)
-            du, dx, dextra = autograd.given(found, (wants_u, wants_x, wants_extra))
+            wanted = wants_u, wants_x, wants_extra
+            found = _backward(dm, dlse, *inputs, m, lse, wanted, ctx.norm_eps, ctx.backend)
+            du, dx, dextra = autograd.given(found, wanted)
         return du, dx, None, dextra, None, None
 
 
@@ -125,18 +128,20 @@ def _backward_kernel(
     extra_token: Tensor | None,
     m: Tensor,
     lse: Tensor,
+    wanted: list[bool],
     norm_eps: float | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     if not m.numel():  # without a score row tokens reach nothing
-        dextra = x.new_zeros(0 if extra_token is None else extra_token.shape)
-        return torch.zeros_like(u), x.new_zeros(x.shape), dextra
+        gradients = autograd.empty_gradients((u, x, extra_token), wanted, x)
+        return [t.zero_() for t in gradients]
     du, dx, dextra = BACKENDS[backend].backward(
-        dm, dlse, u, x, key_mask, extra_token, m, lse, norm_eps
+        dm, dlse, u, x, key_mask, extra_token, m, lse, norm_eps, wanted[1]
     )
     if u.shape[0] == 1 and du.shape[0] != 1:
         du = du.sum(dim=0, keepdim=True)
-    return du, dx, x.new_empty(0) if dextra is None else dextra
+    found = [g if want else None for g, want in zip((du, dx, dextra), wanted, strict=True)]
+    return autograd.filled(found, x)
 
 
 def _backward_fake(
@@ -148,11 +153,11 @@ def _backward_fake(
     extra_token: Tensor | None,
     m: Tensor,
     lse: Tensor,
+    wanted: list[bool],
     norm_eps: float | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dextra = x.new_empty(0) if extra_token is None else x.new_empty(extra_token.shape)
-    return u.new_empty(u.shape), x.new_empty(x.shape), dextra
+) -> list[Tensor]:
+    return autograd.empty_gradients((u, x, extra_token), wanted, x)
 
 
 _forward = library.define(
@@ -163,8 +168,8 @@ _forward = library.define(
 )
 _backward = library.define(
     "attention_core_backward(Tensor dm, Tensor? dlse, Tensor u, Tensor x, Tensor? key_mask, "
-    "Tensor? extra_token, Tensor m, Tensor lse, float? norm_eps, str backend) "
-    "-> (Tensor du, Tensor dx, Tensor dextra_token)",
+    "Tensor? extra_token, Tensor m, Tensor lse, bool[] wanted, float? norm_eps, "
+    "str backend) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
 )

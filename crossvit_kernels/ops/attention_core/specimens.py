@@ -33,4 +33,5 @@ def _both_ways(
     u: Tensor, x: Tensor, key_mask: Tensor | None, extra: Tensor | None, eps: float | None
 ) -> None:
     m, lse = triton.forward(u, x, key_mask, extra, eps)
-    triton.backward(m, lse, u, x, key_mask, extra, m, lse, eps)
+    for wants_dx in (True, False):
+        triton.backward(m, lse, u, x, key_mask, extra, m, lse, eps, wants_dx)

@@ -99,8 +99,9 @@ def backward(
     m: Tensor,
     lse: Tensor,
     norm_eps: float | None,
+    wants_dx: bool = True,
     dx_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared.
 
     dx_out: memory for dx, contiguous.
@@ -111,11 +112,10 @@ def backward(
     rows, parts = shape.rows, shape.parts(x.shape[1])
     # Where score rows take several launches, these add up in float32.
     dtype = x.dtype if num_rows <= rows else torch.float32
-    dx = (
-        dx_out
-        if dx_out is not None and dx_out.dtype == dtype
-        else x.new_empty(x.shape, dtype=dtype)
-    )
+    dx = None
+    if wants_dx:
+        usable = dx_out is not None and dx_out.dtype == dtype
+        dx = dx_out if usable else x.new_empty(x.shape, dtype=dtype)
     dextra = None if extra_token is None else m.new_empty(batch, channels)
     du = m.new_empty(batch, parts, num_rows, channels)
     if m.numel():
@@ -140,15 +140,15 @@ def backward(
                     x.stride(1),
                     0 if extra is None else extra.stride(0),
                     *((0, 0) if key_mask is None else key_mask.stride()),
-                    dx.stride(0),
-                    dx.stride(1),
+                    *((0, 0) if dx is None else dx.stride()[:2]),
                 ),
                 found,
                 (row > 0,),
                 eps=norm_eps or 0.0,
             )
-    if dx_out is not None and dx is not dx_out:
+    if dx is not None and dx_out is not None and dx is not dx_out:
         dx_out.copy_(dx)
     if extra_token is not None and dextra is not None:
         dextra = dextra.to(extra_token.dtype)
-    return du[:, 0] if parts == 1 else du.sum(dim=1), dx.to(x.dtype), dextra
+    dx = None if dx is None else dx.to(x.dtype)
+    return du[:, 0] if parts == 1 else du.sum(dim=1), dx, dextra

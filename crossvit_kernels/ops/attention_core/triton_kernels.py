@@ -206,6 +206,8 @@ def attention_core_backward(
         mask_ptr += image * mask_batch_stride
     if dlse_ptr is not None:
         dlse_ptr += image * R
+    if dx_ptr is not None:
+        dx_ptr += image * aligned(dx_batch_stride, ALIGN)
     backward_pass(
         u_ptr + image * u_batch_stride,
         aligned(u_row_stride, ALIGN),
@@ -223,7 +225,7 @@ def attention_core_backward(
         mask_token_stride,
         du_ptr + (image * tl.num_programs(1) + part) * R * C,
         C,
-        dx_ptr + image * aligned(dx_batch_stride, ALIGN),
+        dx_ptr,
         aligned(dx_token_stride, ALIGN),
         dextra_ptr,
         part * PART,

@@ -259,7 +259,7 @@ def backward_pass(
     S: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """du of one image from its tokens [first, last), and those tokens' dx.
+    """du of one image from its tokens [first, last), and, where dx_ptr is not None, their dx.
 
     gain_ptr, where there is one, applies to both u and dm. ADD: add to dx and dextra, which hold
     what other score rows gave.
@@ -307,7 +307,8 @@ def backward_pass(
     weighted_mean = tl.zeros((ROWS,), tl.float32)
     t = tl.arange(0, TOKENS)
     x_ptr += first.to(tl.int64) * x_token_stride
-    dx_ptr += first.to(tl.int64) * dx_token_stride
+    if dx_ptr is not None:
+        dx_ptr += first.to(tl.int64) * dx_token_stride
     for n in range(first, last, TOKENS):
         exists = n + t < last
         present = exists
@@ -345,25 +346,26 @@ def backward_pass(
         for i in tl.static_range(NUM):
             du = du[1:] + (tl.dot(weights, xs[i], du[0], input_precision=PRECISION),)
 
-        p = p.to(dtype)
-        ds = ds.to(dtype)
-        a = tl.zeros((TOKENS,), tl.float32)
-        b = tl.zeros((TOKENS,), tl.float32)
-        if NORMALIZE:
-            p_, ds_ = p.to(tl.float32), ds.to(tl.float32)
-            a = tl.sum(p_ * dm_sum[:, None] + ds_ * u_sum[:, None], axis=0) / C
-            b = tl.sum(p_ * dp + ds_ * s, axis=0) / C * rstd
-        for i in tl.static_range(NUM):
-            dx = tl.dot(tl.trans(p), dms[i], input_precision=PRECISION)
-            dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=PRECISION)
+        if dx_ptr is not None:
+            p = p.to(dtype)
+            ds = ds.to(dtype)
+            a = tl.zeros((TOKENS,), tl.float32)
+            b = tl.zeros((TOKENS,), tl.float32)
             if NORMALIZE:
-                d = centred(xs[i], mean[:, None], i, C, CHUNK)
-                dx = (dx - a[:, None] - d * b[:, None]) * rstd[:, None]
-            if ADD:
-                dx += load_chunk(dx_ptr, dx_token_stride, t, exists, i, C, CHUNK)
-            store_chunk(dx_ptr, dx_token_stride, t, exists, dx, i, C, CHUNK)
+                p_, ds_ = p.to(tl.float32), ds.to(tl.float32)
+                a = tl.sum(p_ * dm_sum[:, None] + ds_ * u_sum[:, None], axis=0) / C
+                b = tl.sum(p_ * dp + ds_ * s, axis=0) / C * rstd
+            for i in tl.static_range(NUM):
+                dx = tl.dot(tl.trans(p), dms[i], input_precision=PRECISION)
+                dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=PRECISION)
+                if NORMALIZE:
+                    d = centred(xs[i], mean[:, None], i, C, CHUNK)
+                    dx = (dx - a[:, None] - d * b[:, None]) * rstd[:, None]
+                if ADD:
+                    dx += load_chunk(dx_ptr, dx_token_stride, t, exists, i, C, CHUNK)
+                store_chunk(dx_ptr, dx_token_stride, t, exists, dx, i, C, CHUNK)
+            dx_ptr += TOKENS * dx_token_stride
         x_ptr += TOKENS * x_token_stride
-        dx_ptr += TOKENS * dx_token_stride
 
     for i in tl.static_range(NUM):
         value = du[i] - weighted_mean[:, None]

@@ -137,13 +137,13 @@ def backward(
     num_heads: int,
     eps: float,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, FusionWeights]:
-    """(dcls, dtokens, gradients of the weights); None for weights whose is not wanted."""
+) -> tuple[Tensor, Tensor | None, FusionWeights]:
+    """(dcls, dtokens, gradients of the weights); None for what is not wanted, but for dcls."""
     (batch, num_tokens, channels), own = tokens.shape, cls.shape[1]
     dcls = torch.empty_like(_readable(cls, tokens), memory_format=torch.contiguous_format)
-    dx = tokens.new_empty(tokens.shape)
-    gradients = dx.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
-    dz, du = dx.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
+    dx = tokens.new_empty(tokens.shape) if wanted[1] else None
+    gradients = tokens.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
+    dz, du = tokens.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
     if batch:
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
@@ -151,7 +151,7 @@ def backward(
         split = division(batch, launch.chip(x.device))
         problem = batch, num_tokens, channels, own, num_heads, eps
         states = _states(problem, split, gradients)
-        scratch = dx.new_empty(2, batch, channels, dtype=torch.float32)
+        scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)
         of_cls, d_new_cls = _readable(cls, x).contiguous(), d_new_cls.contiguous()
         at, float32 = extension.Arguments(x.device), torch.float32
         extension.cuda_kernels.functions.cross_attention_backward(
@@ -163,7 +163,7 @@ def backward(
             residual_scale=at.pointer(scale, float32),
             vectors=at.pointer(saved.vectors, float32),
             dcls=at.pointer(dcls),
-            dx=at.tokens(dx, None),
+            dx=at.token_gradients(dx, None, x.dtype),
             gradients=at.pointer(gradients, float32),
             dz=at.pointer(dz, float32),
             du=at.pointer(du, float32),

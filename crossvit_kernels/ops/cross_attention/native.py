@@ -107,8 +107,8 @@ def backward(
     num_heads: int,
     eps: float,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, FusionWeights]:
-    """(dcls, dtokens, gradients of the weights); None for weights whose is not wanted."""
+) -> tuple[Tensor, Tensor | None, FusionWeights]:
+    """(dcls, dtokens, gradients of the weights); None for what is not wanted, but for dcls."""
     # In the precision of the token pass throughout: casting the weights costs less than small GEMMs
     # in 16 bits do.
     dtype = accumulate_dtype(tokens)
@@ -150,6 +150,7 @@ def backward(
         m=m.transpose(0, 1),
         lse=lse,
         norm_eps=eps,
+        wants_dx=wanted[1],
         du_out=du.transpose(0, 1),
     )
     assert dy0_as_token is not None

@@ -12,13 +12,16 @@ _BATCHES = (1, 65, 1024)
 
 
 def run(dtypes: Dtypes, own: int, channels: int, heads: int) -> None:
-    """Forward and backward of tensors on the meta device, with drop path and without."""
+    """Forward and backward of tensors on the meta device, with drop path and without; backward also
+    without the tokens' gradient.
+    """
     for batch in _BATCHES:
         cls, x, w, *_ = _inputs(batch, dtypes, own, channels, heads)
         for scale in (None, cls.new_empty(batch)):
             new_cls, saved = triton.forward(cls, x, w, scale, heads, _EPS)
-            wanted = [True] * (2 + len(w))
-            triton.backward(new_cls, cls, x, w, scale, saved, heads, _EPS, wanted)
+            for wants_tokens in (True, False) if scale is None else (True,):
+                wanted = [True, wants_tokens, *[True] * len(w)]
+                triton.backward(new_cls, cls, x, w, scale, saved, heads, _EPS, wanted)
 
 
 def run_pair(dtypes: Dtypes, own: int, channels: int, heads: int) -> None:

@@ -186,13 +186,14 @@ def backward(
     num_heads: int,
     eps: float,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, FusionWeights]:
-    """(dcls, dtokens, gradients of the weights); None for weights whose is not wanted."""
+) -> tuple[Tensor, Tensor | None, FusionWeights]:
+    """(dcls, dtokens, gradients of the weights); None for what is not wanted, but for dcls."""
     batch, _, channels = tokens.shape
     own = cls.shape[1]
-    dcls, dx = cls.new_empty(cls.shape), tokens.new_empty(tokens.shape)
-    gradients = dx.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
-    dz_du = dx.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
+    dcls = cls.new_empty(cls.shape)
+    dx = tokens.new_empty(tokens.shape) if wanted[1] else None
+    gradients = tokens.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
+    dz_du = tokens.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
     if batch:
         _launch_backward(
             d_new_cls,
@@ -218,7 +219,7 @@ def _launch_backward(
     saved: Saved,
     num_heads: int,
     eps: float,
-    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
 ) -> None:
     _, kernels = _kernels()
     batch, num_tokens, _ = tokens.shape
@@ -273,14 +274,16 @@ def _backward_of_many_tokens(
     x: Tensor,
     w: FusionWeights,
     eps: float,
-    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
 ) -> None:
     """The token pass on attention_core: writes dx, du and y0's gradient as a token."""
     _, dx, gradients, dz, du = out
     gamma = w.norm_weight.float()
     u, dm = ((t * gamma).transpose(0, 1) for t in (v.kt, dz))
     m = v.m.transpose(0, 1)
-    du_found, _, dy0 = core.backward(dm, None, u, x, None, v.y0, m, v.lse, eps, dx_out=dx)
+    du_found, _, dy0 = core.backward(
+        dm, None, u, x, None, v.y0, m, v.lse, eps, wants_dx=dx is not None, dx_out=dx
+    )
     assert dy0 is not None
     du.copy_(du_found.transpose(0, 1))
     own, channels = v.activated.shape[1], v.y0.shape[1]

@@ -145,13 +145,17 @@ def tokens_of_image(
     S: tl.constexpr,
     F: tl.constexpr,
 ):
-    """dx and du of the image-th of the images whose vectors these are, and dy0 as token 0."""
+    """du of the image-th of the images whose vectors these are, dy0 as token 0 and, where dx_ptr is
+    not None, dx.
+    """
     C: tl.constexpr = S.channels
     H: tl.constexpr = S.num_rows
     ALIGN: tl.constexpr = S.align
     SIZE: tl.constexpr = F.gradient_size
     _, y0, _, _, _, _, _, kt, m, lse, head_stride = vectors
     _, _, _, dy0_as_token, _, _, _, _, _, _, _ = gradients
+    if dx_ptr is not None:
+        dx_ptr += image.to(tl.int64) * num_tokens * C
     backward_pass(
         kt + image * C,
         head_stride,
@@ -169,7 +173,7 @@ def tokens_of_image(
         0,
         du_ptr + image * C,
         head_stride,
-        dx_ptr + image.to(tl.int64) * num_tokens * C,
+        dx_ptr,
         C,
         dy0_as_token + image * SIZE,
         image * 0,

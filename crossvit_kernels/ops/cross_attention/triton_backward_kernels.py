@@ -52,6 +52,8 @@ def fusion_backward(
     gradients = gradients_of(gradients_ptr, first, F)
     dz_ptr += at * C
     du_ptr += at * C
+    if dx_ptr is not None:
+        dx_ptr += at * num_tokens * C
     dout_stride = aligned(dout_stride, ALIGN)
     before_tokens(
         dout_ptr + at * dout_stride,
@@ -73,7 +75,7 @@ def fusion_backward(
             x_ptr + at * aligned(x_batch_stride, ALIGN),
             x_batch_stride,
             x_token_stride,
-            dx_ptr + at * num_tokens * C,
+            dx_ptr,
             num_tokens,
             w,
             vectors,
@@ -146,12 +148,14 @@ def fusion_backward_tokens(
     ALIGN: tl.constexpr = S.align
     first = tl.program_id(0)
     at = first.to(tl.int64)
+    if dx_ptr is not None:
+        dx_ptr += at * num_tokens * C
     tokens_of_image(
         first * 0,
         x_ptr + at * aligned(x_batch_stride, ALIGN),
         x_batch_stride,
         x_token_stride,
-        dx_ptr + at * num_tokens * C,
+        dx_ptr,
         num_tokens,
         w,
         vectors_of(vectors_ptr, batch, first, F),

@@ -67,18 +67,17 @@ def backward(
     """(dx, gradients of the weights); None for those that are not wanted."""
     wants_x = wanted[0]
     wants: Any = FfnWeights._make(wanted[1:])
-    channels, num_hidden = x.shape[-1], w.fc1_weight.shape[0]
-    dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).reshape(-1, channels)
+    dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).flatten(0, 1)
     dx, found = None, dict[str, Any]()
     if wants.fc2_weight:
-        found["fc2_weight"] = dupdate.t() @ saved.activated.view(-1, num_hidden)
+        found["fc2_weight"] = dupdate.t() @ saved.activated.flatten(0, 1)
     if wants.fc2_bias:
         found["fc2_bias"] = dupdate.sum(dim=0)
     if wants_x or any(wants[:4]):
-        hidden = saved.hidden.view(-1, num_hidden)
+        hidden = saved.hidden.flatten(0, 1)
         dhidden = torch.ops.aten.gelu_backward(dupdate @ w.fc2_weight, hidden)
         if wants.fc1_weight:
-            found["fc1_weight"] = dhidden.t() @ saved.normed.view(-1, channels)
+            found["fc1_weight"] = dhidden.t() @ saved.normed.flatten(0, 1)
         if wants.fc1_bias:
             found["fc1_bias"] = dhidden.sum(dim=0)
         if wants_x or any(wants[:2]):

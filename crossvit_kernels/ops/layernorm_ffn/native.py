@@ -18,7 +18,8 @@ __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 def forward(
     x: Tensor, w: FfnWeights, residual_scale: Tensor | None, eps: float, save: bool
 ) -> tuple[Tensor, Saved | None]:
-    if x.shape[2] > panels.widest() or not extension.all_float32(x, *w):
+    has_panels = w.fc1_weight.shape[0] > 0 and x.shape[2] <= panels.widest()
+    if not has_panels or not extension.all_float32(x, *w):
         return composed.forward(x, w, residual_scale, eps, save)
     y = x.new_empty(x.shape)
     saved = empty_saved(x, w) if save else None

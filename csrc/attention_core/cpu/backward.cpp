@@ -59,7 +59,8 @@ class Backward {
     }
   }
 
-  // Writes dx of the chunk's tokens; du, [rows, channels], is overwritten with their part of it.
+  // Writes dx of the chunk's tokens where it is wanted; du, [rows, channels], is overwritten with
+  // their part of it.
   void chunk(int64_t b, int64_t chunk, Scalar* du) {
     const int64_t begin = chunk * kChunk;
     const int64_t end = minimum(begin + kChunk, params_.problem.num_tokens);
@@ -76,9 +77,11 @@ class Backward {
       for (int64_t r = 0; r < shape.rows; ++r) softmax_gradient(r, count);
 
       // dxhat_n = sum_r p_rn dm_r + ds_rn u_r
-      rank_update<Scalar>(dxhat_, nullptr, {p_, 1, kMaxTile}, round_up(count, 2), dm_,
+      const int extra = n == 0 && params_.dx.extra;
+      const int num_wanted = params_.dx.data ? count : extra;
+      rank_update<Scalar>(dxhat_, nullptr, {p_, 1, kMaxTile}, round_up(num_wanted, 2), dm_,
                           2 * shape.rows, shape.channels, ahead);
-      for (int t = 0; t < count; ++t)
+      for (int t = 0; t < num_wanted; ++t)
         write_dx(Tile<Token>::template token_row<Token>(params_.dx, b, n + t), t);
 
       // du_r = sum_n ds_rn xhat_n

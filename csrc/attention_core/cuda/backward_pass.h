@@ -48,9 +48,9 @@ class BackwardPass {
 
   __device__ void start(const Image<T>& x, const Range& range) { ring_.fill(x, range); }
 
-  // All threads. What the caller wrote need not be seen yet. write_extra(channel, pair) gets the
-  // gradient of the extra token; with add, dx holds what other score rows gave. Blocks that share
-  // the image leave their tiles' du in `states`.
+  // All threads. What the caller wrote need not be seen yet. dx is null where it is not wanted;
+  // write_extra(channel, pair) gets the gradient of the extra token; with add, dx holds what other
+  // score rows gave. Blocks that share the image leave their tiles' du in `states`.
   template <class WriteExtra>
   __device__ void run(const Image<T>& x, T* dx, int64_t dx_stride, const Range& range,
                       const TileStates<P>& states, bool add, WriteExtra write_extra) {
@@ -64,10 +64,10 @@ class BackwardPass {
       ring_.wait(turn);
       const bool extra = token == 0 && x.has_extra;
       if (extra) ring_.write_extra(turn, x.extra);
-      add_tile(turn, x.attended_of_tile(token, range.last));
+      add_tile(turn, x.attended_of_tile(token, range.last), dx || extra);
       __syncwarp();
       if (extra) copy_extra(turn, write_extra);
-      store(turn, x, dx, dx_stride, token, range.last, add);
+      if (dx) store(turn, x, dx, dx_stride, token, range.last, add);
       __syncwarp();
       ring_.copy_next(x, range, turn);
       if (states) {
@@ -159,7 +159,7 @@ class BackwardPass {
     du_.template leave<true>(sums_of(P::team(channels_)), P::row_pitch(channels_), slice_);
   }
 
-  __device__ void add_tile(int turn, uint32_t attended) {
+  __device__ void add_tile(int turn, uint32_t attended, bool wants_dx) {
     float scores[2][P::kGroups][4];  // dp, s
     FourTokens four;
     T* tile = ring_.tile(turn);
@@ -181,7 +181,7 @@ class BackwardPass {
       }
     }
     __syncwarp();
-    write_dx(tile, four);
+    if (wants_dx) write_dx(tile, four);
   }
 
   // Leaves p, ds and p dp + ds s of each token for write_dx; returns ds rstd.
