@@ -19,8 +19,8 @@ CSRC = ROOT / "csrc"
 sys.path.insert(0, str(CSRC))
 import toolchain  # noqa: E402
 
-# csrc/*/cpu/*.cpp are compiled once per instruction-set level, chosen among at run time
-# (csrc/common/isa.h).
+# The CPU kernels are compiled once per instruction-set level, chosen among at run time by
+# dispatch.cpp (csrc/common/cpu/isa.h).
 ISA_FLAGS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["x86_64_v3"] = "-march=x86-64-v3"
@@ -75,8 +75,8 @@ class NinjaBuild(build_ext):
             stem = str(Path(source).relative_to("csrc").with_suffix("")).replace("/", "_")
             rule, variants = "cxx", {stem: ""}
             if source.endswith(".cu"):
-                rule, variants = "nvcc", {f"{stem}_cuda": ""} if cuda else {}
-            elif Path(source).match("csrc/*/cpu/*.cpp"):
+                rule, variants = "nvcc", {stem: ""} if cuda else {}
+            elif has_levels(Path(source)):
                 variants = {
                     f"{stem}_{level}": f"{flags} -DCROSSVIT_ISA={level}"
                     for level, flags in ISA_FLAGS.items()
@@ -99,14 +99,17 @@ class NinjaBuild(build_ext):
         atexit.register(print, toolchain.summary([*ISA_FLAGS], archs, why_not_cuda), flush=True)
 
 
+def has_levels(source: Path) -> bool:
+    return source.match("csrc/*/cpu/*.cpp") and (
+        source.name != "dispatch.cpp" and source.parts[1] != "common"
+    )
+
+
 def sources() -> list[str]:
-    """All of csrc/ but what runs CUDA sources on a CPU, for tests. What takes longest to compile
-    comes first: CUDA, and of each language the longest file.
-    """
+    """What takes longest to compile comes first: CUDA, and of each language the longest file."""
     found = [p for pattern in ("*.cu", "*.cpp") for p in CSRC.rglob(pattern)]
-    kept = [path for path in found if path.relative_to(CSRC).parts[0] != "testing"]
-    kept.sort(key=lambda path: (path.suffix != ".cu", -path.stat().st_size, path))
-    return [str(path.relative_to(ROOT)) for path in kept]
+    found.sort(key=lambda path: (path.suffix != ".cu", -path.stat().st_size, path))
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 setup(

@@ -10,9 +10,9 @@ from crossvit_kernels.functional import (
     layernorm_msa,
 )
 from crossvit_kernels.graphs import make_graphed
-from crossvit_kernels.ops.cross_attention.weights import FusionInputs, FusionWeights
-from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
-from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
+from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
 
 __version__ = "0.1.0"
 

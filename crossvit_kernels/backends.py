@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from crossvit_kernels import extension
-from crossvit_kernels.gpu import launch
+from crossvit_kernels.gpu import device
 
 #: "triton" runs on a CPU only where it is interpreted, at a snail's pace. "reference" is eager
 #: PyTorch, on any device.
@@ -70,7 +70,7 @@ def backends() -> Backends:
         "reference": None,
         "cpu": extension.missing,
         "cuda": _why_not_cuda(),
-        "triton": launch.missing(),
+        "triton": device.missing(),
     }
     for name, reason in reasons.items():
         if reason is None and name != "reference" and not _operations_with(name):

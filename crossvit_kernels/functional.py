@@ -19,14 +19,14 @@ from crossvit_kernels.ops.attention_core import reference as core_reference
 from crossvit_kernels.ops.attention_pool import op as pool_op
 from crossvit_kernels.ops.attention_pool.parameters import Norm, PoolCall, PoolParameters
 from crossvit_kernels.ops.cross_attention import op as fusion_op
-from crossvit_kernels.ops.cross_attention.weights import SHAPES as FUSION_SHAPES
-from crossvit_kernels.ops.cross_attention.weights import FusionInputs, FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import SHAPES as FUSION_SHAPES
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 from crossvit_kernels.ops.layernorm_ffn import op as ffn_op
-from crossvit_kernels.ops.layernorm_ffn.weights import SHAPES as FFN_SHAPES
-from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
+from crossvit_kernels.ops.layernorm_ffn.reference import SHAPES as FFN_SHAPES
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
 from crossvit_kernels.ops.layernorm_msa import op as msa_op
-from crossvit_kernels.ops.layernorm_msa.weights import SHAPES as MSA_SHAPES
-from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+from crossvit_kernels.ops.layernorm_msa.reference import SHAPES as MSA_SHAPES
+from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
 
 
 def attention_core(

@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 import torch
 
 from crossvit_kernels import functional
-from crossvit_kernels.gpu import configurations, launch, row_tiles, tuned
+from crossvit_kernels.gpu import configurations, device, row_tiles, tuned
 from crossvit_kernels.gpu.configurations import TokenPass
 from crossvit_kernels.gpu.row_tiles import RowTile
-from crossvit_kernels.ops.cross_attention.weights import FusionWeights
-from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
-from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+from crossvit_kernels.ops.cross_attention.reference import FusionWeights
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
+from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
 
 #: A run: launches the kernel once.
 Run = Callable[[], object]
@@ -100,11 +100,11 @@ def main(
 ) -> int:
     """measure: seconds that a run takes; by default on the GPU, with rotated inputs."""
     options = _parse(arguments)
-    reason = launch.missing()
+    reason = device.missing()
     if reason:
         print(f"tune: {reason}", file=sys.stderr)
         return 1
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = options.output or tuned.file()
     for channels in options.channels:
         for kernel in options.kernels:
@@ -113,7 +113,7 @@ def main(
                 kernel, _DTYPES[options.dtype].itemsize
             ):
                 continue
-            found = _tune(kernel, channels, options, device, measure or _seconds)
+            found = _tune(kernel, channels, options, place, measure or _seconds)
             _add(path, found)
     print(f"written to {path}")
     return 0
@@ -123,7 +123,7 @@ def _tune(
     kernel: str,
     channels: int,
     options: argparse.Namespace,
-    device: torch.device,
+    place: torch.device,
     measure: Callable[[Run], float],
 ) -> tuple[str, Config]:
     """The key and fastest configuration of a kernel."""
@@ -132,12 +132,12 @@ def _tune(
     batch, tokens = options.batch, options.tokens
     name, width = kernel, width_of(kernel, channels, options.heads)
     if kernel in BLOCK_KERNELS:
-        run = _block(BLOCK_KERNELS[kernel], batch, tokens, channels, heads, dtype, device)
+        run = _block(BLOCK_KERNELS[kernel], batch, tokens, channels, heads, dtype, place)
         few = batch * tokens <= row_tiles.FEW_ROWS
         name = row_tiles.name_of(kernel, dtype.itemsize, few)
     else:
-        run = _pass(kernel, batch, tokens, channels, heads, dtype, device)
-    found = candidates(name, launch.chip(device), width, dtype.itemsize)
+        run = _pass(kernel, batch, tokens, channels, heads, dtype, place)
+    found = candidates(name, device.chip(place), width, dtype.itemsize)
     tried: list[tuple[float, Config]] = []
     for config in found[: options.limit]:
         with _only(name, config):
@@ -153,7 +153,7 @@ def _tune(
         raise RuntimeError(f"{name}, C {channels}: no configuration runs")
     seconds, best = min(tried, key=lambda pair: pair[0])
     print(f"{name}, C {channels}: {tried[0][0] / seconds:.2f}x the table's: {best}", flush=True)
-    return tuned.key(name, launch.device_name(device), width, dtype.itemsize), best
+    return tuned.key(name, device.device_name(place), width, dtype.itemsize), best
 
 
 def heads_of(channels: int, heads: int | None) -> int:
@@ -173,9 +173,9 @@ def _only(kernel: str, config: Config) -> AbstractContextManager[None]:
     return row_tiles.only(kernel, config)
 
 
-def _input_sets(bytes_of_tokens: int, device: torch.device) -> int:
+def _input_sets(bytes_of_tokens: int, place: torch.device) -> int:
     """Inputs to take in turns, together larger than any L2."""
-    return max(1, min(16, 2**28 // bytes_of_tokens)) if device.type == "cuda" else 1
+    return max(1, min(16, 2**28 // bytes_of_tokens)) if place.type == "cuda" else 1
 
 
 def _block(
@@ -185,12 +185,12 @@ def _block(
     channels: int,
     heads: int,
     dtype: torch.dtype,
-    device: torch.device,
+    place: torch.device,
 ) -> Run:
     """Half a transformer block, forward or backward."""
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
+        return torch.randn(shape, device=place, dtype=dtype)
 
     c, hidden = channels, 3 * channels
     kind: Any = MsaWeights if where.half == "msa" else FfnWeights
@@ -203,7 +203,7 @@ def _block(
             return functional.layernorm_msa(x, weights, heads, backend="triton")
         return functional.layernorm_ffn(x, weights, backend="triton")
 
-    count = _input_sets(batch * tokens * channels * dtype.itemsize, device)
+    count = _input_sets(batch * tokens * channels * dtype.itemsize, place)
     xs = [random(batch, tokens, channels).requires_grad_(where.is_backward) for _ in range(count)]
     run = _rotate([functools.partial(call, x) for x in xs], where.is_backward)
 
@@ -221,12 +221,12 @@ def _pass(
     channels: int,
     heads: int,
     dtype: torch.dtype,
-    device: torch.device,
+    place: torch.device,
 ) -> Run:
     """attention_core or a fusion, forward or backward."""
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
+        return torch.randn(shape, device=place, dtype=dtype)
 
     is_fusion, is_backward = kernel.startswith("fusion"), kernel.endswith("backward")
     matrix, vector = (channels, channels), (channels,)
@@ -238,7 +238,7 @@ def _pass(
     )
     calls: list[Callable[[], torch.Tensor]] = []
     fusion = functional.cross_attention_fusion
-    for _ in range(_input_sets(batch * tokens * channels * dtype.itemsize, device)):
+    for _ in range(_input_sets(batch * tokens * channels * dtype.itemsize, place)):
         x = random(batch, tokens, channels).requires_grad_(is_backward)
         u = random(batch, *(vector if is_fusion else (heads, channels))).requires_grad_(is_backward)
 

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 import crossvit_kernels as ck
 from crossvit_kernels import extension, supported
-from crossvit_kernels.gpu import launch, row_tiles
+from crossvit_kernels.gpu import device, row_tiles
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -99,7 +99,7 @@ def triton_device() -> str:
         interpreter.install()
         # Here steps take time, not registers: fewer of them, each larger.
         row_tiles.PROGRAMS = 4
-        chip, float32 = launch.chip(torch.device("cpu")), 4
+        chip, float32 = device.chip(torch.device("cpu")), 4
         for name in ("norm linear", "ffn", "attention projection", "linear norm backward"):
             larger = {448: row_tiles.RowTile(32, 64, 128, 4, 1)}
             row_tiles._ON_CHIP[chip, name, float32] = larger

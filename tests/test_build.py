@@ -85,13 +85,17 @@ def compiled_files(output: str) -> list[str]:
 @needs_build_tools
 def test_a_touched_file_is_the_only_one_compiled_again(tree: Path) -> None:
     assert compiled_files(build(tree).stdout) == []
-    source = tree / "csrc/common/isa.cpp"
+    source = tree / "csrc/common/cpu/isa.cpp"
     source.write_text(source.read_text() + "\n// touched\n")
-    assert compiled_files(build(tree).stdout) == ["common_isa"]
-    header = tree / "csrc/common/isa.h"
+    assert compiled_files(build(tree).stdout) == ["common_cpu_isa"]
+    header = tree / "csrc/common/cpu/isa.h"
     header.write_text(header.read_text() + "\n// touched\n")
     operations = ("attention_core", "cross_attention", "layernorm_ffn", "layernorm_msa")
-    including = {"common_isa", "bindings_module", *(f"{operation}_cpu" for operation in operations)}
+    including = {
+        "common_cpu_isa",
+        "bindings_module",
+        *(f"{operation}_cpu_dispatch" for operation in operations),
+    }
     assert set(compiled_files(build(tree).stdout)) == including
 
 
@@ -139,10 +143,11 @@ def cuda(tmp_path: Path) -> dict[str, str]:
 def small_tree(tmp_path: Path) -> Path:
     """One C++ and two CUDA sources, the shorter of which comes first by name."""
     tree = tmp_path / "tree"
-    (tree / "csrc/common").mkdir(parents=True)
-    for name in ("toolchain.py", "common/isa.cpp", "common/isa.h", "common/device.cu"):
+    for folder in ("cpu", "cuda"):
+        (tree / "csrc/common" / folder).mkdir(parents=True)
+    for name in ("toolchain.py", "common/cpu/isa.cpp", "common/cpu/isa.h", "common/cuda/device.cu"):
         shutil.copy(ROOT / "csrc" / name, tree / "csrc" / name)
-    (tree / "csrc/common/another.cu").write_text("// shorter\n")
+    (tree / "csrc/common/cuda/another.cu").write_text("// shorter\n")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     (tree / "crossvit_kernels").mkdir()
@@ -176,7 +181,7 @@ def test_progress_and_the_last_line(small_tree: Path, cuda: dict[str, str]) -> N
     result = build(small_tree, **cuda, MAX_JOBS="1")
     assert result.returncode == 0, result.stdout + result.stderr
     # What takes longest comes first.
-    assert compiled_files(result.stdout)[0] == "common_device_cuda"
+    assert compiled_files(result.stdout)[0] == "common_cuda_device"
     assert len(compiled_files(result.stdout)) == 3
     assert "Registers are spilled" in result.stdout
     assert result.stdout.splitlines()[-1].endswith(
@@ -185,7 +190,7 @@ def test_progress_and_the_last_line(small_tree: Path, cuda: dict[str, str]) -> N
     )
     assert compiled_files(build(small_tree, **cuda).stdout) == []
     write_program(Path(cuda["CUDA_HOME"]) / "bin/nvcc", NVCC.replace("echo", "exit 1 #", 1))
-    (small_tree / "csrc/common/device.cu").touch()
+    (small_tree / "csrc/common/cuda/device.cu").touch()
     failed = build(small_tree, **cuda)
     assert failed.returncode != 0 and "crossvit_kernels: built" not in failed.stdout
 

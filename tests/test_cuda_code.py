@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from crossvit_kernels import extension
-from crossvit_kernels.gpu import extension_code, machine_code
-from crossvit_kernels.gpu.extension_code import Kernel
-from crossvit_kernels.gpu.machine_code import Code
+from crossvit_kernels.inspect import extension_code, machine_code
+from crossvit_kernels.inspect.extension_code import Kernel
+from crossvit_kernels.inspect.machine_code import Code
 from crossvit_kernels.ops.attention_core import cuda as core
 from crossvit_kernels.ops.cross_attention import cuda as fusion
-from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import FusionWeights
 
 needs_cuda_code = pytest.mark.skipif(
     not extension.cuda_kernels, reason="the extension was built without CUDA"

@@ -104,7 +104,7 @@ from crossvit_kernels.ops.attention_core import triton_kernels as core
 from crossvit_kernels.ops.cross_attention import triton_backward_kernels, triton_forward
 from crossvit_kernels.ops.layernorm_ffn import triton_kernels as ffn
 from crossvit_kernels.ops.layernorm_msa import triton_kernels as msa
-from crossvit_kernels.ops.token_layers import triton_kernels as layers
+from crossvit_kernels.ops.common import triton_linear_kernels as layers
 
 def kind(parameter):
     if parameter.is_constexpr:

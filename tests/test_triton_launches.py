@@ -80,8 +80,9 @@ call(2, 3, keep="lean", with_cls=False, scaled=True)
 INSPECTED = """
 from no_device import launched
 import torch
-from crossvit_kernels import FfnWeights, FusionInputs, FusionWeights, MsaWeights, inspect
-from crossvit_kernels.gpu import ahead_of_time, launcher
+from crossvit_kernels import FfnWeights, FusionInputs, FusionWeights, MsaWeights
+from crossvit_kernels.inspect import ahead_of_time, compile_cases
+from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.cross_attention import triton as fusion
 from crossvit_kernels.ops.layernorm_ffn import triton as ffn
 from crossvit_kernels.ops.layernorm_msa import triton as msa
@@ -94,7 +95,7 @@ def check(widths, blocks, *names):
     assert {name for name in names if name in found.values()} == {*names}, found
     inspected = {
         ahead_of_time.compile_for(s, "cuda", 90).hash
-        for s in inspect.specimens(90, ["bf16"], widths, blocks, ["auto"])
+        for s in compile_cases.compile_cases(90, ["bf16"], widths, blocks, ["auto"])
         if s.name in names
     }
     assert {h for h, name in found.items() if name in names} <= inspected

@@ -13,14 +13,8 @@ import torch
 
 import crossvit_kernels as ck
 from crossvit_kernels import graphs, tune
-from crossvit_kernels.gpu import (
-    configurations,
-    extension_code,
-    launch,
-    machine_code,
-    row_tiles,
-    tuned,
-)
+from crossvit_kernels.gpu import configurations, device, row_tiles, tuned
+from crossvit_kernels.inspect import extension_code, machine_code
 
 
 @pytest.fixture
@@ -80,10 +74,10 @@ def test_tune_blocks(tuned_file, triton_device, capsys) -> None:
     assert len(times) == 2 * len(tune.BLOCK_KERNELS)
     assert len(json.loads(tuned_file.read_text())) == len(tune.BLOCK_KERNELS)
     row_tiles.forget()
-    device = torch.cuda.get_device_name() if triton_device == "cuda" else "interpreter"
-    chip = launch.chip(torch.device(triton_device))
+    name_of_device = torch.cuda.get_device_name() if triton_device == "cuda" else "interpreter"
+    chip = device.chip(torch.device(triton_device))
     for kernel, few in (("ffn", False), ("norm linear", True)):
-        (config, *_), measured = row_tiles.candidates(kernel, device, chip, 32, 2, few)
+        (config, *_), measured = row_tiles.candidates(kernel, name_of_device, chip, 32, 2, few)
         name = row_tiles.name_of(kernel, 2, few)
         assert measured and config == tune.candidates(name, chip, 32, 2)[1]
         assert config != row_tiles.from_table(name, chip, 32, 2)
@@ -91,8 +85,8 @@ def test_tune_blocks(tuned_file, triton_device, capsys) -> None:
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"%s": {"speed": 3}}', '{"%s": 1}'])
 def test_a_file_that_is_no_measurement(content: str, tuned_file, triton_device) -> None:
-    device = torch.cuda.get_device_name() if triton_device == "cuda" else "interpreter"
-    tuned_file.write_text(content.replace("%s", tuned.key("forward", device, 8, 4)))
+    name_of_device = torch.cuda.get_device_name() if triton_device == "cuda" else "interpreter"
+    tuned_file.write_text(content.replace("%s", tuned.key("forward", name_of_device, 8, 4)))
     x = torch.randn(1, 3, 8, device=triton_device)
     with pytest.raises(ValueError, match="expected what"):
         ck.attention_core(x, x, backend="triton")
@@ -176,15 +170,15 @@ KERNELS = {
 # Those that need most registers, in the forms with most and with fewest tensors, in large tiles.
 A_FEW = """
 import dataclasses, json
-from crossvit_kernels import inspect
-found = inspect.specimens(90, ["bf16"], [(192, 96, 3)], [(384, 6, 1152)], ["auto"])
-def size(specimen):
-    return len(specimen.absent), specimen.form.candidates[0].constants[0].rows
+from crossvit_kernels.inspect import ahead_of_time, compile_cases
+found = compile_cases.compile_cases(90, ["bf16"], [(192, 96, 3)], [(384, 6, 1152)], ["auto"])
+def size(case):
+    return len(case.absent), case.form.candidates[0].constants[0].rows
 chosen = []
 for name in ("ffn_forward", "ffn_hidden_backward", "norm_linear", "attention_core_forward"):
     alike = sorted((s for s in found if s.name == name), key=size)
     chosen += {s.absent: s for s in (alike[0], alike[-1])}.values()
-reports = inspect.reports([(specimen, 90) for specimen in chosen], 2)
+reports = ahead_of_time.reports([(case, 90) for case in chosen], 2)
 print(json.dumps([dataclasses.asdict(report) for report in reports]))
 """
 
@@ -203,10 +197,10 @@ def test_every_kernel_is_inspected() -> None:
     pytest.importorskip("triton")
     code = (
         "import json\n"
-        "from crossvit_kernels import inspect\n"
-        "found = inspect.specimens(90, ['bf16'])\n"
+        "from crossvit_kernels.inspect import compile_cases\n"
+        "found = compile_cases.compile_cases(90, ['bf16'])\n"
         "assert len(found) == len({(s.name, *s.form[1:]) for s in found})\n"
-        "assert len(inspect.extremes(found)) < len(found) / 1.3\n"
+        "assert len(compile_cases.extremes(found)) < len(found) / 1.3\n"
         "print(json.dumps([(s.name, s.absent) for s in found]))\n"
     )
     found = json.loads(run_python(code))
@@ -250,9 +244,10 @@ def test_what_kernels_compile_to_at_all_widths(kernel: str, dtype: str, arch: st
 def test_portable_to_amd() -> None:
     """That it compiles for a gfx942 is all that is known."""
     code = (
-        "from crossvit_kernels import inspect\n"
-        "from crossvit_kernels.gpu.ahead_of_time import compile_for\n"
-        "found = inspect.specimens(0, ['bf16'], [(64, 96, 3)], [(96, 3, 288)], ['auto'])\n"
+        "from crossvit_kernels.inspect import compile_cases\n"
+        "from crossvit_kernels.inspect.ahead_of_time import compile_for\n"
+        "widths, blocks = [(64, 96, 3)], [(96, 3, 288)]\n"
+        "found = compile_cases.compile_cases(0, ['bf16'], widths, blocks, ['auto'])\n"
         "for s in {s.name: s for s in found}.values():\n"
         "    print(s.name, len(compile_for(s, 'hip', 'gfx942').asm['amdgcn']))\n"
     )
@@ -285,13 +280,13 @@ def test_inspect_prints_a_table() -> None:
 def test_what_is_passed_over_is_shown() -> None:
     code = (
         "import sys\n"
-        "from crossvit_kernels import inspect\n"
+        "from crossvit_kernels.inspect.__main__ import main\n"
         "from crossvit_kernels.gpu import row_tiles\n"
         "from crossvit_kernels.gpu.row_tiles import RowTile\n"
         "config = RowTile(128, 128, 32, 8, 10)\n"
         "row_tiles._ON_CHIP[90, 'ffn hidden backward', 2] = {128: config}\n"
         "options = '--arch', '90', '--channels', '96', '--kernel', 'ffn_hidden'\n"
-        "sys.exit(inspect.main([*options, '--processes', '1']))\n"
+        "sys.exit(main([*options, '--processes', '1']))\n"
     )
     _, row, passed_over, *_ = run_python(code).splitlines()
     assert "128x128x32; 8 warps, 3 stages" in row
@@ -317,9 +312,10 @@ def test_inspect_reads_the_extension() -> None:
 @pytest.mark.usefixtures("triton_compiles")
 def test_inspect_without_cuda_kernels() -> None:
     code = (
-        "from crossvit_kernels import extension, inspect\n"
+        "from crossvit_kernels import extension\n"
+        "from crossvit_kernels.inspect.__main__ import main\n"
         "extension.cuda_kernels = None\n"
-        "raise SystemExit(inspect.main(['--kernel', 'cross_attention', '--json']))\n"
+        "raise SystemExit(main(['--kernel', 'cross_attention', '--json']))\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     result = subprocess.run(

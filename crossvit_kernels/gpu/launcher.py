@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import supported
-from crossvit_kernels.gpu import launch
+from crossvit_kernels.gpu import device
 from crossvit_kernels.gpu.candidates import Candidate, Candidates, Usage, choose
 
 _ALIGNMENT = 16  # bytes, of a pointer that loads may be wide at
@@ -94,11 +94,11 @@ def start(
     """
     if _record is not None:
         return _recorded(kernel, grid, tensors, candidates, constants, weights)
-    device = tensors[0].get_device()  # type: ignore[union-attr]
-    if device >= 0 and device != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    index = tensors[0].get_device()  # type: ignore[union-attr]
+    if index >= 0 and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
             return start(kernel, grid, tensors, sizes, candidates, constants, weights, eps)
-    key, pointers = _key(kernel, device, tensors, sizes, candidates, constants, weights)
+    key, pointers = _key(kernel, index, tensors, sizes, candidates, constants, weights)
     known = _known.get(key)
     if known is None:
 
@@ -130,7 +130,7 @@ def start(
 
 def _key(
     kernel: Any,
-    device: int,
+    index: int,
     tensors: Tensors,
     sizes: tuple[int, ...],
     candidates: Candidates,
@@ -162,7 +162,7 @@ def _key(
     if not narrow:
         narrow = tuple(size <= _INT32_MAX for size in sizes)
     # kernel.fn: the function itself, whose hash costs nothing.
-    key = kernel.fn, candidates, *constants, device, *dtypes, aligned, narrow
+    key = kernel.fn, candidates, *constants, index, *dtypes, aligned, narrow
     return key, pointers
 
 
@@ -178,7 +178,7 @@ def _numbers(
 
 def _chosen(candidates: Candidates, usage_of: Callable[[Candidate], Usage | None]) -> Candidate:
     """The candidate to launch. A single one is not compiled to see: it runs whatever it takes."""
-    if len(candidates) == 1 or launch.interpreting():
+    if len(candidates) == 1 or device.interpreting():
         return candidates[0]
     return candidates[choose(candidates, usage_of).index]
 

@@ -11,8 +11,8 @@ from crossvit_kernels import checks, functional
 from crossvit_kernels.modules import converters, plain_layers
 from crossvit_kernels.modules.base import FusedModule, check_layers, unit_stride
 from crossvit_kernels.modules.layers import Mlp, SelfAttention, add_update, init_linears
-from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
-from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
+from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
 
 _MSA_LAYERS = plain_layers.layers(
     {

@@ -19,7 +19,7 @@ from crossvit_kernels.modules.layers import (
     init_linears,
     lift,
 )
-from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import FusionWeights
 
 _LIFT = {"": nn.Sequential, ".0": nn.LayerNorm, ".1": nn.GELU, ".2": nn.Linear}
 _CROSS_ATTENTION: dict[str, type[nn.Module]] = {

@@ -18,7 +18,7 @@ from crossvit_kernels.modules.layers import (
     attend,
     init_linears,
 )
-from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
 
 _MAP_LAYERS = plain_layers.layers(
     {"attention": nn.MultiheadAttention, "attention.out_proj": NonDynamicallyQuantizableLinear}

@@ -1,8 +1,8 @@
 #include "bindings/cuda.h"
 
-#include "attention_core/cuda.h"
+#include "attention_core/cuda/kernels.h"
 #include "bindings/arguments.h"
-#include "cross_attention/cuda.h"
+#include "cross_attention/cuda/kernels.h"
 
 namespace py = pybind11;
 

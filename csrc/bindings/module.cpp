@@ -1,13 +1,13 @@
 // The extension module crossvit_kernels._C. Nothing outside this folder knows Python.
 
 #include "bindings/arguments.h"
-#include "common/isa.h"
+#include "common/cpu/isa.h"
 #include "cross_attention/params.h"
 #include "layernorm_ffn/params.h"
 #include "layernorm_msa/params.h"
 #ifdef CROSSVIT_WITH_CUDA
 #include "bindings/cuda.h"
-#include "common/device.h"
+#include "common/cuda/device.h"
 #endif
 
 namespace py = pybind11;

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "common/layer_params.h"
+#include "common/cpu/layer_params.h"
 
 // y = x + r FFN(LN(x)) on the CPU, in float32.
 

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-import shim
+import host_compiler
 
-CSRC = shim.ROOT / "csrc"
+CSRC = host_compiler.ROOT / "csrc"
 KERNELS = tuple(
-    CSRC / operation / f"{direction}.cu"
+    CSRC / operation / f"cuda/{direction}.cu"
     for operation in ("attention_core", "cross_attention")
     for direction in ("forward", "backward")
 )
-_BINDINGS = CSRC / "bindings/cuda.cpp", CSRC / "testing/module.cpp"
+_BINDINGS = CSRC / "bindings/cuda.cpp", host_compiler.ROOT / "tests/cuda/shim/module.cpp"
 _NAME = "cuda_on_cpu"
 
 
@@ -27,7 +27,7 @@ def why_not() -> str | None:
         return "needs the source tree"
     if importlib.util.find_spec("pybind11") is None:
         return "needs pybind11"
-    return shim.why_not()
+    return host_compiler.why_not()
 
 
 def library(
@@ -41,7 +41,9 @@ def library(
     found = pybind11.get_include(), sysconfig.get_path("include")
     flags = "-fvisibility=hidden", *(f"-isystem{path}" for path in found), *flags
     defines = (f"MODULE_NAME={_NAME}",)
-    return shim.library((*kernels, *_BINDINGS), sanitizer=sanitizer, defines=defines, flags=flags)
+    return host_compiler.library(
+        (*kernels, *_BINDINGS), sanitizer=sanitizer, defines=defines, flags=flags
+    )
 
 
 def load(path: Path) -> ModuleType:

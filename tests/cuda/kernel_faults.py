@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import host_build
-import shim
+import host_compiler
 
 Change = tuple[str, str, str]  # file, text that it has once, what takes its place
 
@@ -19,14 +19,17 @@ PLAN, SCORES, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
     for name in ("plan", "scores", "choose", "forward_pass", "backward_pass")
 )
 ROWS, BLOCK = "cross_attention/cuda/rows.h", "cross_attention/cuda/block.h"
-FUSION_FORWARD, FUSION_BACKWARD = "cross_attention/forward.cu", "cross_attention/backward.cu"
-FRAGMENTS = "common/fragments.h"
+FUSION_FORWARD, FUSION_BACKWARD = (
+    "cross_attention/cuda/forward.cu",
+    "cross_attention/cuda/backward.cu",
+)
+FRAGMENTS = "common/cuda/fragments.h"
 KERNELS = tuple(str(path.relative_to(host_build.CSRC)) for path in host_build.KERNELS)
 
 # One type of elements and two plans, as compiling takes time; small blocks and parts of an image,
 # as fibers do. Up to 96 channels a team is one warp, beyond it is several.
 REDUCED: list[Change] = [
-    ("common/gpu.h", "#pragma once\n", '#pragma once\n#include "kernels/choice.h"\n'),
+    ("common/cuda/gpu.h", "#pragma once\n", '#pragma once\n#include "kernels/choice.h"\n'),
     (CHOOSE, "case DType::kFloat32: return run(float{});", ""),
     (CHOOSE, "case DType::kFloat16: return run(half{});", ""),
     (
@@ -49,7 +52,7 @@ REDUCED: list[Change] = [
         "over = bytes_of(false) > limit;",
         "over = bytes_of(false) > limit || ::crossvit::choice::over;",
     ),
-    ("attention_core/cuda.h", "kPart = 1024;", "kPart = 128;"),
+    ("attention_core/cuda/kernels.h", "kPart = 1024;", "kPart = 128;"),
 ]
 
 RACE, OVERFLOW = "ThreadSanitizer: data race", "AddressSanitizer: heap-buffer-overflow"
@@ -325,12 +328,12 @@ def changed_files() -> Path:
     replacements: dict[str, list[tuple[str, str]]] = {name: [] for name in KERNELS}
     for file, old, new in changes():
         replacements.setdefault(file, []).append((old, new))
-    return shim.changed_tree(host_build.CSRC, replacements)
+    return host_compiler.changed_tree(host_build.CSRC, replacements)
 
 
 def program(build: Build) -> Path:
     folder = changed_files()
-    sources = shim.KERNELS / "run_case.cpp", *(folder / name for name in KERNELS)
+    sources = host_compiler.KERNELS / "run_case.cpp", *(folder / name for name in KERNELS)
     # The folder comes before those of -I, where a name is in quotes. AddressSanitizer's code takes
     # half as long to compile with -Og.
     flags = ["-iquote", str(folder)]
@@ -338,4 +341,4 @@ def program(build: Build) -> Path:
         flags.append("-Og")
     if not build.bulk_copies:
         flags.append("-D__CUDA_ARCH__=800")
-    return shim.program(sources, sanitizer=build.sanitizer, flags=flags)
+    return host_compiler.program(sources, sanitizer=build.sanitizer, flags=flags)

@@ -14,14 +14,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import host_compiler
 import numpy as np
 import pytest
-import shim
 import torch
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not())),
+    pytest.mark.skipif(host_compiler.why_not() is not None, reason=str(host_compiler.why_not())),
 ]
 
 FIXED, RANDOM = (None,), (1, 2, 3)
@@ -174,7 +174,7 @@ def breakable(kernel: str) -> Path:
     replacements = [(include, include + CHOICE)]
     for name, texts in FAULTS[kernel].items():
         replacements += [(old, new.replace("FAULT", f'fault("{name}")')) for old, new in texts]
-    return shim.changed(shim.KERNELS / f"{kernel}.cu", replacements)
+    return host_compiler.changed(host_compiler.KERNELS / f"{kernel}.cu", replacements)
 
 
 Programs = Callable[[str, str | None], Path]
@@ -185,15 +185,17 @@ def programs() -> Iterator[Programs]:
     """Compiles all programs two at a time; a call waits for the one it wants."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         pending = {
-            (kernel, sanitizer): pool.submit(shim.program, [breakable(kernel)], sanitizer=sanitizer)
+            (kernel, sanitizer): pool.submit(
+                host_compiler.program, [breakable(kernel)], sanitizer=sanitizer
+            )
             for sanitizer in SANITIZERS
-            if shim.why_not(sanitizer) is None
+            if host_compiler.why_not(sanitizer) is None
             for kernel in FAULTS
         }
 
         def program(kernel: str, sanitizer: str | None) -> Path:
             if (kernel, sanitizer) not in pending:
-                pytest.skip(str(shim.why_not(sanitizer)))
+                pytest.skip(str(host_compiler.why_not(sanitizer)))
             return pending[kernel, sanitizer].result()
 
         yield program
@@ -206,7 +208,7 @@ def test_kernels_are_right_in_any_order(
     programs: Programs, kernel: str, sanitizer: str | None
 ) -> None:
     for seed in (*FIXED, *RANDOM[: 2 if sanitizer else None]):
-        done = shim.run(programs(kernel, sanitizer), seed)
+        done = host_compiler.run(programs(kernel, sanitizer), seed)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -222,7 +224,7 @@ def test_a_fault_is_caught(
 ) -> None:
     monkeypatch.setenv("FAULT", fault)
     for seed in seeds:
-        done = shim.run(programs(kernel, sanitizer), seed)
+        done = host_compiler.run(programs(kernel, sanitizer), seed)
         said = done.stdout + done.stderr
         assert done.returncode != 0 and re.search(says, said), said
         if sanitizer:
@@ -237,20 +239,22 @@ def test_a_fault_names_block_and_thread(
     programs: Programs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULT", "misaligned copy")
-    said = shim.run(programs("gemm", None)).stdout
+    said = host_compiler.run(programs("gemm", None)).stdout
     assert re.search(r"fault: block \(0, 0, 0\), thread \(\d+, 0, 0\): misaligned", said), said
 
 
 def test_the_portable_stack_switch() -> None:
-    program = shim.program([shim.KERNELS / "ring.cu"], defines=["CROSSVIT_SHIM_UCONTEXT"])
+    program = host_compiler.program(
+        [host_compiler.KERNELS / "ring.cu"], defines=["CROSSVIT_SHIM_UCONTEXT"]
+    )
     for seed in (None, 1):
-        done = shim.run(program, seed)
+        done = host_compiler.run(program, seed)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def formats() -> ctypes.CDLL:
-    return ctypes.CDLL(str(shim.library([shim.KERNELS / "formats.cu"])))
+    return ctypes.CDLL(str(host_compiler.library([host_compiler.KERNELS / "formats.cu"])))
 
 
 def pointer(array: np.ndarray) -> ctypes.c_void_p:
@@ -335,9 +339,9 @@ def test_launch_errors(formats: ctypes.CDLL, shape: tuple[int, int, int, int], e
 
 
 def test_python_under_the_address_sanitizer() -> None:
-    if reason := shim.why_not("address"):
+    if reason := host_compiler.why_not("address"):
         pytest.skip(reason)
-    library = shim.library([shim.KERNELS / "formats.cu"], sanitizer="address")
+    library = host_compiler.library([host_compiler.KERNELS / "formats.cu"], sanitizer="address")
     code = f"""if True:
         import ctypes, numpy as np
         library = ctypes.CDLL({str(library)!r})
@@ -351,7 +355,7 @@ def test_python_under_the_address_sanitizer() -> None:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env=shim.environment(sanitizer="address", preload=True),
+        env=host_compiler.environment(sanitizer="address", preload=True),
     )
     assert done.returncode != 0 and done.stdout == "16 0\n", done.stdout + done.stderr
     assert re.search(OVERFLOW + r"[\s\S]*formats\.cu:\d+", done.stderr), done.stderr
@@ -361,8 +365,8 @@ def test_python_under_the_address_sanitizer() -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("kernel", (*FAULTS, "formats"))
 def test_the_same_sources_compile_with_nvcc(kernel: str, tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", *shim.INCLUDES, "-Werror", "all-warnings"]
+    command = ["nvcc", "-std=c++17", *host_compiler.INCLUDES, "-Werror", "all-warnings"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
-    command += ["-c", str(shim.KERNELS / f"{kernel}.cu"), "-o", str(tmp_path / "kernel.o")]
+    command += ["-c", str(host_compiler.KERNELS / f"{kernel}.cu"), "-o", str(tmp_path / "kernel.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -13,10 +13,10 @@ from concurrent.futures import Future
 from typing import Any
 
 import host_build
+import host_compiler
 import kernel_cases
 import kernel_faults
 import pytest
-import shim
 import torch
 from core_cases import make
 from fusion_cases import fusion_and_gradients, make_weights
@@ -103,7 +103,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         pending = {
             build: pool.submit(kernel_faults.program, build)
             for build in kernel_faults.BUILDS
-            if shim.why_not(build.sanitizer) is None
+            if host_compiler.why_not(build.sanitizer) is None
         }
         folder = tmp_path_factory.mktemp("cases")
         for case in kernel_cases.CASES:
@@ -116,10 +116,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             fault: str | None = None,
         ) -> subprocess.CompletedProcess[str]:
             if build not in pending:
-                pytest.skip(str(shim.why_not(build.sanitizer)))
+                pytest.skip(str(host_compiler.why_not(build.sanitizer)))
             number = [] if fault is None else [str(kernel_faults.NUMBERS[fault])]
             arguments = [str(folder / case), *number]
-            return shim.run(pending[build].result(), seed, arguments=arguments)
+            return host_compiler.run(pending[build].result(), seed, arguments=arguments)
 
         yield run
         pool.shutdown(cancel_futures=True)

@@ -11,10 +11,10 @@ from torch import Tensor
 from crossvit_kernels.backends import choose, register_operation
 from crossvit_kernels.extension import accumulate_dtype
 from crossvit_kernels.ops import autograd, library
-from crossvit_kernels.ops.attention_core import cuda, native, reference, triton
+from crossvit_kernels.ops.attention_core import cpu, cuda, reference, triton
 
 #: Modules with why_not, forward and backward.
-BACKENDS: dict[str, Any] = {"cuda": cuda, "cpu": native, "triton": triton}
+BACKENDS: dict[str, Any] = {"cuda": cuda, "cpu": cpu, "triton": triton}
 register_operation("attention_core", tuple(BACKENDS))
 
 

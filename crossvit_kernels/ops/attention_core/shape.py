@@ -7,7 +7,7 @@ import functools
 
 from torch import Tensor
 
-from crossvit_kernels.gpu import configurations, launch
+from crossvit_kernels.gpu import configurations, device
 from crossvit_kernels.gpu.candidates import Candidate, Candidates
 
 _MAX_ROWS = 64
@@ -37,7 +37,7 @@ class Shape:
     part: int
     normalize: bool
     precision: str
-    align: int = launch.ALIGN
+    align: int = device.ALIGN
 
     @property
     def num_chunks(self) -> int:
@@ -60,10 +60,10 @@ def padded_rows(num_rows: int) -> int:
 
 def candidates(kernel: str, x: Tensor, num_rows: int, normalize: bool) -> Candidates:
     """Of a pass ("forward", "fusion backward", ...) over tokens x; the constant is a Shape."""
-    device, channels = x.device, x.shape[2]
-    name, chip = launch.device_name(device), launch.chip(device)
+    channels = x.shape[2]
+    name, chip = device.device_name(x.device), device.chip(x.device)
     found = configurations.candidates(kernel, name, chip, channels, x.element_size())
-    return _candidates(*found, channels, num_rows, normalize, launch.precision(x.dtype))
+    return _candidates(*found, channels, num_rows, normalize, device.precision(x.dtype))
 
 
 @functools.cache

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import launch, launcher
+from crossvit_kernels.gpu import device, launcher
 from crossvit_kernels.gpu.candidates import Candidate, Candidates
-from crossvit_kernels.gpu.launch import why_not
+from crossvit_kernels.gpu.device import why_not
 from crossvit_kernels.ops.attention_core.shape import Shape, candidates
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def forward(
     m, lse = u.new_empty(batch, num_rows, channels), u.new_empty(batch, num_rows)
     if not m.numel():
         return m, lse
-    u, x = launch.aligned_rows(u), launch.aligned_rows(x)
-    extra = None if extra_token is None else launch.aligned_rows(extra_token)
+    u, x = device.aligned_rows(u), device.aligned_rows(x)
+    extra = None if extra_token is None else device.aligned_rows(extra_token)
     found = candidates("forward", x, num_rows, norm_eps is not None)
     shape = _shape_of(found)
     rows, parts = shape.rows, shape.parts(x.shape[1])
@@ -119,8 +119,8 @@ def backward(
     dextra = None if extra_token is None else m.new_empty(batch, channels)
     du = m.new_empty(batch, parts, num_rows, channels)
     if m.numel():
-        u, x, dm = launch.aligned_rows(u), launch.aligned_rows(x), launch.aligned_rows(dm)
-        extra = None if extra_token is None else launch.aligned_rows(extra_token)
+        u, x, dm = device.aligned_rows(u), device.aligned_rows(x), device.aligned_rows(dm)
+        extra = None if extra_token is None else device.aligned_rows(extra_token)
         dlse = None if dlse is None else dlse.contiguous()
         for row in range(0, num_rows, rows):
             launcher.start(

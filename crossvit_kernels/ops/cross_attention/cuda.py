@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import extension
-from crossvit_kernels.gpu import launch
+from crossvit_kernels.gpu import device
 from crossvit_kernels.ops.attention_core import cuda as core
+from crossvit_kernels.ops.cross_attention.reference import FusionWeights
 from crossvit_kernels.ops.cross_attention.saved import (
     Saved,
     empty_saved,
@@ -24,7 +25,6 @@ from crossvit_kernels.ops.cross_attention.saved import (
     vectors,
     weight_gradients,
 )
-from crossvit_kernels.ops.cross_attention.weights import FusionWeights
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
@@ -108,7 +108,7 @@ def forward(
         x, scale = _aligned(tokens, residual_scale)
         _alive, of_weights = _weights(w, tokens)
         cls = _readable(cls, x).contiguous()
-        split = division(batch, launch.chip(x.device))
+        split = division(batch, device.chip(x.device))
         problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
         states = _states(problem, split, saved.vectors)
         at, float32 = extension.Arguments(x.device), torch.float32
@@ -148,7 +148,7 @@ def backward(
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
         _alive, of_weights = _weights(weights, tokens)
-        split = division(batch, launch.chip(x.device))
+        split = division(batch, device.chip(x.device))
         problem = batch, num_tokens, channels, own, num_heads, eps
         states = _states(problem, split, gradients)
         scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)
@@ -190,7 +190,7 @@ def _states(
 def _aligned(tokens: Tensor, residual_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """As kernels read them: rows of tokens at multiples of 16 bytes."""
     scale = None if residual_scale is None else residual_scale.float().contiguous()
-    return launch.aligned_rows(tokens), scale
+    return device.aligned_rows(tokens), scale
 
 
 Arguments = list[tuple[int, int]]
@@ -210,7 +210,7 @@ def _weights(w: FusionWeights, tokens: Tensor) -> tuple[FusionWeights, Arguments
             return w, list(zip(addresses, codes, strict=True))
     except (AttributeError, TypeError):
         pass
-    readable = launch.contiguous(FusionWeights(*(_readable_weight(p, tokens) for p in w)))
+    readable = device.contiguous(FusionWeights(*(_readable_weight(p, tokens) for p in w)))
     at = extension.Arguments(tokens.device)
     return readable, [at.parameter(p) for p in readable]
 
@@ -225,7 +225,7 @@ _device = operator.attrgetter("device")
 def _readable_weight(p: Tensor | None, tokens: Tensor) -> Any:
     """A matrix with aligned rows, or a vector; None stays None."""
     if p is None or p.ndim == 2:
-        return p if p is None else launch.aligned_rows(p)
+        return p if p is None else device.aligned_rows(p)
     return _readable(p, tokens)
 
 

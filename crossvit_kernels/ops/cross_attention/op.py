@@ -11,11 +11,11 @@ from torch import Tensor
 from crossvit_kernels.backends import choose, register_operation
 from crossvit_kernels.graphs import side_by_side
 from crossvit_kernels.ops import autograd, library
-from crossvit_kernels.ops.cross_attention import cuda, native, reference, triton
-from crossvit_kernels.ops.cross_attention.weights import FusionInputs, FusionWeights
+from crossvit_kernels.ops.cross_attention import cpu, cuda, reference, triton
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 
 #: Modules with why_not, forward, backward and empty_saved.
-BACKENDS: dict[str, Any] = {"cuda": cuda, "cpu": native, "triton": triton}
+BACKENDS: dict[str, Any] = {"cuda": cuda, "cpu": cpu, "triton": triton}
 #: Those with forward_pair.
 PAIRS: dict[str, Any] = {"triton": triton}
 register_operation("cross_attention_fusion", tuple(BACKENDS))

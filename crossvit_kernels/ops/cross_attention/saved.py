@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.ops.cross_attention.weights import FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import FusionWeights
 
 
 class Saved(NamedTuple):

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import configurations, launch, launcher
+from crossvit_kernels.gpu import configurations, device, launcher
 from crossvit_kernels.gpu.candidates import Candidate, Candidates
-from crossvit_kernels.gpu.launch import ALIGN
+from crossvit_kernels.gpu.device import ALIGN
 from crossvit_kernels.graphs import side_by_side
 from crossvit_kernels.ops.attention_core import shape as token_passes
 from crossvit_kernels.ops.attention_core import triton as core
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 from crossvit_kernels.ops.cross_attention.saved import (
     Saved,
     Vectors,
@@ -28,7 +29,6 @@ from crossvit_kernels.ops.cross_attention.saved import (
     weight_gradients,
 )
 from crossvit_kernels.ops.cross_attention.shape import FusionShape
-from crossvit_kernels.ops.cross_attention.weights import FusionInputs, FusionWeights
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "forward_pair", "why_not"]
 
@@ -43,7 +43,7 @@ def why_not(
     num_heads: int,
     cast_to: torch.dtype | None,
 ) -> str | None:
-    return launch.why_not(tokens)
+    return device.why_not(tokens)
 
 
 @functools.cache
@@ -224,7 +224,7 @@ def _launch_backward(
     _, kernels = _kernels()
     batch, num_tokens, _ = tokens.shape
     cls, x, w, scale = _prepared(cls, tokens, weights, residual_scale)
-    dout, kept = launch.aligned_rows(d_new_cls), saved.vectors
+    dout, kept = device.aligned_rows(d_new_cls), saved.vectors
     dcls, dx, gradients, dz, du = out
     shape, config, candidates = _candidates("fusion backward", cls, x, w, num_heads)
     groups = (-(-batch // shape.images), 1, 1)
@@ -295,7 +295,7 @@ def _prepared(
 ) -> tuple[Tensor, Tensor, FusionWeights, Tensor | None]:
     """The inputs as kernels read them: rows aligned, parameters contiguous."""
     scale = None if residual_scale is None else residual_scale.contiguous()
-    return launch.aligned_rows(cls), launch.aligned_rows(tokens), launch.contiguous(w), scale
+    return device.aligned_rows(cls), device.aligned_rows(tokens), device.contiguous(w), scale
 
 
 def _candidates(
@@ -304,8 +304,8 @@ def _candidates(
     """Of "fusion forward" or "fusion backward"; all have the shape's sizes but for block_n."""
     batch, _, channels = x.shape
     passes = token_passes.candidates(kernel, x, num_heads, normalize=True)
-    config = configurations.fusion(kernel, launch.chip(x.device), channels)
-    precision = launch.precision(w.q_weight.dtype)
+    config = configurations.fusion(kernel, device.chip(x.device), channels)
+    precision = device.precision(w.q_weight.dtype)
     blocks = config.images(batch), config.block_k, config.block_n
     shape, found = _with_passes(passes, cls.shape[1], channels, num_heads, *blocks, precision)
     return shape, config, found

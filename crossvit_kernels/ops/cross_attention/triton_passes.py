@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from crossvit_kernels.ops.attention_core.triton_passes import load_chunk, load_vector
-from crossvit_kernels.ops.token_layers.triton_passes import normal_distribution
+from crossvit_kernels.ops.common.triton_rows import normal_distribution
 
 IMAGES: tl.constexpr = tl.constexpr(16)
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import launch, launcher, row_tiles
+from crossvit_kernels.gpu import device, launcher, row_tiles
 from crossvit_kernels.gpu.launcher import Programs
-from crossvit_kernels.ops import norm
-from crossvit_kernels.ops.layernorm_ffn.weights import FfnWeights
-from crossvit_kernels.ops.token_layers import triton as layers
-from crossvit_kernels.ops.token_layers.shape import LayerShape
-from crossvit_kernels.ops.token_layers.triton import Tokens
+from crossvit_kernels.ops.common import torch_norm as norm
+from crossvit_kernels.ops.common import triton_linear as layers
+from crossvit_kernels.ops.common.layer_shape import LayerShape
+from crossvit_kernels.ops.common.triton_linear import Tokens
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
 
 
 class Saved(NamedTuple):
@@ -28,7 +28,7 @@ class Saved(NamedTuple):
 
 
 def why_not(x: Tensor) -> str | None:
-    return "there are no tokens" if x.numel() == 0 else launch.why_not(x)
+    return "there are no tokens" if x.numel() == 0 else device.why_not(x)
 
 
 def empty_saved(x: Tensor, w: FfnWeights) -> Saved:
@@ -39,7 +39,7 @@ def empty_saved(x: Tensor, w: FfnWeights) -> Saved:
 def forward(
     x: Tensor, w: FfnWeights, residual_scale: Tensor | None, eps: float, save: bool
 ) -> tuple[Tensor, Saved | None]:
-    tokens, w = layers.prepared(x), launch.contiguous(w)
+    tokens, w = layers.prepared(x), device.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     saved = empty_saved(x, w) if save else None
     if row_tiles.fused("ffn", tokens.num_rows, x.shape[2], w.fc1_weight.element_size()):
@@ -60,7 +60,7 @@ def backward(
 ) -> tuple[Tensor, FfnWeights]:
     """(dx, gradients of the weights); products that are not wanted are None."""
     wants: Any = FfnWeights._make(wanted[1:])
-    dy, tokens, w = dy.contiguous(), layers.prepared(x), launch.contiguous(w)
+    dy, tokens, w = dy.contiguous(), layers.prepared(x), device.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
     dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype).view(-1, channels)

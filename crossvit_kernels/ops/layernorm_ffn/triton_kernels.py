@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from crossvit_kernels.ops.attention_core.triton_passes import load_chunk, load_vector
-from crossvit_kernels.ops.token_layers.triton_passes import (
+from crossvit_kernels.ops.common.triton_rows import (
     SIZES,
     gelu,
     load_columns,

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from crossvit_kernels.backends import choose, register_operation
 from crossvit_kernels.ops import autograd, library
-from crossvit_kernels.ops.layernorm_msa import native, reference, triton
-from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+from crossvit_kernels.ops.layernorm_msa import cpu, reference, triton
+from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
 
 #: Modules with why_not, forward, backward and empty_saved.
-BACKENDS: dict[str, Any] = {"cpu": native, "triton": triton}
+BACKENDS: dict[str, Any] = {"cpu": cpu, "triton": triton}
 register_operation("layernorm_msa", tuple(BACKENDS))
 
 #: What forward may be told to keep for backward; "" where there is no backward.

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
+
+class MsaWeights(NamedTuple):
+    """Parameters of ``layernorm_msa`` at width C. Linear weights are [out, in]."""
+
+    norm_weight: Tensor  # [C]
+    norm_bias: Tensor
+    qkv_weight: Tensor  # [3 C, C]: q, k, v one after another, each head after head
+    qkv_bias: Tensor | None
+    out_weight: Tensor  # [C, C]
+    out_bias: Tensor
+
+
+#: Sizes by letter, for checks.weights.
+SHAPES = {
+    "norm_weight": ("C",),
+    "norm_bias": ("C",),
+    "qkv_weight": ("3 C", "C"),
+    "qkv_bias": ("3 C",),
+    "out_weight": ("C", "C"),
+    "out_bias": ("C",),
+}
 
 
 def layernorm_msa(

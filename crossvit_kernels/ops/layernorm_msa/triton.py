@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import launch, launcher, row_tiles
+from crossvit_kernels.gpu import device, launcher, row_tiles
 from crossvit_kernels.gpu.launcher import Programs
-from crossvit_kernels.ops import norm
-from crossvit_kernels.ops.layernorm_msa.weights import MsaWeights
-from crossvit_kernels.ops.token_layers import triton as layers
-from crossvit_kernels.ops.token_layers.shape import LayerShape
-from crossvit_kernels.ops.token_layers.triton import Tokens
+from crossvit_kernels.ops.common import torch_norm as norm
+from crossvit_kernels.ops.common import triton_linear as layers
+from crossvit_kernels.ops.common.layer_shape import LayerShape
+from crossvit_kernels.ops.common.triton_linear import Tokens
+from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
 
 _HEAD_DIMS = (16, 32, 64, 128)
 
@@ -35,7 +35,7 @@ class Saved(NamedTuple):
 def why_not(x: Tensor, num_heads: int) -> str | None:
     if x.shape[2] // num_heads not in _HEAD_DIMS:
         return f"heads of {x.shape[2] // num_heads} channels are none of {_HEAD_DIMS}"
-    return "there are no tokens" if x.numel() == 0 else launch.why_not(x)
+    return "there are no tokens" if x.numel() == 0 else device.why_not(x)
 
 
 def empty_saved(x: Tensor, w: MsaWeights, num_heads: int, keep: str) -> Saved:
@@ -60,7 +60,7 @@ def forward(
     eps: float,
     keep: str,
 ) -> tuple[Tensor, Saved | None]:
-    tokens, w = layers.prepared(x, cls), launch.contiguous(w)
+    tokens, w = layers.prepared(x, cls), device.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     saved = empty_saved(x, w, num_heads, "lean") if keep else None
     statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
@@ -90,7 +90,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, MsaWeights]:
     """(dx, dcls, gradients of the weights); products that are not wanted are None."""
     wants: Any = MsaWeights._make(wanted[2:])
-    dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), launch.contiguous(w)
+    dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), device.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
     affine = w.norm_weight, w.norm_bias

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from crossvit_kernels.ops.attention_core.triton_kernels import aligned
 from crossvit_kernels.ops.attention_core.triton_passes import LOG2E, load_vector
-from crossvit_kernels.ops.token_layers.triton_passes import (
+from crossvit_kernels.ops.common.triton_rows import (
     SIZES,
     load_columns,
     load_tokens,

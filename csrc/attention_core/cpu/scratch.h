@@ -5,8 +5,8 @@
 #include <type_traits>
 
 #include "attention_core/params.h"
-#include "common/parallel.h"
-#include "common/simd.h"
+#include "common/cpu/parallel.h"
+#include "common/cpu/simd.h"
 
 // How the CPU kernels cut up a problem, and the padded scratch memory they work in.
 

@@ -4,10 +4,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention_core/cuda.h"
+#include "attention_core/cuda/kernels.h"
 #include "attention_core/cuda/tile_states.h"
-#include "common/cluster.h"
-#include "common/launch.h"
+#include "common/cuda/cluster.h"
+#include "common/cuda/launch.h"
 
 // Which plan runs a problem, and what launchers have in common.
 

@@ -1,9 +1,9 @@
 #pragma once
 
 #include "attention_core/params.h"
-#include "common/async_copy.h"
-#include "common/fragments.h"
-#include "common/warp_barrier.h"
+#include "common/cuda/async_copy.h"
+#include "common/cuda/fragments.h"
+#include "common/cuda/warp_barrier.h"
 
 // How a block of threads passes over a range of an image's tokens.
 //

@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "attention_core/cuda/choose.h"
-#include "common/cluster.h"
-#include "cross_attention/cuda.h"
+#include "common/cuda/cluster.h"
+#include "cross_attention/cuda/kernels.h"
 #include "cross_attention/cuda/rows.h"
 
 // What the fusion's two kernels have in common. A cluster of blocks owns up to 16 images: its

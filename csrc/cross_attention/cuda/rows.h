@@ -1,6 +1,6 @@
 #pragma once
 
-#include "common/fragments.h"
+#include "common/cuda/fragments.h"
 #include "cross_attention/params.h"
 
 // The CLS path: up to 16 rows, one an image, through LayerNorm and linear layers. Rows are operands

@@ -5,7 +5,7 @@
 
 #include "layernorm_ffn/params.h"
 
-#include "common/token_rows.h"
+#include "common/cpu/token_rows.h"
 
 namespace crossvit::layernorm_ffn {
 namespace CROSSVIT_ISA {

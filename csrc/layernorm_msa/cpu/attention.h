@@ -1,6 +1,6 @@
 #pragma once
 
-#include "common/panels.h"
+#include "common/cpu/panels.h"
 #include "layernorm_msa/params.h"
 
 // Self-attention between the two projections.

@@ -2,7 +2,7 @@
 // the residual: three passes. Compiled once for each instruction-set level; CROSSVIT_ISA names the
 // level's namespace.
 
-#include "common/token_rows.h"
+#include "common/cpu/token_rows.h"
 #include "layernorm_msa/cpu/attention.h"
 
 namespace crossvit::layernorm_msa {

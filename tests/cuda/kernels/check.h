@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "common/gpu.h"
+#include "common/cuda/gpu.h"
 
 namespace crossvit {
 

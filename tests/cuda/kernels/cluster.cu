@@ -1,6 +1,6 @@
 // The sum of rows, shared among the blocks of a cluster, which add up each other's partial sums.
-#include "common/cluster.h"
-#include "common/launch.h"
+#include "common/cuda/cluster.h"
+#include "common/cuda/launch.h"
 #include "kernels/check.h"
 
 namespace crossvit {

@@ -1,8 +1,8 @@
 // Fragments and number formats, called from Python: one warp multiplies one tile.
 #include <cstring>
 
-#include "common/launch.h"
-#include "common/mma.h"
+#include "common/cuda/launch.h"
+#include "common/cuda/mma.h"
 
 namespace crossvit {
 namespace {

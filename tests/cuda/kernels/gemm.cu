@@ -1,7 +1,7 @@
 // y = x w^T in bfloat16: tiles of 64x64, k in steps of 64, two stages of cp.async, four warps.
-#include "common/async_copy.h"
-#include "common/launch.h"
-#include "common/mma.h"
+#include "common/cuda/async_copy.h"
+#include "common/cuda/launch.h"
+#include "common/cuda/mma.h"
 #include "kernels/check.h"
 
 namespace crossvit {

@@ -1,5 +1,5 @@
 // Blocks leave partial results in global memory, and the last one to finish adds them up.
-#include "common/launch.h"
+#include "common/cuda/launch.h"
 #include "kernels/check.h"
 
 namespace crossvit {

@@ -1,6 +1,6 @@
 // LayerNorm: a warp for each row, whose values wait in shared memory between the passes; then
 // their mean over the block's rows, which needs all warps.
-#include "common/launch.h"
+#include "common/cuda/launch.h"
 #include "kernels/check.h"
 
 namespace crossvit {

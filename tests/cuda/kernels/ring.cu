@@ -1,6 +1,6 @@
 // A ring of stages filled by bulk copies: one warp issues them, four warps use them.
-#include "common/async_copy.h"
-#include "common/launch.h"
+#include "common/cuda/async_copy.h"
+#include "common/cuda/launch.h"
 #include "kernels/check.h"
 
 namespace crossvit {

@@ -10,9 +10,9 @@
 #include <stdexcept>
 #include <vector>
 
-#include "attention_core/cuda.h"
-#include "common/gpu.h"
-#include "cross_attention/cuda.h"
+#include "attention_core/cuda/kernels.h"
+#include "common/cuda/gpu.h"
+#include "cross_attention/cuda/kernels.h"
 #include "kernels/choice.h"
 
 namespace crossvit {

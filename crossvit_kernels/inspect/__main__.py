@@ -1,0 +1,151 @@
+"""What the GPU kernels compile to, without a GPU: ``python -m crossvit_kernels.inspect``.
+
+Compiles Triton's kernels for NVIDIA GPUs, in every form in which inference and training launch
+them, and in the configuration that is chosen on the installed Triton: the first candidate of the
+table that spills no registers and has enough shared memory. Shown are registers and spilled words
+of a thread, shared memory of a program, the share of a multiprocessor's threads that can be
+resident, tensor-core instructions and 16-byte loads; which tensors a form goes without; and, below
+a kernel, the candidates that were passed over, with the reason. What is compiled goes to Triton's
+cache, where the first calls of a program find it.
+
+The CUDA kernels' code is read from the extension. One is for all tokens up to a width; its shared
+memory and occupancy are those of tokens of that width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from crossvit_kernels import extension, supported
+from crossvit_kernels.gpu import device, row_tiles
+from crossvit_kernels.inspect import ahead_of_time, extension_code, machine_code
+from crossvit_kernels.inspect.ahead_of_time import reports
+from crossvit_kernels.inspect.compile_cases import BLOCKS, WIDTHS, compile_cases, extremes
+from crossvit_kernels.inspect.machine_code import Report
+
+ARCHITECTURES = (80, 90, 100)
+_SECONDS_OF_SILENCE = 5
+
+
+def extension_reports(options: argparse.Namespace) -> Iterator[Report]:
+    """Reports on the CUDA kernels, for the architectures that the extension was built for."""
+    if not extension.cuda_kernels:
+        reason = extension.missing or extension.NO_CUDA
+        print(f"inspect: no CUDA kernels: {reason}", file=sys.stderr)
+        return
+    for arch in options.arch:
+        if arch in extension_code.targets():
+            yield from extension_code.reports(
+                arch, options.dtype, options.channels, options.kernel or ""
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    if not device.installed():
+        print("inspect: triton is not installed", file=sys.stderr)
+        return 1
+    if device.interpreting():
+        print("inspect: TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
+        return 1
+    # What Triton's default was up to 3.9, and what a GPU would run.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    wanted = {*options.channels} if options.channels else {c for w in WIDTHS for c in w[:2]}
+    widths = [w for w in WIDTHS if {*w[:2]} <= wanted]
+    blocks = [b for b in BLOCKS if b[0] in wanted]
+    forms, some = (
+        row_tiles.FORMS.names if options.all else ("auto",),
+        extremes if options.quick else list,
+    )
+    found = [
+        (case, arch)
+        for arch in options.arch
+        for case in some(compile_cases(arch, options.dtype, widths, blocks, forms))
+        if options.kernel is None or options.kernel in case.name
+    ]
+    rows = []
+    if not options.json:
+        print(_HEADER, flush=True)
+    for report in itertools.chain(
+        _with_progress(reports(found, options.processes), len(found)), extension_reports(options)
+    ):
+        rows.append(report)
+        if not options.json:
+            print(_row(report), flush=True)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    return 0
+
+
+def _with_progress(found: Iterator[Report], total: int) -> Iterator[Report]:
+    """The same, with a line to stderr at the start and every few seconds."""
+    version, start = supported.installed_version("triton"), time.monotonic()
+    print(f"inspect: {total} kernels on Triton {version}", file=sys.stderr, flush=True)
+    last = start
+    for done, report in enumerate(found, 1):
+        now = time.monotonic()
+        if now - last > _SECONDS_OF_SILENCE or done == total:
+            last = now
+            print(f"inspect: {done} of {total}, {now - start:.0f} s", file=sys.stderr, flush=True)
+        yield report
+
+
+_HEADER = (
+    f"{'kernel':31} {'configuration':62} {'sm':>4} {'registers':>9} {'spills':>6} {'shared':>8} "
+    f"{'occupancy':>9} {'tensor':>6} {'wide':>5}  without"
+)
+
+
+def _row(r: Report) -> str:
+    """A line, and one for each candidate that was passed over."""
+    line = (
+        f"{r.kernel:31} {r.config:62} {r.arch:4} {r.registers:9} {r.spills:6} {r.shared_bytes:8} "
+        f"{r.occupancy:9.0%} {r.tensor_core_instructions:6} {r.wide_loads:5}  {' '.join(r.absent)}"
+    )
+    return "\n".join((line.rstrip(), *(f"    passed over {other}" for other in r.passed_over)))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m crossvit_kernels.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    def dtypes(text: str) -> list[str]:
+        names = tuple(ahead_of_time.DTYPES)
+        unknown = set(text.split(",")) - set(names)
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{sorted(unknown)}: expected some of {names}")
+        return text.split(",")
+
+    add = parser.add_argument
+    add("--arch", type=numbers, default=list(ARCHITECTURES), help="80,90,100 by default")
+    add(
+        "--dtype", type=dtypes, default=["bf16"], help="of bf16,fp16,fp32,autocast; bf16 by default"
+    )
+    add("--channels", type=numbers, help="only these widths, e.g. 192,384")
+    add("--kernel", metavar="NAME", help="only kernels whose name contains this")
+    add("--json", action="store_true", help="a JSON list of objects instead of a table")
+    add("--quick", action="store_true", help="of a kernel's forms the fullest and the barest")
+    add("--all", action="store_true", help="also what CROSSVIT_KERNELS_BLOCKS can ask for")
+    add("--processes", type=int, default=os.cpu_count(), help="one for each core by default")
+    options = parser.parse_args(arguments)
+    unknown = set(options.arch) - set(machine_code.SHARED_BYTES)
+    if unknown:
+        parser.error(f"--arch: {sorted(unknown)}: expected some of {ARCHITECTURES}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Linear layers over tokens on Triton, each with the LayerNorm or the residual beside it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossvit_kernels.gpu import device, launcher, row_tiles
+from crossvit_kernels.gpu.candidates import Candidate, Candidates
+from crossvit_kernels.gpu.launcher import Programs
+from crossvit_kernels.ops.common import torch_norm as layer_norm
+from crossvit_kernels.ops.common.layer_shape import LayerShape
+
+
+class Tokens(NamedTuple):
+    """Tokens as kernels read them: aligned rows, and a CLS that stands in for row 0, or None."""
+
+    x: Tensor  # [B, N, C]
+    cls: Tensor | None  # [B, C]
+
+    @property
+    def num_rows(self) -> int:
+        return self.x.shape[0] * self.x.shape[1]
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of x between images and tokens, and of cls between images."""
+        return self.x.stride(0), self.x.stride(1), 0 if self.cls is None else self.cls.stride(0)
+
+
+def prepared(x: Tensor, cls: Tensor | None = None) -> Tokens:
+    return Tokens(device.aligned_rows(x), None if cls is None else device.aligned_rows(cls))
+
+
+def candidates(
+    kernel: str, like: Tensor, num_rows: int, channels: int, inner: int, width: int | None = None
+) -> Candidates:
+    """The configurations that a kernel may run in; the constant is a LayerShape.
+
+    Args:
+        kernel: Its name in the tables.
+        like: A tensor on the device, of the dtype of the products.
+        num_rows: All images' tokens.
+        channels: C.
+        inner: See LayerShape.
+        width: What the table goes by, if not by C.
+    """
+    name, chip = device.device_name(like.device), device.chip(like.device)
+    few = num_rows <= row_tiles.FEW_ROWS
+    found = row_tiles.candidates(kernel, name, chip, width or channels, like.element_size(), few)
+    return _candidates(*found, channels, inner, device.precision(like.dtype))
+
+
+@functools.cache
+def _candidates(
+    configs: tuple[row_tiles.RowTile, ...],
+    measured: bool,
+    channels: int,
+    inner: int,
+    precision: str,
+) -> Candidates:
+    """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
+    items = []
+    for config in configs:
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        sizes = config.rows, config.columns, config.chunk
+        items.append(Candidate((LayerShape(channels, inner, *sizes, precision),), options))
+    return Candidates(tuple(items), measured)
+
+
+def norm_linear(
+    tokens: Tokens,
+    norm: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    gelu: bool = False,
+) -> Tensor:
+    """LN(x) W^T + b or its GELU [B, N, W's rows]; mean and rstd [B, N] are written if given."""
+    from crossvit_kernels.ops.common import triton_linear_kernels as kernels
+
+    x, cls = tokens
+    (batch, num_tokens, channels), columns = x.shape, weight.shape[0]
+    if row_tiles.by_library("norm linear", channels, weight.element_size()):
+        return _norm_then_linear(tokens, norm, weight, bias, eps, statistics, gelu)
+    out = x.new_empty(batch, num_tokens, columns, dtype=weight.dtype)
+    num_rows = tokens.num_rows
+    mean, rstd = statistics or (None, None)
+
+    def programs(shape: LayerShape) -> Programs:
+        tiles, steps = -(-num_rows // shape.rows), -(-columns // shape.columns)
+        per_group = -(-steps // min(-(-row_tiles.PROGRAMS // tiles), steps))
+        groups = -(-steps // per_group)
+        return Programs((tiles * groups, 1, 1), sizes=(groups, per_group * shape.columns))
+
+    launcher.start(
+        kernels.norm_linear,
+        programs,
+        (x, cls, *norm, weight, bias, out, mean, rstd),
+        (num_rows, num_tokens, *tokens.strides),
+        candidates("norm linear", weight, num_rows, channels, columns),
+        (gelu,),
+        eps=eps,
+    )
+    return out
+
+
+def _norm_then_linear(
+    tokens: Tokens,
+    norm: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    statistics: tuple[Tensor, Tensor] | None,
+    gelu: bool,
+) -> Tensor:
+    """The same in two steps, of torch's LayerNorm and a product."""
+    x, cls = tokens
+    normed, *found = layer_norm.forward(x, *norm, eps)
+    if cls is not None:
+        of_cls, *found_cls = layer_norm.forward(cls, *norm, eps)
+        normed[:, 0] = of_cls
+        for all_rows, row_0 in zip(found, found_cls, strict=True):
+            all_rows[:, 0] = row_0
+    for to, values in zip(statistics or (), found, strict=False):
+        to.copy_(values.squeeze(-1))
+    normed = normed.to(weight.dtype)
+    if gelu and bias is not None:
+        return linear_gelu(normed, weight, bias)
+    return F.linear(normed, weight, bias)
+
+
+def linear_gelu(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(a W^T + b) [B, N, W's rows], from a [B, N, W's columns]."""
+    out = a.new_empty(*a.shape[:2], weight.shape[0])
+    _linear(a, weight, bias, None, None, out)
+    return out
+
+
+def linear_residual(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tokens: Tokens,
+    residual_scale: Tensor | None,
+) -> Tensor:
+    """X + residual_scale * (a W^T + b) [B, N, C], from a [B, N, W's columns]."""
+    if row_tiles.by_library("linear", weight.shape[0], weight.element_size()):
+        update = F.linear(a, weight, bias)
+        return layer_norm.add_residual(tokens.x, update, residual_scale, tokens.cls)
+    y = empty_result(tokens.x, weight)
+    _linear(a, weight, bias, tokens, residual_scale, y)
+    return y
+
+
+def _linear(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tokens: Tokens | None,
+    residual_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    from crossvit_kernels.ops.common import triton_linear_kernels as kernels
+
+    num_rows, (columns, terms) = out.shape[0] * out.shape[1], weight.shape
+    x, cls = tokens or (None, None)
+
+    def programs(shape: LayerShape) -> Programs:
+        tiles, blocks = -(-num_rows // shape.rows), -(-columns // shape.columns)
+        return Programs((tiles * blocks, 1, 1))
+
+    launcher.start(
+        kernels.linear,
+        programs,
+        (a, weight, bias, x, cls, residual_scale, out),
+        (num_rows, out.shape[1], *(tokens.strides if tokens else (0, 0, 0))),
+        candidates("linear", weight, num_rows, columns, terms),
+    )
+
+
+def empty_result(x: Tensor, weight: Tensor) -> Tensor:
+    """Memory for x plus an update in the dtype of weight."""
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+class Gradients(NamedTuple):
+    """What linear_norm_backward gives."""
+
+    dx: Tensor  # [B, N, C]
+    dcls: Tensor | None  # [B, C]
+    normed: Tensor  # LN(x) [B, N, C], in the dtype of the products
+    d_norm_weight: Tensor  # [C]
+    d_norm_bias: Tensor
+    sum_dy: Tensor  # [C]: of residual_scale * dy
+
+
+def linear_norm_backward(
+    d: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    residual_scale: Tensor | None,
+    tokens: Tokens,
+    norm: tuple[Tensor, Tensor],
+    statistics: tuple[Tensor, Tensor],
+) -> Gradients:
+    """From d [B, N, W's rows], the gradient of LN(x) W^T; dy [B, N, C] is added to dx.
+
+    Both are contiguous.
+    """
+    from crossvit_kernels.ops.common import triton_linear_kernels as kernels
+
+    x, cls = tokens
+    terms, channels = weight.shape
+    in_one = not row_tiles.by_library("linear norm backward", channels, weight.element_size())
+    if in_one:
+        name, inner = "linear norm backward", terms
+    else:
+        name, inner, d = "norm backward", channels, d @ weight
+    dx, dcls = x.new_empty(x.shape), None if cls is None else x.new_empty(cls.shape)
+    normed = x.new_empty(x.shape, dtype=weight.dtype)
+
+    def programs(shape: LayerShape) -> Programs:
+        tiles = -(-tokens.num_rows // shape.rows)
+        shares = x.new_empty(tiles, 3, channels, dtype=torch.float32)
+        return Programs((tiles, 1, 1), (shares,))
+
+    (shares,) = launcher.start(
+        kernels.linear_norm_backward,
+        programs,
+        (d, weight, dy, residual_scale, x, cls, *statistics, *norm, dx, dcls, normed),
+        (tokens.num_rows, x.shape[1], *tokens.strides),
+        candidates(name, weight, tokens.num_rows, channels, inner),
+        (in_one,),
+    )
+    dtypes = norm[0].dtype, norm[1].dtype, weight.dtype
+    sums = (shares[:, i].sum(dim=0).to(dtype) for i, dtype in enumerate(dtypes))
+    return Gradients(dx, dcls, normed, *sums)
+
+
+def weight_gradient(d: Tensor, rows: Tensor, wanted: bool) -> Any:
+    """d^T rows, from a layer's gradient d [B N, out] and its input [..., in]; or None."""
+    return d.t() @ rows.view(d.shape[0], -1) if wanted else None

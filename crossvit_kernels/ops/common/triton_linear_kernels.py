@@ -1,0 +1,224 @@
+"""Kernels of a transformer block's linear layers, each with what stands before or after it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossvit_kernels.ops.attention_core.triton_kernels import aligned
+from crossvit_kernels.ops.attention_core.triton_passes import centred, load_chunk, load_vector
+from crossvit_kernels.ops.common.triton_rows import (
+    SIZES,
+    gelu,
+    load_columns,
+    load_tokens,
+    normalized_rows,
+    offsets_of,
+    residual_scale_of,
+    rows_of,
+    store_columns,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def norm_linear(
+    x_ptr,
+    cls_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    num_rows,
+    num_tokens,
+    x_batch_stride,
+    x_token_stride,
+    cls_stride,
+    num_groups,
+    group_columns,
+    eps,
+    L: tl.constexpr,
+    GELU: tl.constexpr,
+):
+    """out = LN(x) W^T + b, or its GELU; W [inner, C]. Grid: tiles of rows x groups of columns.
+
+    Rows are normalised once a program, which then passes over its columns of the weights.
+    """
+    C: tl.constexpr = L.channels
+    OUT: tl.constexpr = L.inner
+    CHUNK: tl.constexpr = L.chunk
+    NUM: tl.constexpr = L.num_chunks
+    ROWS: tl.constexpr = L.rows
+    COLUMNS: tl.constexpr = L.columns
+    PRECISION: tl.constexpr = L.precision
+    ALIGN: tl.constexpr = L.align
+    tile = tl.program_id(0) // num_groups
+    group = tl.program_id(0) - tile * num_groups
+    row, used, image, token = rows_of(tile, num_rows, num_tokens, ROWS)
+    at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+    cls_at = image.to(tl.int64) * aligned(cls_stride, ALIGN)
+    dtype = weight_ptr.dtype.element_ty
+    normed, mean, rstd = normalized_rows(
+        x_ptr, at, cls_ptr, cls_at, token, used, norm_weight_ptr, norm_bias_ptr, eps, dtype, L
+    )
+    if mean_ptr is not None:  # noqa: SIM102 (decided while compiling)
+        if group == 0:
+            tl.store(mean_ptr + row, mean, mask=used)
+            tl.store(rstd_ptr + row, rstd, mask=used)
+    first = group * group_columns
+    for n in range(first, tl.minimum(first + group_columns, OUT), COLUMNS):
+        column = n + tl.arange(0, COLUMNS)
+        exists = column < OUT
+        y = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for i in tl.static_range(NUM):
+            w = tl.trans(load_chunk(weight_ptr, C, column, exists, i, C, CHUNK))
+            y = tl.dot(normed[i], w, y, input_precision=PRECISION)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+        if GELU:
+            y = gelu(y)
+        store_columns(out_ptr, row * OUT, used, y, n, OUT, COLUMNS)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def linear(
+    a_ptr,
+    weight_ptr,
+    bias_ptr,
+    x_ptr,
+    cls_ptr,
+    scale_ptr,
+    y_ptr,
+    num_rows,
+    num_tokens,
+    x_batch_stride,
+    x_token_stride,
+    cls_stride,
+    L: tl.constexpr,
+):
+    """y = x + r (a W^T + b), or without x gelu(a W^T + b). Grid: tiles of rows x of columns.
+
+    a [rows, inner], W [channels, inner].
+    """
+    C: tl.constexpr = L.channels
+    TERMS: tl.constexpr = L.inner
+    STEP: tl.constexpr = L.chunk
+    ROWS: tl.constexpr = L.rows
+    COLUMNS: tl.constexpr = L.columns
+    PRECISION: tl.constexpr = L.precision
+    ALIGN: tl.constexpr = L.align
+    BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // BLOCKS
+    n = (tl.program_id(0) - tile * BLOCKS) * COLUMNS
+    row, used, image, token = rows_of(tile, num_rows, num_tokens, ROWS)
+    column = n + tl.arange(0, COLUMNS)
+    exists = column < C
+    y = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, TERMS, STEP):
+        a = load_columns(a_ptr, row * TERMS, used, k, TERMS, STEP)
+        w = load_columns(weight_ptr, column * TERMS, exists, k, TERMS, STEP)
+        y = tl.dot(a, tl.trans(w), y, input_precision=PRECISION)
+    y += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+    if x_ptr is not None:
+        at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+        cls_at = image.to(tl.int64) * aligned(cls_stride, ALIGN)
+        x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, n, C, COLUMNS)
+        y = x.to(tl.float32) + y * residual_scale_of(scale_ptr, image, used)
+    else:
+        y = gelu(y)
+    store_columns(y_ptr, row * C, used, y, n, C, COLUMNS)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def linear_norm_backward(
+    d_ptr,
+    weight_ptr,
+    dy_ptr,
+    scale_ptr,
+    x_ptr,
+    cls_ptr,
+    mean_ptr,
+    rstd_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    dx_ptr,
+    dcls_ptr,
+    normed_ptr,
+    shares_ptr,
+    num_rows,
+    num_tokens,
+    x_batch_stride,
+    x_token_stride,
+    cls_stride,
+    L: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """dx = dy + the backward of LayerNorm at d W; d [rows, inner], W [inner, C]. Grid: tiles.
+
+    Without PRODUCT d [rows, C] is that product itself. LN(x), which the weights' gradient needs, is
+    written as well, and each tile's share of three sums: the gradients of LayerNorm's weight and
+    bias, and r dy, which is that of the bias of the update.
+    """
+    C: tl.constexpr = L.channels
+    TERMS: tl.constexpr = L.inner
+    CHUNK: tl.constexpr = L.chunk
+    NUM: tl.constexpr = L.num_chunks
+    ROWS: tl.constexpr = L.rows
+    STEP: tl.constexpr = L.columns
+    PRECISION: tl.constexpr = L.precision
+    ALIGN: tl.constexpr = L.align
+    tile = tl.program_id(0)
+    row, used, image, token = rows_of(tile, num_rows, num_tokens, ROWS)
+    dnormed = ()
+    if PRODUCT:
+        for _ in tl.static_range(NUM):
+            dnormed = dnormed + (tl.zeros((ROWS, CHUNK), tl.float32),)
+        for k in range(0, TERMS, STEP):
+            d = load_columns(d_ptr, row * TERMS, used, k, TERMS, STEP)
+            term = k + tl.arange(0, STEP)
+            for i in tl.static_range(NUM):
+                w = load_chunk(weight_ptr, C, term, term < TERMS, i, C, CHUNK)
+                total = tl.dot(d, w, dnormed[0], input_precision=PRECISION)
+                dnormed = dnormed[1:] + (total,)
+    else:
+        for i in tl.static_range(NUM):
+            d = load_columns(d_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32)
+            dnormed = dnormed + (d,)
+
+    at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+    cls_at = image.to(tl.int64) * aligned(cls_stride, ALIGN)
+    is_cls = token == 0
+    mean = tl.load(mean_ptr + row, mask=used, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + row, mask=used, other=0.0)[:, None]
+    scale = residual_scale_of(scale_ptr, image, used)
+    a = tl.zeros((ROWS,), tl.float32)
+    b = tl.zeros((ROWS,), tl.float32)
+    for i in tl.static_range(NUM):
+        x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
+        xhat = centred(x, mean, i, C, CHUNK) * rstd
+        weight = load_vector(norm_weight_ptr, i, C, CHUNK)[None, :]
+        normed = xhat * weight + load_vector(norm_bias_ptr, i, C, CHUNK)[None, :]
+        store_columns(normed_ptr, row * C, used, normed, i * CHUNK, C, CHUNK)
+        c = i * CHUNK + tl.arange(0, CHUNK)
+        share = shares_ptr + tile.to(tl.int64) * (3 * C) + c
+        tl.store(share, tl.sum(dnormed[i] * xhat, axis=0), mask=c < C)
+        tl.store(share + C, tl.sum(dnormed[i], axis=0), mask=c < C)
+        a += tl.sum(dnormed[i] * weight, axis=1)
+        b += tl.sum(dnormed[i] * weight * xhat, axis=1)
+    for i in tl.static_range(NUM):
+        weight = load_vector(norm_weight_ptr, i, C, CHUNK)[None, :]
+        # Read again, out of L1: to keep it would take too many registers.
+        x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
+        xhat = centred(x, mean, i, C, CHUNK) * rstd
+        dy = load_columns(dy_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32)
+        c = i * CHUNK + tl.arange(0, CHUNK)
+        share = shares_ptr + tile.to(tl.int64) * (3 * C) + 2 * C + c
+        tl.store(share, tl.sum(dy * scale, axis=0), mask=c < C)
+        dx = (dnormed[i] * weight - a[:, None] / C - xhat * (b[:, None] / C)) * rstd + dy
+        if dcls_ptr is not None:
+            own = image.to(tl.int64) * C
+            store_columns(dcls_ptr, own, used & is_cls, dx, i * CHUNK, C, CHUNK)
+            dx = tl.where(is_cls[:, None], 0.0, dx)
+        store_columns(dx_ptr, row * C, used, dx, i * CHUNK, C, CHUNK)

@@ -1,0 +1,123 @@
+"""layernorm_ffn on a CPU, composed from torch's own kernels with as few passes as they allow.
+
+oneDNN's and MKL's GEMMs are the time. Without gradients GELU works in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossvit_kernels import extension
+from crossvit_kernels.extension import _C
+from crossvit_kernels.ops.common import panels
+from crossvit_kernels.ops.common import torch_norm as norm
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
+
+
+class Saved(NamedTuple):
+    """What forward keeps for backward."""
+
+    normed: Tensor  # [B, N, C]
+    mean: Tensor  # [B, N, 1]
+    rstd: Tensor  # [B, N, 1]
+    hidden: Tensor  # [B, N, F]: before GELU
+    activated: Tensor  # [B, N, F]: after it
+
+
+def why_not(x: Tensor) -> str | None:
+    return None if x.device.type == "cpu" else f"the tokens are on {x.device}, not on a CPU"
+
+
+def empty_saved(x: Tensor, w: FfnWeights) -> Saved:
+    dtype = w.fc1_weight.dtype
+    mean = x.new_empty(*x.shape[:2], 1, dtype=w.norm_weight.dtype)
+    hidden = x.new_empty(*x.shape[:2], w.fc1_weight.shape[0], dtype=dtype)
+    return Saved(
+        normed=x.new_empty(x.shape, dtype=dtype),
+        mean=mean,
+        rstd=torch.empty_like(mean),
+        hidden=hidden,
+        activated=torch.empty_like(hidden),
+    )
+
+
+def forward(
+    x: Tensor, w: FfnWeights, residual_scale: Tensor | None, eps: float, save: bool
+) -> tuple[Tensor, Saved | None]:
+    has_panels = w.fc1_weight.shape[0] > 0 and x.shape[2] <= panels.widest()
+    if not has_panels or not extension.all_float32(x, *w):
+        return _composed(x, w, residual_scale, eps, save)
+    y = x.new_empty(x.shape)
+    saved = empty_saved(x, w) if save else None
+    x = extension.unit_stride(x)
+    w = FfnWeights(*(t.contiguous() for t in w))
+    scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
+    at = extension.Arguments(x.device)
+    _C.layernorm_ffn_forward(
+        x=at.token_rows(x, None),
+        norm=at.norm(w.norm_weight, w.norm_bias, eps, saved),
+        fc1=at.linear(w.fc1_weight, w.fc1_bias),
+        fc2=at.linear(w.fc2_weight, w.fc2_bias),
+        hidden_width=w.fc1_weight.shape[0],
+        residual_scale=at.pointer(scale, torch.float32),
+        hidden=at.pointer(saved and saved.hidden, torch.float32),
+        activated=at.pointer(saved and saved.activated, torch.float32),
+        y=at.pointer(y, torch.float32),
+    )
+    return y, saved
+
+
+def _composed(
+    x: Tensor, w: FfnWeights, residual_scale: Tensor | None, eps: float, save: bool
+) -> tuple[Tensor, Saved | None]:
+    normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
+    normed = normed.to(w.fc1_weight.dtype)
+    hidden = F.linear(normed, w.fc1_weight, w.fc1_bias)
+    activated = F.gelu(hidden) if save else torch.ops.aten.gelu_(hidden)
+    update = F.linear(activated, w.fc2_weight, w.fc2_bias)
+    y = norm.add_residual(x, update, residual_scale)
+    return y, Saved(normed, mean, rstd, hidden, activated) if save else None
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w: FfnWeights,
+    residual_scale: Tensor | None,
+    saved: Saved,
+    eps: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, FfnWeights]:
+    """(dx, gradients of the weights); None for those that are not wanted."""
+    wants_x = wanted[0]
+    wants: Any = FfnWeights._make(wanted[1:])
+    dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).flatten(0, 1)
+    dx, found = None, dict[str, Any]()
+    if wants.fc2_weight:
+        found["fc2_weight"] = dupdate.t() @ saved.activated.flatten(0, 1)
+    if wants.fc2_bias:
+        found["fc2_bias"] = dupdate.sum(dim=0)
+    if wants_x or any(wants[:4]):
+        hidden = saved.hidden.flatten(0, 1)
+        dhidden = torch.ops.aten.gelu_backward(dupdate @ w.fc2_weight, hidden)
+        if wants.fc1_weight:
+            found["fc1_weight"] = dhidden.t() @ saved.normed.flatten(0, 1)
+        if wants.fc1_bias:
+            found["fc1_bias"] = dhidden.sum(dim=0)
+        if wants_x or any(wants[:2]):
+            dx, found["norm_weight"], found["norm_bias"] = norm.backward(
+                (dhidden @ w.fc1_weight).view(x.shape),
+                x,
+                w.norm_weight,
+                w.norm_bias,
+                saved.mean,
+                saved.rstd,
+                (wants_x, *wants[:2]),
+            )
+            dx = dx.add_(dy) if wants_x else None
+    return dx, FfnWeights._make(map(found.get, FfnWeights._fields))

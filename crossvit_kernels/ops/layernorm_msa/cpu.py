@@ -1,0 +1,210 @@
+"""layernorm_msa on a CPU, composed from torch's own kernels with as few passes as they allow.
+
+q, k and v are views of the one projection and the heads' outputs land where the output projection
+reads them. A CLS that stands in for row 0 is normalised into the row that is its own: the tokens
+are not copied for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossvit_kernels import extension
+from crossvit_kernels.extension import _C
+from crossvit_kernels.ops.common import panels
+from crossvit_kernels.ops.common import torch_norm as norm
+from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
+
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Saved(NamedTuple):
+    """What forward keeps for backward: no N x N matrix."""
+
+    normed: Tensor  # [B, N, C]
+    mean: Tensor  # [B, N, 1], of x whatever stands in for its row 0
+    rstd: Tensor  # [B, N, 1]
+    qkv: Tensor  # [B, N, 3 C]
+    heads: Tensor  # [B, h, N, d]: the attention's output
+    lse: Tensor  # [B, h, N]
+
+
+def why_not(x: Tensor, num_heads: int) -> str | None:
+    if x.device.type != "cpu":
+        return f"the tokens are on {x.device}, not on a CPU"
+    return "there are no tokens" if x.numel() == 0 else None
+
+
+def empty_saved(x: Tensor, w: MsaWeights, num_heads: int, keep: str) -> Saved:
+    batch, num_tokens, channels = x.shape
+    dtype = w.qkv_weight.dtype
+    qkv = x.new_empty(batch, num_tokens, 3 * channels, dtype=dtype)
+    heads = x.new_empty(batch, num_tokens, num_heads, channels // num_heads, dtype=dtype)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    lse = x.new_empty(batch, num_tokens, num_heads, dtype=statistics)
+    mean = x.new_empty(batch, num_tokens, 1, dtype=w.norm_weight.dtype)
+    return Saved(
+        normed=x.new_empty(x.shape, dtype=dtype),
+        mean=mean,
+        rstd=torch.empty_like(mean),
+        qkv=qkv,
+        heads=heads.transpose(1, 2),
+        lse=lse.transpose(1, 2),
+    )
+
+
+def forward(
+    x: Tensor,
+    w: MsaWeights,
+    residual_scale: Tensor | None,
+    cls: Tensor | None,
+    num_heads: int,
+    eps: float,
+    keep: str,
+) -> tuple[Tensor, Saved | None]:
+    if x.shape[2] > panels.widest() or not extension.all_float32(x, cls, *w):
+        return _composed(x, w, residual_scale, cls, num_heads, eps, keep)
+    y = x.new_empty(x.shape)
+    saved = empty_saved(x, w, num_heads, keep) if keep else None
+    qkv = saved.qkv if saved else x.new_empty(*x.shape[:2], 3 * x.shape[2])
+    heads = saved.heads.transpose(1, 2) if saved else x.new_empty(x.shape)
+    x, cls = extension.unit_stride(x), None if cls is None else extension.unit_stride(cls)
+    w = MsaWeights(*(None if t is None else t.contiguous() for t in w))  # type: ignore[arg-type]
+    scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
+    at = extension.Arguments(x.device)
+    _C.layernorm_msa_forward(
+        x=at.token_rows(x, cls),
+        norm=at.norm(w.norm_weight, w.norm_bias, eps, saved),
+        qkv=at.linear(w.qkv_weight, w.qkv_bias),
+        out=at.linear(w.out_weight, w.out_bias),
+        num_heads=num_heads,
+        residual_scale=at.pointer(scale, torch.float32),
+        qkv_rows=at.pointer(qkv, torch.float32),
+        heads=at.pointer(heads, torch.float32),
+        lse=at.pointer(saved and saved.lse.transpose(1, 2), torch.float32),
+        y=at.pointer(y, torch.float32),
+    )
+    return y, saved
+
+
+def _composed(
+    x: Tensor,
+    w: MsaWeights,
+    residual_scale: Tensor | None,
+    cls: Tensor | None,
+    num_heads: int,
+    eps: float,
+    keep: str,
+) -> tuple[Tensor, Saved | None]:
+    normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
+    if cls is not None:
+        normed[:, 0] = norm.forward(cls, w.norm_weight, w.norm_bias, eps).normed
+    normed = normed.to(w.qkv_weight.dtype)
+    qkv = F.linear(normed, w.qkv_weight, w.qkv_bias)
+    heads, lse = _attention(*_split(qkv, num_heads))
+    update = F.linear(_joined(heads), w.out_weight, w.out_bias)
+    y = norm.add_residual(x, update, residual_scale, cls)
+    return y, Saved(normed, mean, rstd, qkv, heads, lse) if keep else None
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w: MsaWeights,
+    residual_scale: Tensor | None,
+    cls: Tensor | None,
+    saved: Saved,
+    num_heads: int,
+    eps: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, MsaWeights]:
+    """(dx, dcls, gradients of the weights); None for those that are not wanted."""
+    wants: Any = MsaWeights._make(wanted[2:])
+    channels = x.shape[-1]
+    dupdate = norm.scale_update(dy, residual_scale, w.out_weight.dtype).reshape(-1, channels)
+    dx, dcls, found = None, None, dict[str, Any]()
+    if wants.out_weight:
+        found["out_weight"] = dupdate.t() @ _joined(saved.heads).view(-1, channels)
+    if wants.out_bias:
+        found["out_bias"] = dupdate.sum(dim=0)
+    if any(wanted[:2]) or any(wants[:4]):
+        dqkv = _qkv_backward(dupdate @ w.out_weight, saved, num_heads)
+        if wants.qkv_weight:
+            found["qkv_weight"] = dqkv.t() @ saved.normed.view(-1, channels)
+        if wants.qkv_bias:
+            found["qkv_bias"] = dqkv.sum(dim=0)
+        if any(wanted[:2]) or any(wants[:2]):
+            dx, dcls, found["norm_weight"], found["norm_bias"] = _norm_backward(
+                (dqkv @ w.qkv_weight).view(x.shape), dy, x, w, cls, saved, eps, wanted
+            )
+    return dx, dcls, MsaWeights._make(map(found.get, MsaWeights._fields))
+
+
+def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int) -> Tensor:
+    """The gradient of q, k and v [B N, 3 C] from that of attention's output [B N, C]."""
+    qkv, heads = saved.qkv, saved.heads
+    dheads = dheads.view(*qkv.shape[:2], num_heads, -1).transpose(1, 2)
+    gradients = _attention_backward(
+        dheads, *_split(qkv, num_heads), heads, saved.lse, dropout_p=0.0, is_causal=False
+    )
+    return torch.stack([d.transpose(1, 2) for d in gradients], dim=2).view(-1, qkv.shape[2])
+
+
+def _norm_backward(
+    dnormed: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    w: MsaWeights,
+    cls: Tensor | None,
+    saved: Saved,
+    eps: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dcls, gradients of LayerNorm's weight and bias), residual included; cls is row 0."""
+    (wants_x, wants_cls), wants_affine = wanted[:2], wanted[2:4]
+    affine, dcls = (w.norm_weight, w.norm_bias), None
+    mean_of_x, rstd_of_x = saved.mean, saved.rstd
+    if cls is not None:
+        # Row 0 belongs to cls: with its gradient taken out, x's own row 0 contributes nothing.
+        _, mean, rstd = norm.forward(cls, *affine, eps)
+        dcls, *d_affine_cls = norm.backward(
+            dnormed[:, 0], cls, *affine, mean, rstd, (wants_cls, *wants_affine)
+        )
+        dnormed[:, 0] = 0
+        if not x[:, 0].isfinite().all():  # nor does a NaN there, times 0
+            x, mean_of_x, rstd_of_x = map(_without_row_0, (x, mean_of_x, rstd_of_x))
+    dx, *d_affine = norm.backward(
+        dnormed, x, *affine, mean_of_x, rstd_of_x, (wants_x, *wants_affine)
+    )
+    if wants_x:
+        dx.add_(dy)
+    if cls is not None:
+        if wants_x:
+            dx[:, 0] = 0
+        if dcls is not None:
+            dcls += dy[:, 0]
+        for total, of_cls in zip(d_affine, d_affine_cls, strict=True):
+            if total is not None:
+                total += of_cls
+    return dx, dcls, d_affine[0], d_affine[1]
+
+
+def _without_row_0(t: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], dim=1)
+
+
+def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, 3 C] -> q, k, v [B, h, N, d], views."""
+    q, k, v = qkv.view(*qkv.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def _joined(heads: Tensor) -> Tensor:
+    """[B, h, N, d] -> [B, N, C], a view of how the attention kernel stores its output."""
+    return heads.transpose(1, 2).flatten(2)

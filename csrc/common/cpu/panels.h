@@ -1,0 +1,180 @@
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "common/cpu/parallel.h"
+#include "common/cpu/simd.h"
+
+// Matrix products in float32: blocks of kRows rows times panels of kPanel columns, formed in
+// registers at the peak rate of multiply-adds.
+//
+// Rows are packed as [ceil(K / kPanel), kRows, kPanel], a panel as [K, kPanel]: what the inner loop
+// reads lies in the order in which it is read, and a product is itself packed as rows of the next
+// one. Padding is zero. Every element is one sum over K in a fixed order, so that results depend
+// neither on the number of threads nor on the other rows.
+
+namespace crossvit {
+namespace {
+
+constexpr int kLane = kLanes<float>;
+constexpr int kPanel = 2 * kLane;
+// A block's accumulators fill the registers: 16, or 32 with AVX-512.
+constexpr int kRows = kVectorBytes == 64 ? 12 : 6;
+// Blocks that share a panel while it is in L1, and how much of its rows is.
+constexpr int kBlocks = 12;
+constexpr int64_t kDepth = 384;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Floats in vector-aligned memory, handed out in pieces.
+class Floats {
+ public:
+  explicit Floats(int64_t count)
+      : data_(static_cast<float*>(
+            std::aligned_alloc(kVectorBytes, round_up(count * sizeof(float) + 1, kVectorBytes)))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Floats() { std::free(data_); }
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+
+  float* take(int64_t count) {
+    float* const taken = data_ + used_;
+    used_ += round_up(count, kLane);
+    return taken;
+  }
+
+ private:
+  float* data_;
+  int64_t used_ = 0;
+};
+
+// Where row i of packed rows begins; its columns c to c + kPanel are at + c * kRows.
+inline float* packed_row(float* rows, int64_t i, int64_t width) {
+  return rows + i / kRows * kRows * width + i % kRows * kPanel;
+}
+
+// The first count elements of a vector, zeros behind them; none where count <= 0.
+inline FloatVector load_at_most(const float* from, int64_t count) {
+  if (count >= kLane) return load(from);
+  return count > 0 ? load_partial<float>(from, count) : FloatVector{};
+}
+
+inline void store_at_most(float* to, FloatVector v, int64_t count) {
+  if (count >= kLane) return store(to, v);
+  if (count > 0) store_partial<float>(to, v, count);
+}
+
+// Calls visit(from column, packed column, columns left) for the vectors of a row of any width.
+template <class Visit>
+inline void each_packed_vector(int64_t width, const Visit& visit) {
+  for (int64_t c = 0; c < width; c += kPanel)
+    for (int j = 0; j < kPanel; j += kLane) visit(c + j, c * kRows + j, width - c - j);
+}
+
+// to = start + rows . panel over `count` of K, [kRows, kPanel]; the rows of start are start_stride
+// apart.
+inline void multiply(float* to, const float* start, int64_t start_stride, const float* rows,
+                     const float* panel, int64_t count) {
+  FloatVector total[kRows][2];
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < 2; ++j) total[i][j] = load(start + i * start_stride + j * kLane);
+  const auto step = [&](int64_t k) {
+    const FloatVector a = load(panel), b = load(panel + kLane);
+    for (int i = 0; i < kRows; ++i) {
+      total[i][0] += rows[i * kPanel + k] * a;
+      total[i][1] += rows[i * kPanel + k] * b;
+    }
+    panel += kPanel;
+  };
+  for (; count >= kPanel; count -= kPanel, rows += kRows * kPanel)
+#pragma GCC unroll 4
+    for (int k = 0; k < kPanel; ++k) step(k);
+  for (int64_t k = 0; k < count; ++k) step(k);
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < 2; ++j) store(to + i * kPanel + j * kLane, total[i][j]);
+}
+
+// A linear layer, weight [out, in] and bias [out] or null, in panels of its outputs.
+class PackedLinear {
+ public:
+  PackedLinear(const float* weight, const float* bias, int64_t out, int64_t in)
+      : out_(out),
+        in_(round_up(in, kPanel)),
+        memory_((in_ + 1) * round_up(out, kPanel)),
+        panels_(memory_.take(in_ * round_up(out, kPanel))),
+        bias_(memory_.take(round_up(out, kPanel))) {
+    for (int64_t n = 0; n < round_up(out, kPanel); ++n) bias_[n] = bias && n < out ? bias[n] : 0;
+    const auto pack = [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin * kPanel; n < end * kPanel; n += kLane)
+        for (int64_t k = 0; k < in_; k += kLane) {
+          FloatVector block[kLane];
+          for (int i = 0; i < kLane; ++i)
+            block[i] =
+                n + i < out ? load_at_most(weight + (n + i) * in + k, in - k) : FloatVector{};
+          transpose<float>(block);
+          float* const to = panels_ + n / kPanel * kPanel * in_ + k * kPanel + n % kPanel;
+          for (int i = 0; i < kLane; ++i) store(to + i * kPanel, block[i]);
+        }
+    };
+    parallel_for(ceil_div(out, kPanel), kPanel * in_ * kWorkOfCopy, pack);
+  }
+
+  // Of packed rows, each of the layer's padded width.
+  int64_t in() const { return in_; }
+
+  // Multiply-adds of a row.
+  int64_t work() const { return out_ * in_; }
+
+  // Calls use(first column, bias + product of packed rows) for each panel: [num_blocks, kRows,
+  // kPanel].
+  template <class Use>
+  void apply(const float* rows, int64_t num_blocks, const Use& use) const {
+    alignas(kVectorBytes) float product[kBlocks * kRows * kPanel];
+    for (int64_t n = 0; n < out_; n += kPanel) {
+      for (int64_t k = 0; k < in_; k += kDepth)
+        for (int64_t i = 0; i < num_blocks; ++i) {
+          float* const to = product + i * kRows * kPanel;
+          multiply(to, k ? to : bias_ + n, k ? kPanel : 0, rows + i * kRows * in_ + k * kRows,
+                   panels_ + n * in_ + k * kPanel, minimum(kDepth, in_ - k));
+        }
+      use(n, product);
+    }
+  }
+
+ private:
+  const int64_t out_, in_;
+  Floats memory_;
+  float* const panels_;
+  float* const bias_;
+};
+
+// Calls run(first row, number of rows, number of blocks, scratch) for groups of rows that share
+// panels. work is that of a row; scratch holds scratch_width floats for each row, zero at first; it
+// is the thread's own.
+template <class Run>
+void each_group(int64_t num_rows, int64_t work, int64_t scratch_width, const Run& run) {
+  const int64_t blocks = ceil_div(num_rows, kRows);
+  // The last few blocks go one by one, so that all threads end at about the same time.
+  const int64_t groups = (blocks - minimum(blocks, 4 * num_threads())) / kBlocks;
+  const int64_t count = groups + blocks - groups * kBlocks;
+  parallel_tasks(count, work * num_rows / maximum(count, 1), [&](const auto& take) {
+    const int64_t size = kBlocks * kRows * scratch_width;
+    Floats memory(size);
+    float* const scratch = memory.take(size);
+    std::memset(scratch, 0, size * sizeof(float));
+    for (int64_t task = take(); task < count; task = take()) {
+      const bool is_group = task < groups;
+      const int64_t first = (is_group ? task * kBlocks : task + groups * (kBlocks - 1)) * kRows;
+      const int64_t rows = minimum((is_group ? kBlocks : 1) * kRows, num_rows - first);
+      run(first, rows, ceil_div(rows, kRows), scratch);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace crossvit

@@ -1,0 +1,111 @@
+// Copies from global to shared memory that run beside the threads, and the barriers they signal.
+// Everything from barrier_init on needs sm_90; on older devices it traps.
+#pragma once
+
+#include "common/cuda/gpu.h"
+
+namespace crossvit {
+
+#ifdef __CUDACC__
+
+// 16 bytes, both addresses aligned to them; the first `bytes` (0 or 16) are read, the rest is
+// zeros.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Until at most kPending of the thread's committed groups are under way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+// To the copies, and to the other blocks of the cluster; threads still need a barrier of theirs.
+__device__ __forceinline__ void barrier_init_visible() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Arrives, and makes the phase wait for so many bytes of copies.
+__device__ __forceinline__ void barrier_expect_bytes(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// Until the phase of this parity is complete; the first phase has parity 0.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  uint32_t complete = 0;
+  while (!complete) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(complete)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+}
+
+// Addresses and size are multiples of 16; the barrier's phase must expect the bytes.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes,
+                                          uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// What threads wrote to shared memory comes before what bulk copies do to it.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+#else
+
+__device__ __forceinline__ void barrier_init(uint64_t*, int) { __trap(); }
+__device__ __forceinline__ void barrier_init_visible() { __trap(); }
+__device__ __forceinline__ void barrier_expect_bytes(uint64_t*, int) { __trap(); }
+__device__ __forceinline__ void barrier_arrive(uint64_t*) { __trap(); }
+__device__ __forceinline__ void barrier_wait(uint64_t*, int) { __trap(); }
+__device__ __forceinline__ void copy_bulk(void*, const void*, int, uint64_t*) { __trap(); }
+__device__ __forceinline__ void fence_async_proxy() { __trap(); }
+
+#endif
+
+#else
+
+using testing::barrier_arrive;
+using testing::barrier_expect_bytes;
+using testing::barrier_init;
+using testing::barrier_init_visible;
+using testing::barrier_wait;
+using testing::copy_async_16;
+using testing::copy_async_commit;
+using testing::copy_async_wait;
+using testing::copy_bulk;
+using testing::fence_async_proxy;
+
+#endif
+
+}  // namespace crossvit

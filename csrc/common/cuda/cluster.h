@@ -1,0 +1,87 @@
+// Blocks of a cluster: their barrier, and each other's shared memory. Before sm_90 every block is
+// a cluster of its own.
+#pragma once
+
+#include "common/cuda/gpu.h"
+
+namespace crossvit {
+
+#ifdef __CUDACC__
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ int cluster_size() {
+  int size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  if (cluster_size() == 1) {
+    __syncthreads();
+  } else {
+    cluster_arrive();
+    cluster_wait();
+  }
+}
+
+// The same variable in another block's shared memory. That block must have started and must not
+// exit before the access: a cluster_sync() at both ends.
+template <class T>
+__device__ __forceinline__ T* in_rank(T* shared, int rank) {
+  uint64_t address;
+  asm volatile("mapa.u64 %0, %1, %2;"
+               : "=l"(address)
+               : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+
+#else
+
+__device__ __forceinline__ int cluster_rank() { return 0; }
+__device__ __forceinline__ int cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() { __syncthreads(); }
+__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+
+template <class T>
+__device__ __forceinline__ T* in_rank(T* shared, int) {
+  return shared;
+}
+
+#endif
+
+#else
+
+using testing::cluster_arrive;
+using testing::cluster_rank;
+using testing::cluster_size;
+using testing::cluster_sync;
+using testing::cluster_wait;
+using testing::in_rank;
+
+#endif
+
+// To the same variable of all blocks of the cluster.
+template <class V>
+__device__ __forceinline__ void store_in_ranks(V* shared, V value) {
+  const int ranks = cluster_size();
+#pragma unroll 1  // a compiler that unrolls this makes most of a kernel of it
+  for (int to = 0; to < ranks; ++to) *in_rank(shared, to) = value;
+}
+
+}  // namespace crossvit

@@ -1,0 +1,196 @@
+#pragma once
+
+#include "common/cuda/mma.h"
+
+// Operands of the tensor cores for every element type, in one layout. Of a step of 16 along k, lane
+// 4 g + t holds the pairs (2 t, 2 t + 1) and (2 t + 8, 2 t + 9); of A [16, k] the rows g and g + 8,
+// of B [k, 8] the column g, of C [16, 8] the rows g and g + 8 and the columns 2 t and 2 t + 1.
+//
+// 16-bit elements go to the tensor cores as they are. A float goes as the sum of two numbers of 11
+// bits each, in three products whose sum has an error of about 2^-22.
+
+namespace crossvit {
+
+using bf16 = __nv_bfloat16;
+using half = __half;
+
+template <class T>
+struct PairOf {
+  using type = uint32_t;
+};
+template <>
+struct PairOf<float> {
+  using type = float2;
+};
+// Two neighbours.
+template <class T>
+using Pair = typename PairOf<T>::type;
+
+// Register i: row g + 8 * (i & 1), pair from 2 t + 8 * (i >> 1).
+template <class T>
+struct FragmentA {
+  Pair<T> pair[4];
+};
+
+// Register i: the pair from 2 t + 8 * i.
+template <class T>
+struct FragmentB {
+  Pair<T> pair[2];
+};
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(half x) { return __half2float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    return __float2bfloat16(x);
+  } else {
+    return __float2half(x);
+  }
+}
+
+// What a float becomes as a T.
+template <class T>
+__device__ __forceinline__ float rounded(float x) {
+  return to_float(from_float<T>(x));
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack(Pair<T> pair) {
+  if constexpr (std::is_same_v<T, float>) {
+    return pair;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+  } else {
+    __half2 both;
+    memcpy(&both, &pair, sizeof both);
+    return __half22float2(both);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Pair<T> pack(float first, float second) {
+  if constexpr (std::is_same_v<T, float>) {
+    return make_float2(first, second);
+  } else {
+    uint32_t pair;
+    if constexpr (std::is_same_v<T, bf16>) {
+      const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+      memcpy(&pair, &both, sizeof pair);
+    } else {
+      const __half2 both = __floats2half2_rn(first, second);
+      memcpy(&pair, &both, sizeof pair);
+    }
+    return pair;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Pair<T> load_pair(const T* at) {
+  return *reinterpret_cast<const Pair<T>*>(at);
+}
+
+template <class T>
+__device__ __forceinline__ void store_pair(T* at, Pair<T> pair) {
+  *reinterpret_cast<Pair<T>*>(at) = pair;
+}
+
+// 16 rows of memory, `pitch` elements apart, of 16 elements: A, or B of 16 columns (to_b).
+template <class T>
+__device__ __forceinline__ FragmentA<T> load_rows(const T* tile, int pitch) {
+  FragmentA<T> a;
+  const int lane = lane_index();
+  if constexpr (sizeof(T) == 2) {
+    load_matrix_x4(a.pair, tile + (lane % 16) * pitch + lane / 16 * 8);
+  } else {
+    const T* at = tile + lane / 4 * pitch + lane % 4 * 2;
+    for (int i = 0; i < 4; ++i) a.pair[i] = load_pair(at + (i & 1) * 8 * pitch + (i >> 1) * 8);
+  }
+  return a;
+}
+
+// The same of 8 rows: rows 8 to 15 are zeros.
+template <class T>
+__device__ __forceinline__ FragmentA<T> load_8_rows(const T* tile, int pitch) {
+  const int lane = lane_index();
+  const T* at = tile + lane / 4 * pitch + lane % 4 * 2;
+  return {load_pair(at), pack<T>(0, 0), load_pair(at + 8), pack<T>(0, 0)};
+}
+
+// 16 rows of memory of 16 elements, transposed: the rows of memory are k.
+template <class T>
+__device__ __forceinline__ FragmentA<T> load_transposed(const T* tile, int pitch) {
+  FragmentA<T> a;
+  const int lane = lane_index();
+  if constexpr (sizeof(T) == 2) {
+    load_matrix_x4_transposed(a.pair, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+  } else {
+    const T* at = tile + lane % 4 * 2 * pitch + lane / 4;
+    for (int i = 0; i < 4; ++i) {
+      const T* pair = at + (i >> 1) * 8 * pitch + (i & 1) * 8;
+      a.pair[i] = make_float2(pair[0], pair[pitch]);
+    }
+  }
+  return a;
+}
+
+// Columns [8 * side, 8 * side + 8) of a B of 16 columns that was loaded as A was.
+template <class T>
+__device__ __forceinline__ FragmentB<T> to_b(const FragmentA<T>& a, int side) {
+  return {a.pair[side], a.pair[side + 2]};
+}
+
+struct SplitFloat {
+  uint32_t high, low;
+};
+
+__device__ __forceinline__ SplitFloat split(float x) {
+  constexpr uint32_t kMask = 0xffffe000u, kHalf = 0x1000u;  // 10 bits of mantissa are left
+  const uint32_t high = (__float_as_uint(x) + kHalf) & kMask;
+  const uint32_t low = (__float_as_uint(x - __uint_as_float(high)) + kHalf) & kMask;
+  return {high, low};
+}
+
+// c += a b
+template <class T>
+__device__ __forceinline__ void multiply(float (&c)[4], const FragmentA<T>& a,
+                                         const FragmentB<T>& b) {
+  if constexpr (sizeof(T) == 2) {
+    mma_16x8x16<T>(c, a.pair, b.pair);
+  } else {
+    for (int step = 0; step < 2; ++step) {  // of 8 along k; t stands for 2 t, t + 4 for 2 t + 1
+      uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = a.pair[2 * step + (i & 1)];
+        const SplitFloat s = split(i < 2 ? pair.x : pair.y);
+        a_high[i] = s.high, a_low[i] = s.low;
+      }
+      for (int i = 0; i < 2; ++i) {
+        const SplitFloat s = split(i == 0 ? b.pair[step].x : b.pair[step].y);
+        b_high[i] = s.high, b_low[i] = s.low;
+      }
+      mma_16x8x8_tf32(c, a_low, b_high);
+      mma_16x8x8_tf32(c, a_high, b_low);
+      mma_16x8x8_tf32(c, a_high, b_high);
+    }
+  }
+}
+
+// Over the four lanes of a row g.
+__device__ __forceinline__ float sum_of_row(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ __forceinline__ float max_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+}  // namespace crossvit

@@ -1,0 +1,40 @@
+// CUDA as far as this project's kernels use it, on a CPU: for tests of what a kernel computes.
+//
+// Every CUDA thread is a fiber. The blocks of a cluster run at the same time, clusters one after
+// another. A thread runs until it waits; CROSSVIT_SHIM_SEED=n, read at each launch, chooses at
+// random who runs next, in which order blocks run and which asynchronous copies arrive early.
+// docs/cuda_on_cpu.md says what faults are found and how.
+//
+// Not modelled:
+//   * time, occupancy, registers, bank conflicts, coalescing;
+//   * weak memory: accesses happen in program order, and proxies need no fences;
+//   * races, but for their effect in the order that runs: ThreadSanitizer finds those;
+//   * warps without barriers: warp operations hold their lanes back, as __syncwarp would, though
+//     ThreadSanitizer is told of an order for that one alone;
+//   * the hardware's order of summation in mma, and its approximate functions;
+//   * waiting by polling memory: a thread gives way only where it waits;
+//   * __shared__ variables, textures, dynamic parallelism, wgmma, tensor maps, float atomics;
+//   * more than one launch at a time; a launch has ended when launch() returns.
+#pragma once
+
+// The newest path of a kernel, unless a test asks for an older one.
+#ifndef __CUDA_ARCH__
+#define __CUDA_ARCH__ 900
+#endif
+
+#include "shim/async.h"
+#include "shim/grid.h"
+#include "shim/matrix.h"
+#include "shim/numbers.h"
+#include "shim/sync.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
+
+#define CROSSVIT_DYNAMIC_SHARED(name) char* const name = ::crossvit::testing::dynamic_shared()
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
