@@ -29,7 +29,7 @@ import report
 from block_contenders import PARTS, Sizes, contenders, make_inputs, tolerances
 from command_line import DTYPES, positive
 
-from crossvit_kernels.ops.layernorm_msa.op import BACKENDS
+from crossvit_kernels.ops.operator import OPERATIONS
 
 MODES = {
     "forward": "forward",
@@ -119,7 +119,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command_line.add_files(parser, "blocks")
     preset, _ = parser.parse_known_args(arguments)
     parser.set_defaults(**PRESETS[preset.preset])
-    options = command_line.completed(parser, arguments, BACKENDS)
+    options = command_line.completed(parser, arguments, OPERATIONS["layernorm_msa"].backends)
     options.batch = options.batch or [256 if options.device.type == "cuda" else 16]
     return options
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import crossvit_kernels as ck
 from crossvit_kernels.ops.attention_core import reference
-from crossvit_kernels.ops.attention_core.op import BACKENDS
+from crossvit_kernels.ops.operator import OPERATIONS
 
 EPS = 1e-6
 MODES = {"forward": "forward", "train": "with backward"}
@@ -160,7 +160,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command_line.add_backends(parser)
     command_line.add_common(parser, min_time=2.0, repeats=200)
     command_line.add_files(parser, "core")
-    return command_line.completed(parser, arguments, BACKENDS)
+    return command_line.completed(parser, arguments, OPERATIONS["attention_core"].backends)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ from contest import Contender, Contest
 from fusion_contenders import Inputs, Shape, caller, make_inputs, methods, rotated_sets, tolerances
 
 import crossvit_kernels as ck
-from crossvit_kernels.ops.cross_attention.op import BACKENDS
+from crossvit_kernels.ops.operator import OPERATIONS
 
 WHAT = {
     "forward": "forward",
@@ -189,7 +189,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command_line.add_backends(parser)
     command_line.add_common(parser, min_time=6.0, repeats=200)
     command_line.add_files(parser, "fusion", plot=True)
-    options = command_line.completed(parser, arguments, BACKENDS)
+    options = command_line.completed(
+        parser, arguments, OPERATIONS["cross_attention_fusion"].backends
+    )
     try:
         check(options)
     except ValueError as error:

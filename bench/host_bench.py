@@ -35,7 +35,6 @@ import crossvit_kernels as ck
 from crossvit_kernels import extension
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.candidates import Candidates
-from crossvit_kernels.gpu.configurations import PAIRS
 from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention import triton as fusion
 
@@ -46,8 +45,7 @@ EXPECTED_LAUNCHES = {
     "forward, Triton's part": 1,
     "forward": 1,
     "both, two calls": 2,
-    "both, in two launches": 2,
-    "both, in one launch": 1,
+    "both, as a pair": 2,
 }
 
 
@@ -116,16 +114,11 @@ def calls_to_measure() -> dict[str, Callable[[], Any]]:
     def alone(x: ck.FusionInputs) -> torch.Tensor:
         return ck.cross_attention_fusion(*x[:4], backend="triton")
 
-    def pair(form: str) -> tuple[torch.Tensor, ...]:
-        with PAIRS.choose(form):
-            return ck.cross_attention_fusion_pair(a, b, backend="triton")
-
     return {
-        "forward, Triton's part": lambda: fusion.forward(*a[:3], None, HEADS, 1e-6),
+        "forward, Triton's part": lambda: fusion.forward(a, 1e-6, ""),
         "forward": lambda: alone(a),
         "both, two calls": lambda: (alone(a), alone(b)),
-        "both, in two launches": lambda: pair("apart"),
-        "both, in one launch": lambda: pair("paired"),
+        "both, as a pair": lambda: ck.cross_attention_fusion_pair(a, b, backend="triton"),
     }
 
 
@@ -162,10 +155,10 @@ def measure_cuda(rounds: int) -> dict[str, float]:
     calls: list[str] = []
     functions["cross_attention_forward"] = lambda **arguments: calls.append("forward")
     stand_in = extension.CudaKernels(types.SimpleNamespace(**functions), "cpu")
-    cls, tokens, weights, heads, _ = inputs(*SIZES[0])
+    given = inputs(*SIZES[0])
 
     def call() -> Any:
-        return cuda.forward(cls, tokens, weights, None, heads, 1e-6)
+        return cuda.forward(given, 1e-6, "")
 
     extension.cuda_kernels = stand_in
     try:

@@ -21,17 +21,8 @@ from crossvit_kernels.gpu import device
 #: PyTorch, on any device.
 NAMES = ("cuda", "cpu", "triton", "reference")
 
-#: The order in which an operation's backends are tried on a GPU: from a compute capability on.
-#: Predicted from arithmetic (docs/cuda.md, docs/performance.md), not measured.
-ORDER: dict[str, dict[int, tuple[str, ...]]] = {
-    "attention_core": {80: ("cuda", "triton")},
-    "attention_pool": {80: ("cuda", "triton")},
-    # Before sm_90 no cluster shares the reading of weights; Triton has a form of three kernels.
-    "cross_attention_fusion": {80: ("triton", "cuda"), 90: ("cuda", "triton")},
-    "layernorm_msa": {80: ("triton",)},
-    "layernorm_ffn": {80: ("triton",)},
-}
 _ON_A_CPU = ("cpu", "cuda", "triton")  # the last two for tests
+_ON_A_GPU = {0: ("triton",), 80: ("cuda", "triton")}
 
 ENVIRONMENT_VARIABLE = "CROSSVIT_KERNELS_BACKEND"
 
@@ -39,8 +30,9 @@ ENVIRONMENT_VARIABLE = "CROSSVIT_KERNELS_BACKEND"
 # torch.compile guards on it, so that compiled functions follow a change.
 _requested: str | None = None
 
-# operation -> backends that have kernels for it.
+# operation -> backends that have kernels for it, and those to try on a GPU.
 _operations: dict[str, tuple[str, ...]] = {}
+_orders: dict[str, Mapping[int, tuple[str, ...]]] = {}
 
 
 class Backends(dict[str, bool]):
@@ -78,9 +70,19 @@ def backends() -> Backends:
     return Backends(reasons)
 
 
-def register_operation(operation: str, names: tuple[str, ...]) -> None:
-    """Record that ``operation`` has kernels for these backends."""
+def register_operation(
+    operation: str, names: tuple[str, ...], order: Mapping[int, tuple[str, ...]] | None = None
+) -> None:
+    """Record the backends of an operation.
+
+    Args:
+        operation: Its name.
+        names: The backends that have kernels for it.
+        order: In which they are tried on a GPU, from a compute capability on, 90 for 9.0; by
+            default CUDA before Triton. Predicted (docs/cuda.md, docs/performance.md), not measured.
+    """
     _operations[operation] = names
+    _orders[operation] = {**_ON_A_GPU, **(order or {})}
 
 
 def _operations_with(backend: str) -> list[str]:
@@ -131,11 +133,8 @@ def order(operation: str, device: torch.device) -> tuple[str, ...]:
     if device.type != "cuda":
         return _ON_A_CPU
     capability = extension.compute_capability(device)
-    found: tuple[str, ...] = ("triton",)
-    for since, names in ORDER[operation].items():
-        if capability >= since:
-            found = names
-    return found
+    orders = _orders.get(operation, _ON_A_GPU)
+    return orders[max(since for since in orders if since <= capability)]
 
 
 def choose(

@@ -10,23 +10,28 @@ not fused: the reference runs.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from crossvit_kernels import checks
+from crossvit_kernels.graphs import side_by_side
 from crossvit_kernels.ops.attention_core import op as core_op
 from crossvit_kernels.ops.attention_core import reference as core_reference
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.attention_pool import op as pool_op
 from crossvit_kernels.ops.attention_pool.parameters import Norm, PoolCall, PoolParameters
-from crossvit_kernels.ops.cross_attention import op as fusion_op
+from crossvit_kernels.ops.cross_attention.op import cross_attention_fusion as fusion
 from crossvit_kernels.ops.cross_attention.reference import SHAPES as FUSION_SHAPES
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
-from crossvit_kernels.ops.layernorm_ffn import op as ffn_op
+from crossvit_kernels.ops.layernorm_ffn.op import layernorm_ffn as ffn
 from crossvit_kernels.ops.layernorm_ffn.reference import SHAPES as FFN_SHAPES
-from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
-from crossvit_kernels.ops.layernorm_msa import op as msa_op
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
+from crossvit_kernels.ops.layernorm_msa.op import KEEP
+from crossvit_kernels.ops.layernorm_msa.op import layernorm_msa as msa
 from crossvit_kernels.ops.layernorm_msa.reference import SHAPES as MSA_SHAPES
-from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
 
 
 def attention_core(
@@ -83,7 +88,8 @@ def attention_core(
     if norm_eps is not None:
         checks.eps("norm_eps", norm_eps)
     checks.key_mask(key_mask, x)
-    m, lse = core_op.attention_core(u, x, norm_eps, key_mask, extra_token, backend)
+    inputs = CoreInputs(u, x, key_mask, extra_token)
+    m, lse = core_op.attention_core(inputs, norm_eps, backend)
     if not return_weights:
         return m, lse
     return m, lse, core_reference.attention_weights(u, x, lse, norm_eps, key_mask, extra_token)
@@ -205,9 +211,8 @@ def cross_attention_fusion(
     _check_fusion(cls, tokens, weights, num_heads, residual_scale)
     checks.eps("eps", eps)
     checks.probability("dropout_p", dropout_p)
-    return fusion_op.cross_attention_fusion(
-        cls, tokens, weights, num_heads, eps, residual_scale, dropout_p, backend
-    )
+    inputs = FusionInputs(cls, tokens, weights, num_heads, residual_scale)
+    return cast(Tensor, fusion(inputs, eps, dropout_p=dropout_p, backend=backend))
 
 
 def cross_attention_fusion_pair(
@@ -219,8 +224,8 @@ def cross_attention_fusion_pair(
 ) -> tuple[Tensor, Tensor]:
     """Both fusions of a multi-scale block, or any two that do not depend on each other.
 
-    The results are those of two calls of ``cross_attention_fusion``. For inference on few images
-    Triton does both in one launch.
+    The results are those of two calls of ``cross_attention_fusion``. In a CUDA graph of few images
+    both run side by side (``make_graphed``).
 
     Args:
         first: ``FusionInputs``: cls, tokens, weights, num_heads and residual_scale of one fusion.
@@ -244,7 +249,12 @@ def cross_attention_fusion_pair(
             raise type(error)(f"{name}.{error}") from None
     checks.eps("eps", eps)
     checks.probability("dropout_p", dropout_p)
-    return fusion_op.cross_attention_fusion_pair(first, second, eps, dropout_p, backend)
+    new_cls = side_by_side(
+        lambda: fusion(first, eps, dropout_p=dropout_p, backend=backend),
+        lambda: fusion(second, eps, dropout_p=dropout_p, backend=backend),
+        like=first.cls,
+    )
+    return new_cls[0], new_cls[1]
 
 
 def layernorm_msa(
@@ -295,10 +305,9 @@ def layernorm_msa(
     checks.eps("eps", eps)
     checks.probability("dropout_p", dropout_p)
     checks.residual_scale(residual_scale, batch, x.device)
-    checks.one_of("keep", keep, msa_op.KEEP)
-    return msa_op.layernorm_msa(
-        x, weights, num_heads, eps, residual_scale, cls, dropout_p, keep, backend
-    )
+    checks.one_of("keep", keep, KEEP)
+    inputs = MsaInputs(x, weights, num_heads, residual_scale, cls)
+    return cast(Tensor, msa(inputs, eps, keep=keep, dropout_p=dropout_p, backend=backend))
 
 
 def layernorm_ffn(
@@ -334,7 +343,7 @@ def layernorm_ffn(
     checks.weights(weights, FfnWeights, FFN_SHAPES, {"C": x.shape[2], "F": hidden}, x)
     checks.eps("eps", eps)
     checks.residual_scale(residual_scale, x.shape[0], x.device)
-    return ffn_op.layernorm_ffn(x, weights, eps, residual_scale, backend)
+    return cast(Tensor, ffn(FfnInputs(x, weights, residual_scale), eps, backend=backend))
 
 
 def _check_fusion(

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from operator_checks import check_operators
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import crossvit_kernels as ck
-from crossvit_kernels import FfnWeights, FusionWeights, MsaWeights
-from crossvit_kernels.ops.attention_core import op as core_op
-from crossvit_kernels.ops.cross_attention import op as fusion_op
-from crossvit_kernels.ops.layernorm_ffn import op as ffn_op
-from crossvit_kernels.ops.layernorm_msa import op as msa_op
+from crossvit_kernels import FfnWeights, FusionInputs, FusionWeights, MsaWeights
+from crossvit_kernels.ops import operator
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs
+from crossvit_kernels.ops.operator import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -44,49 +45,32 @@ def ffn_weights() -> FfnWeights:
 @pytest.mark.parametrize("shared", [False, True])
 def test_opcheck_attention_core(extra: bool, shared: bool) -> None:
     u, x = torch.randn(1 if shared else 3, 4, C), torch.randn(3, 6, C)[:, 1:]
-    mask = torch.rand(3, 5) > 0.2
-    extra_token = torch.randn(3, C) if extra else None
-    arguments = (u, x, mask, extra_token, EPS, "cpu")
-    opcheck(ops.attention_core_forward.default, arguments)
-    m, lse = ops.attention_core_forward(*arguments)
-    backward = (torch.randn_like(m), torch.randn_like(lse), *arguments[:4], m, lse)
-    backward += ([True, True, extra], EPS, "cpu")
-    opcheck(ops.attention_core_backward.default, backward)
+    mask, extra_token = torch.rand(3, 5) > 0.2, torch.randn(3, C) if extra else None
+    for frozen in ((), (1,)):
+        inputs = CoreInputs(u, x, mask, extra_token)
+        check_operators(OPERATIONS["attention_core"], inputs, EPS, "cpu", frozen=frozen)
 
 
 @pytest.mark.parametrize("scale", [None, torch.tensor([0.0, 1.0, 2.0])])
 def test_opcheck_cross_attention_fusion(scale: Tensor | None) -> None:
-    weights = list(fusion_weights()._replace(q_bias=None))
-    arguments = (torch.randn(3, OWN), torch.randn(3, 6, C)[:, 1:], weights, scale)
-    arguments += (HEADS, EPS, "cpu")
-    opcheck(ops.cross_attention_fusion_forward.default, arguments)
-    new_cls, *saved = ops.cross_attention_fusion_forward(*arguments)
-    wanted = [True] * (2 + len(weights))
-    backward = (new_cls, *arguments[:4], saved, wanted, HEADS, EPS, "cpu")
-    opcheck(ops.cross_attention_fusion_backward.default, backward)
+    weights = fusion_weights()._replace(q_bias=None)
+    inputs = FusionInputs(torch.randn(3, OWN), torch.randn(3, 6, C)[:, 1:], weights, HEADS, scale)
+    for frozen in ((), (1,)):
+        check_operators(OPERATIONS["cross_attention_fusion"], inputs, EPS, "cpu", frozen=frozen)
 
 
 @pytest.mark.parametrize("cls", [None, torch.randn(3, C)])
 @pytest.mark.parametrize("keep", ["", "fast"])
 def test_opcheck_layernorm_msa(cls: Tensor | None, keep: str) -> None:
-    arguments = (torch.randn(3, 5, C), list(msa_weights()), torch.rand(3), cls, HEADS, EPS)
-    opcheck(ops.layernorm_msa_forward.default, (*arguments, keep, "cpu"))
-    if keep:
-        y, *saved = ops.layernorm_msa_forward(*arguments, keep, "cpu")
-        wanted = [True, cls is not None, *[True] * len(MsaWeights._fields)]
-        backward = (y, *arguments[:4], saved, wanted, HEADS, EPS, "cpu")
-        opcheck(ops.layernorm_msa_backward.default, backward)
+    inputs = MsaInputs(torch.randn(3, 5, C), msa_weights(), HEADS, torch.rand(3), cls)
+    check_operators(OPERATIONS["layernorm_msa"], inputs, EPS, "cpu", keep)
 
 
-@pytest.mark.parametrize("save", [False, True])
-def test_opcheck_layernorm_ffn(save: bool) -> None:
-    arguments = (torch.randn(3, 5, C), list(ffn_weights()), torch.rand(3), EPS, save, "cpu")
-    opcheck(ops.layernorm_ffn_forward.default, arguments)
-    if save:
-        y, *saved = ops.layernorm_ffn_forward(*arguments)
-        for wanted in ([True] * 7, [True] + [False] * 6, [False] * 5 + [True] * 2):
-            backward = (y, *arguments[:3], saved, wanted, EPS, "cpu")
-            opcheck(ops.layernorm_ffn_backward.default, backward)
+@pytest.mark.parametrize("keep", ["", "fast"])
+def test_opcheck_layernorm_ffn(keep: str) -> None:
+    inputs = FfnInputs(torch.randn(3, 5, C), ffn_weights(), torch.rand(3))
+    for frozen in ((), range(2, 8), range(6)):
+        check_operators(OPERATIONS["layernorm_ffn"], inputs, EPS, "cpu", keep, tuple(frozen))
 
 
 class Operation(nn.Module):
@@ -213,14 +197,6 @@ def test_export_with_a_dynamic_batch(make: Any) -> None:
     torch.testing.assert_close(program.module()(*arguments), module(*arguments))
 
 
-AUTOGRAD_FUNCTIONS = [
-    (core_op, "_AttentionCore"),
-    (fusion_op, "_CrossAttentionFusion"),
-    (msa_op, "_LayerNormMsa"),
-    (ffn_op, "_LayerNormFfn"),
-]
-
-
 class Spy:
     """Stands in for an autograd function and notes each use."""
 
@@ -238,8 +214,7 @@ def test_no_grad_pays_for_no_autograd(make: Any, monkeypatch) -> None:
     module, inputs = make()
     arguments = inputs(2)
     applied: list[str] = []
-    for op, name in AUTOGRAD_FUNCTIONS:
-        monkeypatch.setattr(op, name, Spy(getattr(op, name), applied))
+    monkeypatch.setattr(operator, "_Function", Spy(operator._Function, applied))
     with torch.no_grad():
         assert module(*arguments).grad_fn is None
     module.requires_grad_(False)

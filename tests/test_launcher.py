@@ -50,7 +50,7 @@ def check(kernel, *constants, sure=150):
     names = [p.name for p in kernel.params]
     num_tensors = sum(name.endswith("_ptr") for name in names)
     num_sizes = sum(p.do_not_specialize for p in kernel.params)
-    weights = sum(name in ("w", "a_w", "b_w") for name in names)
+    weights = sum(name == "w" for name in names)
     of_triton, of_ours = collections.defaultdict(set), collections.defaultdict(set)
     *_, binder = kernel.device_caches[0]
     draw = random.Random(0)
@@ -88,7 +88,6 @@ def check(kernel, *constants, sure=150):
 
 S, F, ALIGN, ADD = SHAPES, FUSIONS, (8,), (False, True)
 check(triton_forward.fusion_forward, S, F)
-check(triton_forward.fusion_forward_pair, S, F, S, F)
 check(triton_forward.fusion_after, F)
 check(triton_backward_kernels.fusion_backward, S, F)
 check(triton_backward_kernels.fusion_backward_before, ALIGN, F)
@@ -111,7 +110,7 @@ def kind(parameter):
         return 4
     if parameter.name.endswith("_ptr"):
         return 0
-    if parameter.name in ("w", "a_w", "b_w"):
+    if parameter.name == "w":
         return 1
     if parameter.name == "eps":
         return 3
@@ -133,11 +132,12 @@ for kernel in kernels:
 ARGUMENTS = """
 from no_device import launches
 import torch, triton
-from crossvit_kernels import FusionWeights
+from crossvit_kernels import FusionInputs, FusionWeights
 from crossvit_kernels.gpu import launcher
-from crossvit_kernels.ops.attention_core import triton as core
-from crossvit_kernels.ops.cross_attention import triton as fusion, triton_forward
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
+from crossvit_kernels.ops.cross_attention import triton_forward
 from fusion_cases import make_weights
+from direct_calls import both_ways
 
 kernel = triton_forward.fusion_forward
 looked, run = [], kernel.run
@@ -163,11 +163,9 @@ cls, x = torch.randn(2, 32).bfloat16(), torch.randn(2, 9, 48).bfloat16()[:, 1:]
 scale = torch.ones(2)
 for given, biases in ((None, True), (scale, True), (None, False)):
     given_w = w if biases else w._replace(q_bias=None, k_bias=None, v_bias=None)
-    new_cls, saved = fusion.forward(cls, x, given_w, given, 3, 1e-6)
-    fusion.backward(new_cls, cls, x, given_w, given, saved, 3, 1e-6, [True] * 20)
-u = torch.randn(2, 3, 48)
-m, lse = core.forward(u, x, None, None, 1e-6)
-core.backward(m, None, u, x, torch.ones(2, 8, dtype=torch.bool), x[:, 0], m, lse, 1e-6)
+    both_ways("cross_attention_fusion", FusionInputs(cls, x, given_w, 3, given))
+mask = torch.ones(2, 8, dtype=torch.bool)
+both_ways("attention_core", CoreInputs(torch.randn(2, 3, 48), x, mask, x[:, 0]))
 assert len(captured) == len(launches) == 8
 for (args, kwargs), expected in zip(captured, list(launches), strict=True):
     looked.clear()
@@ -232,6 +230,7 @@ from crossvit_kernels import FfnWeights, supported
 from crossvit_kernels.gpu import launcher, row_tiles
 from crossvit_kernels.gpu.row_tiles import RowTile
 from crossvit_kernels.ops.layernorm_ffn import triton as ffn, triton_kernels
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
 from block_cases import ffn_weights
 
 kernel = triton_kernels.ffn_forward
@@ -247,7 +246,7 @@ PROGRAMS = {rows: 64 * 200 // rows for rows in (128, 64, 32)}
 
 def launched(save=True):
     launches.clear()
-    ffn.forward(x, w, None, 1e-6, save)
+    ffn.forward(FfnInputs(x, w, None), 1e-6, "fast" if save else "")
     (name, grid, function, *_), = launches
     assert name == "ffn_forward"
     return grid[0], function

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import crossvit_kernels as ck
-from crossvit_kernels import FusionWeights
-from crossvit_kernels.ops.cross_attention.op import BACKENDS
+from crossvit_kernels import FusionInputs, FusionWeights
+from crossvit_kernels.ops.cross_attention import cpu
+from crossvit_kernels.ops.operator import OPERATIONS
 
 
 @pytest.fixture(params=["cpu", "triton"])
@@ -51,17 +52,15 @@ def inputs(num_tokens: int) -> tuple[Tensor, Tensor, FusionWeights]:
 
 def new_storages(num_tokens: int, backward: bool) -> list[int]:
     """Elements of every storage that the CPU kernels' own code allocates."""
-    native = BACKENDS["cpu"]
-
-    cls, tokens, weights = inputs(num_tokens)
+    given = FusionInputs(*inputs(num_tokens), HEADS)
     with torch.no_grad():
         with Allocations() as forward:
-            new_cls, saved = native.forward(cls, tokens, weights, None, HEADS, 1e-6)
+            new_cls, saved = cpu.forward(given, 1e-6, "fast")
         if not backward:
             return forward.sizes
         with Allocations() as allocations:
-            wanted = [True] * (2 + len(weights))
-            native.backward(new_cls, cls, tokens, weights, None, saved, HEADS, 1e-6, wanted)
+            wanted = OPERATIONS["cross_attention_fusion"].inputs([True] * 21)
+            cpu.backward((new_cls,), given, saved, 1e-6, wanted)
     return allocations.sizes
 
 

@@ -76,7 +76,7 @@ from crossvit_kernels import extension
 from crossvit_kernels.ops.attention_core import cpu
 
 extension.core_problem = lambda x, *_: (2, x.shape[1] + 3, 4, x.shape[2], True, 1e-6)
-cpu.forward(torch.randn(2, 4, 16), torch.randn(2, 5, 16), None, None, 1e-6)
+cpu.forward_pass(torch.randn(2, 4, 16), torch.randn(2, 5, 16), None, None, 1e-6)
 """
 
 

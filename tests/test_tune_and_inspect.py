@@ -157,8 +157,8 @@ KERNELS = {
     *(
         f"fusion_{name}"
         for name in (
-            *("forward", "forward_pair", "before", "tokens", "after"),
-            *("backward", "backward_before", "backward_tokens", "backward_after"),
+            *("forward", "before", "after"),
+            *("backward", "backward_before", "backward_after"),
         )
     ),
     *("norm_linear", "linear", "linear_norm_backward"),
@@ -215,7 +215,8 @@ def test_every_kernel_is_inspected() -> None:
     projection = absent["attention_projection"]
     assert {("heads", "lse", "cls", "scale"), ("cls", "scale"), ("heads",)} <= projection
     forward = absent["attention_core_forward"]
-    assert {("extra", "mask", "peak"), ("extra", "mask"), ("peak",)} <= forward
+    masked = ("gain", "extra", "mask")
+    assert {(*masked, "peak"), masked, ("gain", "peak"), ("mask", "peak")} <= forward
     assert all(absent.values())
 
 

@@ -16,10 +16,11 @@ from crossvit_kernels.gpu import tuned
 from crossvit_kernels.gpu.forms import Forms
 
 #: "one" or "three" kernels for every fusion that can, rather than what its batch suggests.
-FORMS = Forms("CROSSVIT_KERNELS_FUSION", ("auto", "one", "three"))
+FORMS = Forms("one", "three")
 
-#: Two fusions "paired" in one launch wherever they can be, or "apart", rather than by the batch.
-PAIRS = Forms("CROSSVIT_KERNELS_FUSION_PAIR", ("auto", "paired", "apart"))
+#: Up to so many tokens of an image, a program of a fusion takes all of them; more would keep it
+#: waiting for long, and attention_core splits them.
+MANY_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +220,6 @@ class Fusion:
         block_k: Columns of a weight matrix that are loaded together, along the sum.
         block_n: And along the result.
         one_kernel_up_to: The largest batch that one kernel does in all; above it three do.
-        pair_up_to: The largest batch of which one launch does both fusions of a block.
         programs: Images share a program, and its pass over the weights, once there are more.
         most_images: Of a program: no more than the 16 rows of a tensor-core tile.
     """
@@ -227,7 +227,6 @@ class Fusion:
     block_k: int = 64
     block_n: int = 64
     one_kernel_up_to: int = 64
-    pair_up_to: int = 64
     programs: int = 64
     most_images: int = 16
 
@@ -237,17 +236,10 @@ class Fusion:
 
     def in_one_kernel(self, batch: int) -> bool:
         """Whether one kernel does it all, as FORMS asks, else by the batch."""
-        form = FORMS.asked_for()
+        form = FORMS.asked_for
         if form == "auto" or not self.one_kernel_up_to:
             return batch <= self.one_kernel_up_to
         return form == "one"
-
-    def in_one_launch(self, batch: int) -> bool:
-        """Whether one kernel also does another fusion, as PAIRS asks, else by the batch."""
-        form = PAIRS.asked_for()
-        if form == "auto":
-            return batch <= self.pair_up_to and self.in_one_kernel(batch)
-        return form == "paired" and FORMS.asked_for() != "three"
 
 
 # Which form, and from which batch on, is predicted (docs/performance.md), not measured.

@@ -1,47 +1,33 @@
-"""Which of several ways to do the same runs: what is asked for, or what a table says."""
+"""Which kernel variant runs: what a block of code asks for, or what tables say."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class Forms:
-    """Names of forms, "auto" among them, and the one that is asked for.
+    """Names of variants, "auto" among them, and the one that is asked for.
 
     Args:
-        variable: The environment variable that may name one.
-        names: All of them.
+        *names: All but "auto".
     """
 
-    def __init__(self, variable: str, names: tuple[str, ...]) -> None:
-        self.variable, self.names = variable, names
-        self._asked_for = os.environ.get(variable, "auto")
-
-    def asked_for(self) -> str:
-        """A form's name.
-
-        Raises:
-            ValueError: The environment names something else.
-        """
-        if self._asked_for not in self.names:
-            raise ValueError(
-                f"{self.variable}: expected one of {self.names}, found {self._asked_for!r}"
-            )
-        return self._asked_for
+    def __init__(self, *names: str) -> None:
+        self.names = ("auto", *names)
+        self.asked_for = "auto"
 
     @contextmanager
     def choose(self, form: str) -> Iterator[None]:
-        """Run in one form, where that is possible.
+        """Run one variant in the block wherever that is possible: for tests and benchmarks.
 
         Raises:
             ValueError: form is none of the names.
         """
         if form not in self.names:
             raise ValueError(f"form: expected one of {self.names}, found {form!r}")
-        previous, self._asked_for = self._asked_for, form
+        previous, self.asked_for = self.asked_for, form
         try:
             yield
         finally:
-            self._asked_for = previous
+            self.asked_for = previous

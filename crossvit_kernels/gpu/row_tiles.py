@@ -17,7 +17,7 @@ from crossvit_kernels.gpu.forms import Forms
 
 #: What runs every block that can: "fused" or "split" kernels, or split and torch's "library" for
 #: the steps that it has; rather than what rows and widths suggest.
-FORMS = Forms("CROSSVIT_KERNELS_BLOCKS", ("auto", "fused", "split", "library"))
+FORMS = Forms("fused", "split", "library")
 
 #: Up to so many rows the largest tiles would leave most of a GPU's multiprocessors without any.
 FEW_ROWS = 8192
@@ -260,11 +260,8 @@ def fused(kernel: str, num_rows: int, channels: int, element_size: int) -> bool:
 
     It saves the memory traffic between them, but has no columns to divide among multiprocessors
     when rows are few.
-
-    Raises:
-        ValueError: The environment names no form.
     """
-    form = FORMS.asked_for()
+    form = FORMS.asked_for
     if channels > widest(kernel, element_size) or form in ("split", "library"):
         return False
     if form == "fused":
@@ -274,7 +271,7 @@ def fused(kernel: str, num_rows: int, channels: int, element_size: int) -> bool:
 
 def by_library(step: str, width: int, element_size: int) -> bool:
     """Whether torch's libraries do a step ("norm linear", "attention", ...) of a split block."""
-    form = FORMS.asked_for()
+    form = FORMS.asked_for
     if form == "library" or width >= _LIBRARY_FROM.get(step, width + 1):
         return True
     return form == "auto" and element_size == 4 and step in _LIBRARY_IN_FLOAT32

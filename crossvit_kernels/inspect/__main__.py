@@ -138,7 +138,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--kernel", metavar="NAME", help="only kernels whose name contains this")
     add("--json", action="store_true", help="a JSON list of objects instead of a table")
     add("--quick", action="store_true", help="of a kernel's forms the fullest and the barest")
-    add("--all", action="store_true", help="also what CROSSVIT_KERNELS_BLOCKS can ask for")
+    add(
+        "--all",
+        action="store_true",
+        help="also variants of blocks that are never the default",
+    )
     add("--processes", type=int, default=os.cpu_count(), help="one for each core by default")
     options = parser.parse_args(arguments)
     unknown = set(options.arch) - set(machine_code.SHARED_BYTES)

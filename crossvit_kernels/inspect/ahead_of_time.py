@@ -130,7 +130,7 @@ class CompileCase:
                 attributes.update(_attributes_of_constant((index,)))
             elif name.endswith("_ptr"):
                 types[name] = pointer((index,), next(tensors))
-            elif name in ("w", "a_w", "b_w"):
+            elif name == "w":
                 group = next(weights)
                 paths = [((index, i), dtype) for i, dtype in enumerate(group)]
                 types[name] = type(group)(*(pointer(path, dtype) for path, dtype in paths))

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from crossvit_kernels.gpu import configurations, row_tiles
 from crossvit_kernels.inspect import ahead_of_time
 from crossvit_kernels.inspect.ahead_of_time import CompileCase, Dtypes, empty, empty_weights
-from crossvit_kernels.ops.attention_core import triton as core
-from crossvit_kernels.ops.cross_attention import reference as fusion_reference
-from crossvit_kernels.ops.cross_attention import triton as fusion
+from crossvit_kernels.ops.attention_core.op import OPERATION as CORE
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
+from crossvit_kernels.ops.cross_attention.op import cross_attention_fusion
+from crossvit_kernels.ops.cross_attention.reference import SHAPES as FUSION_SHAPES
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
-from crossvit_kernels.ops.layernorm_ffn import reference as ffn_reference
-from crossvit_kernels.ops.layernorm_ffn import triton as ffn
-from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
-from crossvit_kernels.ops.layernorm_msa import reference as msa_reference
-from crossvit_kernels.ops.layernorm_msa import triton as msa
-from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
+from crossvit_kernels.ops.layernorm_ffn.op import layernorm_ffn
+from crossvit_kernels.ops.layernorm_ffn.reference import SHAPES as FFN_SHAPES
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
+from crossvit_kernels.ops.layernorm_msa.op import layernorm_msa
+from crossvit_kernels.ops.layernorm_msa.reference import SHAPES as MSA_SHAPES
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
+from crossvit_kernels.ops.operator import Operation
 
 #: (C_own, C, heads) of all fusions of the named models: Ti, S, B, 9, 15, 18.
 WIDTHS = tuple(
@@ -69,8 +71,6 @@ def compile_cases(
                 yield functools.partial(_core, dtype.tokens, channels, heads)
             for own, channels, heads in widths:
                 yield functools.partial(_fusion, dtype, own, channels, heads)
-                if own < channels and (channels, own, heads) in widths:
-                    yield functools.partial(_fusion_pair, dtype, own, channels, heads)
             for channels, heads in sorted({(c, h) for c, h, _ in blocks}):
                 yield from in_forms(functools.partial(_msa, dtype, channels, heads))
             for channels, hidden in sorted({(c, f) for c, _, f in blocks}):
@@ -102,78 +102,73 @@ def _in_form(form: str, run: Callable[[], object]) -> None:
         run()
 
 
-def _core(dtype: torch.dtype, channels: int, num_rows: int) -> None:
-    """Forward and backward, over tokens [1, N, C] on the meta device.
+def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
+    """Forward and backward, over tokens [1, N, C].
 
-    With LayerNorm in all forms; without it with and without a mask; and over an image's parts.
+    With LayerNorm in all variants; without it with and without a mask; and over a split image.
     """
     x, many = (empty((1, n, channels), dtype) for n in (16, configurations.TokenPass.part + 1))
-    u = empty((1, num_rows, channels), torch.float32)
-    mask = empty((1, 16), torch.bool)
+    u, mask = empty((1, num_queries, channels), torch.float32), empty((1, 16), torch.bool)
     for extra in (None, x[:, 0]):
         for key_mask in (None, mask):
-            _core_both_ways(u, x, key_mask, extra, _EPS)
+            _both_ways(CORE, CoreInputs(u, x, key_mask, extra), _EPS)
     for key_mask in (None, mask):
-        _core_both_ways(u, x, key_mask, None, None)
-    m, lse = core.forward(u, many, None, None, _EPS)
-    core.backward(m, None, u, many, None, None, m, lse, _EPS)
+        _both_ways(CORE, CoreInputs(u, x, key_mask, None), None)
+    _both_ways(CORE, CoreInputs(u, many, None, None), _EPS)
 
 
-def _core_both_ways(
-    u: Tensor, x: Tensor, key_mask: Tensor | None, extra: Tensor | None, eps: float | None
-) -> None:
-    m, lse = core.forward(u, x, key_mask, extra, eps)
-    for wants_dx in (True, False):
-        core.backward(m, lse, u, x, key_mask, extra, m, lse, eps, wants_dx)
-
-
-def _fusion(dtypes: Dtypes, own: int, channels: int, heads: int) -> None:
-    """Forward and backward of tensors on the meta device, with drop path and without; backward also
-    without the tokens' gradient.
-    """
+def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int) -> None:
+    """With drop path and without; backward without also without the tokens' gradient."""
+    weights = _weights(FusionWeights, FUSION_SHAPES, {"C_own": cls_dim, "C": channels}, dtypes)
     for batch in _BATCHES:
-        cls, x, w, *_ = _fusion_inputs(batch, dtypes, own, channels, heads)
+        cls = empty((batch, cls_dim), dtypes.tokens)
+        x = empty((batch, 16, channels), dtypes.tokens)
         for scale in (None, cls.new_empty(batch)):
-            new_cls, saved = fusion.forward(cls, x, w, scale, heads, _EPS)
-            for wants_tokens in (True, False) if scale is None else (True,):
-                wanted = [True, wants_tokens, *[True] * len(w)]
-                fusion.backward(new_cls, cls, x, w, scale, saved, heads, _EPS, wanted)
-
-
-def _fusion_pair(dtypes: Dtypes, own: int, channels: int, heads: int) -> None:
-    """Both fusions of a block, which inference does in one launch."""
-    widths = (own, channels), (channels, own)
-    a, b = (_fusion_inputs(1, dtypes, *of_one, heads) for of_one in widths)
-    fusion.forward_pair(a, b, _EPS)
-
-
-def _fusion_inputs(batch: int, dtypes: Dtypes, own: int, channels: int, heads: int) -> FusionInputs:
-    weights = empty_weights(fusion_reference.SHAPES, {"C_own": own, "C": channels}, dtypes)
-    cls, x = empty((batch, own), dtypes.tokens), empty((batch, 16, channels), dtypes.tokens)
-    return FusionInputs(cls, x, FusionWeights(*weights), heads)
+            inputs = FusionInputs(cls, x, weights, heads, scale)
+            _both_ways(
+                cross_attention_fusion, inputs, _EPS, frozen="tokens" if scale is None else ""
+            )
 
 
 def _msa(dtypes: Dtypes, channels: int, heads: int) -> None:
-    """Inference, and training with drop path and without; of tensors on the meta device."""
-    w = MsaWeights(*empty_weights(msa_reference.SHAPES, {"C": channels}, dtypes))
+    """Inference, and training with drop path and without."""
+    weights = _weights(MsaWeights, MSA_SHAPES, {"C": channels}, dtypes)
     for num_rows in (16, row_tiles.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)
         for cls in (None, x[:, 0]):
-            msa.forward(x, w, None, cls, heads, _EPS, keep="")
+            inputs = MsaInputs(x, weights, heads, None, cls)
+            layernorm_msa.backends["triton"].forward(inputs, _EPS, "")
             for keep in ("fast", "lean"):
                 for scale in (None, x.new_empty(1)):
-                    y, saved = msa.forward(x, w, scale, cls, heads, _EPS, keep)
-                    assert saved is not None
-                    msa.backward(y, x, w, scale, cls, saved, heads, _EPS, [True] * (2 + len(w)))
+                    inputs = inputs._replace(residual_scale=scale)
+                    _both_ways(layernorm_msa, inputs, _EPS, keep)
 
 
 def _ffn(dtypes: Dtypes, channels: int, hidden: int) -> None:
-    """Inference, and training with drop path and without; of tensors on the meta device."""
-    w = FfnWeights(*empty_weights(ffn_reference.SHAPES, {"C": channels, "F": hidden}, dtypes))
+    """Inference, and training with drop path and without."""
+    weights = _weights(FfnWeights, FFN_SHAPES, {"C": channels, "F": hidden}, dtypes)
     for num_rows in (16, row_tiles.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)
-        ffn.forward(x, w, None, _EPS, save=False)
+        layernorm_ffn.backends["triton"].forward(FfnInputs(x, weights, None), _EPS, "")
         for scale in (None, x.new_empty(1)):
-            y, saved = ffn.forward(x, w, scale, _EPS, save=True)
-            assert saved is not None
-            ffn.backward(y, x, w, scale, saved, _EPS, [True] * (1 + len(w)))
+            _both_ways(layernorm_ffn, FfnInputs(x, weights, scale), _EPS)
+
+
+def _both_ways(
+    operation: Operation, inputs: Any, eps: float | None, keep: str = "fast", frozen: str = "x"
+) -> None:
+    """Forward and backward; backward also without the gradient of a field, if one is named."""
+    triton = operation.backends["triton"]
+    outputs, saved = triton.forward(inputs, eps, keep)
+    douts = outputs if isinstance(outputs, tuple) else (outputs,)
+    saved = saved or triton.Saved(*douts)
+    wanted = operation.inputs([t is not None for t in operation.flat(inputs)])
+    triton.backward(douts, inputs, saved, eps, wanted)
+    if frozen:
+        triton.backward(douts, inputs, saved, eps, wanted._replace(**{frozen: False}))
+
+
+def _weights(
+    kind: Any, shapes: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], dtypes: Dtypes
+) -> Any:
+    return kind(*empty_weights(shapes, sizes, dtypes))

@@ -1,4 +1,4 @@
-"""What the autograd Functions of all operations share."""
+"""What autograd and autocast ask of every operation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossvit_kernels.ops import library
+from crossvit_kernels.ops import refusals
 
 Tensors = Sequence[Tensor | None]
 
@@ -28,7 +28,7 @@ def outputs(ctx: Any, inputs: Tensors, results: list[Tensor], count: int = 1) ->
     kept = results[count:] or found
     ctx.save_for_backward(*inputs, *kept)
     ctx.strides = [t.stride() for t in kept]
-    ctx.autocast = library.autocast_dtype(found[0])
+    ctx.autocast = autocast_dtype(found[0])
     return found[0] if count == 1 else tuple(found)
 
 
@@ -57,7 +57,7 @@ def needs_reference(douts: Tensors) -> bool:
     """
     if torch.compiler.is_compiling():  # compiled backward passes have no second derivatives
         return False
-    return torch.is_grad_enabled() or library.why_no_kernel(douts) is not None
+    return torch.is_grad_enabled() or refusals.why_no_kernel(douts) is not None
 
 
 def by_reference(
@@ -104,19 +104,38 @@ def by_reference(
     ]
 
 
-def given(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients as autograd takes them: None for those that an operator left empty."""
-    return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
-
-
-def filled(gradients: Tensors, like: Tensor) -> list[Tensor]:
-    """Gradients as an operator returns them: empty ones in place of None."""
-    return [like.new_empty(0) if g is None else g for g in gradients]
-
-
 def empty_gradients(inputs: Tensors, wanted: Sequence[bool], like: Tensor) -> list[Tensor]:
     """Memory for the gradients of inputs, of no element for those that are not wanted."""
     return [
         t.new_empty(t.shape) if want and t is not None else like.new_empty(0)
         for t, want in zip(inputs, wanted, strict=True)
+    ]
+
+
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to matrix products on t's device; None where it is off."""
+    device_type = t.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # meta has no autocast
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def autocast_linears(weights: Any, like: Tensor, norms: tuple[str, ...]) -> Any:
+    """The weights of a NamedTuple, those of its linear layers in autocast's dtype.
+
+    Like autocast itself, it leaves float64 alone.
+
+    Args:
+        weights: NamedTuple whose fields are ``<layer>_weight`` and ``<layer>_bias``.
+        like: A tensor on the device whose autocast counts.
+        norms: The layers that are LayerNorms, which autocast leaves alone.
+    """
+    dtype = autocast_dtype(like)
+    if dtype is None:
+        return weights
+    return [
+        w
+        if w is None or w.dtype == torch.float64 or name.rsplit("_", 1)[0] in norms
+        else w.to(dtype)
+        for name, w in zip(weights._fields, weights, strict=True)
     ]

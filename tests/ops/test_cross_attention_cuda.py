@@ -14,13 +14,14 @@ from fusion_cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.library import opcheck
+from operator_checks import check_operators
 
 import crossvit_kernels as ck
-from crossvit_kernels import FusionWeights
+from crossvit_kernels import FusionInputs, FusionWeights
 from crossvit_kernels.modules import CrossAttentionFusion
 from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention.cuda import Division
+from crossvit_kernels.ops.operator import OPERATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIVISIONS = tuple(Division(*of) for of in ((1, 8), (3, 8), (4, 2), (16, 8), (2, 1)))
@@ -232,17 +233,11 @@ def test_autocast(cuda_device: str) -> None:
 
 @pytest.mark.slow_on_cpu
 def test_operators_are_what_they_say(cuda_device: str) -> None:
-    weights = [w.float().to(cuda_device) for w in make_weights(32, 16)]
+    weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(32, 16)))
     cls, tokens = torch.randn(3, 32, device=cuda_device), torch.randn(3, 5, 16).to(cuda_device)
     scale = torch.rand(3, device=cuda_device)
-    operators = torch.ops.crossvit_kernels
-    options = (2, 1e-6, "cuda")
-    arguments = (cls, tokens, weights, scale, *options)
-    opcheck(operators.cross_attention_fusion_forward.default, arguments)
-    new_cls, *saved = operators.cross_attention_fusion_forward(*arguments)
-    wanted = [True] * (2 + len(weights))
-    arguments = (new_cls, cls, tokens, weights, scale, saved, wanted, *options)
-    opcheck(operators.cross_attention_fusion_backward.default, arguments)
+    inputs = FusionInputs(cls, tokens, weights, 2, scale)
+    check_operators(OPERATIONS["cross_attention_fusion"], inputs, 1e-6, "cuda")
 
 
 def test_clusters_share_the_weights_where_images_fill_the_chip() -> None:

@@ -16,12 +16,12 @@ from fusion_cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.library import opcheck
+from operator_checks import check_operators
 
-from crossvit_kernels import FusionWeights
+from crossvit_kernels import FusionInputs, FusionWeights
 from crossvit_kernels.gpu import configurations
 from crossvit_kernels.modules import CrossAttentionFusion
-from crossvit_kernels.ops.cross_attention import triton
+from crossvit_kernels.ops.operator import OPERATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSION = configurations.fusion("fusion forward", 90, 192)
@@ -37,7 +37,7 @@ def form(request: pytest.FixtureRequest, monkeypatch) -> str:
 def choose_form(form: str, monkeypatch) -> None:
     config = dataclasses.replace(FUSION, programs=2)  # so that images share them
     monkeypatch.setattr(configurations, "fusion", lambda *key: config)
-    monkeypatch.setattr(configurations.FORMS, "_asked_for", form.split()[0])
+    monkeypatch.setattr(configurations.FORMS, "asked_for", form.split()[0])
 
 
 def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -103,7 +103,7 @@ def test_many_tokens(triton_device: str, monkeypatch) -> None:
     """Several programs share an image: on a GPU with 5000 tokens, here with fewer."""
     if triton_device == "cuda":
         return check(384, 192, 6, 3, 5000, dtype=torch.bfloat16, device=triton_device)
-    monkeypatch.setattr(triton, "_MANY_TOKENS", 30)
+    monkeypatch.setattr(configurations, "MANY_TOKENS", 30)
     check(40, 48, 3, 3, 37, scaled=True, device=triton_device)
     check(40, 48, 3, 2, 37, dtype=torch.float16, device=triton_device)
 
@@ -160,25 +160,11 @@ def test_compiled_without_a_graph_break(triton_device: str) -> None:
 
 @pytest.mark.slow_on_cpu
 def test_operators_are_what_they_say(triton_device: str) -> None:
-    weights = [w.float().to(triton_device) for w in make_weights(24, 16)]
+    weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(24, 16)))
     cls, tokens = torch.randn(3, 24, device=triton_device), torch.randn(3, 5, 16).to(triton_device)
     scale = torch.rand(3, device=triton_device)
-    operators = torch.ops.crossvit_kernels
-    settings = (4, 1e-6, "triton")
-    arguments = (cls, tokens, weights, scale, *settings)
-    opcheck(operators.cross_attention_fusion_forward.default, arguments)
-    new_cls, *saved = operators.cross_attention_fusion_forward(*arguments)
-    arguments = (
-        new_cls,
-        cls,
-        tokens,
-        weights,
-        scale,
-        saved,
-        [True] * (2 + len(weights)),
-        *settings,
-    )
-    opcheck(operators.cross_attention_fusion_backward.default, arguments)
+    inputs = FusionInputs(cls, tokens, weights, 4, scale)
+    check_operators(OPERATIONS["cross_attention_fusion"], inputs, 1e-6, "triton")
 
 
 def test_the_form_can_be_chosen(triton_device: str, monkeypatch) -> None:
@@ -189,10 +175,7 @@ def test_the_form_can_be_chosen(triton_device: str, monkeypatch) -> None:
         with configurations.FORMS.choose(form):
             fusion(cls, tokens, weights)
     ran = [name for name in ran if "backward" not in name]
-    three = ["fusion_before", "fusion_tokens", "fusion_after"]
+    three = ["fusion_before", "attention_core_forward", "fusion_after"]
     assert ran == ["fusion_forward", *three, "fusion_forward"]
     with pytest.raises(ValueError, match="form: expected one of"):
         configurations.FORMS.choose("two").__enter__()
-    monkeypatch.setattr(configurations.FORMS, "_asked_for", "two")
-    with pytest.raises(ValueError, match="CROSSVIT_KERNELS_FUSION"):
-        fusion(cls, tokens, weights)

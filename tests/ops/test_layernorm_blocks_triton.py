@@ -8,13 +8,16 @@ from accuracy import assert_within_rule
 from block_cases import check_ffn, check_msa, ffn_weights, msa_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from operator_checks import check_operators
 from torch import Tensor
-from torch.library import opcheck
 
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, MsaWeights
 from crossvit_kernels.gpu import row_tiles
 from crossvit_kernels.modules import TransformerBlock
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs
+from crossvit_kernels.ops.operator import OPERATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: (C, heads, mlp_ratio) of both branches of CrossViT-Ti, S, B, 9, 15 and 18.
@@ -227,22 +230,13 @@ def test_mixed_dtypes(triton_device: str) -> None:
 
 @pytest.mark.parametrize("keep", ["", "fast", "lean"])
 def test_opcheck(keep: str, triton_device: str) -> None:
-    ops = torch.ops.crossvit_kernels
     x, cls = (torch.randn(*s, 32, device=triton_device) for s in ((3, 5), (3,)))
     scale = torch.rand(3, device=triton_device)
-    msa = [w.float().to(triton_device) for w in msa_weights(32)]
-    arguments = (x, msa, scale, cls, 2, 1e-6)
-    opcheck(ops.layernorm_msa_forward.default, (*arguments, keep, "triton"))
-    ffn = [w.float().to(triton_device) for w in ffn_weights(32, 48)]
-    opcheck(ops.layernorm_ffn_forward.default, (x, ffn, scale, 1e-6, bool(keep), "triton"))
-    if not keep:
-        return
-    y, *saved = ops.layernorm_msa_forward(*arguments, keep, "triton")
-    backward = (y, *arguments[:4], saved, [True] * 8, 2, 1e-6, "triton")
-    opcheck(ops.layernorm_msa_backward.default, backward)
-    y, *saved = ops.layernorm_ffn_forward(x, ffn, scale, 1e-6, True, "triton")
-    backward = (y, x, ffn, scale, saved, [True] * 7, 1e-6, "triton")
-    opcheck(ops.layernorm_ffn_backward.default, backward)
+    weights = MsaWeights(*(w.float().to(triton_device) for w in msa_weights(32)))
+    inputs = MsaInputs(x, weights, 2, scale, cls)
+    check_operators(OPERATIONS["layernorm_msa"], inputs, 1e-6, "triton", keep)
+    ffn = FfnWeights(*(w.float().to(triton_device) for w in ffn_weights(32, 48)))
+    check_operators(OPERATIONS["layernorm_ffn"], FfnInputs(x, ffn, scale), 1e-6, "triton", keep)
 
 
 def test_why_not(triton_device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,16 @@ from torch import Tensor
 
 from crossvit_kernels import extension
 from crossvit_kernels.extension import _C
+from crossvit_kernels.ops.attention_core.reference import CoreInputs, Saved, empty_saved, gradients
+
+__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
 
-def why_not(x: Tensor) -> str | None:
+def why_not(inputs: CoreInputs) -> str | None:
+    return why_not_tokens(inputs.x)
+
+
+def why_not_tokens(x: Tensor) -> str | None:
     """Why the CPU kernel cannot take tokens x; None where it can."""
     if extension.missing:
         return extension.missing
@@ -22,7 +30,22 @@ def why_not(x: Tensor) -> str | None:
     return None
 
 
-def forward(
+def forward(inputs: CoreInputs, eps: float | None, keep: str) -> tuple[tuple[Tensor, Tensor], None]:
+    u, x, key_mask, extra_token = inputs
+    return forward_pass(u, x, key_mask, extra_token, eps), None
+
+
+def backward(
+    douts: Sequence[Tensor], inputs: CoreInputs, saved: Saved, eps: float | None, wanted: Any
+) -> CoreInputs:
+    (dm, dlse), (m, lse), (u, x, key_mask, extra_token) = douts, saved, inputs
+    du, dx, dextra = backward_pass(
+        dm, dlse, u, x, key_mask, extra_token, m, lse, eps, wants_dx=wanted.x
+    )
+    return gradients(inputs, du, dx, dextra)
+
+
+def forward_pass(
     u: Tensor,
     x: Tensor,
     key_mask: Tensor | None,
@@ -51,7 +74,7 @@ def forward(
     return m, lse
 
 
-def backward(
+def backward_pass(
     dm: Tensor,
     dlse: Tensor | None,
     u: Tensor,

@@ -63,7 +63,8 @@ def candidates(kernel: str, x: Tensor, num_rows: int, normalize: bool) -> Candid
     channels = x.shape[2]
     name, chip = device.device_name(x.device), device.chip(x.device)
     found = configurations.candidates(kernel, name, chip, channels, x.element_size())
-    return _candidates(*found, channels, num_rows, normalize, device.precision(x.dtype))
+    part = configurations.MANY_TOKENS if kernel.startswith("fusion") else None
+    return _candidates(*found, channels, num_rows, normalize, device.precision(x.dtype), part)
 
 
 @functools.cache
@@ -74,11 +75,13 @@ def _candidates(
     num_rows: int,
     normalize: bool,
     precision: str,
+    part: int | None,
 ) -> Candidates:
     """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
     items = []
     for config in configs:
-        sizes = num_rows, channels, padded_rows(num_rows), config.chunk, config.tokens, config.part
+        rows = padded_rows(num_rows)
+        sizes = num_rows, channels, rows, config.chunk, config.tokens, part or config.part
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         items.append(Candidate((Shape(*sizes, normalize, precision),), options))
     return Candidates(tuple(items), measured)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import device, launcher
 from crossvit_kernels.gpu.candidates import Candidate, Candidates
-from crossvit_kernels.gpu.device import why_not
+from crossvit_kernels.ops.attention_core.reference import CoreInputs, Saved, empty_saved, gradients
 from crossvit_kernels.ops.attention_core.shape import Shape, candidates
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["backward", "forward", "why_not"]
+__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
+
+
+def why_not(inputs: CoreInputs) -> str | None:
+    return device.why_not(inputs.x)
 
 
 def kernels() -> ModuleType:
@@ -26,22 +31,45 @@ def kernels() -> ModuleType:
     return triton_kernels
 
 
-def forward(
+def forward(inputs: CoreInputs, eps: float | None, keep: str) -> tuple[tuple[Tensor, Tensor], None]:
+    u, x, key_mask, extra_token = inputs
+    return forward_pass(u, x, key_mask, extra_token, eps), None
+
+
+def backward(
+    douts: Sequence[Tensor], inputs: CoreInputs, saved: Saved, eps: float | None, wanted: Any
+) -> CoreInputs:
+    (dm, dlse), (m, lse), (u, x, key_mask, extra_token) = douts, saved, inputs
+    du, dx, dextra = backward_pass(
+        dm, dlse, u, x, key_mask, extra_token, m, lse, eps, wants_dx=wanted.x
+    )
+    return gradients(inputs, du, dx, dextra)
+
+
+def forward_pass(
     u: Tensor,
     x: Tensor,
     key_mask: Tensor | None,
     extra_token: Tensor | None,
     norm_eps: float | None,
+    *,
+    gain: Tensor | None = None,
+    table: str = "forward",
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(m, lse) as in reference.py, both in float32; u in float32."""
+    """(m, lse) as in reference.py, both in float32; u in float32.
+
+    gain [C] multiplies u; table is the name of the pass in the tables; out is memory for m, whose
+    rows are aligned, and lse.
+    """
     batch, num_tokens, channels = x.shape
     num_rows = u.shape[1]
-    m, lse = u.new_empty(batch, num_rows, channels), u.new_empty(batch, num_rows)
+    m, lse = out or (u.new_empty(batch, num_rows, channels), u.new_empty(batch, num_rows))
     if not m.numel():
         return m, lse
     u, x = device.aligned_rows(u), device.aligned_rows(x)
     extra = None if extra_token is None else device.aligned_rows(extra_token)
-    found = candidates("forward", x, num_rows, norm_eps is not None)
+    found = candidates(table, x, num_rows, norm_eps is not None)
     shape = _shape_of(found)
     rows, parts = shape.rows, shape.parts(x.shape[1])
     m_out, sums, peaks = m, lse, None
@@ -52,7 +80,7 @@ def forward(
     launcher.start(
         kernels().attention_core_forward,
         (batch, parts, blocks),
-        (u, x, extra, key_mask, m_out, sums, peaks),
+        (u, gain, x, extra, key_mask, m_out, sums, peaks),
         (
             num_tokens,
             u.stride(0) if u.shape[0] > 1 else 0,
@@ -89,7 +117,7 @@ def _merge(shape: Shape) -> Candidates:
     return Candidates((Candidate((shape,), {"num_warps": 4, "num_stages": 1}),))
 
 
-def backward(
+def backward_pass(
     dm: Tensor,
     dlse: Tensor | None,
     u: Tensor,
@@ -99,15 +127,21 @@ def backward(
     m: Tensor,
     lse: Tensor,
     norm_eps: float | None,
+    *,
     wants_dx: bool = True,
-    dx_out: Tensor | None = None,
+    gain: Tensor | None = None,
+    table: str = "backward",
+    out: tuple[Tensor, Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared.
 
-    dx_out: memory for dx, contiguous.
+    gain and table are those of forward_pass; out is memory for du and dextra, in float32, and for
+    dx, contiguous or None where it is not wanted.
     """
     batch, num_rows, channels = m.shape
-    found = candidates("backward", x, num_rows, norm_eps is not None)
+    du_out, dx_out, dextra_out = out or (None, None, None)
+    wants_dx = wants_dx if out is None else dx_out is not None
+    found = candidates(table, x, num_rows, norm_eps is not None)
     shape = _shape_of(found)
     rows, parts = shape.rows, shape.parts(x.shape[1])
     # Where score rows take several launches, these add up in float32.
@@ -116,8 +150,13 @@ def backward(
     if wants_dx:
         usable = dx_out is not None and dx_out.dtype == dtype
         dx = dx_out if usable else x.new_empty(x.shape, dtype=dtype)
-    dextra = None if extra_token is None else m.new_empty(batch, channels)
-    du = m.new_empty(batch, parts, num_rows, channels)
+    dextra = dextra_out
+    if dextra is None and extra_token is not None:
+        dextra = m.new_empty(batch, channels)
+    if parts > 1 or du_out is None:
+        du = m.new_empty(batch, parts, num_rows, channels)
+    else:
+        du = du_out.unsqueeze(1)
     if m.numel():
         u, x, dm = device.aligned_rows(u), device.aligned_rows(x), device.aligned_rows(dm)
         extra = None if extra_token is None else device.aligned_rows(extra_token)
@@ -126,7 +165,7 @@ def backward(
             launcher.start(
                 kernels().attention_core_backward,
                 (batch, parts, 1),
-                (u, dm, m, lse, dlse, x, extra, key_mask, du, dx, dextra),
+                (u, dm, gain, m, lse, dlse, x, extra, key_mask, du, dx, dextra),
                 (
                     x.shape[1],
                     row,
@@ -140,15 +179,18 @@ def backward(
                     x.stride(1),
                     0 if extra is None else extra.stride(0),
                     *((0, 0) if key_mask is None else key_mask.stride()),
+                    du.stride(0),
+                    du.stride(2),
                     *((0, 0) if dx is None else dx.stride()[:2]),
+                    0 if dextra is None else dextra.stride(0),
                 ),
                 found,
                 (row > 0,),
                 eps=norm_eps or 0.0,
             )
     if dx is not None and dx_out is not None and dx is not dx_out:
-        dx_out.copy_(dx)
+        dx = dx_out.copy_(dx)
     if extra_token is not None and dextra is not None:
         dextra = dextra.to(extra_token.dtype)
-    dx = None if dx is None else dx.to(x.dtype)
-    return du[:, 0] if parts == 1 else du.sum(dim=1), dx, dextra
+    total = du[:, 0] if parts == 1 else torch.sum(du, dim=1, out=du_out)
+    return total, None if dx is None else dx.to(x.dtype), dextra

@@ -44,6 +44,7 @@ def aligned(stride, ALIGN: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def attention_core_forward(
     u_ptr,
+    gain_ptr,
     x_ptr,
     extra_ptr,
     mask_ptr,
@@ -85,7 +86,7 @@ def attention_core_forward(
     forward_pass(
         u_ptr + image * u_batch_stride,
         aligned(u_row_stride, ALIGN),
-        None,
+        gain_ptr,
         x_ptr + image * aligned(x_batch_stride, ALIGN),
         aligned(x_token_stride, ALIGN),
         extra_ptr,
@@ -161,6 +162,7 @@ def attention_core_merge(
 def attention_core_backward(
     u_ptr,
     dm_ptr,
+    gain_ptr,
     m_ptr,
     lse_ptr,
     dlse_ptr,
@@ -183,13 +185,16 @@ def attention_core_backward(
     extra_batch_stride,
     mask_batch_stride,
     mask_token_stride,
+    du_batch_stride,
+    du_row_stride,
     dx_batch_stride,
     dx_token_stride,
+    dextra_batch_stride,
     eps,
     S: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """dx, dextra [B, C] and the parts of du, [B, parts, R, C].
+    """dx, dextra and du, or its parts [B, parts, R, C].
 
     Grid: images, parts of the tokens. Score rows from `row` on.
     """
@@ -201,7 +206,7 @@ def attention_core_backward(
     part = tl.program_id(1)
     if extra_ptr is not None:
         extra_ptr += image * extra_batch_stride
-        dextra_ptr += image * C
+        dextra_ptr += image * dextra_batch_stride
     if mask_ptr is not None:
         mask_ptr += image * mask_batch_stride
     if dlse_ptr is not None:
@@ -213,7 +218,7 @@ def attention_core_backward(
         aligned(u_row_stride, ALIGN),
         dm_ptr + image * dm_batch_stride,
         aligned(dm_row_stride, ALIGN),
-        None,
+        gain_ptr,
         m_ptr + image * m_batch_stride,
         aligned(m_row_stride, ALIGN),
         lse_ptr + image * R,
@@ -223,8 +228,8 @@ def attention_core_backward(
         extra_ptr,
         mask_ptr,
         mask_token_stride,
-        du_ptr + (image * tl.num_programs(1) + part) * R * C,
-        C,
+        du_ptr + image * aligned(du_batch_stride, ALIGN) + part * (R * C),
+        aligned(du_row_stride, ALIGN),
         dx_ptr,
         aligned(dx_token_stride, ALIGN),
         dextra_ptr,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crossvit_kernels.ops.attention_core import op as core
 from crossvit_kernels.ops.attention_core import reference as core_reference
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.attention_pool.parameters import PoolCall, PoolParameters
 from crossvit_kernels.ops.attention_pool.reference import project_out, project_query
 
@@ -38,7 +39,8 @@ def attention_pool(
     q = split(project_query(query, p)) * call.scale
     u = torch.einsum("bqhd,hdc->bqhc", q, p.w_k.unflatten(0, (num_heads, -1)))
     u = u.flatten(1, 2) if gamma is None else u.flatten(1, 2) * gamma
-    m, lse = core.attention_core(u, tokens, norm_eps, key_mask, extra_token, backend)
+    inputs = CoreInputs(u, tokens, key_mask, extra_token)
+    m, lse = core.attention_core(inputs, norm_eps, backend)
 
     z = m if gamma is None else m * gamma
     z = z if beta is None else z + beta

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.backends import choose, register_operation
-from crossvit_kernels.ops import library
-from crossvit_kernels.ops.attention_core import op as core
+from crossvit_kernels.ops import refusals
+from crossvit_kernels.ops.attention_core.op import OPERATION as CORE
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.attention_pool import absorbed, reference
 from crossvit_kernels.ops.attention_pool.parameters import PoolCall, PoolParameters
 
-register_operation("attention_pool", tuple(core.BACKENDS))
+register_operation("attention_pool", tuple(CORE.backends))
 
 
 def attention_pool(
@@ -23,7 +24,7 @@ def attention_pool(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, weights or None) on the chosen backend; see functional.attention_pool."""
-    not_fused = library.why_not_fused(
+    not_fused = refusals.why_not_fused(
         query,
         tokens,
         key_mask,
@@ -34,9 +35,9 @@ def attention_pool(
     name = choose(
         "attention_pool",
         backend,
-        core.BACKENDS,
+        CORE.backends,
         tokens.device,
-        lambda module: not_fused or module.why_not(tokens),
+        lambda module: not_fused or module.why_not(CoreInputs(query, tokens, key_mask, None)),
         prefer_reference=_keys_are_cheaper(num_queries, head_dim, tokens.device),
     )
     if name == "reference":

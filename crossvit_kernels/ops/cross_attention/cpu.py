@@ -22,7 +22,11 @@ from crossvit_kernels import extension
 from crossvit_kernels.extension import _C, accumulate_dtype
 from crossvit_kernels.ops.attention_core import cpu as core
 from crossvit_kernels.ops.common import torch_norm as norm
-from crossvit_kernels.ops.cross_attention.reference import FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import (
+    FusionInputs,
+    FusionWeights,
+    gradients,
+)
 
 
 class Saved(NamedTuple):
@@ -40,18 +44,12 @@ class Saved(NamedTuple):
     y: Tensor  # [B, C]: f(cls) + scaled update
 
 
-def why_not(
-    cls: Tensor,
-    tokens: Tensor,
-    weights: FusionWeights,
-    num_heads: int,
-    cast_to: torch.dtype | None,
-) -> str | None:
-    return core.why_not(tokens)
+def why_not(inputs: FusionInputs) -> str | None:
+    return core.why_not_tokens(inputs.tokens)
 
 
-def empty_saved(cls: Tensor, tokens: Tensor, num_heads: int) -> Saved:
-    """Memory for what forward saves."""
+def empty_saved(inputs: FusionInputs, keep: str) -> Saved:
+    tokens, num_heads = inputs.tokens, inputs.num_heads
     batch, _, channels = tokens.shape
     dtype = accumulate_dtype(tokens)
     vector, per_head = (batch, channels), (num_heads, batch, channels)
@@ -66,17 +64,11 @@ def empty_saved(cls: Tensor, tokens: Tensor, num_heads: int) -> Saved:
     )
 
 
-def forward(
-    cls: Tensor,
-    tokens: Tensor,
-    w: FusionWeights,
-    residual_scale: Tensor | None,
-    num_heads: int,
-    eps: float,
-) -> tuple[Tensor, Saved]:
+def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]:
+    cls, tokens, w, num_heads, residual_scale = inputs
     batch, num_tokens, channels = tokens.shape
     dtype = accumulate_dtype(tokens)
-    saved = empty_saved(cls, tokens, num_heads)
+    saved = empty_saved(inputs, keep)
     new_cls = cls.new_empty(cls.shape, dtype=w.back_weight.dtype)
     if residual_scale is not None:
         residual_scale = residual_scale.to(dtype).contiguous()
@@ -98,21 +90,13 @@ def forward(
 
 
 def backward(
-    d_new_cls: Tensor,
-    cls: Tensor,
-    tokens: Tensor,
-    weights: FusionWeights,
-    residual_scale: Tensor | None,
-    saved: Saved,
-    num_heads: int,
-    eps: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor | None, FusionWeights]:
-    """(dcls, dtokens, gradients of the weights); None for what is not wanted, but for dcls."""
+    douts: Sequence[Tensor], inputs: FusionInputs, saved: Saved, eps: float, wanted: Any
+) -> FusionInputs:
+    (d_new_cls,), (cls, tokens, weights, num_heads, residual_scale) = douts, inputs
     # In the precision of the token pass throughout: casting the weights costs less than small GEMMs
     # in 16 bits do.
     dtype = accumulate_dtype(tokens)
-    wants: Any = FusionWeights._make(wanted[2:])
+    wants = wanted.weights
     w = _cast(weights, [dtype] * len(weights))
     y0, q, kt, m, lse, o, y = saved
     batch, _, channels = tokens.shape
@@ -140,7 +124,7 @@ def backward(
 
     # The token pass, with u_h = gamma * kt_h
     du = torch.empty_like(m)
-    _, dtokens, dy0_as_token = core.backward(
+    _, dtokens, dy0_as_token = core.backward_pass(
         (dz * w.norm_weight).transpose(0, 1),
         None,
         (kt * w.norm_weight).transpose(0, 1),
@@ -150,7 +134,7 @@ def backward(
         m=m.transpose(0, 1),
         lse=lse,
         norm_eps=eps,
-        wants_dx=wanted[1],
+        wants_dx=wanted.tokens,
         du_out=du.transpose(0, 1),
     )
     assert dy0_as_token is not None
@@ -183,7 +167,7 @@ def backward(
     dcls = _norm_gelu_linear_backward(dy0, cls.to(dtype), w, "proj", eps, wants, found)
     d_weights = FusionWeights._make(map(found.get, FusionWeights._fields))
     dtypes = [None if t is None else t.dtype for t in weights]
-    return dcls.to(cls.dtype), dtokens, _cast(d_weights, dtypes)
+    return gradients(dcls.to(cls.dtype), dtokens, _cast(d_weights, dtypes))
 
 
 def _cast(weights: FusionWeights, dtypes: Sequence[torch.dtype | None]) -> FusionWeights:

@@ -17,7 +17,12 @@ from torch import Tensor
 from crossvit_kernels import extension
 from crossvit_kernels.gpu import device
 from crossvit_kernels.ops.attention_core import cuda as core
-from crossvit_kernels.ops.cross_attention.reference import FusionWeights
+from crossvit_kernels.ops.autograd import autocast_dtype
+from crossvit_kernels.ops.cross_attention.reference import (
+    FusionInputs,
+    FusionWeights,
+    gradients,
+)
 from crossvit_kernels.ops.cross_attention.saved import (
     Saved,
     empty_saved,
@@ -53,16 +58,8 @@ def division(batch: int, chip: int) -> Division:
     return Division(images, blocks)
 
 
-def why_not(
-    cls: Tensor,
-    tokens: Tensor,
-    weights: FusionWeights,
-    num_heads: int,
-    cast_to: torch.dtype | None,
-) -> str | None:
-    """Why the CUDA kernels cannot run this fusion, its matrices cast to a dtype where one is given;
-    None where they can.
-    """
+def why_not(inputs: FusionInputs) -> str | None:
+    cls, tokens, weights, num_heads, _ = inputs
     if reason := core.why_not_tokens(tokens):
         return reason
     own, channels = cls.shape[-1], tokens.shape[-1]
@@ -71,7 +68,7 @@ def why_not(
     if channels // num_heads % 8:
         return f"{channels // num_heads} channels of a head are no multiple of 8"
     # Outside of autocast all have one dtype; in it float64 mixes with no other.
-    dtype = cast_to or weights.q_weight.dtype
+    dtype = autocast_dtype(tokens) or weights.q_weight.dtype
     if dtype != tokens.dtype:
         return f"the matrices are in {dtype}, the tokens in {tokens.dtype}"
     if own > core.WIDEST:
@@ -91,18 +88,12 @@ def _shared_bytes(own: int, channels: int, num_heads: int, dtype: torch.dtype) -
     return int(operand + max(floats + narrow, of_pass[num_heads > 8]))
 
 
-def forward(
-    cls: Tensor,
-    tokens: Tensor,
-    w: FusionWeights,
-    residual_scale: Tensor | None,
-    num_heads: int,
-    eps: float,
-) -> tuple[Tensor, Saved]:
+def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]:
+    cls, tokens, w, num_heads, residual_scale = inputs
     batch, num_tokens, channels = tokens.shape
     dtype, contiguous = w.back_weight.dtype, torch.contiguous_format
     new_cls = torch.empty_like(cls, dtype=dtype, memory_format=contiguous)
-    saved = empty_saved(cls, tokens, num_heads)
+    saved = empty_saved(inputs, keep)
     if batch:
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
@@ -128,21 +119,13 @@ def forward(
 
 
 def backward(
-    d_new_cls: Tensor,
-    cls: Tensor,
-    tokens: Tensor,
-    weights: FusionWeights,
-    residual_scale: Tensor | None,
-    saved: Saved,
-    num_heads: int,
-    eps: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor | None, FusionWeights]:
-    """(dcls, dtokens, gradients of the weights); None for what is not wanted, but for dcls."""
+    douts: Sequence[Tensor], inputs: FusionInputs, saved: Saved, eps: float, wanted: Any
+) -> FusionInputs:
+    (d_new_cls,), (cls, tokens, weights, num_heads, residual_scale) = douts, inputs
     (batch, num_tokens, channels), own = tokens.shape, cls.shape[1]
     dcls = torch.empty_like(_readable(cls, tokens), memory_format=torch.contiguous_format)
-    dx = tokens.new_empty(tokens.shape) if wanted[1] else None
-    gradients = tokens.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
+    dx = tokens.new_empty(tokens.shape) if wanted.tokens else None
+    rows = tokens.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
     dz, du = tokens.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
     if batch:
         assert extension.cuda_kernels is not None
@@ -150,7 +133,7 @@ def backward(
         _alive, of_weights = _weights(weights, tokens)
         split = division(batch, device.chip(x.device))
         problem = batch, num_tokens, channels, own, num_heads, eps
-        states = _states(problem, split, gradients)
+        states = _states(problem, split, rows)
         scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)
         of_cls, d_new_cls = _readable(cls, x).contiguous(), d_new_cls.contiguous()
         at, float32 = extension.Arguments(x.device), torch.float32
@@ -164,7 +147,7 @@ def backward(
             vectors=at.pointer(saved.vectors, float32),
             dcls=at.pointer(dcls),
             dx=at.token_gradients(dx, None, x.dtype),
-            gradients=at.pointer(gradients, float32),
+            gradients=at.pointer(rows, float32),
             dz=at.pointer(dz, float32),
             du=at.pointer(du, float32),
             scratch=at.pointer(scratch, float32),
@@ -173,7 +156,8 @@ def backward(
             place=extension.place(x),
         )
     v = vectors(saved, batch, own, channels, num_heads)
-    return dcls.to(cls.dtype), dx, weight_gradients(weights, v, gradients, du, wanted[2:])
+    d_weights = weight_gradients(weights, v, rows, du, wanted.weights)
+    return gradients(dcls.to(cls.dtype), dx, d_weights)
 
 
 def _states(

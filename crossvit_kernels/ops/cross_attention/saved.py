@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.ops.cross_attention.reference import FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 
 
 class Saved(NamedTuple):
@@ -46,8 +46,9 @@ def vectors(saved: Saved, batch: int, own: int, channels: int, heads: int) -> Ve
     return Vectors(*(part.view(s) for part, s in zip(parts, shapes, strict=True)))
 
 
-def empty_saved(cls: Tensor, tokens: Tensor, num_heads: int) -> Saved:
+def empty_saved(inputs: FusionInputs, keep: str) -> Saved:
     """Memory for what forward saves."""
+    cls, tokens, _, num_heads, _ = inputs
     (batch, own), channels = cls.shape, tokens.shape[2]  # symbols, where a compiler traces
     size = batch * vector_size(own, channels, num_heads)
     return Saved(torch.empty(size, dtype=torch.float32, device=tokens.device))

@@ -1,6 +1,6 @@
-"""The fusion on Triton: one kernel each way, or three with the token pass apart.
+"""The fusion on Triton: one kernel each way, or its CLS path around attention_core's pass.
 
-The weight matrices' gradients are products over the batch of vectors that the kernels leave.
+The weight matrices' gradients are products over the batch of vectors that the kernels store.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from torch import Tensor
 from crossvit_kernels.gpu import configurations, device, launcher
 from crossvit_kernels.gpu.candidates import Candidate, Candidates
 from crossvit_kernels.gpu.device import ALIGN
-from crossvit_kernels.graphs import side_by_side
 from crossvit_kernels.ops.attention_core import shape as token_passes
 from crossvit_kernels.ops.attention_core import triton as core
-from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights, gradients
 from crossvit_kernels.ops.cross_attention.saved import (
     Saved,
-    Vectors,
     empty_saved,
     gradient_sizes,
     vectors,
@@ -30,20 +28,11 @@ from crossvit_kernels.ops.cross_attention.saved import (
 )
 from crossvit_kernels.ops.cross_attention.shape import FusionShape
 
-__all__ = ["Saved", "backward", "empty_saved", "forward", "forward_pair", "why_not"]
-
-# So many tokens of an image keep one program waiting for long: attention_core splits them.
-_MANY_TOKENS = 4096
+__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
 
-def why_not(
-    cls: Tensor,
-    tokens: Tensor,
-    weights: FusionWeights,
-    num_heads: int,
-    cast_to: torch.dtype | None,
-) -> str | None:
-    return device.why_not(tokens)
+def why_not(inputs: FusionInputs) -> str | None:
+    return device.why_not(inputs.tokens)
 
 
 @functools.cache
@@ -56,180 +45,75 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
     return triton_forward, triton_backward_kernels
 
 
-def forward(
-    cls: Tensor,
-    tokens: Tensor,
-    w: FusionWeights,
-    residual_scale: Tensor | None,
-    num_heads: int,
-    eps: float,
-) -> tuple[Tensor, Saved]:
-    call = _forward_call(cls, tokens, w, residual_scale, num_heads)
-    _run(call, eps)
-    *_, new_cls, kept = call.tensors
-    return new_cls, Saved(kept)
-
-
-def forward_pair(first: FusionInputs, second: FusionInputs, eps: float) -> tuple[Tensor, Tensor]:
-    """The new CLS of two fusions, in one launch where that is possible and worthwhile."""
-    a, b = (_forward_call(*x[:3], x.residual_scale, x.num_heads) for x in (first, second))
-    if _in_one_launch(a, b):
-        launcher.start(
-            _kernels()[0].fusion_forward_pair,
-            (a.groups + b.groups, 1, 1),
-            (*a.tensors, *b.tensors),
-            (a.batch, *a.sizes, *b.sizes),
-            _of_both(a.candidates.whole, b.candidates.whole),
-            weights=(a.w, b.w),
-            eps=eps,
-        )
-    else:
-        side_by_side(lambda: _run(a, eps), lambda: _run(b, eps), like=first.cls)
-    return a.tensors[3], b.tensors[3]
-
-
-class _FusionCandidates(NamedTuple):
-    """The configurations of a fusion's kernels, by their constants."""
-
-    whole: Candidates  # Shape, FusionShape: in one kernel, and the token pass of three
-    aligned: Candidates  # ALIGN, FusionShape: those with rows of CLS
-    vectors: Candidates  # FusionShape
-
-
-class _Forward(NamedTuple):
-    """A forward pass that is ready to run."""
-
-    batch: int
-    groups: int  # programs that share the images
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # cls, x, scale, new_cls, kept
-    sizes: tuple[int, int, int, int]  # tokens; strides of cls, and of x between images and tokens
-    w: FusionWeights
-    shape: FusionShape
-    config: configurations.Fusion
-    candidates: _FusionCandidates
-
-
-def _forward_call(
-    cls: Tensor,
-    tokens: Tensor,
-    w: FusionWeights,
-    residual_scale: Tensor | None,
-    num_heads: int,
-) -> _Forward:
-    dtype, contiguous = w.back_weight.dtype, torch.contiguous_format
-    new_cls = torch.empty_like(cls, dtype=dtype, memory_format=contiguous)
-    kept = empty_saved(cls, tokens, num_heads).vectors
-    cls, x, w, scale = _prepared(cls, tokens, w, residual_scale)
-    shape, config, candidates = _candidates("fusion forward", cls, x, w, num_heads)
-    batch, num_tokens, _ = x.shape
-    return _Forward(
-        batch,
-        -(-batch // shape.images),
-        (cls, x, scale, new_cls, kept),
-        (num_tokens, cls.stride(0), x.stride(0), x.stride(1)),
-        w,
-        shape,
-        config,
-        candidates,
-    )
-
-
-def _in_one_launch(a: _Forward, b: _Forward) -> bool:
-    batch = a.batch
-    return (
-        0 < batch == b.batch
-        and a.tensors[0].device == b.tensors[0].device
-        and a.candidates.whole.options == b.candidates.whole.options
-        and max(a.sizes[0], b.sizes[0]) <= _MANY_TOKENS
-        and a.config.in_one_launch(batch)
-        and b.config.in_one_launch(batch)
-    )
-
-
-def _run(call: _Forward, eps: float) -> None:
-    kernels, _ = _kernels()
-    batch, groups, tensors, sizes, w, shape, config, candidates = call
+def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]:
+    call = _prepared(inputs, "forward")
+    cls, x, w, scale, (shape, in_one_kernel, candidates) = call
+    kernels, (batch, num_tokens, _) = _kernels()[0], x.shape
+    contiguous = torch.contiguous_format
+    new_cls = torch.empty_like(inputs.cls, dtype=w.back_weight.dtype, memory_format=contiguous)
+    saved = empty_saved(inputs, keep)
     if not batch:
-        return
-    grid, many_tokens = (groups, 1, 1), sizes[0] > _MANY_TOKENS
+        return new_cls, saved
+    kept, groups = saved.vectors, (-(-batch // shape.images), 1, 1)
     rest: dict[str, Any] = {"weights": (w,), "eps": eps}
-    if config.in_one_kernel(batch) and not many_tokens:
-        all_sizes = batch, *sizes
-        launcher.start(kernels.fusion_forward, grid, tensors, all_sizes, candidates.whole, **rest)
-        return
-    cls, x, scale, new_cls, kept = tensors
-    num_tokens, cls_stride, *x_strides = sizes
-    of_cls = batch, cls_stride
-    launcher.start(kernels.fusion_before, grid, (cls, kept), of_cls, candidates.aligned, **rest)
-    if many_tokens:
-        v = vectors(Saved(kept), batch, shape.own, shape.channels, shape.heads)
-        u = (v.kt * w.norm_weight.float()).transpose(0, 1)
-        m, lse = core.forward(u, x, None, v.y0, eps)
-        v.m.copy_(m.transpose(0, 1))
-        v.lse.copy_(lse)
-    else:
-        of_tokens = batch, num_tokens, *x_strides
+    if in_one_kernel:
         launcher.start(
-            kernels.fusion_tokens, (batch, 1, 1), (x, kept), of_tokens, candidates.whole, **rest
+            kernels.fusion_forward,
+            groups,
+            (cls, x, scale, new_cls, kept),
+            (batch, num_tokens, cls.stride(0), x.stride(0), x.stride(1)),
+            candidates.whole,
+            **rest,
         )
+        return new_cls, saved
+    sizes = batch, cls.stride(0)
+    launcher.start(kernels.fusion_before, groups, (cls, kept), sizes, candidates.aligned, **rest)
+    v = vectors(saved, batch, shape.own, shape.channels, shape.heads)
+    core.forward_pass(
+        v.kt.transpose(0, 1),
+        x,
+        None,
+        v.y0,
+        eps,
+        gain=w.norm_weight,
+        table=_table_of_pass("forward", num_tokens),
+        out=(v.m.transpose(0, 1), v.lse),
+    )
     written = kept, new_cls, scale
-    launcher.start(kernels.fusion_after, grid, written, (batch,), candidates.vectors, **rest)
+    launcher.start(kernels.fusion_after, groups, written, (batch,), candidates.vectors, **rest)
+    return new_cls, saved
 
 
 def backward(
-    d_new_cls: Tensor,
-    cls: Tensor,
-    tokens: Tensor,
-    weights: FusionWeights,
-    residual_scale: Tensor | None,
-    saved: Saved,
-    num_heads: int,
-    eps: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor | None, FusionWeights]:
-    """(dcls, dtokens, gradients of the weights); None for what is not wanted, but for dcls."""
-    batch, _, channels = tokens.shape
-    own = cls.shape[1]
+    douts: Sequence[Tensor], inputs: FusionInputs, saved: Saved, eps: float, wanted: Any
+) -> FusionInputs:
+    (d_new_cls,), (cls, tokens, weights, num_heads, _) = douts, inputs
+    (batch, _, channels), own = tokens.shape, cls.shape[1]
     dcls = cls.new_empty(cls.shape)
-    dx = tokens.new_empty(tokens.shape) if wanted[1] else None
-    gradients = tokens.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
-    dz_du = tokens.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
+    dx = tokens.new_empty(tokens.shape) if wanted.tokens else None
+    rows = tokens.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
+    dz, du = tokens.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
     if batch:
-        _launch_backward(
-            d_new_cls,
-            cls,
-            tokens,
-            weights,
-            residual_scale,
-            saved,
-            num_heads,
-            eps,
-            (dcls, dx, gradients, dz_du[0], dz_du[1]),
-        )
+        out = dcls, dx, rows, dz, du
+        _launch_backward(d_new_cls, _prepared(inputs, "backward"), saved, eps, out)
     v = vectors(saved, batch, own, channels, num_heads)
-    return dcls, dx, weight_gradients(weights, v, gradients, dz_du[1], wanted[2:])
+    return gradients(dcls, dx, weight_gradients(weights, v, rows, du, wanted.weights))
 
 
 def _launch_backward(
     d_new_cls: Tensor,
-    cls: Tensor,
-    tokens: Tensor,
-    weights: FusionWeights,
-    residual_scale: Tensor | None,
+    call: _Call,
     saved: Saved,
-    num_heads: int,
     eps: float,
     out: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
 ) -> None:
-    _, kernels = _kernels()
-    batch, num_tokens, _ = tokens.shape
-    cls, x, w, scale = _prepared(cls, tokens, weights, residual_scale)
+    cls, x, w, scale, (shape, in_one_kernel, candidates) = call
+    kernels, (batch, num_tokens, _) = _kernels()[1], x.shape
     dout, kept = device.aligned_rows(d_new_cls), saved.vectors
-    dcls, dx, gradients, dz, du = out
-    shape, config, candidates = _candidates("fusion backward", cls, x, w, num_heads)
+    dcls, dx, rows, dz, du = out
     groups = (-(-batch // shape.images), 1, 1)
     rest: dict[str, Any] = {"weights": (w,), "eps": eps}
-    if config.in_one_kernel(batch) and num_tokens <= _MANY_TOKENS:
+    if in_one_kernel:
         launcher.start(
             kernels.fusion_backward,
             groups,
@@ -242,73 +126,74 @@ def _launch_backward(
     launcher.start(
         kernels.fusion_backward_before,
         groups,
-        (dout, scale, kept, gradients, dz),
+        (dout, scale, kept, rows, dz),
         (batch, dout.stride(0)),
         candidates.aligned,
         **rest,
     )
-    if num_tokens > _MANY_TOKENS:
-        v = vectors(saved, batch, cls.shape[1], x.shape[2], num_heads)
-        _backward_of_many_tokens(v, x, w, eps, out)
-    else:
-        launcher.start(
-            kernels.fusion_backward_tokens,
-            (batch, 1, 1),
-            (x, kept, dx, gradients, dz, du),
-            (batch, num_tokens, x.stride(0), x.stride(1)),
-            candidates.whole,
-            **rest,
-        )
+    v = vectors(saved, batch, shape.own, shape.channels, shape.heads)
+    dy0_as_token = rows.split(gradient_sizes(shape.own, shape.channels), dim=1)[3]
+    core.backward_pass(
+        dz.transpose(0, 1),
+        None,
+        v.kt.transpose(0, 1),
+        x,
+        None,
+        v.y0,
+        v.m.transpose(0, 1),
+        v.lse,
+        eps,
+        gain=w.norm_weight,
+        table=_table_of_pass("backward", num_tokens),
+        out=(du.transpose(0, 1), dx, dy0_as_token),
+    )
     launcher.start(
         kernels.fusion_backward_after,
         groups,
-        (cls, kept, dcls, gradients, dz, du),
+        (cls, kept, dcls, rows, dz, du),
         (batch, cls.stride(0)),
         candidates.aligned,
         **rest,
     )
 
 
-def _backward_of_many_tokens(
-    v: Vectors,
-    x: Tensor,
-    w: FusionWeights,
-    eps: float,
-    out: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
-) -> None:
-    """The token pass on attention_core: writes dx, du and y0's gradient as a token."""
-    _, dx, gradients, dz, du = out
-    gamma = w.norm_weight.float()
-    u, dm = ((t * gamma).transpose(0, 1) for t in (v.kt, dz))
-    m = v.m.transpose(0, 1)
-    du_found, _, dy0 = core.backward(
-        dm, None, u, x, None, v.y0, m, v.lse, eps, wants_dx=dx is not None, dx_out=dx
-    )
-    assert dy0 is not None
-    du.copy_(du_found.transpose(0, 1))
-    own, channels = v.activated.shape[1], v.y0.shape[1]
-    gradients.split(gradient_sizes(own, channels), dim=1)[3].copy_(dy0)
+class _FusionCandidates(NamedTuple):
+    """The configurations of a fusion's kernels, by their constants."""
+
+    whole: Candidates  # Shape, FusionShape: all in one kernel
+    aligned: Candidates  # ALIGN, FusionShape: those with rows of CLS
+    vectors: Candidates  # FusionShape
 
 
-def _prepared(
-    cls: Tensor, tokens: Tensor, w: FusionWeights, residual_scale: Tensor | None
-) -> tuple[Tensor, Tensor, FusionWeights, Tensor | None]:
+class _Call(NamedTuple):
     """The inputs as kernels read them: rows aligned, parameters contiguous."""
-    scale = None if residual_scale is None else residual_scale.contiguous()
-    return device.aligned_rows(cls), device.aligned_rows(tokens), device.contiguous(w), scale
+
+    cls: Tensor
+    x: Tensor
+    w: FusionWeights
+    scale: Tensor | None
+    variant: tuple[FusionShape, bool, _FusionCandidates]  # the bool: all in one kernel
 
 
-def _candidates(
-    kernel: str, cls: Tensor, x: Tensor, w: FusionWeights, num_heads: int
-) -> tuple[FusionShape, configurations.Fusion, _FusionCandidates]:
-    """Of "fusion forward" or "fusion backward"; all have the shape's sizes but for block_n."""
-    batch, _, channels = x.shape
-    passes = token_passes.candidates(kernel, x, num_heads, normalize=True)
-    config = configurations.fusion(kernel, device.chip(x.device), channels)
+def _prepared(inputs: FusionInputs, way: str) -> _Call:
+    """Of a "forward" or "backward" pass."""
+    cls, x = device.aligned_rows(inputs.cls), device.aligned_rows(inputs.tokens)
+    w = device.contiguous(inputs.weights)
+    scale = None if inputs.residual_scale is None else inputs.residual_scale.contiguous()
+    batch, num_tokens, channels = x.shape
+    passes = token_passes.candidates(f"fusion {way}", x, inputs.num_heads, normalize=True)
+    config = configurations.fusion(f"fusion {way}", device.chip(x.device), channels)
     precision = device.precision(w.q_weight.dtype)
     blocks = config.images(batch), config.block_k, config.block_n
-    shape, found = _with_passes(passes, cls.shape[1], channels, num_heads, *blocks, precision)
-    return shape, config, found
+    sizes = cls.shape[1], channels, inputs.num_heads
+    shape, candidates = _with_passes(passes, *sizes, *blocks, precision)
+    in_one_kernel = num_tokens <= configurations.MANY_TOKENS and config.in_one_kernel(batch)
+    return _Call(cls, x, w, scale, (shape, in_one_kernel, candidates))
+
+
+def _table_of_pass(way: str, num_tokens: int) -> str:
+    """Of the pass between two kernels; up to MANY_TOKENS it has the bits of all in one."""
+    return f"fusion {way}" if num_tokens <= configurations.MANY_TOKENS else way
 
 
 @functools.cache
@@ -342,15 +227,3 @@ def _with_passes(
         aligned=candidates(lambda f, s: (ALIGN, f)),
         vectors=candidates(lambda f, s: (f,)),
     )
-
-
-@functools.cache
-def _of_both(a: Candidates, b: Candidates) -> Candidates:
-    """Of two fusions in one launch: those that are launched alike."""
-    items = (
-        Candidate((*x.constants, *y.constants), x.options)
-        for x in a
-        for y in b
-        if x.options == y.options
-    )
-    return Candidates(tuple(items), a.measured or b.measured)

@@ -127,48 +127,6 @@ def fusion_backward_before(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def fusion_backward_tokens(
-    x_ptr,
-    vectors_ptr,
-    dx_ptr,
-    gradients_ptr,
-    dz_ptr,
-    du_ptr,
-    w,
-    batch,
-    num_tokens,
-    x_batch_stride,
-    x_token_stride,
-    eps,
-    S: tl.constexpr,
-    F: tl.constexpr,
-):
-    """The token pass. Grid: images."""
-    C: tl.constexpr = S.channels
-    ALIGN: tl.constexpr = S.align
-    first = tl.program_id(0)
-    at = first.to(tl.int64)
-    if dx_ptr is not None:
-        dx_ptr += at * num_tokens * C
-    tokens_of_image(
-        first * 0,
-        x_ptr + at * aligned(x_batch_stride, ALIGN),
-        x_batch_stride,
-        x_token_stride,
-        dx_ptr,
-        num_tokens,
-        w,
-        vectors_of(vectors_ptr, batch, first, F),
-        gradients_of(gradients_ptr, first, F),
-        dz_ptr + at * C,
-        du_ptr + at * C,
-        eps,
-        S,
-        F,
-    )
-
-
-@triton.jit(do_not_specialize=SIZES)
 def fusion_backward_after(
     cls_ptr,
     vectors_ptr,

@@ -10,8 +10,7 @@ from crossvit_kernels.ops.attention_core.triton_passes import forward_pass
 from crossvit_kernels.ops.cross_attention.triton_passes import IMAGES, linear, norm_rows
 
 # Not compiled into a kernel.
-OF_FUSION = ("num_tokens", "cls_stride", "x_batch_stride", "x_token_stride")
-SIZES = ("batch", *OF_FUSION, *(f"{which}_{size}" for which in ("a", "b") for size in OF_FUSION))
+SIZES = ("batch", "num_tokens", "cls_stride", "x_batch_stride", "x_token_stride")
 
 
 @triton.jit
@@ -193,43 +192,6 @@ def residual_scales(scale_ptr, first, used):
     return scale
 
 
-@triton.jit
-def whole_fusion(
-    program,
-    cls_ptr,
-    x_ptr,
-    scale_ptr,
-    out_ptr,
-    vectors_ptr,
-    w,
-    batch,
-    num_tokens,
-    cls_stride,
-    x_batch_stride,
-    x_token_stride,
-    eps,
-    S: tl.constexpr,
-    F: tl.constexpr,
-):
-    """From cls to new cls, of the F.images images of a program."""
-    ALIGN: tl.constexpr = S.align
-    OWN: tl.constexpr = F.own
-    COUNT: tl.constexpr = F.images
-    first, used = images_of(program, batch, F)
-    vectors = vectors_of(vectors_ptr, batch, first, F)
-    cls_stride = aligned(cls_stride, ALIGN)
-    before_tokens(cls_ptr + first.to(tl.int64) * cls_stride, cls_stride, w, vectors, used, eps, F)
-    tl.debug_barrier()
-    x_ptr += first.to(tl.int64) * aligned(x_batch_stride, ALIGN)
-    for image in range(tl.minimum(batch - first, COUNT)):
-        tokens_of_image(
-            first * 0 + image, x_ptr, x_batch_stride, x_token_stride, num_tokens, w, vectors, eps, S
-        )
-    tl.debug_barrier()
-    out_ptr += first.to(tl.int64) * OWN
-    after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def fusion_forward(
     cls_ptr,
@@ -247,95 +209,23 @@ def fusion_forward(
     S: tl.constexpr,
     F: tl.constexpr,
 ):
-    """The whole fusion. Grid: groups of images."""
-    whole_fusion(
-        tl.program_id(0),
-        cls_ptr,
-        x_ptr,
-        scale_ptr,
-        out_ptr,
-        vectors_ptr,
-        w,
-        batch,
-        num_tokens,
-        cls_stride,
-        x_batch_stride,
-        x_token_stride,
-        eps,
-        S,
-        F,
-    )
-
-
-@triton.jit(do_not_specialize=SIZES)
-def fusion_forward_pair(
-    a_cls_ptr,
-    a_x_ptr,
-    a_scale_ptr,
-    a_out_ptr,
-    a_vectors_ptr,
-    b_cls_ptr,
-    b_x_ptr,
-    b_scale_ptr,
-    b_out_ptr,
-    b_vectors_ptr,
-    a_w,
-    b_w,
-    batch,
-    a_num_tokens,
-    a_cls_stride,
-    a_x_batch_stride,
-    a_x_token_stride,
-    b_num_tokens,
-    b_cls_stride,
-    b_x_batch_stride,
-    b_x_token_stride,
-    eps,
-    A_S: tl.constexpr,
-    A_F: tl.constexpr,
-    B_S: tl.constexpr,
-    B_F: tl.constexpr,
-):
-    """Two whole fusions, a and b. Grid: a's groups of images, then b's."""
-    A_IMAGES: tl.constexpr = A_F.images
-    program = tl.program_id(0)
-    programs_of_a = tl.cdiv(batch, A_IMAGES)
-    if program < programs_of_a:
-        whole_fusion(
-            program,
-            a_cls_ptr,
-            a_x_ptr,
-            a_scale_ptr,
-            a_out_ptr,
-            a_vectors_ptr,
-            a_w,
-            batch,
-            a_num_tokens,
-            a_cls_stride,
-            a_x_batch_stride,
-            a_x_token_stride,
-            eps,
-            A_S,
-            A_F,
+    """The whole fusion of F.images images. Grid: groups of images."""
+    ALIGN: tl.constexpr = S.align
+    OWN: tl.constexpr = F.own
+    COUNT: tl.constexpr = F.images
+    first, used = images_of(tl.program_id(0), batch, F)
+    vectors = vectors_of(vectors_ptr, batch, first, F)
+    cls_stride = aligned(cls_stride, ALIGN)
+    before_tokens(cls_ptr + first.to(tl.int64) * cls_stride, cls_stride, w, vectors, used, eps, F)
+    tl.debug_barrier()
+    x_ptr += first.to(tl.int64) * aligned(x_batch_stride, ALIGN)
+    for image in range(tl.minimum(batch - first, COUNT)):
+        tokens_of_image(
+            first * 0 + image, x_ptr, x_batch_stride, x_token_stride, num_tokens, w, vectors, eps, S
         )
-    else:
-        whole_fusion(
-            program - programs_of_a,
-            b_cls_ptr,
-            b_x_ptr,
-            b_scale_ptr,
-            b_out_ptr,
-            b_vectors_ptr,
-            b_w,
-            batch,
-            b_num_tokens,
-            b_cls_stride,
-            b_x_batch_stride,
-            b_x_token_stride,
-            eps,
-            B_S,
-            B_F,
-        )
+    tl.debug_barrier()
+    out_ptr += first.to(tl.int64) * OWN
+    after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -347,36 +237,6 @@ def fusion_before(
     vectors = vectors_of(vectors_ptr, batch, first, F)
     cls_stride = aligned(cls_stride, ALIGN)
     before_tokens(cls_ptr + first.to(tl.int64) * cls_stride, cls_stride, w, vectors, used, eps, F)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def fusion_tokens(
-    x_ptr,
-    vectors_ptr,
-    w,
-    batch,
-    num_tokens,
-    x_batch_stride,
-    x_token_stride,
-    eps,
-    S: tl.constexpr,
-    F: tl.constexpr,
-):
-    """The token pass. Grid: images."""
-    ALIGN: tl.constexpr = S.align
-    first = tl.program_id(0)
-    x_ptr += first.to(tl.int64) * aligned(x_batch_stride, ALIGN)
-    tokens_of_image(
-        first * 0,
-        x_ptr,
-        x_batch_stride,
-        x_token_stride,
-        num_tokens,
-        w,
-        vectors_of(vectors_ptr, batch, first, F),
-        eps,
-        S,
-    )
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -16,7 +16,7 @@ from crossvit_kernels import extension
 from crossvit_kernels.extension import _C
 from crossvit_kernels.ops.common import panels
 from crossvit_kernels.ops.common import torch_norm as norm
-from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights, gradients
 
 
 class Saved(NamedTuple):
@@ -29,11 +29,13 @@ class Saved(NamedTuple):
     activated: Tensor  # [B, N, F]: after it
 
 
-def why_not(x: Tensor) -> str | None:
-    return None if x.device.type == "cpu" else f"the tokens are on {x.device}, not on a CPU"
+def why_not(inputs: FfnInputs) -> str | None:
+    device = inputs.x.device
+    return None if device.type == "cpu" else f"the tokens are on {device}, not on a CPU"
 
 
-def empty_saved(x: Tensor, w: FfnWeights) -> Saved:
+def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
+    x, w, _ = inputs
     dtype = w.fc1_weight.dtype
     mean = x.new_empty(*x.shape[:2], 1, dtype=w.norm_weight.dtype)
     hidden = x.new_empty(*x.shape[:2], w.fc1_weight.shape[0], dtype=dtype)
@@ -46,14 +48,13 @@ def empty_saved(x: Tensor, w: FfnWeights) -> Saved:
     )
 
 
-def forward(
-    x: Tensor, w: FfnWeights, residual_scale: Tensor | None, eps: float, save: bool
-) -> tuple[Tensor, Saved | None]:
+def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
+    x, w, residual_scale = inputs
     has_panels = w.fc1_weight.shape[0] > 0 and x.shape[2] <= panels.widest()
     if not has_panels or not extension.all_float32(x, *w):
-        return _composed(x, w, residual_scale, eps, save)
+        return _composed(inputs, eps, keep)
     y = x.new_empty(x.shape)
-    saved = empty_saved(x, w) if save else None
+    saved = empty_saved(inputs, keep) if keep else None
     x = extension.unit_stride(x)
     w = FfnWeights(*(t.contiguous() for t in w))
     scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
@@ -72,30 +73,22 @@ def forward(
     return y, saved
 
 
-def _composed(
-    x: Tensor, w: FfnWeights, residual_scale: Tensor | None, eps: float, save: bool
-) -> tuple[Tensor, Saved | None]:
+def _composed(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
+    x, w, residual_scale = inputs
     normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
     normed = normed.to(w.fc1_weight.dtype)
     hidden = F.linear(normed, w.fc1_weight, w.fc1_bias)
-    activated = F.gelu(hidden) if save else torch.ops.aten.gelu_(hidden)
+    activated = F.gelu(hidden) if keep else torch.ops.aten.gelu_(hidden)
     update = F.linear(activated, w.fc2_weight, w.fc2_bias)
     y = norm.add_residual(x, update, residual_scale)
-    return y, Saved(normed, mean, rstd, hidden, activated) if save else None
+    return y, Saved(normed, mean, rstd, hidden, activated) if keep else None
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    w: FfnWeights,
-    residual_scale: Tensor | None,
-    saved: Saved,
-    eps: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, FfnWeights]:
-    """(dx, gradients of the weights); None for those that are not wanted."""
-    wants_x = wanted[0]
-    wants: Any = FfnWeights._make(wanted[1:])
+    douts: Sequence[Tensor], inputs: FfnInputs, saved: Saved, eps: float, wanted: Any
+) -> FfnInputs:
+    (dy,), (x, w, residual_scale) = douts, inputs
+    wants_x, wants = wanted.x, wanted.weights
     dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).flatten(0, 1)
     dx, found = None, dict[str, Any]()
     if wants.fc2_weight:
@@ -120,4 +113,4 @@ def backward(
                 (wants_x, *wants[:2]),
             )
             dx = dx.add_(dy) if wants_x else None
-    return dx, FfnWeights._make(map(found.get, FfnWeights._fields))
+    return gradients(dx, FfnWeights._make(map(found.get, FfnWeights._fields)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +17,19 @@ class FfnWeights(NamedTuple):
     fc1_bias: Tensor
     fc2_weight: Tensor  # [C, F]
     fc2_bias: Tensor
+
+
+class FfnInputs(NamedTuple):
+    """The arguments of ``layernorm_ffn`` but for eps."""
+
+    x: Tensor  # [B, N, C]
+    weights: FfnWeights
+    residual_scale: Tensor | None  # [B]
+
+
+def gradients(dx: Tensor | None, d_weights: FfnWeights) -> FfnInputs:
+    """As backends return them; None in place of those that are not wanted."""
+    return FfnInputs(cast(Tensor, dx), d_weights, None)
 
 
 #: Sizes by letter, for checks.weights.

@@ -17,7 +17,7 @@ from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.common import triton_linear as layers
 from crossvit_kernels.ops.common.layer_shape import LayerShape
 from crossvit_kernels.ops.common.triton_linear import Tokens
-from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights, gradients
 
 
 class Saved(NamedTuple):
@@ -27,21 +27,24 @@ class Saved(NamedTuple):
     rstd: Tensor  # [B, N], float32
 
 
-def why_not(x: Tensor) -> str | None:
-    return "there are no tokens" if x.numel() == 0 else device.why_not(x)
+def why_not(inputs: FfnInputs) -> str | None:
+    x, w, _ = inputs
+    if x.numel() == 0 or w.fc1_weight.numel() == 0:
+        return "there are no tokens or no hidden units"
+    return device.why_not(x)
 
 
-def empty_saved(x: Tensor, w: FfnWeights) -> Saved:
+def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
+    x = inputs.x
     mean = x.new_empty(x.shape[:2], dtype=torch.float32)
     return Saved(mean, torch.empty_like(mean))
 
 
-def forward(
-    x: Tensor, w: FfnWeights, residual_scale: Tensor | None, eps: float, save: bool
-) -> tuple[Tensor, Saved | None]:
+def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
+    x, w, residual_scale = inputs
     tokens, w = layers.prepared(x), device.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
-    saved = empty_saved(x, w) if save else None
+    saved = empty_saved(inputs, keep) if keep else None
     if row_tiles.fused("ffn", tokens.num_rows, x.shape[2], w.fc1_weight.element_size()):
         return _in_one_kernel(tokens, w, scale, eps, saved), saved
     affine = w.norm_weight, w.norm_bias
@@ -50,16 +53,10 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    w: FfnWeights,
-    residual_scale: Tensor | None,
-    saved: Saved,
-    eps: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, FfnWeights]:
-    """(dx, gradients of the weights); products that are not wanted are None."""
-    wants: Any = FfnWeights._make(wanted[1:])
+    douts: Sequence[Tensor], inputs: FfnInputs, saved: Saved, eps: float, wanted: Any
+) -> FfnInputs:
+    """Forms the gradients; products that are not wanted are None."""
+    (dy,), (x, w, residual_scale), wants = douts, inputs, wanted.weights
     dy, tokens, w = dy.contiguous(), layers.prepared(x), device.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
@@ -67,7 +64,7 @@ def backward(
     activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, tokens, w, saved)
     affine = w.norm_weight, w.norm_bias
     found = layers.linear_norm_backward(dhidden, w.fc1_weight, dy, scale, tokens, affine, saved)
-    return found.dx, FfnWeights(
+    d_weights = FfnWeights(
         norm_weight=found.d_norm_weight,
         norm_bias=found.d_norm_bias,
         fc1_weight=layers.weight_gradient(dhidden, found.normed, wants.fc1_weight),
@@ -75,6 +72,7 @@ def backward(
         fc2_weight=layers.weight_gradient(dupdate, activated, wants.fc2_weight),
         fc2_bias=found.sum_dy,
     )
+    return gradients(found.dx, d_weights)
 
 
 def _in_one_kernel(

@@ -18,7 +18,7 @@ from crossvit_kernels import extension
 from crossvit_kernels.extension import _C
 from crossvit_kernels.ops.common import panels
 from crossvit_kernels.ops.common import torch_norm as norm
-from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -35,13 +35,15 @@ class Saved(NamedTuple):
     lse: Tensor  # [B, h, N]
 
 
-def why_not(x: Tensor, num_heads: int) -> str | None:
+def why_not(inputs: MsaInputs) -> str | None:
+    x = inputs.x
     if x.device.type != "cpu":
         return f"the tokens are on {x.device}, not on a CPU"
     return "there are no tokens" if x.numel() == 0 else None
 
 
-def empty_saved(x: Tensor, w: MsaWeights, num_heads: int, keep: str) -> Saved:
+def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
+    x, w, num_heads, *_ = inputs
     batch, num_tokens, channels = x.shape
     dtype = w.qkv_weight.dtype
     qkv = x.new_empty(batch, num_tokens, 3 * channels, dtype=dtype)
@@ -59,19 +61,12 @@ def empty_saved(x: Tensor, w: MsaWeights, num_heads: int, keep: str) -> Saved:
     )
 
 
-def forward(
-    x: Tensor,
-    w: MsaWeights,
-    residual_scale: Tensor | None,
-    cls: Tensor | None,
-    num_heads: int,
-    eps: float,
-    keep: str,
-) -> tuple[Tensor, Saved | None]:
+def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
+    x, w, num_heads, residual_scale, cls = inputs
     if x.shape[2] > panels.widest() or not extension.all_float32(x, cls, *w):
-        return _composed(x, w, residual_scale, cls, num_heads, eps, keep)
+        return _composed(inputs, eps, keep)
     y = x.new_empty(x.shape)
-    saved = empty_saved(x, w, num_heads, keep) if keep else None
+    saved = empty_saved(inputs, keep) if keep else None
     qkv = saved.qkv if saved else x.new_empty(*x.shape[:2], 3 * x.shape[2])
     heads = saved.heads.transpose(1, 2) if saved else x.new_empty(x.shape)
     x, cls = extension.unit_stride(x), None if cls is None else extension.unit_stride(cls)
@@ -93,15 +88,8 @@ def forward(
     return y, saved
 
 
-def _composed(
-    x: Tensor,
-    w: MsaWeights,
-    residual_scale: Tensor | None,
-    cls: Tensor | None,
-    num_heads: int,
-    eps: float,
-    keep: str,
-) -> tuple[Tensor, Saved | None]:
+def _composed(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
+    x, w, num_heads, residual_scale, cls = inputs
     normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
     if cls is not None:
         normed[:, 0] = norm.forward(cls, w.norm_weight, w.norm_bias, eps).normed
@@ -114,18 +102,10 @@ def _composed(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    w: MsaWeights,
-    residual_scale: Tensor | None,
-    cls: Tensor | None,
-    saved: Saved,
-    num_heads: int,
-    eps: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, MsaWeights]:
-    """(dx, dcls, gradients of the weights); None for those that are not wanted."""
-    wants: Any = MsaWeights._make(wanted[2:])
+    douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
+) -> MsaInputs:
+    (dy,), (x, w, num_heads, residual_scale, _) = douts, inputs
+    wants, wants_rows = wanted.weights, wanted.x or wanted.cls
     channels = x.shape[-1]
     dupdate = norm.scale_update(dy, residual_scale, w.out_weight.dtype).reshape(-1, channels)
     dx, dcls, found = None, None, dict[str, Any]()
@@ -133,17 +113,17 @@ def backward(
         found["out_weight"] = dupdate.t() @ _joined(saved.heads).view(-1, channels)
     if wants.out_bias:
         found["out_bias"] = dupdate.sum(dim=0)
-    if any(wanted[:2]) or any(wants[:4]):
+    if wants_rows or any(wants[:4]):
         dqkv = _qkv_backward(dupdate @ w.out_weight, saved, num_heads)
         if wants.qkv_weight:
             found["qkv_weight"] = dqkv.t() @ saved.normed.view(-1, channels)
         if wants.qkv_bias:
             found["qkv_bias"] = dqkv.sum(dim=0)
-        if any(wanted[:2]) or any(wants[:2]):
+        if wants_rows or any(wants[:2]):
             dx, dcls, found["norm_weight"], found["norm_bias"] = _norm_backward(
-                (dqkv @ w.qkv_weight).view(x.shape), dy, x, w, cls, saved, eps, wanted
+                (dqkv @ w.qkv_weight).view(x.shape), dy, inputs, saved, eps, wanted
             )
-    return dx, dcls, MsaWeights._make(map(found.get, MsaWeights._fields))
+    return gradients(dx, dcls, MsaWeights._make(map(found.get, MsaWeights._fields)))
 
 
 def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int) -> Tensor:
@@ -159,15 +139,14 @@ def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int) -> Tensor:
 def _norm_backward(
     dnormed: Tensor,
     dy: Tensor,
-    x: Tensor,
-    w: MsaWeights,
-    cls: Tensor | None,
+    inputs: MsaInputs,
     saved: Saved,
     eps: float,
-    wanted: Sequence[bool],
+    wanted: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dcls, gradients of LayerNorm's weight and bias), residual included; cls is row 0."""
-    (wants_x, wants_cls), wants_affine = wanted[:2], wanted[2:4]
+    x, w, _, _, cls = inputs
+    wants_x, wants_cls, wants_affine = wanted.x, wanted.cls, wanted.weights[:2]
     affine, dcls = (w.norm_weight, w.norm_bias), None
     mean_of_x, rstd_of_x = saved.mean, saved.rstd
     if cls is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,21 @@ class MsaWeights(NamedTuple):
     qkv_bias: Tensor | None
     out_weight: Tensor  # [C, C]
     out_bias: Tensor
+
+
+class MsaInputs(NamedTuple):
+    """The arguments of ``layernorm_msa`` but for eps."""
+
+    x: Tensor  # [B, N, C]
+    weights: MsaWeights
+    num_heads: int
+    residual_scale: Tensor | None  # [B]
+    cls: Tensor | None  # [B, C]
+
+
+def gradients(dx: Tensor | None, dcls: Tensor | None, d_weights: MsaWeights) -> MsaInputs:
+    """As backends return them; None in place of those that are not wanted."""
+    return MsaInputs(cast(Tensor, dx), d_weights, 0, None, dcls)
 
 
 #: Sizes by letter, for checks.weights.

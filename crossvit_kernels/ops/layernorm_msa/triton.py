@@ -17,7 +17,7 @@ from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.common import triton_linear as layers
 from crossvit_kernels.ops.common.layer_shape import LayerShape
 from crossvit_kernels.ops.common.triton_linear import Tokens
-from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
 
 _HEAD_DIMS = (16, 32, 64, 128)
 
@@ -32,13 +32,15 @@ class Saved(NamedTuple):
     heads: Tensor  # [B, N, C] or empty: attention's output
 
 
-def why_not(x: Tensor, num_heads: int) -> str | None:
+def why_not(inputs: MsaInputs) -> str | None:
+    x, num_heads = inputs.x, inputs.num_heads
     if x.shape[2] // num_heads not in _HEAD_DIMS:
         return f"heads of {x.shape[2] // num_heads} channels are none of {_HEAD_DIMS}"
     return "there are no tokens" if x.numel() == 0 else device.why_not(x)
 
 
-def empty_saved(x: Tensor, w: MsaWeights, num_heads: int, keep: str) -> Saved:
+def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
+    x, w, num_heads, *_ = inputs
     batch, num_tokens, channels = x.shape
     mean = x.new_empty(batch, num_tokens, dtype=torch.float32)
     like = x.new_empty(0, dtype=w.qkv_weight.dtype)
@@ -51,18 +53,11 @@ def empty_saved(x: Tensor, w: MsaWeights, num_heads: int, keep: str) -> Saved:
     )
 
 
-def forward(
-    x: Tensor,
-    w: MsaWeights,
-    residual_scale: Tensor | None,
-    cls: Tensor | None,
-    num_heads: int,
-    eps: float,
-    keep: str,
-) -> tuple[Tensor, Saved | None]:
+def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
+    x, w, num_heads, residual_scale, cls = inputs
     tokens, w = layers.prepared(x, cls), device.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
-    saved = empty_saved(x, w, num_heads, "lean") if keep else None
+    saved = empty_saved(inputs, "lean") if keep else None
     statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
     affine = w.norm_weight, w.norm_bias
     qkv = layers.norm_linear(tokens, affine, w.qkv_weight, w.qkv_bias, eps, statistics)
@@ -78,18 +73,10 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    w: MsaWeights,
-    residual_scale: Tensor | None,
-    cls: Tensor | None,
-    saved: Saved,
-    num_heads: int,
-    eps: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor | None, MsaWeights]:
-    """(dx, dcls, gradients of the weights); products that are not wanted are None."""
-    wants: Any = MsaWeights._make(wanted[2:])
+    douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
+) -> MsaInputs:
+    """Forms the gradients; products that are not wanted are None."""
+    (dy,), (x, w, num_heads, residual_scale, cls), wants = douts, inputs, wanted.weights
     dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), device.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
@@ -102,7 +89,7 @@ def backward(
     dqkv, sums = _attention_backward(qkv, heads, dupdate @ w.out_weight, lse, num_heads)
     found = layers.linear_norm_backward(dqkv, w.qkv_weight, dy, scale, tokens, affine, (mean, rstd))
     dqkv = dqkv.view(-1, 3 * channels)
-    return (
+    return gradients(
         found.dx,
         found.dcls,
         MsaWeights(

@@ -1,60 +1,17 @@
-"""The torch.library namespace ``crossvit_kernels``: how an operation becomes an operator.
-
-Operators are functional (no argument is written to) and carry no autograd formula: each op.py wraps
-its forward and backward operators in one ``torch.autograd.Function``, which calls under
-``torch.no_grad()`` go around.
-"""
+"""Who else may want to see a call, and what therefore only the reference does."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from crossvit_kernels.ops import flops
-
-_LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register an operator for CPU and CUDA tensors.
-
-    Args:
-        schema: ``name(arguments) -> results`` without the namespace.
-        kernel: Runs it on tensors.
-        fake: Makes empty results of the right shapes, dtypes and devices, for tracing.
-
-    Returns:
-        What calls the operator. In plain eager mode it calls the kernel itself, as the dispatcher
-        takes longer than a small kernel.
-    """
-    name = schema[: schema.index("(")]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for device_type in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, _without_autocast(kernel, device_type.lower()), device_type)
-    torch.library.register_fake(f"crossvit_kernels::{name}", fake, lib=_LIBRARY)
-    operator = getattr(torch.ops.crossvit_kernels, name).default
-
-    def call(*args: Any) -> Any:
-        if _is_plain_eager(args):
-            return kernel(*args)
-        if not torch.compiler.is_compiling():
-            flops.tell_counters()
-        return operator(*args)
-
-    return call
-
-
-#: Types of arguments that hold no tensor but torch's own.
-_PLAIN = frozenset(
-    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple)
-)
-
-
-def _is_plain_eager(args: Sequence[Any]) -> bool:
+def is_plain_eager(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether the dispatcher can be bypassed: the kernel alone has to see the call."""
     return not (
         torch.compiler.is_compiling()
@@ -63,8 +20,7 @@ def _is_plain_eager(args: Sequence[Any]) -> bool:
         or _transform() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
-        or not _PLAIN.issuperset(map(type, args))
-        or not all(_PLAIN.issuperset(map(type, a)) for a in args if type(a) in (list, tuple))
+        or not _PLAIN.issuperset(map(type, tensors))
         or any(torch.is_autocast_enabled(t) for t in ("cpu", "cuda"))
     )
 
@@ -78,51 +34,9 @@ _transform: Any = getattr(torch._C._functorch, "peek_interpreter_stack", lambda:
 _BATCHED_GRADIENTS = torch._C._dispatch_key_parse("VmapMode")
 
 
-def _without_autocast(kernel: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """Kernels compute in the dtypes they are given; op.py has already cast what autocast casts."""
-
-    @functools.wraps(kernel)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled(device_type):
-            return kernel(*args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
-            return kernel(*args, **kwargs)
-
-    return run
-
-
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must record a call with these inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def autocast_dtype(t: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives to matrix products on t's device; None where it is off."""
-    device_type = t.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # meta has no autocast
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
-def autocast_linears(weights: Any, like: torch.Tensor, norms: tuple[str, ...]) -> Any:
-    """The weights of a NamedTuple, those of its linear layers in autocast's dtype.
-
-    Like autocast itself, it leaves float64 alone.
-
-    Args:
-        weights: NamedTuple whose fields are ``<layer>_weight`` and ``<layer>_bias``.
-        like: A tensor on the device whose autocast counts.
-        norms: The layers that are LayerNorms, which autocast leaves alone.
-    """
-    dtype = autocast_dtype(like)
-    if dtype is None:
-        return weights
-    return [
-        w
-        if w is None or w.dtype == torch.float64 or name.rsplit("_", 1)[0] in norms
-        else w.to(dtype)
-        for name, w in zip(weights._fields, weights, strict=True)
-    ]
 
 
 def why_not_fused(
