@@ -5,11 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_passes import (
-    LOG2E,
-    backward_pass,
-    forward_pass,
-)
+from crossvit_kernels.ops.attention_core.triton_passes import backward_pass, forward_pass
+from crossvit_kernels.ops.common.triton_tiles import LOG2E, aligned
 
 # Never 1 or a multiple of 16 to the compiler: a kernel is compiled once whatever they are.
 SIZES = (
@@ -33,12 +30,6 @@ SIZES = (
     "dx_token_stride",
     "dextra_batch_stride",
 )
-
-
-@triton.jit
-def aligned(stride, ALIGN: tl.constexpr):
-    """A stride between rows in 64 bits, known to be a multiple of ALIGN elements."""
-    return tl.multiple_of(stride.to(tl.int64), ALIGN)
 
 
 @triton.jit(do_not_specialize=SIZES)

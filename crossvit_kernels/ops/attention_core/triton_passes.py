@@ -18,37 +18,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def load_chunk(ptr, stride, rows, used, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns [index * CHUNK, ...) of rows, zeros where not used: [len(rows), CHUNK]."""
-    c = index * CHUNK + tl.arange(0, CHUNK)
-    mask = used[:, None]
-    if C % CHUNK != 0:
-        mask = mask & (c < C)[None, :]
-    return tl.load(ptr + rows[:, None] * stride + c[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_chunk(
-    ptr, stride, rows, used, value, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr
-):
-    """The counterpart of load_chunk."""
-    c = index * CHUNK + tl.arange(0, CHUNK)
-    mask = used[:, None]
-    if C % CHUNK != 0:
-        mask = mask & (c < C)[None, :]
-    value = value.to(ptr.dtype.element_ty)
-    tl.store(ptr + rows[:, None] * stride + c[None, :], value, mask=mask)
-
-
-@triton.jit
-def load_vector(ptr, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns [index * CHUNK, ...) of a vector [C] in float32; zeros behind the last."""
-    c = index * CHUNK + tl.arange(0, CHUNK)
-    return tl.load(ptr + c, mask=c < C, other=0.0).to(tl.float32)
+from crossvit_kernels.ops.common.triton_tiles import (
+    LOG2E,
+    centred,
+    load_tile,
+    load_vector,
+    statistics,
+    store_tile,
+)
 
 
 @triton.jit
@@ -56,39 +33,10 @@ def load_score_rows(
     ptr, stride, gain_ptr, rows, used, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr
 ):
     """A chunk of u or dm in float32; in a fusion the rows of kt or dz times LayerNorm's gain."""
-    value = load_chunk(ptr, stride, rows, used, index, C, CHUNK).to(tl.float32)
+    value = load_tile(ptr, rows * stride, used, index * CHUNK, C, CHUNK).to(tl.float32)
     if gain_ptr is not None:
-        value = value * load_vector(gain_ptr, index, C, CHUNK)[None, :]
+        value = value * load_vector(gain_ptr, index * CHUNK, C, CHUNK)[None, :]
     return value
-
-
-@triton.jit
-def centred(x, mean, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
-    """A chunk minus the mean of its rows, in float32; zero in columns that do not exist."""
-    x = x.to(tl.float32) - mean
-    if C % CHUNK != 0:
-        c = index * CHUNK + tl.arange(0, CHUNK)
-        x = tl.where((c < C)[None, :], x, 0.0)
-    return x
-
-
-@triton.jit
-def statistics(xs, total, eps, S: tl.constexpr):
-    """Mean and 1 / standard deviation of rows held in chunks, whose sums are in total."""
-    C: tl.constexpr = S.channels
-    CHUNK: tl.constexpr = S.chunk
-    NORMALIZE: tl.constexpr = S.normalize
-    NUM: tl.constexpr = S.num_chunks
-    mean = tl.zeros_like(total)
-    rstd = mean + 1.0
-    if NORMALIZE:
-        mean = total / C
-        squares = tl.zeros_like(total)
-        for i in tl.static_range(NUM):
-            d = centred(xs[i], mean[:, None], i, C, CHUNK)
-            squares += tl.sum(d * d, axis=1)
-        rstd = 1.0 / tl.sqrt(squares / C + eps)
-    return mean, rstd
 
 
 @triton.jit
@@ -102,13 +50,13 @@ def load_one_token(ptr, eps, S: tl.constexpr):
     xs = ()
     total = tl.zeros((1,), tl.float32)
     for i in tl.static_range(NUM):
-        x = load_chunk(ptr, 0, row, used, i, C, CHUNK).to(tl.float32)
+        x = load_tile(ptr, row * 0, used, i * CHUNK, C, CHUNK).to(tl.float32)
         total += tl.sum(x, axis=1)
         xs = xs + (x,)
     mean, rstd = statistics(xs, total, eps, S)
     normed = ()
     for i in tl.static_range(NUM):
-        normed = normed + (centred(xs[i], mean[:, None], i, C, CHUNK) * rstd[:, None],)
+        normed = normed + (centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK) * rstd[:, None],)
     return normed, rstd
 
 
@@ -188,7 +136,7 @@ def forward_pass(
         x_sum = tl.zeros((TOKENS,), tl.float32)
         scores = tl.zeros((ROWS, TOKENS), tl.float32)
         for i in tl.static_range(NUM):
-            x = load_chunk(x_ptr, x_token_stride, t, present, i, C, CHUNK)
+            x = load_tile(x_ptr, t * x_token_stride, present, i * CHUNK, C, CHUNK)
             x_sum += tl.sum(x.to(tl.float32), axis=1)
             if not CENTRE:
                 scores = tl.dot(us[i], tl.trans(x), scores, input_precision=PRECISION)
@@ -196,7 +144,7 @@ def forward_pass(
         mean, rstd = statistics(xs, x_sum, eps, S)
         if CENTRE:
             for i in tl.static_range(NUM):
-                xs = xs[1:] + (centred(xs[0], mean[:, None], i, C, CHUNK),)
+                xs = xs[1:] + (centred(xs[0], mean[:, None], i * CHUNK, C, CHUNK),)
                 scores = tl.dot(us[i], tl.trans(xs[NUM - 1]), scores, input_precision=PRECISION)
             mean = tl.zeros_like(mean)
         scores = (scores - u_sum[:, None] * mean[None, :]) * (rstd[None, :] * LOG2E)
@@ -228,7 +176,7 @@ def forward_pass(
         scale = 1.0 / total
     for i in tl.static_range(NUM):
         m = (acc[i] - weighted_mean[:, None]) * scale[:, None]
-        store_chunk(m_ptr, m_row_stride, rows, used, m, i, C, CHUNK)
+        store_tile(m_ptr, rows * m_row_stride, used, m, i * CHUNK, C, CHUNK)
 
 
 @triton.jit
@@ -286,7 +234,7 @@ def backward_pass(
     for i in tl.static_range(NUM):
         u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
         dm = load_score_rows(dm_ptr, dm_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
-        m = load_chunk(m_ptr, m_row_stride, rows, used, i, C, CHUNK).to(tl.float32)
+        m = load_tile(m_ptr, rows * m_row_stride, used, i * CHUNK, C, CHUNK).to(tl.float32)
         u_sum += tl.sum(u.to(tl.float32), axis=1)
         dm_sum += tl.sum(dm.to(tl.float32), axis=1)
         delta += tl.sum(dm.to(tl.float32) * m, axis=1)
@@ -322,7 +270,7 @@ def backward_pass(
         s = tl.zeros((ROWS, TOKENS), tl.float32)
         dp = tl.zeros((ROWS, TOKENS), tl.float32)
         for i in tl.static_range(NUM):
-            x = load_chunk(x_ptr, x_token_stride, t, present, i, C, CHUNK)
+            x = load_tile(x_ptr, t * x_token_stride, present, i * CHUNK, C, CHUNK)
             x_sum += tl.sum(x.to(tl.float32), axis=1)
             if not CENTRE:
                 s = tl.dot(us[i], tl.trans(x), s, input_precision=PRECISION)
@@ -331,7 +279,7 @@ def backward_pass(
         mean, rstd = statistics(xs, x_sum, eps, S)
         if CENTRE:
             for i in tl.static_range(NUM):
-                xs = xs[1:] + (centred(xs[0], mean[:, None], i, C, CHUNK),)
+                xs = xs[1:] + (centred(xs[0], mean[:, None], i * CHUNK, C, CHUNK),)
                 x = tl.trans(xs[NUM - 1])
                 s = tl.dot(us[i], x, s, input_precision=PRECISION)
                 dp = tl.dot(dms[i], x, dp, input_precision=PRECISION)
@@ -359,17 +307,17 @@ def backward_pass(
                 dx = tl.dot(tl.trans(p), dms[i], input_precision=PRECISION)
                 dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=PRECISION)
                 if NORMALIZE:
-                    d = centred(xs[i], mean[:, None], i, C, CHUNK)
+                    d = centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK)
                     dx = (dx - a[:, None] - d * b[:, None]) * rstd[:, None]
                 if ADD:
-                    dx += load_chunk(dx_ptr, dx_token_stride, t, exists, i, C, CHUNK)
-                store_chunk(dx_ptr, dx_token_stride, t, exists, dx, i, C, CHUNK)
+                    dx += load_tile(dx_ptr, t * dx_token_stride, exists, i * CHUNK, C, CHUNK)
+                store_tile(dx_ptr, t * dx_token_stride, exists, dx, i * CHUNK, C, CHUNK)
             dx_ptr += TOKENS * dx_token_stride
         x_ptr += TOKENS * x_token_stride
 
     for i in tl.static_range(NUM):
         value = du[i] - weighted_mean[:, None]
-        store_chunk(du_ptr, du_row_stride, rows, used, value, i, C, CHUNK)
+        store_tile(du_ptr, rows * du_row_stride, used, value, i * CHUNK, C, CHUNK)
 
 
 @triton.jit
@@ -417,6 +365,6 @@ def extra_token_backward(
         one = tl.arange(0, 1)
         write = first + one == 0
         if ADD:
-            dx += load_chunk(dextra_ptr, 0, one, write, i, C, CHUNK)
-        store_chunk(dextra_ptr, 0, one, write, dx, i, C, CHUNK)
+            dx += load_tile(dextra_ptr, one * 0, write, i * CHUNK, C, CHUNK)
+        store_tile(dextra_ptr, one * 0, write, dx, i * CHUNK, C, CHUNK)
     return du

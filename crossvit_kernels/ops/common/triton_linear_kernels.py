@@ -5,18 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_kernels import aligned
-from crossvit_kernels.ops.attention_core.triton_passes import centred, load_chunk, load_vector
-from crossvit_kernels.ops.common.triton_rows import (
+from crossvit_kernels.ops.common.triton_tiles import (
     SIZES,
+    aligned,
+    centred,
     gelu,
-    load_columns,
+    load_residual_scale,
+    load_tile,
     load_tokens,
+    load_vector,
     normalized_rows,
     offsets_of,
-    residual_scale_of,
     rows_of,
-    store_columns,
+    store_tile,
 )
 
 
@@ -73,13 +74,13 @@ def norm_linear(
         exists = column < OUT
         y = tl.zeros((ROWS, COLUMNS), tl.float32)
         for i in tl.static_range(NUM):
-            w = tl.trans(load_chunk(weight_ptr, C, column, exists, i, C, CHUNK))
+            w = tl.trans(load_tile(weight_ptr, column * C, exists, i * CHUNK, C, CHUNK))
             y = tl.dot(normed[i], w, y, input_precision=PRECISION)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
         if GELU:
             y = gelu(y)
-        store_columns(out_ptr, row * OUT, used, y, n, OUT, COLUMNS)
+        store_tile(out_ptr, row * OUT, used, y, n, OUT, COLUMNS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -117,18 +118,18 @@ def linear(
     exists = column < C
     y = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, TERMS, STEP):
-        a = load_columns(a_ptr, row * TERMS, used, k, TERMS, STEP)
-        w = load_columns(weight_ptr, column * TERMS, exists, k, TERMS, STEP)
+        a = load_tile(a_ptr, row * TERMS, used, k, TERMS, STEP)
+        w = load_tile(weight_ptr, column * TERMS, exists, k, TERMS, STEP)
         y = tl.dot(a, tl.trans(w), y, input_precision=PRECISION)
     y += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
     if x_ptr is not None:
         at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
         cls_at = image.to(tl.int64) * aligned(cls_stride, ALIGN)
         x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, n, C, COLUMNS)
-        y = x.to(tl.float32) + y * residual_scale_of(scale_ptr, image, used)
+        y = x.to(tl.float32) + y * load_residual_scale(scale_ptr, image, used)[:, None]
     else:
         y = gelu(y)
-    store_columns(y_ptr, row * C, used, y, n, C, COLUMNS)
+    store_tile(y_ptr, row * C, used, y, n, C, COLUMNS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -176,15 +177,15 @@ def linear_norm_backward(
         for _ in tl.static_range(NUM):
             dnormed = dnormed + (tl.zeros((ROWS, CHUNK), tl.float32),)
         for k in range(0, TERMS, STEP):
-            d = load_columns(d_ptr, row * TERMS, used, k, TERMS, STEP)
+            d = load_tile(d_ptr, row * TERMS, used, k, TERMS, STEP)
             term = k + tl.arange(0, STEP)
             for i in tl.static_range(NUM):
-                w = load_chunk(weight_ptr, C, term, term < TERMS, i, C, CHUNK)
+                w = load_tile(weight_ptr, term * C, term < TERMS, i * CHUNK, C, CHUNK)
                 total = tl.dot(d, w, dnormed[0], input_precision=PRECISION)
                 dnormed = dnormed[1:] + (total,)
     else:
         for i in tl.static_range(NUM):
-            d = load_columns(d_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32)
+            d = load_tile(d_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32)
             dnormed = dnormed + (d,)
 
     at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
@@ -192,15 +193,15 @@ def linear_norm_backward(
     is_cls = token == 0
     mean = tl.load(mean_ptr + row, mask=used, other=0.0)[:, None]
     rstd = tl.load(rstd_ptr + row, mask=used, other=0.0)[:, None]
-    scale = residual_scale_of(scale_ptr, image, used)
+    scale = load_residual_scale(scale_ptr, image, used)[:, None]
     a = tl.zeros((ROWS,), tl.float32)
     b = tl.zeros((ROWS,), tl.float32)
     for i in tl.static_range(NUM):
         x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
-        xhat = centred(x, mean, i, C, CHUNK) * rstd
-        weight = load_vector(norm_weight_ptr, i, C, CHUNK)[None, :]
-        normed = xhat * weight + load_vector(norm_bias_ptr, i, C, CHUNK)[None, :]
-        store_columns(normed_ptr, row * C, used, normed, i * CHUNK, C, CHUNK)
+        xhat = centred(x, mean, i * CHUNK, C, CHUNK) * rstd
+        weight = load_vector(norm_weight_ptr, i * CHUNK, C, CHUNK)[None, :]
+        normed = xhat * weight + load_vector(norm_bias_ptr, i * CHUNK, C, CHUNK)[None, :]
+        store_tile(normed_ptr, row * C, used, normed, i * CHUNK, C, CHUNK)
         c = i * CHUNK + tl.arange(0, CHUNK)
         share = shares_ptr + tile.to(tl.int64) * (3 * C) + c
         tl.store(share, tl.sum(dnormed[i] * xhat, axis=0), mask=c < C)
@@ -208,17 +209,17 @@ def linear_norm_backward(
         a += tl.sum(dnormed[i] * weight, axis=1)
         b += tl.sum(dnormed[i] * weight * xhat, axis=1)
     for i in tl.static_range(NUM):
-        weight = load_vector(norm_weight_ptr, i, C, CHUNK)[None, :]
+        weight = load_vector(norm_weight_ptr, i * CHUNK, C, CHUNK)[None, :]
         # Read again, out of L1: to keep it would take too many registers.
         x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
-        xhat = centred(x, mean, i, C, CHUNK) * rstd
-        dy = load_columns(dy_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32)
+        xhat = centred(x, mean, i * CHUNK, C, CHUNK) * rstd
+        dy = load_tile(dy_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32)
         c = i * CHUNK + tl.arange(0, CHUNK)
         share = shares_ptr + tile.to(tl.int64) * (3 * C) + 2 * C + c
         tl.store(share, tl.sum(dy * scale, axis=0), mask=c < C)
         dx = (dnormed[i] * weight - a[:, None] / C - xhat * (b[:, None] / C)) * rstd + dy
         if dcls_ptr is not None:
             own = image.to(tl.int64) * C
-            store_columns(dcls_ptr, own, used & is_cls, dx, i * CHUNK, C, CHUNK)
+            store_tile(dcls_ptr, own, used & is_cls, dx, i * CHUNK, C, CHUNK)
             dx = tl.where(is_cls[:, None], 0.0, dx)
-        store_columns(dx_ptr, row * C, used, dx, i * CHUNK, C, CHUNK)
+        store_tile(dx_ptr, row * C, used, dx, i * CHUNK, C, CHUNK)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_kernels import aligned
-from crossvit_kernels.ops.attention_core.triton_passes import (
-    backward_pass,
-    load_chunk,
-    store_chunk,
+from crossvit_kernels.ops.attention_core.triton_passes import backward_pass
+from crossvit_kernels.ops.common.triton_tiles import (
+    aligned,
+    load_residual_scale,
+    load_tile,
+    store_tile,
 )
-from crossvit_kernels.ops.cross_attention.triton_forward import residual_scales
 from crossvit_kernels.ops.cross_attention.triton_passes import (
     IMAGES,
     linear,
@@ -102,7 +102,8 @@ def before_tokens(
     tl.debug_barrier()
     weight, bias = w.back_norm_weight, w.back_norm_bias
     dy = norm_gelu_backward(y, C, weight, bias, dweight, dbias, SIZE, used, eps, C, PADDED)
-    residual_scale = residual_scales(scale_ptr, first, used)
+    image = first + tl.arange(0, IMAGES)
+    residual_scale = load_residual_scale(scale_ptr, image, used)
     store_rows(dy0, SIZE, used, dy, C, PADDED)
     store_rows(dupdate, SIZE, used, dy * residual_scale[:, None], C, PADDED)
     tl.debug_barrier()
@@ -246,17 +247,17 @@ def after_tokens(
     tl.debug_barrier()
     row = tl.arange(0, IMAGES)
     for i in tl.static_range((C + PART - 1) // PART):  # registers hold six such parts, not rows
-        dgain = load_chunk(dgamma, SIZE, row, used, i, C, PART)
-        dshift = load_chunk(dbeta, SIZE, row, used, i, C, PART)
+        dgain = load_tile(dgamma, row * SIZE, used, i * PART, C, PART)
+        dshift = load_tile(dbeta, row * SIZE, used, i * PART, C, PART)
         for head in range(H):
             at = head * head_stride
-            dz = load_chunk(dz_ptr + at, C, row, used, i, C, PART)
-            dgain += dz * load_chunk(m + at, C, row, used, i, C, PART)
-            du = load_chunk(du_ptr + at, C, row, used, i, C, PART)
-            dgain += du * load_chunk(kt + at, C, row, used, i, C, PART)
+            dz = load_tile(dz_ptr + at, row * C, used, i * PART, C, PART)
+            dgain += dz * load_tile(m + at, row * C, used, i * PART, C, PART)
+            du = load_tile(du_ptr + at, row * C, used, i * PART, C, PART)
+            dgain += du * load_tile(kt + at, row * C, used, i * PART, C, PART)
             dshift += dz
-        store_chunk(dgamma, SIZE, row, used, dgain, i, C, PART)
-        store_chunk(dbeta, SIZE, row, used, dshift, i, C, PART)
+        store_tile(dgamma, row * SIZE, used, dgain, i * PART, C, PART)
+        store_tile(dbeta, row * SIZE, used, dshift, i * PART, C, PART)
     tl.debug_barrier()
     weight = w.proj_weight
     linear(

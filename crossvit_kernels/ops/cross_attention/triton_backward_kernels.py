@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_kernels import aligned
+from crossvit_kernels.ops.common.triton_tiles import aligned
 from crossvit_kernels.ops.cross_attention.triton_backward import (
     after_tokens,
     before_tokens,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_kernels import aligned
 from crossvit_kernels.ops.attention_core.triton_passes import forward_pass
+from crossvit_kernels.ops.common.triton_tiles import aligned, load_residual_scale
 from crossvit_kernels.ops.cross_attention.triton_passes import IMAGES, linear, norm_rows
 
 # Not compiled into a kernel.
@@ -156,7 +156,8 @@ def after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F: tl.constex
             shift_ptr=w.norm_bias,
         )
     tl.debug_barrier()
-    residual_scale = residual_scales(scale_ptr, first, used)
+    image = first + tl.arange(0, IMAGES)
+    residual_scale = load_residual_scale(scale_ptr, image, used)
     linear(
         o,
         C,
@@ -179,17 +180,6 @@ def after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F: tl.constex
     norm_rows(y, C, weight, bias, back, C, used, eps, C, PADDED, GELU=True)
     tl.debug_barrier()
     linear(back, C, w.back_weight, C, w.back_bias, out_ptr, OWN, used, C, OWN, K, N, PRECISION)
-
-
-@triton.jit
-def residual_scales(scale_ptr, first, used):
-    """r of each image; 1 without a pointer."""
-    if scale_ptr is not None:
-        row = tl.arange(0, IMAGES)
-        scale = tl.load(scale_ptr + first + row, mask=used, other=0.0).to(tl.float32)
-    else:
-        scale = tl.full((IMAGES,), 1.0, tl.float32)
-    return scale
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -11,8 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_passes import load_chunk, load_vector
-from crossvit_kernels.ops.common.triton_rows import normal_distribution
+from crossvit_kernels.ops.common.triton_tiles import (
+    gelu_slope,
+    load_tile,
+    load_vector,
+    normal_distribution,
+    store_tile,
+)
 
 IMAGES: tl.constexpr = tl.constexpr(16)
 
@@ -50,18 +55,20 @@ def linear(
         exists = column < N
         total = tl.zeros((IMAGES, BLOCK_N), tl.float32)
         for i in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-            a = load_chunk(a_ptr, a_stride, row, used, i, K, BLOCK_K).to(tl.float32)
+            a = load_tile(a_ptr, row * a_stride, used, i * BLOCK_K, K, BLOCK_K).to(tl.float32)
             if gain_ptr is not None:
-                a = a * load_vector(gain_ptr, i, K, BLOCK_K)[None, :]
+                a = a * load_vector(gain_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
             if shift_ptr is not None:
-                a = a + load_vector(shift_ptr, i, K, BLOCK_K)[None, :]
+                a = a + load_vector(shift_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
             if TRANSPOSED:
                 k = i * BLOCK_K + tl.arange(0, BLOCK_K)
                 at = k[:, None] * weight_stride + column[None, :]
                 mask = (k < K)[:, None] & exists[None, :]
                 w = tl.load(weight_ptr + at, mask=mask, other=0.0)
             else:
-                w = tl.trans(load_chunk(weight_ptr, weight_stride, column, exists, i, K, BLOCK_K))
+                w = tl.trans(
+                    load_tile(weight_ptr, column * weight_stride, exists, i * BLOCK_K, K, BLOCK_K)
+                )
             total = tl.dot(a.to(dtype), w, total, input_precision=PRECISION)
         if bias_ptr is not None:
             total += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
@@ -76,19 +83,15 @@ def linear(
 
 @triton.jit
 def load_rows(ptr, stride, used, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Whole rows [IMAGES, PADDED] in float32, zeros behind the last column."""
-    c = tl.arange(0, PADDED)
-    at = tl.arange(0, IMAGES)[:, None] * stride + c[None, :]
-    return tl.load(ptr + at, mask=used[:, None] & (c < WIDTH)[None, :], other=0.0).to(tl.float32)
+    """Whole rows [IMAGES, PADDED] in float32."""
+    at = tl.arange(0, IMAGES) * stride
+    return load_tile(ptr, at, used, 0, WIDTH, PADDED).to(tl.float32)
 
 
 @triton.jit
 def store_rows(ptr, stride, used, value, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """The counterpart of load_rows."""
-    c = tl.arange(0, PADDED)
-    at = tl.arange(0, IMAGES)[:, None] * stride + c[None, :]
-    value = value.to(ptr.dtype.element_ty)
-    tl.store(ptr + at, value, mask=used[:, None] & (c < WIDTH)[None, :])
+    """Writes whole rows."""
+    store_tile(ptr, tl.arange(0, IMAGES) * stride, used, value, 0, WIDTH, PADDED)
 
 
 @triton.jit
@@ -154,9 +157,8 @@ def norm_gelu_backward(
     xhat, rstd = normalized(load_rows(x_ptr, x_stride, used, WIDTH, PADDED), eps, WIDTH, PADDED)
     weight = load_vector(weight_ptr, 0, WIDTH, PADDED)[None, :]
     n = xhat * weight + load_vector(bias_ptr, 0, WIDTH, PADDED)[None, :]
-    density = 0.3989422804014327 * tl.exp(-0.5 * n * n)
     dn = load_rows(dbias_ptr, d_stride, used, WIDTH, PADDED)
-    dn = dn * (normal_distribution(n) + n * density)
+    dn = dn * gelu_slope(n, normal_distribution(n))
     tl.debug_barrier()
     store_rows(dbias_ptr, d_stride, used, dn, WIDTH, PADDED)
     store_rows(dweight_ptr, d_stride, used, dn * xhat, WIDTH, PADDED)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_passes import load_chunk, load_vector
-from crossvit_kernels.ops.common.triton_rows import (
+from crossvit_kernels.ops.common.triton_tiles import (
     SIZES,
     gelu,
-    load_columns,
+    gelu_slope,
+    load_residual_scale,
+    load_tile,
     load_tokens,
+    load_vector,
     normal_distribution,
     normalized_rows,
     offsets_of,
-    residual_scale_of,
     rows_of,
-    store_columns,
+    store_tile,
 )
 
 
@@ -66,20 +67,23 @@ def ffn_forward(
         exists = unit < HIDDEN
         hidden = tl.zeros((ROWS, COLUMNS), tl.float32)
         for i in tl.static_range(NUM):
-            w = load_chunk(fc1_weight_ptr, C, unit, exists, i, C, CHUNK)
+            w = load_tile(fc1_weight_ptr, unit * C, exists, i * CHUNK, C, CHUNK)
             hidden = tl.dot(normed[i], tl.trans(w), hidden, input_precision=PRECISION)
         hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
         activated = gelu(hidden).to(dtype)
         for i in tl.static_range(NUM):
             c = i * CHUNK + tl.arange(0, CHUNK)
-            w = load_columns(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
+            w = load_tile(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
             y = tl.dot(activated, tl.trans(w), ys[0], input_precision=PRECISION)
             ys = ys[1:] + (y,)
-    scale = residual_scale_of(scale_ptr, image, used)
+    scale = load_residual_scale(scale_ptr, image, used)[:, None]
     for i in tl.static_range(NUM):
         x = load_tokens(x_ptr, at, None, at, token, used, i * CHUNK, C, CHUNK)
-        y = x.to(tl.float32) + (ys[i] + load_vector(fc2_bias_ptr, i, C, CHUNK)[None, :]) * scale
-        store_columns(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
+        y = (
+            x.to(tl.float32)
+            + (ys[i] + load_vector(fc2_bias_ptr, i * CHUNK, C, CHUNK)[None, :]) * scale
+        )
+        store_tile(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -127,22 +131,21 @@ def ffn_hidden_backward(
     dactivated = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, C, STEP):
         c = k + tl.arange(0, STEP)
-        x = load_columns(x_ptr, at, used, k, C, STEP).to(tl.float32)
+        x = load_tile(x_ptr, at, used, k, C, STEP).to(tl.float32)
         weight = tl.load(norm_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         bias = tl.load(norm_bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         normed = ((x - mean) * rstd * weight + bias).to(dtype)
-        w = load_columns(fc1_weight_ptr, unit * C, exists, k, C, STEP)
+        w = load_tile(fc1_weight_ptr, unit * C, exists, k, C, STEP)
         hidden = tl.dot(normed, tl.trans(w), hidden, input_precision=PRECISION)
-        dupdate = load_columns(dupdate_ptr, row * C, used, k, C, STEP)
-        w = load_columns(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
+        dupdate = load_tile(dupdate_ptr, row * C, used, k, C, STEP)
+        w = load_tile(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
         dactivated = tl.dot(dupdate, w, dactivated, input_precision=PRECISION)
     hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
     distribution = normal_distribution(hidden)
     activated = (hidden * distribution).to(dtype)  # before the rest is begun: registers are few
-    store_columns(activated_ptr, row * HIDDEN, used, activated, n, HIDDEN, COLUMNS)
-    density = 0.3989422804014327 * tl.exp(-0.5 * hidden * hidden)
-    dhidden = (dactivated * (distribution + hidden * density)).to(dtype)
-    store_columns(dhidden_ptr, row * HIDDEN, used, dhidden, n, HIDDEN, COLUMNS)
+    store_tile(activated_ptr, row * HIDDEN, used, activated, n, HIDDEN, COLUMNS)
+    dhidden = (dactivated * gelu_slope(hidden, distribution)).to(dtype)
+    store_tile(dhidden_ptr, row * HIDDEN, used, dhidden, n, HIDDEN, COLUMNS)
     tl.store(
         shares_ptr + tile.to(tl.int64) * HIDDEN + unit,
         tl.sum(dhidden.to(tl.float32), axis=0),

@@ -8,15 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_kernels import aligned
-from crossvit_kernels.ops.attention_core.triton_passes import LOG2E, load_vector
-from crossvit_kernels.ops.common.triton_rows import (
+from crossvit_kernels.ops.common.triton_tiles import (
+    LOG2E,
     SIZES,
-    load_columns,
+    aligned,
+    load_residual_scale,
+    load_tile,
     load_tokens,
+    load_vector,
     offsets_of,
-    residual_scale_of,
-    store_columns,
+    store_tile,
 )
 
 
@@ -28,7 +29,7 @@ def attend(qkv_ptr, head, row, used, num_tokens, C: tl.constexpr, D: tl.constexp
     PRECISION: tl.constexpr = A.precision
     dtype = qkv_ptr.dtype.element_ty
     q_ptr = qkv_ptr + head * D
-    q = load_columns(q_ptr, row.to(tl.int64) * (3 * C), used, 0, D, D)
+    q = load_tile(q_ptr, row.to(tl.int64) * (3 * C), used, 0, D, D)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D), tl.float32)
@@ -36,7 +37,7 @@ def attend(qkv_ptr, head, row, used, num_tokens, C: tl.constexpr, D: tl.constexp
         key = n + tl.arange(0, KEYS)
         exists = key < num_tokens
         at = key.to(tl.int64) * (3 * C)
-        k = load_columns(q_ptr + C, at, exists, 0, D, D)
+        k = load_tile(q_ptr + C, at, exists, 0, D, D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (LOG2E * D**-0.5)
         s = tl.where(exists[None, :], s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, axis=1))
@@ -44,7 +45,7 @@ def attend(qkv_ptr, head, row, used, num_tokens, C: tl.constexpr, D: tl.constexp
         p = tl.exp2(s - new_peak[:, None])
         total = total * decay + tl.sum(p, axis=1)
         peak = new_peak
-        v = load_columns(q_ptr + 2 * C, at, exists, 0, D, D)
+        v = load_tile(q_ptr + 2 * C, at, exists, 0, D, D)
         acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return acc / total[:, None], (peak + tl.log2(total)) / LOG2E
 
@@ -64,7 +65,7 @@ def attention(
     head = pair % HEADS
     o, lse = attend(qkv_ptr + image * num_tokens * (3 * C), head, row, used, num_tokens, C, D, A)
     out = heads_ptr + image * num_tokens * C + head * D
-    store_columns(out, row.to(tl.int64) * C, used, o, 0, D, D)
+    store_tile(out, row.to(tl.int64) * C, used, o, 0, D, D)
     if lse_ptr is not None:
         tl.store(lse_ptr + pair.to(tl.int64) * num_tokens + row, lse, mask=used)
 
@@ -110,27 +111,27 @@ def attention_projection(
         )
         o = o.to(dtype)
         if heads_ptr is not None:
-            store_columns(heads_ptr + head * D, row * C, used, o, 0, D, D)
+            store_tile(heads_ptr + head * D, row * C, used, o, 0, D, D)
         if lse_ptr is not None:
             tl.store(lse_ptr + (image * HEADS + head) * num_tokens + token, lse, mask=used)
         for i in tl.static_range(NUM):
             c = i * CHUNK + tl.arange(0, CHUNK)
-            w = load_columns(weight_ptr + head * D, c * C, c < C, 0, D, D)
+            w = load_tile(weight_ptr + head * D, c * C, c < C, 0, D, D)
             y = tl.dot(o, tl.trans(w), ys[0], input_precision=PRECISION)
             ys = ys[1:] + (y,)
     at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
     cls_at = (image + token * 0) * aligned(cls_stride, ALIGN)
-    scale = residual_scale_of(scale_ptr, image + token * 0, used)
+    scale = load_residual_scale(scale_ptr, image + token * 0, used)[:, None]
     for i in tl.static_range(NUM):
         x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
-        y = x.to(tl.float32) + (ys[i] + load_vector(bias_ptr, i, C, CHUNK)[None, :]) * scale
-        store_columns(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
+        y = x.to(tl.float32) + (ys[i] + load_vector(bias_ptr, i * CHUNK, C, CHUNK)[None, :]) * scale
+        store_tile(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
 
 
 @triton.jit
 def rows_at(ptr, stride, row, used, D: tl.constexpr):
     """Rows of one head."""
-    return load_columns(ptr, row.to(tl.int64) * stride, used, 0, D, D)
+    return load_tile(ptr, row.to(tl.int64) * stride, used, 0, D, D)
 
 
 @triton.jit
@@ -173,8 +174,8 @@ def keys_backward(
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
     at = own.to(tl.int64) * (3 * C)
     dk = dk * D**-0.5
-    store_columns(dq_ptr + C, at, used, dk, 0, D, D)
-    store_columns(dq_ptr + 2 * C, at, used, dv, 0, D, D)
+    store_tile(dq_ptr + C, at, used, dk, 0, D, D)
+    store_tile(dq_ptr + 2 * C, at, used, dv, 0, D, D)
     # Keys that do not exist have the gradients of a k and a v of zeros.
     c = tl.arange(0, D)
     tl.store(share_ptr + C + c, tl.sum(tl.where(used[:, None], dk, 0.0), axis=0))
@@ -218,7 +219,7 @@ def queries_backward(
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(dtype), k, dq, input_precision=PRECISION)
     dq = dq * D**-0.5
-    store_columns(dq_ptr, own.to(tl.int64) * (3 * C), used, dq, 0, D, D)
+    store_tile(dq_ptr, own.to(tl.int64) * (3 * C), used, dq, 0, D, D)
     tl.store(share_ptr + tl.arange(0, D), tl.sum(tl.where(used[:, None], dq, 0.0), axis=0))
 
 
