@@ -35,7 +35,8 @@ def cross_attention_forward(
     tokens: _Tokens,
     weights: list[_Parameter],
     residual_scale: _Parameter,
-    saved: list[int],
+    vectors: int,
+    y0_token: int,
     new_cls: _Parameter,
 ) -> None: ...
 def layernorm_msa_forward(

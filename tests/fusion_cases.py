@@ -106,8 +106,9 @@ def check_rule(
         if name == "k_bias":
             assert (a == 0).all()
             continue
-        # q and k act through differences of scores: where there are few tokens these cancel.
-        floor = 8 * eps * batch**0.5 if num_tokens < 8 else 0.0
+        # q and k act through differences of scores: where there are few tokens these cancel, and
+        # what is left is the rounding of terms of about ten.
+        floor = 12 * eps * batch**0.5 if num_tokens < 8 else 0.0
         assert_within_rule(a, e, x, name, absolute_floor=floor)
 
 

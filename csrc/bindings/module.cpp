@@ -21,13 +21,6 @@ namespace {
 using namespace crossvit::bindings;
 
 // y0, q, kt, m, lse, o, y
-using SavedArg = std::array<Address, 7>;
-
-fusion::Saved to_saved(const SavedArg& arg) {
-  const auto at = [&](int i) { return pointer<void>(arg[i]); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
-}
-
 // [B, N, C], batch and token strides, cls and its stride
 using TokenRowsArg =
     std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, Address, int64_t>;
@@ -83,15 +76,18 @@ PYBIND11_MODULE(_C, m) {
       "cross_attention_forward",
       [](const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, double>& problem,
          const ParameterArg& cls, const TokensArg& tokens, const std::vector<ParameterArg>& weights,
-         const ParameterArg& residual_scale, const SavedArg& saved, const ParameterArg& new_cls) {
+         const ParameterArg& residual_scale, Address vectors, Address y0_token,
+         const ParameterArg& new_cls) {
         const auto& [batch, num_tokens, channels, own_channels, num_heads, eps] = problem;
-        fusion::forward(
-            {batch, num_tokens, channels, own_channels, num_heads, eps, to_parameter(cls),
-             to_tokens(tokens), to_weights(weights), to_parameter(residual_scale), to_saved(saved),
-             pointer<void>(std::get<0>(new_cls)), crossvit::DType(std::get<1>(new_cls))});
+        fusion::forward({batch, num_tokens, channels, own_channels, num_heads, eps,
+                         to_parameter(cls), to_tokens(tokens), to_weights(weights),
+                         to_parameter(residual_scale), pointer<void>(vectors),
+                         pointer<void>(y0_token), pointer<void>(std::get<0>(new_cls)),
+                         crossvit::DType(std::get<1>(new_cls))});
       },
       py::arg("problem"), py::arg("cls"), py::arg("tokens"), py::arg("weights"),
-      py::arg("residual_scale"), py::arg("saved"), py::arg("new_cls"), Released());
+      py::arg("residual_scale"), py::arg("vectors"), py::arg("y0_token"), py::arg("new_cls"),
+      Released());
 
   m.def(
       "layernorm_msa_forward",

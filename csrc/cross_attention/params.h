@@ -27,18 +27,6 @@ struct Weights {
   Layer back_norm, back;               // g: C -> C_own
 };
 
-// Out tensors are contiguous. Those of `Saved` are kept for backward; they are of the type of the
-// arithmetic (double for double tokens, else float) unless noted.
-struct Saved {
-  void* y0;   // [B, C], of the tokens' type: f(cls)
-  void* q;    // [B, C], before the scale 1 / sqrt(d)
-  void* kt;   // [h, B, C], scaled
-  void* m;    // [h, B, C]
-  void* lse;  // [B, h]
-  void* o;    // [B, C]
-  void* y;    // [B, C]
-};
-
 struct ForwardParams {
   int64_t batch;
   int64_t num_tokens;  // without the CLS
@@ -50,7 +38,8 @@ struct ForwardParams {
   attention_core::Tokens tokens;  // [B, N, C] without an extra token
   Weights weights;
   Parameter residual_scale;  // [B], of the type of the arithmetic, or null
-  Saved saved;               // out
+  void* vectors;             // out: SavedVectors, of the type of the arithmetic
+  void* y0_token;            // out: y0 in the tokens' type [B, C]; null where that is y0 itself
   void* new_cls;             // out: [B, C_own]
   DType new_cls_dtype;
 };

@@ -18,17 +18,12 @@ from crossvit_kernels import extension
 from crossvit_kernels.gpu import device
 from crossvit_kernels.ops.attention_core import cuda as core
 from crossvit_kernels.ops.autograd import autocast_dtype
+from crossvit_kernels.ops.cross_attention import layout
+from crossvit_kernels.ops.cross_attention.layout import Saved, empty_saved
 from crossvit_kernels.ops.cross_attention.reference import (
     FusionInputs,
     FusionWeights,
     gradients,
-)
-from crossvit_kernels.ops.cross_attention.saved import (
-    Saved,
-    empty_saved,
-    gradient_sizes,
-    vectors,
-    weight_gradients,
 )
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
@@ -125,7 +120,7 @@ def backward(
     (batch, num_tokens, channels), own = tokens.shape, cls.shape[1]
     dcls = torch.empty_like(_readable(cls, tokens), memory_format=torch.contiguous_format)
     dx = tokens.new_empty(tokens.shape) if wanted.tokens else None
-    rows = tokens.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
+    rows = layout.empty_gradients(inputs)
     dz, du = tokens.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
     if batch:
         assert extension.cuda_kernels is not None
@@ -155,8 +150,8 @@ def backward(
             division=(split.images, split.blocks),
             place=extension.place(x),
         )
-    v = vectors(saved, batch, own, channels, num_heads)
-    d_weights = weight_gradients(weights, v, rows, du, wanted.weights)
+    v, g = layout.vectors(saved, inputs), layout.gradients(rows, inputs)
+    d_weights = layout.weight_gradients(inputs.weights, v, g, du, wanted.weights)
     return gradients(dcls.to(cls.dtype), dx, d_weights)
 
 

@@ -52,5 +52,5 @@ class FusionShape:
 
     @property
     def gradient_size(self) -> int:
-        """Floats of an image's row of gradients: see triton_backward.gradients_of."""
+        """Floats of an image's row of gradients: see layout.Gradients."""
         return 3 * self.own + 8 * self.channels

@@ -18,14 +18,9 @@ from crossvit_kernels.gpu.candidates import Candidate, Candidates
 from crossvit_kernels.gpu.device import ALIGN
 from crossvit_kernels.ops.attention_core import shape as token_passes
 from crossvit_kernels.ops.attention_core import triton as core
+from crossvit_kernels.ops.cross_attention import layout
+from crossvit_kernels.ops.cross_attention.layout import Saved, empty_saved
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights, gradients
-from crossvit_kernels.ops.cross_attention.saved import (
-    Saved,
-    empty_saved,
-    gradient_sizes,
-    vectors,
-    weight_gradients,
-)
 from crossvit_kernels.ops.cross_attention.shape import FusionShape
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
@@ -68,7 +63,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
         return new_cls, saved
     sizes = batch, cls.stride(0)
     launcher.start(kernels.fusion_before, groups, (cls, kept), sizes, candidates.aligned, **rest)
-    v = vectors(saved, batch, shape.own, shape.channels, shape.heads)
+    v = layout.vectors(saved, inputs)
     core.forward_pass(
         v.kt.transpose(0, 1),
         x,
@@ -87,27 +82,28 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
 def backward(
     douts: Sequence[Tensor], inputs: FusionInputs, saved: Saved, eps: float, wanted: Any
 ) -> FusionInputs:
-    (d_new_cls,), (cls, tokens, weights, num_heads, _) = douts, inputs
-    (batch, _, channels), own = tokens.shape, cls.shape[1]
+    (d_new_cls,), (cls, tokens, _, num_heads, _) = douts, inputs
+    batch, _, channels = tokens.shape
     dcls = cls.new_empty(cls.shape)
     dx = tokens.new_empty(tokens.shape) if wanted.tokens else None
-    rows = tokens.new_empty(batch, sum(gradient_sizes(own, channels)), dtype=torch.float32)
+    rows = layout.empty_gradients(inputs)
     dz, du = tokens.new_empty(2, num_heads, batch, channels, dtype=torch.float32)
     if batch:
         out = dcls, dx, rows, dz, du
-        _launch_backward(d_new_cls, _prepared(inputs, "backward"), saved, eps, out)
-    v = vectors(saved, batch, own, channels, num_heads)
-    return gradients(dcls, dx, weight_gradients(weights, v, rows, du, wanted.weights))
+        _launch_backward(d_new_cls, inputs, saved, eps, out)
+    v, g = layout.vectors(saved, inputs), layout.gradients(rows, inputs)
+    d_weights = layout.weight_gradients(inputs.weights, v, g, du, wanted.weights)
+    return gradients(dcls, dx, d_weights)
 
 
 def _launch_backward(
     d_new_cls: Tensor,
-    call: _Call,
+    inputs: FusionInputs,
     saved: Saved,
     eps: float,
     out: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
 ) -> None:
-    cls, x, w, scale, (shape, in_one_kernel, candidates) = call
+    cls, x, w, scale, (shape, in_one_kernel, candidates) = _prepared(inputs, "backward")
     kernels, (batch, num_tokens, _) = _kernels()[1], x.shape
     dout, kept = device.aligned_rows(d_new_cls), saved.vectors
     dcls, dx, rows, dz, du = out
@@ -131,8 +127,7 @@ def _launch_backward(
         candidates.aligned,
         **rest,
     )
-    v = vectors(saved, batch, shape.own, shape.channels, shape.heads)
-    dy0_as_token = rows.split(gradient_sizes(shape.own, shape.channels), dim=1)[3]
+    v = layout.vectors(saved, inputs)
     core.backward_pass(
         dz.transpose(0, 1),
         None,
@@ -145,7 +140,7 @@ def _launch_backward(
         eps,
         gain=w.norm_weight,
         table=_table_of_pass("backward", num_tokens),
-        out=(du.transpose(0, 1), dx, dy0_as_token),
+        out=(du.transpose(0, 1), dx, layout.gradients(rows, inputs).norm_weight),
     )
     launcher.start(
         kernels.fusion_backward_after,

@@ -16,6 +16,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
     load_tile,
     store_tile,
 )
+from crossvit_kernels.ops.cross_attention.layout import Gradients
 from crossvit_kernels.ops.cross_attention.triton_passes import (
     IMAGES,
     linear,
@@ -29,15 +30,13 @@ from crossvit_kernels.ops.cross_attention.triton_passes import (
 
 @triton.jit
 def gradients_of(ptr, first, F: tl.constexpr):
-    """Where the row of image `first` has the gradients of f's LayerNorm (weight, bias), f's bias,
-    LayerNorm (weight, bias), b_q, b_v, b_o, g's LayerNorm (weight, bias) and g's bias.
-    """
+    """Pointers into the row of gradients of image `first`; ptr [B, F.gradient_size]."""
     OWN: tl.constexpr = F.own
     C: tl.constexpr = F.channels
     SIZE: tl.constexpr = F.gradient_size
     ptr += first.to(tl.int64) * SIZE
     channels = ptr + 2 * OWN
-    return (
+    return Gradients(
         ptr,
         ptr + OWN,
         channels,
@@ -58,8 +57,8 @@ def before_tokens(
     dout_stride,
     scale_ptr,
     w,
-    vectors,
-    gradients,
+    v,
+    g,
     dz_ptr,
     first,
     used,
@@ -78,10 +77,13 @@ def before_tokens(
     PADDED_OWN: tl.constexpr = F.padded_own
     PADDED: tl.constexpr = F.padded
     PRECISION: tl.constexpr = F.precision
-    _, _, _, _, _, y, _, _, _, _, head_stride = vectors
-    _, _, dy0, _, _, _, do, dupdate, dweight, dbias, dout = gradients
     store_rows(
-        dout, SIZE, used, load_rows(dout_ptr, dout_stride, used, OWN, PADDED_OWN), OWN, PADDED_OWN
+        g.new_cls,
+        SIZE,
+        used,
+        load_rows(dout_ptr, dout_stride, used, OWN, PADDED_OWN),
+        OWN,
+        PADDED_OWN,
     )
     linear(
         dout_ptr,
@@ -89,7 +91,7 @@ def before_tokens(
         w.back_weight,
         C,
         None,
-        dbias,
+        g.back_norm_bias,
         SIZE,
         used,
         OWN,
@@ -101,23 +103,25 @@ def before_tokens(
     )
     tl.debug_barrier()
     weight, bias = w.back_norm_weight, w.back_norm_bias
-    dy = norm_gelu_backward(y, C, weight, bias, dweight, dbias, SIZE, used, eps, C, PADDED)
+    dy = norm_gelu_backward(
+        v.y, C, weight, bias, g.back_norm_weight, g.back_norm_bias, SIZE, used, eps, C, PADDED
+    )
     image = first + tl.arange(0, IMAGES)
     residual_scale = load_residual_scale(scale_ptr, image, used)
-    store_rows(dy0, SIZE, used, dy, C, PADDED)
-    store_rows(dupdate, SIZE, used, dy * residual_scale[:, None], C, PADDED)
+    store_rows(g.y0, SIZE, used, dy, C, PADDED)
+    store_rows(g.update, SIZE, used, dy * residual_scale[:, None], C, PADDED)
     tl.debug_barrier()
     weight = w.out_weight
-    linear(dupdate, SIZE, weight, C, None, do, SIZE, used, C, C, K, N, PRECISION, TRANSPOSED=True)
+    linear(g.update, SIZE, weight, C, None, g.o, SIZE, used, C, C, K, N, PRECISION, TRANSPOSED=True)
     tl.debug_barrier()
     for head in range(H):
         linear(
-            do + head * D,
+            g.o + head * D,
             SIZE,
             w.v_weight + head * D * C,
             C,
             None,
-            dz_ptr + head * head_stride,
+            dz_ptr + head * v.head_stride,
             C,
             used,
             D,
@@ -138,8 +142,8 @@ def tokens_of_image(
     dx_ptr,
     num_tokens,
     w,
-    vectors,
-    gradients,
+    v,
+    g,
     dz_ptr,
     du_ptr,
     eps,
@@ -153,30 +157,28 @@ def tokens_of_image(
     H: tl.constexpr = S.num_rows
     ALIGN: tl.constexpr = S.align
     SIZE: tl.constexpr = F.gradient_size
-    _, y0, _, _, _, _, _, kt, m, lse, head_stride = vectors
-    _, _, _, dy0_as_token, _, _, _, _, _, _, _ = gradients
     if dx_ptr is not None:
         dx_ptr += image.to(tl.int64) * num_tokens * C
     backward_pass(
-        kt + image * C,
-        head_stride,
+        v.kt + image * C,
+        v.head_stride,
         dz_ptr + image * C,
-        head_stride,
+        v.head_stride,
         w.norm_weight,
-        m + image * C,
-        head_stride,
-        lse + image * H,
+        v.m + image * C,
+        v.head_stride,
+        v.lse + image * H,
         None,
         x_ptr + image.to(tl.int64) * aligned(x_batch_stride, ALIGN),
         aligned(x_token_stride, ALIGN),
-        y0 + image * C,
+        v.y0 + image * C,
         None,
         0,
         du_ptr + image * C,
-        head_stride,
+        v.head_stride,
         dx_ptr,
         C,
-        dy0_as_token + image * SIZE,
+        g.norm_weight + image * SIZE,  # of y0 as a token, until after_tokens
         image * 0,
         num_tokens,
         0,
@@ -192,8 +194,8 @@ def after_tokens(
     cls_stride,
     dcls_ptr,
     w,
-    vectors,
-    gradients,
+    v,
+    g,
     dz_ptr,
     du_ptr,
     used,
@@ -213,16 +215,14 @@ def after_tokens(
     PADDED: tl.constexpr = F.padded
     PART: tl.constexpr = min(F.padded, 256)
     PRECISION: tl.constexpr = F.precision
-    _, y0, _, _, _, _, _, kt, m, _, head_stride = vectors
-    dweight_own, dbias_own, dy0, dgamma, dbeta, dq, _, _, _, _, _ = gradients
     for head in range(H):
         linear(
-            du_ptr + head * head_stride,
+            du_ptr + head * v.head_stride,
             C,
             w.k_weight + head * D * C,
             C,
             None,
-            dq + head * D,
+            g.q + head * D,
             SIZE,
             used,
             C,
@@ -234,39 +234,54 @@ def after_tokens(
             scale=D**-0.5,
         )
     tl.debug_barrier()
-    # dLN(y0) for now in dbeta, y0's gradient as a token still in dgamma
-    linear(dq, SIZE, w.q_weight, C, None, dbeta, SIZE, used, C, C, K, N, PRECISION, TRANSPOSED=True)
+    # g.norm_bias holds dLN(y0) for now, g.norm_weight y0's gradient as a token.
+    linear(
+        g.q,
+        SIZE,
+        w.q_weight,
+        C,
+        None,
+        g.norm_bias,
+        SIZE,
+        used,
+        C,
+        C,
+        K,
+        N,
+        PRECISION,
+        TRANSPOSED=True,
+    )
     tl.debug_barrier()
-    xhat, rstd = normalized(load_rows(y0, C, used, C, PADDED), eps, C, PADDED)
-    dn = load_rows(dbeta, SIZE, used, C, PADDED)
+    xhat, rstd = normalized(load_rows(v.y0, C, used, C, PADDED), eps, C, PADDED)
+    dn = load_rows(g.norm_bias, SIZE, used, C, PADDED)
     dy = norm_backward(dn, xhat, rstd, w.norm_weight, C, PADDED)
-    dy += load_rows(dy0, SIZE, used, C, PADDED) + load_rows(dgamma, SIZE, used, C, PADDED)
+    dy += load_rows(g.y0, SIZE, used, C, PADDED) + load_rows(g.norm_weight, SIZE, used, C, PADDED)
     tl.debug_barrier()
-    store_rows(dy0, SIZE, used, dy, C, PADDED)
-    store_rows(dgamma, SIZE, used, dn * xhat, C, PADDED)
+    store_rows(g.y0, SIZE, used, dy, C, PADDED)
+    store_rows(g.norm_weight, SIZE, used, dn * xhat, C, PADDED)
     tl.debug_barrier()
     row = tl.arange(0, IMAGES)
     for i in tl.static_range((C + PART - 1) // PART):  # registers hold six such parts, not rows
-        dgain = load_tile(dgamma, row * SIZE, used, i * PART, C, PART)
-        dshift = load_tile(dbeta, row * SIZE, used, i * PART, C, PART)
+        dgain = load_tile(g.norm_weight, row * SIZE, used, i * PART, C, PART)
+        dshift = load_tile(g.norm_bias, row * SIZE, used, i * PART, C, PART)
         for head in range(H):
-            at = head * head_stride
+            at = head * v.head_stride
             dz = load_tile(dz_ptr + at, row * C, used, i * PART, C, PART)
-            dgain += dz * load_tile(m + at, row * C, used, i * PART, C, PART)
+            dgain += dz * load_tile(v.m + at, row * C, used, i * PART, C, PART)
             du = load_tile(du_ptr + at, row * C, used, i * PART, C, PART)
-            dgain += du * load_tile(kt + at, row * C, used, i * PART, C, PART)
+            dgain += du * load_tile(v.kt + at, row * C, used, i * PART, C, PART)
             dshift += dz
-        store_tile(dgamma, row * SIZE, used, dgain, i * PART, C, PART)
-        store_tile(dbeta, row * SIZE, used, dshift, i * PART, C, PART)
+        store_tile(g.norm_weight, row * SIZE, used, dgain, i * PART, C, PART)
+        store_tile(g.norm_bias, row * SIZE, used, dshift, i * PART, C, PART)
     tl.debug_barrier()
     weight = w.proj_weight
     linear(
-        dy0,
+        g.y0,
         SIZE,
         weight,
         OWN,
         None,
-        dbias_own,
+        g.proj_norm_bias,
         SIZE,
         used,
         C,
@@ -283,8 +298,8 @@ def after_tokens(
         cls_stride,
         weight,
         bias,
-        dweight_own,
-        dbias_own,
+        g.proj_norm_weight,
+        g.proj_norm_bias,
         SIZE,
         used,
         eps,

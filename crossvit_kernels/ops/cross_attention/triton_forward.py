@@ -7,6 +7,7 @@ import triton.language as tl
 
 from crossvit_kernels.ops.attention_core.triton_passes import forward_pass
 from crossvit_kernels.ops.common.triton_tiles import aligned, load_residual_scale
+from crossvit_kernels.ops.cross_attention.layout import Vectors
 from crossvit_kernels.ops.cross_attention.triton_passes import IMAGES, linear, norm_rows
 
 # Not compiled into a kernel.
@@ -15,24 +16,27 @@ SIZES = ("batch", "num_tokens", "cls_stride", "x_batch_stride", "x_token_stride"
 
 @triton.jit
 def vectors_of(ptr, batch, first, F: tl.constexpr):
-    """Where image `first` has its vectors, in the order of saved.Saved; and a head's stride."""
+    """Pointers to the vectors of image `first`; ptr [vectors of all images, see layout.py]."""
     OWN: tl.constexpr = F.own
     C: tl.constexpr = F.channels
     H: tl.constexpr = F.heads
     batch = batch.to(tl.int64)
     first = first.to(tl.int64)
-    activated = ptr + first * OWN
-    y0 = ptr + batch * OWN + first * C
     head_stride = batch * C
-    kt = y0 + 6 * head_stride
-    m = kt + H * head_stride
-    lse = ptr + batch * (OWN + (6 + 2 * H) * C) + first * H
-    normed = y0 + head_stride
-    q = normed + head_stride
-    o = q + head_stride
-    y = o + head_stride
-    back = y + head_stride
-    return activated, y0, normed, q, o, y, back, kt, m, lse, head_stride
+    y0 = ptr + batch * OWN + first * C
+    return Vectors(
+        ptr + first * OWN,
+        y0,
+        y0 + head_stride,
+        y0 + 2 * head_stride,
+        y0 + 3 * head_stride,
+        y0 + 4 * head_stride,
+        y0 + 5 * head_stride,
+        y0 + 6 * head_stride,
+        y0 + (6 + H) * head_stride,
+        ptr + batch * (OWN + (6 + 2 * H) * C) + first * H,
+        head_stride,
+    )
 
 
 @triton.jit
@@ -45,7 +49,7 @@ def images_of(program, batch, F: tl.constexpr):
 
 
 @triton.jit
-def before_tokens(cls_ptr, cls_stride, w, vectors, used, eps, F: tl.constexpr):
+def before_tokens(cls_ptr, cls_stride, w, v, used, eps, F: tl.constexpr):
     """y0 = f(cls), q = W_q LN(y0) + b_q, kt_h = W_k,h^T q_h / sqrt(d)."""
     OWN: tl.constexpr = F.own
     C: tl.constexpr = F.channels
@@ -57,28 +61,27 @@ def before_tokens(cls_ptr, cls_stride, w, vectors, used, eps, F: tl.constexpr):
     PADDED_OWN: tl.constexpr = F.padded_own
     PADDED: tl.constexpr = F.padded
     PRECISION: tl.constexpr = F.precision
-    activated, y0, normed, q, _, _, _, kt, _, _, head_stride = vectors
     weight, bias = w.proj_norm_weight, w.proj_norm_bias
     norm_rows(
-        cls_ptr, cls_stride, weight, bias, activated, OWN, used, eps, OWN, PADDED_OWN, GELU=True
+        cls_ptr, cls_stride, weight, bias, v.activated, OWN, used, eps, OWN, PADDED_OWN, GELU=True
     )
     tl.debug_barrier()
     weight, bias = w.proj_weight, w.proj_bias
-    linear(activated, OWN, weight, OWN, bias, y0, C, used, OWN, C, K, N, PRECISION)
+    linear(v.activated, OWN, weight, OWN, bias, v.y0, C, used, OWN, C, K, N, PRECISION)
     tl.debug_barrier()
-    norm_rows(y0, C, w.norm_weight, w.norm_bias, normed, C, used, eps, C, PADDED, GELU=False)
+    norm_rows(v.y0, C, w.norm_weight, w.norm_bias, v.normed, C, used, eps, C, PADDED, GELU=False)
     tl.debug_barrier()
-    linear(normed, C, w.q_weight, C, w.q_bias, q, C, used, C, C, K, N, PRECISION)
+    linear(v.normed, C, w.q_weight, C, w.q_bias, v.q, C, used, C, C, K, N, PRECISION)
     tl.debug_barrier()
     for head in range(H):
         weight = w.k_weight + head * D * C
         linear(
-            q + head * D,
+            v.q + head * D,
             C,
             weight,
             C,
             None,
-            kt + head * head_stride,
+            v.kt + head * v.head_stride,
             C,
             used,
             D,
@@ -93,25 +96,24 @@ def before_tokens(cls_ptr, cls_stride, w, vectors, used, eps, F: tl.constexpr):
 
 @triton.jit
 def tokens_of_image(
-    image, x_ptr, x_batch_stride, x_token_stride, num_tokens, w, vectors, eps, S: tl.constexpr
+    image, x_ptr, x_batch_stride, x_token_stride, num_tokens, w, v, eps, S: tl.constexpr
 ):
     """m and lse of the image-th of the images whose vectors these are."""
     C: tl.constexpr = S.channels
     H: tl.constexpr = S.num_rows
     ALIGN: tl.constexpr = S.align
-    _, y0, _, _, _, _, _, kt, m, lse, head_stride = vectors
     forward_pass(
-        kt + image * C,
-        head_stride,
+        v.kt + image * C,
+        v.head_stride,
         w.norm_weight,
         x_ptr + image.to(tl.int64) * aligned(x_batch_stride, ALIGN),
         aligned(x_token_stride, ALIGN),
-        y0 + image * C,
+        v.y0 + image * C,
         None,
         0,
-        m + image * C,
-        head_stride,
-        lse + image * H,
+        v.m + image * C,
+        v.head_stride,
+        v.lse + image * H,
         None,
         image * 0,
         num_tokens,
@@ -122,7 +124,7 @@ def tokens_of_image(
 
 
 @triton.jit
-def after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F: tl.constexpr):
+def after_tokens(scale_ptr, out_ptr, w, v, first, used, eps, F: tl.constexpr):
     """o_h = W_v,h (gamma m_h + beta) + b_v,h, y = y0 + r (W_o o + b_o), g(y)."""
     OWN: tl.constexpr = F.own
     C: tl.constexpr = F.channels
@@ -133,18 +135,17 @@ def after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F: tl.constex
     HEAD: tl.constexpr = F.padded_head
     PADDED: tl.constexpr = F.padded
     PRECISION: tl.constexpr = F.precision
-    _, y0, _, _, o, y, back, _, m, _, head_stride = vectors
     for head in range(H):
         bias = w.v_bias
         if bias is not None:
             bias += head * D
         linear(
-            m + head * head_stride,
+            v.m + head * v.head_stride,
             C,
             w.v_weight + head * D * C,
             C,
             bias,
-            o + head * D,
+            v.o + head * D,
             C,
             used,
             C,
@@ -159,12 +160,12 @@ def after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F: tl.constex
     image = first + tl.arange(0, IMAGES)
     residual_scale = load_residual_scale(scale_ptr, image, used)
     linear(
-        o,
+        v.o,
         C,
         w.out_weight,
         C,
         w.out_bias,
-        y,
+        v.y,
         C,
         used,
         C,
@@ -173,13 +174,27 @@ def after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F: tl.constex
         N,
         PRECISION,
         scale=residual_scale[:, None],
-        residual_ptr=y0,
+        residual_ptr=v.y0,
     )
     tl.debug_barrier()
     weight, bias = w.back_norm_weight, w.back_norm_bias
-    norm_rows(y, C, weight, bias, back, C, used, eps, C, PADDED, GELU=True)
+    norm_rows(v.y, C, weight, bias, v.back_activated, C, used, eps, C, PADDED, GELU=True)
     tl.debug_barrier()
-    linear(back, C, w.back_weight, C, w.back_bias, out_ptr, OWN, used, C, OWN, K, N, PRECISION)
+    linear(
+        v.back_activated,
+        C,
+        w.back_weight,
+        C,
+        w.back_bias,
+        out_ptr,
+        OWN,
+        used,
+        C,
+        OWN,
+        K,
+        N,
+        PRECISION,
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)

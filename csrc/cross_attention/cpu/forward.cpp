@@ -8,6 +8,7 @@
 
 #include "attention_core/cpu/forward.h"
 #include "cross_attention/cpu/linear.h"
+#include "cross_attention/saved_vectors.h"
 
 namespace crossvit::cross_attention {
 namespace {
@@ -27,6 +28,8 @@ class Fusion {
         stride_(padded<Scalar>(channels_)),
         own_stride_(padded<Scalar>(params.own_channels)),
         batch_(round_up(params.batch, kImages)),
+        saved_(SavedVectors<Scalar>::at(params.vectors, params.batch, params.own_channels,
+                                        channels_, params.num_heads)),
         proj_(matrix(params.weights.proj, channels_, params.own_channels)),
         query_(matrix(params.weights.query, channels_, channels_)),
         key_(params.weights.key.weight, channels_, channels_, true),
@@ -48,14 +51,14 @@ class Fusion {
         u_memory_(params.num_heads * batch_ * stride_),
         u_(u_memory_.take(params.num_heads * batch_ * stride_)) {
     core::Tokens tokens = params.tokens;
-    tokens.extra = params.saved.y0;
+    tokens.extra = params.y0_token ? params.y0_token : saved_.y0;
     tokens.extra_batch_stride = channels_;
     core_ = {{params.batch, params.num_tokens + 1, params.num_heads, channels_, true, params.eps},
              tokens,
              {u_, stride_, batch_ * stride_},
              {nullptr, 0, 0},
-             {params.saved.m, channels_, params.batch * channels_},
-             params.saved.lse};
+             {saved_.m, channels_, params.batch * channels_},
+             saved_.lse};
   }
 
   void run() {
@@ -97,10 +100,8 @@ class Fusion {
   }
 
   int images(int64_t first) const { return minimum(kImages, params_.batch - first); }
-  Scalar* saved(void* tensor, int64_t b) const {
-    return static_cast<Scalar*>(tensor) + b * channels_;
-  }
-  Scalar* saved(void* tensor, int64_t h, int64_t b) const {
+  Scalar* saved(Scalar* tensor, int64_t b) const { return tensor + b * channels_; }
+  Scalar* saved(Scalar* tensor, int64_t h, int64_t b) const {
     return saved(tensor, h * params_.batch + b);
   }
 
@@ -111,18 +112,20 @@ class Fusion {
       Scalar* const cls = block.own + i * own_stride_;
       load_row(cls, params_.cls, (first + i) * params_.own_channels, params_.own_channels);
       norm_gelu(cls, cls, proj_norm_, params_.own_channels);
+      write_row(saved_.activated + (first + i) * params_.own_channels, cls, params_.own_channels);
     }
     linear(block.c, stride_, block.own, own_stride_, proj_.rows, proj_bias_, channels_);
     for (int i = 0; i < count; ++i) {
-      Token* const y0 = static_cast<Token*>(params_.saved.y0) + (first + i) * channels_;
-      write_row(y0, block.c + i * stride_, channels_);
-      // In full precision it waits where y will be.
-      write_row(saved(params_.saved.y, first + i), block.c + i * stride_, channels_);
-      norm_.apply(block.a + i * stride_, block.c + i * stride_, channels_, Scalar(params_.eps));
+      const Scalar* const y0 = block.c + i * stride_;
+      write_row(saved(saved_.y0, first + i), y0, channels_);
+      if (params_.y0_token)
+        write_row(static_cast<Token*>(params_.y0_token) + (first + i) * channels_, y0, channels_);
+      norm_.apply(block.a + i * stride_, y0, channels_, Scalar(params_.eps));
+      write_row(saved(saved_.normed, first + i), block.a + i * stride_, channels_);
     }
     linear(block.b, stride_, block.a, stride_, query_.rows, query_bias_, channels_);
     for (int i = 0; i < count; ++i)
-      write_row(saved(params_.saved.q, first + i), block.b + i * stride_, channels_);
+      write_row(saved(saved_.q, first + i), block.b + i * stride_, channels_);
 
     const Scalar scale = 1 / sqrt(Scalar(head_dim_));
     core::NoPrefetch ahead(nullptr, 0);
@@ -136,7 +139,7 @@ class Fusion {
           store(kt + c, load(kt + c) * scale);
           store(u + c, load(kt + c) * load(norm_.weight + c));
         }
-        write_row(saved(params_.saved.kt, h, first + i), kt, channels_);
+        write_row(saved(saved_.kt, h, first + i), kt, channels_);
       }
     }
   }
@@ -147,7 +150,7 @@ class Fusion {
     for (int64_t h = 0; h < params_.num_heads; ++h) {
       for (int i = 0; i < count; ++i) {
         Scalar* const z = block.a + i * stride_;
-        const Scalar* const m = saved(params_.saved.m, h, first + i);
+        const Scalar* const m = saved(saved_.m, h, first + i);
         for (int64_t c = 0; c < channels_; ++c) z[c] = m[c] * norm_.weight[c] + norm_.bias[c];
       }
       linear(block.b + h * head_dim_, stride_, block.a, stride_,
@@ -155,13 +158,15 @@ class Fusion {
     }
     linear(block.c, stride_, block.b, stride_, out_.rows, out_bias_, channels_);
     for (int i = 0; i < count; ++i) {
-      write_row(saved(params_.saved.o, first + i), block.b + i * stride_, channels_);
+      write_row(saved(saved_.o, first + i), block.b + i * stride_, channels_);
       Scalar* const y = block.c + i * stride_;
       const void* const scales = params_.residual_scale.data;
       const Scalar scale = scales ? static_cast<const Scalar*>(scales)[first + i] : Scalar{1};
-      Scalar* const y_out = saved(params_.saved.y, first + i);  // y0 until now
-      for (int64_t c = 0; c < channels_; ++c) y_out[c] = y[c] = y_out[c] + y[c] * scale;
+      const Scalar* const y0 = saved(saved_.y0, first + i);
+      for (int64_t c = 0; c < channels_; ++c) y[c] = y0[c] + y[c] * scale;
+      write_row(saved(saved_.y, first + i), y, channels_);
       norm_gelu(block.a + i * stride_, y, back_norm_, channels_);
+      write_row(saved(saved_.back_activated, first + i), block.a + i * stride_, channels_);
     }
     linear(block.own_out, own_stride_, block.a, stride_, back_.rows, back_bias_,
            params_.own_channels);
@@ -191,6 +196,7 @@ class Fusion {
 
   const ForwardParams& params_;
   const int64_t channels_, head_dim_, stride_, own_stride_, batch_;
+  const SavedVectors<Scalar> saved_;
   const Matrix<Scalar> proj_, query_, key_, value_, out_, back_;
   Vectors<Scalar> vectors_;
   const LayerNorm<Scalar> proj_norm_, norm_, back_norm_;

@@ -1,0 +1,137 @@
+"""What a fusion saves and what its backward pass stores, on every backend: the one layout of both.
+
+Kernels see the same names: in Triton as pointers of one image, in C++ in
+csrc/cross_attention/layout.h.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels.extension import accumulate_dtype
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
+
+
+class Saved(NamedTuple):
+    """What forward keeps for backward: O(h C) an image, whatever the number of tokens.
+
+    One tensor, as several allocations would take longer than a small kernel.
+    """
+
+    vectors: Tensor  # the fields of Vectors one after another, in accumulate_dtype of the tokens
+
+
+class Vectors(NamedTuple):
+    """The parts of Saved.vectors."""
+
+    activated: Any  # [B, C_own]: gelu(LN_f(cls))
+    y0: Any  # [B, C]: f(cls)
+    normed: Any  # [B, C]: LN(y0)
+    q: Any  # [B, C], before the scale 1 / sqrt(d)
+    o: Any  # [B, C]
+    y: Any  # [B, C]: y0 + scaled update
+    back_activated: Any  # [B, C]: gelu(LN_g(y))
+    kt: Any  # [h, B, C]: W_k,h^T q_h / sqrt(d)
+    m: Any  # [h, B, C]
+    lse: Any  # [B, h]
+    head_stride: Any  # elements between the heads of kt and m
+
+
+class Gradients(NamedTuple):
+    """The parts of an image's row of gradients [B, gradient_size].
+
+    Those named after a vector parameter are an image's share of its gradient; the others are the
+    gradients of a layer's output, whose sum is that of its bias.
+    """
+
+    proj_norm_weight: Any  # C_own
+    proj_norm_bias: Any  # C_own
+    y0: Any  # C, and of f's bias
+    norm_weight: Any  # C
+    norm_bias: Any  # C
+    q: Any  # C, and of b_q
+    o: Any  # C, and of b_v
+    update: Any  # C, and of b_o
+    back_norm_weight: Any  # C
+    back_norm_bias: Any  # C
+    new_cls: Any  # C_own, and of g's bias
+
+
+def vectors(saved: Saved, inputs: FusionInputs) -> Vectors:
+    """Views of the saved tensor."""
+    shapes = _shapes(inputs)
+    parts = saved.vectors.split_with_sizes([math.prod(shape) for shape in shapes])
+    views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return Vectors._make([*views, math.prod(shapes[1])])
+
+
+def empty_saved(inputs: FusionInputs, keep: str) -> Saved:
+    """Memory for what forward saves."""
+    tokens = inputs.tokens
+    size = sum(math.prod(shape) for shape in _shapes(inputs))
+    return Saved(
+        torch.empty(size, dtype=accumulate_dtype(tokens), device=tokens.device)  # symbols, traced
+    )
+
+
+def _shapes(inputs: FusionInputs) -> list[tuple[int, ...]]:
+    (batch, cls_dim), channels, heads = inputs.cls.shape, inputs.tokens.shape[2], inputs.num_heads
+    per_head = (heads, batch, channels)
+    return [(batch, cls_dim), *[(batch, channels)] * 6, per_head, per_head, (batch, heads)]
+
+
+def empty_gradients(inputs: FusionInputs) -> Tensor:
+    """Memory for the rows of gradients."""
+    tokens, size = inputs.tokens, sum(_gradient_sizes(inputs))
+    return tokens.new_empty(tokens.shape[0], size, dtype=accumulate_dtype(tokens))
+
+
+def gradients(rows: Tensor, inputs: FusionInputs) -> Gradients:
+    """Views of rows of gradients."""
+    return Gradients._make(rows.split_with_sizes(_gradient_sizes(inputs), dim=1))
+
+
+def _gradient_sizes(inputs: FusionInputs) -> list[int]:
+    cls_dim, channels = inputs.cls.shape[1], inputs.tokens.shape[2]
+    return [cls_dim, cls_dim, *[channels] * 8, cls_dim]
+
+
+def weight_gradients(
+    weights: FusionWeights, v: Vectors, g: Gradients, du: Tensor, wanted: FusionWeights
+) -> FusionWeights:
+    """The gradients of the weights that are wanted, from those of the rows and du [h, B, C]."""
+    heads, _, channels = du.shape
+    scale = (channels // heads) ** -0.5
+    gamma, beta = weights.norm_weight.to(du.dtype), weights.norm_bias.to(du.dtype)
+
+    def of_heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, channels // heads)).permute(1, 2, 0)
+
+    found: dict[str, Any] = {
+        "proj_norm_weight": lambda: g.proj_norm_weight.sum(dim=0),
+        "proj_norm_bias": lambda: g.proj_norm_bias.sum(dim=0),
+        "proj_weight": lambda: g.y0.t() @ v.activated,
+        "proj_bias": lambda: g.y0.sum(dim=0),
+        "norm_weight": lambda: g.norm_weight.sum(dim=0),
+        "norm_bias": lambda: g.norm_bias.sum(dim=0),
+        "q_weight": lambda: g.q.t() @ v.normed,
+        "q_bias": lambda: g.q.sum(dim=0),
+        "k_weight": lambda: torch.bmm(of_heads(v.q), du).mul_(gamma * scale).flatten(0, 1),
+        "k_bias": lambda: torch.zeros_like(gamma),  # softmax drops it
+        "v_weight": lambda: torch.bmm(of_heads(g.o), torch.addcmul(beta, v.m, gamma)).flatten(0, 1),
+        "v_bias": lambda: g.o.sum(dim=0),
+        "out_weight": lambda: g.update.t() @ v.o,
+        "out_bias": lambda: g.update.sum(dim=0),
+        "back_norm_weight": lambda: g.back_norm_weight.sum(dim=0),
+        "back_norm_bias": lambda: g.back_norm_bias.sum(dim=0),
+        "back_weight": lambda: g.new_cls.t() @ v.back_activated,
+        "back_bias": lambda: g.new_cls.sum(dim=0),
+    }
+    pairs = zip(weights._asdict().items(), wanted, strict=True)
+    return FusionWeights._make(
+        found[name]().to(w.dtype) if want and w is not None else None for (name, w), want in pairs
+    )
