@@ -132,11 +132,11 @@ def contenders(part: str, size: BlockSize, options: argparse.Namespace) -> list[
     found += [compiled_contender(name, call, options) for name, call in baselines.items()]
     for backend in options.backends:
         call = ours(part, size, backend)
-        forms = ("fused", "split", "library") if backend == "triton" else ("auto",)
-        for form in forms:
-            within = functools.partial(row_tiles.FORMS.choose, form)
-            variant = "" if form == "auto" else form
-            found.append(our_contender(backend, call, options, variant, within=within))
+        variants = ("fused", "split", "library") if backend == "triton" else ("auto",)
+        for variant in variants:
+            within = functools.partial(row_tiles.FORMS.choose, variant)
+            shown = "" if variant == "auto" else variant
+            found.append(our_contender(backend, call, options, shown, within=within))
         if backend == "triton" and part != "ffn":
             lean = ours(part, size, backend, keep="lean")
             found.append(our_contender(backend, lean, options, "lean"))

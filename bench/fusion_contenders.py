@@ -253,9 +253,9 @@ def contenders(options: argparse.Namespace, shape: Shape) -> list[Contender]:
 
     found += [our_contender(backend, ours(backend), options) for backend in options.backends]
     if "triton" in options.backends:
-        forms = configurations.PAIRS if shape.other else configurations.FORMS
-        for form in forms.names[1:]:  # the first is "auto"
-            within = functools.partial(forms.choose, form)
+        variants = configurations.PAIRS if shape.other else configurations.FORMS
+        for variant in variants.names[1:]:  # the first is "auto"
+            within = functools.partial(variants.choose, variant)
             facts = {"within": within, "may_decline": True}
-            found.append(our_contender("triton", ours("triton"), options, form, **facts))
+            found.append(our_contender("triton", ours("triton"), options, variant, **facts))
     return found

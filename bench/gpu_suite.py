@@ -2,9 +2,9 @@
 
 Imports, tests on the device, tests under a sanitizer, then every benchmark with every baseline.
 Each stage writes its log and results into OUT. The command stops after ``--seconds``, and begins
-with what matters most. A stage that is done is not run again, so rerun the command to
-resume; a stage that fails or takes too long does not keep the others from
-running. ``--dry-run`` runs all kinds of stages on a CPU with tiny sizes.
+with what matters most. Stages that are done are not run again: rerun the command to resume. A stage
+that fails or takes too long does not keep the others from running. ``--dry-run`` runs all kinds of
+stages on a CPU with tiny sizes.
 """
 
 from __future__ import annotations

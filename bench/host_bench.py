@@ -117,8 +117,8 @@ def calls_to_measure() -> dict[str, Callable[[], Any]]:
     def alone(x: ck.FusionInputs) -> torch.Tensor:
         return ck.cross_attention_fusion(*x[:4], backend="triton")
 
-    def pair(form: str) -> tuple[torch.Tensor, ...]:
-        with PAIRS.choose(form):
+    def pair(variant: str) -> tuple[torch.Tensor, ...]:
+        with PAIRS.choose(variant):
             return ck.cross_attention_fusion_pair(a, b, backend="triton")
 
     return {

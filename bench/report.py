@@ -168,8 +168,8 @@ def contenders_table(columns: Columns, rows: Sequence[Row]) -> str:
     return "\n".join([format_table(list(every), lines), *below])
 
 
-def _or_dash(form: str, value: float | None, unit: float = 1) -> str:
-    return "-" if value is None else form.format(value / unit)
+def _or_dash(template: str, value: float | None, unit: float = 1) -> str:
+    return "-" if value is None else template.format(value / unit)
 
 
 def baseline_of(rows: Sequence[Row]) -> str | None:
