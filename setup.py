@@ -1,7 +1,7 @@
 """Builds crossvit_kernels._C from csrc/ through one generated build.ninja.
 
 The extension holds no torch headers: torch is not needed to build it, and any torch can run it.
-What is read from the environment is in csrc/toolchain.py; README.md explains it.
+What is read from the environment is in csrc/toolchain.py; docs/reference.md explains it.
 """
 
 import atexit

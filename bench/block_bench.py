@@ -24,29 +24,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import command_line
-import contest
-import report
-from block_contenders import PARTS, Sizes, contenders, make_inputs, tolerances
+from block_contenders import PARTS, BlockSize, contenders, make_inputs, ours
 from command_line import DTYPES, positive
+from contest import Contest
+from inputs import MODE_WORDS
+from report import Row
+from sizes import TOKENS, WIDTHS
 
 from crossvit_kernels.ops.operator import OPERATIONS
 
-MODES = {
-    "forward": "forward",
-    "train": "with backward",
-    "frozen": "with frozen weights",
-    "heads": "with a head alone trained",
-}
-#: Model: width of S (L is twice as wide), heads, hidden units per channel.
-WIDTHS = {
-    "Ti": (96, 3, 4),
-    "S": (192, 6, 4),
-    "B": (384, 12, 4),
-    "9": (128, 4, 3),
-    "15": (192, 6, 3),
-    "18": (224, 7, 3),
-}
-TOKENS = {"S": 401, "L": 197}  # at 240 pixels, CLS counted in
 #: Defaults of options, by name.
 PRESETS: dict[str, dict[str, Any]] = {
     "crossvit": {},
@@ -63,48 +49,44 @@ CALLED = {
     "ffn": "layernorm_ffn",
     "block": "layernorm_msa with layernorm_ffn",
 }
-HEADER = ("size", "batch", "tokens", "part", "mode", "contender", "median ms", "of floor")
-HEADER += ("vs timm", "vs eager", "host us", "MiB", "error (eager's)")
+COLUMNS = {
+    "of floor": lambda row: f"{row['share_of_floor']:.0%}",
+    "vs timm-like": lambda row: f"{row['times_timm']:.2f}x",
+}
 
 
-def measure_part(run: contest.Contest, part: str, size: Sizes, mode: str) -> list[dict[str, Any]]:
-    """A row for each contender."""
+def measure_part(run: Contest, part: str, size: BlockSize, mode: str) -> None:
     options = run.options
     dtype = DTYPES[options.dtype]
-    floor = size.floor_seconds(part, mode, dtype.itemsize, run.ceilings)
+    floor_ms = size.floor_seconds(part, mode, dtype.itemsize, run.ceilings) * 1e3
 
     def prepare() -> Any:
         inputs = make_inputs(part, size, mode, options.device, dtype)
-        return contenders(part, size, inputs, options), tolerances(part, size, inputs)
+        found = [c.on(inputs) for c in contenders(part, size, options)]
+        return found, inputs.tolerances(ours(part, size, "reference"))
+
+    def complete(timed_rows: list[Row]) -> None:
+        medians = {row["contender"]: row["median_ms"] for row in timed_rows}
+        for row in timed_rows:
+            row["share_of_floor"] = row["floor_ms"] / row["median_ms"]
+            row["times_timm"] = medians.get("timm-like", float("nan")) / row["median_ms"]
 
     where = f"{size.name}, batch {size.batch}, {size.tokens} tokens"
-    common = {"part": part, "mode": mode, "floor_ms": floor * 1e3}
-    common = dataclasses.asdict(size) | common
-    rows = run.point(MODES[mode], where, prepare, common, CALLED[part])
-    medians = {row["contender"]: row["median_ms"] for row in report.timed(rows)}
-    for row in report.timed(rows):
-        row["share_of_floor"] = row["floor_ms"] / row["median_ms"]
-        row["times_timm"] = medians.get("timm-like", float("nan")) / row["median_ms"]
-    return rows
-
-
-def cells(r: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        r["name"],
-        str(r["batch"]),
-        str(r["tokens"]),
-        r["part"],
-        r["mode"],
-        r["contender"],
-        f"{r['median_ms']:.4g}",
-        f"{r['share_of_floor']:.0%}",
-        f"{r['times_timm']:.2f}x",
-        *report.usual_cells(r),
+    run.point(
+        MODE_WORDS[mode],
+        where,
+        prepare,
+        {**dataclasses.asdict(size), "part": part, "mode": mode, "floor_ms": floor_ms},
+        title=f"{part} of {where}, {options.dtype}, {mode}; floor: {floor_ms:.4g} ms",
+        complete=complete,
+        called=CALLED[part],
     )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line.Parser(__doc__)
+    parser = command_line.benchmark_parser(
+        __doc__, "blocks", min_time=3.0, repeats=1000, frozen=True, compile_budget=float("inf")
+    )
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="crossvit", help="defaults of the other options")
     add("--models", nargs="+", choices=WIDTHS, default=["15"], help="whose widths")
@@ -113,10 +95,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=["msa", "ffn"])
     add("--batch", type=positive, nargs="+", help="16 on a CPU, 256 on a GPU")
     add("--tokens", type=positive, nargs="+", help="rather than a branch's at 240 pixels")
-    command_line.add_modes(parser)
-    command_line.add_backends(parser)
-    command_line.add_common(parser, min_time=3.0, repeats=1000, compile_budget=float("inf"))
-    command_line.add_files(parser, "blocks")
     preset, _ = parser.parse_known_args(arguments)
     parser.set_defaults(**PRESETS[preset.preset])
     options = command_line.completed(parser, arguments, OPERATIONS["layernorm_msa"].backends)
@@ -124,36 +102,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def sizes(options: argparse.Namespace) -> list[Sizes]:
-    widths: list[tuple[str, int, int, int, int]] = []
+def sizes(options: argparse.Namespace) -> list[BlockSize]:
+    found = []
     if options.channels:
-        widths = [(f"C {c}", 401, c, max(c // 64, 1), 4 * c) for c in options.channels]
+        found = [BlockSize(f"C {c}", 1, 401, c, max(c // 64, 1), 4 * c) for c in options.channels]
     else:
         for model in options.models:
             small, heads, ratio = WIDTHS[model]
             for branch in options.branches:
                 channels = small if branch == "S" else 2 * small
-                widths.append(
-                    (f"{model} {branch}", TOKENS[branch], channels, heads, ratio * channels)
-                )
+                name, tokens = f"{model} {branch}", TOKENS[branch]
+                found.append(BlockSize(name, 1, tokens, channels, heads, ratio * channels))
     return [
-        Sizes(name, batch, tokens, channels, heads, hidden)
-        for name, usual, channels, heads, hidden in widths
+        dataclasses.replace(size, batch=batch, tokens=tokens)
+        for size in found
         for batch in options.batch
-        for tokens in options.tokens or [usual]
+        for tokens in options.tokens or [size.tokens]
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    with contest.Contest(options, "the block") as run:
-        print(run.introduction(), flush=True)
+    with Contest(options, "the block", COLUMNS) as run:
         for size in sizes(options):
             for part in options.parts:
-                for mode in command_line.MODES[options.mode]:
+                for mode in command_line.modes_of(options):
                     measure_part(run, part, size, mode)
-        table = report.format_table(HEADER, map(cells, report.timed(run.rows)))
-        print("\n".join([table, *report.unsteady(run.rows)]))
         return run.finish()
 
 

@@ -6,21 +6,13 @@ import argparse
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-#: What --mode and --frozen measure: modes as in measure.TRAINED.
-MODES = {
-    "both": ("forward", "train"),
-    "forward": ("forward",),
-    "train": ("train",),
-    "frozen": ("frozen", "heads"),
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,65 +57,83 @@ def seconds(text: str) -> float:
     return value
 
 
-def add_common(
-    parser: Parser,
+def benchmark_parser(
+    description: str | None,
+    benchmark: str,
     *,
     min_time: float,
     repeats: int,
+    modes: Sequence[str] = ("forward", "train"),
+    frozen: bool = False,
+    backends: bool = True,
+    plot: bool = False,
     compile_mode: str | None = None,
     compile_budget: float | None = None,
-) -> None:
-    """Options of every benchmark, with their defaults; those of None depend on the device."""
+) -> Parser:
+    """Options that all benchmarks share.
+
+    Args:
+        description: What --help says first.
+        benchmark: Its name, in results and their files.
+        min_time: Default of --min-time.
+        repeats: Default of --repeats.
+        modes: What --mode chooses among.
+        frozen: Whether --frozen is one of them.
+        backends: Whether ours are chosen by --backends.
+        plot: Whether there is a --plot.
+        compile_mode: Default of --compile-mode; None depends on the device.
+        compile_budget: Default of --compile-budget, likewise.
+    """
+    parser = Parser(description)
+    parser.set_defaults(benchmark=benchmark)
+    add_modes(parser, modes, frozen)
+    if backends:
+        add_backends(parser)
     add = parser.add_argument_group("where and how").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
-    add(
-        "--compile-mode",
-        default=compile_mode,
-        help=f"of torch.compile: {compile_mode or 'default on a CPU, max-autotune on a GPU'}",
-    )
-    add(
-        "--compile-budget",
-        type=seconds,
-        default=compile_budget,
-        metavar="SECONDS",
-        help="of compilation after which none begins",
-    )
+    usual = compile_mode or "default on a CPU, max-autotune on a GPU"
+    add("--compile-mode", default=compile_mode, help=f"of torch.compile: {usual}")
+    timed = {"type": seconds, "metavar": "SECONDS"}
+    text = "of compilation after which none begins"
+    add("--compile-budget", default=compile_budget, help=text, **timed)
     add("--no-compile", action="store_true", help="leave the compiled baselines out")
-    add(
-        "--min-time",
-        type=seconds,
-        default=min_time,
-        metavar="SECONDS",
-        help=f"to measure each mode for ({min_time:g})",
-    )
+    add("--min-time", default=min_time, help=f"to measure each mode for ({min_time:g})", **timed)
     add("--repeats", type=positive, default=repeats, help=f"rounds at most ({repeats})")
-
-
-def add_files(parser: Parser, benchmark: str, csv: bool = True, plot: bool = False) -> None:
-    """Options that say which files are written."""
-    add = parser.add_argument_group("files").add_argument
-    add("--json", type=Path, metavar="PATH", help="results, and where they come from")
-    if csv:
-        add("--csv", type=Path, metavar="PATH")
+    add = add_files(parser)
+    add("--csv", type=Path, metavar="PATH")
     if plot:
         add("--plot", type=Path, metavar="PATH.png")
-    name = f"<date>-{benchmark}-<dtype>.json"
+    return parser
+
+
+def add_files(parser: Parser) -> Callable[..., Any]:
+    """The options of what report.save writes; returns what adds more of them."""
+    add = parser.add_argument_group("files").add_argument
+    add("--json", type=Path, metavar="PATH", help="results, and where they come from")
+    name = f"<date>-{parser.get_default('benchmark')}-<dtype>.json"
     add("--save", action="store_true", help=f"write bench/results/<device>/{name}")
-    parser.set_defaults(benchmark=benchmark)
+    return add
 
 
-def add_modes(parser: Parser) -> None:
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--mode", choices=("forward", "train", "both"), default="both")
-    modes.add_argument(
-        "--frozen",
-        action="store_const",
-        const="frozen",
-        dest="mode",
-        default="both",
-        help="fine-tuning with frozen weights: backward to the inputs, and to a head alone",
-    )
+def add_modes(parser: Parser, modes: Sequence[str], frozen: bool) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--mode", choices=(*modes, "both"), default="both")
+    if frozen:
+        group.add_argument(
+            "--frozen",
+            action="store_const",
+            const="frozen",
+            dest="mode",
+            default="both",
+            help="fine-tuning with frozen weights: backward to the inputs, and to a head alone",
+        )
+
+
+def modes_of(options: argparse.Namespace, both: Sequence[str] = ("forward", "train")) -> list[str]:
+    """The modes that --mode or --frozen ask for."""
+    several = {"both": [*both], "frozen": ["frozen", "heads"]}
+    return several.get(options.mode, [options.mode])
 
 
 def add_backends(parser: Parser) -> None:

@@ -15,64 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-import environment
 import measure
 import report
 import torch
 from command_line import DTYPES
+from contender import Contender
 from measure import Timing, Tolerance
-from torch import Tensor
+from report import Row
 
 #: What a user gets who names no backend.
 HEADLINE = "ours (auto)"
-
-Results = Sequence[Tensor | None]
-Caller = Callable[[int], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """A way to compute a point's results.
-
-    Attributes:
-        name: As tables show it.
-        call: What is timed: a function of an input set's number.
-        results: What is judged, where it is not what ``call(0)`` returns.
-        ours: Whether a wrong result is this library's fault.
-        captured: Whether the first calls compile or capture, so that the third is to be judged.
-        compiled: Whether it counts towards the budget of compilation.
-        may_decline: Whether a ValueError says that this size is not for it.
-        skip: Why it is not run.
-    """
-
-    name: str
-    call: Caller
-    results: Callable[[], Results] | None = None
-    ours: bool = False
-    captured: bool = False
-    compiled: bool = False
-    may_decline: bool = False
-    skip: str | None = None
-
-
-def our_name(backend: str) -> str:
-    return f"ours ({backend})"
-
-
-def compiled(function: Any, options: argparse.Namespace) -> Any:
-    """The function under torch.compile; itself where nothing is to be compiled."""
-    if options.no_compile:  # importing the compiler takes seconds
-        return function
-    run = torch.compile(function, mode=options.compile_mode, dynamic=False)
-    if options.device.type == "cpu":
-        return run
-    new_step: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
-
-    def step(*arguments: Any) -> Any:
-        new_step()  # the last call's results are done with
-        return run(*arguments)
-
-    return step
 
 
 class Contest:
@@ -83,7 +35,9 @@ class Contest:
     Args:
         options: The command line, completed.
         called: What a user calls, for the last lines.
-        words: Contender -> plain words, likewise.
+        columns: Of the tables, beside those that all benchmarks have: header -> a row's cell.
+        words: Contender -> plain words, for the last lines.
+        notes: Lines of the introduction.
         panels: Plots of rows, where there is a ``--plot``.
         headline: The row that the last lines are about.
     """
@@ -92,24 +46,29 @@ class Contest:
         self,
         options: argparse.Namespace,
         called: str,
+        columns: report.Columns,
         words: Mapping[str, str] | None = None,
-        panels: Callable[[list[dict[str, Any]]], Sequence[report.Panel]] | None = None,
+        notes: Sequence[str] = (),
+        panels: Callable[[list[Row]], Sequence[report.Panel]] | None = None,
         headline: str = HEADLINE,
     ) -> None:
-        self.options, self.called, self.words, self.panels = options, called, words or {}, panels
+        self.options, self.called, self.columns = options, called, columns
+        self.words, self.notes, self.panels = words or {}, notes, panels
         self.headline = headline
         self.device: torch.device = options.device
         self.progress = measure.Progress()
         self.stopwatch = measure.Stopwatch(self.device)
-        self.environment = environment.environment(self.device, options.dtype)
+        self.document = report.new_document(options)
         self.progress.stage("measuring a large copy and a large matrix product")
         self.ceilings = measure.measure_ceilings(self.device, DTYPES[options.dtype])
         self.progress.clear()
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
+        self.document |= {"ceilings": dataclasses.asdict(self.ceilings), "results": self.rows}
         self._points: dict[tuple[str, str], list[report.Point]] = {}
         self._compile_seconds = 0.0
 
     def __enter__(self) -> Contest:
+        print(self.introduction(), flush=True)
         return self
 
     def __exit__(
@@ -120,32 +79,28 @@ class Contest:
     ) -> None:
         self.progress.clear()
         if self.rows:
-            report.save(self.options, self.document(), self.panels)
+            report.save(self.options, self.document, self.panels)
 
     def introduction(self) -> str:
-        """Machine and ceilings, which the tables below need to be read."""
-        o, c = self.options, self.ceilings
+        """Machine, ceilings and notes, which the tables below need to be read."""
+        o, c, facts = self.options, self.ceilings, self.document["environment"]
         compiler = "" if o.no_compile else f", torch.compile mode {o.compile_mode}"
-        load = self.environment.get("load_average")
-        return (
-            f"{self.environment['device']}, torch {torch.__version__}, "
+        load = facts.get("load_average")
+        lines = [
+            f"{facts['device']}, torch {torch.__version__}, "
             f"{torch.get_num_threads()} threads, {o.dtype}{compiler}"
-            + ("" if load is None else f"; load average before: {load}")
-            + f"\nceilings: copy {c.copy_bytes_per_second / 1e9:.4g} GB/s, read + written "
+            + ("" if load is None else f"; load average before: {load}"),
+            f"ceilings: copy {c.copy_bytes_per_second / 1e9:.4g} GB/s, read + written "
             f"({c.copy_buffer_bytes / 2**20:.0f} MiB); matmul "
             f"{c.matmul_flops_per_second / 1e9:.4g} GFLOP/s ({c.matmul_dtype}, "
-            f"{c.matmul_size} cubed)"
-        )
-
-    def document(self) -> dict[str, Any]:
-        arguments = {name: str(value) for name, value in vars(self.options).items()}
-        return {
-            "benchmark": self.options.benchmark,
-            "environment": self.environment,
-            "arguments": arguments,
-            "ceilings": dataclasses.asdict(self.ceilings),
-            "results": self.rows,
-        }
+            f"{c.matmul_size} cubed)",
+            "Error: relative RMS against float64, of the result furthest from eager's.",
+        ]
+        if self.device.type == "cuda":
+            lines += [
+                "Times are the device's; host us: until a call is issued. A graph's memory: -."
+            ]
+        return "\n".join([*lines, *self.notes])
 
     def point(
         self,
@@ -153,15 +108,20 @@ class Contest:
         where: str,
         prepare: Callable[[], tuple[Sequence[Contender], Mapping[str, Tolerance]]],
         common: Mapping[str, Any],
+        *,
+        title: str,
+        complete: Callable[[list[Row]], None] = lambda timed_rows: None,
         called: str | None = None,
-    ) -> list[dict[str, Any]]:
-        """Measure one point in one mode; its rows, none where memory does not suffice.
+    ) -> None:
+        """Measure and print one point in one mode, unless memory does not suffice.
 
         Args:
             what: In which mode, in plain words ("forward").
             where: At which size.
             prepare: Makes contenders, and what their results may be off by.
             common: What all rows of the point have.
+            title: Lines above its table.
+            complete: Adds to the rows of timed contenders what the columns and files need.
             called: What a user calls, where it differs from point to point.
         """
         here = f"{where}, {what}"
@@ -171,13 +131,14 @@ class Contest:
         except torch.OutOfMemoryError as error:
             self.progress.clear()
             print(f"\n{here}: left out: {error}", flush=True)
-            return []
+            return
+        complete(report.timed(rows))
         self.progress.clear()
         self.rows += rows
         self._points.setdefault((what, called or self.called), []).append(report.Point(where, rows))
         if self.options.json:  # whatever happens to the rest
-            report.write_json(self.options.json, self.document())
-        return rows
+            report.write_json(self.options.json, self.document)
+        print("\n".join(["", title, report.contenders_table(self.columns, rows)]), flush=True)
 
     def finish(self) -> int:
         """Say in plain words what was fastest, and what was wrong; the exit code."""
@@ -197,7 +158,7 @@ class Contest:
         contenders: Sequence[Contender],
         allowed: Mapping[str, Tolerance],
         common: Mapping[str, Any],
-    ) -> list[dict[str, Any]]:
+    ) -> list[Row]:
         rows, right = [], {}
         for contender in contenders:
             outcome = self._check(here, contender, allowed)
@@ -213,7 +174,8 @@ class Contest:
             repeats=self.options.repeats,
             on_round=lambda index: self.progress.tick(f"{here}: round {index + 1}"),
         )
-        eager = next((timings[name] for name in report.EAGER if name in timings), None)
+        baseline = report.baseline_of(rows)
+        eager = timings.get(baseline) if baseline else None
         for row in rows:
             name = row["contender"]
             if name in timings:

@@ -12,168 +12,99 @@ is reported and not timed.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import command_line
-import contest
-import environment
-import measure
 import report
-import torch
 from command_line import DTYPES, positive
-from contest import Contender
+from contender import Contender, compiled_contender, our_contender
+from contest import Contest
+from inputs import EPS, MODE_WORDS, Inputs, Normal, make_inputs, num_rotated_sets
 from torch import Tensor
 
 import crossvit_kernels as ck
 from crossvit_kernels.ops.attention_core import reference
 from crossvit_kernels.ops.operator import OPERATIONS
 
-EPS = 1e-6
-MODES = {"forward": "forward", "train": "with backward"}
-RESULTS = ("m", "grad u", "grad x")
-
-Core = Callable[[Tensor, Tensor], Tensor]
+Core = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
 
 
-def eager(u: Tensor, x: Tensor) -> Tensor:
+def eager(u: Tensor, x: Tensor, _: Sequence[Tensor]) -> Tensor:
     return reference.attention_core(u, x, EPS)[0]
 
 
 def our_backend(name: str) -> Core:
-    return lambda u, x: ck.attention_core(u, x, EPS, backend=name)[0]
+    return lambda u, x, _: ck.attention_core(u, x, EPS, backend=name)[0]
 
 
-class Point:
-    """One size: inputs to rotate through, and calls on them."""
-
-    def __init__(self, options: argparse.Namespace, channels: int, batch: int) -> None:
-        self.device, self.dtype = options.device, DTYPES[options.dtype]
-        self.sizes = {"channels": channels, "batch": batch, "tokens": options.tokens}
-        self.rows = options.rows or max(channels // 64, 1)
-        self.token_bytes = batch * options.tokens * channels * self.dtype.itemsize
-        sets = 1
-        if self.device.type == "cuda":
-            sets = math.ceil(4 * environment.l2_bytes(self.device) / self.token_bytes)
-        self.sets = [self._inputs() for _ in range(min(max(sets, 1), 256))]
-        self.upstream = torch.randn_like(self.sets[0][0])
-
-    def _inputs(self) -> tuple[Tensor, Tensor]:
-        s = self.sizes
-        u = torch.randn(s["batch"], self.rows, s["channels"], device=self.device)
-        x = torch.randn(s["batch"], s["tokens"], s["channels"], device=self.device)
-        u, x = (u * s["channels"] ** -0.5).to(self.dtype), x.to(self.dtype)
-        return u.requires_grad_(), x.requires_grad_()
-
-    def call(self, core: Core, mode: str) -> Callable[[int], tuple[Tensor, ...]]:
-        """A function of an input set's number that returns what ``RESULTS`` names."""
-
-        def forward(index: int) -> tuple[Tensor]:
-            with torch.no_grad():
-                return (core(*self.sets[index % len(self.sets)]),)
-
-        def train(index: int) -> tuple[Tensor, ...]:
-            inputs = self.sets[index % len(self.sets)]
-            return differentiated(core, inputs, self.upstream)
-
-        return forward if mode == "forward" else train
-
-    def tolerances(self, mode: str) -> dict[str, measure.Tolerance]:
-        eagers = self.call(eager, mode)(0)
-        doubles = [t.detach().double().requires_grad_() for t in self.sets[0]]
-        exact = differentiated(eager, doubles, self.upstream.double())[: len(eagers)]
-        return measure.tolerances(RESULTS[: len(eagers)], exact, eagers, self.dtype)
-
-    def floor_bytes(self, mode: str) -> int:
-        return self.token_bytes * (1 if mode == "forward" else 3)
-
-
-def differentiated(core: Core, inputs: Sequence[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
-    m = core(*inputs)
-    return m.detach(), *torch.autograd.grad(m, inputs, upstream)
-
-
-def contenders(options: argparse.Namespace, point: Point, mode: str) -> list[Contender]:
+def contenders(options: argparse.Namespace) -> list[Contender]:
     """Eager first."""
-    compiled = contest.compiled(eager, options)
-    skip = "--no-compile" if options.no_compile else None
-    found = [
-        Contender("eager", point.call(eager, mode)),
-        Contender("eager, compiled", point.call(compiled, mode), compiled=True, skip=skip),
-    ]
-    for name in options.backends:
-        call, may_decline = point.call(our_backend(name), mode), name not in options.named
-        found.append(Contender(contest.our_name(name), call, ours=True, may_decline=may_decline))
-    return found
+    found = [Contender("eager", eager), compiled_contender("eager", eager, options)]
+    return found + [our_contender(name, our_backend(name), options) for name in options.backends]
 
 
-def measure_point(run: contest.Contest, point: Point, mode: str) -> list[dict[str, Any]]:
-    """A row for each contender."""
-    floor, copy = point.floor_bytes(mode), run.ceilings.copy_bytes_per_second
-    sizes = f"C {point.sizes['channels']}, batch {point.sizes['batch']}"
-    common = {
-        "rows": point.rows,
-        "mode": mode,
-        "input_sets": len(point.sets),
-        "floor_bytes": floor,
-        "floor_ms": floor / copy * 1e3,
-    }
-    rows = run.point(
-        MODES[mode],
-        sizes,
-        lambda: (contenders(run.options, point, mode), point.tolerances(mode)),
-        point.sizes | common,
-    )
-    for row in rows:
-        if row["status"] == "ok":
+def measure_point(run: Contest, channels: int, batch: int, mode: str) -> None:
+    options, dtype = run.options, DTYPES[run.options.dtype]
+    tokens, rows = options.tokens, options.rows or max(channels // 64, 1)
+    token_bytes = batch * tokens * channels * dtype.itemsize
+    num_sets = num_rotated_sets(token_bytes, options.device)
+
+    def one_set(normal: Normal) -> tuple[Tensor, Tensor]:
+        u = normal(batch, rows, channels, scale=channels**-0.5)
+        return u, normal(batch, tokens, channels)
+
+    def prepare() -> Any:
+        inputs: Inputs = make_inputs(
+            (["m"], ["u", "x"]),
+            one_set,
+            {},
+            (batch, rows, channels),
+            mode,
+            options.device,
+            dtype,
+            num_sets,
+        )
+        return [c.on(inputs) for c in contenders(options)], inputs.tolerances(eager)
+
+    def complete(timed_rows: list[report.Row]) -> None:
+        for row in timed_rows:
             row["share_of_copy"] = row["floor_ms"] / row["median_ms"]
-    return rows
 
-
-HEADER = ("C", "batch", "mode", "contender", "median ms", "floor ms", "of copy", "vs eager")
-HEADER += ("host us", "MiB", "error (eager's)")
-
-
-def cells(r: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        str(r["channels"]),
-        str(r["batch"]),
-        r["mode"],
-        r["contender"],
-        f"{r['median_ms']:.4g}",
-        f"{r['floor_ms']:.4g}",
-        f"{r['share_of_copy']:.0%}",
-        *report.usual_cells(r),
+    sizes = {"channels": channels, "batch": batch, "tokens": tokens, "rows": rows}
+    floor = token_bytes * (1 if mode == "forward" else 3)
+    floor_ms = floor / run.ceilings.copy_bytes_per_second * 1e3
+    floors = {"floor_bytes": floor, "floor_ms": floor_ms}
+    run.point(
+        MODE_WORDS[mode],
+        f"C {channels}, batch {batch}",
+        prepare,
+        {**sizes, "mode": mode, "input_sets": num_sets, **floors},
+        title=f"C {channels}, batch {batch}, {tokens} tokens, {rows} rows of u, {options.dtype}, "
+        f"{mode}; floor: {floor_ms:.4g} ms at the copy's bandwidth",
+        complete=complete,
     )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line.Parser(__doc__)
+    parser = command_line.benchmark_parser(__doc__, "core", min_time=2.0, repeats=200)
     add = parser.add_argument
     add("--channels", type=positive, nargs="+", default=[192, 384], help="widths")
     add("--batch", type=positive, nargs="+", default=[64], help="images")
     add("--tokens", type=positive, default=401, help="of an image (401)")
-    add("--rows", type=positive, help="score rows; one for every 64 channels by default")
-    add("--mode", choices=("forward", "train", "both"), default="both")
-    command_line.add_backends(parser)
-    command_line.add_common(parser, min_time=2.0, repeats=200)
-    command_line.add_files(parser, "core")
+    add("--rows", type=positive, help="rows of u; one for every 64 channels by default")
     return command_line.completed(parser, arguments, OPERATIONS["attention_core"].backends)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    with contest.Contest(options, "attention_core") as run:
-        print(run.introduction(), flush=True)
+    columns = {"of copy": lambda row: f"{row['share_of_copy']:.0%}"}
+    with Contest(options, "attention_core", columns) as run:
         for channels in options.channels:
             for batch in options.batch:
-                point = Point(options, channels, batch)
-                for mode in MODES if options.mode == "both" else (options.mode,):
-                    measure_point(run, point, mode)
-        table = report.format_table(HEADER, map(cells, report.timed(run.rows)))
-        print("\n".join([table, *report.unsteady(run.rows)]))
+                for mode in command_line.modes_of(options):
+                    measure_point(run, channels, batch, mode)
         return run.finish()
 
 

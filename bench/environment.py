@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-import crossvit_kernels as ck
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment(device: torch.device, dtype: str | None = None) -> dict[str, Any]:
     """The facts of a run, as a result file keeps them."""
+    import crossvit_kernels as ck  # here, as the suite imports this before it builds the extension
+
     facts: dict[str, Any] = {
         **commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

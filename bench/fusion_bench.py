@@ -22,23 +22,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import command_line
-import contest
 import measure
 import report
-import torch
-from command_line import DTYPES, MODES, positive
-from contest import Contender, Contest
-from fusion_contenders import Inputs, Shape, caller, make_inputs, methods, rotated_sets, tolerances
+from command_line import DTYPES, positive
+from contender import Contender
+from contest import Contest
+from fusion_contenders import Shape, contenders, definition, make_inputs
+from inputs import MODE_WORDS, num_rotated_sets
+from report import Row
 
 import crossvit_kernels as ck
 from crossvit_kernels.ops.operator import OPERATIONS
 
-WHAT = {
-    "forward": "forward",
-    "train": "with backward",
-    "frozen": "with frozen weights",
-    "heads": "with a head alone trained",
-}
 WORDS = {
     "eager": "eager mode",
     "eager, compiled": "eager mode under torch.compile",
@@ -49,47 +44,52 @@ WORDS = {
 }
 
 
+COLUMNS = {
+    "GB/s": lambda row: f"{row['achieved_gbps']:.4g}",
+    "of copy": lambda row: f"{row['share_of_copy']:.1%}",
+    "GFLOP/s": lambda row: f"{row['achieved_gflops']:.4g}",
+}
+
+
 def measure_shape(run: Contest, shape: Shape) -> None:
-    """Measure, print and keep one shape in every mode asked for."""
+    """One shape in every mode asked for."""
     options = run.options
-    field = methods(options, shape)
-    rotated = make_inputs(shape, options.device, rotated_sets(shape, options.device))
-    kinds = {"one set" if options.device.type == "cpu" else "rotated": rotated}
+    found = contenders(options, shape)
+    num_sets = num_rotated_sets(shape.token_bytes, options.device)
+    kinds = {"one set" if options.device.type == "cpu" else "rotated": num_sets}
     if options.hot and options.device.type == "cuda":
-        kinds["L2-hot"] = dataclasses.replace(rotated, sets=rotated.sets[:1])
-    for mode in MODES[options.mode]:
-        for kind, inputs in kinds.items():
-            with torch.set_grad_enabled(mode != "forward"):
-                measure_point(run, shape, field, inputs, mode, kind)
+        kinds["L2-hot"] = 1
+    for mode in command_line.modes_of(options):
+        for kind, count in kinds.items():
+            measure_point(run, shape, found, mode, kind, count)
 
 
 def measure_point(
-    run: Contest, shape: Shape, field: list[Any], inputs: Inputs, mode: str, kind: str
+    run: Contest, shape: Shape, found: Sequence[Contender], mode: str, kind: str, num_sets: int
 ) -> None:
     def prepare() -> Any:
-        found = [
-            Contender(
-                method.name,
-                caller(method, inputs, shape.heads, mode),
-                ours=method.ours,
-                compiled=method.compiled,
-                may_decline=method.ours and method.name not in named,
-                skip=method.skip,
-            )
-            for method in field
-        ]
-        return found, tolerances(inputs, shape.heads, mode)
+        inputs = make_inputs(shape, mode, run.device, num_sets)
+        return [c.on(inputs) for c in found], inputs.tolerances(definition(shape))
 
-    named = set(map(contest.our_name, run.options.named))
+    def complete(timed_rows: list[Row]) -> None:
+        for row in timed_rows:
+            row |= rates(shape, mode, row["median_ms"] / 1e3, run.ceilings)
+
     common = dataclasses.asdict(shape) | {"dtype": measure.dtype_name(shape.dtype)}
-    common |= {"mode": mode, "inputs": kind, "input_sets": len(inputs.sets)}
-    what = WHAT[mode] + (", tokens in the L2" if kind == "L2-hot" else "")
-    where = f"{shape.tokens} tokens, batch {shape.batch}"
-    rows = run.point(what, where, prepare, common)
-    for row in report.timed(rows):
-        row |= rates(shape, mode, row["median_ms"] / 1e3, run.ceilings)
-    if rows:
-        print(point_table(shape, rows, run.ceilings), flush=True)
+    floor, flops = shape.floor_bytes(mode), shape.flops(mode)
+    other = f" and the other fusion's {shape.pair_tokens}" if shape.pair_tokens else ""
+    run.point(
+        MODE_WORDS[mode] + (", tokens in the L2" if kind == "L2-hot" else ""),
+        f"{shape.tokens} tokens, batch {shape.batch}",
+        prepare,
+        {**common, "mode": mode, "inputs": kind, "input_sets": num_sets},
+        title=f"{shape.tokens} tokens{other}, batch {shape.batch}, "
+        f"width {shape.dim} (CLS {shape.own_dim}), {shape.heads} heads, {common['dtype']}, {mode}\n"
+        f"inputs: {kind}, {num_sets * shape.token_bytes / 1e6:.4g} MB of tokens; "
+        f"floor: {floor / 1e6:.1f} MB, {floor / run.ceilings.copy_bytes_per_second * 1e3:.3g} ms "
+        f"at the copy's bandwidth; {flops / 1e9:.3g} GFLOP absorbed",
+        complete=complete,
+    )
 
 
 def rates(shape: Shape, mode: str, seconds: float, ceilings: measure.Ceilings) -> dict[str, Any]:
@@ -105,45 +105,14 @@ def rates(shape: Shape, mode: str, seconds: float, ceilings: measure.Ceilings) -
     }
 
 
-def point_table(shape: Shape, rows: list[dict[str, Any]], ceilings: measure.Ceilings) -> str:
-    """Table of one point in one mode, at most 120 columns wide."""
-    mode, kind, sets = (rows[0][key] for key in ("mode", "inputs", "input_sets"))
-    floor, flops = shape.floor_bytes(mode), shape.flops(mode)
-    floor_ms = floor / ceilings.copy_bytes_per_second * 1e3
-    header = ["contender", "median ms", "10-90 %", "GB/s", "of copy", "GFLOP/s"]
-    header += ["vs eager", "host us", "extra MiB", "error (eager's)"]
-    lines = [
-        [
-            row["contender"],
-            f"{row['median_ms']:.4g}",
-            f"{row['p10_ms']:.4g}-{row['p90_ms']:.4g}",
-            f"{row['achieved_gbps']:.4g}",
-            f"{row['share_of_copy']:.1%}",
-            f"{row['achieved_gflops']:.4g}",
-            *report.usual_cells(row),
-        ]
-        for row in report.timed(rows)
-    ]
-    other = f" and the other fusion's {shape.pair_tokens}" if shape.pair_tokens else ""
-    title = (
-        f"\n{shape.tokens} tokens{other}, batch {shape.batch}, "
-        f"width {shape.dim} (own {shape.own_dim}), {shape.heads} heads, "
-        f"{measure.dtype_name(shape.dtype)}, {mode}\n"
-        f"inputs: {kind}, {sets * shape.token_bytes / 1e6:.4g} MB of tokens; "
-        f"floor: {floor / 1e6:.1f} MB, {floor_ms:.3g} ms at the copy's bandwidth; "
-        f"{flops / 1e9:.3g} GFLOP absorbed"
-    )
-    return "\n".join([title, report.format_table(header, lines), *report.asides(rows)])
-
-
-def panels(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[report.Panel]:
+def panels(options: argparse.Namespace, rows: list[Row]) -> list[report.Panel]:
     """Latency and roofline share over each swept size, for each mode."""
     ok = [row for row in rows if row["status"] == "ok" and row["inputs"] != "L2-hot"]
     result = []
     for axis in dict.fromkeys(axis for axis, _ in options.sweep) or ["tokens"]:
         other = "batch" if axis == "tokens" else "tokens"
         fixed = getattr(options, other)
-        for mode in MODES[options.mode]:
+        for mode in command_line.modes_of(options):
             shown = [row for row in ok if row["mode"] == mode and row[other] == fixed]
             for key, label in (("median_ms", "ms"), ("share_of_copy", "share of copy bandwidth")):
                 series: dict[str, list[tuple[float, float]]] = {}
@@ -163,7 +132,9 @@ def sweep(text: str) -> tuple[str, list[int]]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line.Parser(__doc__)
+    parser = command_line.benchmark_parser(
+        __doc__, "fusion", min_time=6.0, repeats=200, frozen=True, plot=True
+    )
     add = parser.add_argument
     add("--tokens", type=positive, default=401, help="rows attended to, CLS included (401)")
     add("--batch", type=positive, default=64, help="images (64)")
@@ -185,13 +156,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="tokens=49,197,401 or batch=1,64,256; both may be given, each at the other's default",
     )
     add("--hot", action="store_true", help="on a GPU, also with one set of inputs, hot in the L2")
-    command_line.add_modes(parser)
-    command_line.add_backends(parser)
-    command_line.add_common(parser, min_time=6.0, repeats=200)
-    command_line.add_files(parser, "fusion", plot=True)
-    options = command_line.completed(
-        parser, arguments, OPERATIONS["cross_attention_fusion"].backends
-    )
+    backends = OPERATIONS["cross_attention_fusion"].backends
+    options = command_line.completed(parser, arguments, backends)
     try:
         check(options)
     except ValueError as error:
@@ -233,30 +199,21 @@ def shapes(options: argparse.Namespace) -> list[Shape]:
     return list(dict.fromkeys(found))
 
 
-def introduction(run: Contest) -> str:
-    """What the tables below it need to be read."""
-    if run.device.type == "cpu":
-        times = "One set of inputs: caches may hold some of it, and lift the share of the copy."
-    else:
-        times = "Times are the device's; host us: until a call is issued. A CUDA graph's memory: -."
-    reasons = ck.backends().reasons
-    return "\n".join(
-        [
-            run.introduction(),
-            *(f"backend {name} is not usable here: {why}" for name, why in reasons.items()),
-            times,
-            "GB/s: floor bytes over time. Error: relative RMS against float64, of the result "
-            "furthest from eager's.",
-        ]
-    )
+def notes(options: argparse.Namespace) -> list[str]:
+    lines = [f"backend {name} is not usable: {why}" for name, why in ck.backends().reasons.items()]
+    if options.device.type == "cpu":
+        lines += ["One set of inputs: caches may hold some of it, and lift the share of the copy."]
+    return [*lines, "GB/s: floor bytes over time."]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    both = "cross_attention_fusion_pair"
-    called = both if options.pair_tokens else "cross_attention_fusion"
-    with Contest(options, called, WORDS, lambda rows: panels(options, rows)) as run:
-        print(introduction(run), flush=True)
+    called = "cross_attention_fusion_pair" if options.pair_tokens else "cross_attention_fusion"
+
+    def plotted(rows: list[Row]) -> list[report.Panel]:
+        return panels(options, rows)
+
+    with Contest(options, called, COLUMNS, WORDS, notes(options), plotted) as run:
         for shape in shapes(options):
             measure_shape(run, shape)
         return run.finish()

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
-import contest
-import environment
-import measure
+import inputs
 import torch
 import torch.nn.functional as F
-from measure import Tolerance
+from contender import Contender, compiled_contender, our_contender
+from inputs import EPS, TRAINED, Call, Inputs, Normal
 from torch import Tensor
 
 import crossvit_kernels as ck
 from crossvit_kernels.gpu import configurations
 from crossvit_kernels.ops.cross_attention import reference
 
-EPS = 1e-6
-
 Fusion = Callable[[Tensor, Tensor, ck.FusionWeights, int], Tensor]
-Pair = Callable[[ck.FusionInputs, ck.FusionInputs], tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +46,15 @@ class Shape:
         widths = {"dim": self.own_dim, "own_dim": self.dim}
         return dataclasses.replace(self, tokens=self.pair_tokens, pair_tokens=0, **widths)
 
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        c, c_own = self.dim, self.own_dim
+        norm_and_projection = [(c_own,), (c_own,), (c, c_own), (c,), (c,), (c,)]
+        q_k_v_out = [(c, c), (c,)] * 4
+        norm_and_back = [(c,), (c,), (c_own, c), (c_own,)]
+        shapes = norm_and_projection + q_k_v_out + norm_and_back
+        return dict(zip(ck.FusionWeights._fields, shapes, strict=True))
+
     @property
     def token_bytes(self) -> int:
         own = self.batch * (self.tokens - 1) * self.dim * self.dtype.itemsize
@@ -56,12 +62,12 @@ class Shape:
 
     def floor_bytes(self, mode: str) -> int:
         """What must cross the memory interface: the patches once, thrice with their gradient."""
-        of_x, of_weights = measure.TRAINED[mode]
+        of_x, of_weights = TRAINED[mode]
         if self.other:
             alone = dataclasses.replace(self, pair_tokens=0)
             return alone.floor_bytes(mode) + self.other.floor_bytes(mode)
         cls = self.batch * self.own_dim
-        weights = 4 * self.dim**2 + 2 * self.dim * self.own_dim + 9 * self.dim + 3 * self.own_dim
+        weights = sum(map(math.prod, self.weights().values()))
         if not of_x:
             return self.token_bytes + (2 * cls + weights) * self.dtype.itemsize
         # Read, read again, gradient written; of the CLS: in, out, and both gradients.
@@ -72,80 +78,39 @@ class Shape:
         """Of the absorbed algorithm: two products a head over the tokens, seven with backward."""
         pass_over_tokens = 2 * self.tokens * self.dim * self.heads
         projections = 8 * self.dim**2 + 4 * self.dim * self.own_dim
-        of_x, of_weights = measure.TRAINED[mode]
+        of_x, of_weights = TRAINED[mode]
         passes, paths = 7 if of_x else 2, 1 + of_x + of_weights
         own = self.batch * (passes * pass_over_tokens + paths * projections)
         return own + (self.other.flops(mode) if self.other else 0)
 
 
-@dataclasses.dataclass
-class Inputs:
-    """Weights, the upstream gradient, and (cls, tokens) pairs to rotate through."""
+def make_inputs(shape: Shape, mode: str, device: torch.device, num_sets: int) -> Inputs:
+    """A set is (cls, tokens), with those of the other fusion of a block, if it is measured too."""
+    fusions = [shape, shape.other] if shape.other else [shape]
 
-    weights: ck.FusionWeights
-    upstream: Tensor
-    sets: list[tuple[Tensor, Tensor]]
-    head: Tensor  # of a classifier on the CLS
-    other: Inputs | None = None  # of the other fusion of a block
+    def one_set(normal: Normal) -> tuple[Tensor, ...]:
+        tensors: list[Tensor] = []
+        for s in fusions:
+            branch = normal(s.batch, s.tokens, s.dim)
+            # The patches are a view, as the model passes them.
+            tensors += [normal(s.batch, s.own_dim), branch[:, 1:]]
+        return tuple(tensors)
 
-    def tensors(self, index: int) -> list[Tensor]:
-        """All of one pair."""
-        return [*self.sets[index], *(w for w in self.weights if w is not None), self.head]
-
-    def leaves(self, index: int) -> list[Tensor]:
-        """What gradients are taken of, for one pair."""
-        return [t for t in self.tensors(index) if t.requires_grad]
-
-    def prepare(self, mode: str) -> None:
-        """Require the gradients that the mode asks for, and no others."""
-        of_x, of_weights = measure.TRAINED[mode]
-        for pair in self.sets:
-            for t in pair:
-                t.requires_grad_(of_x)
-        for w in self.weights:
-            if w is not None:
-                w.requires_grad_(of_weights)
-        self.head.requires_grad_(mode == "heads")
-
-
-def make_inputs(shape: Shape, device: torch.device, sets: int) -> Inputs:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        x = torch.randn(*size, generator=generator, device=device) * scale + mean
-        return x.to(shape.dtype).requires_grad_()
-
-    def norm(width: int) -> list[Tensor]:
-        return [normal(width, scale=0.1, mean=1.0), normal(width, scale=0.1)]
-
-    def linear(fan_in: int, fan_out: int) -> list[Tensor]:
-        return [normal(fan_out, fan_in, scale=fan_in**-0.5), normal(fan_out, scale=0.1)]
-
-    def cls_and_tokens() -> tuple[Tensor, Tensor]:
-        branch = normal(shape.batch, shape.tokens, shape.dim)
-        patches = branch.detach()[:, 1:].requires_grad_()  # a view, as the model passes them
-        return normal(shape.batch, shape.own_dim), patches
-
-    dim, own_dim = shape.dim, shape.own_dim
-    tensors = norm(own_dim) + linear(own_dim, dim) + norm(dim)
-    for _ in range(4):  # q, k, v, out
-        tensors += linear(dim, dim)
-    tensors += norm(dim) + linear(dim, own_dim)
-    return Inputs(
-        # Parameters, so that CUDA graphs of compiled baselines need not copy them.
-        weights=ck.FusionWeights(*map(torch.nn.Parameter, tensors)),
-        upstream=normal(shape.batch, own_dim).detach(),
-        sets=[cls_and_tokens() for _ in range(sets)],
-        head=normal(measure.CLASSES, shape.own_dim, scale=shape.own_dim**-0.5),
-        other=make_inputs(shape.other, device, sets) if shape.other else None,
+    weights = {
+        prefix + name: size
+        for prefix, s in zip(("", "other "), fusions, strict=False)
+        for name, size in s.weights().items()
+    }
+    return inputs.make_inputs(
+        (["output", "output of the other"][: len(fusions)], ["cls", "tokens"]),
+        one_set,
+        weights,
+        (shape.batch, shape.own_dim),
+        mode,
+        device,
+        shape.dtype,
+        num_sets,
     )
-
-
-def rotated_sets(shape: Shape, device: torch.device) -> int:
-    """So many that their tokens are four times a GPU's L2, or 2048; one on a CPU."""
-    if device.type == "cpu":
-        return 1
-    return min(max(2, math.ceil(4 * environment.l2_bytes(device) / shape.token_bytes)), 2048)
 
 
 # The contenders that PyTorch offers. They share f and g with the definition.
@@ -225,136 +190,71 @@ def our_backend(name: str) -> Fusion:
     return fusion
 
 
-def our_form(form: str) -> Fusion:
-    """The Triton fusion in "one" kernel or "three", whatever its batch."""
-    fusion = our_backend("triton")
-
-    def in_form(cls: Tensor, tokens: Tensor, w: ck.FusionWeights, heads: int) -> Tensor:
-        with configurations.FORMS.choose(form):
-            return fusion(cls, tokens, w, heads)
-
-    return in_form
+def one_call(fusion: Fusion, heads: int) -> Call:
+    return lambda cls, tokens, w: fusion(cls, tokens, ck.FusionWeights(*w), heads)
 
 
-def two_calls(fusion: Fusion) -> Pair:
-    return lambda a, b: (fusion(*a[:4]), fusion(*b[:4]))
+def two_calls(fusion: Fusion, heads: int) -> Call:
+    def both(*arguments: Any) -> tuple[Tensor, Tensor]:
+        a, b = split_pair(heads, *arguments)
+        return fusion(*a[:4]), fusion(*b[:4])
+
+    return both
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A way to compute one fusion, or both of a block."""
+def our_pair(backend: str, heads: int) -> Call:
+    """Both fusions of a block in one call."""
 
-    name: str
-    fusion: Fusion
-    pair: Pair
-    ours: bool = False
-    compiled: bool = False
-    skip: str | None = None  # why it is not run
-
-
-def methods(options: argparse.Namespace, shape: Shape) -> list[Method]:
-    """Eager first."""
-    torch._dynamo.reset()  # or each shape would count as a recompilation, and soon run eager
-
-    def alone(name: str, fusion: Fusion, **facts: Any) -> Method:
-        return Method(name, fusion, two_calls(fusion), **facts)
-
-    def with_compiler(name: str, fusion: Fusion) -> Method:
-        compiled = (contest.compiled(f, options) for f in (fusion, two_calls(fusion)))
-        return Method(name, *compiled, compiled=True, skip=no_compile)
-
-    no_compile = "--no-compile" if options.no_compile else None
-    too_wide = "SDPA's fused kernels end at head dim 256" if shape.dim > 256 else None
-    return [
-        alone("eager", eager),
-        with_compiler("eager, compiled", eager),
-        alone("SDPA", sdpa),
-        alone("absorbed", absorbed),
-        with_compiler("absorbed, compiled", absorbed),
-        alone("absorbed, SDPA", absorbed_sdpa, skip=too_wide),
-        *(our_method(name) for name in options.backends),
-        *(our_forms() if "triton" in options.backends and not shape.pair_tokens else ()),
-    ]
-
-
-def our_method(backend: str) -> Method:
-    """What the library does on a backend, both fusions in one call."""
-    fusion = our_backend(backend)
-
-    def pair(a: ck.FusionInputs, b: ck.FusionInputs) -> tuple[Tensor, Tensor]:
+    def pair(*arguments: Any) -> tuple[Tensor, Tensor]:
+        a, b = split_pair(heads, *arguments)
         return ck.cross_attention_fusion_pair(a, b, eps=EPS, backend=backend)
 
-    return Method(contest.our_name(backend), fusion, pair, ours=True)
+    return pair
 
 
-def our_forms() -> list[Method]:
-    """Of the Triton fusion; which one runs by itself is predicted, so both are measured."""
-    methods = []
-    for form in ("one", "three"):
-        fusion = our_form(form)
-        methods.append(Method(f"ours (triton, {form})", fusion, two_calls(fusion), ours=True))
-    return methods
-
-
-Caller = Callable[[int], tuple[Tensor | None, ...]]
-
-
-def result_names(mode: str, pair: bool = False) -> tuple[str, ...]:
-    """Of what a caller returns."""
-    of_x, of_weights = measure.TRAINED[mode]
-    names = ["output", *(["output of the other"] if pair else [])]
-    names += ["grad cls", "grad tokens"] if of_x else []
-    names += [f"grad {name}" for name in ck.FusionWeights._fields] if of_weights else []
-    return (*names, *(["grad head"] if mode == "heads" else []))
-
-
-def caller(method: Method, inputs: Inputs, heads: int, mode: str) -> Caller:
-    """A function of an input set's number that returns what ``result_names`` names."""
-    inputs.prepare(mode)
-    fusion, sets, count, other = method.fusion, inputs.sets, len(inputs.sets), inputs.other
-    if other:
-
-        def both(index: int) -> tuple[Tensor, Tensor]:
-            a, b = (
-                ck.FusionInputs(*x.sets[index % count], x.weights, heads) for x in (inputs, other)
-            )
-            return method.pair(a, b)
-
-        return both
-    leaves = [inputs.leaves(index) for index in range(count)]
-
-    def forward(index: int) -> tuple[Tensor]:
-        return (fusion(*sets[index % count], inputs.weights, heads),)
-
-    def train(index: int) -> tuple[Tensor, ...]:
-        (output,) = forward(index)
-        if mode == "heads":
-            return output, *torch.autograd.grad(F.linear(output, inputs.head).mean(), inputs.head)
-        # allow_unused: the absorbed form has no use for k_bias, whose gradient is zero.
-        gradients = torch.autograd.grad(
-            output, leaves[index % count], inputs.upstream, allow_unused=True
-        )
-        return output, *gradients
-
-    return forward if mode == "forward" else train
-
-
-def tolerances(inputs: Inputs, heads: int, mode: str) -> dict[str, Tolerance]:
-    """For each result its float64 value, and the error that eager makes in the run's dtype."""
-    definition = Method("eager", eager, two_calls(eager))
-    exact = caller(definition, _doubled(inputs), heads, mode)(0)
-    usual = caller(definition, inputs, heads, mode)(0)
-    names = result_names(mode, pair=inputs.other is not None)
-    return measure.tolerances(names, exact, usual, inputs.upstream.dtype)
-
-
-def _doubled(inputs: Inputs) -> Inputs:
-    """The first set in float64."""
-    cls, tokens, *weights, head = [t.detach().double() for t in inputs.tensors(0)]
-    return Inputs(
-        ck.FusionWeights(*weights),
-        inputs.upstream.double(),
-        [(cls, tokens)],
-        head,
-        _doubled(inputs.other) if inputs.other else None,
+def split_pair(
+    heads: int,
+    cls: Tensor,
+    tokens: Tensor,
+    other_cls: Tensor,
+    other_tokens: Tensor,
+    w: list[Tensor],
+) -> tuple[ck.FusionInputs, ck.FusionInputs]:
+    half = len(ck.FusionWeights._fields)
+    return (
+        ck.FusionInputs(cls, tokens, ck.FusionWeights(*w[:half]), heads),
+        ck.FusionInputs(other_cls, other_tokens, ck.FusionWeights(*w[half:]), heads),
     )
+
+
+def definition(shape: Shape) -> Call:
+    """Eager mode: what the others are judged by."""
+    return (two_calls if shape.other else one_call)(eager, shape.heads)
+
+
+def contenders(options: argparse.Namespace, shape: Shape) -> list[Contender]:
+    """Eager first. Their calls take a set's tensors and the weights."""
+    torch._dynamo.reset()  # or each shape would count as a recompilation, and soon run eager
+    calls, heads = two_calls if shape.other else one_call, shape.heads
+    too_wide = "SDPA's fused kernels end at head dim 256" if shape.dim > 256 else None
+    found = [
+        Contender("eager", definition(shape)),
+        compiled_contender("eager", definition(shape), options),
+        Contender("SDPA", calls(sdpa, heads)),
+        Contender("absorbed", calls(absorbed, heads)),
+        compiled_contender("absorbed", calls(absorbed, heads), options),
+        Contender("absorbed, SDPA", calls(absorbed_sdpa, heads), skip=too_wide),
+    ]
+
+    def ours(backend: str) -> Call:
+        if shape.other:
+            return our_pair(backend, heads)
+        return one_call(our_backend(backend), heads)
+
+    found += [our_contender(backend, ours(backend), options) for backend in options.backends]
+    if "triton" in options.backends and not shape.other:
+        for variant in configurations.FORMS.names[1:]:  # the first is "auto"
+            within = functools.partial(configurations.FORMS.choose, variant)
+            facts = {"within": within, "may_decline": True}
+            found.append(our_contender("triton", ours("triton"), options, variant, **facts))
+    return found

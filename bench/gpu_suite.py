@@ -2,9 +2,9 @@
 
 Imports, tests on the device, tests under a sanitizer, then every benchmark with every baseline.
 Each stage writes its log and results into OUT. The command stops after ``--seconds``, and begins
-with what matters most. A stage that is done is not run again, so that the same command goes on
-where the last one stopped; a stage that fails or takes too long does not keep the others from
-running. ``--dry-run`` runs all kinds of stages on a CPU with tiny sizes.
+with what matters most. Stages that are done are not run again: rerun the command to resume. A stage
+that fails or takes too long does not keep the others from running. ``--dry-run`` runs all kinds of
+stages on a CPU with tiny sizes.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import command_line
+import report
+from sizes import TOKENS, WIDTHS
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = Path("bench")
-# (name, C_S, h) of the named models' widths: Ti, S (and 15), B, 9, 18.
-WIDTHS = (("Ti", 96, 3), ("15", 192, 6), ("B", 384, 12), ("9", 128, 4), ("18", 224, 7))
 MODELS = tuple(
     f"crossvit_{name}_240"
     for name in ("15", "tiny", "small", "base", "9", "18", "9_dagger", "15_dagger", "18_dagger")
 )
-# Tokens that each branch attends to at 240 pixels, the CLS counted in.
-TOKENS = {"S": 401, "L": 197}
+#: Whose widths are measured, in this order; CrossViT-S has those of 15.
+WIDTH_NAMES = ("15", "Ti", "B", "9", "18")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,19 +89,20 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
     python = sys.executable
     few = ("--min-time", quick, *(("--repeats", "3") if dry else ()))
     batches = ("1", "2") if dry else ("1", "8", "64", "256", "1024")
-    widths = WIDTHS[:1] if dry else WIDTHS
 
     def stage(name: str, program: str, seconds: int, *options: str) -> Stage:
         command = (python, str(BENCH / program), "--device", device, *few, *options)
         return Stage(name, (*command, "--json", str(out / f"{name}.json")), seconds)
 
     def core() -> Stage:
-        channels = [str(c) for _, small, _ in widths for c in (small, 2 * small)]
+        small_widths = [WIDTHS[name].channels for name in WIDTH_NAMES]
+        channels = dict.fromkeys(str(c) for small in small_widths for c in (small, 2 * small))
         sizes = ("--tokens", "9") if dry else ()
         options = ("--channels", *(("16",) if dry else channels), "--batch", *batches, *sizes)
         return stage("core", "core_bench.py", 90, *options, "--no-compile")
 
-    def fusions(name: str, small: int, heads: int, compiled: bool) -> list[Stage]:
+    def fusions(name: str, compiled: bool) -> list[Stage]:
+        small, heads, _ = WIDTHS[name]
         found = []
         for branch, dim, own in (("S", small, 2 * small), ("L", 2 * small, small)):
             title = f"fusion-{name}-{branch}"
@@ -149,17 +150,15 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
         ]
 
     if dry:
-        (name, small, heads), model = widths[0], "crossvit_tiny_240"
-        found = [core(), *fusions(name, small, heads, False), blocks(name, False)]
-        return found + models(model, False)
-    _, small, heads = next(width for width in WIDTHS if width[0] == "15")
-    found = [core(), *fusions("15", small, heads, True), blocks("15", True)]
-    found += models("crossvit_15_240", False) + models("crossvit_15_240", True)
-    others = [width for width in WIDTHS if width[0] != "15"]
-    for name, small, heads in others:
-        found += [*fusions(name, small, heads, False), blocks(name, False)]
-    for model in MODELS:
-        found += [] if model == "crossvit_15_240" else models(model, True)
+        found = [core(), *fusions("Ti", False), blocks("Ti", False)]
+        return found + models("crossvit_tiny_240", False)
+    first, *others = WIDTH_NAMES
+    found = [core(), *fusions(first, True), blocks(first, True)]
+    found += models(MODELS[0], False) + models(MODELS[0], True)
+    for name in others:
+        found += [*fusions(name, False), blocks(name, False)]
+    for model in MODELS[1:]:
+        found += models(model, True)
     return found
 
 
@@ -183,6 +182,10 @@ def run(stage: Stage, out: Path, seconds: float) -> int:
         return 124
 
 
+def say(stage: Stage, what: str) -> None:
+    print(f"{stage.name:28} {what}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line.Parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for logs and results")
@@ -203,18 +206,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only is not None and stage.name not in options.only:
             continue
         if options.only is None and done.get(stage.name, {}).get("status") == 0:
-            print(f"{stage.name:16} done before", flush=True)
+            say(stage, "done before")
             continue
         if time.monotonic() > end:
-            print(f"{stage.name:16} no time left", flush=True)
+            say(stage, "no time left")
             continue
         began = time.monotonic()
         limit = stage.seconds * (5 if options.dry_run else 1)  # a CPU may be busy, and shared
         status = run(stage, out, min(limit, end - began))
         seconds = time.monotonic() - began
         done[stage.name] = {"status": status, "seconds": round(seconds, 1)}
-        path.write_text(json.dumps(done, indent=1) + "\n")
-        print(f"{stage.name:16} status {status:4} after {seconds:6.1f} s", flush=True)
+        report.write_json(path, done)
+        say(stage, f"status {status:4} after {seconds:6.1f} s")
     return 0 if all(entry["status"] == 0 for entry in done.values()) else 1
 
 

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,12 @@ os.environ |= {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}  # read
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import command_line
-import environment
+import measure
 import no_device
 import report
 import torch
 import triton
+from command_line import positive
 from fusion_cases import make_weights
 
 import crossvit_kernels as ck
@@ -41,6 +41,7 @@ from crossvit_kernels.ops.cross_attention import triton as fusion
 #: CrossViT-15 at 240 pixels: C_own, C and patches of the L branch's CLS, then of the S branch's.
 SIZES = ((384, 192, 400), (192, 384, 196))
 HEADS = 6
+CPU = torch.device("cpu")
 EXPECTED_LAUNCHES = {
     "forward, Triton's part": 1,
     "forward": 1,
@@ -97,15 +98,15 @@ def inputs(own: int, channels: int, num_tokens: int) -> ck.FusionInputs:
     return ck.FusionInputs(cls, tokens, ck.FusionWeights(*weights), HEADS)
 
 
-def best(call: Callable[[], Any], rounds: int, calls: int = 200) -> float:
-    """Microseconds of a call, in the round that other work on the machine disturbed least."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    return round(min(times), 1)
+def best_of(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Microseconds of each call, in the round that other work on the machine disturbed least."""
+    timings = measure.round_robin(
+        {name: lambda _, call=call: call() for name, call in calls.items()},
+        measure.Stopwatch(CPU, most_calls=200),
+        min_time=float("inf"),
+        repeats=rounds,
+    )
+    return {name: round(min(timing.seconds) * 1e6, 1) for name, timing in timings.items()}
 
 
 def calls_to_measure() -> dict[str, Callable[[], Any]]:
@@ -127,11 +128,11 @@ def measure_both(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     calls, start = calls_to_measure(), launcher.start
     with torch.no_grad():
         found = {name: launched(call) for name, call in calls.items()}
-        ours = {name: best(call, rounds) for name, call in calls.items()}
+        ours = best_of(calls, rounds)
         launcher.start = as_triton_does
         try:
             check(found, {name: launched(call) for name, call in calls.items()})
-            theirs = {name: best(call, rounds) for name, call in calls.items()}
+            theirs = best_of(calls, rounds)
         finally:
             launcher.start = start
     return ours, theirs
@@ -169,30 +170,29 @@ def measure_cuda(rounds: int) -> dict[str, float]:
                     f"CUDA's part: expected one call of the extension, found {calls}"
                 )
             stand_in.functions.cross_attention_forward = lambda **arguments: None
-            return {"forward, CUDA's part": best(call, rounds)}
+            return best_of({"forward, CUDA's part": call}, rounds)
     finally:
         extension.cuda_kernels = found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--rounds", type=command_line.positive, default=40, help="of 200 calls")
-    command_line.add_files(parser, "host", csv=False)
+    parser.add_argument("--rounds", type=positive, default=40, help="of at most 200 calls (40)")
+    parser.set_defaults(benchmark="host", device=CPU, dtype="bfloat16")
+    command_line.add_files(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     no_device.NoDevice.launcher_cls = Nothing
     fusion.why_not = lambda *inputs: None  # no GPU is no reason here
     ours, theirs = measure_both(options.rounds)
-    print(f"Triton {triton.__version__}, us{'':24} as Triton launches    as we do")
-    for name, value in ours.items():
-        print(f"{name:38} {theirs[name]:18.1f} {value:11.1f}")
     cuda_us = measure_cuda(options.rounds)
-    for name, value in cuda_us.items():
-        print(f"{name:57} {value:11.1f}")
-    facts = environment.environment(torch.device("cpu"), "bfloat16")
-    facts["triton"] = triton.__version__
-    found = {"benchmark": "host", "environment": facts, "triton_us": theirs, "ours_us": ours}
-    report.save(options, found | {"cuda_us": cuda_us})
+    header = (f"Triton {triton.__version__}, us", "as Triton launches", "as we do")
+    lines = [(name, f"{theirs[name]:.1f}", f"{us:.1f}") for name, us in ours.items()]
+    lines += [(name, "", f"{us:.1f}") for name, us in cuda_us.items()]
+    print(report.format_table(header, lines))
+    document = report.new_document(options, triton_us=theirs, ours_us=ours, cuda_us=cuda_us)
+    document["environment"]["triton"] = triton.__version__
+    report.save(options, document)
     return 0
 
 

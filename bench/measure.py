@@ -27,16 +27,6 @@ from torch.profiler import ProfilerActivity, profile
 #: weights rule; with 32 the order of summation does, which differs between algorithms.
 ERROR_FACTORS = {torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
-#: Mode: whether the inputs and whether the weights get a gradient. In "frozen" the weights are
-#: frozen; in "heads" all that is trained is a linear head on the result.
-TRAINED = {
-    "forward": (False, False),
-    "train": (True, True),
-    "frozen": (True, False),
-    "heads": (False, False),
-}
-CLASSES = 10  # of such a head
-
 
 class Progress:
     """Says on stderr what is running: one line that is overwritten, or a line a stage in a log."""
@@ -213,15 +203,16 @@ class Stopwatch:
 
     _SPIN_HZ = 2e9  # no GPU clocks higher by much, so a spin is never much too short
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, most_calls: int | None = None) -> None:
         self.device = device
         self._on_gpu = device.type == "cuda"
-        # What one caller's turn should last, and its calls at most: they must fit a GPU's queue.
-        self._turn_seconds, self._most_calls = (0.002, 8) if self._on_gpu else (0.02, 50)
+        # What one round's calls should last, and how many at most: they must fit a GPU's queue.
+        self._round_seconds = 0.002 if self._on_gpu else 0.02
+        self._most_calls = most_calls or (8 if self._on_gpu else 50)
         self._next_set = 0
 
     def calls_for(self, call: Callable[[int], object]) -> tuple[int, float]:
-        """How many calls fill a turn, and how long a turn's issue takes on the host."""
+        """How many calls fill a round, and how long the host takes to issue them."""
         self._issue(call, 10 if self._on_gpu else 2)  # warm-up
         self._wait()
         start = time.perf_counter()
@@ -229,10 +220,10 @@ class Stopwatch:
         host = (time.perf_counter() - start) / 2
         self._wait()
         seconds = (time.perf_counter() - start) / 2
-        calls = min(max(round(self._turn_seconds / seconds), 1), self._most_calls)
+        calls = min(max(round(self._round_seconds / seconds), 1), self._most_calls)
         return calls, host * calls
 
-    def turn(
+    def time_calls(
         self, call: Callable[[int], object], calls: int, issue: float
     ) -> tuple[float, float | None]:
         """Seconds a call, and on a GPU the host's seconds a call."""
@@ -271,7 +262,7 @@ def round_robin(
     repeats: int,
     on_round: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Timing]:
-    """Time callers in turns, so that the machine's other work disturbs all of them alike.
+    """Time callers in turn, round by round: other work on the machine disturbs all alike.
 
     Args:
         callers: Name -> function of an input set's number.
@@ -291,7 +282,7 @@ def round_robin(
                 break
             on_round(index)
             for name, call in callers.items():
-                seconds, host = stopwatch.turn(call, *plan[name])
+                seconds, host = stopwatch.time_calls(call, *plan[name])
                 timings[name].seconds.append(seconds)
                 if host is not None:
                     timings[name].host.append(host)

@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import command_line
-import contest
 import measure
 import report
 import torch
 import torch.nn.functional as F
 from command_line import DTYPES, positive
-from contest import Contender
+from contender import Contender
+from contest import Contest
+from report import Row
 from torch import Tensor, nn
 
 import crossvit
@@ -182,13 +183,14 @@ def allowed(
     return measure.tolerances(names, *results, DTYPES[options.dtype])
 
 
-def measure_point(run: contest.Contest, name: str, batch: int, mode: str) -> list[dict[str, Any]]:
-    """A row for each contender."""
+def measure_point(run: Contest, name: str, batch: int, mode: str) -> None:
     options = run.options
     torch.manual_seed(0)
     reference = crossvit.create_model(name, **size_option(options))
     state = reference.state_dict()
     height, width = reference.patch_embed[0].img_size
+    gflop = 2e-9 * crossvit.count_macs(reference) * batch * (3 if mode == "train" else 1)
+    matmul_gflops = run.ceilings.matmul_flops_per_second / 1e9
 
     def prepare() -> tuple[list[Contender], dict[str, measure.Tolerance]]:
         data = (
@@ -199,20 +201,23 @@ def measure_point(run: contest.Contest, name: str, batch: int, mode: str) -> lis
         made = contenders(name, mode, batch, options, state)
         return [entry(key, make, mode, options, data) for key, make in made.items()], tolerances
 
-    common = {
-        "model": name,
-        "img_size": [height, width],
-        "batch": batch,
-        "dtype": options.dtype,
-        "mode": mode,
-        "gflop": 2e-9 * crossvit.count_macs(reference) * batch * (3 if mode == "train" else 1),
-    }
-    rows = run.point(MODES[mode], f"{name}, batch {batch}", prepare, common)
-    for row in report.timed(rows):
-        row["images_per_second"] = batch / row["median_ms"] * 1e3
-        row["mean_images_per_second"] = batch / row["mean_ms"] * 1e3
-        row["gflops"] = row["gflop"] / row["median_ms"] * 1e3
-    return rows
+    def complete(timed_rows: list[Row]) -> None:
+        for row in timed_rows:
+            row["images_per_second"] = batch / row["median_ms"] * 1e3
+            row["mean_images_per_second"] = batch / row["mean_ms"] * 1e3
+            row["gflops"] = gflop / row["median_ms"] * 1e3
+
+    size = {"model": name, "img_size": [height, width], "batch": batch}
+    run.point(
+        MODES[mode],
+        f"{name}, batch {batch}",
+        prepare,
+        {**size, "dtype": options.dtype, "mode": mode, "gflop": gflop},
+        title=f"{name}, {height} x {width}, batch {batch}, {options.dtype}, {mode}: {gflop:.4g} "
+        "GFLOP with keys and values in the fusions, "
+        f"{gflop / matmul_gflops * 1e3:.4g} ms at the rate of matrix products",
+        complete=complete,
+    )
 
 
 def entry(
@@ -230,34 +235,8 @@ def entry(
     )
 
 
-def table(rows: list[dict[str, Any]], ceilings: measure.Ceilings) -> str:
-    """One model at one batch in one mode."""
-    first = rows[0]
-    floor = first["gflop"] * 1e9 / ceilings.matmul_flops_per_second
-    baseline = "timm" if any(row["contender"] == "timm, eager" for row in rows) else "eager"
-    header = ["contender", "images/s", "by mean", "median ms", "10-90 %"]
-    header += ["of matmul", f"vs {baseline}", "host us", "extra MiB", "error (eager's)"]
-    lines = [
-        [
-            row["contender"],
-            f"{row['images_per_second']:.4g}",
-            f"{row['mean_images_per_second']:.4g}",
-            f"{row['median_ms']:.4g}",
-            f"{row['p10_ms']:.4g}-{row['p90_ms']:.4g}",
-            f"{row['gflops'] * 1e9 / ceilings.matmul_flops_per_second:.0%}",
-            *report.usual_cells(row),
-        ]
-        for row in report.timed(rows)
-    ]
-    title = (
-        f"\n{first['model']}, {first['img_size'][0]} x {first['img_size'][1]}, batch "
-        f"{first['batch']}, {first['dtype']}, {first['mode']}: {first['gflop']:.4g} GFLOP with "
-        f"keys and values in the fusions, {floor * 1e3:.4g} ms at the rate of matrix products"
-    )
-    return "\n".join([title, report.format_table(header, lines), *report.asides(rows)])
-
-
-def panels(rows: list[dict[str, Any]]) -> Iterator[report.Panel]:
+def panels(rows: list[Row]) -> list[report.Panel]:
+    found = []
     points = dict.fromkeys((row["model"], row["batch"], row["mode"]) for row in rows)
     for model, batch, mode in points:
         series = {
@@ -266,20 +245,28 @@ def panels(rows: list[dict[str, Any]]) -> Iterator[report.Panel]:
             if (row["model"], row["batch"], row["mode"]) == (model, batch, mode)
             and row["status"] == "ok"
         }
-        yield report.Panel(f"{model}, batch {batch}, {mode}", "batch", "images/s", series)
+        title = f"{model}, batch {batch}, {mode}"
+        found.append(report.Panel(title, "batch", "images/s", series))
+    return found
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line.Parser(__doc__)
+    parser = command_line.benchmark_parser(
+        __doc__,
+        "models",
+        min_time=20.0,
+        repeats=100,
+        modes=tuple(MODES),
+        backends=False,
+        plot=True,
+        compile_mode="default",
+        compile_budget=float("inf"),
+    )
     add = parser.add_argument
     add("--models", nargs="+", default=["crossvit_15_240"], help="names, or patterns of names")
     add("--batch", type=positive, nargs="+", default=[8])
     add("--img-size", type=positive, help="of the S branch, another than the models' own")
-    add("--mode", choices=(*MODES, "both"), default="both")
     add("--paper", action="store_true", help="the paper's protocol: batch 64, 100 iterations")
-    defaults = {"compile_mode": "default", "compile_budget": float("inf")}
-    command_line.add_common(parser, min_time=20.0, repeats=100, **defaults)
-    command_line.add_files(parser, "models", plot=True)
     options = command_line.completed(parser, arguments)
     names = [name for pattern in options.models for name in crossvit.list_models(pattern)]
     if not names:
@@ -293,15 +280,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+
+    def share_of_matmul(row: Row) -> str:
+        return f"{row['gflops'] * 1e9 / run.ceilings.matmul_flops_per_second:.0%}"
+
+    columns = {
+        "images/s": lambda row: f"{row['images_per_second']:.4g}",
+        "by mean": lambda row: f"{row['mean_images_per_second']:.4g}",
+        "of matmul": share_of_matmul,
+    }
     called = "CrossViT, fused"
-    with contest.Contest(options, called, WORDS, lambda rows: list(panels(rows)), OURS) as run:
-        print(run.introduction(), flush=True)
+    with Contest(options, called, columns, WORDS, panels=panels, headline=OURS) as run:
         for name in options.models:
             for batch in options.batch:
-                for mode in MODES if options.mode == "both" else (options.mode,):
-                    rows = measure_point(run, name, batch, mode)
-                    if rows:
-                        print(table(rows, run.ceilings), flush=True)
+                for mode in command_line.modes_of(options, both=tuple(MODES)):
+                    measure_point(run, name, batch, mode)
         return run.finish()
 
 

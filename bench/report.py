@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from environment import device_slug
+import environment
+
+Row = dict[str, Any]
+#: Header -> a row's cell.
+Columns = Mapping[str, Callable[[Row], str]]
 
 #: What speedups are relative to: the first of them that a benchmark has.
 EAGER = ("timm, eager", "ours, eager", "eager")
@@ -35,14 +39,14 @@ class Point(NamedTuple):
     """The rows of all contenders at one size."""
 
     where: str
-    rows: list[dict[str, Any]]
+    rows: list[Row]
 
 
 class Verdict(NamedTuple):
     """Who was fastest at a point: what users call, ours, against the best of the others."""
 
-    ours: dict[str, Any]
-    others: list[dict[str, Any]]  # fastest first
+    ours: Row
+    others: list[Row]  # fastest first
 
     @property
     def times_other(self) -> float:
@@ -75,7 +79,7 @@ def closing(
     return f"{what.capitalize()}, {len(points)} sizes: {_many(found, called, words)}"
 
 
-def verdict(rows: Sequence[dict[str, Any]], headline: str) -> Verdict | None:
+def verdict(rows: Sequence[Row], headline: str) -> Verdict | None:
     """None where nothing of ours, or nothing else, was right."""
     right = sorted(timed(rows), key=_median)
     ours = [row for row in right if row["ours"]]
@@ -126,7 +130,7 @@ def _figures(row: Mapping[str, Any]) -> str:
     return f"{text}, {times(speedup)} eager"
 
 
-def timed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def timed(rows: Sequence[Row]) -> list[Row]:
     """The rows of those that were right."""
     return [row for row in rows if row["status"] == "ok"]
 
@@ -135,16 +139,66 @@ def _median(row: Mapping[str, Any]) -> float:
     return float(row["median_ms"])
 
 
+def contenders_table(columns: Columns, rows: Sequence[Row]) -> str:
+    """A line for each contender that was timed; below, who was not and why, and a warning.
+
+    Args:
+        columns: Those that not all benchmarks have.
+        rows: Of one point in one mode.
+    """
+    baseline = "timm" if baseline_of(rows) == "timm, eager" else "eager"
+    every: Columns = {
+        "contender": lambda row: row["contender"],
+        "median ms": lambda row: f"{row['median_ms']:.4g}",
+        "10-90 %": lambda row: f"{row['p10_ms']:.4g}-{row['p90_ms']:.4g}",
+        **columns,
+        f"vs {baseline}": lambda row: _or_dash("{:.2f}x", row["speedup_over_eager"]),
+        "host us": lambda row: _or_dash("{:.0f}", row["host_us"]),
+        "extra MiB": lambda row: _or_dash("{:.4g}", row["extra_peak_bytes"], 2**20),
+        "error (eager's)": lambda row: f"{row['error']:.1e} ({row['eager_error']:.1e})",
+    }
+    lines = [[cell(row) for cell in every.values()] for row in timed(rows)]
+    below = [
+        f"  {row['contender']}: {row['status']}: {row['reason']}"[:400]
+        for row in rows
+        if row["status"] != "ok"
+    ]
+    if any(row["p90_ms"] > 2 * row["p10_ms"] for row in timed(rows)):
+        below += ["  some times vary by more than 2x: is the machine busy with something else?"]
+    return "\n".join([format_table(list(every), lines), *below])
+
+
+def _or_dash(template: str, value: float | None, unit: float = 1) -> str:
+    return "-" if value is None else template.format(value / unit)
+
+
+def baseline_of(rows: Sequence[Row]) -> str | None:
+    """The contender that the point's speedups are relative to."""
+    right = {row["contender"] for row in timed(rows)}
+    return next((name for name in EAGER if name in right), None)
+
+
+def new_document(options: argparse.Namespace, **measured: Any) -> dict[str, Any]:
+    """A result file: which benchmark, where and how it ran, and what it measured."""
+    return {
+        "benchmark": options.benchmark,
+        "environment": environment.environment(options.device, options.dtype),
+        "arguments": {name: str(value) for name, value in vars(options).items()},
+        **measured,
+    }
+
+
 def save(
     options: argparse.Namespace,
     document: Mapping[str, Any],
-    panels: Callable[[list[dict[str, Any]]], Sequence[Panel]] | None = None,
+    panels: Callable[[list[Row]], Sequence[Panel]] | None = None,
 ) -> None:
     """Write the files that a command line asks for."""
     rows, facts = document.get("results", []), document["environment"]
     if options.save:
         name = "-".join(filter(None, (facts["date"][:10], options.benchmark, facts["dtype"])))
-        write_json(RESULTS / device_slug(options.device) / f"{name}.json", document)
+        folder = RESULTS / environment.device_slug(options.device)
+        write_json(folder / f"{name}.json", document)
     if options.json:
         write_json(options.json, document)
     if getattr(options, "csv", None):
@@ -152,34 +206,6 @@ def save(
     if getattr(options, "plot", None) and panels:
         title = f"{options.benchmark.capitalize()}, {facts['device']}, {facts['dtype']}"
         plot(options.plot, panels(rows), title)
-
-
-def asides(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines below a table: who is not in it and why, and whether to trust the times."""
-    lines = [
-        f"  {row['contender']}: {row['status']}: {row['reason']}"[:400]
-        for row in rows
-        if row["status"] != "ok"
-    ]
-    return lines + unsteady(rows)
-
-
-def unsteady(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A warning where times are not to be trusted."""
-    if not any(row["p90_ms"] > 2 * row["p10_ms"] for row in timed(rows)):
-        return []
-    return ["  some times vary by more than 2x: is the machine busy with something else?"]
-
-
-def usual_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Against eager, host us, extra MiB, error (eager's)."""
-    extra, speedup = row["extra_peak_bytes"], row["speedup_over_eager"]
-    return (
-        "-" if speedup is None else f"{speedup:.2f}x",
-        "-" if row["host_us"] is None else f"{row['host_us']:.0f}",
-        "-" if extra is None else f"{extra / 2**20:.4g}",
-        f"{row['error']:.1e} ({row['eager_error']:.1e})",
-    )
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

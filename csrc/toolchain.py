@@ -1,4 +1,4 @@
-"""What the build has to work with, and what the environment asks of it: for setup.py."""
+"""What setup.py builds with: compilers, CUDA, jobs, and the environment variables that set them."""
 
 import os
 import re
@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 OLDEST_CUDA = (12, 4)
-OLDEST_ARCHITECTURE = 80  # bfloat16 on tensor cores, asynchronous copies
+OLDEST_SM = 80  # bfloat16 on tensor cores, asynchronous copies
 DEFAULT_ARCHITECTURES = "80;90"  # Ampere, Hopper; PTX of the latter serves what comes after
 
 
 def variable(name: str, pattern: str, expected: str, default: str) -> str:
-    """The value of an environment variable; ends the build where it is none of the expected."""
+    """The value of an environment variable; ends the build if it is not as expected."""
     value = os.environ.get(name) or default
     if not re.fullmatch(pattern, value):
         sys.exit(f"{name} is {value!r}, expected {expected}")
@@ -36,7 +36,7 @@ def cxx() -> str:
 
 
 def ccache() -> str:
-    """The compiler cache, or "" where there is none or it is not wanted."""
+    """The compiler cache, or "" if there is none or it is not wanted."""
     wanted, found = switch("CROSSVIT_BUILD_CCACHE"), shutil.which("ccache")
     if wanted == "1" and not found:
         sys.exit("CROSSVIT_BUILD_CCACHE=1, but there is no ccache on the PATH")
@@ -67,9 +67,8 @@ def find_cuda() -> tuple[Path | None, str]:
         version = cuda_version(home)
         if version >= OLDEST_CUDA:
             return home.resolve(), ""
-        why_not = "the CUDA toolkit in {} is {}.{}, older than {}.{}".format(
-            home, *version, *OLDEST_CUDA
-        )
+        here, oldest = (".".join(map(str, v)) for v in (version, OLDEST_CUDA))
+        why_not = f"the CUDA toolkit in {home} is {here}, older than {oldest}"
         break
     if wanted == "1":
         sys.exit(f"CROSSVIT_BUILD_CUDA=1, but {why_not}")
@@ -77,23 +76,24 @@ def find_cuda() -> tuple[Path | None, str]:
 
 
 def cuda_version(cuda: Path) -> tuple[int, int]:
-    said = subprocess.check_output([cuda / "bin/nvcc", "--version"], text=True)
-    found = re.search(r"release (\d+)\.(\d+)", said)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    output = subprocess.check_output([cuda / "bin/nvcc", "--version"], text=True)
+    release = re.search(r"release (\d+)\.(\d+)", output)
+    return (int(release[1]), int(release[2])) if release else (0, 0)
 
 
 def cuda_architectures(cuda: Path) -> list[str]:
-    """Those asked for, or those of the GPUs here, or the default ones; the newest last."""
-    said = subprocess.check_output([cuda / "bin/nvcc", "--list-gpu-arch"], text=True)
-    known = [int(arch) for arch in re.findall(r"compute_(\d+)", said)]
-    known = sorted(arch for arch in known if arch >= OLDEST_ARCHITECTURE)
-    here = architectures_of_gpus()
-    default = ";".join(map(str, here)) if here and here <= {*known} else DEFAULT_ARCHITECTURES
+    """Those asked for, else those of the visible GPUs, else the default ones; the newest last."""
+    output = subprocess.check_output([cuda / "bin/nvcc", "--list-gpu-arch"], text=True)
+    known = sorted(a for a in map(int, re.findall(r"compute_(\d+)", output)) if a >= OLDEST_SM)
+    visible = architectures_of_gpus()
+    default = DEFAULT_ARCHITECTURES
+    if visible and visible <= {*known}:
+        default = ";".join(map(str, visible))
     wanted = os.environ.get("CROSSVIT_CUDA_ARCH_LIST") or default
     archs = re.split("[;, ]+", wanted.strip("; ,"))
     for arch in archs:
-        found = re.fullmatch(r"(\d+)[af]?", arch)
-        if not found or int(found[1]) not in known:
+        number = re.fullmatch(r"(\d+)[af]?", arch)
+        if not number or int(number[1]) not in known:
             sys.exit(
                 f"CROSSVIT_CUDA_ARCH_LIST has {arch!r}, expected compute capabilities as in "
                 f"80;90, of those that {cuda} and the kernels know: {', '.join(map(str, known))}"
@@ -102,13 +102,14 @@ def cuda_architectures(cuda: Path) -> list[str]:
 
 
 def architectures_of_gpus() -> set[int]:
-    """Of the GPUs that a driver reports, as torch need not be here."""
+    """Of the GPUs that the driver reports; torch may not be installed."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         return set()
-    return {10 * int(a) + int(b) for a, b in re.findall(r"^(\d+)\.(\d)\s*$", said, re.MULTILINE)}
+    pairs = re.findall(r"^(\d+)\.(\d)\s*$", output, re.MULTILINE)
+    return {10 * int(major) + int(minor) for major, minor in pairs}
 
 
 def gencode_flags(archs: list[str]) -> str:

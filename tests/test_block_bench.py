@@ -112,12 +112,12 @@ def test_frozen_weights(bench: ModuleType, tmp_path: Path, part: str) -> None:
 
 
 def test_frozen_inputs_require_what_is_trained(contenders: ModuleType) -> None:
-    sizes = contenders.Sizes("", 2, 3, 8, 2, 16)
+    sizes = contenders.BlockSize("", 2, 3, 8, 2, 16)
     device = torch.device("cpu")
-    for mode, (of_x, of_weights) in contenders.measure.TRAINED.items():
+    for mode, (of_x, of_weights) in contenders.TRAINED.items():
         inputs = contenders.make_inputs("block", sizes, mode, device, torch.float32)
-        assert inputs.x.requires_grad == of_x
-        assert {w.requires_grad for w in inputs.weights} == {of_weights}
+        assert inputs.sets[0][0].requires_grad == of_x
+        assert {w.requires_grad for w in inputs.weights.values()} == {of_weights}
         assert inputs.head.requires_grad == (mode == "heads")
 
 
@@ -142,14 +142,14 @@ def test_timm_like_is_timms_block(contenders: ModuleType) -> None:
     block.norm1.eps = block.norm2.eps = 1e-6
     weights = of(block.norm1, block.attn.qkv, block.attn.proj)
     weights = [*weights, *of(block.norm2, block.mlp.fc1, block.mlp.fc2)]
-    sizes = contenders.Sizes("", 2, 5, 24, 3, 48)
+    sizes = contenders.BlockSize("", 2, 5, 24, 3, 48)
     x = torch.randn(2, 5, 24)
     for call in (contenders.timm_like("block", sizes), contenders.ours("block", sizes, "auto")):
         torch.testing.assert_close(call(x, weights), block(x))
 
 
 def test_floor_counts_what_is_computed(contenders: ModuleType) -> None:
-    sizes = contenders.Sizes("", 2, 100, 64, 1, 256)
+    sizes = contenders.BlockSize("", 2, 100, 64, 1, 256)
     rows, c = 200, 64
     linears, attention = 24 * rows * c * c, 4 * rows * 100 * c
     assert sizes.flop("block", "forward") == sizes.flop("block", "heads") == linears + attention

@@ -49,7 +49,7 @@ def test_wrong_gradient_is_not_timed(
         return t + (t - t.detach()) / 100 if name == which else t
 
     def spoiled(name: str):
-        return lambda u, x: bench.eager(more(u, "u"), more(x, "x"))
+        return lambda u, x, weights: bench.eager(more(u, "u"), more(x, "x"), weights)
 
     monkeypatch.setattr(bench, "our_backend", spoiled)
     code, rows = run(bench, tmp_path / "r.json", *TINY, "--backends", "auto")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+from bench_programs import program
 
 
 @pytest.fixture
 def suite(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield importlib.import_module("gpu_suite")
-    for name in ("gpu_suite", "command_line"):
-        sys.modules.pop(name, None)
+    with program(monkeypatch, "gpu_suite") as module:
+        yield module
 
 
 @pytest.mark.slow

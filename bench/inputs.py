@@ -1,0 +1,160 @@
+"""Inputs of the kernels' benchmarks, the calls on them, and what those must return.
+
+A call computes one or more outputs from a set of input tensors and the weights. What is timed and
+judged are its outputs and the gradients that the mode asks for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import environment
+import measure
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-6
+#: Mode: whether the inputs and whether the weights get a gradient. In "frozen" the weights are
+#: frozen; in "heads" all that is trained is a linear head on the output.
+TRAINED = {
+    "forward": (False, False),
+    "train": (True, True),
+    "frozen": (True, False),
+    "heads": (False, False),
+}
+#: Mode -> plain words.
+MODE_WORDS = {
+    "forward": "forward",
+    "train": "with backward",
+    "frozen": "with frozen weights",
+    "heads": "with a head alone trained",
+}
+CLASSES = 10  # of such a head
+
+Normal = Callable[..., Tensor]
+#: The tensors of a set, then the list of weights -> one or more outputs.
+Call = Callable[..., Tensor | tuple[Tensor, ...]]
+#: The number of an input set -> outputs and gradients.
+NumberedCall = Callable[[int], Sequence[Tensor | None]]
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Sets of tensors to rotate through, weights, a head, and where backward starts.
+
+    Tensors require the gradients that the mode asks for, and no others.
+    """
+
+    output_names: tuple[str, ...]
+    tensor_names: tuple[str, ...]
+    sets: list[tuple[Tensor, ...]]
+    weights: dict[str, Tensor]
+    head: Tensor
+    upstream: Tensor
+    mode: str
+
+    def __post_init__(self) -> None:
+        of_inputs, of_weights = TRAINED[self.mode]
+        for tensor in (tensor for tensors in self.sets for tensor in tensors):
+            tensor.requires_grad_(of_inputs)
+        for weight in self.weights.values():
+            weight.requires_grad_(of_weights)
+        self.head.requires_grad_(self.mode == "heads")
+
+    @property
+    def result_names(self) -> list[str]:
+        of_inputs, of_weights = TRAINED[self.mode]
+        leaves = [*(self.tensor_names if of_inputs else ()), *(self.weights if of_weights else ())]
+        leaves += ["head"] if self.mode == "heads" else []
+        return [*self.output_names, *(f"grad {name}" for name in leaves)]
+
+    def numbered(
+        self, call: Call, within: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> NumberedCall:
+        """A function of an input set's number that returns what ``result_names`` names."""
+        weights, trained = list(self.weights.values()), self.mode != "forward"
+        leaves_of = [
+            [t for t in (*tensors, *weights, self.head) if t.requires_grad] for tensors in self.sets
+        ]
+
+        def results(index: int) -> Sequence[Tensor | None]:
+            number = index % len(self.sets)
+            with within(), torch.set_grad_enabled(trained):
+                outputs = call(*self.sets[number], weights)
+                if isinstance(outputs, Tensor):
+                    outputs = (outputs,)
+                if not trained:
+                    return outputs
+                y = outputs[0]
+                if self.mode == "heads":
+                    y = F.linear(y.mean(dim=1) if y.dim() == 3 else y, self.head)
+                # allow_unused: k_bias has no effect, and an algorithm may have no use for it.
+                return *outputs, *torch.autograd.grad(
+                    y, leaves_of[number], self.upstream, allow_unused=True
+                )
+
+        return results
+
+    def tolerances(self, definition: Call) -> dict[str, measure.Tolerance]:
+        """For each result its float64 value, and the error that eager makes in the run's dtype."""
+        exact = self._first_set_in_float64().numbered(definition)(0)
+        eager = self.numbered(definition)(0)
+        return measure.tolerances(self.result_names, exact, eager, self.upstream.dtype)
+
+    def _first_set_in_float64(self) -> Inputs:
+        def double(tensor: Tensor) -> Tensor:
+            return tensor.detach().double()
+
+        return dataclasses.replace(
+            self,
+            sets=[tuple(map(double, self.sets[0]))],
+            weights={name: double(weight) for name, weight in self.weights.items()},
+            head=double(self.head),
+            upstream=double(self.upstream),
+        )
+
+
+def make_inputs(
+    names: tuple[Sequence[str], Sequence[str]],
+    make_set: Callable[[Normal], tuple[Tensor, ...]],
+    weight_shapes: Mapping[str, tuple[int, ...]],
+    output_shape: tuple[int, ...],
+    mode: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_sets: int = 1,
+) -> Inputs:
+    """Random inputs, the same for the same arguments; ``names`` are of outputs and of tensors."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, device=device)
+        return (drawn * scale + mean).to(dtype)
+
+    def weight(name: str, shape: tuple[int, ...]) -> Tensor:
+        scale = shape[1] ** -0.5 if len(shape) == 2 else 0.1
+        # A parameter, so that CUDA graphs of compiled baselines need not copy it.
+        drawn = normal(*shape, scale=scale, mean=1.0 if name.endswith("norm_weight") else 0.0)
+        return torch.nn.Parameter(drawn)
+
+    batch, width = output_shape[0], output_shape[-1]
+    return Inputs(
+        output_names=tuple(names[0]),
+        tensor_names=tuple(names[1]),
+        sets=[make_set(normal) for _ in range(num_sets)],
+        weights={name: weight(name, shape) for name, shape in weight_shapes.items()},
+        head=normal(CLASSES, width, scale=width**-0.5),
+        upstream=normal(*((batch, CLASSES) if mode == "heads" else output_shape)),
+        mode=mode,
+    )
+
+
+def num_rotated_sets(set_bytes: int, device: torch.device) -> int:
+    """So many that their tokens are four times a GPU's L2, or 2048; one on a CPU."""
+    if device.type == "cpu":
+        return 1
+    return min(max(2, math.ceil(4 * environment.l2_bytes(device) / set_bytes)), 2048)
