@@ -1,0 +1,1 @@
+"""A small operation, written as CONTRIBUTING.md shows."""
