@@ -16,7 +16,7 @@ from inputs import EPS, TRAINED
 from torch import Tensor
 
 import crossvit_kernels as ck
-from crossvit_kernels.gpu import row_tiles
+from crossvit_kernels.ops.common import configs
 
 PARTS = ("msa", "ffn", "block")
 _MSA, _FFN = ck.MsaWeights._fields, ck.FfnWeights._fields
@@ -134,7 +134,7 @@ def contenders(part: str, size: BlockSize, options: argparse.Namespace) -> list[
         call = ours(part, size, backend)
         variants = ("fused", "split", "library") if backend == "triton" else ("auto",)
         for variant in variants:
-            within = functools.partial(row_tiles.FORMS.choose, variant)
+            within = functools.partial(configs.FORMS.choose, variant)
             shown = "" if variant == "auto" else variant
             found.append(our_contender(backend, call, options, shown, within=within))
         if backend == "triton" and part != "ffn":

@@ -17,8 +17,7 @@ from inputs import EPS, TRAINED, Call, Inputs, Normal
 from torch import Tensor
 
 import crossvit_kernels as ck
-from crossvit_kernels.gpu import configurations
-from crossvit_kernels.ops.cross_attention import reference
+from crossvit_kernels.ops.cross_attention import configs, reference
 
 Fusion = Callable[[Tensor, Tensor, ck.FusionWeights, int], Tensor]
 
@@ -253,8 +252,8 @@ def contenders(options: argparse.Namespace, shape: Shape) -> list[Contender]:
 
     found += [our_contender(backend, ours(backend), options) for backend in options.backends]
     if "triton" in options.backends and not shape.other:
-        for variant in configurations.FORMS.names[1:]:  # the first is "auto"
-            within = functools.partial(configurations.FORMS.choose, variant)
+        for variant in configs.FORMS.names[1:]:  # the first is "auto"
+            within = functools.partial(configs.FORMS.choose, variant)
             facts = {"within": within, "may_decline": True}
             found.append(our_contender("triton", ours("triton"), options, variant, **facts))
     return found

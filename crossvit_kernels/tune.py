@@ -18,18 +18,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from crossvit_kernels import functional
-from crossvit_kernels.gpu import configurations, device, row_tiles, tuned
-from crossvit_kernels.gpu.configurations import TokenPass
-from crossvit_kernels.gpu.row_tiles import RowTile
+from crossvit_kernels.gpu import device, tuned
+from crossvit_kernels.gpu.tables import Table
+from crossvit_kernels.ops.attention_core import configs as core
+from crossvit_kernels.ops.attention_core.configs import TokenPass
+from crossvit_kernels.ops.common import configs as layers
+from crossvit_kernels.ops.common.configs import RowTable, RowTile
+from crossvit_kernels.ops.cross_attention import configs as fusion
 from crossvit_kernels.ops.cross_attention.reference import FusionWeights
+from crossvit_kernels.ops.layernorm_ffn import configs as ffn
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
+from crossvit_kernels.ops.layernorm_msa import configs as msa
 from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
 
 #: A run: launches the kernel once.
@@ -40,34 +45,40 @@ Config = TokenPass | RowTile
 class InBlock(NamedTuple):
     """Where a kernel of a transformer block runs."""
 
+    table: RowTable
     half: str
     form: str
     is_backward: bool
 
 
 BLOCK_KERNELS = {
-    "norm linear": InBlock("msa", "split", False),
-    "linear": InBlock("ffn", "split", False),
-    "linear norm backward": InBlock("ffn", "split", True),
-    "attention": InBlock("msa", "split", False),
-    "attention projection": InBlock("msa", "fused", False),
-    "attention backward": InBlock("msa", "split", True),
-    "ffn": InBlock("ffn", "fused", False),
-    "ffn hidden backward": InBlock("ffn", "split", True),
+    kernel.table.name: kernel
+    for kernel in (
+        InBlock(layers.NORM_LINEAR, "msa", "split", False),
+        InBlock(layers.LINEAR, "ffn", "split", False),
+        InBlock(layers.LINEAR_NORM_BACKWARD, "ffn", "split", True),
+        InBlock(msa.ATTENTION, "msa", "split", False),
+        InBlock(msa.ATTENTION_PROJECTION, "msa", "fused", False),
+        InBlock(msa.ATTENTION_BACKWARD, "msa", "split", True),
+        InBlock(ffn.FFN, "ffn", "fused", False),
+        InBlock(ffn.FFN_HIDDEN_BACKWARD, "ffn", "split", True),
+    )
 }
-PASSES = ("forward", "backward", "fusion forward", "fusion backward")
+PASSES = {
+    table.name: table for table in (core.FORWARD, core.BACKWARD, fusion.FORWARD, fusion.BACKWARD)
+}
 KERNELS = (*PASSES, *BLOCK_KERNELS)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def candidates(kernel: str, chip: int, width: int, element_size: int) -> list[Config]:
+def candidates(table: Table[Any], sm: int, width: int, element_size: int) -> list[Config]:
     """The table's configuration first; of row tiles, then those that differ from it least."""
-    if kernel not in PASSES:
-        return _row_tiles(row_tiles.from_table(kernel, chip, width, element_size))
-    table = configurations.from_table(kernel, chip, width, element_size)
+    preferred = table.preferred(sm, width, element_size)
+    if isinstance(preferred, RowTile):
+        return _row_tiles(preferred)
     chunks = [c for c in (32, 64, 128) if c < 2 * width] or [32]
     varied = [
-        dataclasses.replace(table, chunk=c, tokens=t, num_warps=w, num_stages=s)
+        dataclasses.replace(preferred, chunk=c, tokens=t, num_warps=w, num_stages=s)
         for c in chunks
         for t in (16, 32, 64, 128)
         for w in (4, 8)
@@ -75,7 +86,7 @@ def candidates(kernel: str, chip: int, width: int, element_size: int) -> list[Co
         # Beyond these a program has too few registers, or too little shared memory.
         if t * width * element_size * s <= 200_000 and t * width <= 128 * 32 * w
     ]
-    return [table, *(c for c in varied if c != table)]
+    return [preferred, *(c for c in varied if c != preferred)]
 
 
 def _row_tiles(table: RowTile) -> list[Config]:
@@ -109,9 +120,7 @@ def main(
     for channels in options.channels:
         for kernel in options.kernels:
             width = width_of(kernel, channels, options.heads)
-            if kernel in BLOCK_KERNELS and width > row_tiles.widest(
-                kernel, _DTYPES[options.dtype].itemsize
-            ):
+            if width > table_of(kernel).widest(_DTYPES[options.dtype].itemsize):
                 continue
             found = _tune(kernel, channels, options, place, measure or _seconds)
             _add(path, found)
@@ -130,17 +139,17 @@ def _tune(
     dtype = _DTYPES[options.dtype]
     heads = heads_of(channels, options.heads)
     batch, tokens = options.batch, options.tokens
-    name, width = kernel, width_of(kernel, channels, options.heads)
+    table, width = table_of(kernel), width_of(kernel, channels, options.heads)
     if kernel in BLOCK_KERNELS:
         run = _block(BLOCK_KERNELS[kernel], batch, tokens, channels, heads, dtype, place)
-        few = batch * tokens <= row_tiles.FEW_ROWS
-        name = row_tiles.name_of(kernel, dtype.itemsize, few)
+        table = BLOCK_KERNELS[kernel].table.for_rows(batch * tokens, dtype.itemsize)
     else:
         run = _pass(kernel, batch, tokens, channels, heads, dtype, place)
-    found = candidates(name, device.chip(place), width, dtype.itemsize)
+    name = table.name
+    found = candidates(table, device.sm(place), width, dtype.itemsize)
     tried: list[tuple[float, Config]] = []
     for config in found[: options.limit]:
-        with _only(name, config):
+        with table.only(config):
             try:
                 seconds = measure(run)
             except Exception as error:
@@ -156,6 +165,11 @@ def _tune(
     return tuned.key(name, device.device_name(place), width, dtype.itemsize), best
 
 
+def table_of(kernel: str) -> Table[Any]:
+    """The table of a kernel's name."""
+    return PASSES[kernel] if kernel in PASSES else BLOCK_KERNELS[kernel].table
+
+
 def heads_of(channels: int, heads: int | None) -> int:
     """As asked for, or one for every 64 channels."""
     return heads or max(channels // 64, 1)
@@ -165,12 +179,6 @@ def width_of(kernel: str, channels: int, heads: int | None) -> int:
     """What the kernel's table goes by: C, or a head's channels."""
     alone = kernel in ("attention", "attention backward")
     return channels // heads_of(channels, heads) if alone else channels
-
-
-def _only(kernel: str, config: Config) -> AbstractContextManager[None]:
-    if isinstance(config, TokenPass):
-        return configurations.only(config)
-    return row_tiles.only(kernel, config)
 
 
 def _input_sets(bytes_of_tokens: int, place: torch.device) -> int:
@@ -208,7 +216,7 @@ def _block(
     run = _rotate([functools.partial(call, x) for x in xs], where.is_backward)
 
     def in_form() -> object:
-        with row_tiles.FORMS.choose(where.form):
+        with layers.FORMS.choose(where.form):
             return run()
 
     return in_form
@@ -228,7 +236,8 @@ def _pass(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=place, dtype=dtype)
 
-    is_fusion, is_backward = kernel.startswith("fusion"), kernel.endswith("backward")
+    is_fusion = PASSES[kernel] in (fusion.FORWARD, fusion.BACKWARD)
+    is_backward = PASSES[kernel] in (core.BACKWARD, fusion.BACKWARD)
     matrix, vector = (channels, channels), (channels,)
     weights = FusionWeights(
         *(
@@ -237,13 +246,13 @@ def _pass(
         )
     )
     calls: list[Callable[[], torch.Tensor]] = []
-    fusion = functional.cross_attention_fusion
+    call = functional.cross_attention_fusion
     for _ in range(_input_sets(batch * tokens * channels * dtype.itemsize, place)):
         x = random(batch, tokens, channels).requires_grad_(is_backward)
         u = random(batch, *(vector if is_fusion else (heads, channels))).requires_grad_(is_backward)
 
         if is_fusion:
-            calls.append(functools.partial(fusion, u, x, weights, heads, backend="triton"))
+            calls.append(functools.partial(call, u, x, weights, heads, backend="triton"))
         else:
             calls.append(functools.partial(_core, u, x))
     return _rotate(calls, is_backward)

@@ -19,7 +19,10 @@ if not torch.cuda.is_available():
 
 import crossvit_kernels as ck
 from crossvit_kernels import extension, supported
-from crossvit_kernels.gpu import device, row_tiles
+from crossvit_kernels.gpu import device
+from crossvit_kernels.ops.common import configs
+from crossvit_kernels.ops.layernorm_ffn.configs import FFN
+from crossvit_kernels.ops.layernorm_msa.configs import ATTENTION_PROJECTION
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,11 +101,11 @@ def triton_device() -> str:
 
         interpreter.install()
         # Here steps take time, not registers: fewer of them, each larger.
-        row_tiles.PROGRAMS = 4
-        chip, float32 = device.chip(torch.device("cpu")), 4
-        for name in ("norm linear", "ffn", "attention projection", "linear norm backward"):
-            larger = {448: row_tiles.RowTile(32, 64, 128, 4, 1)}
-            row_tiles._ON_CHIP[chip, name, float32] = larger
+        configs.PROGRAMS = 4
+        larger = {448: configs.RowTile(32, 64, 128, 4, 1)}
+        tables = configs.NORM_LINEAR, FFN, ATTENTION_PROJECTION, configs.LINEAR_NORM_BACKWARD
+        for table in tables:
+            table.on_sm[device.sm(torch.device("cpu")), 4] = larger
         return "cpu"
     return "cuda"
 

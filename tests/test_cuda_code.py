@@ -12,8 +12,9 @@ from crossvit_kernels.inspect import extension_code, machine_code
 from crossvit_kernels.inspect.extension_code import Kernel
 from crossvit_kernels.inspect.machine_code import Code
 from crossvit_kernels.ops.attention_core import cuda as core
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.cross_attention import cuda as fusion
-from crossvit_kernels.ops.cross_attention.reference import FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 
 needs_cuda_code = pytest.mark.skipif(
     not extension.cuda_kernels, reason="the extension was built without CUDA"
@@ -81,8 +82,8 @@ WIDTHS = (16, 96, 192, 208, 384, 400, 768, 784, 1024, 1152, 1408, 1536)
 
 
 @pytest.fixture(params=[80, 90, 100])
-def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """CPU tensors pass for those of a chip, of whose shared memory a block may have its most."""
+def sm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """CPU tensors pass for those of a GPU, of whose shared memory a block may have its most."""
     functions = extension.cuda_kernels.functions
     monkeypatch.setattr(extension, "cuda_kernels", extension.CudaKernels(functions, "cpu"))
     most = machine_code.SHARED_BYTES_OF_PROGRAM[request.param]
@@ -92,12 +93,13 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 
 @needs_cuda_code
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_attention_core_declines_does_not_fit(dtype: torch.dtype, chip: int) -> None:
+def test_what_attention_core_declines_does_not_fit(dtype: torch.dtype, sm: int) -> None:
     functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[dtype]
     for channels in WIDTHS:
         blocks = functions.attention_core_blocks(code, 8, channels)
-        fits = all(b <= machine_code.SHARED_BYTES_OF_PROGRAM[chip] for _, b in blocks)
-        reason = core.why_not(torch.empty(1, 1, channels, dtype=dtype))
+        fits = all(b <= machine_code.SHARED_BYTES_OF_PROGRAM[sm] for _, b in blocks)
+        x = torch.empty(1, 1, channels, dtype=dtype)
+        reason = core.why_not(CoreInputs(x, x, None, None))
         assert (reason is None) == fits, (channels, reason, blocks)
         assert fits or "shared memory" in reason
 
@@ -105,9 +107,9 @@ def test_what_attention_core_declines_does_not_fit(dtype: torch.dtype, chip: int
 @needs_cuda_code
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [2, 12])
-def test_what_the_fusion_declines_does_not_fit(dtype: torch.dtype, heads: int, chip: int) -> None:
+def test_what_the_fusion_declines_does_not_fit(dtype: torch.dtype, heads: int, sm: int) -> None:
     functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[dtype]
-    most = machine_code.SHARED_BYTES_OF_PROGRAM[chip]
+    most = machine_code.SHARED_BYTES_OF_PROGRAM[sm]
     weights = FusionWeights(*(torch.empty(0, dtype=dtype) for _ in FusionWeights._fields))
     declined = 0
     for channels in (c for c in WIDTHS if c % (8 * heads) == 0):
@@ -116,7 +118,7 @@ def test_what_the_fusion_declines_does_not_fit(dtype: torch.dtype, heads: int, c
             fits = all(b <= most for _, b in blocks)
             cls = torch.empty(1, own, dtype=dtype)
             tokens = torch.empty(1, 1, channels, dtype=dtype)
-            reason = fusion.why_not(cls, tokens, weights, heads, None)
+            reason = fusion.why_not(FusionInputs(cls, tokens, weights, heads))
             assert (reason is None) == fits, (own, channels, reason, blocks)
             assert fits or "shared memory" in reason
             declined += not fits

@@ -25,9 +25,9 @@ from crossvit_kernels import FusionWeights
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.candidates import Candidate, Candidates
 from crossvit_kernels.ops.attention_core import triton_kernels as core
-from crossvit_kernels.ops.attention_core.shape import Shape
+from crossvit_kernels.ops.attention_core.configs import Shape
 from crossvit_kernels.ops.cross_attention import triton_forward, triton_backward_kernels
-from crossvit_kernels.ops.cross_attention.shape import FusionShape
+from crossvit_kernels.ops.cross_attention.configs import FusionShape
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.bool
 
@@ -227,8 +227,9 @@ import no_device
 from no_device import launches
 import dataclasses, torch, triton
 from crossvit_kernels import FfnWeights, supported
-from crossvit_kernels.gpu import launcher, row_tiles
-from crossvit_kernels.gpu.row_tiles import RowTile
+from crossvit_kernels.gpu import launcher, tables
+from crossvit_kernels.ops.common.configs import RowTile
+from crossvit_kernels.ops.layernorm_ffn.configs import FFN
 from crossvit_kernels.ops.layernorm_ffn import triton as ffn, triton_kernels
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
 from block_cases import ffn_weights
@@ -315,11 +316,11 @@ kernel.warmup = watched
 
 # What was measured runs although it spills, and so does the only one.
 spill(6)
-row_tiles.tuned.configuration = lambda kind, key: RowTile(32, 32, 32, 8, 2)
-row_tiles.forget()
+tables.tuned.configuration = lambda kind, key: RowTile(32, 32, 32, 8, 2)
+tables.forget()
 assert launched()[0] == PROGRAMS[32] and len(warmups) == 1
 spill(6)
-with row_tiles.only("ffn", RowTile(64, 32, 32, 8, 1)):
+with FFN.only(RowTile(64, 32, 32, 8, 1)):
     assert launched()[0] == PROGRAMS[64] and not warmups
 
 # On a Triton that is not tested every launch is its own.

@@ -13,7 +13,7 @@ import torch
 
 import crossvit_kernels as ck
 from crossvit_kernels import graphs, tune
-from crossvit_kernels.gpu import configurations, device, row_tiles, tuned
+from crossvit_kernels.gpu import device, tables, tuned
 from crossvit_kernels.inspect import extension_code, machine_code
 
 
@@ -21,12 +21,10 @@ from crossvit_kernels.inspect import extension_code, machine_code
 def tuned_file(tmp_path, monkeypatch):
     path = tmp_path / "tuned.json"
     monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, str(path))
-    configurations.forget()
-    row_tiles.forget()
+    tables.forget()
     yield path
     monkeypatch.delenv(tuned.ENVIRONMENT_VARIABLE)
-    configurations.forget()
-    row_tiles.forget()
+    tables.forget()
 
 
 def test_tune_writes_what_the_library_loads(tuned_file, triton_device, capsys) -> None:
@@ -45,13 +43,14 @@ def test_tune_writes_what_the_library_loads(tuned_file, triton_device, capsys) -
     assert "2.00x the table's" in capsys.readouterr().out
     entries = json.loads(path.read_text())
     assert len(entries) == 4
-    configurations.forget()
+    tables.forget()
     device = torch.cuda.get_device_name() if triton_device == "cuda" else "interpreter"
-    (config, *others), measured = configurations.candidates("forward", device, 0, 16, 2)
-    assert measured and config == tune.candidates("forward", 0, 16, 2)[1]
-    table = configurations.from_table("forward", 0, 16, 2)
-    assert config != table and others == [*table.and_smaller()]
-    assert configurations.candidates("forward", "another", 0, 16, 2) == ((*others,), False)
+    table = tune.PASSES["forward"]
+    (config, *others), measured = table.candidates(device, 0, 16, 2)
+    assert measured and config == tune.candidates(table, 0, 16, 2)[1]
+    preferred = table.preferred(0, 16, 2)
+    assert config != preferred and others == [*preferred.and_smaller()]
+    assert table.candidates("another", 0, 16, 2) == ((*others,), False)
     x = torch.randn(2, 5, 16, device=triton_device)
     ck.attention_core(x, x, backend="triton")
     assert tune.main([*sizes, "--kernels", "forward", "--dtype", "fp32"]) == 0  # really timed
@@ -73,14 +72,15 @@ def test_tune_blocks(tuned_file, triton_device, capsys) -> None:
     assert "no configuration" not in capsys.readouterr().out
     assert len(times) == 2 * len(tune.BLOCK_KERNELS)
     assert len(json.loads(tuned_file.read_text())) == len(tune.BLOCK_KERNELS)
-    row_tiles.forget()
+    tables.forget()
     name_of_device = torch.cuda.get_device_name() if triton_device == "cuda" else "interpreter"
-    chip = device.chip(torch.device(triton_device))
-    for kernel, few in (("ffn", False), ("norm linear", True)):
-        (config, *_), measured = row_tiles.candidates(kernel, name_of_device, chip, 32, 2, few)
-        name = row_tiles.name_of(kernel, 2, few)
-        assert measured and config == tune.candidates(name, chip, 32, 2)[1]
-        assert config != row_tiles.from_table(name, chip, 32, 2)
+    sm = device.sm(torch.device(triton_device))
+    for kernel in ("ffn", "norm linear"):
+        table = tune.BLOCK_KERNELS[kernel].table.for_rows(20, 2)
+        assert table.name == kernel + " of few rows" * (kernel == "norm linear")
+        (config, *_), measured = table.candidates(name_of_device, sm, 32, 2)
+        assert measured and config == tune.candidates(table, sm, 32, 2)[1]
+        assert config != table.preferred(sm, 32, 2)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"%s": {"speed": 3}}', '{"%s": 1}'])
@@ -282,10 +282,10 @@ def test_what_is_passed_over_is_shown() -> None:
     code = (
         "import sys\n"
         "from crossvit_kernels.inspect.__main__ import main\n"
-        "from crossvit_kernels.gpu import row_tiles\n"
-        "from crossvit_kernels.gpu.row_tiles import RowTile\n"
+        "from crossvit_kernels.ops.common.configs import RowTile\n"
+        "from crossvit_kernels.ops.layernorm_ffn.configs import FFN_HIDDEN_BACKWARD\n"
         "config = RowTile(128, 128, 32, 8, 10)\n"
-        "row_tiles._ON_CHIP[90, 'ffn hidden backward', 2] = {128: config}\n"
+        "FFN_HIDDEN_BACKWARD.on_sm[90, 2] = {128: config}\n"
         "options = '--arch', '90', '--channels', '96', '--kernel', 'ffn_hidden'\n"
         "sys.exit(main([*options, '--processes', '1']))\n"
     )

@@ -1,6 +1,6 @@
 """Which of a kernel's configurations runs: the first that spills no registers and fits the chip.
 
-What a configuration compiles to depends on the version of Triton, on the chip, and on which of the
+What a configuration compiles to depends on the version of Triton, on the sm, and on which of the
 kernel's optional tensors there are. So tables give candidates in order of preference, and the
 choice is made of what they compiled to: once for each form of a launch.
 """

@@ -1,4 +1,4 @@
-"""Whether Triton can run here, and what every launch needs: a chip, aligned rows."""
+"""Whether Triton can run here, and what every launch needs: a sm, aligned rows."""
 
 from __future__ import annotations
 
@@ -77,28 +77,28 @@ def device_name(device: torch.device) -> str:
     return "meta" if device.type == "meta" else "interpreter"
 
 
-# The chip that tensors without memory stand for.
-_chip_of_meta = 0
+# What tensors without memory stand for.
+_sm_of_meta = 0
 
 
 @contextmanager
-def as_if_on(chip_of_meta: int) -> Iterator[None]:
-    """Take tensors on the meta device for tensors on a chip, 90 for 9.0."""
-    global _chip_of_meta
-    previous, _chip_of_meta = _chip_of_meta, chip_of_meta
-    chip.cache_clear()
+def as_if_on(sm_of_meta: int) -> Iterator[None]:
+    """Take tensors on the meta device for tensors on a sm, 90 for 9.0."""
+    global _sm_of_meta
+    previous, _sm_of_meta = _sm_of_meta, sm_of_meta
+    sm.cache_clear()
     try:
         yield
     finally:
-        _chip_of_meta = previous
-        chip.cache_clear()
+        _sm_of_meta = previous
+        sm.cache_clear()
 
 
 @functools.cache
-def chip(device: torch.device) -> int:
+def sm(device: torch.device) -> int:
     """Compute capability, 90 for 9.0; on others than NVIDIA's the tables' default."""
     if device.type == "meta":
-        return _chip_of_meta
+        return _sm_of_meta
     if device.type != "cuda" or torch.version.hip:
         return 0
     major, minor = torch.cuda.get_device_capability(device)

@@ -24,11 +24,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 from crossvit_kernels import extension, supported
-from crossvit_kernels.gpu import device, row_tiles
+from crossvit_kernels.gpu import device
 from crossvit_kernels.inspect import ahead_of_time, extension_code, machine_code
 from crossvit_kernels.inspect.ahead_of_time import reports
 from crossvit_kernels.inspect.compile_cases import BLOCKS, WIDTHS, compile_cases, extremes
 from crossvit_kernels.inspect.machine_code import Report
+from crossvit_kernels.ops.common.configs import FORMS
 
 ARCHITECTURES = (80, 90, 100)
 _SECONDS_OF_SILENCE = 5
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     widths = [w for w in WIDTHS if {*w[:2]} <= wanted]
     blocks = [b for b in BLOCKS if b[0] in wanted]
     forms, some = (
-        row_tiles.FORMS.names if options.all else ("auto",),
+        FORMS.names if options.all else ("auto",),
         extremes if options.quick else list,
     )
     found = [

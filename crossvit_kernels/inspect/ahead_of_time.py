@@ -147,14 +147,14 @@ def _attributes_of_constant(path: tuple[int, ...]) -> dict[tuple[int, ...], Any]
     return {path: []} if (major, minor) >= (3, 8) else {}
 
 
-def recorded(chip: int, runs: Iterable[Callable[[], object]]) -> list[CompileCase]:
-    """The forms in which functions launch kernels on a chip, each once.
+def recorded(sm: int, runs: Iterable[Callable[[], object]]) -> list[CompileCase]:
+    """The forms in which functions launch kernels on a GPU, each once.
 
     Args:
-        chip: Compute capability, 90 for 9.0.
+        sm: Compute capability, 90 for 9.0.
         runs: They call operations on tensors without memory.
     """
-    with device.as_if_on(chip), launcher.recording() as found:
+    with device.as_if_on(sm), launcher.recording() as found:
         for run in runs:
             run()
     return [CompileCase(form) for form in {(f.kernel.fn, *f[1:]): f for f in found}.values()]

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from crossvit_kernels.gpu import configurations, row_tiles
 from crossvit_kernels.inspect import ahead_of_time
 from crossvit_kernels.inspect.ahead_of_time import CompileCase, Dtypes, empty, empty_weights
+from crossvit_kernels.ops.attention_core.configs import TokenPass
 from crossvit_kernels.ops.attention_core.op import OPERATION as CORE
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
+from crossvit_kernels.ops.common import configs
 from crossvit_kernels.ops.cross_attention.op import cross_attention_fusion
 from crossvit_kernels.ops.cross_attention.reference import SHAPES as FUSION_SHAPES
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
@@ -48,20 +49,20 @@ _BATCHES = (1, 65, 1024)
 
 
 def compile_cases(
-    chip: int,
+    sm: int,
     dtypes: Sequence[str],
     widths: Sequence[tuple[int, int, int]] = WIDTHS,
     blocks: Sequence[tuple[int, int, int]] = BLOCKS,
-    forms: Sequence[str] = row_tiles.FORMS.names,
+    forms: Sequence[str] = configs.FORMS.names,
 ) -> list[CompileCase]:
     """Every form in which kernels are launched, for tokens of these dtypes and widths.
 
     Args:
-        chip: Compute capability, 90 for 9.0.
+        sm: Compute capability, 90 for 9.0.
         dtypes: Names in ahead_of_time.DTYPES.
         widths: (C_own, C, heads) of fusions.
         blocks: (C, heads, hidden units) of transformer blocks.
-        forms: Of blocks: the names in row_tiles.FORMS.
+        forms: Of blocks: the names in configs.FORMS.
     """
 
     def runs() -> Iterator[Callable[[], object]]:
@@ -80,7 +81,7 @@ def compile_cases(
         for form in forms:
             yield functools.partial(_in_form, form, run)
 
-    return ahead_of_time.recorded(chip, runs())
+    return ahead_of_time.recorded(sm, runs())
 
 
 def extremes(found: Sequence[CompileCase]) -> list[CompileCase]:
@@ -98,7 +99,7 @@ def extremes(found: Sequence[CompileCase]) -> list[CompileCase]:
 
 
 def _in_form(form: str, run: Callable[[], object]) -> None:
-    with row_tiles.FORMS.choose(form):
+    with configs.FORMS.choose(form):
         run()
 
 
@@ -107,7 +108,7 @@ def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
 
     With LayerNorm in all variants; without it with and without a mask; and over a split image.
     """
-    x, many = (empty((1, n, channels), dtype) for n in (16, configurations.TokenPass.part + 1))
+    x, many = (empty((1, n, channels), dtype) for n in (16, TokenPass.part + 1))
     u, mask = empty((1, num_queries, channels), torch.float32), empty((1, 16), torch.bool)
     for extra in (None, x[:, 0]):
         for key_mask in (None, mask):
@@ -133,7 +134,7 @@ def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int) -> None:
 def _msa(dtypes: Dtypes, channels: int, heads: int) -> None:
     """Inference, and training with drop path and without."""
     weights = _weights(MsaWeights, MSA_SHAPES, {"C": channels}, dtypes)
-    for num_rows in (16, row_tiles.FEW_ROWS + 1):
+    for num_rows in (16, configs.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)
         for cls in (None, x[:, 0]):
             inputs = MsaInputs(x, weights, heads, None, cls)
@@ -147,7 +148,7 @@ def _msa(dtypes: Dtypes, channels: int, heads: int) -> None:
 def _ffn(dtypes: Dtypes, channels: int, hidden: int) -> None:
     """Inference, and training with drop path and without."""
     weights = _weights(FfnWeights, FFN_SHAPES, {"C": channels, "F": hidden}, dtypes)
-    for num_rows in (16, row_tiles.FEW_ROWS + 1):
+    for num_rows in (16, configs.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)
         layernorm_ffn.backends["triton"].forward(FfnInputs(x, weights, None), _EPS, "")
         for scale in (None, x.new_empty(1)):

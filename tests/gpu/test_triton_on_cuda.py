@@ -13,8 +13,8 @@ from torch import Tensor
 import crossvit_kernels as ck
 from crossvit import create_model
 from crossvit_kernels import FfnWeights, FusionInputs, MsaWeights, graphs
-from crossvit_kernels.gpu import configurations, row_tiles
 from crossvit_kernels.modules import CrossAttentionFusion, TransformerBlock
+from crossvit_kernels.ops.common import configs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -30,24 +30,24 @@ def _triton() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("own, other, heads", [(128, 256, 4), (192, 384, 6), (384, 768, 12)])
-def test_both_fusions_of_a_block_in_one_launch(own, other, heads, dtype) -> None:
-    """The same bits as two launches, also of a captured graph."""
+def test_both_fusions_of_a_block(own, other, heads, dtype) -> None:
+    """The bits of two calls, also side by side in a captured graph."""
     small, large = CrossAttentionFusion(own, other, heads), CrossAttentionFusion(other, own, heads)
     weights = [f.to("cuda", dtype).requires_grad_(False).weights() for f in (small, large)]
 
-    def pair(a_cls: Tensor, a_x: Tensor, b_cls: Tensor, b_x: Tensor) -> tuple[Tensor, Tensor]:
+    def two(a_cls: Tensor, a_x: Tensor, b_cls: Tensor, b_x: Tensor) -> tuple[FusionInputs, ...]:
         a = FusionInputs(a_cls, a_x[:, 1:], weights[0], heads)
-        b = FusionInputs(b_cls, b_x[:, 1:], weights[1], heads)
-        return ck.cross_attention_fusion_pair(a, b, backend="triton")
+        return a, FusionInputs(b_cls, b_x[:, 1:], weights[1], heads)
+
+    def pair(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return ck.cross_attention_fusion_pair(*two(*tensors), backend="triton")
 
     for batch in (1, 3, 33, 130):
         sizes = (batch, own), (batch, 197, other), (batch, other), (batch, 401, own)
         inputs = [torch.randn(size, device="cuda", dtype=dtype) for size in sizes]
-        with configurations.PAIRS.choose("apart"):
-            expected = pair(*inputs)
-        with configurations.PAIRS.choose("paired"):
-            found = [pair(*inputs) for _ in range(20)]
-            graphed = ck.make_graphed(pair, inputs)
+        expected = [ck.cross_attention_fusion(*x[:4], backend="triton") for x in two(*inputs)]
+        found = [pair(*inputs) for _ in range(20)]
+        graphed = ck.make_graphed(pair, inputs)
         for results in (*found, graphed(*inputs)):
             assert all(torch.equal(a, e) for a, e in zip(results, expected, strict=True))
 
@@ -58,7 +58,7 @@ def test_both_fusions_of_a_block_in_one_launch(own, other, heads, dtype) -> None
 def test_blocks_of_crossvit_15(channels, heads, tokens, keep, dtype) -> None:
     """Few rows in split kernels, then many in fused ones."""
     for batch, form in ((2, "split"), (50, "auto")):
-        with row_tiles.FORMS.choose(form):
+        with configs.FORMS.choose(form):
             options = {"scaled": True, "backend": "triton", "device": "cuda"}
             check_msa(channels, heads, batch, tokens, dtype, with_cls=True, keep=keep, **options)
             check_ffn(channels, 3 * channels, batch, tokens, dtype, **options)

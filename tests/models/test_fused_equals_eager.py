@@ -10,7 +10,7 @@ from accuracy import assert_within_rule
 from torch import Tensor
 
 from crossvit import CrossViT, create_model, list_models
-from crossvit_kernels.gpu import row_tiles
+from crossvit_kernels.ops.common import configs
 
 WIDTHS = ["tiny", "small", "base", "9", "15", "18", "9_dagger", "15_dagger", "18_dagger"]
 
@@ -98,7 +98,7 @@ def test_whole_model_on_triton(autocast: bool, triton_device: str) -> None:
     drop_path_rate, batch, keep = (0.2, 2, "lean") if autocast else (0.0, 1, "fast")
     model = create_model("crossvit_9", img_size=48, num_classes=10, drop_path_rate=drop_path_rate)
     choice = {"autocast": autocast, "device": triton_device, "backend": "triton", "keep": keep}
-    with row_tiles.FORMS.choose("auto" if autocast else "fused"):
+    with configs.FORMS.choose("auto" if autocast else "fused"):
         compare(randomised(model).train(), 48, batch=batch, **choice)
 
 

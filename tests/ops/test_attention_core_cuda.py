@@ -43,7 +43,7 @@ def test_bits_do_not_tell_how_many_blocks_share_an_image(
 
 
 @pytest.mark.parametrize(
-    "batch, num_tokens, chip, blocks",
+    "batch, num_tokens, sm, blocks",
     [
         (1, 401, 90, 8),
         (16, 401, 90, 8),
@@ -55,6 +55,6 @@ def test_bits_do_not_tell_how_many_blocks_share_an_image(
     ],
 )
 def test_how_many_blocks_share_an_image(
-    batch: int, num_tokens: int, chip: int, blocks: int, cuda_device: str
+    batch: int, num_tokens: int, sm: int, blocks: int, cuda_device: str
 ) -> None:
-    assert cuda.blocks_of_image(batch, num_tokens, chip) == blocks
+    assert cuda.blocks_of_image(batch, num_tokens, sm) == blocks

@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import crossvit_kernels as ck
-from crossvit_kernels.gpu import configurations
 from crossvit_kernels.modules import ClassAttention, MAPHead
-from crossvit_kernels.ops.attention_core import reference
+from crossvit_kernels.ops.attention_core import configs, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -75,8 +74,8 @@ def test_fuzz(
 def test_ranges_of_tokens_are_merged(masked: bool, gpu: Gpu) -> None:
     """More tokens than a program takes; a range may have nothing to attend to."""
     part = 1024 if gpu.name == "cuda" else 32
-    small = configurations.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, part=part)
-    with configurations.only(small):
+    small = configs.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, part=part)
+    with configs.FORWARD.only(small), configs.BACKWARD.only(small):
         inputs, mask = make(2, 2 * part + 11, 3, 16, extra=True, masked=masked)
         if mask is not None:
             mask[:, part : 2 * part] = False

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from operator_checks import check_operators
 
 from crossvit_kernels import FusionInputs, FusionWeights
-from crossvit_kernels.gpu import configurations
 from crossvit_kernels.modules import CrossAttentionFusion
+from crossvit_kernels.ops.cross_attention import configs
 from crossvit_kernels.ops.operator import OPERATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FUSION = configurations.fusion("fusion forward", 90, 192)
+FUSION = configs.fusion(configs.FORWARD, 90, 192)
 
 
 @pytest.fixture(params=["one kernel", "three kernels"])
@@ -36,8 +36,8 @@ def form(request: pytest.FixtureRequest, monkeypatch) -> str:
 
 def choose_form(form: str, monkeypatch) -> None:
     config = dataclasses.replace(FUSION, programs=2)  # so that images share them
-    monkeypatch.setattr(configurations, "fusion", lambda *key: config)
-    monkeypatch.setattr(configurations.FORMS, "asked_for", form.split()[0])
+    monkeypatch.setattr(configs, "fusion", lambda *key: config)
+    monkeypatch.setattr(configs.FORMS, "asked_for", form.split()[0])
 
 
 def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -103,7 +103,7 @@ def test_many_tokens(triton_device: str, monkeypatch) -> None:
     """Several programs share an image: on a GPU with 5000 tokens, here with fewer."""
     if triton_device == "cuda":
         return check(384, 192, 6, 3, 5000, dtype=torch.bfloat16, device=triton_device)
-    monkeypatch.setattr(configurations, "MANY_TOKENS", 30)
+    monkeypatch.setattr(configs, "MANY_TOKENS", 30)
     check(40, 48, 3, 3, 37, scaled=True, device=triton_device)
     check(40, 48, 3, 2, 37, dtype=torch.float16, device=triton_device)
 
@@ -172,10 +172,10 @@ def test_the_form_can_be_chosen(triton_device: str, monkeypatch) -> None:
     cls, tokens = torch.randn(1, 24).to(triton_device), torch.randn(1, 3, 24).to(triton_device)
     ran = launches(monkeypatch)
     for form in ("one", "three", "auto"):
-        with configurations.FORMS.choose(form):
+        with configs.FORMS.choose(form):
             fusion(cls, tokens, weights)
     ran = [name for name in ran if "backward" not in name]
     three = ["fusion_before", "attention_core_forward", "fusion_after"]
     assert ran == ["fusion_forward", *three, "fusion_forward"]
     with pytest.raises(ValueError, match="form: expected one of"):
-        configurations.FORMS.choose("two").__enter__()
+        configs.FORMS.choose("two").__enter__()

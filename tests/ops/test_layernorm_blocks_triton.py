@@ -13,8 +13,8 @@ from torch import Tensor
 
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, MsaWeights
-from crossvit_kernels.gpu import row_tiles
 from crossvit_kernels.modules import TransformerBlock
+from crossvit_kernels.ops.common import configs
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs
 from crossvit_kernels.ops.operator import OPERATIONS
@@ -30,7 +30,7 @@ NAMED_WIDTHS = [
 @pytest.fixture(params=["fused", "split", "library"])
 def form(request: pytest.FixtureRequest):
     """Which kernels a block takes, whatever its rows."""
-    with row_tiles.FORMS.choose(request.param):
+    with configs.FORMS.choose(request.param):
         yield request.param
 
 
@@ -59,7 +59,7 @@ def test_ffn(form: str, dtype: torch.dtype, triton_device: str) -> None:
 @pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("channels, heads, ratio", NAMED_WIDTHS)
 def test_named_widths(channels: int, heads: int, ratio: int, triton_device: str) -> None:
-    with row_tiles.FORMS.choose("fused"):  # where the width allows
+    with configs.FORMS.choose("fused"):  # where the width allows
         msa(channels, heads, 2, 17, with_cls=True, dtype=torch.float16, device=triton_device)
         ffn(channels, ratio * channels, 2, 17, dtype=torch.float16, device=triton_device)
 
@@ -189,7 +189,7 @@ def test_lean_gives_what_fast_gives(triton_device: str) -> None:
     results = []
     for keep in ("fast", "lean"):
         torch.manual_seed(1)
-        with row_tiles.FORMS.choose("split"):  # backward recomputes with the kernels of this form
+        with configs.FORMS.choose("split"):  # backward recomputes with the kernels of this form
             results.append(with_gradient(blocks(triton_device, keep)["msa"], x))
     for fast, lean in zip(*results, strict=True):
         assert torch.equal(fast, lean)
@@ -246,7 +246,7 @@ def test_why_not(triton_device: str) -> None:
         ck.layernorm_msa(x, weights, 2, backend="triton")
     with pytest.raises(ValueError, match="there are no tokens"):
         ck.layernorm_msa(x[:0], weights, 3, backend="triton")
-    with pytest.raises(ValueError, match="form: expected one of"), row_tiles.FORMS.choose("two"):
+    with pytest.raises(ValueError, match="form: expected one of"), configs.FORMS.choose("two"):
         pass
 
 

@@ -48,16 +48,16 @@ def why_not_shared_bytes(needed: int, x: Tensor) -> str | None:
     return f"it needs {needed} bytes of shared memory, of which a block there has {most}"
 
 
-def has_clusters(chip: int) -> bool:
+def has_clusters(sm: int) -> bool:
     """Whether blocks can share each other's memory: from sm_90 on; a CPU, in tests, is 0."""
-    return chip >= 90 or chip == 0
+    return sm >= 90 or sm == 0
 
 
-def blocks_of_image(batch: int, num_tokens: int, chip: int) -> int:
+def blocks_of_image(batch: int, num_tokens: int, sm: int) -> int:
     """Blocks of a cluster that share an image's tokens: as many as leave no multiprocessor idle,
     predicted, not measured. A result's bits do not depend on it.
     """
-    if not has_clusters(chip):
+    if not has_clusters(sm):
         return 1
     assert extension.cuda_kernels is not None
     parts = -(-num_tokens // extension.cuda_kernels.functions.attention_core_part)
@@ -103,7 +103,7 @@ def forward_pass(
         u, x = extension.unit_stride(u), device.aligned_rows(x)
         extra_token = None if extra_token is None else device.aligned_rows(extra_token)
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
-        blocks = blocks_of_image(batch, x.shape[1], device.chip(x.device))
+        blocks = blocks_of_image(batch, x.shape[1], device.sm(x.device))
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[0])
         at, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_forward(
@@ -145,7 +145,7 @@ def backward_pass(
         # Alive until the kernel has been started.
         dlse = None if dlse is None else dlse.contiguous()
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
-        blocks = blocks_of_image(batch, x.shape[1], device.chip(x.device))
+        blocks = blocks_of_image(batch, x.shape[1], device.sm(x.device))
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[1])
         at, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_backward(

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from crossvit_kernels.gpu import device, launcher
 from crossvit_kernels.gpu.candidates import Candidate, Candidates
+from crossvit_kernels.gpu.tables import Table
+from crossvit_kernels.ops.attention_core import configs
+from crossvit_kernels.ops.attention_core.configs import Shape, TokenPass, candidates
 from crossvit_kernels.ops.attention_core.reference import CoreInputs, Saved, empty_saved, gradients
-from crossvit_kernels.ops.attention_core.shape import Shape, candidates
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -54,13 +56,14 @@ def forward_pass(
     norm_eps: float | None,
     *,
     gain: Tensor | None = None,
-    table: str = "forward",
+    table: Table[TokenPass] = configs.FORWARD,
+    part: int | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(m, lse) as in reference.py, both in float32; u in float32.
 
-    gain [C] multiplies u; table is the name of the pass in the tables; out is memory for m, whose
-    rows are aligned, and lse.
+    gain [C] multiplies u; part is the number of tokens of a program, if not the table's; out is
+    memory for m, whose rows are aligned, and lse.
     """
     batch, num_tokens, channels = x.shape
     num_rows = u.shape[1]
@@ -69,7 +72,7 @@ def forward_pass(
         return m, lse
     u, x = device.aligned_rows(u), device.aligned_rows(x)
     extra = None if extra_token is None else device.aligned_rows(extra_token)
-    found = candidates(table, x, num_rows, norm_eps is not None)
+    found = candidates(table, x, num_rows, norm_eps is not None, part)
     shape = _shape_of(found)
     rows, parts = shape.rows, shape.parts(x.shape[1])
     m_out, sums, peaks = m, lse, None
@@ -130,18 +133,19 @@ def backward_pass(
     *,
     wants_dx: bool = True,
     gain: Tensor | None = None,
-    table: str = "backward",
+    table: Table[TokenPass] = configs.BACKWARD,
+    part: int | None = None,
     out: tuple[Tensor, Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared.
 
-    gain and table are those of forward_pass; out is memory for du and dextra, in float32, and for
+    gain and part are those of forward_pass; out is memory for du and dextra, in float32, and for
     dx, contiguous or None where it is not wanted.
     """
     batch, num_rows, channels = m.shape
     du_out, dx_out, dextra_out = out or (None, None, None)
     wants_dx = wants_dx if out is None else dx_out is not None
-    found = candidates(table, x, num_rows, norm_eps is not None)
+    found = candidates(table, x, num_rows, norm_eps is not None, part)
     shape = _shape_of(found)
     rows, parts = shape.rows, shape.parts(x.shape[1])
     # Where score rows take several launches, these add up in float32.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossvit_kernels.gpu import device, launcher, row_tiles
-from crossvit_kernels.gpu.candidates import Candidate, Candidates
+from crossvit_kernels.gpu import device, launcher
 from crossvit_kernels.gpu.launcher import Programs
+from crossvit_kernels.ops.common import configs
 from crossvit_kernels.ops.common import torch_norm as layer_norm
-from crossvit_kernels.ops.common.layer_shape import LayerShape
+from crossvit_kernels.ops.common.configs import LayerShape
 
 
 class Tokens(NamedTuple):
@@ -36,42 +35,6 @@ def prepared(x: Tensor, cls: Tensor | None = None) -> Tokens:
     return Tokens(device.aligned_rows(x), None if cls is None else device.aligned_rows(cls))
 
 
-def candidates(
-    kernel: str, like: Tensor, num_rows: int, channels: int, inner: int, width: int | None = None
-) -> Candidates:
-    """The configurations that a kernel may run in; the constant is a LayerShape.
-
-    Args:
-        kernel: Its name in the tables.
-        like: A tensor on the device, of the dtype of the products.
-        num_rows: All images' tokens.
-        channels: C.
-        inner: See LayerShape.
-        width: What the table goes by, if not by C.
-    """
-    name, chip = device.device_name(like.device), device.chip(like.device)
-    few = num_rows <= row_tiles.FEW_ROWS
-    found = row_tiles.candidates(kernel, name, chip, width or channels, like.element_size(), few)
-    return _candidates(*found, channels, inner, device.precision(like.dtype))
-
-
-@functools.cache
-def _candidates(
-    configs: tuple[row_tiles.RowTile, ...],
-    measured: bool,
-    channels: int,
-    inner: int,
-    precision: str,
-) -> Candidates:
-    """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
-    items = []
-    for config in configs:
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        sizes = config.rows, config.columns, config.chunk
-        items.append(Candidate((LayerShape(channels, inner, *sizes, precision),), options))
-    return Candidates(tuple(items), measured)
-
-
 def norm_linear(
     tokens: Tokens,
     norm: tuple[Tensor, Tensor],
@@ -86,7 +49,7 @@ def norm_linear(
 
     x, cls = tokens
     (batch, num_tokens, channels), columns = x.shape, weight.shape[0]
-    if row_tiles.by_library("norm linear", channels, weight.element_size()):
+    if configs.NORM_LINEAR.by_library(channels, weight.element_size()):
         return _norm_then_linear(tokens, norm, weight, bias, eps, statistics, gelu)
     out = x.new_empty(batch, num_tokens, columns, dtype=weight.dtype)
     num_rows = tokens.num_rows
@@ -94,7 +57,7 @@ def norm_linear(
 
     def programs(shape: LayerShape) -> Programs:
         tiles, steps = -(-num_rows // shape.rows), -(-columns // shape.columns)
-        per_group = -(-steps // min(-(-row_tiles.PROGRAMS // tiles), steps))
+        per_group = -(-steps // min(-(-configs.PROGRAMS // tiles), steps))
         groups = -(-steps // per_group)
         return Programs((tiles * groups, 1, 1), sizes=(groups, per_group * shape.columns))
 
@@ -103,7 +66,7 @@ def norm_linear(
         programs,
         (x, cls, *norm, weight, bias, out, mean, rstd),
         (num_rows, num_tokens, *tokens.strides),
-        candidates("norm linear", weight, num_rows, channels, columns),
+        configs.candidates(configs.NORM_LINEAR, weight, num_rows, channels, columns),
         (gelu,),
         eps=eps,
     )
@@ -150,7 +113,7 @@ def linear_residual(
     residual_scale: Tensor | None,
 ) -> Tensor:
     """X + residual_scale * (a W^T + b) [B, N, C], from a [B, N, W's columns]."""
-    if row_tiles.by_library("linear", weight.shape[0], weight.element_size()):
+    if configs.LINEAR.by_library(weight.shape[0], weight.element_size()):
         update = F.linear(a, weight, bias)
         return layer_norm.add_residual(tokens.x, update, residual_scale, tokens.cls)
     y = empty_result(tokens.x, weight)
@@ -180,7 +143,7 @@ def _linear(
         programs,
         (a, weight, bias, x, cls, residual_scale, out),
         (num_rows, out.shape[1], *(tokens.strides if tokens else (0, 0, 0))),
-        candidates("linear", weight, num_rows, columns, terms),
+        configs.candidates(configs.LINEAR, weight, num_rows, columns, terms),
     )
 
 
@@ -217,11 +180,11 @@ def linear_norm_backward(
 
     x, cls = tokens
     terms, channels = weight.shape
-    in_one = not row_tiles.by_library("linear norm backward", channels, weight.element_size())
+    in_one = not configs.LINEAR_NORM_BACKWARD.by_library(channels, weight.element_size())
     if in_one:
-        name, inner = "linear norm backward", terms
+        table, inner = configs.LINEAR_NORM_BACKWARD, terms
     else:
-        name, inner, d = "norm backward", channels, d @ weight
+        table, inner, d = configs.NORM_BACKWARD, channels, d @ weight
     dx, dcls = x.new_empty(x.shape), None if cls is None else x.new_empty(cls.shape)
     normed = x.new_empty(x.shape, dtype=weight.dtype)
 
@@ -235,7 +198,7 @@ def linear_norm_backward(
         programs,
         (d, weight, dy, residual_scale, x, cls, *statistics, *norm, dx, dcls, normed),
         (tokens.num_rows, x.shape[1], *tokens.strides),
-        candidates(name, weight, tokens.num_rows, channels, inner),
+        configs.candidates(table, weight, tokens.num_rows, channels, inner),
         (in_one,),
     )
     dtypes = norm[0].dtype, norm[1].dtype, weight.dtype

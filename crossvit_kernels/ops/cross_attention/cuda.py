@@ -44,9 +44,9 @@ class Division:
     blocks: int
 
 
-def division(batch: int, chip: int) -> Division:
+def division(batch: int, sm: int) -> Division:
     """As many images a cluster as leave no multiprocessor idle: predicted, not measured."""
-    blocks = 8 if core.has_clusters(chip) else 1
+    blocks = 8 if core.has_clusters(sm) else 1
     images = 1
     while images < 16 and -(-batch // images) * blocks > core.MULTIPROCESSORS:
         images *= 2
@@ -94,7 +94,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
         x, scale = _aligned(tokens, residual_scale)
         _alive, of_weights = _weights(w, tokens)
         cls = _readable(cls, x).contiguous()
-        split = division(batch, device.chip(x.device))
+        split = division(batch, device.sm(x.device))
         problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
         states = _states(problem, split, saved.vectors)
         at, float32 = extension.Arguments(x.device), torch.float32
@@ -126,7 +126,7 @@ def backward(
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
         _alive, of_weights = _weights(weights, tokens)
-        split = division(batch, device.chip(x.device))
+        split = division(batch, device.sm(x.device))
         problem = batch, num_tokens, channels, own, num_heads, eps
         states = _states(problem, split, rows)
         scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)

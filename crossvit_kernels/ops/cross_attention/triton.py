@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import configurations, device, launcher
+from crossvit_kernels.gpu import device, launcher
 from crossvit_kernels.gpu.candidates import Candidate, Candidates
 from crossvit_kernels.gpu.device import ALIGN
-from crossvit_kernels.ops.attention_core import shape as token_passes
+from crossvit_kernels.ops.attention_core import configs as token_passes
 from crossvit_kernels.ops.attention_core import triton as core
-from crossvit_kernels.ops.cross_attention import layout
+from crossvit_kernels.ops.cross_attention import configs, layout
+from crossvit_kernels.ops.cross_attention.configs import FusionShape
 from crossvit_kernels.ops.cross_attention.layout import Saved, empty_saved
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights, gradients
-from crossvit_kernels.ops.cross_attention.shape import FusionShape
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
@@ -71,7 +71,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
         v.y0,
         eps,
         gain=w.norm_weight,
-        table=_table_of_pass("forward", num_tokens),
+        **_pass_between("forward", num_tokens),
         out=(v.m.transpose(0, 1), v.lse),
     )
     written = kept, new_cls, scale
@@ -139,7 +139,7 @@ def _launch_backward(
         v.lse,
         eps,
         gain=w.norm_weight,
-        table=_table_of_pass("backward", num_tokens),
+        **_pass_between("backward", num_tokens),
         out=(du.transpose(0, 1), dx, layout.gradients(rows, inputs).norm_weight),
     )
     launcher.start(
@@ -176,19 +176,25 @@ def _prepared(inputs: FusionInputs, way: str) -> _Call:
     w = device.contiguous(inputs.weights)
     scale = None if inputs.residual_scale is None else inputs.residual_scale.contiguous()
     batch, num_tokens, channels = x.shape
-    passes = token_passes.candidates(f"fusion {way}", x, inputs.num_heads, normalize=True)
-    config = configurations.fusion(f"fusion {way}", device.chip(x.device), channels)
+    table = _TABLES[way]
+    passes = token_passes.candidates(table, x, inputs.num_heads, True, configs.MANY_TOKENS)
+    config = configs.fusion(table, device.sm(x.device), channels)
     precision = device.precision(w.q_weight.dtype)
     blocks = config.images(batch), config.block_k, config.block_n
     sizes = cls.shape[1], channels, inputs.num_heads
     shape, candidates = _with_passes(passes, *sizes, *blocks, precision)
-    in_one_kernel = num_tokens <= configurations.MANY_TOKENS and config.in_one_kernel(batch)
+    in_one_kernel = num_tokens <= configs.MANY_TOKENS and config.in_one_kernel(batch)
     return _Call(cls, x, w, scale, (shape, in_one_kernel, candidates))
 
 
-def _table_of_pass(way: str, num_tokens: int) -> str:
-    """Of the pass between two kernels; up to MANY_TOKENS it has the bits of all in one."""
-    return f"fusion {way}" if num_tokens <= configurations.MANY_TOKENS else way
+_TABLES = {"forward": configs.FORWARD, "backward": configs.BACKWARD}
+
+
+def _pass_between(way: str, num_tokens: int) -> dict[str, Any]:
+    """Options of the pass between two kernels; up to MANY_TOKENS it has the bits of all in one."""
+    if num_tokens > configs.MANY_TOKENS:
+        return {}
+    return {"table": _TABLES[way], "part": configs.MANY_TOKENS}
 
 
 @functools.cache

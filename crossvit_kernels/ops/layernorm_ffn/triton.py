@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import device, launcher, row_tiles
+from crossvit_kernels.gpu import device, launcher
 from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.common import triton_linear as layers
-from crossvit_kernels.ops.common.layer_shape import LayerShape
+from crossvit_kernels.ops.common.configs import LayerShape, candidates
 from crossvit_kernels.ops.common.triton_linear import Tokens
+from crossvit_kernels.ops.layernorm_ffn import configs
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights, gradients
 
 
@@ -45,7 +46,7 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
     tokens, w = layers.prepared(x), device.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     saved = empty_saved(inputs, keep) if keep else None
-    if row_tiles.fused("ffn", tokens.num_rows, x.shape[2], w.fc1_weight.element_size()):
+    if configs.FFN.fused(tokens.num_rows, x.shape[2], w.fc1_weight.element_size()):
         return _in_one_kernel(tokens, w, scale, eps, saved), saved
     affine = w.norm_weight, w.norm_bias
     hidden = layers.norm_linear(tokens, affine, w.fc1_weight, w.fc1_bias, eps, saved, gelu=True)
@@ -88,7 +89,7 @@ def _in_one_kernel(
         lambda shape: Programs((-(-num_rows // shape.rows), 1, 1)),
         (x, scale, *w, y, *(saved or (None, None))),
         (num_rows, x.shape[1], *x.stride()[:2]),
-        layers.candidates("ffn", w.fc1_weight, num_rows, channels, hidden),
+        candidates(configs.FFN, w.fc1_weight, num_rows, channels, hidden),
         eps=eps,
     )
     return y
@@ -115,6 +116,6 @@ def _hidden_backward(
         programs,
         (dupdate, x, *saved, *w[:5], activated, dhidden),
         (num_rows, x.shape[1], *x.stride()[:2]),
-        layers.candidates("ffn hidden backward", w.fc1_weight, num_rows, channels, hidden),
+        candidates(configs.FFN_HIDDEN_BACKWARD, w.fc1_weight, num_rows, channels, hidden),
     )
     return activated, dhidden, shares.sum(dim=0).to(w.fc1_bias.dtype)

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import device, launcher, row_tiles
+from crossvit_kernels.gpu import device, launcher
 from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.common import triton_linear as layers
-from crossvit_kernels.ops.common.layer_shape import LayerShape
+from crossvit_kernels.ops.common.configs import LayerShape, candidates
 from crossvit_kernels.ops.common.triton_linear import Tokens
+from crossvit_kernels.ops.layernorm_msa import configs
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
 
 _HEAD_DIMS = (16, 32, 64, 128)
@@ -61,7 +62,7 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
     statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
     affine = w.norm_weight, w.norm_bias
     qkv = layers.norm_linear(tokens, affine, w.qkv_weight, w.qkv_bias, eps, statistics)
-    if row_tiles.fused("attention projection", tokens.num_rows, x.shape[2], qkv.element_size()):
+    if configs.ATTENTION_PROJECTION.fused(tokens.num_rows, x.shape[2], qkv.element_size()):
         heads = qkv.new_empty(x.shape) if keep == "fast" else None
         y = _attention_projection(qkv, heads, lse, w, tokens, scale, num_heads)
     else:
@@ -108,12 +109,12 @@ def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
 
     batch, num_tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    by_library = row_tiles.by_library("attention", channels // num_heads, qkv.element_size())
+    by_library = configs.ATTENTION.by_library(channels // num_heads, qkv.element_size())
     if by_library and (qkv.is_cpu or qkv.element_size() == 2):
         return _flash_attention(qkv, lse, num_heads)
     heads = qkv.new_empty(batch, num_tokens, channels)
-    found = layers.candidates(
-        "attention", qkv, batch * num_tokens, channels, 0, width=channels // num_heads
+    found = candidates(
+        configs.ATTENTION, qkv, batch * num_tokens, channels, 0, width=channels // num_heads
     )
 
     def programs(shape: LayerShape) -> Programs:
@@ -163,7 +164,7 @@ def _attention_projection(
         programs,
         (qkv, heads, lse, w.out_weight, w.out_bias, x, cls, residual_scale, y),
         (num_tokens, *tokens.strides),
-        layers.candidates("attention projection", qkv, tokens.num_rows, channels, 0),
+        candidates(configs.ATTENTION_PROJECTION, qkv, tokens.num_rows, channels, 0),
         (num_heads,),
     )
     return y
@@ -177,8 +178,13 @@ def _attention_backward(
 
     batch, num_tokens, channels = heads.shape
     dqkv = torch.empty_like(qkv)
-    found = layers.candidates(
-        "attention backward", qkv, batch * num_tokens, channels, 0, width=channels // num_heads
+    found = candidates(
+        configs.ATTENTION_BACKWARD,
+        qkv,
+        batch * num_tokens,
+        channels,
+        0,
+        width=channels // num_heads,
     )
 
     def programs(shape: LayerShape) -> Programs:

@@ -1,0 +1,132 @@
+"""Tables of configurations: which ones a kernel may run in, by width, element size and GPU.
+
+Nothing is measured on a call's way: there are tables, and gpu/tuned.py goes before them. A table
+has the configuration that is preferred; alternatives follow it for compilers that have no registers
+or no shared memory for that (gpu/candidates.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from crossvit_kernels.gpu import tuned
+
+Config = TypeVar("Config")
+#: (widest, configuration), narrowest first.
+Rows = tuple[tuple[int, Config], ...]
+
+#: In place of a width that has no bound.
+ANY = 1 << 30
+
+_tables: list[Table[object]] = []
+
+
+class Table(Generic[Config]):
+    """The configurations of one kernel.
+
+    Args:
+        name: In the file of measurements.
+        rows: By bytes of an element.
+        alternatives: The preferred configuration and what to try where it does not fit.
+        on_sm: (compute capability, bytes of an element) -> what differs there, by the row's widest;
+            90 for 9.0.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Mapping[int, Rows[Config]],
+        alternatives: Callable[[Config], tuple[Config, ...]],
+        on_sm: Mapping[tuple[int, int], Mapping[int, Config]] | None = None,
+    ) -> None:
+        self.name, self._rows, self._alternatives = name, rows, alternatives
+        self.on_sm = dict(on_sm or {})
+        self._only: Config | None = None
+        self._candidates = functools.cache(self._measured_or_from_table)
+        _tables.append(self)  # type: ignore[arg-type]
+
+    def candidates(
+        self, device: str, sm: int, width: int, element_size: int
+    ) -> tuple[tuple[Config, ...], bool]:
+        """The configurations to try, in order, and whether the first was measured.
+
+        Args:
+            device: The device's name, as torch gives it.
+            sm: Its compute capability, 90 for 9.0.
+            width: C; that of a head, where attention is alone.
+            element_size: Bytes of an element of the products.
+
+        Raises:
+            ValueError: The file of measurements cannot be read or holds something else, or no
+                configuration is as wide.
+        """
+        if self._only is not None:
+            return (self._only,), False
+        return self._candidates(device, sm, width, element_size)
+
+    def _measured_or_from_table(
+        self, device: str, sm: int, width: int, element_size: int
+    ) -> tuple[tuple[Config, ...], bool]:
+        preferred = self.preferred(sm, width, element_size)
+        table = self._alternatives(preferred)
+        key = tuned.key(self.name, device, width, element_size)
+        measured = tuned.configuration(type(preferred), key)
+        return (table, False) if measured is None else ((measured, *table), True)
+
+    def preferred(self, sm: int, width: int, element_size: int) -> Config:
+        """The configuration where nothing was measured."""
+        differs = self.on_sm.get((sm, element_size), {})
+        for widest, config in self._rows[element_size]:
+            if width <= widest:
+                return differs.get(widest, config)
+        raise ValueError(f"{self.name}: {width} channels are more than any configuration takes")
+
+    def widest(self, element_size: int) -> int:
+        """The widest that any configuration takes."""
+        return self._rows[element_size][-1][0]
+
+    @contextmanager
+    def only(self, config: Config) -> Iterator[None]:
+        """Run the kernel in one configuration, whatever tables and measurements say."""
+        previous, self._only = self._only, config
+        try:
+            yield
+        finally:
+            self._only = previous
+
+
+def forget() -> None:
+    """Read the file of measurements again when it is next needed."""
+    tuned.forget()
+    for table in _tables:
+        table._candidates.cache_clear()
+
+
+class Forms:
+    """Names of kernel variants, "auto" among them, and the one that is asked for.
+
+    Args:
+        *names: All but "auto".
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = ("auto", *names)
+        self.asked_for = "auto"
+
+    @contextmanager
+    def choose(self, form: str) -> Iterator[None]:
+        """Run one variant in the block wherever that is possible: for tests and benchmarks.
+
+        Raises:
+            ValueError: form is none of the names.
+        """
+        if form not in self.names:
+            raise ValueError(f"form: expected one of {self.names}, found {form!r}")
+        previous, self.asked_for = self.asked_for, form
+        try:
+            yield
+        finally:
+            self.asked_for = previous

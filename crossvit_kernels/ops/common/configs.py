@@ -1,0 +1,282 @@
+"""What Triton's kernels over rows of tokens are compiled for: sizes, tables, variants."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from crossvit_kernels.gpu import device
+from crossvit_kernels.gpu.candidates import Candidate, Candidates
+from crossvit_kernels.gpu.tables import ANY, Forms, Rows, Table
+
+#: What runs every block that can: "fused" or "split" kernels, or split and torch's "library" for
+#: the steps that it has; rather than what rows and widths suggest.
+FORMS = Forms("fused", "split", "library")
+
+#: Up to so many rows the largest tiles would leave most of a GPU's multiprocessors without any.
+FEW_ROWS = 8192
+
+#: Programs among which a linear layer's columns are divided, where its rows do not make as many.
+PROGRAMS = 264
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """Constants of a kernel over tiles of token rows, called L in the kernels.
+
+    Attributes:
+        channels: C, the width of the rows that LayerNorm sees.
+        inner: The other width: columns of a linear layer, its terms, or hidden units.
+        rows: Rows of a program.
+        columns: Step along ``inner``, or keys of a step.
+        chunk: Channels that are loaded together.
+        precision: Triton's ``input_precision`` of float32 products.
+        align: Strides between rows are multiples of it.
+        normalize: LayerNorm is applied.
+    """
+
+    channels: int
+    inner: int
+    rows: int
+    columns: int
+    chunk: int
+    precision: str
+    align: int = device.ALIGN
+    normalize: bool = True
+
+    @property
+    def num_chunks(self) -> int:
+        """The last one may reach beyond the last channel."""
+        return -(-self.channels // self.chunk)
+
+    def describe(self) -> str:
+        """For the report of ``crossvit_kernels.inspect``."""
+        return f"C {self.channels}, {self.inner}, {self.rows}x{self.columns}x{self.chunk}"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTile:
+    """A kernel over tiles of token rows.
+
+    Attributes:
+        rows: Rows of a program.
+        columns: Columns, terms, hidden units or keys of a step.
+        chunk: Channels that are loaded together.
+        num_warps: Warps of a program.
+        num_stages: Steps whose loads are in flight.
+    """
+
+    rows: int
+    columns: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+    def and_smaller(self) -> tuple[RowTile, ...]:
+        """Itself and what to try where it does not fit, in this order.
+
+        They have fewer rows or stages. Neither changes the bits of a result, which steps along the
+        other sizes would do.
+        """
+        fewer = max(self.num_stages - 1, 1)
+        tried = ((1, self.num_stages), (2, self.num_stages), (1, fewer), (2, fewer), (4, fewer))
+        return tuple(
+            dataclasses.replace(self, rows=max(self.rows // share, 16), num_stages=stages)
+            for share, stages in (*tried, (2, 1), (4, 1))
+        )
+
+
+class RowTable(Table[RowTile]):
+    """The configurations of one kernel over rows of tokens, and whether it runs at all.
+
+    Args:
+        name, rows, on_sm: As a Table has them.
+        few: In place of rows, for FEW_ROWS rows of tokens or fewer.
+        second: By bytes of an element: what to try before smaller ones.
+        fused_up_to: The width up to which one kernel is predicted to be faster than two
+            (docs/performance.md): wider ones leave room for tiles of 64 rows alone, and read
+            weights, keys and values too often.
+        library_from: The width from which torch's libraries do the step: tiles that hold whole rows
+            get too small there.
+        library_in_float32: Whether they do it in float32 at any width: there are no tensor cores
+            for it, and our products are plain loops.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Mapping[int, Rows[RowTile]],
+        *,
+        few: Mapping[int, Rows[RowTile]] | None = None,
+        on_sm: Mapping[tuple[int, int], Mapping[int, RowTile]] | None = None,
+        second: Mapping[int, RowTile] | None = None,
+        fused_up_to: int = 0,
+        library_from: int | None = None,
+        library_in_float32: bool = False,
+    ) -> None:
+        super().__init__(name, rows, RowTile.and_smaller, on_sm)
+        self._few = RowTable(f"{name} of few rows", few) if few else None
+        self._few_sizes = set(few or ())
+        self._second = second or {}
+        self._fused_up_to, self._library_from = fused_up_to, library_from
+        self._library_in_float32 = library_in_float32
+
+    def for_rows(self, num_rows: int, element_size: int) -> RowTable:
+        """The table for so many rows of tokens."""
+        few = self._few if num_rows <= FEW_ROWS and element_size in self._few_sizes else None
+        return few or self
+
+    def _measured_or_from_table(
+        self, device: str, sm: int, width: int, element_size: int
+    ) -> tuple[tuple[RowTile, ...], bool]:
+        found, measured = super()._measured_or_from_table(device, sm, width, element_size)
+        second = self._second.get(element_size)
+        if second is not None:
+            found = (*found[: 1 + measured], second, *found[1 + measured :])
+        return found, measured
+
+    def fused(self, num_rows: int, channels: int, element_size: int) -> bool:
+        """Whether this one kernel does what two could.
+
+        It saves the memory traffic between them, but has no columns to divide among multiprocessors
+        when rows are few.
+        """
+        form = FORMS.asked_for
+        if channels > self.widest(element_size) or form in ("split", "library"):
+            return False
+        if form == "fused":
+            return True
+        return num_rows > FEW_ROWS and channels <= self._fused_up_to and element_size == 2
+
+    def by_library(self, width: int, element_size: int) -> bool:
+        """Whether torch's libraries do this step of a split block."""
+        form = FORMS.asked_for
+        if form == "library" or (self._library_from is not None and width >= self._library_from):
+            return True
+        return form == "auto" and element_size == 4 and self._library_in_float32
+
+
+NORM_LINEAR = RowTable(
+    "norm linear",
+    {
+        2: (
+            (96, RowTile(128, 64, 32, 8, 2)),
+            (128, RowTile(128, 64, 128, 8, 2)),
+            (192, RowTile(128, 64, 64, 8, 2)),
+            (224, RowTile(128, 64, 32, 8, 2)),
+            (256, RowTile(128, 64, 128, 8, 2)),
+            (384, RowTile(128, 64, 128, 8, 2)),
+            (448, RowTile(64, 64, 64, 8, 2)),
+        ),
+        4: ((448, RowTile(32, 32, 32, 8, 1)),),
+    },
+    few={
+        2: (
+            (96, RowTile(64, 64, 32, 8, 2)),
+            (128, RowTile(64, 64, 128, 8, 2)),
+            (192, RowTile(64, 64, 64, 8, 2)),
+            (224, RowTile(64, 64, 32, 8, 2)),
+            (384, RowTile(64, 64, 128, 8, 2)),
+            (448, RowTile(64, 64, 64, 8, 2)),
+        ),
+    },
+    on_sm={
+        (100, 2): {
+            384: RowTile(64, 64, 128, 8, 2),
+        },
+    },
+    library_from=449,
+    library_in_float32=True,
+)
+
+LINEAR = RowTable(
+    "linear",
+    {
+        2: ((ANY, RowTile(128, 128, 64, 8, 3)),),
+        4: ((ANY, RowTile(64, 64, 32, 8, 2)),),
+    },
+    few={
+        2: ((ANY, RowTile(64, 64, 64, 4, 3)),),
+    },
+    library_in_float32=True,
+)
+
+LINEAR_NORM_BACKWARD = RowTable(
+    "linear norm backward",
+    {
+        2: (
+            (96, RowTile(64, 64, 32, 8, 2)),
+            (128, RowTile(64, 64, 128, 8, 2)),
+            (192, RowTile(64, 64, 64, 8, 2)),
+            (224, RowTile(64, 64, 32, 8, 2)),
+            (448, RowTile(64, 64, 64, 8, 2)),
+        ),
+        4: ((448, RowTile(32, 16, 32, 8, 1)),),
+    },
+    on_sm={
+        (80, 2): {
+            192: RowTile(32, 64, 64, 8, 2),
+            224: RowTile(32, 64, 64, 8, 2),
+            448: RowTile(32, 64, 64, 8, 2),
+        },
+        (100, 2): {
+            448: RowTile(32, 64, 64, 8, 2),
+        },
+    },
+    library_from=449,
+    library_in_float32=True,
+)
+
+NORM_BACKWARD = RowTable(
+    "norm backward",
+    {
+        2: (
+            (768, RowTile(32, 16, 128, 8, 1)),
+            (1536, RowTile(16, 16, 128, 8, 1)),
+        ),
+        4: ((1536, RowTile(16, 16, 64, 8, 1)),),
+    },
+)
+
+
+def candidates(
+    table: RowTable,
+    like: Tensor,
+    num_rows: int,
+    channels: int,
+    inner: int,
+    width: int | None = None,
+) -> Candidates:
+    """The configurations that a kernel may run in; the constant is a LayerShape.
+
+    Args:
+        table: The kernel's.
+        like: A tensor on the device, of the dtype of the products.
+        num_rows: All images' tokens.
+        channels: C.
+        inner: See LayerShape.
+        width: What the table goes by, if not by C.
+    """
+    name, sm, size = device.device_name(like.device), device.sm(like.device), like.element_size()
+    found = table.for_rows(num_rows, size).candidates(name, sm, width or channels, size)
+    return _candidates(*found, channels, inner, device.precision(like.dtype))
+
+
+@functools.cache
+def _candidates(
+    configs: tuple[RowTile, ...],
+    measured: bool,
+    channels: int,
+    inner: int,
+    precision: str,
+) -> Candidates:
+    """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
+    items = []
+    for config in configs:
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        sizes = config.rows, config.columns, config.chunk
+        items.append(Candidate((LayerShape(channels, inner, *sizes, precision),), options))
+    return Candidates(tuple(items), measured)

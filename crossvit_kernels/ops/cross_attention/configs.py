@@ -1,0 +1,171 @@
+"""What a fusion's Triton kernels are compiled for: sizes, and the tables of their launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from crossvit_kernels.gpu.tables import Forms, Table
+from crossvit_kernels.ops.attention_core.configs import PassTable, TokenPass, next_power_of_2
+
+#: "one" or "three" kernels for every fusion that can, rather than what its batch suggests.
+FORMS = Forms("one", "three")
+
+#: Up to so many tokens of an image, a program of a fusion takes all of them; more would keep it
+#: waiting for long, and attention_core splits them.
+MANY_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionShape:
+    """Constants of the CLS path, called F in the kernels.
+
+    Attributes:
+        own: C_own.
+        channels: C.
+        heads: h.
+        images: Images of a program, at most the 16 rows of a tensor-core tile.
+        block_k: Columns of a weight matrix that are loaded together, along the sum.
+        block_n: And along the result.
+        precision: Triton's ``input_precision`` of float32 products.
+    """
+
+    own: int
+    channels: int
+    heads: int
+    images: int
+    block_k: int
+    block_n: int
+    precision: str
+
+    def describe(self) -> str:
+        """For the report of ``crossvit_kernels.inspect``."""
+        sizes = f"{self.images} images, {self.block_k}x{self.block_n}"
+        return f"own {self.own} of {self.channels}, {self.heads} heads, {sizes}"
+
+    @property
+    def head_dim(self) -> int:
+        return self.channels // self.heads
+
+    @property
+    def padded_head(self) -> int:
+        return max(next_power_of_2(self.head_dim), 16)
+
+    @property
+    def padded_own(self) -> int:
+        return max(next_power_of_2(self.own), 16)
+
+    @property
+    def padded(self) -> int:
+        return max(next_power_of_2(self.channels), 16)
+
+    @property
+    def gradient_size(self) -> int:
+        """Floats of an image's row of gradients: see layout.Gradients."""
+        return 3 * self.own + 8 * self.channels
+
+
+# One kernel or three run by the batch, on which the bits must not depend: stages alone differ.
+FORWARD = PassTable(
+    "fusion forward",
+    {
+        2: (
+            (96, TokenPass(32, 64, 8, 2)),
+            (128, TokenPass(128, 64, 8, 2)),
+            (192, TokenPass(64, 64, 8, 2)),
+            (224, TokenPass(32, 64, 8, 2)),
+            (256, TokenPass(128, 64, 8, 2)),
+            (384, TokenPass(128, 32, 8, 2)),
+            (448, TokenPass(64, 32, 8, 2)),
+            (768, TokenPass(128, 32, 8, 2)),
+            (1536, TokenPass(128, 16, 8, 2)),
+        ),
+        4: (
+            (256, TokenPass(32, 16, 8, 2)),
+            (1536, TokenPass(64, 16, 8, 2)),
+        ),
+    },
+    TokenPass.and_fewer_stages,
+    on_sm={
+        (80, 2): {
+            128: TokenPass(128, 64, 8, 1),
+            224: TokenPass(32, 64, 8, 1),
+        },
+    },
+)
+
+BACKWARD = PassTable(
+    "fusion backward",
+    {
+        2: (
+            (96, TokenPass(32, 16, 8, 2)),
+            (128, TokenPass(128, 32, 8, 2)),
+            (192, TokenPass(64, 16, 8, 2)),
+            (384, TokenPass(128, 16, 8, 2)),
+            (448, TokenPass(64, 16, 8, 2)),
+            (768, TokenPass(128, 16, 8, 2)),
+            (1536, TokenPass(128, 16, 16, 2)),
+        ),
+        4: (
+            (256, TokenPass(32, 16, 8, 2)),
+            (1536, TokenPass(64, 16, 8, 2)),
+        ),
+    },
+    TokenPass.and_fewer_stages,
+    on_sm={
+        (80, 2): {
+            96: TokenPass(32, 16, 8, 1),
+            128: TokenPass(128, 32, 8, 1),
+            192: TokenPass(64, 16, 8, 1),
+            384: TokenPass(128, 16, 8, 1),
+            448: TokenPass(64, 16, 8, 1),
+            1536: TokenPass(128, 16, 8, 2),
+        },
+    },
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """How a fusion's kernels run. Whichever form runs, a result's bits are the same.
+
+    Attributes:
+        block_k: Columns of a weight matrix that are loaded together, along the sum.
+        block_n: And along the result.
+        one_kernel_up_to: The largest batch that one kernel does in all; above it three do.
+        programs: Images share a program, and its pass over the weights, once there are more.
+        most_images: Of a program: no more than the 16 rows of a tensor-core tile.
+    """
+
+    block_k: int = 64
+    block_n: int = 64
+    one_kernel_up_to: int = 64
+    programs: int = 64
+    most_images: int = 16
+
+    def images(self, batch: int) -> int:
+        """Images of a program: a power of two."""
+        return min(self.most_images, next_power_of_2(-(-batch // self.programs)))
+
+    def in_one_kernel(self, batch: int) -> bool:
+        """Whether one kernel does it all, as FORMS asks, else by the batch."""
+        form = FORMS.asked_for
+        if form == "auto" or not self.one_kernel_up_to:
+            return batch <= self.one_kernel_up_to
+        return form == "one"
+
+
+# Which form, and from which batch on, is predicted (docs/performance.md), not measured.
+_FUSION = Fusion()
+# Backward in one kernel runs out of registers, and so do whole rows of 16 images.
+_FUSION_IN_THREE = Fusion(one_kernel_up_to=0, most_images=8)
+
+
+@functools.cache
+def fusion(table: Table[TokenPass], sm: int, channels: int) -> Fusion:
+    """The configuration around FORWARD's or BACKWARD's pass."""
+    if table is BACKWARD and channels > 448:
+        return _FUSION_IN_THREE
+    if table is BACKWARD and channels > 384 and sm == 80:
+        return Fusion(block_n=32)  # an A100 again
+    return _FUSION
