@@ -6,7 +6,6 @@
 #include "layernorm_ffn/params.h"
 #include "layernorm_msa/params.h"
 #ifdef CROSSVIT_WITH_CUDA
-#include "bindings/cuda.h"
 #include "common/cuda/device.h"
 #endif
 
@@ -24,8 +23,11 @@ using namespace crossvit::bindings;
 using SavedArg = std::array<Address, 7>;
 
 fusion::Saved to_saved(const SavedArg& arg) {
-  const auto at = [&](int i) { return pointer<void>(arg[i]); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
+  fusion::Saved saved = {};
+  void** const members[] = {&saved.y0,  &saved.q, &saved.kt, &saved.m,
+                            &saved.lse, &saved.o, &saved.y};
+  for (int i = 0; i < 7; ++i) *members[i] = pointer<void>(arg[i]);
+  return saved;
 }
 
 // [B, N, C], batch and token strides, cls and its stride
@@ -81,14 +83,13 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "cross_attention_forward",
-      [](const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, double>& problem,
-         const ParameterArg& cls, const TokensArg& tokens, const std::vector<ParameterArg>& weights,
-         const ParameterArg& residual_scale, const SavedArg& saved, const ParameterArg& new_cls) {
-        const auto& [batch, num_tokens, channels, own_channels, num_heads, eps] = problem;
-        fusion::forward(
-            {batch, num_tokens, channels, own_channels, num_heads, eps, to_parameter(cls),
-             to_tokens(tokens), to_weights(weights), to_parameter(residual_scale), to_saved(saved),
-             pointer<void>(std::get<0>(new_cls)), crossvit::DType(std::get<1>(new_cls))});
+      [](const FusionArg& problem, const ParameterArg& cls, const TokensArg& tokens,
+         const std::vector<ParameterArg>& weights, const ParameterArg& residual_scale,
+         const SavedArg& saved, const ParameterArg& new_cls) {
+        fusion::forward({to_problem(problem), to_parameter(cls), to_tokens(tokens),
+                         to_weights(weights), to_parameter(residual_scale), to_saved(saved),
+                         pointer<void>(std::get<0>(new_cls)),
+                         crossvit::DType(std::get<1>(new_cls))});
       },
       py::arg("problem"), py::arg("cls"), py::arg("tokens"), py::arg("weights"),
       py::arg("residual_scale"), py::arg("saved"), py::arg("new_cls"), Released());
