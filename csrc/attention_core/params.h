@@ -4,8 +4,8 @@
 
 #include "common/dtype.h"
 
-// attention_core on the CPU: any number of score rows u over tokens that are LayerNorm-ed on the
-// fly. All strides are in elements; every tensor has unit stride along its channels.
+// attention_core: any number of rows u, its queries, over tokens that are normalized on the fly.
+// All strides are in elements; every tensor has unit stride along its channels.
 //
 //   xhat_n = (x_n - mean_n) * rstd_n          s_rn = u_r . xhat_n
 //   p_r    = softmax_n(s_r)                   m_r  = sum_n p_rn xhat_n
@@ -20,7 +20,7 @@ struct Rows {
   int64_t row_stride;
 };
 
-// [B, N, C], with one more token per image in front of them where extra is not null.
+// [B, N, C], preceded by one more token per image if extra is not null.
 struct Tokens {
   void* data;
   DType dtype;
@@ -30,7 +30,7 @@ struct Tokens {
   int64_t extra_batch_stride;
 };
 
-// [B, N], true where a token is attended to; null where all are. The extra token always is.
+// [B, N], true where a token is attended to; null if all are. The extra token always is.
 struct Mask {
   const bool* data;
   int64_t batch_stride;
@@ -39,7 +39,7 @@ struct Mask {
 
 struct Problem {
   int64_t batch;
-  int64_t num_tokens;  // the extra token counted in
+  int64_t num_tokens;  // including the extra token
   int64_t num_rows;
   int64_t channels;
   bool normalize;  // false: xhat = x
@@ -66,7 +66,7 @@ struct BackwardParams {
   Rows dm;
   const void* dlse;  // null: zero
   Rows du;           // out, per image even where u is shared
-  Tokens dx;         // out; its data is null, and its strides are 0, where it is not wanted
+  Tokens dx;         // out; if not wanted, its data is null and its strides are 0
 };
 
 void forward(const ForwardParams& params);

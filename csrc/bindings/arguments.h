@@ -5,8 +5,8 @@
 
 #include "cross_attention/params.h"
 
-// Tensors arrive as tuples of address, dtype code and strides in elements
-// (crossvit_kernels/extension.py makes them), so nothing here depends on torch.
+// Tensors arrive as tuples of address, dtype code and strides in elements, made by
+// crossvit_kernels/extension.py, so nothing here depends on torch.
 
 namespace crossvit::bindings {
 
@@ -42,10 +42,17 @@ inline attention_core::Mask to_mask(const MaskArg& arg) {
   return {pointer<const bool>(data), batch_stride, token_stride};
 }
 
+// batch, tokens without the CLS, channels, channels of the CLS, heads, eps
+using FusionArg = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, double>;
 using ParameterArg = std::tuple<Address, int>;
 
 inline cross_attention::Parameter to_parameter(const ParameterArg& arg) {
   return {pointer<const void>(std::get<0>(arg)), DType(std::get<1>(arg))};
+}
+
+inline cross_attention::Problem to_problem(const FusionArg& arg) {
+  const auto& [batch, num_tokens, channels, cls_channels, num_heads, eps] = arg;
+  return {batch, num_tokens, channels, cls_channels, num_heads, eps};
 }
 
 // In the order of crossvit_kernels.FusionWeights.
@@ -56,5 +63,8 @@ inline cross_attention::Weights to_weights(const std::vector<ParameterArg>& args
   };
   return {layer(0), layer(1), layer(2), layer(3), layer(4), layer(5), layer(6), layer(7), layer(8)};
 }
+
+// Defines the functions that launch CUDA kernels.
+void define_cuda(pybind11::module_& m);
 
 }  // namespace crossvit::bindings

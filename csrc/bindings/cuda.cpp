@@ -1,5 +1,3 @@
-#include "bindings/cuda.h"
-
 #include "attention_core/cuda/kernels.h"
 #include "bindings/arguments.h"
 #include "cross_attention/cuda/kernels.h"
@@ -18,12 +16,16 @@ core::cuda::Place to_place(const PlaceArg& arg) {
   return {std::get<0>(arg), pointer<void>(std::get<1>(arg))};
 }
 
-// batch, tokens without the CLS, channels, own channels, heads, eps
-using FusionArg = std::tuple<int64_t, int, int, int, int, float>;
-using DivisionArg = std::tuple<int, int>;  // images and blocks of a cluster
+using ClusterShapeArg = std::tuple<int, int>;  // images and blocks of a cluster
 
-fusion::cuda::Division to_division(const DivisionArg& arg) {
+fusion::cuda::ClusterShape to_cluster_shape(const ClusterShapeArg& arg) {
   return {std::get<0>(arg), std::get<1>(arg)};
+}
+
+// All of what forward saves, in one piece of memory.
+
+fusion::Parameter to_floats(Address address) {
+  return {pointer<const void>(address), DType::kFloat32};
 }
 
 // threads, bytes of shared memory
@@ -31,18 +33,18 @@ std::tuple<int, int> to_tuple(const core::cuda::BlockSize& block) {
   return {block.threads, block.shared_bytes};
 }
 
-// Dtype code -> of_width for 16, 32, ... channels.
-template <class OfWidth>
-py::dict by_width(OfWidth of_width) {
-  py::dict of_types;
+// Dtype code -> values of size(dtype, width) for 16, 32, ... channels.
+template <class Size>
+py::dict by_width(Size size) {
+  py::dict by_type;
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    py::list of_widths;
+    py::list sizes;
     for (int width = 16; width <= core::cuda::kMaxChannels; width += 16) {
-      of_widths.append(py::cast(of_width(dtype, width)));
+      sizes.append(py::cast(size(dtype, width)));
     }
-    of_types[py::int_(static_cast<int>(dtype))] = of_widths;
+    by_type[py::int_(static_cast<int>(dtype))] = sizes;
   }
-  return of_types;
+  return by_type;
 }
 
 }  // namespace
@@ -50,8 +52,7 @@ py::dict by_width(OfWidth of_width) {
 void define_cuda(py::module_& m) {
   using Released = py::call_guard<py::gil_scoped_release>;
 
-  // Shared memory that a block needs. Dicts and lists, as what compiles Python calls can look into
-  // them.
+  // Shared memory that a block needs, in dicts and lists, which compilers of Python can look into.
   m.attr("attention_core_shared_bytes") =
       by_width([](DType dtype, int channels) { return core::cuda::shared_bytes(dtype, channels); });
   m.attr("cross_attention_row_bytes") = by_width([](DType dtype, int width) {
@@ -62,18 +63,19 @@ void define_cuda(py::module_& m) {
                       fusion::cuda::pass_bytes(dtype, channels, 16));
   });
 
-  // The blocks of forward and backward, for what reports on them without launching any.
+  // The blocks of forward and backward, for reports on kernels that are not launched.
   m.def("attention_core_blocks", [](int dtype, int rows, int channels) {
     return std::tuple(to_tuple(core::cuda::forward_block(DType(dtype), rows, channels)),
                       to_tuple(core::cuda::backward_block(DType(dtype), rows, channels)));
   });
-  m.def("cross_attention_blocks", [](int dtype, int own, int channels, int heads, int most_bytes) {
+  m.def("cross_attention_blocks", [](int dtype, int cls_channels, int channels, int heads,
+                                     int max_bytes) {
     const DType type = DType(dtype);
     return std::tuple(
-        to_tuple(fusion::cuda::forward_block(type, own, channels, heads, most_bytes)),
-        to_tuple(fusion::cuda::backward_block(type, own, channels, heads, most_bytes)));
+        to_tuple(fusion::cuda::forward_block(type, cls_channels, channels, heads, max_bytes)),
+        to_tuple(fusion::cuda::backward_block(type, cls_channels, channels, heads, max_bytes)));
   });
-  m.attr("attention_core_part") = core::cuda::kPart;
+  m.attr("attention_core_part") = core::cuda::kSplitTokens;
   m.attr("attention_core_merge_threads") = core::cuda::kMergeThreads;
 
   m.def(
@@ -86,9 +88,8 @@ void define_cuda(py::module_& m) {
 
   m.def(
       "cross_attention_states",
-      [](const FusionArg& problem, const DivisionArg& division) {
-        const auto& [batch, num_tokens, channels, own, heads, eps] = problem;
-        return fusion::cuda::states_size(to_division(division), batch, num_tokens, channels, heads);
+      [](const FusionArg& problem, const ClusterShapeArg& division) {
+        return fusion::cuda::workspace_size(to_problem(problem), to_cluster_shape(division));
       },
       py::arg("problem"), py::arg("division"));
 
@@ -121,13 +122,13 @@ void define_cuda(py::module_& m) {
       "cross_attention_forward",
       [](const FusionArg& problem, const ParameterArg& cls, const TokensArg& tokens,
          const std::vector<ParameterArg>& weights, Address residual_scale, Address new_cls,
-         Address vectors, Address states, const DivisionArg& division, const PlaceArg& place) {
-        const auto& [batch, num_tokens, channels, own, heads, eps] = problem;
+         Address vectors, Address states, const ClusterShapeArg& division, const PlaceArg& place) {
+        const fusion::Problem p = to_problem(problem);
+        const core::Tokens x = to_tokens(tokens);
         fusion::cuda::forward(
-            {batch, num_tokens, channels, own, heads, eps, to_parameter(cls), to_tokens(tokens),
-             to_weights(weights), pointer<const float>(residual_scale), pointer<void>(new_cls),
-             pointer<float>(vectors), pointer<float>(states)},
-            to_division(division), to_place(place));
+            {p, to_parameter(cls), x, to_weights(weights), to_floats(residual_scale),
+             pointer<void>(vectors), nullptr, pointer<void>(new_cls), x.dtype},
+            to_cluster_shape(division), pointer<float>(states), to_place(place));
       },
       py::arg("problem"), py::arg("cls"), py::arg("tokens"), py::arg("weights"),
       py::arg("residual_scale"), py::arg("new_cls"), py::arg("vectors"), py::arg("states"),
@@ -138,16 +139,15 @@ void define_cuda(py::module_& m) {
       [](const FusionArg& problem, const ParameterArg& dnew_cls, const ParameterArg& cls,
          const TokensArg& tokens, const std::vector<ParameterArg>& weights, Address residual_scale,
          Address vectors, Address dcls, const TokensArg& dx, Address gradients, Address dz,
-         Address du, Address scratch, Address states, const DivisionArg& division,
+         Address du, Address scratch, Address states, const ClusterShapeArg& division,
          const PlaceArg& place) {
-        const auto& [batch, num_tokens, channels, own, heads, eps] = problem;
+        const fusion::Problem p = to_problem(problem);
         fusion::cuda::backward(
-            {batch, num_tokens, channels, own, heads, eps, to_parameter(dnew_cls),
-             to_parameter(cls), to_tokens(tokens), to_weights(weights),
-             pointer<const float>(residual_scale), pointer<float>(vectors), pointer<void>(dcls),
-             to_tokens(dx), pointer<float>(gradients), pointer<float>(dz), pointer<float>(du),
-             pointer<float>(scratch), pointer<float>(states)},
-            to_division(division), to_place(place));
+            {p, to_parameter(dnew_cls), to_parameter(cls), to_tokens(tokens), to_weights(weights),
+             to_floats(residual_scale), pointer<void>(vectors), pointer<void>(dcls), to_tokens(dx),
+             pointer<float>(gradients), pointer<float>(dz), pointer<float>(du),
+             pointer<float>(scratch)},
+            to_cluster_shape(division), pointer<float>(states), to_place(place));
       },
       py::arg("problem"), py::arg("dnew_cls"), py::arg("cls"), py::arg("tokens"),
       py::arg("weights"), py::arg("residual_scale"), py::arg("vectors"), py::arg("dcls"),

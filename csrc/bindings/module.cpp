@@ -6,7 +6,6 @@
 #include "layernorm_ffn/params.h"
 #include "layernorm_msa/params.h"
 #ifdef CROSSVIT_WITH_CUDA
-#include "bindings/cuda.h"
 #include "common/cuda/device.h"
 #endif
 
@@ -20,7 +19,6 @@ namespace {
 
 using namespace crossvit::bindings;
 
-// y0, q, kt, m, lse, o, y
 // [B, N, C], batch and token strides, cls and its stride
 using TokenRowsArg =
     std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, Address, int64_t>;
@@ -74,14 +72,11 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "cross_attention_forward",
-      [](const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, double>& problem,
-         const ParameterArg& cls, const TokensArg& tokens, const std::vector<ParameterArg>& weights,
-         const ParameterArg& residual_scale, Address vectors, Address y0_token,
-         const ParameterArg& new_cls) {
-        const auto& [batch, num_tokens, channels, own_channels, num_heads, eps] = problem;
-        fusion::forward({batch, num_tokens, channels, own_channels, num_heads, eps,
-                         to_parameter(cls), to_tokens(tokens), to_weights(weights),
-                         to_parameter(residual_scale), pointer<void>(vectors),
+      [](const FusionArg& problem, const ParameterArg& cls, const TokensArg& tokens,
+         const std::vector<ParameterArg>& weights, const ParameterArg& residual_scale,
+         Address vectors, Address y0_token, const ParameterArg& new_cls) {
+        fusion::forward({to_problem(problem), to_parameter(cls), to_tokens(tokens),
+                         to_weights(weights), to_parameter(residual_scale), pointer<void>(vectors),
                          pointer<void>(y0_token), pointer<void>(std::get<0>(new_cls)),
                          crossvit::DType(std::get<1>(new_cls))});
       },

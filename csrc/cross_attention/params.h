@@ -1,11 +1,10 @@
 #pragma once
 
-#include <cstdint>
-
 #include "attention_core/params.h"
+#include "cross_attention/layout.h"
 
-// The fusion of one CrossViT branch on the CPU, from the CLS to the new CLS (docs/derivation.md has
-// the formulas). B images, C channels of the tokens, C_own of the CLS, h heads of width d = C / h.
+// The fusion of one CrossViT branch, from the CLS to the new CLS (docs/derivation.md has the
+// formulas). B images, C channels of the tokens, C_cls of the CLS, h heads of width d = C / h.
 
 namespace crossvit::cross_attention {
 
@@ -22,28 +21,41 @@ struct Layer {
 };
 
 struct Weights {
-  Layer proj_norm, proj;               // f: C_own -> C
+  Layer proj_norm, proj;               // f: C_cls -> C
   Layer norm, query, key, value, out;  // attention, width C
-  Layer back_norm, back;               // g: C -> C_own
+  Layer back_norm, back;               // g: C -> C_cls
 };
 
+// Out tensors are contiguous.
 struct ForwardParams {
-  int64_t batch;
-  int64_t num_tokens;  // without the CLS
-  int64_t channels;
-  int64_t own_channels;
-  int64_t num_heads;
-  double eps;
-  Parameter cls;                  // [B, C_own], contiguous
+  Problem problem;
+  Parameter cls;                  // [B, C_cls], contiguous
   attention_core::Tokens tokens;  // [B, N, C] without an extra token
   Weights weights;
   Parameter residual_scale;  // [B], of the type of the arithmetic, or null
-  void* vectors;             // out: SavedVectors, of the type of the arithmetic
+  void* vectors;             // out: VectorsOf, of the type of the arithmetic
   void* y0_token;            // out: y0 in the tokens' type [B, C]; null where that is y0 itself
-  void* new_cls;             // out: [B, C_own]
+  void* new_cls;             // out: [B, C_cls]
   DType new_cls_dtype;
 };
 
 void forward(const ForwardParams& params);
+
+// On the GPU only.
+struct BackwardParams {
+  Problem problem;
+  Parameter dnew_cls;  // [B, C_cls], contiguous
+  Parameter cls;
+  attention_core::Tokens tokens;
+  Weights weights;
+  Parameter residual_scale;
+  void* vectors;              // from forward
+  void* dcls;                 // out: [B, C_cls], of the CLS's type
+  attention_core::Tokens dx;  // out: [B, N, C]
+  float* gradients;           // out: Gradients of all images
+  float* dz;                  // scratch: [h, B, C]
+  float* du;                  // out: [h, B, C]
+  float* residuals;           // scratch: [2, B, C], dy, and the gradient of y0 as a token
+};
 
 }  // namespace crossvit::cross_attention

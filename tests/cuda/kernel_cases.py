@@ -1,4 +1,4 @@
-"""Cases for kernels/run_case.cpp: inputs in bfloat16, and what float64 makes of them."""
+"""Cases for kernels/run_case.cpp: inputs in bfloat16, and results in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crossvit_kernels import FusionWeights
 from crossvit_kernels.ops.attention_core import reference
 
 DTYPE = torch.bfloat16
-# The parts of an image's row of gradients (saved.gradient_sizes), as weights.
+# The weights whose gradients make up an image's row (saved.gradient_sizes), in its order.
 ROW_OF_GRADIENTS = (
     *("proj_norm_weight", "proj_norm_bias", "proj_bias", "norm_weight", "norm_bias"),
     *("q_bias", "v_bias", "out_bias", "back_norm_weight", "back_norm_bias", "back_bias"),
@@ -33,7 +33,7 @@ class Core:
     extra: bool = False
     masked: bool = False
     norm_eps: float | None = 1e-6
-    blocks: int = 1  # that share an image
+    blocks: int = 1  # sharing an image
 
     def arrays(self) -> list[np.ndarray]:
         sizes = self.batch, self.tokens, self.rows, self.channels
@@ -56,21 +56,21 @@ class Fusion:
     batch: int
     tokens: int
     channels: int
-    own: int
+    cls_channels: int
     heads: int
-    images: int = 1  # of a cluster, as its blocks
-    blocks: int = 1
-    over: bool = False  # the pass over the tokens lies over other memory
+    images: int = 1  # per cluster
+    blocks: int = 1  # per cluster
+    aliased: bool = False  # the token pass is aliased to other memory
 
     def arrays(self) -> list[np.ndarray]:
-        shapes = (self.batch, self.own), (self.batch, self.tokens, self.channels)
+        shapes = (self.batch, self.cls_channels), (self.batch, self.tokens, self.channels)
         cls, x, dnew_cls = (torch.randn(*s) for s in (*shapes, shapes[0]))
-        weights = make_weights(self.own, self.channels)
+        weights = make_weights(self.cls_channels, self.channels)
         cls, x, dnew_cls, *weights = (representable(t, DTYPE) for t in (cls, x, dnew_cls, *weights))
         scale = torch.tensor([1.25, 0.0, 0.5, 2.0, 1.0]).double()[: self.batch]
 
         def image(i: int) -> tuple[Tensor, ...]:
-            """Of one image, whose gradients of the weights are a row."""
+            """Results of one image; its gradients of the weights are one row."""
 
             def fusion(cls: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
                 w, r = FusionWeights(*weights), scale[i : i + 1]
@@ -92,9 +92,9 @@ class Fusion:
         return [numbers, *given, *exact]
 
 
-# Small, as ThreadSanitizer takes its time, but each with more than one of everything: images,
-# parts of an image, passes over it, teams, tiles of a team, stages of a ring; clusters, their
-# blocks, and images of a block.
+# Small, as ThreadSanitizer is slow, but with more than one of everything: images, splits of an
+# image, passes over it, warp groups, tiles per group, ring stages; clusters, their blocks, and
+# images per block.
 CASES = {
     "core": Core(2, 150, 10, 48, extra=True, masked=True),
     "core, wide": Core(1, 70, 5, 112, extra=True, masked=True),
@@ -102,10 +102,10 @@ CASES = {
     "core, shared": Core(2, 150, 10, 48, extra=True, masked=True, blocks=4),
     "core, wide, shared": Core(1, 70, 5, 112, extra=True, masked=True, blocks=2),
     "fusion": Fusion(5, 70, 80, 32, 10, images=3, blocks=2),
-    "fusion, over": Fusion(5, 70, 48, 64, 3, images=3, blocks=2, over=True),
+    "fusion, aliased": Fusion(5, 70, 48, 64, 3, images=3, blocks=2, aliased=True),
     "fusion, shared": Fusion(3, 70, 80, 32, 10, images=2, blocks=4),
     "fusion, wide": Fusion(3, 40, 112, 48, 7, images=3, blocks=2),
-    "fusion, wide, over": Fusion(3, 40, 112, 48, 7, images=3, blocks=2, over=True),
+    "fusion, wide, aliased": Fusion(3, 40, 112, 48, 7, images=3, blocks=2, aliased=True),
 }
 
 

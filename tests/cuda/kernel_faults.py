@@ -1,4 +1,4 @@
-"""The library's CUDA kernels, changed: fewer of them, and each with faults to choose from.
+"""The library's CUDA kernels, changed: fewer of them, and with faults to choose from.
 
 kernels/run_case.cpp is the program around them.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import host_build
 import host_compiler
 
-Change = tuple[str, str, str]  # file, text that it has once, what takes its place
+Change = tuple[str, str, str]  # file, a text that occurs in it once, its replacement
 
 PLAN, SCORES, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
     f"attention_core/cuda/{name}.h"
@@ -26,8 +26,8 @@ FUSION_FORWARD, FUSION_BACKWARD = (
 FRAGMENTS = "common/cuda/fragments.h"
 KERNELS = tuple(str(path.relative_to(host_build.CSRC)) for path in host_build.KERNELS)
 
-# One type of elements and two plans, as compiling takes time; small blocks and parts of an image,
-# as fibers do. Up to 96 channels a team is one warp, beyond it is several.
+# One element type and two plans, as compiling takes time; small blocks and splits, as fibers do. Up
+# to 96 channels a warp group is one warp, beyond that several.
 REDUCED: list[Change] = [
     ("common/cuda/gpu.h", "#pragma once\n", '#pragma once\n#include "kernels/choice.h"\n'),
     (CHOOSE, "case DType::kFloat32: return run(float{});", ""),
@@ -38,29 +38,30 @@ REDUCED: list[Change] = [
         "  if (channels <= 96) return run(Plan<T, 6, 1, 1, 1, 3>(), 2);\n"
         "  return run(Plan<T, 3, 2, 4, 8, 2>(), 1);\n#if 0\n",
     ),
-    (CHOOSE, "    return run(Plan<T, 12, 1, 4, 8, 2>(), 1);\n  }\n}\n", "#endif\n}\n"),
+    (CHOOSE, "    return run(PlanOf<T, kWide>(), 1);\n  }\n}\n", "#endif\n}\n"),
     (
         BLOCK,
         "  if constexpr (sizeof(T) == 4) {\n",
+        "  using attention_core::Plan;\n"
         "  if (channels <= 96) return run(Plan<T, 6, 1, 1, 1, 2>());\n"
         "  return run(Plan<T, 6, 2, 2, 4, 1>());\n#if 0\n",
     ),
-    (BLOCK, "    return run(Plan<T, 12, 1, 4, 8, 1>());\n  }\n}\n", "#endif\n}\n"),
-    (BLOCK, "teams = 8 / P::split(channels);", "teams = 2;"),
+    (BLOCK, "    return run(PlanOf<T, kWide>());\n  }\n}\n", "#endif\n}\n"),
+    (BLOCK, "warp_groups = 8 / P::group_warps(channels);", "warp_groups = 2;"),
     (
         BLOCK,
-        "over = bytes_of(false) > limit;",
-        "over = bytes_of(false) > limit || ::crossvit::choice::over;",
+        "aliased = bytes(false) > max_bytes;",
+        "aliased = bytes(false) > max_bytes || ::crossvit::choice::aliased;",
     ),
-    ("attention_core/cuda/kernels.h", "kPart = 1024;", "kPart = 128;"),
+    ("attention_core/cuda/kernels.h", "kSplitTokens = 1024;", "kSplitTokens = 128;"),
 ]
 
 RACE, OVERFLOW = "ThreadSanitizer: data race", "AddressSanitizer: heap-buffer-overflow"
 # Of kernel_cases.CASES.
 CORE, CORE_WIDE, CORE_SHARED = "core", "core, wide", "core, shared"
-FUSION, FUSION_OVER, FUSION_WIDE, FUSION_SHARED = (
+FUSION, FUSION_ALIASED, FUSION_WIDE, FUSION_SHARED = (
     "fusion",
-    "fusion, over",
+    "fusion, aliased",
     "fusion, wide",
     "fusion, shared",
 )
@@ -69,7 +70,7 @@ FUSION, FUSION_OVER, FUSION_WIDE, FUSION_SHARED = (
 @dataclasses.dataclass(frozen=True)
 class Build:
     sanitizer: str | None = None
-    bulk_copies: bool = True  # and clusters; before sm_90 tokens come 16 bytes at a time
+    bulk_copies: bool = True  # and clusters; before sm_90 copies are of 16 bytes each
 
     def __str__(self) -> str:
         return (self.sanitizer or "plain") + ("" if self.bulk_copies else ", small copies")
@@ -82,7 +83,7 @@ BUILDS = PLAIN, THREAD, ADDRESS, SMALL_COPIES
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What is changed where FAULT is true, and how a run of a case shows it."""
+    """Changes that apply where FAULT is true, and what a run of a case then reports."""
 
     changes: Sequence[Change]
     case: str
@@ -103,13 +104,12 @@ def wrong(case: str, result: str, *changes: Change) -> Fault:
 
 
 def left_out(file: str, text: str, context: str | None = None) -> Change:
-    """Of a context that has the text once."""
+    """Leaves out a text, which the context has once."""
     context = context or text
     before, after = context.split(text)
     return file, context, f"{before}if (!FAULT) {text}{after}"
 
 
-GATHERED = "__syncthreads();\n  }\n\n  // After run(), or gather()"
 BARRIER, WARP_BARRIER, CLUSTER_BARRIER = "__syncthreads();", "__syncwarp();", "cluster_sync();"
 
 
@@ -122,48 +122,56 @@ def no_warp_barrier(file: str, context: str) -> Change:
 
 
 def barrier_of_a_block(file: str, context: str) -> Change:
-    """In place of a cluster's: harder to catch than none at all."""
+    """Replaces a cluster's barrier: harder to catch than none at all."""
     before, after = context.split(CLUSTER_BARRIER)
     return file, context, f"{before}{{ if (FAULT) {BARRIER} else {CLUSTER_BARRIER} }}{after}"
 
 
-LEAVE = "if (!states) leave();"
+STORE_PARTIALS = "if (!tiles) store_partials();"
 
 
 def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Fault]:
-    """What forward_pass.h and backward_pass.h have in common."""
+    """Faults that forward_pass.h and backward_pass.h have in common."""
     faults = {
         "rows not seen": race(CORE, no_barrier(file, f"{BARRIER}\n    scores_.sum_rows();")),
         "sums of rows not seen": race(CORE, no_barrier(file, f"clear();\n    {BARRIER}")),
         "tile refilled early": race(
             refilled, no_warp_barrier(file, f"{WARP_BARRIER}\n      ring_.copy_next(x, range")
         ),
-        "sums over tiles in use": race(CORE, no_barrier(file, f"{BARRIER}\n    {LEAVE}")),
-        "results read early": race(CORE_WIDE, no_barrier(file, f"{LEAVE}\n    {BARRIER}\n  }}")),
+        "sums overwrite tiles in use": race(
+            CORE, no_barrier(file, f"{BARRIER}\n    {STORE_PARTIALS}")
+        ),
+        "results read early": race(
+            CORE_WIDE, no_barrier(file, f"{STORE_PARTIALS}\n    {BARRIER}\n  }}")
+        ),
         "tile not waited for": Fault(
-            [left_out(file, "ring_.wait(turn);")],
+            [left_out(file, "ring_.wait(iteration);")],
             CORE,
             "more arrivals than an mbarrier was initialised for",
         ),
         "a row of results too many": overflow(
-            CORE_WIDE, (file, "i < count * width;", "i < (count + FAULT) * width;")
+            CORE_WIDE, (file, "share(count, range", "share(count + FAULT, range")
         ),
         "tiles of other blocks not there": race(
             CORE_SHARED,
             barrier_of_a_block(
-                f"attention_core/{way}.cu", f"{CLUSTER_BARRIER}\n    pass.gather(states"
+                f"attention_core/cuda/{way}.cu", f"{CLUSTER_BARRIER}\n    pass.gather(tiles"
             ),
         ),
-        "gathered sums not seen": race(CORE_SHARED, no_barrier(file, f"    }}\n    {GATHERED}")),
-        "a tile too many": wrong(CORE_SHARED, result, (file, "< tiles;", "< tiles + FAULT;")),
+        "gathered sums not seen": race(
+            CORE_SHARED, no_barrier(file, f"add_tiles);\n    {BARRIER}")
+        ),
+        "a tile too many": wrong(
+            CORE_SHARED, result, (file, "< num_tiles;", "< num_tiles + FAULT;")
+        ),
     }
     return {f"{way}: {name}": fault for name, fault in faults.items()}
 
 
-# The text around each barrier of a fusion's cluster, by what comes before it.
+# The context of each cluster barrier of a fusion, by what comes before it.
 CLUSTER_BARRIERS = {
     FUSION_FORWARD: {
-        "start": f"{CLUSTER_BARRIER}  // the other blocks have started",
+        "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start",
         "y0": f"{CLUSTER_BARRIER}\n\n  clear_rows(rows, count, channels);\n  const int pitch",
         "q": f"{CLUSTER_BARRIER}\n\n  // kt_h",
         "kt": f"{CLUSTER_BARRIER}\n\n  const auto run",
@@ -171,24 +179,24 @@ CLUSTER_BARRIERS = {
         "y": f"{CLUSTER_BARRIER}\n\n  clear_rows(rows, count, channels);\n  normalize_rows<T, t",
     },
     FUSION_BACKWARD: {
-        "start": f"{CLUSTER_BARRIER}  // the other blocks have started",
-        "g": f"{CLUSTER_BARRIER}\n\n  // The residual",
+        "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start",
+        "g": f"{CLUSTER_BARRIER}\n\n  // dy of",
         "do": f"{CLUSTER_BARRIER}\n  // dz_h",
         "dz": f"{CLUSTER_BARRIER}\n\n  const auto run",
-        "dq": f"{CLUSTER_BARRIER}\n  // LN(y0)'s",
-        "the query": f"{CLUSTER_BARRIER}\n\n  // y0 is what",
-        "reading floats": f"{CLUSTER_BARRIER}  // no block reads",
+        "dq": f"{CLUSTER_BARRIER}\n  // The gradient of LN",
+        "the query": f"{CLUSTER_BARRIER}\n\n  // dy0 sums",
+        "reading floats": f"{CLUSTER_BARRIER}  // waits until no block",
         "f": f"{CLUSTER_BARRIER}\n  normalize_rows_backward<T, true>(\n      rank",
     },
 }
-TEAM_BARRIER = "barrier_of_warps(1 + team(channels), 32 * split(channels));"
+GROUP_BARRIER = "barrier_of_warps(1 + warp_group(channels), 32 * group_warps(channels));"
 SWAPPED_SIDES = "FAULT ? 2 * side : side", "FAULT ? 2 * side + 1 : side + 2"
 
 FAULTS: dict[str, Fault] = {
     **of_a_pass("forward", FORWARD_PASS, "m", CORE_WIDE),
     **of_a_pass("backward", BACKWARD_PASS, "du", CORE),
     "backward: sums of all rows not seen": race(
-        CORE, no_barrier(BACKWARD_PASS, f"{BARRIER}\n    for (int turn")
+        CORE, no_barrier(BACKWARD_PASS, f"{BARRIER}\n    for (int iteration")
     ),
     "backward: weights not seen": race(
         CORE, no_warp_barrier(BACKWARD_PASS, f"{WARP_BARRIER}\n    if (wants_dx) write_dx(")
@@ -220,25 +228,26 @@ FAULTS: dict[str, Fault] = {
     "extra token not seen": race(
         CORE, no_warp_barrier(PLAN, f"to[c] = extra[slice_.first + c];\n    {WARP_BARRIER}")
     ),
-    "a warp does not meet": race(CORE, no_warp_barrier(PLAN, f"{WARP_BARRIER}\n    }} else {{")),
-    "a team does not meet": race(CORE_WIDE, left_out(PLAN, TEAM_BARRIER)),
-    "teams share a barrier": race(
+    "a warp does not sync": race(CORE, no_warp_barrier(PLAN, f"{WARP_BARRIER}\n    }} else {{")),
+    "a warp group does not sync": race(CORE_WIDE, left_out(PLAN, GROUP_BARRIER)),
+    "warp groups share a barrier": race(
         FUSION_WIDE,
         (
             PLAN,
-            "barrier_of_warps(1 + team(channels)",
-            "barrier_of_warps(1 + (FAULT ? 0 : team(channels))",
+            "barrier_of_warps(1 + warp_group(channels)",
+            "barrier_of_warps(1 + (FAULT ? 0 : warp_group(channels))",
         ),
     ),
     "one buffer of scores": race(
         CORE_WIDE,
-        *(
-            (SCORES, f"({first} * kBuffers + turn %", f"({first} * kBuffers + !FAULT * turn %")
-            for first in ("P::warp()", "first_warp")
+        (
+            SCORES,
+            "(warp * kBuffers + iteration %",
+            "(warp * kBuffers + !FAULT * iteration %",
         ),
     ),
     "a sum of a row too many": Fault(
-        [(SCORES, "i < P::split(channels_) * kSums;", "i < P::split(channels_) * kSums + FAULT;")],
+        [(SCORES, "(channels_) * kSums;", "(channels_) * kSums + FAULT;")],
         CORE,
         "an mbarrier that is not initialised, or was overwritten",
     ),
@@ -278,35 +287,38 @@ FAULTS: dict[str, Fault] = {
     "columns of a transposed layer too many": overflow(
         FUSION, (BLOCK, "i < heads * pieces;", "i < heads * pieces + FAULT;")
     ),
-    "a head's rows not seen": race(FUSION_OVER, no_barrier(BLOCK, f"stage(head);\n    {BARRIER}")),
-    "a head's rows over others in use": race(
-        FUSION_OVER, no_barrier(BLOCK, f"write);\n    {BARRIER}\n    begin")
+    "a head's rows not seen": race(
+        FUSION_ALIASED, no_barrier(BLOCK, f"stage(head);\n    {BARRIER}")
+    ),
+    "a head's rows overwrite others in use": race(
+        FUSION_ALIASED, no_barrier(BLOCK, f"write);\n    {BARRIER}\n    begin")
     ),
     "fusion forward: rows of q not seen": race(
-        FUSION_OVER, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  // To the queries")
+        FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  // Writes to the queries")
     ),
     "fusion forward: rows of g not seen": race(
-        FUSION_OVER, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  const Share back")
+        FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  const Share back")
     ),
     "fusion backward: rows of do not seen": race(
-        FUSION_OVER, no_barrier(FUSION_BACKWARD, f"{BARRIER}\n\n  // do = W_o")
+        FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"{BARRIER}\n\n  // do = W_o")
     ),
     # A block has several images.
-    "fusion forward: an image over results": race(
-        FUSION_OVER, no_barrier(FUSION_FORWARD, f"write);\n    {BARRIER}")
+    "fusion forward: an image overwrites results": race(
+        FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"write);\n    {BARRIER}")
     ),
-    "fusion backward: an image over results": race(
-        FUSION_OVER, no_barrier(FUSION_BACKWARD, f"write);\n    {BARRIER}")
+    "fusion backward: an image overwrites results": race(
+        FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"write);\n    {BARRIER}")
     ),
     "fusion: tiles of other blocks not there": race(
         FUSION_SHARED, barrier_of_a_block(BLOCK, f"{CLUSTER_BARRIER}\n  if (images.sharing")
     ),
     "fusion: the pass's results not there": race(
-        FUSION_SHARED, barrier_of_a_block(BLOCK, f"  }}\n  {CLUSTER_BARRIER}\n}}\n\n// The columns")
+        FUSION_SHARED,
+        barrier_of_a_block(BLOCK, f"  }}\n  {CLUSTER_BARRIER}\n}}\n\n// This block's columns"),
     ),
     **{
-        f"fusion {Path(file).stem}: cluster does not meet after {name}": race(
-            FUSION_OVER, barrier_of_a_block(file, context)
+        f"fusion {Path(file).stem}: no cluster sync after {name}": race(
+            FUSION_ALIASED, barrier_of_a_block(file, context)
         )
         for file, contexts in CLUSTER_BARRIERS.items()
         for name, context in contexts.items()
@@ -324,7 +336,7 @@ def changes() -> Iterator[Change]:
 
 
 def changed_files() -> Path:
-    """A folder of the kernels' sources, and of what else of csrc/ is changed."""
+    """A folder of the kernels' sources, and of the other changed files of csrc/."""
     replacements: dict[str, list[tuple[str, str]]] = {name: [] for name in KERNELS}
     for file, old, new in changes():
         replacements.setdefault(file, []).append((old, new))
@@ -334,8 +346,8 @@ def changed_files() -> Path:
 def program(build: Build) -> Path:
     folder = changed_files()
     sources = host_compiler.KERNELS / "run_case.cpp", *(folder / name for name in KERNELS)
-    # The folder comes before those of -I, where a name is in quotes. AddressSanitizer's code takes
-    # half as long to compile with -Og.
+    # Includes in quotes look in this folder before those of -I. With -Og, AddressSanitizer's code
+    # compiles in half the time.
     flags = ["-iquote", str(folder)]
     if build.sanitizer == "address":
         flags.append("-Og")

@@ -32,7 +32,7 @@ def left_out(text: str) -> tuple[str, str]:
     return text, f"if (!FAULT) {text}"
 
 
-# By kernel and name: texts, and what replaces them. FAULT is true when that name is chosen.
+# By kernel and name: texts and their replacements. FAULT is true when that name is chosen.
 FAULTS: dict[str, dict[str, list[tuple[str, str]]]] = {
     "gemm": {
         "no barrier before reading": [left_out("__syncthreads();  // the stage is there")],
@@ -88,13 +88,16 @@ FAULTS: dict[str, dict[str, list[tuple[str, str]]]] = {
             left_out("cluster_wait();"),
             ("  float sum = 0;", "  float* first = in_rank(partial, 0);\n  float sum = 0;"),
             (
-                "*in_rank(partial + mine, other)",
-                "(FAULT ? first[mine] : *in_rank(partial + mine, other))",
+                "*in_rank(partial + total_column, other)",
+                "(FAULT ? first[total_column] : *in_rank(partial + total_column, other))",
             ),
         ],
         "wait without arrival": [left_out("cluster_arrive();")],
         "rank too far": [
-            ("in_rank(partial + mine, other)", "in_rank(partial + mine, other + FAULT)")
+            (
+                "in_rank(partial + total_column, other)",
+                "in_rank(partial + total_column, other + FAULT)",
+            )
         ],
     },
     "last_block": {
@@ -103,7 +106,7 @@ FAULTS: dict[str, dict[str, list[tuple[str, str]]]] = {
     },
     "layernorm": {
         "no barrier before reading": [left_out("__syncthreads();  // all rows are there")],
-        "shared index too far": [("mine = values +", "mine = values + FAULT +")],
+        "shared index too far": [("row_values = values +", "row_values = values + FAULT +")],
         "global row too far": [("if (row < rows) {", "if (row < rows + FAULT) {")],
         "lanes exit before a shuffle": [
             ("if (row < rows", "if (FAULT && lane > 20) return;\n  if (row < rows")
@@ -115,7 +118,7 @@ FAULTS: dict[str, dict[str, list[tuple[str, str]]]] = {
 RACE = "ThreadSanitizer: data race"
 OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
 
-# Kernel, fault, sanitizer, seeds, and what the program says with each of them.
+# Kernel, fault, sanitizer, seeds, and the program's message with each of them.
 CATCHES = [
     ("gemm", "no barrier before reading", None, FIXED, "error nan"),
     ("gemm", "no barrier before reading", "thread", FIXED, RACE),

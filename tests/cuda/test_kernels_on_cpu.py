@@ -57,7 +57,7 @@ def in_any_order(cuda_device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[
 def test_core_in_any_order(
     in_any_order: Callable[..., None], sizes: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
-    """A warp a team, four and eight of them; several parts of an image."""
+    """One, four and eight warps per group; several splits of an image."""
     inputs, mask = make(*sizes, dtype, extra=True, masked=True)
     leaves = [t.to(dtype).requires_grad_() for t in inputs if t is not None]
 

@@ -6,17 +6,32 @@
 //   du_r  = sum_n ds_rn xhat_n       dxhat_n = sum_r (p_rn dm_r + ds_rn u_r)
 
 #include "attention_core/cpu/micro_kernels.h"
-#include "attention_core/cpu/rows.h"
 #include "attention_core/cpu/tile.h"
 
 namespace crossvit::attention_core {
 namespace {
+
+// du of some of the tokens, [rows, channels].
+template <class Scalar>
+struct Du {
+  Scalar* sum;
+
+  static int64_t scratch(const Shape<Scalar>& shape) { return shape.rows * shape.channels; }
+  Du(const Shape<Scalar>&, Scalar* memory) : sum(memory) {}
+
+  void merge(const Du& other, const Shape<Scalar>& shape) {
+    for (int64_t i = 0; i < scratch(shape); i += kLanes<Scalar>)
+      store(sum + i, load(sum + i) + load(other.sum + i));
+  }
+};
 
 template <class Token>
 class Backward {
  public:
   using Scalar = ScalarFor<Token>;
   using V = Vector<Scalar>;
+  using Partial = Du<Scalar>;
+  static constexpr int kWork = 2;  // in units of Shape::work
 
   explicit Backward(const BackwardParams& params)
       : shape(params.problem),
@@ -59,12 +74,11 @@ class Backward {
     }
   }
 
-  // Writes dx of the chunk's tokens where it is wanted; du, [rows, channels], is overwritten with
-  // their part of it.
-  void chunk(int64_t b, int64_t chunk, Scalar* du) {
+  // Writes dx of the chunk's tokens where it is wanted, and their share of du.
+  void chunk(int64_t b, int64_t chunk, Du<Scalar>& du) {
     const int64_t begin = chunk * kChunk;
     const int64_t end = minimum(begin + kChunk, params_.problem.num_tokens);
-    std::memset(du, 0, shape.rows * shape.channels * sizeof(Scalar));
+    std::memset(du.sum, 0, shape.rows * shape.channels * sizeof(Scalar));
     for (int64_t n = begin; n < end; n += shape.tile) {
       const int count = minimum(shape.tile, end - n);
       tile_.read(b, n, count);
@@ -87,21 +101,21 @@ class Backward {
       // du_r = sum_n ds_rn xhat_n
       for (int64_t i = 0; i < shape.rows * kMaxTile; i += kLanes<Scalar>)
         store(ds_ + i, load(ds_ + i) * load(tile_.rstd + i % kMaxTile));
-      rank_update(du, ones_, {ds_, kMaxTile, 1}, shape.rows, tile_.rows, count, shape.channels,
+      rank_update(du.sum, ones_, {ds_, kMaxTile, 1}, shape.rows, tile_.rows, count, shape.channels,
                   ahead);
     }
   }
 
-  void end_image(int64_t b, const Scalar* du) {
+  void end_image(int64_t b, const Du<Scalar>& du) {
     for (int64_t r = 0; r < params_.problem.num_rows; ++r)
-      std::memcpy(row<Scalar>(params_.du, b, r), du + r * shape.channels,
+      std::memcpy(row<Scalar>(params_.du, b, r), du.sum + r * shape.channels,
                   params_.problem.channels * sizeof(Scalar));
   }
 
   const Shape<Scalar> shape;
 
  private:
-  // p and ds of row r in the tile, and the row's part of what LayerNorm's gradient subtracts.
+  // p and ds of row r in the tile, and the row's share of the means in LayerNorm's gradient.
   void softmax_gradient(int64_t r, int count) {
     for (int t = 0; t < count; t += kLanes<Scalar>) {
       const int64_t i = r * kMaxTile + t;
@@ -138,10 +152,10 @@ class Backward {
   Scratch<Scalar> memory_;
   Tile<Token> tile_;
   Scalar* dxhat_;            // [tile, channels]
-  Scalar* dm_;               // [rows, channels], and u right behind it
+  Scalar* dm_;               // [rows, channels], followed by u
   Scalar* u_;                // [rows, channels]
   Scalar* m_;                // [rows, channels]
-  Scalar* p_;                // [rows, kMaxTile], and ds right behind it
+  Scalar* p_;                // [rows, kMaxTile], followed by ds
   Scalar* ds_;               // [rows, kMaxTile]
   Scalar* scores_;           // [rows, kMaxTile]
   Scalar* dp_;               // [rows, kMaxTile]
@@ -154,65 +168,12 @@ class Backward {
   Scalar* ones_;             // [rows]
 };
 
-template <class Scalar>
-void add_to(Scalar* total, const Scalar* part, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<Scalar>)
-    store(total + i, load(total + i) + load(part + i));
-}
-
-template <class Token>
-void backward_tokens(const BackwardParams& params) {
-  using Scalar = ScalarFor<Token>;
-  const Shape<Scalar> shape(params.problem);
-  const int64_t batch = params.problem.batch;
-  const int64_t num_chunks = ceil_div(params.problem.num_tokens, kChunk);
-  const int64_t size = shape.rows * shape.channels;
-
-  if (!split_images(batch, num_chunks)) {
-    parallel_for(batch, 2 * shape.work(params.problem.num_tokens), [&](int64_t begin, int64_t end) {
-      Backward<Token> pass(params);
-      Scratch<Scalar> memory(2 * size);
-      Scalar* const total = memory.take(size);
-      Scalar* const part = memory.take(size);
-      for (int64_t b = begin; b < end; ++b) {
-        pass.begin_image(b);
-        pass.chunk(b, 0, total);
-        for (int64_t chunk = 1; chunk < num_chunks; ++chunk) {
-          pass.chunk(b, chunk, part);
-          add_to(total, part, size);
-        }
-        pass.end_image(b, total);
-      }
-    });
-    return;
-  }
-
-  Scratch<Scalar> memory(batch * num_chunks * size);
-  Scalar* const parts = memory.take(batch * num_chunks * size);
-  parallel_for(batch * num_chunks, 2 * shape.work(kChunk), [&](int64_t begin, int64_t end) {
-    Backward<Token> pass(params);
-    for (int64_t i = begin; i < end; ++i) {
-      if (i == begin || i % num_chunks == 0) pass.begin_image(i / num_chunks);
-      pass.chunk(i / num_chunks, i % num_chunks, parts + i * size);
-    }
-  });
-  parallel_for(batch, shape.work(num_chunks), [&](int64_t begin, int64_t end) {
-    Backward<Token> pass(params);
-    for (int64_t b = begin; b < end; ++b) {
-      Scalar* const total = parts + b * num_chunks * size;
-      for (int64_t chunk = 1; chunk < num_chunks; ++chunk)
-        add_to(total, total + chunk * size, size);
-      pass.end_image(b, total);
-    }
-  });
-}
-
 }  // namespace
 
 namespace CROSSVIT_ISA {
 
 void backward(const BackwardParams& params) {
-  dispatch(params.x.dtype, [&](auto token) { backward_tokens<decltype(token)>(params); });
+  dispatch(params.x.dtype, [&](auto token) { run_pass<Backward<decltype(token)>>(params); });
 }
 
 }  // namespace CROSSVIT_ISA

@@ -3,11 +3,7 @@
 
 namespace crossvit::attention_core {
 
-// forward.cpp and backward.cpp
-CROSSVIT_DECLARE_PER_ISA(void forward(const ForwardParams& params))
-CROSSVIT_DECLARE_PER_ISA(void backward(const BackwardParams& params))
-
-void forward(const ForwardParams& params) { CROSSVIT_CALL_ACTIVE_ISA(forward, params) }
-void backward(const BackwardParams& params) { CROSSVIT_CALL_ACTIVE_ISA(backward, params) }
+CROSSVIT_DISPATCH(forward, ForwardParams)
+CROSSVIT_DISPATCH(backward, BackwardParams)
 
 }  // namespace crossvit::attention_core

@@ -1,11 +1,9 @@
 #pragma once
 
 #include "attention_core/cpu/micro_kernels.h"
-#include "attention_core/cpu/rows.h"
 #include "attention_core/cpu/tile.h"
 
-// attention_core forward in one pass over the tokens: online softmax over tiles, chunk states
-// merged in order.
+// attention_core forward in one pass over the tokens: online softmax over tiles, then over chunks.
 
 namespace crossvit::attention_core {
 namespace {
@@ -32,27 +30,29 @@ struct State {
     }
     std::memset(acc, 0, shape.rows * shape.channels * sizeof(Scalar));
   }
-};
 
-template <class Scalar>
-void merge(State<Scalar>& into, const State<Scalar>& from, const Shape<Scalar>& shape) {
-  for (int64_t r = 0; r < shape.rows; ++r) {
-    const Scalar max = into.max[r] > from.max[r] ? into.max[r] : from.max[r];
-    const Scalar keep = exp(into.max[r] - finite_or_zero(max));
-    const Scalar add = exp(from.max[r] - finite_or_zero(max));
-    into.max[r] = max;
-    into.sum[r] = into.sum[r] * keep + from.sum[r] * add;
-    for (int64_t c = r * shape.channels; c < (r + 1) * shape.channels; c += kLanes<Scalar>)
-      store(into.acc + c, load(into.acc + c) * keep + load(from.acc + c) * add);
+  void merge(const State& other, const Shape<Scalar>& shape) {
+    for (int64_t r = 0; r < shape.rows; ++r) {
+      const Scalar new_max = max[r] > other.max[r] ? max[r] : other.max[r];
+      const Scalar keep = exp(max[r] - finite_or_zero(new_max));
+      const Scalar add = exp(other.max[r] - finite_or_zero(new_max));
+      max[r] = new_max;
+      sum[r] = sum[r] * keep + other.sum[r] * add;
+      for (int64_t c = r * shape.channels; c < (r + 1) * shape.channels; c += kLanes<Scalar>)
+        store(acc + c, load(acc + c) * keep + load(other.acc + c) * add);
+    }
   }
-}
+};
 
 template <class Token>
 class Forward {
  public:
   using Scalar = ScalarFor<Token>;
   using V = Vector<Scalar>;
+  using Partial = State<Scalar>;
   using Ahead = std::conditional_t<sizeof(Token) == 2, NoPrefetch, Prefetch<false>>;
+
+  static constexpr int kWork = 1;  // in units of Shape::work
 
   explicit Forward(const ForwardParams& params)
       : shape(params.problem),
@@ -97,7 +97,7 @@ class Forward {
   const Shape<Scalar> shape;
 
  private:
-  // Turns the tile's products into the weights of its tokens in acc, kLanes rows at a time.
+  // Turns the tile's dot products into its tokens' weights in acc, kLanes rows at a time.
   void softmax(int count, State<Scalar>& state) {
     constexpr int kStep = kLanes<Scalar>;
     for (int64_t first = 0; first < shape.rows; first += kStep) {
@@ -108,7 +108,7 @@ class Forward {
       for (int r = 0; r < kStep; ++r) max[r] = V{} - __builtin_inf();
       for (int r = 0; r < num_rows; ++r) {
         for (int t = 0; t < count; t += kStep) {
-          const V bias = load(tile_.bias + t);  // selected, not added: what lies there may be NaN
+          const V bias = load(tile_.bias + t);  // selected, not added: the score may be NaN
           const V products = load(scores + r * kMaxTile + t);
           const V s = bias < 0 ? bias : products * load(tile_.rstd + t);
           store(scores + r * kMaxTile + t, s);
@@ -142,61 +142,9 @@ class Forward {
   Scalar* decay_;   // [rows]
 };
 
-// Images [begin, end), one after another.
-template <class Token>
-void forward_images(const ForwardParams& params, int64_t begin, int64_t end) {
-  using Scalar = ScalarFor<Token>;
-  const Shape<Scalar> shape(params.problem);
-  const int64_t num_chunks = ceil_div(params.problem.num_tokens, kChunk);
-  const int64_t size = State<Scalar>::scratch(shape);
-  Forward<Token> pass(params);
-  Scratch<Scalar> memory(2 * size);
-  State<Scalar> total(shape, memory.take(size)), part(shape, memory.take(size));
-  for (int64_t b = begin; b < end; ++b) {
-    pass.begin_image(b);
-    pass.chunk(b, 0, total);
-    for (int64_t chunk = 1; chunk < num_chunks; ++chunk) {
-      pass.chunk(b, chunk, part);
-      merge(total, part, shape);
-    }
-    pass.end_image(b, total);
-  }
-}
-
 template <class Token>
 void forward_tokens(const ForwardParams& params) {
-  using Scalar = ScalarFor<Token>;
-  const Shape<Scalar> shape(params.problem);
-  const int64_t batch = params.problem.batch;
-  const int64_t num_chunks = ceil_div(params.problem.num_tokens, kChunk);
-
-  if (!split_images(batch, num_chunks)) {
-    parallel_for(batch, shape.work(params.problem.num_tokens),
-                 [&](int64_t begin, int64_t end) { forward_images<Token>(params, begin, end); });
-    return;
-  }
-
-  const int64_t size = State<Scalar>::scratch(shape);
-  Scratch<Scalar> memory(batch * num_chunks * size);
-  Scalar* const states = memory.take(batch * num_chunks * size);
-  const auto state = [&](int64_t i) { return State<Scalar>(shape, states + i * size); };
-  parallel_for(batch * num_chunks, shape.work(kChunk), [&](int64_t begin, int64_t end) {
-    Forward<Token> pass(params);
-    for (int64_t i = begin; i < end; ++i) {
-      if (i == begin || i % num_chunks == 0) pass.begin_image(i / num_chunks);
-      State<Scalar> part = state(i);
-      pass.chunk(i / num_chunks, i % num_chunks, part);
-    }
-  });
-  parallel_for(batch, shape.work(num_chunks), [&](int64_t begin, int64_t end) {
-    Forward<Token> pass(params);
-    for (int64_t b = begin; b < end; ++b) {
-      State<Scalar> total = state(b * num_chunks);
-      for (int64_t chunk = 1; chunk < num_chunks; ++chunk)
-        merge(total, state(b * num_chunks + chunk), shape);
-      pass.end_image(b, total);
-    }
-  });
+  run_pass<Forward<Token>>(params);
 }
 
 }  // namespace

@@ -1,13 +1,47 @@
 #pragma once
 
-#include "attention_core/cpu/prefetch.h"
-#include "attention_core/cpu/scratch.h"
+#include "attention_core/cpu/images.h"
 
 // The two loops that do the work. A pass over the tokens costs 2 R multiply-adds per element
-// forward and 5 R backward, all of them here. Between them memory is asked for (prefetch.h).
+// forward and 5 R backward, all of them here.
+//
+// They prefetch in step with the arithmetic. A tile is read in a burst and then worked on for
+// several times as long; the hardware prefetcher stays only a little ahead of the reads, so without
+// help memory idles while the core computes, and the core while memory answers. A request for all
+// lines at once would fill the core's few fill buffers and stall other loads: a line or two per
+// inner step keeps memory evenly busy.
 
 namespace crossvit::attention_core {
 namespace {
+
+template <bool kForWriting>
+class Prefetch {
+ public:
+  Prefetch(const void* begin, int64_t bytes)
+      : next_(static_cast<const char*>(begin)), end_(next_ + bytes) {}
+
+  template <int kLines>
+  void prefetch() {
+    for (int i = 0; i < kLines; ++i) {
+      if (next_ >= end_) return;
+      __builtin_prefetch(next_, kForWriting, 3);
+      next_ += kCacheLine;
+    }
+  }
+
+ private:
+  static constexpr int kCacheLine = 64;
+
+  const char* next_;
+  const char* end_;
+};
+
+// For loops that take longer than the memory they need.
+struct NoPrefetch {
+  NoPrefetch(const void*, int64_t) {}
+  template <int kLines>
+  void prefetch() {}
+};
 
 // out[r][t] = rows[r] . tokens[t]; out has kMaxTile columns. num_rows is even and num_tokens is
 // rounded up to whole blocks.
@@ -22,7 +56,7 @@ void dot_products(Scalar* out, const Scalar* rows, int64_t num_rows, const Scala
       const Scalar* token = tokens + t * channels;
       V products[2 * kBlock] = {};
       for (int64_t c = 0; c < channels; c += kLanes<Scalar>) {
-        ahead.template ask<1>();
+        ahead.template prefetch<1>();
         const V first = load(row + c);
         const V second = load(row + channels + c);
         for (int i = 0; i < kBlock; ++i) {
@@ -60,7 +94,7 @@ inline void rank_update_block(Scalar* out, const Scalar* decay, Weights<Scalar> 
     for (int j = 0; j < kVectors; ++j)
       total[i][j] = decay ? load(out + i * channels + j * kStep) * decay[i] : V{};
   for (int64_t k = 0; k < num_terms; ++k) {
-    ahead.template ask<3>();
+    ahead.template prefetch<3>();
     V term[kVectors];
     for (int j = 0; j < kVectors; ++j) term[j] = load(terms + k * channels + j * kStep);
     for (int i = 0; i < kRows; ++i) {

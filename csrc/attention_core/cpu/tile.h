@@ -1,10 +1,9 @@
 #pragma once
 
-#include "attention_core/cpu/prefetch.h"
-#include "attention_core/cpu/scratch.h"
+#include "attention_core/cpu/images.h"
 
-// A few tokens, centred, in float or double. Element types, strides, masks and channel counts that
-// are no multiple of the vector width all end here.
+// A few centred tokens in float or double. Element types, strides, masks and channel counts that
+// are not multiples of the vector width are all dealt with here.
 
 namespace crossvit::attention_core {
 namespace {
@@ -35,7 +34,7 @@ class Tile {
   }
 
   // Tokens [begin, begin + count) of image b, centred, and zero rows up to a whole token block.
-  // Tokens that are masked out are not read: garbage in padding is allowed.
+  // Masked tokens are not read, so padding may hold garbage.
   void read(int64_t b, int64_t begin, int count) {
     const Token* from[kMaxTile];
     for (int t = 0; t < kMaxTile; ++t) {
@@ -48,14 +47,14 @@ class Tile {
       centre(t, from + t, minimum(filled - t, kLanes<Scalar>));
   }
 
-  // The memory of the tile behind [begin, begin + count) of image b. It may reach past the image,
-  // into the next one; asking for memory is allowed anywhere.
+  // The memory of the tile after [begin, begin + count) of image b. It may reach into the next
+  // image, or past the last: any address may be prefetched.
   template <class Ahead>
   Ahead next(int64_t b, int64_t begin, int count) const {
     return rows_of<Ahead>(x_, b, begin + count, kMaxTile);
   }
 
-  // The memory of tokens [begin, begin + count) of image b where they lie close together.
+  // The memory of tokens [begin, begin + count) of image b; none where they are far apart.
   template <class Ahead>
   Ahead rows_of(const Tokens& tokens, int64_t b, int64_t begin, int count) const {
     const bool close = tokens.token_stride < 2 * problem_.channels;
@@ -88,8 +87,8 @@ class Tile {
     return mask_.data[b * mask_.batch_stride + n * mask_.token_stride];
   }
 
-  // Up to a vector of rows, first = their place in the tile: the sums over rows are formed for all
-  // of them together. The variance takes a second look at the row; E[x^2] - mean^2 would cancel.
+  // Centres up to a vector of rows, from row `first` of the tile, and reduces their sums together.
+  // The variance takes a second pass over the row; E[x^2] - mean^2 would cancel.
   void centre(int first, const Token* const* from, int count) {
     V means{};
     if (problem_.normalize || kConverts) {
@@ -110,7 +109,7 @@ class Tile {
     store(rstd + first, load(bias + first) < 0 ? V{} : scale);
   }
 
-  // Sums over the channels; 16-bit elements are converted on the way, once for both looks.
+  // Sums over the channels; converts 16-bit elements on the way, once for both passes.
   void add_channels(Scalar* to, const Token* const* from, V* sums) const {
     constexpr int kStep = kLanes<Scalar>;
     const int64_t channels = problem_.channels, stride = stride_;

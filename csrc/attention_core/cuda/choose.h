@@ -1,68 +1,73 @@
 #pragma once
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "attention_core/cuda/kernels.h"
-#include "attention_core/cuda/tile_states.h"
+#include "attention_core/cuda/partials.h"
 #include "common/cuda/cluster.h"
 #include "common/cuda/launch.h"
 
-// Which plan runs a problem, and what launchers have in common.
+// Which plan runs a problem, and code that the launchers share.
 
 namespace crossvit::attention_core::cuda {
 
-inline int parts_of(const Problem& problem) {
-  return static_cast<int>(std::max<int64_t>(1, (problem.num_tokens + kPart - 1) / kPart));
+inline int num_splits(const Problem& problem) {
+  return static_cast<int>(maximum(int64_t{1}, ceil_div(problem.num_tokens, kSplitTokens)));
 }
 
-// Of a part, what this block of its cluster has.
-__device__ inline Range range_of_part(const Problem& problem, int part) {
-  const int first = part * kPart;
-  const int64_t left = problem.num_tokens - first;
-  return {first, first + (left < kPart ? static_cast<int>(left) : kPart), cluster_rank(),
-          cluster_size()};
+// The tokens of a split, and this block's share of them in its cluster.
+__device__ inline Range range_of_split(const Problem& problem, int split) {
+  const int first = split * kSplitTokens;
+  const int64_t remaining = problem.num_tokens - first;
+  return {first, first + static_cast<int>(minimum(remaining, int64_t{kSplitTokens})),
+          cluster_rank(), cluster_size()};
 }
 
-// Enough for passes of 8 score rows and of 16.
-inline int64_t padded_rows(int64_t rows) { return (rows + 15) / 16 * 16; }
+// Rows of whole passes, of 8 rows or of 16.
+inline int64_t padded_rows(int64_t rows) { return round_up(rows, 16); }
 
-// The most tiles that a part has.
-__host__ __device__ inline int64_t tiles_of_part(const Problem& problem) {
-  const int64_t tokens = problem.num_tokens < kPart ? problem.num_tokens : kPart;
-  return (tokens + kTokensOfTile - 1) / kTokensOfTile;
+// The most tiles that a split has.
+__host__ __device__ inline int64_t tiles_of_split(const Problem& problem) {
+  return ceil_div(minimum(problem.num_tokens, int64_t{kSplitTokens}), kTileTokens);
 }
 
-// What the tiles of so many score rows of all parts leave in memory, where blocks share them.
+// Floats of all tiles' partials for so many rows, where blocks share an image.
 inline int64_t tile_floats(const Problem& problem, int blocks, int64_t rows) {
   if (blocks == 1) return 0;
-  const int64_t tiles = problem.batch * parts_of(problem) * tiles_of_part(problem);
-  return tiles * rows * tile_state_floats(static_cast<int>(problem.channels));
+  const int64_t tiles = problem.batch * num_splits(problem) * tiles_of_split(problem);
+  return tiles * rows * partial_floats(static_cast<int>(problem.channels));
 }
 
-// Of the index-th part, of all images and groups of score rows.
+// Those of the index-th split, counted over all images and passes.
 template <class P>
-__device__ TileStates<P> states_of_part(float* tiles, const Problem& problem, int64_t index) {
+__device__ TilePartials<P> partials_of_split(float* tiles, const Problem& problem, int64_t index) {
   const int channels = static_cast<int>(problem.channels);
   if (!tiles) return {nullptr, channels};
-  return {tiles + index * tiles_of_part(problem) * TileStates<P>::floats(channels), channels};
+  return {tiles + index * tiles_of_split(problem) * TilePartials<P>::floats(channels), channels};
 }
 
-// Runs run(plan, teams). A wide image goes to more warps rather than to more registers of one. Few
-// problems have 16 rows of narrow tokens, or floats: the former have no kernels of their own, which
-// take long to compile, the latter one kernel for all. At 384 channels backward has three teams:
-// two blocks of four are more shared memory than a multiprocessor of sm_90 has.
+// The plans: units, row groups, fewest and most warps of a group, stages. Wide images take more
+// warps rather than more registers per warp. 9 to 16 narrow rows and floats are rare: the former
+// have no plan of their own, the latter share one.
+inline constexpr PlanShape kFloats = {12, 1, 1, 8, 2};
+inline constexpr PlanShape kManyRows = {12, 2, 4, 8, 2};
+inline constexpr PlanShape kNarrow = {12, 1, 1, 1, 3};
+inline constexpr PlanShape kMedium = {24, 1, 1, 1, 2};
+inline constexpr PlanShape kWide = {12, 1, 4, 8, 2};
+
+// Calls run(plan, warp_groups). At 384 channels backward has three warp groups: with four, two
+// blocks would need more shared memory than an sm_90 multiprocessor has.
 template <class T, bool kBackward, class Run>
 void with_plan(int64_t rows, int64_t channels, Run&& run) {
   if constexpr (sizeof(T) == 4) {
-    return run(Plan<T, 12, 1, 1, 8, 2>(), channels <= 192 ? 4 : channels <= 384 ? 2 : 1);
+    return run(PlanOf<T, kFloats>(), channels <= 192 ? 4 : channels <= 384 ? 2 : 1);
   } else {
-    constexpr int kOneUnitEach = 64;  // channels; four warps of a tile want one or more
-    if (rows > 8 && channels >= kOneUnitEach) return run(Plan<T, 12, 2, 4, 8, 2>(), 1);
-    if (channels <= 192) return run(Plan<T, 12, 1, 1, 1, 3>(), 4);
-    if (channels <= 384) return run(Plan<T, 24, 1, 1, 1, 2>(), kBackward ? 3 : 4);
-    return run(Plan<T, 12, 1, 4, 8, 2>(), 1);
+    constexpr int kMinManyRowsChannels = 16 * kManyRows.min_group_warps;  // a unit per warp
+    if (rows > 8 && channels >= kMinManyRowsChannels) return run(PlanOf<T, kManyRows>(), 1);
+    if (channels <= 192) return run(PlanOf<T, kNarrow>(), 4);
+    if (channels <= 384) return run(PlanOf<T, kMedium>(), kBackward ? 3 : 4);
+    return run(PlanOf<T, kWide>(), 1);
   }
 }
 
@@ -76,7 +81,7 @@ void with_element(DType dtype, Run&& run) {
   }
 }
 
-// Score rows of a pass, more of which take several: 16, or 8 where they do not fit.
+// Rows per pass: 16, or 8 where those are enough or 16 do not fit.
 inline int64_t rows_of_pass(int64_t num_rows, int bytes_of_16, int device) {
   return num_rows <= 8 || bytes_of_16 > shared_bytes_of_block(device) ? 8 : 16;
 }
@@ -96,32 +101,47 @@ inline void check(cudaError_t error, const std::string& kernel) {
                            cudaGetErrorString(error));
 }
 
-// The block of a kernel with this pass for at most so many score rows.
+// Launch shape of the kernel with this pass, for up to `rows` rows per pass.
 template <template <class> class Pass, bool kBackward>
 BlockSize block_of(DType dtype, int64_t rows, int64_t channels) {
   BlockSize block = {};
   with_element(dtype, [&](auto element) {
-    with_plan<decltype(element), kBackward>(rows, channels, [&](auto plan, int teams) {
+    with_plan<decltype(element), kBackward>(rows, channels, [&](auto plan, int warp_groups) {
       using P = decltype(plan);
       const int width = static_cast<int>(channels);
-      block = {P::threads(width, teams), Pass<P>::bytes(width, teams)};
+      block = {P::threads(width, warp_groups), Pass<P>::bytes(width, warp_groups)};
     });
   });
   return block;
 }
 
-// Runs run(plan, teams, stream) on the device for a problem of any number of score rows.
+// Calls run(plan, config), with a launch shape whose grid is still to be chosen, on the device.
 template <template <class> class Pass, bool kBackward, class Run>
-void start(const char* name, const Problem& problem, DType dtype, const Place& place, Run run) {
+void start(const char* name, const Problem& problem, DType dtype, int blocks, const Place& place,
+           Run run) {
   const DeviceGuard guard(place.device);
   check(guard.status, name);
   const int bytes = block_of<Pass, kBackward>(dtype, 16, problem.channels).shared_bytes;
   const int64_t rows = rows_of_pass(problem.num_rows, bytes, place.device);
+  const BlockSize block = block_of<Pass, kBackward>(dtype, rows, problem.channels);
+  LaunchConfig config;
+  config.cluster = blocks;
+  config.block = dim3(static_cast<unsigned>(block.threads));
+  config.shared_bytes = block.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(place.stream);
   with_element(dtype, [&](auto element) {
-    with_plan<decltype(element), kBackward>(rows, problem.channels, [&](auto plan, int teams) {
-      run(plan, teams, static_cast<cudaStream_t>(place.stream));
-    });
+    with_plan<decltype(element), kBackward>(rows, problem.channels,
+                                            [&](auto plan, int) { run(plan, config); });
   });
+}
+
+// The launch of a kernel that merges the splits' partials: a block per row.
+inline LaunchConfig merge_config(const Problem& problem, cudaStream_t stream) {
+  LaunchConfig config;
+  config.grid = dim3(static_cast<unsigned>(problem.batch * problem.num_rows));
+  config.block = dim3(kMergeThreads);
+  config.stream = stream;
+  return config;
 }
 
 }  // namespace crossvit::attention_core::cuda

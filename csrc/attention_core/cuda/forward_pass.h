@@ -1,10 +1,9 @@
 #pragma once
 
-#include "attention_core/cuda/scores.h"
-#include "attention_core/cuda/tile_states.h"
+#include "attention_core/cuda/partials.h"
 
-// The forward pass of one block over a range of one image's tokens: online softmax, and sums of raw
-// tokens whose means are subtracted at the end (docs/derivation.md).
+// The forward pass: online softmax, and sums of raw tokens whose means are subtracted at the end
+// (docs/derivation.md).
 
 namespace crossvit::attention_core {
 
@@ -14,143 +13,104 @@ __device__ inline float log_of_total(const SoftmaxState& state) {
 }
 
 template <class P>
-class ForwardPass {
+using ForwardBase = TokenPass<P, 1, sizeof(SoftmaxState) / sizeof(float), 0, 0>;
+
+template <class P>
+class ForwardPass : public ForwardBase<P> {
+  using Base = ForwardBase<P>;
+  using Base::channels_, Base::ring_, Base::scores_, Base::slice_, Base::sums_;
+  using Base::group_sums;
+
  public:
-  using T = typename P::Element;
-  using Scores = TileScores<P, 1>;
+  using typename Base::T;
 
-  // Score rows, rings, exchange. What the teams leave for each other at the end goes over the
-  // rings.
-  __host__ __device__ static int bytes(int channels, int teams) {
-    return before_barriers(channels, teams) +
-           teams * P::split(channels) * TileRing<P>::barrier_bytes();
-  }
-
-  // memory: bytes(channels, teams) of shared memory, 16-byte aligned.
   __device__ ForwardPass(char* memory, int channels, float eps, bool normalize)
-      : rows_(reinterpret_cast<T*>(memory)),
-        channels_(channels),
-        slice_(Slice::of(channels, P::part(channels), P::split_log(channels))),
-        ring_(memory + row_bytes(channels) + P::warp() * TileRing<P>::bytes(channels),
-              memory + before_barriers(channels, P::teams(channels)) +
-                  P::warp() * TileRing<P>::barrier_bytes(),
-              channels, slice_),
-        scores_(memory + span_bytes(channels, P::teams(channels)), rows_, channels, slice_, eps,
-                normalize) {}
+      : Base(memory, Base::layout_of(channels), channels, eps, normalize) {}
 
-  // [kRows, row_pitch]: u, for the caller to write before run(), zeros where there is no row.
-  __device__ T* rows() const { return rows_; }
-
-  // Starts the first copies. Needs no rows and no extra token yet.
-  __device__ void start(const Image<T>& x, const Range& range) { ring_.fill(x, range); }
-
-  // All threads. The rows are written, not necessarily seen. Blocks that share the image leave
-  // their tiles in `states`.
-  __device__ void run(const Image<T>& x, const Range& range, const TileStates<P>& states) {
+  // Called by all threads, without a barrier after the rows are written. Blocks that share the
+  // image store partials in `tiles`.
+  __device__ void run(const Image<T>& x, const Range& range, const TilePartials<P>& tiles) {
     __syncthreads();
     scores_.sum_rows();
     clear();
     __syncthreads();
-    for (int turn = 0, token; (token = P::token_of(channels_, range, turn)) < range.last; ++turn) {
-      ring_.wait(turn);
-      if (token == 0 && x.has_extra) ring_.write_extra(turn, x.extra);
-      add_tile(turn, x.attended_of_tile(token, range.last));
+    for (int iteration = 0, token; (token = P::token_of(channels_, range, iteration)) < range.last;
+         ++iteration) {
+      ring_.wait(iteration);
+      if (token == 0 && x.has_extra) ring_.write_extra(iteration, x.extra);
+      add_tile(iteration, x.attended_bits(token, range.last));
       __syncwarp();
-      ring_.copy_next(x, range, turn);
-      if (states) {
-        const int tile = P::tile_of(channels_, range, turn);
-        states.leave(tile, sums_, slice_);
-        states.leave(tile, softmax_);
+      ring_.copy_next(x, range, iteration);
+      if (tiles) {
+        const int tile = P::tile_of(channels_, range, iteration);
+        tiles.store(tile, sums_, slice_);
+        tiles.store(tile, softmax_);
         clear();
       }
     }
     ring_.drain();
     __syncthreads();
-    if (!states) leave();
+    if (!tiles) store_partials();
     __syncthreads();
   }
 
-  // After run() of all blocks that share the image: what the teams of a block that has all tiles
-  // would have left, of this block's share of the channels. All threads.
-  __device__ void gather(const TileStates<P>& states, const Range& range) {
-    const int pitch = P::row_pitch(channels_), tiles = P::tiles_of(range);
-    const ChannelShare share = ChannelShare::of(channels_, range);
-    const int width = share.last - share.first, all = P::teams(channels_) * P::kRows * width;
-    for (int i = static_cast<int>(threadIdx.x); i < all; i += blockDim.x) {
-      const int channel = share.first + i % width, row = i / width % P::kRows;
-      const int team = i / width / P::kRows;
+  // After run() in all blocks that share the image: forms the partials that a block with all tiles
+  // would have stored, for this block's share of the channels. Called by all threads.
+  __device__ void gather(const TilePartials<P>& tiles, const Range& range) {
+    const int warp_groups = P::warp_groups(channels_), num_tiles = P::tiles_of(range);
+    const auto add_tiles = [&](int index, int channel, int first) {
+      const int warp_group = index / P::kRows, row = index % P::kRows;
       SoftmaxState state;
       float sum = 0, mean = 0;
-#pragma unroll 4  // loads under way
-      for (int tile = team; tile < tiles; tile += P::teams(channels_)) {
-        const Scales scales = join(state, states.state(tile, row));
-        sum = scales.join(sum, states.sum(tile, row, channel));
-        mean = scales.join(mean, states.mean(tile, row, channel));
+#pragma unroll 4  // loads in flight
+      for (int tile = warp_group; tile < num_tiles; tile += warp_groups) {
+        const Scales scales = join(state, tiles.state(tile, row));
+        sum = scales.join(sum, tiles.sum(tile, row, channel));
+        mean = scales.join(mean, tiles.mean(tile, row, channel));
       }
-      sums_of(team)[row * pitch + channel] = sum - mean;
-      if (channel == share.first) *left(team, row) = state;
-    }
+      group_sums(warp_group)[row * P::row_pitch(channels_) + channel] = sum - mean;
+      if (channel == first) *group_state(warp_group, row) = state;
+    };
+    this->for_each_in_share(warp_groups * P::kRows, range, add_tiles);
     __syncthreads();
   }
 
-  // After run(), or gather(), for rows [0, count) and this block's share of the channels:
-  // write(row, channel, m, state), m not divided by the total yet.
+  // After run() or gather(), for rows [0, count) and this block's share of the channels: calls
+  // write(row, channel, m, state), with m not yet divided by the total.
   template <class Write>
   __device__ void results(int count, const Range& range, Write write) const {
-    const int pitch = P::row_pitch(channels_);
-    const ChannelShare share = ChannelShare::of(channels_, range);
-    const int width = share.last - share.first;
-    for (int i = static_cast<int>(threadIdx.x); i < count * width; i += blockDim.x) {
-      const int row = i / width, channel = share.first + i % width;
+    this->for_each_in_share(count, range, [&](int row, int channel, int) {
       SoftmaxState state;
       float sum = 0;
 #pragma unroll 2
-      for (int team = 0; team < P::teams(channels_); ++team) {
-        sum = join(state, *left(team, row)).join(sum, sums_of(team)[row * pitch + channel]);
+      for (int warp_group = 0; warp_group < P::warp_groups(channels_); ++warp_group) {
+        const Scales scales = join(state, *group_state(warp_group, row));
+        sum = scales.join(sum, group_sums(warp_group)[row * P::row_pitch(channels_) + channel]);
       }
       write(row, channel, sum, state);
-    }
+    });
   }
 
  private:
-  __host__ __device__ static int before_barriers(int channels, int teams) {
-    return span_bytes(channels, teams) + Scores::bytes(channels, teams);
-  }
-  __host__ __device__ static int row_bytes(int channels) {
-    return P::kRows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
-  }
-  // What a team leaves: sums of its rows, then a peak and a total for each.
-  __host__ __device__ static int floats_of_team(int channels) {
-    return P::kRows * P::row_pitch(channels) + 2 * P::kRows;
-  }
-  __host__ __device__ static int span_bytes(int channels, int teams) {
-    const int rings =
-        row_bytes(channels) + teams * P::split(channels) * TileRing<P>::bytes(channels);
-    const int sums = teams * floats_of_team(channels) * static_cast<int>(sizeof(float));
-    return rings > sums ? rings : sums;
-  }
-  __device__ float* sums_of(int team) const {
-    return reinterpret_cast<float*>(rows_) + team * floats_of_team(channels_);
-  }
-  __device__ SoftmaxState* left(int team, int row) const {
-    return reinterpret_cast<SoftmaxState*>(sums_of(team) + P::kRows * P::row_pitch(channels_)) +
-           row;
+  __device__ SoftmaxState* group_state(int warp_group, int row) const {
+    float* states = group_sums(warp_group) + P::kRows * P::row_pitch(channels_);
+    return reinterpret_cast<SoftmaxState*>(states) + row;
   }
 
   __device__ void clear() {
     sums_.clear();
-    for (int group = 0; group < P::kGroups; ++group) softmax_[group] = {};
+    for (int group = 0; group < P::kRowGroups; ++group) softmax_[group] = {};
   }
 
-  __device__ void add_tile(int turn, uint32_t attended) {
-    float scores[1][P::kGroups][4];
+  __device__ void add_tile(int iteration, uint32_t attended) {
+    float scores[1][P::kRowGroups][4];
     FourTokens four;
-    const T* tile = ring_.tile(turn);
-    scores_.of_tile(tile, turn, attended, scores, four);
-    FragmentB<T> weights[P::kGroups];
-    float added[P::kGroups][2];
+    const T* tile = ring_.tile(iteration);
+    scores_.compute(tile, iteration, attended, scores, four);
+    FragmentB<T> weights[P::kRowGroups];
+    float added[P::kRowGroups][2];
 #pragma unroll
-    for (int group = 0; group < P::kGroups; ++group) {
+    for (int group = 0; group < P::kRowGroups; ++group) {
       weights[group] = soften(group, attended, scores[0][group], four, added[group]);
     }
 #pragma unroll
@@ -158,19 +118,19 @@ class ForwardPass {
       if (unit >= slice_.units) break;
       const FragmentA<T> x = channels_by_tokens(tile + unit * 16, ring_.pitch(), four);
 #pragma unroll
-      for (int group = 0; group < P::kGroups; ++group) {
-        float sums[4] = {};
-        multiply(sums, x, weights[group]);
+      for (int group = 0; group < P::kRowGroups; ++group) {
+        float products[4] = {};
+        multiply(products, x, weights[group]);
         for (int i = 0; i < 4; ++i) {
-          float& sum = sums_.of[unit][group][i];
-          sum = fmaf(sums[i], added[group][i & 1], sum);
+          float& sum = sums_.sums[unit][group][i];
+          sum = fmaf(products[i], added[group][i & 1], sum);
         }
       }
     }
   }
 
-  // Scores to weights exp(score - peak) * rstd; brings what was summed before to the new peak.
-  // added: what the tile's sums of rows 2 t and 2 t + 1 are multiplied by.
+  // Turns scores into weights exp(score - peak) * rstd, and rescales earlier sums to the new peak.
+  // added: factors of the tile's sums of rows 2 t and 2 t + 1.
   __device__ FragmentB<T> soften(int group, uint32_t attended, const float (&scores)[4],
                                  const FourTokens& four, float (&added)[2]) {
     SoftmaxState tile;
@@ -180,7 +140,7 @@ class ForwardPass {
       tile.peak = fmaxf(tile.peak, s[i]);
     }
     tile.peak = max_of_row(tile.peak);
-    const float finite = tile.peak == -INFINITY ? 0.0f : tile.peak;
+    const float finite = finite_or_zero(tile.peak);
     float total = 0, mean = 0, weights[4];
     for (int i = 0; i < 4; ++i) {
       const float p = exp2f(s[i] - finite);
@@ -197,33 +157,28 @@ class ForwardPass {
     return weights_as_b<T>(weights);
   }
 
-  // The sums have rows 2 t and 2 t + 1 in this lane, decay is of row g.
+  // This lane's sums are of rows 2 t and 2 t + 1; its decay is that of row g.
   __device__ void rescale(int group, float decay) {
     const int t = lane_index() % 4;
-    const float of_even = __shfl_sync(~0u, decay, 8 * t);
-    const float of_odd = __shfl_sync(~0u, decay, 8 * t + 4);
+    const float even = __shfl_sync(~0u, decay, 8 * t);
+    const float odd = __shfl_sync(~0u, decay, 8 * t + 4);
 #pragma unroll
     for (int unit = 0; unit < P::kUnits; ++unit) {
-      for (int i = 0; i < 4; ++i) sums_.of[unit][group][i] *= i & 1 ? of_odd : of_even;
+      for (int i = 0; i < 4; ++i) sums_.sums[unit][group][i] *= i & 1 ? odd : even;
     }
   }
 
-  // Over the rows and the rings, which no copy is under way to.
-  __device__ void leave() {
-    sums_.template leave<true>(sums_of(P::team(channels_)), P::row_pitch(channels_), slice_);
-    if (lane_index() % 4 || P::part(channels_)) return;
-    for (int group = 0; group < P::kGroups; ++group) {
-      *left(P::team(channels_), 8 * group + lane_index() / 4) = softmax_[group];
+  // Overwrites the rows and the rings, to which no copy is in flight.
+  __device__ void store_partials() {
+    const int warp_group = P::warp_group(channels_);
+    sums_.template store<true>(group_sums(warp_group), P::row_pitch(channels_), slice_);
+    if (lane_index() % 4 || P::group_lane(channels_)) return;
+    for (int group = 0; group < P::kRowGroups; ++group) {
+      *group_state(warp_group, 8 * group + lane_index() / 4) = softmax_[group];
     }
   }
 
-  T* rows_;
-  int channels_;
-  Slice slice_;
-  TileRing<P> ring_;
-  Scores scores_;
-  WarpSums<P> sums_;
-  SoftmaxState softmax_[P::kGroups];  // of row 8 group + g
+  SoftmaxState softmax_[P::kRowGroups];  // of row 8 group + g
 };
 
 }  // namespace crossvit::attention_core

@@ -3,117 +3,137 @@
 #include "attention_core/params.h"
 #include "common/cuda/async_copy.h"
 #include "common/cuda/fragments.h"
-#include "common/cuda/warp_barrier.h"
 
-// How a block of threads passes over a range of an image's tokens.
+// How a block passes over a range of an image's tokens.
 //
-// A tile is 16 tokens. It belongs to a team of warps, each of which has its own slice of the
-// channels, in units of 16, and its own ring of tiles in shared memory, which it fills with
-// asynchronous copies. Teams take turns: tile i is team i % teams'. With one warp a team, warps
-// meet only at the range's end, where their sums are added in a fixed order; with more, the warps
-// of a team exchange the partial scores of a tile. A block has as many teams as it has warps for.
+// A tile is 16 tokens. It belongs to a warp group, each warp of which has its own slice of the
+// channels, in units of 16, and its own ring of tiles in shared memory, filled by asynchronous
+// copies. Tiles go to the warp groups round-robin. A group of one warp synchronizes with others
+// only at the end of the range, where their sums are added in a fixed order; the warps of a larger
+// group exchange partial scores once per tile. A block has as many warp groups as it has warps for.
 //
-// A plan is what kernels are compiled for, which takes seconds each. So one serves several widths:
-// the warps of a team follow from the channels, between kLeastSplit and kMostSplit.
+// Kernels are compiled per plan, which takes seconds each, so a plan serves several widths: the
+// warps of a group follow from the channels, within the plan's limits.
 
 namespace crossvit::attention_core {
 
-constexpr int kTokensOfTile = 16;
+constexpr int kTileTokens = 16;
 
-// Tokens [first, last) of an image. Blocks that share it take turns: tile i is block i % ranks'.
+// Tokens [first, last) of an image. Tiles go round-robin to the `ranks` blocks that share it.
 struct Range {
   int first, last;
   int rank = 0, ranks = 1;
 };
 
-template <class T, int kUnits_, int kGroups_, int kLeastSplit_, int kMostSplit_, int kStages_>
+// What a kernel is compiled for, beside the element type.
+struct PlanShape {
+  int units;                             // of 16 channels per warp, at most
+  int row_groups;                        // of 8 rows of u
+  int min_group_warps, max_group_warps;  // powers of two
+  int stages;                            // of a warp's ring of tiles, at most
+};
+
+template <class T, int kUnits_, int kRowGroups_, int kMinGroupWarps_, int kMaxGroupWarps_,
+          int kStages_>
 struct Plan {
   using Element = T;
-  static constexpr int kUnits = kUnits_;            // at most so many of 16 channels a warp
-  static constexpr int kGroups = kGroups_;          // of 8 score rows
-  static constexpr int kLeastSplit = kLeastSplit_;  // warps of a team, a power of two
-  static constexpr int kMostSplit = kMostSplit_;
-  static constexpr bool kTeams = kMostSplit > 1;
-  static constexpr int kStages = kStages_;  // of a ring, at most
-  static constexpr int kTokens = kTokensOfTile;
-  static constexpr int kRows = 8 * kGroups;
+  static constexpr int kUnits = kUnits_;
+  static constexpr int kRowGroups = kRowGroups_;
+  static constexpr int kMinGroupWarps = kMinGroupWarps_;
+  static constexpr int kMaxGroupWarps = kMaxGroupWarps_;
+  static constexpr bool kWarpsShareTiles = kMaxGroupWarps > 1;
+  static constexpr int kStages = kStages_;
+  static constexpr int kTokens = kTileTokens;
+  static constexpr int kRows = 8 * kRowGroups;
   static constexpr int kMaxThreads = 256;
-  // Units at once where none keeps registers for later; the widest plans spill with more.
+  // Units per iteration of loops that keep nothing in registers; the widest plans spill with more.
   static constexpr int kUnroll = 2;
-  static constexpr int kMaxChannels = 16 * kUnits * kMostSplit;
+  static constexpr int kMaxChannels = 16 * kUnits * kMaxGroupWarps;
 
-  // Warps of a team, and their number's logarithm.
-  __host__ __device__ static int split(int channels) { return 1 << split_log(channels); }
-  __host__ __device__ static int split_log(int channels) {
+  __host__ __device__ static int group_warps(int channels) {
+    return 1 << log2_group_warps(channels);
+  }
+  __host__ __device__ static int log2_group_warps(int channels) {
     int log = 0;
-    for (int split = 1; split < kMostSplit; split *= 2) {
-      log += split < kLeastSplit || channels > 16 * kUnits * split;
+    for (int warps = 1; warps < kMaxGroupWarps; warps *= 2) {
+      log += warps < kMinGroupWarps || channels > 16 * kUnits * warps;
     }
     return log;
   }
-  // Shared memory has one tile of the widest floats.
+  // Shared memory holds a single stage of the widest floats.
   __host__ __device__ static int stages(int channels) {
-    constexpr int kTwo = 768;  // channels of the widest that it has two of
-    return sizeof(T) == 4 && kMaxChannels > kTwo && channels > kTwo ? 1 : kStages;
+    constexpr int kMaxChannelsOfTwoStages = 768;
+    return sizeof(T) == 4 && kMaxChannels > kMaxChannelsOfTwoStages &&
+                   channels > kMaxChannelsOfTwoStages
+               ? 1
+               : kStages;
   }
 
-  static int threads(int channels, int teams) { return 32 * split(channels) * teams; }
-  __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
-  __device__ static int warps() { return static_cast<int>(blockDim.x) / 32; }
-  __device__ static int teams(int channels) { return warps() >> split_log(channels); }
-  __device__ static int team(int channels) { return warp() >> split_log(channels); }
-  // This warp's place in its team.
-  __device__ static int part(int channels) { return warp() & (split(channels) - 1); }
+  static int threads(int channels, int warp_groups) {
+    return 32 * group_warps(channels) * warp_groups;
+  }
+  __device__ static int warp_groups(int channels) {
+    return block_warps() >> log2_group_warps(channels);
+  }
+  __device__ static int warp_group(int channels) {
+    return warp_index() >> log2_group_warps(channels);
+  }
+  // This warp's place in its group.
+  __device__ static int group_lane(int channels) {
+    return warp_index() & (group_warps(channels) - 1);
+  }
 
-  // The team's tile of a turn, counted from the range's first, and its first token.
-  __device__ static int tile_of(int channels, const Range& range, int turn) {
-    return (turn * teams(channels) + team(channels)) * range.ranks + range.rank;
+  // The group's tile in an iteration, counted from the start of the range, and its first token.
+  __device__ static int tile_of(int channels, const Range& range, int iteration) {
+    return (iteration * warp_groups(channels) + warp_group(channels)) * range.ranks + range.rank;
   }
   __device__ static int tiles_of(const Range& range) {
-    return (range.last - range.first + kTokens - 1) / kTokens;
+    return ceil_div(range.last - range.first, kTokens);
   }
-  __device__ static int token_of(int channels, const Range& range, int turn) {
-    return range.first + tile_of(channels, range, turn) * kTokens;
+  __device__ static int token_of(int channels, const Range& range, int iteration) {
+    return range.first + tile_of(channels, range, iteration) * kTokens;
   }
 
-  __device__ static void meet_team(int channels) {
-    if constexpr (!kTeams) {
+  __device__ static void sync_warp_group(int channels) {
+    if constexpr (!kWarpsShareTiles) {
       __syncwarp();
     } else {
-      barrier_of_warps(1 + team(channels), 32 * split(channels));
+      barrier_of_warps(1 + warp_group(channels), 32 * group_warps(channels));
     }
   }
 
-  // From a row of a tile to the next, in elements; 16 bytes more than what is in it, so that 8 rows
-  // lie in different banks.
+  // Distance of a tile's rows, in elements: 16 bytes of padding put 8 rows in different banks.
   __host__ __device__ static int tile_pitch(int channels) {
-    const int most = (channels / 16 + split(channels) - 1) >> split_log(channels);
-    return most * 16 + static_cast<int>(16 / sizeof(T));
+    const int units = (channels / 16 + group_warps(channels) - 1) >> log2_group_warps(channels);
+    return units * 16 + static_cast<int>(16 / sizeof(T));
   }
-  // The same of whole rows of channels.
+  // The same for rows of all channels.
   __host__ __device__ static int row_pitch(int channels) {
     return channels + static_cast<int>(16 / sizeof(T));
   }
 };
 
-// The channels of a warp.
+template <class T, const PlanShape& kShape>
+using PlanOf = Plan<T, kShape.units, kShape.row_groups, kShape.min_group_warps,
+                    kShape.max_group_warps, kShape.stages>;
+
+// The channels of one warp of a group.
 struct Slice {
   int first;  // channel
   int units;
 
-  // parts: as a logarithm.
-  __device__ static Slice of(int channels, int part, int log_of_parts) {
-    const int all = channels / 16, begin = all * part >> log_of_parts;
-    return {begin * 16, (all * (part + 1) >> log_of_parts) - begin};
+  __device__ static Slice of(int channels, int group_lane, int log2_group_warps) {
+    const int total = channels / 16, begin = total * group_lane >> log2_group_warps;
+    return {begin * 16, (total * (group_lane + 1) >> log2_group_warps) - begin};
   }
 
-  // The part that has a channel.
-  __device__ static int part_of(int channels, int channel, int parts) {
-    return ((channel / 16 + 1) * parts - 1) / (channels / 16);
+  // The place in its group of the warp that has a channel.
+  __device__ static int lane_of(int channels, int channel, int group_warps) {
+    return ((channel / 16 + 1) * group_warps - 1) / (channels / 16);
   }
 };
 
-// One image's tokens; with has_extra, token 0 is apart from the others, in memory of any kind.
+// One image's tokens; with has_extra, token 0 lies apart from the others, in any kind of memory.
 template <class T>
 struct Image {
   const T* data;
@@ -125,16 +145,16 @@ struct Image {
 
   __device__ const T* row(int token) const { return data + (token - has_extra) * token_stride; }
 
-  __device__ bool attended(int token, int last) const {
+  __device__ bool is_attended(int token, int last) const {
     if (token >= last) return false;
     if (token < has_extra || !mask) return true;
     return mask[(token - has_extra) * mask_stride];
   }
 
-  // Which of the 16 tokens from `token` on are attended to, as bits; the same in all lanes.
-  __device__ uint32_t attended_of_tile(int token, int last) const {
+  // A bit for each of the 16 tokens from `token` on, set if attended to; the same in all lanes.
+  __device__ uint32_t attended_bits(int token, int last) const {
     const int lane = lane_index();
-    return __ballot_sync(~0u, lane < 16 && attended(token + lane, last));
+    return __ballot_sync(~0u, lane < 16 && is_attended(token + lane, last));
   }
 };
 
@@ -148,30 +168,30 @@ __device__ Image<T> image_of(const Tokens& x, const Mask& mask, int64_t image) {
           static_cast<const T*>(x.extra) + image * x.extra_batch_stride};
 }
 
-// Whether tiles come by bulk copies, a row each, which cost a warp few instructions, or else by
-// copies of 16 bytes.
+// Bulk copies load a tile row by row and cost a warp few instructions; older devices copy 16 bytes
+// at a time.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kBulkCopies = true;
 #else
 constexpr bool kBulkCopies = false;
 #endif
 
-// The tiles of one warp, in its slice of the channels. Every copy of a tile is waited for once.
+// One warp's tiles, of its slice of the channels. Every copy of a tile is waited for once.
 template <class P>
 class TileRing {
  public:
   using T = typename P::Element;
 
-  static constexpr int kChunk = 16 / sizeof(T);  // elements of 16 bytes
+  static constexpr int kChunk = 16 / sizeof(T);  // elements in 16 bytes
 
   __host__ __device__ static int bytes(int channels) {
     return P::stages(channels) * P::kTokens * P::tile_pitch(channels) * static_cast<int>(sizeof(T));
   }
   __host__ __device__ static constexpr int barrier_bytes() {
-    return (P::kStages + 1) / 2 * 2 * static_cast<int>(sizeof(uint64_t));
+    return round_up(P::kStages, 2) * static_cast<int>(sizeof(uint64_t));
   }
 
-  // Other data may lie in `memory` while no tile does, but not in `barriers`, from fill() on.
+  // `memory` may hold other data while it holds no tile; `barriers` may not, from fill() on.
   __device__ TileRing(char* memory, char* barriers, int channels, Slice slice)
       : memory_(reinterpret_cast<T*>(memory)),
         barriers_(reinterpret_cast<uint64_t*>(barriers)),
@@ -180,37 +200,41 @@ class TileRing {
         slice_(slice) {}
 
   __device__ int pitch() const { return pitch_; }
-  __device__ T* tile(int turn) const { return memory_ + stage_of(turn) * (P::kTokens * pitch_); }
+  __device__ T* tile(int iteration) const {
+    return memory_ + stage_of(iteration) * (P::kTokens * pitch_);
+  }
 
-  // Starts the copies of the team's first tiles.
+  // Starts the copies of the warp group's first tiles.
   __device__ void fill(const Image<T>& x, const Range& range) {
-    if (!open_) open();
+    if (!is_open_) open();
 #pragma unroll 1
-    for (int turn = 0; turn < P::stages(channels_); ++turn) copy(x, range, turn);
+    for (int iteration = 0; iteration < P::stages(channels_); ++iteration) {
+      copy(x, range, iteration);
+    }
   }
 
-  // Starts the copy of the tile that takes the place of a turn's.
-  __device__ void copy_next(const Image<T>& x, const Range& range, int turn) {
-    copy(x, range, turn + P::stages(channels_));
+  // Starts the copy of the tile that replaces that of an iteration.
+  __device__ void copy_next(const Image<T>& x, const Range& range, int iteration) {
+    copy(x, range, iteration + P::stages(channels_));
   }
 
-  // Starts the copy of a tile: zeros where a token is not attended to.
-  __device__ void copy(const Image<T>& x, const Range& range, int turn) {
-    const int token = P::token_of(channels_, range, turn);
+  // Starts the copy of a tile, with zeros where a token is not attended to.
+  __device__ void copy(const Image<T>& x, const Range& range, int iteration) {
+    const int token = P::token_of(channels_, range, iteration);
     if constexpr (kBulkCopies) {
-      if (token < range.last) copy_bulk_rows(x, turn, token, range.last);
+      if (token < range.last) copy_bulk_rows(x, iteration, token, range.last);
     } else {
-      if (token < range.last) copy_chunks(x, turn, token, range.last);
+      if (token < range.last) copy_chunks(x, iteration, token, range.last);
       copy_async_commit();
     }
   }
 
-  // Until the tile of this turn, the oldest under way, is there.
-  __device__ void wait(int turn) {
+  // Waits for the oldest in-flight tile, which must be that of this iteration.
+  __device__ void wait(int iteration) {
     if constexpr (kBulkCopies) {
-      const int stage = stage_of(turn);
-      barrier_wait(barriers_ + stage, arrived_ >> stage & 1);
-      arrived_ ^= 1u << stage;
+      const int stage = stage_of(iteration);
+      barrier_wait(barriers_ + stage, parities_ >> stage & 1);
+      parities_ ^= 1u << stage;
     } else {
       if (P::stages(channels_) == P::kStages) {
         copy_async_wait<P::kStages - 1>();
@@ -221,27 +245,27 @@ class TileRing {
     }
   }
 
-  // After the last tile.
+  // To be called after the last tile.
   __device__ void drain() {
     if constexpr (!kBulkCopies) copy_async_wait<0>();
   }
 
-  // Puts the extra token where its tile has it.
-  __device__ void write_extra(int turn, const T* extra) {
+  // Writes the extra token to the first row of its tile.
+  __device__ void write_extra(int iteration, const T* extra) {
     const int lane = lane_index();
-    T* to = tile(turn);
+    T* to = tile(iteration);
 #pragma unroll 2
     for (int c = lane; c < slice_.units * 16; c += 32) to[c] = extra[slice_.first + c];
     __syncwarp();
   }
 
  private:
-  __device__ int stage_of(int turn) const {
-    return P::stages(channels_) == P::kStages ? turn % P::kStages : 0;
+  __device__ int stage_of(int iteration) const {
+    return P::stages(channels_) == P::kStages ? iteration % P::kStages : 0;
   }
 
   __device__ void open() {
-    open_ = true;
+    is_open_ = true;
     if constexpr (kBulkCopies) {
       if (lane_index() == 0) {
         for (int stage = 0; stage < P::kStages; ++stage) barrier_init(barriers_ + stage, 1);
@@ -252,10 +276,10 @@ class TileRing {
   }
 
   // Eight lanes share a row.
-  __device__ void copy_chunks(const Image<T>& x, int turn, int token, int last) {
-    const uint32_t attended = x.attended_of_tile(token, last);
+  __device__ void copy_chunks(const Image<T>& x, int iteration, int token, int last) {
+    const uint32_t attended = x.attended_bits(token, last);
     const int lane = lane_index();
-    T* to = tile(turn);
+    T* to = tile(iteration);
 #pragma unroll 1
     for (int row = lane / 8; row < P::kTokens; row += 4) {
       const bool read = (attended >> row & 1) && token + row >= x.has_extra;
@@ -268,13 +292,13 @@ class TileRing {
     }
   }
 
-  // A lane copies a row.
-  __device__ void copy_bulk_rows(const Image<T>& x, int turn, int token, int last) {
+  // One lane copies a row.
+  __device__ void copy_bulk_rows(const Image<T>& x, int iteration, int token, int last) {
     const uint32_t extra = token < x.has_extra ? 1u : 0u;
-    const uint32_t rows = x.attended_of_tile(token, last) & ~extra;
+    const uint32_t rows = x.attended_bits(token, last) & ~extra;
     const int row_bytes = slice_.units * 16 * static_cast<int>(sizeof(T)), lane = lane_index();
-    uint64_t* barrier = barriers_ + stage_of(turn);
-    T* to = tile(turn);
+    uint64_t* barrier = barriers_ + stage_of(iteration);
+    T* to = tile(iteration);
     if (rows != 0xffffu) {
 #pragma unroll 1
       for (int row = lane / 8; row < P::kTokens; row += 4) {
@@ -285,7 +309,7 @@ class TileRing {
         }
       }
     }
-    fence_async_proxy();  // what was read and written there comes before the copies
+    fence_async_proxy();  // orders earlier accesses to the stage before the copies
     if (lane == 0) barrier_expect_bytes(barrier, __popc(rows) * row_bytes);
     __syncwarp();
     if (lane < P::kTokens && rows >> lane & 1) {
@@ -294,96 +318,12 @@ class TileRing {
   }
 
   T* memory_;
-  uint64_t* barriers_;  // one a stage
+  uint64_t* barriers_;  // one per stage
   int channels_;
   int pitch_;
   Slice slice_;
-  bool open_ = false;
-  uint32_t arrived_ = 0;  // the parity that a stage's next copy completes, a bit each
-};
-
-// Score rows [0, count) as the tensor cores take them, zeros in the others. All threads.
-template <class P>
-__device__ void write_rows(typename P::Element* to, const float* from, int64_t stride, int count,
-                           int channels) {
-  using T = typename P::Element;
-  const int pitch = P::row_pitch(channels);
-#pragma unroll 1  // all rows of a channel are loads under way
-  for (int c = static_cast<int>(threadIdx.x); c < channels; c += static_cast<int>(blockDim.x)) {
-    float values[P::kRows];
-#pragma unroll
-    for (int row = 0; row < P::kRows; ++row) {
-      values[row] = row < count ? from[row * stride + c] : 0.0f;
-    }
-#pragma unroll
-    for (int row = 0; row < P::kRows; ++row) to[row * pitch + c] = from_float<T>(values[row]);
-  }
-}
-
-// A warp's sums over its tokens: of unit u's channels [g, g + 8] and the rows [2 t, 2 t + 1] of a
-// group.
-template <class P>
-struct WarpSums {
-  float of[P::kUnits][P::kGroups][4];
-  float mean[P::kGroups];  // of row g, what the tokens' means add to all channels
-
-  __device__ void clear() {
-#pragma unroll
-    for (int group = 0; group < P::kGroups; ++group) {
-      mean[group] = 0;
-#pragma unroll
-      for (int unit = 0; unit < P::kUnits; ++unit) {
-        for (int i = 0; i < 4; ++i) of[unit][group][i] = 0;
-      }
-    }
-  }
-
-  // To [kRows, pitch]; with kFinal without the means.
-  template <bool kFinal>
-  __device__ void leave(float* rows, int pitch, Slice slice) const {
-    const int g = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-    for (int group = 0; group < P::kGroups; ++group) {
-      float means[2] = {0, 0};
-      if constexpr (kFinal) {
-        for (int i = 0; i < 2; ++i) means[i] = __shfl_sync(~0u, mean[group], 8 * t + 4 * i);
-      }
-      float* to = rows + (8 * group + 2 * t) * pitch + slice.first + g;
-#pragma unroll
-      for (int unit = 0; unit < P::kUnits; ++unit) {
-        if (unit >= slice.units) break;
-        for (int i = 0; i < 4; ++i) {
-          to[(i & 1) * pitch + unit * 16 + 8 * (i >> 1)] = of[unit][group][i] - means[i & 1];
-        }
-      }
-    }
-  }
-};
-
-// What a pass knows of the four tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of a tile.
-struct FourTokens {
-  float mean[4];
-  float rstd[4];
-  float centre[4];
-};
-
-__device__ __forceinline__ int nth_token(int i) {
-  return lane_index() % 4 * 2 + (i & 1) + (i >> 1) * 8;
-}
-
-// Sums over a warp's slice of the tokens g and g + 8, as they pass by. They are taken from the
-// token's first channel there, so that a mean far above the spread costs no digits: the variance's
-// relative error is at most about C times float's eps, whatever that channel holds.
-struct TokenSums {
-  float centre[2];
-  float sum[2] = {0, 0};
-  float squares[2] = {0, 0};
-
-  __device__ void add(int token, float2 x) {
-    const float first = x.x - centre[token], second = x.y - centre[token];
-    sum[token] += first + second;
-    squares[token] += first * first + second * second;
-  }
+  bool is_open_ = false;
+  uint32_t parities_ = 0;  // a bit per stage: the parity of the phase that its next copy completes
 };
 
 }  // namespace crossvit::attention_core

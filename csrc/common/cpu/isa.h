@@ -4,7 +4,7 @@
 #include <vector>
 
 // Instruction-set levels that the CPU kernels are compiled for, and the one in use: the highest
-// that this processor has, unless another was asked for.
+// that this processor has, unless another was chosen.
 
 namespace crossvit {
 
@@ -22,29 +22,30 @@ void use_isa(const std::string& name);
 
 }  // namespace crossvit
 
-// For a function that is compiled once per level, in a namespace named after it: its declarations,
-// and the call that goes to the level in use.
+// Defines a function that calls its version for the level in use. It is compiled once per level, in
+// a namespace named after it.
 #ifdef __x86_64__
-#define CROSSVIT_DECLARE_PER_ISA(declaration) \
-  namespace baseline {                        \
-  declaration;                                \
-  }                                           \
-  namespace x86_64_v3 {                       \
-  declaration;                                \
-  }                                           \
-  namespace x86_64_v4 {                       \
-  declaration;                                \
-  }
-#define CROSSVIT_CALL_ACTIVE_ISA(function, params)          \
-  switch (active_isa()) {                                   \
-    case Isa::kX86V4: return x86_64_v4::function(params);   \
-    case Isa::kX86V3: return x86_64_v3::function(params);   \
-    case Isa::kBaseline: return baseline::function(params); \
+#define CROSSVIT_DISPATCH(function, Params)                   \
+  namespace baseline {                                        \
+  void function(const Params& params);                        \
+  }                                                           \
+  namespace x86_64_v3 {                                       \
+  void function(const Params& params);                        \
+  }                                                           \
+  namespace x86_64_v4 {                                       \
+  void function(const Params& params);                        \
+  }                                                           \
+  void function(const Params& params) {                       \
+    switch (active_isa()) {                                   \
+      case Isa::kX86V4: return x86_64_v4::function(params);   \
+      case Isa::kX86V3: return x86_64_v3::function(params);   \
+      case Isa::kBaseline: return baseline::function(params); \
+    }                                                         \
   }
 #else
-#define CROSSVIT_DECLARE_PER_ISA(declaration) \
-  namespace baseline {                        \
-  declaration;                                \
-  }
-#define CROSSVIT_CALL_ACTIVE_ISA(function, params) return baseline::function(params);
+#define CROSSVIT_DISPATCH(function, Params) \
+  namespace baseline {                      \
+  void function(const Params& params);      \
+  }                                         \
+  void function(const Params& params) { return baseline::function(params); }
 #endif

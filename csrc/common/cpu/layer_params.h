@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-// What the halves of a transformer block have in common, in float32.
+// Parameters that the halves of a transformer block have in common, in float32.
 
 namespace crossvit {
 
@@ -18,7 +18,7 @@ struct TokensParams {
   int64_t cls_stride;
 };
 
-// A LayerNorm, and what it keeps for backward: null where nothing is kept.
+// A LayerNorm, and its outputs saved for backward, which may be null.
 struct NormParams {
   const float* weight;  // [C]
   const float* bias;

@@ -1,18 +1,15 @@
 #pragma once
 
-#include <cstdlib>
-#include <new>
-
 #include "common/cpu/parallel.h"
 #include "common/cpu/simd.h"
 
 // Matrix products in float32: blocks of kRows rows times panels of kPanel columns, formed in
 // registers at the peak rate of multiply-adds.
 //
-// Rows are packed as [ceil(K / kPanel), kRows, kPanel], a panel as [K, kPanel]: what the inner loop
-// reads lies in the order in which it is read, and a product is itself packed as rows of the next
-// one. Padding is zero. Every element is one sum over K in a fixed order, so that results depend
-// neither on the number of threads nor on the other rows.
+// Rows are packed as [ceil(K / kPanel), kRows, kPanel], a panel as [K, kPanel]: in the order in
+// which the inner loop reads them. A product is itself packed as rows of the next one. Padding is
+// zero. Each element is a sum over K in a fixed order, so results depend neither on the number of
+// threads nor on the other rows.
 
 namespace crossvit {
 namespace {
@@ -21,44 +18,16 @@ constexpr int kLane = kLanes<float>;
 constexpr int kPanel = 2 * kLane;
 // A block's accumulators fill the registers: 16, or 32 with AVX-512.
 constexpr int kRows = kVectorBytes == 64 ? 12 : 6;
-// Blocks that share a panel while it is in L1, and how much of its rows is.
+// Blocks that share a panel while it is in L1, and the depth of its rows that is.
 constexpr int kBlocks = 12;
 constexpr int64_t kDepth = 384;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Floats in vector-aligned memory, handed out in pieces.
-class Floats {
- public:
-  explicit Floats(int64_t count)
-      : data_(static_cast<float*>(
-            std::aligned_alloc(kVectorBytes, round_up(count * sizeof(float) + 1, kVectorBytes)))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  ~Floats() { std::free(data_); }
-  Floats(const Floats&) = delete;
-  Floats& operator=(const Floats&) = delete;
-
-  float* take(int64_t count) {
-    float* const taken = data_ + used_;
-    used_ += round_up(count, kLane);
-    return taken;
-  }
-
- private:
-  float* data_;
-  int64_t used_ = 0;
-};
-
-// Where row i of packed rows begins; its columns c to c + kPanel are at + c * kRows.
+// The start of row i of packed rows; its columns c to c + kPanel begin at c * kRows.
 inline float* packed_row(float* rows, int64_t i, int64_t width) {
   return rows + i / kRows * kRows * width + i % kRows * kPanel;
 }
 
-// The first count elements of a vector, zeros behind them; none where count <= 0.
+// The first count elements of a vector, padded with zeros; count may be 0 or less.
 inline FloatVector load_at_most(const float* from, int64_t count) {
   if (count >= kLane) return load(from);
   return count > 0 ? load_partial<float>(from, count) : FloatVector{};
@@ -76,7 +45,7 @@ inline void each_packed_vector(int64_t width, const Visit& visit) {
     for (int j = 0; j < kPanel; j += kLane) visit(c + j, c * kRows + j, width - c - j);
 }
 
-// to = start + rows . panel over `count` of K, [kRows, kPanel]; the rows of start are start_stride
+// to = start + rows . panel over `count` of K, [kRows, kPanel]. The rows of start are start_stride
 // apart.
 inline void multiply(float* to, const float* start, int64_t start_stride, const float* rows,
                      const float* panel, int64_t count) {
@@ -124,10 +93,10 @@ class PackedLinear {
     parallel_for(ceil_div(out, kPanel), kPanel * in_ * kWorkOfCopy, pack);
   }
 
-  // Of packed rows, each of the layer's padded width.
+  // The layer's padded input width, which packed rows have.
   int64_t in() const { return in_; }
 
-  // Multiply-adds of a row.
+  // Multiply-adds per row.
   int64_t work() const { return out_ * in_; }
 
   // Calls use(first column, bias + product of packed rows) for each panel: [num_blocks, kRows,
@@ -148,23 +117,23 @@ class PackedLinear {
 
  private:
   const int64_t out_, in_;
-  Floats memory_;
+  Scratch<float> memory_;
   float* const panels_;
   float* const bias_;
 };
 
 // Calls run(first row, number of rows, number of blocks, scratch) for groups of rows that share
-// panels. work is that of a row; scratch holds scratch_width floats for each row, zero at first; it
-// is the thread's own.
+// panels. work is per row; scratch holds scratch_width floats per row, initially zero, and belongs
+// to the thread.
 template <class Run>
 void each_group(int64_t num_rows, int64_t work, int64_t scratch_width, const Run& run) {
   const int64_t blocks = ceil_div(num_rows, kRows);
-  // The last few blocks go one by one, so that all threads end at about the same time.
+  // The last few blocks are tasks of their own, so that all threads finish at about the same time.
   const int64_t groups = (blocks - minimum(blocks, 4 * num_threads())) / kBlocks;
   const int64_t count = groups + blocks - groups * kBlocks;
   parallel_tasks(count, work * num_rows / maximum(count, 1), [&](const auto& take) {
     const int64_t size = kBlocks * kRows * scratch_width;
-    Floats memory(size);
+    Scratch<float> memory(size);
     float* const scratch = memory.take(size);
     std::memset(scratch, 0, size * sizeof(float));
     for (int64_t task = take(); task < count; task = take()) {

@@ -13,14 +13,14 @@ namespace internal {
 using LoopBody = void (*)(int64_t begin, int64_t end, void* context);
 void parallel_for(int64_t count, LoopBody body, void* context);
 
-// Multiply-adds below which threads take longer to meet than to do it: about 10 microseconds.
+// Multiply-adds below which threads cost more than they save: about 10 microseconds.
 constexpr int64_t kWorthThreads = 1 << 19;
 }  // namespace internal
 
 // Threads that parallel_for may use now.
 int num_threads();
 
-// Multiply-adds in the time of copying an element that is in no cache.
+// Multiply-adds in the time it takes to copy an uncached element.
 constexpr int kWorkOfCopy = 16;
 
 // Calls body(begin, end) on disjoint ranges that cover [0, count). body must not throw. work is
@@ -39,8 +39,8 @@ void parallel_for(int64_t count, int64_t work, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// Calls body(take) once on each thread; take() returns a task that is nobody else's, or a number
-// >= count when none is left. A thread that the system holds up does not keep the others waiting.
+// Calls body(take) once on each thread. take() returns the next unclaimed task, or a number >=
+// count when none is left, so a thread that is preempted does not delay the others.
 template <class Body>
 void parallel_tasks(int64_t count, int64_t work, const Body& body) {
   int64_t next = 0;

@@ -1,10 +1,12 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <utility>
 
-#include "common/dtype.h"
+#include "common/arithmetic.h"
 
 // Vectors as wide as the instruction set this file is compiled for, on GCC's and Clang's vector
 // extensions. A source that includes this header is compiled once per instruction-set level (see
@@ -35,6 +37,30 @@ template <class Scalar>
 inline Vector<Scalar> broadcast(Scalar value) {
   return value - Vector<Scalar>{};
 }
+
+// One allocation, handed out in vector-aligned pieces.
+template <class Scalar>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<Scalar*>(
+            std::aligned_alloc(kVectorBytes, round_up(count * sizeof(Scalar) + 1, kVectorBytes)))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  Scalar* take(int64_t count) {
+    Scalar* const taken = data_ + used_;
+    used_ += round_up(count, kLanes<Scalar>);
+    return taken;
+  }
+
+ private:
+  Scalar* data_;
+  int64_t used_ = 0;
+};
 
 // Keeps a loaded vector from being loaded again for each of its uses.
 template <class V>

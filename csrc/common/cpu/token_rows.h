@@ -59,7 +59,7 @@ class PackedNorm {
  private:
   const NormParams& params_;
   const int64_t channels_;
-  Floats memory_;
+  Scratch<float> memory_;
   float *weight_, *bias_;
 };
 

@@ -1,5 +1,5 @@
-// Copies from global to shared memory that run beside the threads, and the barriers they signal.
-// Everything from barrier_init on needs sm_90; on older devices it traps.
+// Asynchronous copies from global to shared memory, and the barriers that they signal. Everything
+// from barrier_init on needs sm_90; it traps on older devices.
 #pragma once
 
 #include "common/cuda/gpu.h"
@@ -8,8 +8,7 @@ namespace crossvit {
 
 #ifdef __CUDACC__
 
-// 16 bytes, both addresses aligned to them; the first `bytes` (0 or 16) are read, the rest is
-// zeros.
+// Copies 16 bytes between addresses aligned to 16, or writes zeros if `bytes`, 0 or 16, is 0.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(bytes)
@@ -20,7 +19,7 @@ __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Until at most kPending of the thread's committed groups are under way.
+// Waits until at most kPending of the thread's committed groups are in flight.
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -34,12 +33,13 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
                : "memory");
 }
 
-// To the copies, and to the other blocks of the cluster; threads still need a barrier of theirs.
+// Makes initialized barriers visible to copies and to other blocks of the cluster, but not to the
+// block's threads, which need a barrier of their own.
 __device__ __forceinline__ void barrier_init_visible() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrives, and makes the phase wait for so many bytes of copies.
+// Arrives, and makes the phase wait for `bytes` bytes of copies.
 __device__ __forceinline__ void barrier_expect_bytes(uint64_t* barrier, int bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -52,7 +52,7 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
-// Until the phase of this parity is complete; the first phase has parity 0.
+// Waits for the phase of this parity to complete; the first phase has parity 0.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
   uint32_t complete = 0;
   while (!complete) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
   }
 }
 
-// Addresses and size are multiples of 16; the barrier's phase must expect the bytes.
+// Addresses and size must be multiples of 16, and the barrier's phase must expect the bytes.
 __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes,
                                           uint64_t* barrier) {
   asm volatile(
@@ -76,7 +76,7 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
       : "memory");
 }
 
-// What threads wrote to shared memory comes before what bulk copies do to it.
+// Orders the threads' accesses to shared memory before those of later bulk copies.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -1,5 +1,5 @@
-// Blocks of a cluster: their barrier, and each other's shared memory. Before sm_90 every block is
-// a cluster of its own.
+// Blocks of a cluster: their barrier, and access to each other's shared memory. Before sm_90 each
+// block is its own cluster.
 #pragma once
 
 #include "common/cuda/gpu.h"
@@ -39,8 +39,8 @@ __device__ __forceinline__ void cluster_sync() {
   }
 }
 
-// The same variable in another block's shared memory. That block must have started and must not
-// exit before the access: a cluster_sync() at both ends.
+// Address of the same variable in another block's shared memory. That block must have started, and
+// must not exit before the access: put a cluster_sync() at both ends.
 template <class T>
 __device__ __forceinline__ T* in_rank(T* shared, int rank) {
   uint64_t address;
@@ -76,12 +76,12 @@ using testing::in_rank;
 
 #endif
 
-// To the same variable of all blocks of the cluster.
+// Stores to the same variable of all blocks of the cluster.
 template <class V>
 __device__ __forceinline__ void store_in_ranks(V* shared, V value) {
   const int ranks = cluster_size();
-#pragma unroll 1  // a compiler that unrolls this makes most of a kernel of it
-  for (int to = 0; to < ranks; ++to) *in_rank(shared, to) = value;
+#pragma unroll 1  // unrolled, this would be most of a kernel's code
+  for (int rank = 0; rank < ranks; ++rank) *in_rank(shared, rank) = value;
 }
 
 }  // namespace crossvit

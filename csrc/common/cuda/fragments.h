@@ -1,13 +1,14 @@
 #pragma once
 
 #include "common/cuda/mma.h"
+#include "common/cuda/warp.h"
 
-// Operands of the tensor cores for every element type, in one layout. Of a step of 16 along k, lane
-// 4 g + t holds the pairs (2 t, 2 t + 1) and (2 t + 8, 2 t + 9); of A [16, k] the rows g and g + 8,
-// of B [k, 8] the column g, of C [16, 8] the rows g and g + 8 and the columns 2 t and 2 t + 1.
+// Tensor-core operands of every element type, in one layout. In a k-step of 16, lane 4 g + t holds
+// the pairs (2 t, 2 t + 1) and (2 t + 8, 2 t + 9): of rows g and g + 8 of A [16, k], of column g of
+// B [k, 8]. Of C [16, 8] it holds rows g and g + 8, columns 2 t and 2 t + 1.
 //
-// 16-bit elements go to the tensor cores as they are. A float goes as the sum of two numbers of 11
-// bits each, in three products whose sum has an error of about 2^-22.
+// 16-bit elements go to the tensor cores as they are. A float is split into two numbers of 11 bits;
+// three products then have an error of about 2^-22.
 
 namespace crossvit {
 
@@ -22,7 +23,7 @@ template <>
 struct PairOf<float> {
   using type = float2;
 };
-// Two neighbours.
+// Two adjacent elements.
 template <class T>
 using Pair = typename PairOf<T>::type;
 
@@ -37,8 +38,6 @@ template <class T>
 struct FragmentB {
   Pair<T> pair[2];
 };
-
-__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
@@ -55,7 +54,7 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
-// What a float becomes as a T.
+// A float rounded to T.
 template <class T>
 __device__ __forceinline__ float rounded(float x) {
   return to_float(from_float<T>(x));
@@ -92,16 +91,16 @@ __device__ __forceinline__ Pair<T> pack(float first, float second) {
 }
 
 template <class T>
-__device__ __forceinline__ Pair<T> load_pair(const T* at) {
-  return *reinterpret_cast<const Pair<T>*>(at);
+__device__ __forceinline__ Pair<T> load_pair(const T* from) {
+  return *reinterpret_cast<const Pair<T>*>(from);
 }
 
 template <class T>
-__device__ __forceinline__ void store_pair(T* at, Pair<T> pair) {
-  *reinterpret_cast<Pair<T>*>(at) = pair;
+__device__ __forceinline__ void store_pair(T* to, Pair<T> pair) {
+  *reinterpret_cast<Pair<T>*>(to) = pair;
 }
 
-// 16 rows of memory, `pitch` elements apart, of 16 elements: A, or B of 16 columns (to_b).
+// Loads 16 rows of 16 elements, `pitch` elements apart: as A, or as B of 16 columns (to_b).
 template <class T>
 __device__ __forceinline__ FragmentA<T> load_rows(const T* tile, int pitch) {
   FragmentA<T> a;
@@ -109,21 +108,21 @@ __device__ __forceinline__ FragmentA<T> load_rows(const T* tile, int pitch) {
   if constexpr (sizeof(T) == 2) {
     load_matrix_x4(a.pair, tile + (lane % 16) * pitch + lane / 16 * 8);
   } else {
-    const T* at = tile + lane / 4 * pitch + lane % 4 * 2;
-    for (int i = 0; i < 4; ++i) a.pair[i] = load_pair(at + (i & 1) * 8 * pitch + (i >> 1) * 8);
+    const T* from = tile + lane / 4 * pitch + lane % 4 * 2;
+    for (int i = 0; i < 4; ++i) a.pair[i] = load_pair(from + (i & 1) * 8 * pitch + (i >> 1) * 8);
   }
   return a;
 }
 
-// The same of 8 rows: rows 8 to 15 are zeros.
+// The same for 8 rows; rows 8 to 15 are zeros.
 template <class T>
 __device__ __forceinline__ FragmentA<T> load_8_rows(const T* tile, int pitch) {
   const int lane = lane_index();
-  const T* at = tile + lane / 4 * pitch + lane % 4 * 2;
-  return {load_pair(at), pack<T>(0, 0), load_pair(at + 8), pack<T>(0, 0)};
+  const T* from = tile + lane / 4 * pitch + lane % 4 * 2;
+  return {load_pair(from), pack<T>(0, 0), load_pair(from + 8), pack<T>(0, 0)};
 }
 
-// 16 rows of memory of 16 elements, transposed: the rows of memory are k.
+// Loads 16 rows of 16 elements transposed: the rows run along k.
 template <class T>
 __device__ __forceinline__ FragmentA<T> load_transposed(const T* tile, int pitch) {
   FragmentA<T> a;
@@ -131,16 +130,16 @@ __device__ __forceinline__ FragmentA<T> load_transposed(const T* tile, int pitch
   if constexpr (sizeof(T) == 2) {
     load_matrix_x4_transposed(a.pair, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
   } else {
-    const T* at = tile + lane % 4 * 2 * pitch + lane / 4;
+    const T* from = tile + lane % 4 * 2 * pitch + lane / 4;
     for (int i = 0; i < 4; ++i) {
-      const T* pair = at + (i >> 1) * 8 * pitch + (i & 1) * 8;
+      const T* pair = from + (i >> 1) * 8 * pitch + (i & 1) * 8;
       a.pair[i] = make_float2(pair[0], pair[pitch]);
     }
   }
   return a;
 }
 
-// Columns [8 * side, 8 * side + 8) of a B of 16 columns that was loaded as A was.
+// Columns [8 * side, 8 * side + 8) of a B of 16 columns, loaded like A.
 template <class T>
 __device__ __forceinline__ FragmentB<T> to_b(const FragmentA<T>& a, int side) {
   return {a.pair[side], a.pair[side + 2]};
@@ -151,7 +150,7 @@ struct SplitFloat {
 };
 
 __device__ __forceinline__ SplitFloat split(float x) {
-  constexpr uint32_t kMask = 0xffffe000u, kHalf = 0x1000u;  // 10 bits of mantissa are left
+  constexpr uint32_t kMask = 0xffffe000u, kHalf = 0x1000u;  // keeps 10 bits of mantissa
   const uint32_t high = (__float_as_uint(x) + kHalf) & kMask;
   const uint32_t low = (__float_as_uint(x - __uint_as_float(high)) + kHalf) & kMask;
   return {high, low};
@@ -164,7 +163,8 @@ __device__ __forceinline__ void multiply(float (&c)[4], const FragmentA<T>& a,
   if constexpr (sizeof(T) == 2) {
     mma_16x8x16<T>(c, a.pair, b.pair);
   } else {
-    for (int step = 0; step < 2; ++step) {  // of 8 along k; t stands for 2 t, t + 4 for 2 t + 1
+    // In k-steps of 8, where t stands for 2 t, and t + 4 for 2 t + 1.
+    for (int step = 0; step < 2; ++step) {
       uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
       for (int i = 0; i < 4; ++i) {
         const float2 pair = a.pair[2 * step + (i & 1)];
@@ -182,7 +182,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const FragmentA<T>& a,
   }
 }
 
-// Over the four lanes of a row g.
+// Reductions over the four lanes of a row g.
 __device__ __forceinline__ float sum_of_row(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);

@@ -1,4 +1,4 @@
-// The one place that knows whether nvcc or a C++ compiler for the CPU reads a kernel.
+// CUDA's own names: from nvcc, or from the test shim when a C++ compiler builds for the CPU.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,4 +1,4 @@
-// Starting kernels.
+// Launching kernels.
 #pragma once
 
 #include <tuple>
@@ -12,17 +12,17 @@ struct LaunchConfig {
   dim3 grid;
   dim3 block;
   int shared_bytes = 0;
-  int cluster = 1;  // blocks of a cluster, along grid.x, which is a multiple of it
+  int cluster = 1;  // blocks per cluster, along grid.x; divides it
   cudaStream_t stream = nullptr;
 };
 
 #ifdef __CUDACC__
 
-// Returns the launch's own error; what goes wrong in the kernel comes later.
+// Returns the launch's own error; those of the kernel are reported later.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... arguments) {
-  constexpr int kSharedWithoutAsking = 48 << 10;
-  if (config.shared_bytes > kSharedWithoutAsking) {
+  constexpr int kMaxDefaultShared = 48 << 10;
+  if (config.shared_bytes > kMaxDefaultShared) {
     const cudaError_t status = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
     if (status != cudaSuccess) return status;
@@ -42,7 +42,7 @@ cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... argu
   return cudaLaunchKernelEx(&start, kernel, static_cast<P>(std::forward<A>(arguments))...);
 }
 
-// What a block may have; 0 where the device does not say.
+// The most shared memory that a block may have; 0 if unknown.
 inline int shared_bytes_of_block(int device) {
   int bytes = 0;
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -53,7 +53,7 @@ inline int shared_bytes_of_block(int device) {
 
 inline int shared_bytes_of_block(int) { return testing::kMostShared; }
 
-// Runs the kernel to its end; a fault in it is a std::runtime_error that names block and cause.
+// Runs the kernel to its end. A fault throws std::runtime_error with the block and the cause.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... arguments) {
   const std::tuple<P...> values{static_cast<P>(std::forward<A>(arguments))...};
@@ -63,7 +63,7 @@ cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... argu
 
 #endif
 
-// Leaves the calling thread on the device it was on.
+// Selects a device; restores the previous one.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

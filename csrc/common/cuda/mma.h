@@ -10,8 +10,8 @@ namespace crossvit {
 
 #ifdef __CUDACC__
 
-// 8x8 matrices of 16-bit elements, whose rows are 16 bytes, aligned to them: lanes 8j to 8j + 7
-// name the rows of matrix j. r[j] gets elements 2t and 2t + 1 of row g of matrix j.
+// Loads 8x8 matrices of 16-bit elements. Lanes 8j to 8j + 7 hold the addresses of matrix j's rows,
+// each of 16 aligned bytes; r[j] gets elements 2t and 2t + 1 of row g of matrix j.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -19,7 +19,7 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row
                : "memory");
 }
 
-// Of column g instead.
+// The same for column g.
 __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -61,7 +61,7 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4
   }
 }
 
-// c += a b, of whose float32 bit patterns the upper 19 bits count. a is 16x8: a[i] is row
+// c += a b, reading the upper 19 bits of float32 a and b. a is 16x8: a[i] is row
 // g + 8 (i mod 2), column t + 4 (i / 2). b is 8x8: b[i] is row t + 4i of column g. c is as above.
 __device__ __forceinline__ void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4],
                                                 const uint32_t (&b)[2]) {

@@ -3,18 +3,15 @@
 #include "attention_core/cpu/micro_kernels.h"
 #include "cross_attention/params.h"
 
-// Parameters as the micro-kernels read them, and the layers of the CLS path on a few images at
-// once.
+// Parameters in the form that the micro-kernels read, and the layers of the CLS path for a few
+// images at once.
 
 namespace crossvit::cross_attention {
 namespace {
 
 using attention_core::kMaxTile;
-using attention_core::minimum;
-using attention_core::round_up;
-using attention_core::Scratch;
 
-// Images whose CLS paths are computed together: they share each weight that is read.
+// Images whose CLS paths are computed together and share each weight that is read.
 constexpr int kImages = 8;
 
 template <class Scalar>
@@ -36,7 +33,7 @@ void visit(const Parameter& parameter, const Visit& visit) {
   }
 }
 
-// One row to scratch, zeros behind it up to a whole vector. A null parameter is all zeros.
+// Loads a row to scratch, padded with zeros to a whole vector. A null parameter is all zeros.
 template <class Scalar>
 void load_row(Scalar* to, const Parameter& from, int64_t offset, int64_t count) {
   if (!from.data) {
@@ -50,8 +47,8 @@ void load_row(Scalar* to, const Parameter& from, int64_t offset, int64_t count) 
   });
 }
 
-// A weight matrix [out, in] with rows of whole vectors and an even number of them readable from any
-// row on. It is read in place where it is that already, else copied.
+// A weight matrix [out, in] with rows of whole vectors, of which a pair is readable from any row
+// on. It is read in place if it is that already, else copied.
 template <class Scalar>
 class Matrix {
  public:
@@ -76,17 +73,17 @@ class Matrix {
 
  private:
   static bool fits(const Parameter& weight, int64_t in) {
-    const DType own = std::is_same_v<Scalar, double> ? DType::kFloat64 : DType::kFloat32;
-    return weight.dtype == own && in % kLanes<Scalar> == 0;
+    const DType scalar = std::is_same_v<Scalar, double> ? DType::kFloat64 : DType::kFloat32;
+    return weight.dtype == scalar && in % kLanes<Scalar> == 0;
   }
 
   Scratch<Scalar> copy_;
 };
 
 template <class Scalar>
-class Vectors {
+class PaddedVectors {
  public:
-  explicit Vectors(int64_t count) : memory_(count) {}
+  explicit PaddedVectors(int64_t count) : memory_(count) {}
 
   const Scalar* load(const Parameter& parameter, int64_t count) {
     Scalar* const to = memory_.take(count);
@@ -103,7 +100,7 @@ struct LayerNorm {
   const Scalar* weight;
   const Scalar* bias;
 
-  // One row of whole vectors; padding stays zero, as that of weight and bias is.
+  // Normalizes a row of whole vectors. Padding stays zero, as weight and bias have zeros there.
   void apply(Scalar* to, const Scalar* from, int64_t channels, Scalar eps) const {
     using V = Vector<Scalar>;
     constexpr int kStep = kLanes<Scalar>;

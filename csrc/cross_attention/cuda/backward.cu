@@ -7,96 +7,84 @@ namespace {
 using attention_core::BackwardPass;
 using attention_core::Image;
 
-// Of image `image`.
-__device__ Gradients gradients_of(const BackwardParams& p, int64_t image) {
-  const int own = p.own_channels, channels = p.channels;
-  Gradients g;
-  g.proj_norm_weight = p.gradients + image * (3 * own + 8 * channels);
-  g.proj_norm_bias = g.proj_norm_weight + own;
-  g.dy0 = g.proj_norm_bias + own;
-  g.norm_weight = g.dy0 + channels;
-  g.norm_bias = g.norm_weight + channels;
-  g.dq = g.norm_bias + channels;
-  g.dout = g.dq + channels;
-  g.dupdate = g.dout + channels;
-  g.back_norm_weight = g.dupdate + channels;
-  g.back_norm_bias = g.back_norm_weight + channels;
-  g.dnew_cls = g.back_norm_bias + channels;
-  return g;
-}
-
-// dm = gamma dz and u = gamma kt of the heads [begin, begin + count) of an image, with lse and what
-// softmax's backward subtracts.
+// Writes dm = gamma dz and u = gamma kt of the heads [begin, begin + count) of an image, with lse
+// and the term that softmax's backward subtracts.
 template <class P>
-__device__ void write_score_rows(const BackwardPass<P>& pass, const BackwardParams& p,
-                                 const Vectors& v, int64_t image, int begin, int count) {
+__device__ void write_pass_rows(const BackwardPass<P>& pass, const BackwardParams& p,
+                                const Vectors& v, int64_t image, int begin, int count) {
   using T = typename P::Element;
-  const int channels = p.channels, pitch = P::row_pitch(channels);
+  const int channels = static_cast<int>(p.problem.channels), pitch = P::row_pitch(channels);
   T* dm = pass.rows();
   T* u = dm + P::kRows * pitch;
-  for (int row = P::warp(); row < P::kRows; row += P::warps()) {
-    const int64_t at = ((begin + row) * p.batch + image) * channels;
+  for (int row = warp_index(); row < P::kRows; row += block_warps()) {
+    const int64_t first = head_offset(p.problem.batch, channels, begin + row, image);
     float delta = 0;
 #pragma unroll 2
     for (int c = lane_index(); c < channels; c += 32) {
       const float gain = row < count ? element<T>(p.weights.norm.weight, c) : 0;
-      dm[row * pitch + c] = from_float<T>(row < count ? p.dz[at + c] * gain : 0);
-      u[row * pitch + c] = from_float<T>(row < count ? v.kt[at + c] * gain : 0);
-      if (row < count) delta += to_float(dm[row * pitch + c]) * v.m[at + c];
+      dm[row * pitch + c] = from_float<T>(row < count ? p.dz[first + c] * gain : 0);
+      u[row * pitch + c] = from_float<T>(row < count ? v.kt[first + c] * gain : 0);
+      if (row < count) delta += to_float(dm[row * pitch + c]) * v.m[first + c];
     }
     delta = sum_of_warp(delta);
     if (lane_index() == 0) {
-      pass.lse()[row] = row < count ? v.lse[image * p.num_heads + begin + row] : INFINITY;
+      pass.lse()[row] = row < count ? v.lse[image * p.problem.num_heads + begin + row] : INFINITY;
       pass.delta()[row] = delta;
     }
   }
 }
 
-// Grid: clusters, of `images` images each.
+// Grid: clusters, of images_per_cluster images each.
 template <class P>
 __global__ void __launch_bounds__(P::kMaxThreads, 1)
-    cross_attention_backward(const BackwardParams p, const Vectors v, int images, bool over) {
+    cross_attention_backward(const BackwardParams p, const Vectors v, float* workspace,
+                             int images_per_cluster, bool aliased) {
   using T = typename P::Element;
   CROSSVIT_DYNAMIC_SHARED(memory);
-  const int channels = p.channels, own = p.own_channels, heads = p.num_heads;
-  const int head_dim = channels / heads;
+  const int channels = static_cast<int>(p.problem.channels);
+  const int cls_channels = static_cast<int>(p.problem.cls_channels);
+  const int heads = static_cast<int>(p.problem.num_heads), head_dim = channels / heads;
+  const int64_t batch = p.problem.batch;
+  const float eps = static_cast<float>(p.problem.eps);
   const int rank = cluster_rank(), ranks = cluster_size();
-  const Images mine = Images::of(p.batch, images, p.num_tokens + 1);
-  const int64_t first = mine.first;
-  const int count = mine.count;
-  const bool keeps = rank == 0;  // what every block computes, one writes
-  const Layout layout = Layout::of<T>(own, channels, over);
+  const Images images = Images::of(p.problem, images_per_cluster);
+  const int64_t first = images.first;
+  const int count = images.count;
+  const bool writes_shared = rank == 0;  // results that every block computes
+  const BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, aliased);
   T* rows = reinterpret_cast<T*>(memory);
   T* narrow = reinterpret_cast<T*>(memory + layout.narrow);
   float* floats = reinterpret_cast<float*>(memory + layout.floats);
-  float* scratch_dy = p.scratch;
-  float* scratch_token = p.scratch + p.batch * channels;
+  float* residual_dy = p.residuals;
+  float* token_dy0 = p.residuals + batch * channels;
   const Weights& w = p.weights;
-  const auto of = [&](int row) { return gradients_of(p, first + row); };
-  const auto of_floats = [&](int row, int c) { return floats[row * channels + c]; };
+  const auto gradients_of = [&](int row) {
+    return Gradients::at(p.gradients, first + row, cls_channels, channels);
+  };
+  const auto load_floats = [&](int row, int c) { return floats[row * channels + c]; };
 
-  BackwardPass<P> pass(memory + layout.pass, channels, p.eps, true);
+  BackwardPass<P> pass(memory + layout.pass, channels, eps, true);
   const auto image_of = [&](int image) {
     Image<T> x = attention_core::image_of<T>(p.tokens, {}, first + image);
     x.has_extra = true;
     x.extra = rows + image * layout.pitch;
     return x;
   };
-  if (!over && mine.begin < count) pass.start(image_of(mine.begin), mine.tokens);
+  if (!aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
 
   // g
-  clear_rows(rows, count, own);
-  const int own_pitch = operand_pitch<T>(own), pitch = operand_pitch<T>(channels);
+  clear_rows(rows, count, cls_channels);
+  const int cls_pitch = operand_pitch<T>(cls_channels), pitch = operand_pitch<T>(channels);
 #pragma unroll 2
-  for (int i = static_cast<int>(threadIdx.x); i < count * own; i += blockDim.x) {
-    const int row = i / own, c = i % own;
-    const float value = element<T>(p.dnew_cls, first * own + i);
-    rows[row * own_pitch + c] = from_float<T>(value);
-    if (keeps) of(row).dnew_cls[c] = value;
+  for (int i = thread_index(); i < count * cls_channels; i += block_threads()) {
+    const int row = i / cls_channels, c = i % cls_channels;
+    const float value = element<T>(p.dnew_cls, first * cls_channels + i);
+    rows[row * cls_pitch + c] = from_float<T>(value);
+    if (writes_shared) gradients_of(row).dnew_cls[c] = value;
   }
-  cluster_sync();  // the other blocks have started
-  // To the floats of all blocks.
-  const auto give_floats = [&](int width) {
+  cluster_sync();  // waits for the other blocks to start
+  // Writes to the floats of all blocks.
+  const auto write_floats = [&](int width) {
     return [&, width](int) {
       return [&, width](int row, int c, float value) {
         if (row >= count) return;
@@ -104,126 +92,131 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       };
     };
   };
-  transposed_linears(rows, own_pitch, w.back.weight.data, 1, own, channels, give_floats(channels));
+  transposed_linears(rows, cls_pitch, w.back.weight.data, 1, cls_channels, channels,
+                     write_floats(channels));
   cluster_sync();
 
-  // The residual: dy, and the update's r dy.
+  // dy of the residual, and r dy of the update.
   clear_rows(rows, count, channels);
   normalize_rows_backward<T, true>(
-      0, 1, count, channels, p.eps, w.back_norm,
-      [&](int row, int c) { return v.y[(first + row) * channels + c]; }, of_floats,
+      0, 1, count, channels, eps, w.back_norm,
+      [&](int row, int c) { return v.y[(first + row) * channels + c]; }, load_floats,
       [&](int row, int c, float dy, float dn, float xhat) {
-        const float r = p.residual_scale ? p.residual_scale[first + row] : 1.0f;
+        const float r = scale_of_residual(p.residual_scale, first + row);
         rows[row * pitch + c] = from_float<T>(dy * r);
-        if (!keeps) return;
-        const Gradients g = of(row);
+        if (!writes_shared) return;
+        const Gradients g = gradients_of(row);
         g.back_norm_weight[c] = dn * xhat;
         g.back_norm_bias[c] = dn;
         g.dupdate[c] = dy * r;
-        scratch_dy[(first + row) * channels + c] = dy;
+        residual_dy[(first + row) * channels + c] = dy;
       });
   __syncthreads();
 
-  // do = W_o^T dupdate, to the operands of all blocks and to memory
+  // do = W_o^T dupdate, written to the operands of all blocks and to memory
   transposed_linears(rows, pitch, w.out.weight.data, 1, channels, channels, [&](int) {
     return [&](int row, int c, float value) {
-      const bool is = row < count;
-      store_in_ranks(narrow + row * pitch + c, from_float<T>(is ? value : 0));
-      if (is) of(row).dout[c] = value;
+      const bool has_image = row < count;
+      store_in_ranks(narrow + row * pitch + c, from_float<T>(has_image ? value : 0));
+      if (has_image) gradients_of(row).dout[c] = value;
     };
   });
   cluster_sync();
   // dz_h = W_v,h^T do_h
   transposed_linears(narrow, pitch, w.value.weight.data, heads, head_dim, channels, [&](int head) {
-    float* to = p.dz + (head * p.batch + first) * channels;
+    float* to = p.dz + head_offset(batch, channels, head, first);
     return [&, to](int row, int c, float value) {
       if (row < count) to[int64_t{row} * channels + c] = value;
     };
   });
   for (int row = 0; row < count; ++row) {
 #pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x); c < channels; c += blockDim.x) {
+    for (int c = thread_index(); c < channels; c += block_threads()) {
       rows[row * layout.pitch + c] = from_float<T>(v.y0[(first + row) * channels + c]);
     }
   }
   cluster_sync();
 
-  const auto run = [&](int image, int begin, const TileStates<P>& states) {
+  const auto run = [&](int image, int begin, const TilePartials<P>& tiles) {
     const Image<T> x = image_of(image);
     T* dx = static_cast<T*>(p.dx.data) + (first + image) * p.dx.batch_stride;
-    if (over || image != mine.begin || begin > 0) pass.start(x, mine.tokens);
-    write_score_rows<P>(pass, p, v, first + image, begin, min(P::kRows, heads - begin));
-    float* token = scratch_token + (first + image) * channels;
-    pass.run(x, dx, p.dx.token_stride, mine.tokens, states, begin > 0, [&](int c, T value) {
-      token[c] = begin > 0 ? token[c] + to_float(value) : to_float(value);
+    if (aliased || image != images.begin || begin > 0) pass.start(x, images.tokens);
+    write_pass_rows<P>(pass, p, v, first + image, begin, minimum(P::kRows, heads - begin));
+    float* dy0 = token_dy0 + (first + image) * channels;
+    pass.run(x, dx, p.dx.token_stride, images.tokens, tiles, begin > 0, [&](int c, T value) {
+      dy0[c] = begin > 0 ? dy0[c] + to_float(value) : to_float(value);
     });
   };
   const auto results = [&](int image, int begin) {
     const auto write = [&](int row, int c, float sum) {
-      p.du[((begin + row) * p.batch + first + image) * channels + c] = sum;
+      p.du[head_offset(batch, channels, begin + row, first + image) + c] = sum;
     };
-    pass.results(min(P::kRows, heads - begin), mine.tokens, write);
+    pass.results(minimum(P::kRows, heads - begin), images.tokens, write);
     __syncthreads();
   };
-  pass_over_images<P>(pass, mine, p.states, heads, channels, run, results);
+  pass_over_images<P>(pass, images, workspace, heads, channels, run, results);
 
   // dq_h = W_k,h (gamma du_h) / sqrt(d)
   const float scale = 1.0f / sqrtf(static_cast<float>(head_dim));
   const auto stage = [&](int head) {
-    for (int i = static_cast<int>(threadIdx.x); i < kImages * channels; i += blockDim.x) {
+    for (int i = thread_index(); i < kImages * channels; i += block_threads()) {
       const int row = i / channels, c = i % channels;
-      const float du = row < count ? p.du[(head * p.batch + first + row) * channels + c] : 0;
+      const int64_t offset = head_offset(batch, channels, head, first + row) + c;
+      const float du = row < count ? p.du[offset] : 0;
       rows[row * pitch + c] = from_float<T>(row < count ? du * element<T>(w.norm.weight, c) : 0);
     }
   };
   linear_of_heads(rows, pitch, w.key.weight.data, channels, head_dim, stage,
                   [&](int row, int c, float a, float b) {
-                    const bool is = row < count;
-                    a = is ? a * scale : 0, b = is ? b * scale : 0;
+                    const bool has_image = row < count;
+                    a = has_image ? a * scale : 0, b = has_image ? b * scale : 0;
                     store_in_ranks(reinterpret_cast<Pair<T>*>(narrow + row * pitch + c),
                                    pack<T>(a, b));
-                    if (is) of(row).dq[c] = a, of(row).dq[c + 1] = b;
+                    if (!has_image) return;
+                    float* dq = gradients_of(row).dq + c;
+                    dq[0] = a, dq[1] = b;
                   });
   cluster_sync();
-  // LN(y0)'s gradient as the query
+  // The gradient of LN(y0) as the query
   transposed_linears(narrow, pitch, w.query.weight.data, 1, channels, channels,
-                     give_floats(channels));
+                     write_floats(channels));
   cluster_sync();
 
-  // y0 is what is added to, a query and a token.
+  // dy0 sums the gradients of the residual, the query and the token.
   clear_rows(rows, count, channels);
   normalize_rows_backward<T, false>(
-      0, 1, count, channels, p.eps, w.norm,
-      [&](int row, int c) { return v.y0[(first + row) * channels + c]; }, of_floats,
+      0, 1, count, channels, eps, w.norm,
+      [&](int row, int c) { return v.y0[(first + row) * channels + c]; }, load_floats,
       [&](int row, int c, float dx, float dn, float xhat) {
-        const int64_t at = (first + row) * channels + c;
-        const float dy0 = dx + scratch_dy[at] + scratch_token[at];
+        const int64_t offset = (first + row) * channels + c;
+        const float dy0 = dx + residual_dy[offset] + token_dy0[offset];
         rows[row * pitch + c] = from_float<T>(dy0);
         if (row % ranks != rank) return;
         float dgain = dn * xhat, dbeta = dn;
         for (int head = 0; head < heads; ++head) {
-          const int64_t of_head = head * p.batch * channels + at;
-          dgain += p.dz[of_head] * v.m[of_head] + p.du[of_head] * v.kt[of_head];
-          dbeta += p.dz[of_head];
+          const int64_t i = head_offset(batch, channels, head, first + row) + c;
+          dgain += p.dz[i] * v.m[i] + p.du[i] * v.kt[i];
+          dbeta += p.dz[i];
         }
-        const Gradients g = of(row);
+        const Gradients g = gradients_of(row);
         g.dy0[c] = dy0;
         g.norm_weight[c] = dgain;
         g.norm_bias[c] = dbeta;
       });
-  cluster_sync();  // no block reads its floats any more
+  cluster_sync();  // waits until no block reads its floats any more
 
   // f
-  transposed_linears(rows, pitch, w.proj.weight.data, 1, channels, own, give_floats(own));
+  transposed_linears(rows, pitch, w.proj.weight.data, 1, channels, cls_channels,
+                     write_floats(cls_channels));
   cluster_sync();
   normalize_rows_backward<T, true>(
-      rank, ranks, count, own, p.eps, w.proj_norm,
-      [&](int row, int c) { return element<T>(p.cls, (first + row) * own + c); },
-      [&](int row, int c) { return floats[row * own + c]; },
+      rank, ranks, count, cls_channels, eps, w.proj_norm,
+      [&](int row, int c) { return element<T>(p.cls, (first + row) * cls_channels + c); },
+      [&](int row, int c) { return floats[row * cls_channels + c]; },
       [&](int row, int c, float dcls, float dn, float xhat) {
-        write_element<T>(p.dcls, p.cls.dtype, (first + row) * own + c, dcls);
-        of(row).proj_norm_weight[c] = dn * xhat;
-        of(row).proj_norm_bias[c] = dn;
+        write_element<T>(p.dcls, p.cls.dtype, (first + row) * cls_channels + c, dcls);
+        gradients_of(row).proj_norm_weight[c] = dn * xhat;
+        gradients_of(row).proj_norm_bias[c] = dn;
       });
 }
 
@@ -239,7 +232,7 @@ int operand_bytes(DType dtype, int64_t width) {
 
 int float_bytes(int64_t width) { return float_bytes_of(static_cast<int>(width)); }
 
-// That of backward, which has more to hold.
+// Uses backward's size, the larger of the two.
 int pass_bytes(DType dtype, int64_t channels, int64_t heads) {
   int bytes = 0;
   attention_core::cuda::with_element(dtype, [&](auto element) {
@@ -250,14 +243,13 @@ int pass_bytes(DType dtype, int64_t channels, int64_t heads) {
   return bytes;
 }
 
-attention_core::cuda::BlockSize backward_block(DType dtype, int own, int channels, int heads,
-                                               int most_bytes) {
-  return block_of<BackwardPass>(dtype, own, channels, heads, most_bytes);
+BlockSize backward_block(DType dtype, int cls_channels, int channels, int heads, int max_bytes) {
+  return block_of<BackwardPass>(dtype, cls_channels, channels, heads, max_bytes);
 }
 
-void backward(const BackwardParams& p, const Division& division,
-              const attention_core::cuda::Place& place) {
-  start<BackwardPass>("cross_attention_backward", p, division, place,
+void backward(const BackwardParams& params, const ClusterShape& shape, float* workspace,
+              const Place& place) {
+  start<BackwardPass>("cross_attention_backward", params, shape, workspace, place,
                       [](auto plan) { return &cross_attention_backward<decltype(plan)>; });
 }
 

@@ -3,20 +3,20 @@
 #include "common/cuda/fragments.h"
 #include "cross_attention/params.h"
 
-// The CLS path: up to 16 rows, one an image, through LayerNorm and linear layers. Rows are operands
-// of the tensor cores in shared memory; weights go from memory, mostly L2, straight to registers,
-// 16 bytes a lane, so that a matrix is read once a cluster and waits for no barrier.
+// The CLS path: LayerNorm and linear layers of up to 16 rows, one per image. Rows are tensor-core
+// operands in shared memory; weights go from memory, mostly L2, straight to registers, 16 bytes per
+// lane, so that a cluster reads a matrix once and waits for no barrier.
 
 namespace crossvit::cross_attention {
 
-constexpr int kImages = 16;  // rows of a tensor core's tile
+constexpr int kImages = 16;  // rows of a tensor-core tile
 
-// From a row to the next, in elements: rows g and g + 1 lie 64 bytes apart in the banks, as
-// vectors of 16 bytes of four lanes each want it.
+// Distance of an operand's rows, in elements. Rows g and g + 1 are 64 bytes apart in the banks, the
+// right stride for 16-byte vectors of four lanes each.
 template <class T>
 __host__ __device__ constexpr int operand_pitch(int width) {
   constexpr int kLine = 128 / sizeof(T);
-  return (width + kLine - 1) / kLine * kLine + kLine / 2;
+  return round_up(width, kLine) + kLine / 2;
 }
 
 template <class T>
@@ -28,44 +28,43 @@ __host__ __device__ constexpr int float_bytes_of(int width) {
   return kImages * width * static_cast<int>(sizeof(float));
 }
 
-// Element `at` of a parameter, of type T or float; 0 where there is none.
+// An element of a parameter of type T or float; 0 if the parameter is left out.
 template <class T>
-__device__ __forceinline__ float element(const Parameter& p, int64_t at) {
+__device__ __forceinline__ float element(const Parameter& p, int64_t index) {
   if (!p.data) return 0;
-  if (sizeof(T) == 4 || p.dtype == DType::kFloat32) return static_cast<const float*>(p.data)[at];
-  return to_float(static_cast<const T*>(p.data)[at]);
+  if (sizeof(T) == 4 || p.dtype == DType::kFloat32) return static_cast<const float*>(p.data)[index];
+  return to_float(static_cast<const T*>(p.data)[index]);
 }
 
 template <class T>
-__device__ __forceinline__ void write_element(void* data, DType dtype, int64_t at, float value) {
+__device__ __forceinline__ void write_element(void* data, DType dtype, int64_t index, float value) {
   if (sizeof(T) == 4 || dtype == DType::kFloat32) {
-    static_cast<float*>(data)[at] = value;
+    static_cast<float*>(data)[index] = value;
   } else {
-    static_cast<T*>(data)[at] = from_float<T>(value);
+    static_cast<T*>(data)[index] = from_float<T>(value);
   }
 }
 
-__device__ __forceinline__ float sum_of_warp(float x) {
-#pragma unroll 1  // of many places, none in a loop that matters
-  for (int far = 16; far > 0; far /= 2) x += __shfl_xor_sync(~0u, x, far);
-  return x;
+// r of an image's residual.
+__device__ __forceinline__ float scale_of_residual(const Parameter& scales, int64_t image) {
+  return scales.data ? static_cast<const float*>(scales.data)[image] : 1.0f;
 }
 
 struct RowStatistics {
   float mean, rstd;
 };
 
-// Of `width` values value(c). A warp.
+// Of `width` values value(c). Called by a warp.
 template <class Value>
 __device__ RowStatistics statistics_of_row(int width, float eps, Value value) {
   float sum = 0, squares = 0;
-#pragma unroll 4  // loads under way, which the others find in the cache
+#pragma unroll 4  // loads in flight; the later loops hit the cache
   for (int c = lane_index(); c < width; c += 32) sum += value(c);
   const float mean = sum_of_warp(sum) / width;
 #pragma unroll 2
   for (int c = lane_index(); c < width; c += 32) {
-    const float apart = value(c) - mean;
-    squares += apart * apart;
+    const float deviation = value(c) - mean;
+    squares += deviation * deviation;
   }
   return {mean, 1.0f / sqrtf(sum_of_warp(squares) / width + eps)};
 }
@@ -74,34 +73,33 @@ __device__ __forceinline__ float normal_distribution(float x) {
   return 0.5f * (1.0f + erff(x * 0.70710678118654752f));
 }
 
-// LayerNorm of rows [0, count) of value(row, c), or its GELU, to write(row, c, y). A block.
+// Calls write(row, c, y) with the LayerNorm of value(row, c), or its GELU, for rows [0, count).
+// Called by a block.
 template <class T, bool kGelu, class Value, class Write>
 __device__ void normalize_rows(int count, int width, float eps, const Layer& norm, Value value,
                                Write write) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
-  for (int row = warp; row < count; row += warps) {
-    const auto of_row = [&](int c) { return value(row, c); };
-    const RowStatistics s = statistics_of_row(width, eps, of_row);
+  for (int row = warp_index(); row < count; row += block_warps()) {
+    const auto x = [&](int c) { return value(row, c); };
+    const RowStatistics s = statistics_of_row(width, eps, x);
 #pragma unroll 2
     for (int c = lane_index(); c < width; c += 32) {
-      float y =
-          (of_row(c) - s.mean) * s.rstd * element<T>(norm.weight, c) + element<T>(norm.bias, c);
+      float y = (x(c) - s.mean) * s.rstd * element<T>(norm.weight, c) + element<T>(norm.bias, c);
       if (kGelu) y *= normal_distribution(y);
       write(row, c, y);
     }
   }
 }
 
-// Of normalize_rows, for rows begin, begin + step, ... below count: given the gradient d(row, c),
-// write(row, c, dx, dn, xhat) with dn the gradient of LayerNorm's result. A block.
+// Backward of normalize_rows, for rows begin, begin + step, ... below count: given the gradient
+// d(row, c), calls write(row, c, dx, dn, xhat), where dn is the gradient of LayerNorm's output.
+// Called by a block.
 template <class T, bool kGelu, class Value, class Gradient, class Write>
 __device__ void normalize_rows_backward(int begin, int step, int count, int width, float eps,
                                         const Layer& norm, Value value, Gradient d, Write write) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
-  for (int row = begin + warp * step; row < count; row += warps * step) {
-    const auto of_row = [&](int c) { return value(row, c); };
-    const RowStatistics s = statistics_of_row(width, eps, of_row);
-    const auto xhat_of = [&](int c) { return (of_row(c) - s.mean) * s.rstd; };
+  for (int row = begin + warp_index() * step; row < count; row += block_warps() * step) {
+    const auto x = [&](int c) { return value(row, c); };
+    const RowStatistics s = statistics_of_row(width, eps, x);
+    const auto xhat_of = [&](int c) { return (x(c) - s.mean) * s.rstd; };
     const auto dn_of = [&](int c, float xhat) {
       if (!kGelu) return d(row, c);
       const float n = xhat * element<T>(norm.weight, c) + element<T>(norm.bias, c);
@@ -117,7 +115,7 @@ __device__ void normalize_rows_backward(int begin, int step, int count, int widt
     }
     a = sum_of_warp(a) / width;
     b = sum_of_warp(b) / width;
-#pragma unroll 1  // all of it has been read: more at once is more code, and no faster
+#pragma unroll 1  // everything is cached: unrolling only adds code
     for (int c = lane_index(); c < width; c += 32) {
       const float xhat = xhat_of(c), dn = dn_of(c, xhat);
       write(row, c, (dn * element<T>(norm.weight, c) - a - xhat * b) * s.rstd, dn, xhat);
@@ -125,12 +123,12 @@ __device__ void normalize_rows_backward(int begin, int step, int count, int widt
   }
 }
 
-// Zeros in the rows of an operand that no image has. A block.
+// Zeroes the rows of an operand that no image uses. Called by a block.
 template <class T>
 __device__ void clear_rows(T* rows, int count, int width) {
   const int pitch = operand_pitch<T>(width);
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < (kImages - count) * pitch; i += blockDim.x) {
+  for (int i = thread_index(); i < (kImages - count) * pitch; i += block_threads()) {
     rows[count * pitch + i] = from_float<T>(0);
   }
 }
@@ -142,27 +140,26 @@ struct Vector {
   static constexpr int kPairs = kElements / 2;
   Pair<T> pair[kPairs];
 
-  __device__ static Vector load(const T* at, bool is) {
+  __device__ static Vector load_if(bool condition, const T* from) {
     Vector v;
     uint4 bits = make_uint4(0, 0, 0, 0);
-    if (is) bits = *reinterpret_cast<const uint4*>(at);
+    if (condition) bits = *reinterpret_cast<const uint4*>(from);
     memcpy(&v, &bits, sizeof v);
     return v;
   }
 };
 
-// rows W^T of the columns [first, last), multiples of 8, W [columns, depth]: write(row, column, a,
-// b) gets columns `column` and `column` + 1 of each of the 16 rows. The order of k is free as long
-// as both operands have the same: a lane takes consecutive elements. A block.
+// Columns [first, last), multiples of 8, of rows W^T, W [columns, depth]: calls write(row, column,
+// a, b) with columns `column` and `column` + 1 for each of the 16 rows. The order of k is free as
+// long as both operands share it: a lane takes consecutive elements. Called by a block.
 template <class T, class Write>
 __device__ void linear(const T* rows, int pitch, const void* weight, int depth, int first, int last,
                        Write write) {
   using V = Vector<T>;
-  constexpr int kSteps = 8;  // of kDepth along k: loads under way
+  constexpr int kSteps = 8;  // of kDepth along k: loads in flight
   constexpr int kDepth = 4 * V::kElements;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
-  for (int n = first + warp * 8; n < last; n += warps * 8) {
+  for (int n = first + warp_index() * 8; n < last; n += block_warps() * 8) {
     const T* w = static_cast<const T*>(weight) + int64_t{n + g} * depth;
     float sums[4] = {};
     for (int begin = 0; begin < depth; begin += kSteps * kDepth) {
@@ -170,13 +167,13 @@ __device__ void linear(const T* rows, int pitch, const void* weight, int depth, 
       V b[kSteps];
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        b[step] = V::load(w + k + step * kDepth, k + step * kDepth < depth);
+        b[step] = V::load_if(k + step * kDepth < depth, w + k + step * kDepth);
       }
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        const int at = k + step * kDepth;
-        const V upper = V::load(rows + g * pitch + at, at < depth);
-        const V lower = V::load(rows + (g + 8) * pitch + at, at < depth);
+        const int k_step = k + step * kDepth;
+        const V upper = V::load_if(k_step < depth, rows + g * pitch + k_step);
+        const V lower = V::load_if(k_step < depth, rows + (g + 8) * pitch + k_step);
 #pragma unroll
         for (int i = 0; i < V::kPairs; i += 2) {
           const FragmentA<T> a = {
@@ -190,7 +187,7 @@ __device__ void linear(const T* rows, int pitch, const void* weight, int depth, 
   }
 }
 
-// Two elements, one from each of two pairs: the first ones or the second ones.
+// The first, or the second, elements of two pairs.
 template <class T>
 __device__ __forceinline__ Pair<T> join(Pair<T> a, Pair<T> b, int which) {
   if constexpr (sizeof(T) == 4) {
@@ -202,13 +199,13 @@ __device__ __forceinline__ Pair<T> join(Pair<T> a, Pair<T> b, int which) {
 
 constexpr int kPiece = 16;  // columns that transposed_linear takes at once
 
-// rows W of the columns [first, first + kPiece), W [depth, columns]: write(row, column, value). A
-// lane loads two columns of each of its four k of a step: one is in the first tile of 8 columns,
-// one in the second. A warp.
+// Columns [first, first + kPiece) of rows W, W [depth, columns]: calls write(row, column, value). A
+// lane loads two columns for each of its four k of a step, one for either tile of 8 columns. Called
+// by a warp.
 template <class T, class Write>
 __device__ void transposed_linear(const T* rows, int pitch, const void* weight, int depth,
                                   int columns, int first, Write write) {
-  constexpr int kSteps = 4;  // of 16 along k: loads under way
+  constexpr int kSteps = 4;  // of 16 along k: loads in flight
   const int g = lane_index() / 4, t = lane_index() % 4;
   const T* w = static_cast<const T*>(weight) + int64_t{2 * t} * columns + first + 2 * g;
   float sums[2][4] = {};
@@ -219,7 +216,7 @@ __device__ void transposed_linear(const T* rows, int pitch, const void* weight, 
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int k = begin + 16 * step + 8 * (i >> 1);  // of a depth that is a multiple of 8
+        const int k = begin + 16 * step + 8 * (i >> 1);  // depth is a multiple of 8
         b[step][i] = k < depth ? load_pair(i & 1 ? w + columns : w) : pack<T>(0, 0);
         if (i & 1) w += 8 * columns;
       }
@@ -230,8 +227,8 @@ __device__ void transposed_linear(const T* rows, int pitch, const void* weight, 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int k = begin + 16 * step + 8 * (i >> 1);
-        const T* at = rows + (g + 8 * (i & 1)) * pitch + k + 2 * t;
-        a.pair[i] = k < depth ? load_pair(at) : pack<T>(0, 0);
+        const T* pair = rows + (g + 8 * (i & 1)) * pitch + k + 2 * t;
+        a.pair[i] = k < depth ? load_pair(pair) : pack<T>(0, 0);
       }
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {

@@ -7,19 +7,19 @@
 //
 //   p_nm = softmax_m(q_n . k_m / sqrt(d))        out_n = sum_m p_nm v_m
 //
-// A head's keys and values are packed once and stay in L2; a few queries at a time have all their
-// scores in L1, so that the softmax is that of the textbook: maximum, exponentials, sum.
+// A head's keys and values are packed once and stay in L2. A few queries at a time have all their
+// scores in L1, so the softmax is the textbook one: maximum, exponentials, sum.
 
 namespace crossvit::layernorm_msa {
 namespace {
 
 // Queries that share a panel of keys or values while it is in L1.
 constexpr int kGroup = 4 * kRows;
-// Tokens that are asked for ahead of their packing.
+// Distance, in tokens, of prefetches ahead of packing.
 constexpr int kAhead = 2 * kLane;
 
-// A head of an image in panels, and what its queries need. Tokens and channels are padded to whole
-// panels.
+// A head of an image in panels, with scratch for its queries. Tokens and channels are padded to
+// whole panels.
 class Head {
  public:
   explicit Head(const ForwardParams& params)
@@ -82,9 +82,9 @@ class Head {
   }
 
  private:
-  enum Part { kQuery, kKey, kValue };
+  enum Operand { kQuery, kKey, kValue };
 
-  // In units of which the softmax is a power of two.
+  // Scales the queries so that the softmax is one of powers of two.
   void pack_queries(int64_t first, int64_t count) {
     const float scale = kLog2E / sqrt(static_cast<float>(head_dim_));
     for (int64_t i = 0; i < round_up(count, kRows); ++i) {
@@ -96,7 +96,7 @@ class Head {
     }
   }
 
-  // Scores of row i to 2^(score - max); returns the inverse of their sum.
+  // Replaces the scores of row i by 2^(score - max); returns the inverse of their sum.
   float softmax(int64_t i, int64_t query) const {
     constexpr float kLowest = -__builtin_inff();
     float* const scores = packed_row(scores_, i, tokens_);
@@ -126,26 +126,26 @@ class Head {
   // Row of [B, N, ...].
   int64_t row(int64_t token) const { return image_ * num_tokens_ + token; }
 
-  const float* part(Part which, int64_t token) const {
-    return params_.qkv_rows + ((row(token) * 3 + which) * params_.num_heads + head_) * head_dim_;
+  const float* operand_row(Operand operand, int64_t token) const {
+    return params_.qkv_rows + ((row(token) * 3 + operand) * params_.num_heads + head_) * head_dim_;
   }
 
-  // Channels from c on; zeros behind the last and for tokens behind the last.
-  FloatVector channels(Part which, int64_t token, int64_t c) const {
+  // A vector of channels from c on, with zeros past the last channel or token.
+  FloatVector channels(Operand operand, int64_t token, int64_t c) const {
     if (token >= num_tokens_) return FloatVector{};
-    return load_at_most(part(which, token) + c, head_dim_ - c);
+    return load_at_most(operand_row(operand, token) + c, head_dim_ - c);
   }
 
-  // A head's tokens lie too far apart for the hardware to guess.
-  void prefetch(Part which, int64_t token) const {
-    const float* const from = part(which, minimum(token, num_tokens_ - 1));
+  // A head's tokens are too far apart for the hardware prefetcher.
+  void prefetch(Operand operand, int64_t token) const {
+    const float* const from = operand_row(operand, minimum(token, num_tokens_ - 1));
     for (int64_t c = 0; c < head_dim_; c += 16) __builtin_prefetch(from + c);
   }
 
   const ForwardParams& params_;
   const int64_t num_tokens_, head_dim_;
   const int64_t tokens_, dim_;  // padded
-  Floats memory_;
+  Scratch<float> memory_;
   float* const keys_;     // panels of tokens
   float* const values_;   // panels of channels
   float* const scores_;   // packed rows, as the next two
@@ -154,22 +154,22 @@ class Head {
   int64_t image_ = 0, head_ = 0;
 };
 
-// A task is a head where there are plenty of them, else a part of one.
+// A task is a head or, where heads are few, a range of its queries.
 void attention(const ForwardParams& params) {
   const int64_t heads = params.x.batch * params.num_heads;
   const int64_t groups = ceil_div(params.x.num_tokens, kGroup);
-  const int64_t parts = minimum(groups, ceil_div(16 * num_threads(), heads));
+  const int64_t ranges = minimum(groups, ceil_div(16 * num_threads(), heads));
   const int64_t tokens = params.x.num_tokens, head_dim = params.x.channels / params.num_heads;
-  parallel_tasks(heads * parts, 2 * tokens * ceil_div(tokens, parts) * head_dim,
-                 [&](const auto& take) {
-                   Head head(params);
-                   for (int64_t task = take(); task < heads * parts; task = take()) {
-                     const int64_t index = task / parts, part = task % parts;
-                     head.pack(index / params.num_heads, index % params.num_heads);
-                     for (int64_t i = groups * part / parts; i < groups * (part + 1) / parts; ++i)
-                       head.attend(i * kGroup);
-                   }
-                 });
+  parallel_tasks(
+      heads * ranges, 2 * tokens * ceil_div(tokens, ranges) * head_dim, [&](const auto& take) {
+        Head head(params);
+        for (int64_t task = take(); task < heads * ranges; task = take()) {
+          const int64_t index = task / ranges, range = task % ranges;
+          head.pack(index / params.num_heads, index % params.num_heads);
+          for (int64_t i = groups * range / ranges; i < groups * (range + 1) / ranges; ++i)
+            head.attend(i * kGroup);
+        }
+      });
 }
 
 }  // namespace

@@ -3,9 +3,6 @@
 
 namespace crossvit::layernorm_msa {
 
-// forward.cpp
-CROSSVIT_DECLARE_PER_ISA(void forward(const ForwardParams& params))
-
-void forward(const ForwardParams& params) { CROSSVIT_CALL_ACTIVE_ISA(forward, params) }
+CROSSVIT_DISPATCH(forward, ForwardParams)
 
 }  // namespace crossvit::layernorm_msa

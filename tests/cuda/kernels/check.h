@@ -1,4 +1,4 @@
-// What the test programs share: their inputs, their measure of error and their main().
+// Shared by the test programs: inputs, the measure of error, and main().
 #pragma once
 
 #include <cmath>

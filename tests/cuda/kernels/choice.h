@@ -1,9 +1,9 @@
-// What a run of a program chooses in kernels that were changed so that it can (kernel_faults.py).
+// Choices at run time in kernels that kernel_faults.py has changed.
 #pragma once
 
 namespace crossvit::choice {
 
-inline int fault = 0;      // the number of what is broken, from 1 on
-inline bool over = false;  // the fusion's pass over the tokens lies over other memory of the block
+inline int fault = 0;         // the number of the fault, from 1 on
+inline bool aliased = false;  // alias the fusion's token pass to other memory of the block
 
 }  // namespace crossvit::choice

@@ -1,4 +1,4 @@
-// The sum of rows, shared among the blocks of a cluster, which add up each other's partial sums.
+// The sum of rows, divided among the blocks of a cluster, which add up each other's partial sums.
 #include "common/cuda/cluster.h"
 #include "common/cuda/launch.h"
 #include "kernels/check.h"
@@ -23,10 +23,10 @@ __global__ void __launch_bounds__(kColumns) sum_of_rows(const float* x, float* o
 
   const int share = kColumns / size;
   if (column < share) {
-    const int mine = rank * share + column;
+    const int total_column = rank * share + column;
     float total = 0;
-    for (int other = 0; other < size; ++other) total += *in_rank(partial + mine, other);
-    out[sample * kColumns + mine] = total;
+    for (int other = 0; other < size; ++other) total += *in_rank(partial + total_column, other);
+    out[sample * kColumns + total_column] = total;
   }
   // No block exits while another reads from it.
   cluster_arrive();

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kHalves = 16 * 16, kShared = 2 * kHalves * 2;
 
-// c = a b, a 16x16, b 16x8, c 16x8, in rows; or a and b given transposed.
+// c = a b, a 16x16, b 16x8, c 16x8, row-major; or a and b are transposed.
 template <class T, bool kTransposed>
 __global__ void multiply_16(const uint16_t* a, const uint16_t* b, float* c) {
   CROSSVIT_DYNAMIC_SHARED(memory);
@@ -33,7 +33,7 @@ __global__ void multiply_16(const uint16_t* a, const uint16_t* b, float* c) {
   for (int i = 0; i < 4; ++i) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
 }
 
-// c = a b, a 16x8, b 8x8, c 16x8, in rows.
+// c = a b, a 16x8, b 8x8, c 16x8, row-major.
 __global__ void multiply_8(const uint32_t* a, const uint32_t* b, float* c) {
   const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
   const uint32_t rows[4] = {a[g * 8 + t], a[(g + 8) * 8 + t], a[g * 8 + t + 4],
@@ -44,7 +44,7 @@ __global__ void multiply_8(const uint32_t* a, const uint32_t* b, float* c) {
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = sums[i];
 }
 
-// Every block adds its threads' bits; the last one to finish says how many blocks there were.
+// Each block adds its threads' bits; the last one to finish stores the number of blocks.
 __global__ void count(int* sum, int* finished, int* blocks) {
   const unsigned odd = __ballot_sync(~0u, threadIdx.x % 2);
   const int lane = static_cast<int>(threadIdx.x);

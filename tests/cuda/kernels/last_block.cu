@@ -1,4 +1,4 @@
-// Blocks leave partial results in global memory, and the last one to finish adds them up.
+// Blocks store partial results in global memory, and the last one to finish adds them up.
 #include "common/cuda/launch.h"
 #include "kernels/check.h"
 

@@ -1,6 +1,7 @@
-// LayerNorm: a warp for each row, whose values wait in shared memory between the passes; then
-// their mean over the block's rows, which needs all warps.
+// LayerNorm: a warp per row, whose values stay in shared memory between the passes; then column
+// sums over the block's rows, which need all warps.
 #include "common/cuda/launch.h"
+#include "common/cuda/warp.h"
 #include "kernels/check.h"
 
 namespace crossvit {
@@ -8,31 +9,27 @@ namespace {
 
 constexpr int kWarps = 4, kChannels = 96;
 
-__device__ float warp_sum(float value) {
-  for (int bit = 16; bit > 0; bit /= 2) value += __shfl_xor_sync(~0u, value, bit);
-  return value;
-}
-
 __global__ void __launch_bounds__(32 * kWarps)
     layernorm(const __nv_bfloat16* x, float* y, float* column_sums, int rows, float eps) {
   CROSSVIT_DYNAMIC_SHARED(memory);
   auto* values = reinterpret_cast<float*>(memory);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int thread = thread_index(), warp = warp_index(), lane = lane_index();
   const int row = static_cast<int>(blockIdx.x) * kWarps + warp;
-  float* mine = values + warp * kChannels;
-  for (int i = lane; i < kChannels; i += 32) mine[i] = 0;
+  float* row_values = values + warp * kChannels;
+  for (int i = lane; i < kChannels; i += 32) row_values[i] = 0;
   if (row < rows) {
     float sum = 0, squares = 0;
     for (int i = lane; i < kChannels; i += 32) {
-      mine[i] = __bfloat162float(x[int64_t(row) * kChannels + i]);
-      sum += mine[i];
+      row_values[i] = __bfloat162float(x[int64_t(row) * kChannels + i]);
+      sum += row_values[i];
     }
-    const float mean = warp_sum(sum) / kChannels;
-    for (int i = lane; i < kChannels; i += 32) squares += (mine[i] - mean) * (mine[i] - mean);
-    const float scale = rsqrtf(warp_sum(squares) / kChannels + eps);
+    const float mean = sum_of_warp(sum) / kChannels;
+    for (int i = lane; i < kChannels; i += 32)
+      squares += (row_values[i] - mean) * (row_values[i] - mean);
+    const float scale = rsqrtf(sum_of_warp(squares) / kChannels + eps);
     for (int i = lane; i < kChannels; i += 32) {
-      mine[i] = (mine[i] - mean) * scale;
-      y[int64_t(row) * kChannels + i] = mine[i];
+      row_values[i] = (row_values[i] - mean) * scale;
+      y[int64_t(row) * kChannels + i] = row_values[i];
     }
   }
   __syncthreads();  // all rows are there

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) weighted_sum(const float* x, float* 
     const int stage = tile % kStages, round = tile / kStages;
     barrier_wait(full + stage, round % 2);
     for (int i = 0; i < kTile / kConsumers; ++i) {
-      // Every tile is read mirrored: not by the thread that is served first.
+      // Tiles are read mirrored, so not by the thread that runs first.
       sums[i] += (tile + 1) * stages[stage * kTile + kTile - 1 - (thread + i * kConsumers)];
     }
     barrier_arrive(empty + stage);

@@ -1,5 +1,5 @@
-// Runs a kernel forward and backward on a case that kernel_cases.py wrote, with a fault where one
-// is named: run_case FILE [FAULT]. Every tensor is an allocation of exactly its bytes.
+// Runs a kernel forward and backward on a case written by kernel_cases.py, with a fault if one is
+// named: run_case FILE [FAULT]. Every tensor is an allocation of exactly its bytes.
 
 #include <cmath>
 #include <cstdio>
@@ -40,7 +40,7 @@ class File {
   explicit File(const char* name) : stream_(name, std::ios::binary) {
     stream_.exceptions(std::ios::failbit | std::ios::badbit | std::ios::eofbit);
   }
-  // One that is left out has no bytes.
+  // An omitted array has no bytes.
   Array next() {
     int64_t size = 0;
     stream_.read(reinterpret_cast<char*>(&size), sizeof size);
@@ -56,14 +56,14 @@ class File {
 float to_float(float x) { return x; }
 float to_float(bf16 x) { return __bfloat162float(x); }
 
-// Results: judged by what is expected, and the bits of all of them in one number.
+// Compares results with the expected ones, and hashes the bits of all of them.
 class Results {
  public:
   template <class T>
   void judge(const char* name, const Array& actual, const Array& expected) {
     const int64_t count = expected.bytes / static_cast<int64_t>(sizeof(double));
     if (actual.bytes != count * static_cast<int64_t>(sizeof(T))) {
-      throw std::logic_error(std::string(name) + " is of another size");
+      throw std::logic_error(std::string(name) + " has the wrong size");
     }
     double errors = 0, squares = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -93,7 +93,7 @@ class Results {
   bool right_ = true;
 };
 
-// Whose number no result's bits depend on.
+// Clusters need sm_90; the results' bits do not depend on them.
 int blocks_of_cluster(int64_t wanted) { return __CUDA_ARCH__ < 900 ? 1 : static_cast<int>(wanted); }
 
 template <class T>
@@ -146,10 +146,10 @@ bool run_fusion(File& file, const int64_t* numbers) {
   namespace fusion = cross_attention;
   const int64_t batch = numbers[0];
   const int tokens = static_cast<int>(numbers[1]), channels = static_cast<int>(numbers[2]);
-  const int own = static_cast<int>(numbers[3]), heads = static_cast<int>(numbers[4]);
-  const fusion::cuda::Division division = {static_cast<int>(numbers[5]),
-                                           blocks_of_cluster(numbers[6])};
-  choice::over = numbers[7];
+  const int cls_channels = static_cast<int>(numbers[3]), heads = static_cast<int>(numbers[4]);
+  const fusion::cuda::ClusterShape shape = {static_cast<int>(numbers[5]),
+                                            blocks_of_cluster(numbers[6])};
+  choice::aliased = numbers[7];
   const Array cls = file.next(), x = file.next(), scale = file.next(), dnew_cls = file.next();
   std::vector<Array> arrays;
   for (int i = 0; i < 18; ++i) arrays.push_back(file.next());
@@ -167,24 +167,24 @@ bool run_fusion(File& file, const int64_t* numbers) {
   const auto tokens_of = [&](const Array& array) -> attention_core::Tokens {
     return {array.as(), DType::kBFloat16, int64_t{tokens} * channels, channels, nullptr, 0};
   };
+  constexpr double kEps = 1e-6;
+  const fusion::Problem problem = {batch, tokens, channels, cls_channels, heads, kEps};
   const int64_t rows = int64_t{heads} * batch * channels * int64_t{sizeof(float)};
-  const Array vectors(batch * fusion::cuda::vector_size(own, channels, heads) *
-                      int64_t{sizeof(float)});
+  const Array vectors(batch * fusion::Vectors::size(problem) * int64_t{sizeof(float)});
+  const fusion::Saved saved = fusion::Vectors::at(vectors.as<float>(), problem).as<void>();
+  const fusion::Parameter residual_scale = {scale.as(), DType::kFloat32};
   const Array new_cls = like<bf16>(expected_new_cls), dcls = like<bf16>(expected_dcls);
   const Array dx = like<bf16>(expected_dx), gradients = like<float>(expected_gradients);
   const Array dz(rows), du(rows), scratch(2 * rows / heads);
-  const Array states(fusion::cuda::states_size(division, batch, tokens, channels, heads) *
-                     int64_t{sizeof(float)});
-  constexpr float kEps = 1e-6f;
-  fusion::cuda::forward(
-      {batch, tokens, channels, own, heads, kEps, parameter(cls), tokens_of(x), weights,
-       scale.as<float>(), new_cls.as(), vectors.as<float>(), states.as<float>()},
-      division, {});
-  fusion::cuda::backward({batch, tokens, channels, own, heads, kEps, parameter(dnew_cls),
-                          parameter(cls), tokens_of(x), weights, scale.as<float>(),
-                          vectors.as<float>(), dcls.as(), tokens_of(dx), gradients.as<float>(),
-                          dz.as<float>(), du.as<float>(), scratch.as<float>(), states.as<float>()},
-                         division, {});
+  const Array partials(fusion::cuda::workspace_size(problem, shape) * int64_t{sizeof(float)});
+  float* const workspace = partials.as<float>();
+  fusion::cuda::forward({problem, parameter(cls), tokens_of(x), weights, residual_scale, saved,
+                         new_cls.as(), DType::kBFloat16},
+                        shape, workspace, {});
+  fusion::cuda::backward({problem, parameter(dnew_cls), parameter(cls), tokens_of(x), weights,
+                          residual_scale, saved, dcls.as(), tokens_of(dx), gradients.as<float>(),
+                          dz.as<float>(), du.as<float>(), scratch.as<float>()},
+                         shape, workspace, {});
   Results results;
   results.judge<bf16>("new_cls", new_cls, expected_new_cls);
   results.judge<bf16>("dcls", dcls, expected_dcls);

@@ -7,7 +7,7 @@ namespace crossvit::testing {
 
 constexpr int kCopyAlignment = 16;
 constexpr long long kMostExpectedBytes = (1 << 20) - 1;
-constexpr uint64_t kInitialised = 0x6d62617272696572;  // what an mbarrier's memory holds
+constexpr uint64_t kInitialised = 0x6d62617272696572;  // the contents of an mbarrier's memory
 
 inline void check_copy(const char* name, const void* to, int bytes, const void* from) {
   const Block& block = *current->block;
@@ -63,12 +63,12 @@ void copy_async_wait() {
 
 inline MemoryBarrier& barrier_at(uint64_t* address) {
   auto& barriers = current->block->memory_barriers;
-  const auto found = barriers.find(address);
-  // The read is for ThreadSanitizer: initialisation must be ordered before every use.
-  if (found == barriers.end() || *address != kInitialised) {
+  const auto entry = barriers.find(address);
+  // ThreadSanitizer needs this read: initialisation must be ordered before every use.
+  if (entry == barriers.end() || *address != kInitialised) {
     fault("an mbarrier that is not initialised, or was overwritten");
   }
-  return found->second;
+  return entry->second;
 }
 
 inline void barrier_init(uint64_t* address, int arrivals) {
@@ -85,7 +85,7 @@ inline void barrier_init(uint64_t* address, int arrivals) {
   barrier.arrivals = barrier.missing_arrivals = arrivals;
 }
 
-inline void complete_if_all_came(MemoryBarrier& barrier) {
+inline void complete_if_all_arrived(MemoryBarrier& barrier) {
   if (barrier.missing_arrivals || barrier.missing_bytes) return;
   if (!barrier.in_flight.empty()) {
     fault("an mbarrier's phase completes with copies in flight: more bytes than were expected");
@@ -106,7 +106,7 @@ inline void arrive(MemoryBarrier& barrier, int bytes) {
     barrier.missing_bytes += bytes;
     --barrier.missing_arrivals;
   }
-  complete_if_all_came(barrier);
+  complete_if_all_arrived(barrier);
 }
 
 inline void barrier_arrive(uint64_t* address) { arrive(barrier_at(address), 0); }
@@ -121,11 +121,11 @@ inline void deliver(MemoryBarrier& barrier, const BulkCopy& copy) {
     Unwatched unwatched;
     barrier.missing_bytes -= copy.bytes;
   }
-  complete_if_all_came(barrier);
+  complete_if_all_arrived(barrier);
 }
 
-// A thread that finds the phase incomplete sleeps until it is, or until no other thread can run:
-// then it delivers the copies itself.
+// If the phase is incomplete, the thread sleeps until it completes or until no other thread can
+// run; then it delivers the copies itself.
 inline void barrier_wait(uint64_t* address, int parity, int line = __builtin_LINE()) {
   MemoryBarrier& barrier = barrier_at(address);
   const unsigned waited_for = parity & 1;

@@ -1,4 +1,4 @@
-// What runs at one time: the blocks of a cluster, their warps and threads, and what they wait at.
+// The state of a running cluster: its blocks, warps and threads, and what they wait for.
 #pragma once
 
 #include <cstdlib>
@@ -12,7 +12,7 @@
 #include "shim/fibers.h"
 #include "shim/numbers.h"
 
-// Of the thread that runs.
+// Those of the running thread.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
@@ -22,7 +22,7 @@ constexpr int kWarp = 32;
 
 struct Thread;
 
-// Random choices, or none: then whatever is chosen is the same in every run.
+// Random choices if there is a seed; without one every run makes the same choices.
 class Chance {
  public:
   void seed(const char* text) {
@@ -42,29 +42,29 @@ class Chance {
   uint64_t state_ = 0;
 };
 
-// One phase after another. A thread may be late to leave a phase while others arrive in the next,
-// so what ThreadSanitizer is told alternates between two tokens.
+// Successive phases. Threads may arrive in the next phase before all have left the last, so the
+// tokens passed to ThreadSanitizer alternate.
 struct Phases {
   unsigned phase = 0;
   uint64_t tokens[2] = {};
   void* token() { return &tokens[phase & 1]; }
 };
 
-// Waits until all members have arrived; members that exit count no more.
+// Completes when all members have arrived. Threads that exit are no longer members.
 struct Barrier : Phases {
   int members = 0, arrived = 0;
   std::vector<Thread*> waiting;
 
   unsigned arrive();
   void wait(unsigned arrived_in, const char* name, int line);
-  void leave(bool arrived_in_this_phase);
+  void drop_member(bool arrived_in_this_phase);
   void complete_if_all_arrived();
 };
 
-// Lanes that call one warp operation with one mask.
-struct Meeting : Phases {
+// Lanes that synchronize in a warp operation with the same mask.
+struct WarpSync : Phases {
   unsigned mask = 0, arrived = 0;
-  void (*operation)(Meeting&) = nullptr;
+  void (*operation)(WarpSync&) = nullptr;
   void* arguments[kWarp] = {};
 
   template <class Argument>
@@ -77,15 +77,15 @@ struct Meeting : Phases {
 struct Warp {
   Thread* threads[kWarp] = {};
   unsigned live = 0;
-  std::list<Meeting> meetings;  // one for each mask in use
+  std::list<WarpSync> syncs;  // one per mask in use
 
-  Meeting& meeting(unsigned mask) {
-    for (Meeting& one : meetings) {
+  WarpSync& sync_of(unsigned mask) {
+    for (WarpSync& one : syncs) {
       if (one.mask == mask) return one;
     }
     Unwatched unwatched;
-    meetings.emplace_back().mask = mask;
-    return meetings.back();
+    syncs.emplace_back().mask = mask;
+    return syncs.back();
   }
 };
 
@@ -104,7 +104,7 @@ struct BulkCopy {
 
 struct MemoryBarrier : Phases {
   int arrivals = 0, missing_arrivals = 0;
-  long long missing_bytes = 0;  // negative while copies are ahead of what was expected
+  long long missing_bytes = 0;  // negative while more has been copied than expected
   uint64_t issued = 0;          // token: the copies' issue comes before their delivery
   std::vector<BulkCopy> in_flight;
   std::vector<Thread*> waiting;

@@ -1,23 +1,23 @@
-// CUDA as far as this project's kernels use it, on a CPU: for tests of what a kernel computes.
+// The subset of CUDA that this project's kernels use, on a CPU, for tests of their results.
 //
 // Every CUDA thread is a fiber. The blocks of a cluster run at the same time, clusters one after
 // another. A thread runs until it waits; CROSSVIT_SHIM_SEED=n, read at each launch, chooses at
 // random who runs next, in which order blocks run and which asynchronous copies arrive early.
-// docs/cuda_on_cpu.md says what faults are found and how.
+// docs/cuda_on_cpu.md describes which faults are found and how.
 //
 // Not modelled:
 //   * time, occupancy, registers, bank conflicts, coalescing;
 //   * weak memory: accesses happen in program order, and proxies need no fences;
-//   * races, but for their effect in the order that runs: ThreadSanitizer finds those;
-//   * warps without barriers: warp operations hold their lanes back, as __syncwarp would, though
-//     ThreadSanitizer is told of an order for that one alone;
+//   * races, except in their effect on the order that runs: ThreadSanitizer finds those;
+//   * divergence of a warp's lanes: every warp operation synchronizes them, though ThreadSanitizer
+//     sees an order only for __syncwarp;
 //   * the hardware's order of summation in mma, and its approximate functions;
-//   * waiting by polling memory: a thread gives way only where it waits;
+//   * polling of memory: a thread yields only where it waits;
 //   * __shared__ variables, textures, dynamic parallelism, wgmma, tensor maps, float atomics;
 //   * more than one launch at a time; a launch has ended when launch() returns.
 #pragma once
 
-// The newest path of a kernel, unless a test asks for an older one.
+// Selects a kernel's newest path, unless a test defines another.
 #ifndef __CUDA_ARCH__
 #define __CUDA_ARCH__ 900
 #endif

@@ -1,4 +1,5 @@
-// Fibers: stacks of their own, one of which runs at a time until it hands over to another.
+// Fibers: threads of execution with their own stacks, which run one at a time and switch
+// explicitly.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@ namespace crossvit::testing {
 
 #ifdef CROSSVIT_SHIM_PORTABLE_SWITCH
 
-// Twenty times slower: it saves the signal mask by a system call.
+// Twenty times slower, as it saves the signal mask in a system call.
 struct Stack {
   ucontext_t context;
   void prepare(char* memory, std::size_t bytes, void (*entry)()) {
@@ -32,7 +33,7 @@ inline void switch_stacks(Stack& from, const Stack& to) { swapcontext(&from.cont
 
 #else
 
-// Saves what the System V ABI wants preserved on the stack it leaves, whose top goes to *from.
+// Saves the System V ABI's callee-saved registers on the current stack, and its top in *from.
 __attribute__((naked, noinline)) inline void switch_tops(void** /*from: rdi*/, void* /*to: rsi*/) {
   asm("push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
       "mov %rsp, (%rdi)\n mov %rsi, %rsp\n"
@@ -58,14 +59,14 @@ inline void switch_stacks(Stack& from, const Stack& to) { switch_tops(&from.top,
 
 class Fiber {
  public:
-  // The stack the program runs on.
+  // The program's original stack.
   Fiber() {
 #if defined(__SANITIZE_THREAD__)
     tsan_ = __tsan_get_current_fiber();
 #endif
   }
 
-  // A stack of its own. ThreadSanitizer takes half a millisecond for each: keep them.
+  // A new stack. ThreadSanitizer takes half a millisecond for each: reuse them.
   explicit Fiber(std::size_t bytes)
       : owned_(new char[bytes]), memory_(owned_.get()), bytes_(bytes) {
 #if defined(__SANITIZE_THREAD__)
@@ -83,7 +84,7 @@ class Fiber {
     stack_.prepare(memory_, bytes_, entry);
   }
 
-  // Whether everything that ran since prepare() found room on the stack, as far as one can tell.
+  // Whether the stack has not overflowed since prepare(), as far as one can tell.
   bool fitted() const {
     for (std::size_t i = 0; i < kGuard; ++i) {
       if (memory_[kSlack + i] != kUntouched) return false;
@@ -91,13 +92,13 @@ class Fiber {
     return true;
   }
 
-  // `program` is the fiber of the program's own stack.
+  // `program` is the fiber of the program's original stack.
   static void entered([[maybe_unused]] Fiber& program) {
 #if defined(__SANITIZE_ADDRESS__)
     const void* bottom;
     std::size_t bytes;
     __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-    // The first switch comes from that stack, and only here are its bounds known.
+    // The first switch comes from that stack, whose bounds become known only here.
     if (!program.bytes_) {
       program.memory_ = static_cast<char*>(const_cast<void*>(bottom));
       program.bytes_ = bytes;
@@ -105,13 +106,13 @@ class Fiber {
 #endif
   }
 
-  // Returns when something switches back to `from`; never where it leaves for good.
+  // Returns when a fiber switches back to `from`; never with for_good.
   __attribute__((noinline, no_sanitize("thread", "address"))) static void change(
       Fiber& from, Fiber& to, [[maybe_unused]] bool for_good = false) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack_, to.memory_, to.bytes_);
 #elif defined(__SANITIZE_THREAD__)
-    // Which fiber runs next is no order between them.
+    // A switch does not order the two fibers.
     __tsan_switch_to_fiber(to.tsan_, __tsan_switch_to_fiber_no_sync);
 #endif
     asm volatile("" ::: "memory");
@@ -123,7 +124,7 @@ class Fiber {
   }
 
  private:
-  // A stack that grows into the guard was too large; into the slack below it, it does no harm.
+  // An overflow changes the guard; the slack below keeps it from doing harm.
   static constexpr std::size_t kSlack = 4096, kGuard = 64;
   static constexpr char kUntouched = 0x5a;
   Stack stack_;

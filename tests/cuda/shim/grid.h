@@ -1,4 +1,4 @@
-// A launch: clusters one after another, their threads as fibers, to the end or to the first fault.
+// A launch: runs clusters one after another, with threads as fibers, up to the first fault.
 #pragma once
 
 #include <algorithm>
@@ -40,9 +40,9 @@ namespace crossvit::testing {
 constexpr std::size_t kStackBytes = 128 << 10;
 constexpr int kMostThreads = 1024, kMostShared = 227 << 10, kMostBlocksInCluster = 8;
 
-// ThreadSanitizer takes what one fiber does as ordered, so clusters that run one after another must
-// not be on the same fibers if a race between them is to be seen. Fibers are dear; an odd number of
-// sets is best, as grids are often even.
+// ThreadSanitizer regards the accesses of one fiber as ordered, so successive clusters must run on
+// different fibers for a race between them to be seen. Fibers are expensive; an odd number of sets
+// is best, as grids are often even.
 inline int fiber_sets([[maybe_unused]] int threads) {
 #if defined(__SANITIZE_THREAD__)
   return threads <= 128 ? 3 : 2;
@@ -61,8 +61,9 @@ using SharedMemory = std::unique_ptr<char, SharedMemoryDeleter>;
 
 inline uint64_t launch_token, finish_token;
 
-// Another block may reach into this one's shared memory only while it runs: both ends are writes,
-// which a careless access races with, reads NaN from or has its own write lost in.
+// Another block may access this one's shared memory only while this one runs. Both its start and
+// its exit write all of that memory: an access at the wrong time races with them, reads NaN or is
+// lost.
 inline void start_block(Block& block) {
   if (block.started) return acquire(&block.start_token);
   std::memset(block.shared, kNotWritten, block.shared_bytes);
@@ -83,10 +84,10 @@ inline void finish_block(Block& block) {
 inline void finish_thread(Thread& self) {
   if (!self.copies.empty()) fault("exits with cp.async copies it has not waited for");
   Block& block = *self.block;
-  leave(*self.warp, self.lane);
-  block.barrier.leave(false);
+  exit_lane(*self.warp, self.lane);
+  block.barrier.drop_member(false);
   Barrier& whole = cluster->barrier;
-  whole.leave(self.cluster_arrived && self.cluster_phase == whole.phase);
+  whole.drop_member(self.cluster_arrived && self.cluster_phase == whole.phase);
   release(&block.exit_token);
   {
     Unwatched unwatched;
@@ -191,7 +192,7 @@ inline void run_cluster(const Shape& shape, int64_t number, int64_t position) {
   const auto first_fiber = static_cast<std::size_t>(position % fiber_sets(threads) * threads);
   for (int rank = 0; rank < shape.cluster; ++rank) {
     add_block(running, shape, number * shape.cluster + rank, first_fiber);
-    // Of exactly the bytes asked for, so that AddressSanitizer sees the first one past them.
+    // Of exactly the requested size, so that AddressSanitizer detects the first byte past it.
     memories.emplace_back(
         static_cast<char*>(::operator new(shape.shared_bytes, std::align_val_t(128))));
     running.blocks.back().shared = memories.back().get();
@@ -213,7 +214,7 @@ inline cudaError_t run_grid(const Shape& shape, const std::function<void()>& bod
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (const cudaError_t error = check(shape)) return error;
   Fiber program;
-  std::vector<int64_t> order;  // where it is random
+  std::vector<int64_t> order;  // if random
   {
     Unwatched unwatched;
     launcher = &program;

@@ -7,8 +7,8 @@
 
 namespace crossvit::testing {
 
-inline void require_whole_warp(const Meeting& meeting, const char* name) {
-  if (meeting.arrived != kAllLanes) fault(std::string(name) + " needs all 32 lanes");
+inline void require_whole_warp(const WarpSync& sync, const char* name) {
+  if (sync.arrived != kAllLanes) fault(std::string(name) + " needs all 32 lanes");
 }
 
 struct MatrixLoad {
@@ -16,17 +16,17 @@ struct MatrixLoad {
   uint32_t* registers;
 };
 
-// 8x8 matrices of 16-bit elements; lanes 8j to 8j + 7 name the rows of matrix j. Lane 4g + t gets
-// elements 2t and 2t + 1 of row g, or, transposed, of column g.
+// Loads 8x8 matrices of 16-bit elements. Lanes 8j to 8j + 7 hold the addresses of matrix j's rows;
+// lane 4g + t gets elements 2t and 2t + 1 of row g or, transposed, of column g.
 template <int kCount, bool kTransposed>
 struct LoadMatrices {
   static constexpr const char* kName = "ldmatrix";
-  static void run(Meeting& meeting) {
-    require_whole_warp(meeting, kName);
+  static void run(WarpSync& sync) {
+    require_whole_warp(sync, kName);
     const void* rows[8 * kCount];
     {
       Unwatched unwatched;
-      for (int row = 0; row < 8 * kCount; ++row) rows[row] = meeting.argument<MatrixLoad>(row).row;
+      for (int row = 0; row < 8 * kCount; ++row) rows[row] = sync.argument<MatrixLoad>(row).row;
     }
     uint16_t matrices[kCount][8][8];
     for (int row = 0; row < 8 * kCount; ++row) {
@@ -35,7 +35,7 @@ struct LoadMatrices {
     Unwatched unwatched;
     for (int lane = 0; lane < kWarp; ++lane) {
       const int g = lane / 4, t = 2 * (lane % 4);
-      uint32_t* registers = meeting.argument<MatrixLoad>(lane).registers;
+      uint32_t* registers = sync.argument<MatrixLoad>(lane).registers;
       for (int j = 0; j < kCount; ++j) {
         const auto& m = matrices[j];
         const uint32_t low = kTransposed ? m[t][g] : m[g][t];
@@ -51,8 +51,8 @@ void load_matrices(uint32_t (&registers)[kCount], const void* row) {
   if (current->lane < 8 * kCount && reinterpret_cast<uintptr_t>(row) % 16) {
     fault("misaligned ldmatrix address");
   }
-  MatrixLoad mine{row, registers};
-  meet<LoadMatrices<kCount, kTransposed>>(kAllLanes, mine);
+  MatrixLoad load{row, registers};
+  sync_lanes<LoadMatrices<kCount, kTransposed>>(kAllLanes, load);
 }
 
 inline void load_matrix_x4(uint32_t (&r)[4], const void* row) { load_matrices<4, false>(r, row); }
@@ -86,16 +86,16 @@ struct Row {
 };
 
 // c += a b, where lane 4g + t holds c's rows g and g + 8, columns 2t and 2t + 1. The hardware's
-// order of summation is not known; this one ascends. Two rows at a time hide the additions'
-// latency.
+// order of summation is unknown; this one ascends. Two rows at a time hide the latency of
+// additions.
 template <int kDepth>
-void multiply(Meeting& meeting, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+void multiply(WarpSync& sync, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
   Row rows[kDepth];
   std::memcpy(rows, b, sizeof rows);
   for (int g = 0; g < 8; ++g) {
     float sums[2][8];
     for (int t = 0; t < 4; ++t) {
-      const float* c = meeting.argument<Fragments>(4 * g + t).c;
+      const float* c = sync.argument<Fragments>(4 * g + t).c;
       std::memcpy(&sums[0][2 * t], c, 2 * sizeof *c);
       std::memcpy(&sums[1][2 * t], c + 2, 2 * sizeof *c);
     }
@@ -107,7 +107,7 @@ void multiply(Meeting& meeting, const float (&a)[16][kDepth], const float (&b)[k
     std::memcpy(sums[0], &upper, sizeof upper);
     std::memcpy(sums[1], &lower, sizeof lower);
     for (int t = 0; t < 4; ++t) {
-      float* c = meeting.argument<Fragments>(4 * g + t).c;
+      float* c = sync.argument<Fragments>(4 * g + t).c;
       std::memcpy(c, &sums[0][2 * t], 2 * sizeof *c);
       std::memcpy(c + 2, &sums[1][2 * t], 2 * sizeof *c);
     }
@@ -119,25 +119,25 @@ void multiply(Meeting& meeting, const float (&a)[16][kDepth], const float (&b)[k
 template <class T>
 struct Multiply16 {
   static constexpr const char* kName = "mma";
-  static void run(Meeting& meeting) {
-    require_whole_warp(meeting, kName);
+  static void run(WarpSync& sync) {
+    require_whole_warp(sync, kName);
     Unwatched unwatched;
     float a[16][16];
     float b[16][8];
     for (int lane = 0; lane < kWarp; ++lane) {
-      const auto& mine = meeting.argument<Fragments>(lane);
+      const auto& fragments = sync.argument<Fragments>(lane);
       const int g = lane / 4, t = 2 * (lane % 4);
       for (int i = 0; i < 4; ++i) {
         float* to = &a[g + 8 * (i & 1)][t + 8 * (i >> 1)];
-        to[0] = to_float<T>(static_cast<uint16_t>(mine.a[i]));
-        to[1] = to_float<T>(static_cast<uint16_t>(mine.a[i] >> 16));
+        to[0] = to_float<T>(static_cast<uint16_t>(fragments.a[i]));
+        to[1] = to_float<T>(static_cast<uint16_t>(fragments.a[i] >> 16));
       }
       for (int i = 0; i < 2; ++i) {
-        b[t + 8 * i][g] = to_float<T>(static_cast<uint16_t>(mine.b[i]));
-        b[t + 8 * i + 1][g] = to_float<T>(static_cast<uint16_t>(mine.b[i] >> 16));
+        b[t + 8 * i][g] = to_float<T>(static_cast<uint16_t>(fragments.b[i]));
+        b[t + 8 * i + 1][g] = to_float<T>(static_cast<uint16_t>(fragments.b[i] >> 16));
       }
     }
-    multiply(meeting, a, b);
+    multiply(sync, a, b);
   }
 };
 
@@ -146,31 +146,31 @@ struct Multiply16 {
 struct Multiply8 {
   static constexpr const char* kName = "mma";
   static float truncated(uint32_t bits) { return bits_as<float>(bits & 0xffffe000); }
-  static void run(Meeting& meeting) {
-    require_whole_warp(meeting, kName);
+  static void run(WarpSync& sync) {
+    require_whole_warp(sync, kName);
     Unwatched unwatched;
     float a[16][8];
     float b[8][8];
     for (int lane = 0; lane < kWarp; ++lane) {
-      const auto& mine = meeting.argument<Fragments>(lane);
+      const auto& fragments = sync.argument<Fragments>(lane);
       const int g = lane / 4, t = lane % 4;
-      for (int i = 0; i < 4; ++i) a[g + 8 * (i & 1)][t + 4 * (i >> 1)] = truncated(mine.a[i]);
-      for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = truncated(mine.b[i]);
+      for (int i = 0; i < 4; ++i) a[g + 8 * (i & 1)][t + 4 * (i >> 1)] = truncated(fragments.a[i]);
+      for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = truncated(fragments.b[i]);
     }
-    multiply(meeting, a, b);
+    multiply(sync, a, b);
   }
 };
 
 template <class T>
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-  Fragments mine{c, a, b};
-  meet<Multiply16<T>>(kAllLanes, mine);
+  Fragments fragments{c, a, b};
+  sync_lanes<Multiply16<T>>(kAllLanes, fragments);
 }
 
 inline void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  Fragments mine{c, a, b};
-  meet<Multiply8>(kAllLanes, mine);
+  Fragments fragments{c, a, b};
+  sync_lanes<Multiply8>(kAllLanes, fragments);
 }
 
 }  // namespace crossvit::testing

@@ -1,5 +1,5 @@
-// The module that tests load: every function that starts CUDA kernels, run on the CPU.
+// The module that tests load: every function that launches CUDA kernels, run on the CPU.
 
-#include "bindings/cuda.h"
+#include "bindings/arguments.h"
 
 PYBIND11_MODULE(MODULE_NAME, m) { crossvit::bindings::define_cuda(m); }

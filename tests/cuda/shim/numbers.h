@@ -53,12 +53,12 @@ inline float float_of_bfloat16(uint16_t bits) { return bits_as<float>(uint32_t(b
 // To the nearest, ties to even.
 inline uint16_t bfloat16_of_float(float value) {
   const uint32_t bits = bits_as<uint32_t>(value);
-  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // the one NaN CUDA gives
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // CUDA's only NaN
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 inline float float_of_half(uint16_t bits) {
-  // The multiplication moves the exponent's bias, and is exact for subnormal numbers too.
+  // The multiplication rebiases the exponent, exactly for subnormal numbers too.
   const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13;
   uint32_t value = bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
   if (magnitude >= 0x0f800000) value = magnitude | 0x7f800000;  // infinity, NaN
@@ -116,7 +116,7 @@ inline float __high2float(__nv_bfloat162 v) { return __bfloat162float(v.y); }
 inline float __low2float(__half2 v) { return __half2float(v.x); }
 inline float __high2float(__half2 v) { return __half2float(v.y); }
 
-// The approximate functions are exact here: tests need tolerances that hold on a GPU.
+// The approximate functions are exact here, so tests need tolerances that hold on a GPU.
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
@@ -128,8 +128,8 @@ inline float __uint_as_float(unsigned v) { return crossvit::testing::bits_as<flo
 inline int __float_as_int(float v) { return crossvit::testing::bits_as<int>(v); }
 inline float __int_as_float(int v) { return crossvit::testing::bits_as<float>(v); }
 
-// Four of the eight bytes of y:x, chosen by the lower three bits of the selector's nibbles; the
-// fourth bit spreads the chosen byte's sign.
+// Selects four of the eight bytes of y:x by the lower three bits of the selector's nibbles; the
+// fourth bit replicates the selected byte's sign.
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = uint64_t(y) << 32 | x;
   unsigned result = 0;

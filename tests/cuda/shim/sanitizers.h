@@ -1,4 +1,4 @@
-// What ThreadSanitizer and AddressSanitizer are told; nothing in a plain build.
+// Annotations for ThreadSanitizer and AddressSanitizer, empty in a plain build.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 #include <sanitizer/common_interface_defs.h>
 #elif defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
-// Exported by the library, declared in no header of it.
+// Exported by the library, but not declared in its headers.
 extern "C" {
 void AnnotateIgnoreReadsBegin(const char* file, int line);
 void AnnotateIgnoreReadsEnd(const char* file, int line);
@@ -21,8 +21,8 @@ void __tsan_write_range(void* address, std::size_t bytes);
 
 namespace crossvit::testing {
 
-// While one lives, ThreadSanitizer ignores the thread's accesses. Every write to the shim's own
-// state stands under one: that state is no memory of the kernel's.
+// Makes ThreadSanitizer ignore the thread's accesses. It must cover every write to the shim's own
+// state, which is not memory of the kernel.
 class Unwatched {
  public:
 #if defined(__SANITIZE_THREAD__)
@@ -42,8 +42,8 @@ class Unwatched {
   Unwatched& operator=(const Unwatched&) = delete;
 };
 
-// What a thread did before release(token) is ordered before what follows acquire(token): the only
-// order ThreadSanitizer hears of.
+// Accesses before release(token) are ordered before those after acquire(token): the only order that
+// ThreadSanitizer knows of.
 inline void release([[maybe_unused]] void* token) {
 #if defined(__SANITIZE_THREAD__)
   __tsan_release(token);
@@ -56,15 +56,15 @@ inline void acquire([[maybe_unused]] void* token) {
 #endif
 }
 
-// An asynchronous copy may touch its memory at any time from its issue on: it is announced when it
-// is issued, and made when it is waited for.
+// An asynchronous copy may access its memory at any time once issued: the access is announced at
+// the issue, and made at the wait.
 inline void announce_copy([[maybe_unused]] void* to, [[maybe_unused]] std::size_t bytes,
                           [[maybe_unused]] const void* from, [[maybe_unused]] std::size_t read) {
 #if defined(__SANITIZE_THREAD__)
   __tsan_write_range(to, bytes);
   if (read) __tsan_read_range(const_cast<void*>(from), read);
 #elif defined(__SANITIZE_ADDRESS__)
-  // Touching the first bad byte makes the report name the line that issued the copy.
+  // An access to the first bad byte here makes the report name the line that issued the copy.
   void* bad = __asan_region_is_poisoned(to, bytes);
   if (!bad && read) bad = __asan_region_is_poisoned(const_cast<void*>(from), read);
   if (bad) (void)*static_cast<volatile char*>(bad);

@@ -1,4 +1,4 @@
-// Who runs next, and what happens when nobody can.
+// Which thread runs next, and what happens when none can.
 #pragma once
 
 #include <stdexcept>
@@ -25,14 +25,14 @@ inline void wake(Thread& thread) {
   cluster->ready.push_back(&thread);
 }
 
-// In reverse, as the last to become ready is the first to run.
+// Appends in reverse, as the last to become ready runs first.
 inline void wake_all(std::vector<Thread*>& waiting) {
   Unwatched unwatched;
   cluster->ready.insert(cluster->ready.end(), waiting.rbegin(), waiting.rend());
   waiting.clear();
 }
 
-// A thread that waits for bulk copies nothing else can bring about any more.
+// A thread that waits for bulk copies, for when no other thread can run.
 inline Thread* waiter_of_a_copy() {
   std::vector<MemoryBarrier*> waited_for;
   for (Block& block : cluster->blocks) {
@@ -75,7 +75,7 @@ inline std::string describe_deadlock() {
   return text;
 }
 
-// None when all threads are done. After a fault every thread runs once more, to unwind.
+// Null when all threads are done. After a fault each thread runs once more, to unwind.
 inline Thread* next_thread() {
   std::vector<Thread*>& ready = cluster->ready;
   if (!cluster->failed && !ready.empty()) {
@@ -136,7 +136,7 @@ inline void Barrier::wait(unsigned arrived_in, const char* name, int line) {
   acquire(&tokens[arrived_in & 1]);
 }
 
-inline void Barrier::leave(bool arrived_in_this_phase) {
+inline void Barrier::drop_member(bool arrived_in_this_phase) {
   Unwatched unwatched;
   --members;
   if (arrived_in_this_phase) --arrived;

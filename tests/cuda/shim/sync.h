@@ -9,62 +9,62 @@ namespace crossvit::testing {
 
 constexpr unsigned kAllLanes = ~0u;
 
-// Does the operation for all lanes that have come, and lets them go on.
-inline void complete(Meeting& meeting, const Warp& warp) {
-  void* token = meeting.token();
+// Performs the operation for all lanes that have arrived, and wakes them.
+inline void complete(WarpSync& sync, const Warp& warp) {
+  void* token = sync.token();
   acquire(token);
-  meeting.operation(meeting);
+  sync.operation(sync);
   release(token);
   Unwatched unwatched;
   for (int lane = kWarp; lane-- > 0;) {
-    if (meeting.has(lane) && warp.threads[lane] != current) wake(*warp.threads[lane]);
+    if (sync.has(lane) && warp.threads[lane] != current) wake(*warp.threads[lane]);
   }
-  meeting.arrived = 0;
-  ++meeting.phase;
+  sync.arrived = 0;
+  ++sync.phase;
 }
 
 struct WarpBarrier {
   static constexpr const char* kName = "__syncwarp";
-  static void run(Meeting&) {}
+  static void run(WarpSync&) {}
 };
 
-// The last lane to come does Operation::run for all of them, straight from and to the arguments on
-// the lanes' stacks: a warp operation costs each lane one switch. All of them wait for each other,
-// but CUDA promises an order of their other accesses for the barrier alone.
+// The last lane to arrive performs Operation::run for all, directly on the arguments on the lanes'
+// stacks: a warp operation costs each lane one switch. Lanes wait for each other in every
+// operation, but only the barrier orders their other accesses in CUDA.
 template <class Operation, class Argument>
-void meet(unsigned mask, Argument& argument) {
+void sync_lanes(unsigned mask, Argument& argument) {
   constexpr bool kOrders = std::is_same_v<Operation, WarpBarrier>;
   const Thread& self = *current;
   Warp& warp = *self.warp;
   if (!(mask >> self.lane & 1)) fault(std::string(Operation::kName) + " by a lane not in its mask");
-  Meeting& meeting = warp.meeting(mask);
-  if (meeting.arrived && meeting.operation != &Operation::run) {
-    fault(std::string(Operation::kName) + " meets another warp operation");
+  WarpSync& sync = warp.sync_of(mask);
+  if (sync.arrived && sync.operation != &Operation::run) {
+    fault(std::string(Operation::kName) + " syncs with another warp operation");
   }
-  void* token = meeting.token();
+  void* token = sync.token();
   if (kOrders) release(token);
   {
     Unwatched unwatched;
-    meeting.operation = &Operation::run;
-    meeting.arguments[self.lane] = &argument;
-    meeting.arrived |= 1u << self.lane;
+    sync.operation = &Operation::run;
+    sync.arguments[self.lane] = &argument;
+    sync.arrived |= 1u << self.lane;
   }
-  if (meeting.arrived == (mask & warp.live)) {
-    complete(meeting, warp);
+  if (sync.arrived == (mask & warp.live)) {
+    complete(sync, warp);
   } else {
     suspend(Operation::kName);
     if (kOrders) acquire(token);
   }
 }
 
-// A lane exits: the others need not wait for it.
-inline void leave(Warp& warp, int lane) {
+// The other lanes do not wait for one that exits.
+inline void exit_lane(Warp& warp, int lane) {
   {
     Unwatched unwatched;
     warp.live &= ~(1u << lane);
   }
-  for (Meeting& meeting : warp.meetings) {
-    if (meeting.arrived && meeting.arrived == (meeting.mask & warp.live)) complete(meeting, warp);
+  for (WarpSync& sync : warp.syncs) {
+    if (sync.arrived && sync.arrived == (sync.mask & warp.live)) complete(sync, warp);
   }
 }
 
@@ -72,14 +72,14 @@ struct Vote {
   static constexpr const char* kName = "a warp vote";
   bool predicate;
   unsigned lanes = 0;
-  static void run(Meeting& meeting) {
+  static void run(WarpSync& sync) {
     Unwatched unwatched;
     unsigned lanes = 0;
     for (int lane = 0; lane < kWarp; ++lane) {
-      if (meeting.has(lane)) lanes |= unsigned(meeting.argument<Vote>(lane).predicate) << lane;
+      if (sync.has(lane)) lanes |= unsigned(sync.argument<Vote>(lane).predicate) << lane;
     }
     for (int lane = 0; lane < kWarp; ++lane) {
-      if (meeting.has(lane)) meeting.argument<Vote>(lane).lanes = lanes;
+      if (sync.has(lane)) sync.argument<Vote>(lane).lanes = lanes;
     }
   }
 };
@@ -87,34 +87,34 @@ struct Vote {
 template <class T>
 struct Shuffle {
   static constexpr const char* kName = "a warp shuffle";
-  T given;
+  T value;
   int source;
-  T taken{};
-  static void run(Meeting& meeting) {
+  T result{};
+  static void run(WarpSync& sync) {
     Unwatched unwatched;
     for (int lane = 0; lane < kWarp; ++lane) {
-      if (!meeting.has(lane)) continue;
-      auto& mine = meeting.argument<Shuffle>(lane);
-      if (!meeting.has(mine.source)) {
-        fault("a warp shuffle reads lane " + std::to_string(mine.source) +
+      if (!sync.has(lane)) continue;
+      auto& self = sync.argument<Shuffle>(lane);
+      if (!sync.has(self.source)) {
+        fault("a warp shuffle reads lane " + std::to_string(self.source) +
               ", which takes no part in it");
       }
-      mine.taken = meeting.argument<Shuffle>(mine.source).given;
+      self.result = sync.argument<Shuffle>(self.source).value;
     }
   }
 };
 
 template <class T>
 T shuffle(unsigned mask, T value, int source) {
-  Shuffle<T> mine{value, source};
-  meet<Shuffle<T>>(mask, mine);
-  return mine.taken;
+  Shuffle<T> argument{value, source};
+  sync_lanes<Shuffle<T>>(mask, argument);
+  return argument.result;
 }
 
 inline unsigned vote(unsigned mask, bool predicate) {
-  Vote mine{predicate};
-  meet<Vote>(mask, mine);
-  return mine.lanes;
+  Vote argument{predicate};
+  sync_lanes<Vote>(mask, argument);
+  return argument.lanes;
 }
 
 inline int first_of_segment(int width) { return current->lane & ~(width - 1); }
@@ -141,7 +141,7 @@ inline int cluster_size() { return static_cast<int>(cluster->blocks.size()); }
 
 inline void cluster_sync(int line = __builtin_LINE());
 
-// Of some of the block's warps.
+// A barrier of some of the block's warps.
 inline void barrier_of_warps(int id, int threads, int line = __builtin_LINE()) {
   if (id < 1 || id > 15 || threads % kWarp) fault("no such barrier of warps");
   Barrier& barrier = current->block->warp_barriers[id];
@@ -149,31 +149,31 @@ inline void barrier_of_warps(int id, int threads, int line = __builtin_LINE()) {
     Unwatched unwatched;
     if (barrier.arrived == 0) barrier.members = threads;
   }
-  if (barrier.members != threads) fault("warps meet at one barrier with different counts");
+  if (barrier.members != threads) fault("warps sync at one barrier with different counts");
   barrier.wait(barrier.arrive(), "a barrier of warps", line);
 }
 
 inline char* dynamic_shared() { return current->block->shared; }
 
-// Where `shared`, of the calling block, lies in another block of the cluster.
+// The address in another block of the cluster that corresponds to `shared` in the calling block.
 template <class T>
 T* in_rank(T* shared, int rank) {
-  const Block& own = *current->block;
+  const Block& block = *current->block;
   const char* address = reinterpret_cast<const char*>(shared);
   if (rank < 0 || rank >= cluster_size()) {
     fault("rank " + std::to_string(rank) + " of a cluster of " + std::to_string(cluster_size()));
   }
-  if (address < own.shared || address >= own.shared + own.shared_bytes) {
+  if (address < block.shared || address >= block.shared + block.shared_bytes) {
     fault("in_rank of an address outside the block's shared memory");
   }
   const Block& other = cluster->blocks[rank];
   if (other.started && other.live == 0) {
     fault("shared memory of block " + text_of(other.index) + ", which has exited");
   }
-  return reinterpret_cast<T*>(other.shared + (address - own.shared));
+  return reinterpret_cast<T*>(other.shared + (address - block.shared));
 }
 
-// Relaxed, as on the device; with a fence before it and one after it, atomics carry order.
+// Relaxed, as on the device: atomics order other accesses only with a fence before and after.
 template <class T>
 T atomic_add(T* address, T value) {
   if (current->fenced) release(address);
@@ -213,7 +213,7 @@ inline void crossvit::testing::cluster_sync(int line) {
 
 inline void __syncwarp(unsigned mask = crossvit::testing::kAllLanes) {
   crossvit::testing::WarpBarrier nothing;
-  crossvit::testing::meet<crossvit::testing::WarpBarrier>(mask, nothing);
+  crossvit::testing::sync_lanes<crossvit::testing::WarpBarrier>(mask, nothing);
 }
 
 template <class T>
@@ -223,23 +223,23 @@ T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
-  const int own = crossvit::testing::current->lane;
+  const int lane = crossvit::testing::current->lane;
   const int end = crossvit::testing::first_of_segment(width) + width;
-  return crossvit::testing::shuffle(mask, value, (own ^ bits) < end ? own ^ bits : own);
+  return crossvit::testing::shuffle(mask, value, (lane ^ bits) < end ? lane ^ bits : lane);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  const int own = crossvit::testing::current->lane;
+  const int lane = crossvit::testing::current->lane;
   const int end = crossvit::testing::first_of_segment(width) + width;
-  const int source = own + static_cast<int>(delta);
-  return crossvit::testing::shuffle(mask, value, source < end ? source : own);
+  const int source = lane + static_cast<int>(delta);
+  return crossvit::testing::shuffle(mask, value, source < end ? source : lane);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  const int own = crossvit::testing::current->lane;
-  const int source = own - static_cast<int>(delta);
+  const int lane = crossvit::testing::current->lane;
+  const int source = lane - static_cast<int>(delta);
   const int first = crossvit::testing::first_of_segment(width);
-  return crossvit::testing::shuffle(mask, value, source >= first ? source : own);
+  return crossvit::testing::shuffle(mask, value, source >= first ? source : lane);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {

@@ -1,0 +1,219 @@
+#pragma once
+
+#include "attention_core/cuda/scores.h"
+
+// Sums over an image's tokens: of a warp, of a block, and of blocks that share the image.
+//
+// A tile's contribution is formed on its own and then added. A block that has all tiles adds in
+// registers; blocks that share an image store partials per tile in memory and add them in the same
+// order, so that a result's bits do not depend on the number of blocks.
+
+namespace crossvit::attention_core {
+
+// Softmax over some of a row's tokens. Peaks are to the base 2.
+struct SoftmaxState {
+  float peak = -INFINITY;  // where nothing is attended to
+  float total = 0;
+};
+
+// A peak that exponents can be taken relative to.
+__device__ inline float finite_or_zero(float peak) { return peak == -INFINITY ? 0.0f : peak; }
+
+// Factors of the sums formed with two states when the states are joined.
+struct Scales {
+  float old, added;
+
+  __device__ float join(float sum, float other) const { return fmaf(other, added, sum * old); }
+};
+
+__device__ inline Scales join(SoftmaxState& state, const SoftmaxState& other) {
+  const float peak = fmaxf(state.peak, other.peak);
+  const float finite = finite_or_zero(peak);
+  const Scales scales = {exp2f(state.peak - finite), exp2f(other.peak - finite)};
+  state.total = scales.join(state.total, other.total);
+  state.peak = peak;
+  return scales;
+}
+
+// A warp's sums over its tokens, for each unit's channels [g, g + 8] and a row group's rows
+// [2 t, 2 t + 1].
+template <class P>
+struct WarpSums {
+  float sums[P::kUnits][P::kRowGroups][4];
+  float mean[P::kRowGroups];  // of row g: what the tokens' means add to every channel
+
+  __device__ void clear() {
+#pragma unroll
+    for (int group = 0; group < P::kRowGroups; ++group) {
+      mean[group] = 0;
+#pragma unroll
+      for (int unit = 0; unit < P::kUnits; ++unit) {
+        for (int i = 0; i < 4; ++i) sums[unit][group][i] = 0;
+      }
+    }
+  }
+
+  // Stores to [kRows, pitch]; with kFinal, less the means.
+  template <bool kFinal>
+  __device__ void store(float* rows, int pitch, Slice slice) const {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+    for (int group = 0; group < P::kRowGroups; ++group) {
+      float means[2] = {0, 0};
+      if constexpr (kFinal) {
+        for (int i = 0; i < 2; ++i) means[i] = __shfl_sync(~0u, mean[group], 8 * t + 4 * i);
+      }
+      float* to = rows + (8 * group + 2 * t) * pitch + slice.first + g;
+#pragma unroll
+      for (int unit = 0; unit < P::kUnits; ++unit) {
+        if (unit >= slice.units) break;
+        for (int i = 0; i < 4; ++i) {
+          to[(i & 1) * pitch + unit * 16 + 8 * (i >> 1)] = sums[unit][group][i] - means[i & 1];
+        }
+      }
+    }
+  }
+};
+
+// Floats per row of a tile's partials, at most: sums, softmax state, the means of up to 8 warps.
+constexpr int partial_floats(int channels) { return channels + 10; }
+
+// Partials per tile of an image, or of a split of it, for the rows of one pass.
+template <class P>
+class TilePartials {
+ public:
+  __device__ static int64_t floats(int channels) {
+    return int64_t{P::kRows} * (channels + kNumbers);
+  }
+
+  // memory: floats(channels) per tile; null where no blocks share an image.
+  __device__ TilePartials(float* memory, int channels) : memory_(memory), channels_(channels) {}
+
+  __device__ explicit operator bool() const { return memory_ != nullptr; }
+
+  // Called by every warp of the tile's group, for its slice of the channels.
+  __device__ void store(int tile, const WarpSums<P>& sums, Slice slice) const {
+    sums.template store<false>(sums_of(tile), channels_, slice);
+    if (lane_index() % 4) return;
+    for (int group = 0; group < P::kRowGroups; ++group) {
+      float* numbers = numbers_of(tile, 8 * group + lane_index() / 4);
+      numbers[2 + P::group_lane(channels_)] = sums.mean[group];
+    }
+  }
+
+  // states[group] is that of row 8 group + g. Only the first warp of the group stores it.
+  __device__ void store(int tile, const SoftmaxState (&states)[P::kRowGroups]) const {
+    if (lane_index() % 4 || P::group_lane(channels_)) return;
+    for (int group = 0; group < P::kRowGroups; ++group) {
+      float* numbers = numbers_of(tile, 8 * group + lane_index() / 4);
+      numbers[0] = states[group].peak;
+      numbers[1] = states[group].total;
+    }
+  }
+
+  __device__ SoftmaxState state(int tile, int row) const {
+    const float* numbers = numbers_of(tile, row);
+    return {numbers[0], numbers[1]};
+  }
+  __device__ float sum(int tile, int row, int channel) const {
+    return sums_of(tile)[row * channels_ + channel];
+  }
+  // The means' contribution in the warp that had the channel.
+  __device__ float mean(int tile, int row, int channel) const {
+    const int group_lane = Slice::lane_of(channels_, channel, P::group_warps(channels_));
+    return numbers_of(tile, row)[2 + group_lane];
+  }
+
+ private:
+  static constexpr int kNumbers = 2 + P::kMaxGroupWarps;
+
+  __device__ float* sums_of(int tile) const { return memory_ + tile * floats(channels_); }
+  __device__ float* numbers_of(int tile, int row) const {
+    return sums_of(tile) + P::kRows * channels_ + row * kNumbers;
+  }
+
+  float* memory_;
+  int channels_;
+};
+
+// The base of the passes of one block over a range of an image's tokens. kStateFloats: per row of a
+// warp group's partials, beside its sums; kBlockBytes and kWarpBytes: the pass's own shared memory.
+template <class P, int kSets, int kStateFloats, int kBlockBytes, int kWarpBytes>
+class TokenPass {
+ public:
+  using T = typename P::Element;
+
+  // Of shared memory.
+  __host__ __device__ static int bytes(int channels, int warp_groups) {
+    return Layout::of(channels, warp_groups).end;
+  }
+
+  // [kSets, kRows, row_pitch]: u, or dm and u, to be written by the caller before run(), with zeros
+  // in unused rows.
+  __device__ T* rows() const { return rows_; }
+
+  // Starts the first copies. Neither the rows nor the extra token need be there yet.
+  __device__ void start(const Image<T>& x, const Range& range) { ring_.fill(x, range); }
+
+ protected:
+  // Shared memory, as byte offsets. Rows and rings come first; in the end the warp groups' partials
+  // overwrite them.
+  struct Layout {
+    int rings, scores, block_data, warp_data, barriers, end;
+
+    __host__ __device__ static Layout of(int channels, int warp_groups) {
+      const int warps = warp_groups * P::group_warps(channels);
+      const int partials = warp_groups * group_floats(channels) * static_cast<int>(sizeof(float));
+      Layout layout;
+      layout.rings = kSets * P::kRows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
+      layout.scores = maximum(layout.rings + warps * TileRing<P>::bytes(channels), partials);
+      layout.block_data = layout.scores + TileScores<P, kSets>::bytes(channels, warp_groups);
+      layout.warp_data = layout.block_data + kBlockBytes;
+      layout.barriers = layout.warp_data + warps * kWarpBytes;
+      layout.end = layout.barriers + warps * TileRing<P>::barrier_bytes();
+      return layout;
+    }
+  };
+
+  // memory: 16-byte aligned.
+  __device__ TokenPass(char* memory, const Layout& layout, int channels, float eps, bool normalize)
+      : rows_(reinterpret_cast<T*>(memory)),
+        channels_(channels),
+        slice_(Slice::of(channels, P::group_lane(channels), P::log2_group_warps(channels))),
+        ring_(memory + layout.rings + warp_index() * TileRing<P>::bytes(channels),
+              memory + layout.barriers + warp_index() * TileRing<P>::barrier_bytes(), channels,
+              slice_),
+        scores_(memory + layout.scores, rows_, channels, slice_, eps, normalize) {}
+
+  __device__ static Layout layout_of(int channels) {
+    return Layout::of(channels, P::warp_groups(channels));
+  }
+
+  // Of a warp group's partials: sums of its rows, then a state for each.
+  __host__ __device__ static int group_floats(int channels) {
+    return P::kRows * (P::row_pitch(channels) + kStateFloats);
+  }
+  __device__ float* group_sums(int warp_group) const {
+    return reinterpret_cast<float*>(rows_) + warp_group * group_floats(channels_);
+  }
+
+  // Calls visit(row, channel, first) for rows [0, count) and this block's share of the channels,
+  // where `first` is the share's first channel. Called by all threads.
+  template <class Visit>
+  __device__ void for_each_in_share(int count, const Range& range, Visit visit) const {
+    const int first = channels_ * range.rank / range.ranks;
+    const int width = channels_ * (range.rank + 1) / range.ranks - first;
+    for (int i = thread_index(); i < count * width; i += block_threads()) {
+      visit(i / width, first + i % width, first);
+    }
+  }
+
+  T* rows_;
+  int channels_;
+  Slice slice_;
+  TileRing<P> ring_;
+  TileScores<P, kSets> scores_;
+  WarpSums<P> sums_;
+};
+
+}  // namespace crossvit::attention_core
