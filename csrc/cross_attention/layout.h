@@ -52,7 +52,7 @@ struct VectorsOf {
             next(p.batch * p.num_heads)};
   }
 
-  // Elements of an image.
+  // Elements per image.
   static int64_t size(const Problem& p) {
     return p.cls_channels + 6 * p.channels + 2 * p.num_heads * p.channels + p.num_heads;
   }
@@ -60,7 +60,7 @@ struct VectorsOf {
 
 using Vectors = VectorsOf<float>;
 
-// Where the vector of a head and an image begins in [h, B, C].
+// The offset of a head's and an image's vector in [h, B, C].
 CROSSVIT_HOST_DEVICE inline int64_t head_offset(int64_t batch, int channels, int head,
                                                 int64_t image) {
   return (head * batch + image) * channels;
@@ -81,7 +81,7 @@ struct Gradients {
   float* back_norm_bias;    // [C]
   float* dnew_cls;          // [C_cls]: g's bias
 
-  // Of an image, in the rows of all.
+  // Those of an image, in the rows of all images.
   CROSSVIT_HOST_DEVICE static Gradients at(float* rows, int64_t image, int cls_channels,
                                            int channels) {
     Gradients g;

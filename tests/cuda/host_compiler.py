@@ -171,9 +171,9 @@ def changed(source: Path, replacements: Sequence[tuple[str, str]]) -> Path:
 def changed_tree(root: Path, replacements: Mapping[str, Sequence[tuple[str, str]]]) -> Path:
     """A folder with copies of these files of `root`, changed so."""
     texts = {}
-    for name, of_file in replacements.items():
+    for name, changes in replacements.items():
         text = (root / name).read_text()
-        for old, new in of_file:
+        for old, new in changes:
             assert text.count(old) == 1, f"{name} has {text.count(old)} times: {old}"
             text = text.replace(old, new)
         texts[name] = text

@@ -39,7 +39,7 @@ inline int64_t tile_floats(const Problem& problem, int blocks, int64_t rows) {
   return tiles * rows * partial_floats(static_cast<int>(problem.channels));
 }
 
-// Those of the index-th split, counted over all images and passes.
+// The partials of a split, whose index counts over all images and passes.
 template <class P>
 __device__ TilePartials<P> partials_of_split(float* tiles, const Problem& problem, int64_t index) {
   const int channels = static_cast<int>(problem.channels);

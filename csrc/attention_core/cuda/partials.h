@@ -143,7 +143,7 @@ class TokenPass {
  public:
   using T = typename P::Element;
 
-  // Of shared memory.
+  // The shared memory that a pass needs.
   __host__ __device__ static int bytes(int channels, int warp_groups) {
     return Layout::of(channels, warp_groups).end;
   }
@@ -189,7 +189,7 @@ class TokenPass {
     return Layout::of(channels, P::warp_groups(channels));
   }
 
-  // Of a warp group's partials: sums of its rows, then a state for each.
+  // Floats of a warp group's partials: sums of its rows, then a state for each.
   __host__ __device__ static int group_floats(int channels) {
     return P::kRows * (P::row_pitch(channels) + kStateFloats);
   }

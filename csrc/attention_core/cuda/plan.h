@@ -25,7 +25,7 @@ struct Range {
   int rank = 0, ranks = 1;
 };
 
-// What a kernel is compiled for, beside the element type.
+// The parameters that a kernel is compiled for, besides the element type.
 struct PlanShape {
   int units;                             // of 16 channels per warp, at most
   int row_groups;                        // of 8 rows of u

@@ -6,7 +6,7 @@ namespace crossvit::attention_core {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// What a lane knows of four tokens of a tile: 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+// A lane's statistics of four tokens of a tile: 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
 struct FourTokens {
   float mean[4];
   float rstd[4];

@@ -54,7 +54,7 @@ struct RowStatistics {
   float mean, rstd;
 };
 
-// Of `width` values value(c). Called by a warp.
+// Statistics of value(c) for c below `width`. Called by a warp.
 template <class Value>
 __device__ RowStatistics statistics_of_row(int width, float eps, Value value) {
   float sum = 0, squares = 0;

@@ -112,9 +112,9 @@ class Head {
     FloatVector total[2] = {};
     for (int64_t n = 0; n < tokens_; n += kPanel)
       for (int j = 0; j < 2; ++j) {
-        float* const at = scores + n * kRows + j * kLane;
-        const FloatVector p = exp2_nonpositive(load(at) - max);
-        store(at, p);
+        float* const chunk = scores + n * kRows + j * kLane;
+        const FloatVector p = exp2_nonpositive(load(chunk) - max);
+        store(chunk, p);
         total[j] += p;
       }
     const float sum_of_all = sum<float>(total[0] + total[1]);

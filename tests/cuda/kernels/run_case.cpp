@@ -119,19 +119,19 @@ bool run_core(File& file, const int64_t* numbers) {
   const auto rows_of = [&](const Array& array) -> core::Rows {
     return {array.as(), rows * channels, channels};
   };
-  const core::Mask of_mask = {mask.as<const bool>(), tokens, 1};
+  const core::Mask mask_params = {mask.as<const bool>(), tokens, 1};
   const Array m = like<float>(expected_m), lse = like<float>(expected_lse);
   const Array du = like<float>(expected_du), dx = like<bf16>(expected_dx);
   const Array dextra = like<bf16>(expected_dextra);
-  const core::Tokens of_x = tokens_of(x, extra);
+  const core::Tokens x_params = tokens_of(x, extra);
   {
     const Array workspace(core::cuda::forward_workspace(problem, blocks) * int64_t{sizeof(float)});
-    core::cuda::forward({problem, of_x, rows_of(u), of_mask, rows_of(m), lse.as()}, blocks,
+    core::cuda::forward({problem, x_params, rows_of(u), mask_params, rows_of(m), lse.as()}, blocks,
                         workspace.as<float>(), {});
   }
   const Array workspace(core::cuda::backward_workspace(problem, blocks) * int64_t{sizeof(float)});
-  core::cuda::backward({problem, of_x, rows_of(u), of_mask, rows_of(m), lse.as(), rows_of(dm),
-                        dlse.as(), rows_of(du), tokens_of(dx, dextra)},
+  core::cuda::backward({problem, x_params, rows_of(u), mask_params, rows_of(m), lse.as(),
+                        rows_of(dm), dlse.as(), rows_of(du), tokens_of(dx, dextra)},
                        blocks, workspace.as<float>(), {});
   Results results;
   results.judge<float>("m", m, expected_m);
