@@ -324,7 +324,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument
     add("--channels", type=numbers, default=[96, 128, 192, 224, 256, 384, 448, 768])
-    add("--heads", type=int, help="score rows; one for every 64 channels by default")
+    add("--heads", type=int, help="queries; one for every 64 channels by default")
     add("--kernels", type=lambda text: text.split(","), default=list(KERNELS))
     add("--dtype", choices=_DTYPES, default="bf16")
     add("--batch", type=int, default=256)

@@ -289,7 +289,7 @@ def test_tensors_without_memory() -> None:
     assert m.abs().max() == 0
 
 
-def test_no_score_row() -> None:
+def test_no_query() -> None:
     x, extra = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:

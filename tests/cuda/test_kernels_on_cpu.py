@@ -26,7 +26,7 @@ from torch import Tensor
 import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
 from crossvit_kernels.ops.cross_attention import cuda
-from crossvit_kernels.ops.cross_attention.cuda import Division
+from crossvit_kernels.ops.cross_attention.cuda import ClusterShape
 
 pytestmark = pytest.mark.slow
 
@@ -72,17 +72,17 @@ def test_core_in_any_order(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("division", "sizes"),
-    [(Division(2, 2), (5, 64, 96, 3, 40)), (Division(4, 4), (3, 32, 400, 10, 20))],
+    [(ClusterShape(2, 2), (5, 64, 96, 3, 40)), (ClusterShape(4, 4), (3, 32, 400, 10, 20))],
     ids=str,
 )
 def test_fusion_in_any_order(
     in_any_order: Callable[..., None],
-    division: Division,
+    division: ClusterShape,
     sizes: tuple[int, int, int, int, int],
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda, "division", lambda batch, chip: division)
+    monkeypatch.setattr(cuda, "cluster_shape", lambda batch, chip: division)
     batch, own, channels, heads, num_tokens = sizes
     weights = FusionWeights(*(w.to(dtype) for w in make_weights(own, channels)))
     cls, tokens = torch.randn(batch, own), torch.randn(batch, num_tokens, channels)

@@ -92,7 +92,7 @@ def test_many_tokens(gpu: Gpu) -> None:
 
 
 @pytest.mark.sanitizer
-def test_many_score_rows(gpu: Gpu) -> None:
+def test_many_queries(gpu: Gpu) -> None:
     """They take several launches, which add to dx."""
     inputs, mask = make(2, 18, 70, gpu.width(24), extra=True)
     check_rule(inputs, mask, torch.float32, 1e-6, gpu.name, gpu.device)

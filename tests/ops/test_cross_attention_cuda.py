@@ -20,24 +20,24 @@ import crossvit_kernels as ck
 from crossvit_kernels import FusionInputs, FusionWeights
 from crossvit_kernels.modules import CrossAttentionFusion
 from crossvit_kernels.ops.cross_attention import cuda
-from crossvit_kernels.ops.cross_attention.cuda import Division
+from crossvit_kernels.ops.cross_attention.cuda import ClusterShape
 from crossvit_kernels.ops.operator import OPERATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DIVISIONS = tuple(Division(*of) for of in ((1, 8), (3, 8), (4, 2), (16, 8), (2, 1)))
+DIVISIONS = tuple(ClusterShape(*of) for of in ((1, 8), (3, 8), (4, 2), (16, 8), (2, 1)))
 
 
 @pytest.fixture(params=DIVISIONS, ids=str)
-def division(request: pytest.FixtureRequest, monkeypatch) -> Division:
+def division(request: pytest.FixtureRequest, monkeypatch) -> ClusterShape:
     """Images and blocks of a cluster, whatever the batch."""
     choose(request.param, monkeypatch)
     return request.param
 
 
-def choose(division: Division, monkeypatch) -> None:
+def choose(division: ClusterShape, monkeypatch) -> None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
-        division = Division(division.images, 1)
-    monkeypatch.setattr(cuda, "division", lambda batch, chip: division)
+        division = ClusterShape(division.images, 1)
+    monkeypatch.setattr(cuda, "cluster_shape", lambda batch, chip: division)
 
 
 def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -45,13 +45,13 @@ def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rule(division: Division, dtype: torch.dtype, cuda_device: str) -> None:
+def test_rule(division: ClusterShape, dtype: torch.dtype, cuda_device: str) -> None:
     """Batches beyond a cluster's images, no biases, heads that are no power of two."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=cuda_device)
     check(128, 80, 10, 2, 33, dtype=dtype, biases=False, device=cuda_device)
 
 
-def test_frozen_tokens(division: Division, cuda_device: str) -> None:
+def test_frozen_tokens(division: ClusterShape, cuda_device: str) -> None:
     check_frozen_tokens("cuda", cuda_device)
 
 
@@ -126,7 +126,7 @@ def test_an_image_depends_on_itself_alone(
     weights = FusionWeights(*(w.to(cuda_device, dtype) for w in make_weights(48, channels)))
     cls = torch.randn(5, 48, device=cuda_device, dtype=dtype)
     tokens = torch.randn(5, 210, channels, device=cuda_device, dtype=dtype)
-    choose(Division(1, 1), monkeypatch)
+    choose(ClusterShape(1, 1), monkeypatch)
     expected = fusion(cls, tokens, weights, heads)
     poisoned = tokens.clone()
     poisoned[2, 3, 5] = torch.nan
@@ -241,9 +241,9 @@ def test_operators_are_what_they_say(cuda_device: str) -> None:
 
 
 def test_clusters_share_the_weights_where_images_fill_the_chip() -> None:
-    assert cuda.division(1, 90) == Division(1, 8)
-    assert cuda.division(64, 90) == Division(4, 8)
-    assert cuda.division(256, 90) == Division(16, 8)
-    assert cuda.division(100_000, 100) == Division(16, 8)
-    assert cuda.division(64, 80) == Division(1, 1)  # no clusters there
-    assert cuda.division(1024, 86) == Division(8, 1)
+    assert cuda.cluster_shape(1, 90) == ClusterShape(1, 8)
+    assert cuda.cluster_shape(64, 90) == ClusterShape(4, 8)
+    assert cuda.cluster_shape(256, 90) == ClusterShape(16, 8)
+    assert cuda.cluster_shape(100_000, 100) == ClusterShape(16, 8)
+    assert cuda.cluster_shape(64, 80) == ClusterShape(1, 1)  # no clusters there
+    assert cuda.cluster_shape(1024, 86) == ClusterShape(8, 1)

@@ -1,1 +1,1 @@
-"""Attention of any score rows u over tokens that are LayerNorm-ed on the fly."""
+"""Attention of any queries u over tokens that are LayerNorm-ed on the fly."""

@@ -19,9 +19,9 @@ class Shape:
     """Constants of a pass over the tokens, called S in the kernels.
 
     Attributes:
-        num_rows: R, score rows.
+        num_rows: R, queries.
         channels: C.
-        rows: Score rows of a program, padded to those of a tensor-core tile.
+        rows: queries of a program, padded to those of a tensor-core tile.
         chunk: Channels that are loaded together.
         tokens: Tokens of a step.
         part: Tokens of a program.

@@ -148,7 +148,7 @@ def backward_pass(
     found = candidates(table, x, num_rows, norm_eps is not None, part)
     shape = _shape_of(found)
     rows, parts = shape.rows, shape.parts(x.shape[1])
-    # Where score rows take several launches, these add up in float32.
+    # Where queries take several launches, these add up in float32.
     dtype = x.dtype if num_rows <= rows else torch.float32
     dx = None
     if wants_dx:

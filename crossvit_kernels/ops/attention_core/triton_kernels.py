@@ -1,4 +1,4 @@
-"""The kernels of attention_core: a grid over images, ranges of tokens and blocks of score rows."""
+"""The kernels of attention_core: a grid over images, ranges of tokens and blocks of queries."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ SIZES = (
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_core_forward(
-    u_ptr,
-    gain_ptr,
-    x_ptr,
-    extra_ptr,
-    mask_ptr,
-    m_ptr,
-    lse_ptr,
-    peak_ptr,
+    u_ptr,  # [B, R, C]
+    gain_ptr,  # [C] or None
+    x_ptr,  # [B, N, C]
+    extra_ptr,  # [B, C] or None
+    mask_ptr,  # [B, N] or None
+    m_ptr,  # [B, R, C], or of a split
+    lse_ptr,  # [B, R], or sums [B, splits, R]
+    peak_ptr,  # [B, splits, R] or None
     num_tokens,
     u_batch_stride,
     u_row_stride,
@@ -57,7 +57,7 @@ def attention_core_forward(
 ):
     """m and lse; with peak_ptr parts of them, for attention_core_merge, [B, parts, ...].
 
-    Grid: images, parts of the tokens, blocks of score rows.
+    Grid: images, parts of the tokens, blocks of queries.
     """
     R: tl.constexpr = S.num_rows
     ROWS: tl.constexpr = S.rows
@@ -97,11 +97,11 @@ def attention_core_forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_core_merge(
-    part_ptr,
-    total_ptr,
-    peak_ptr,
-    m_ptr,
-    lse_ptr,
+    part_ptr,  # [B, splits, R, C]
+    total_ptr,  # [B, splits, R]
+    peak_ptr,  # [B, splits, R]
+    m_ptr,  # [B, R, C]
+    lse_ptr,  # [B, R]
     num_parts,
     m_batch_stride,
     m_row_stride,
@@ -109,7 +109,7 @@ def attention_core_merge(
 ):
     """m and lse from their parts [B, num_parts, R, C] and [B, num_parts, R], in order.
 
-    Grid: images, chunks of channels, blocks of score rows.
+    Grid: images, chunks of channels, blocks of queries.
     """
     R: tl.constexpr = S.num_rows
     C: tl.constexpr = S.channels
@@ -151,18 +151,18 @@ def attention_core_merge(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_core_backward(
-    u_ptr,
-    dm_ptr,
-    gain_ptr,
-    m_ptr,
-    lse_ptr,
-    dlse_ptr,
-    x_ptr,
-    extra_ptr,
-    mask_ptr,
-    du_ptr,
-    dx_ptr,
-    dextra_ptr,
+    u_ptr,  # [B, R, C]
+    dm_ptr,  # [B, R, C]
+    gain_ptr,  # [C] or None
+    m_ptr,  # [B, R, C]
+    lse_ptr,  # [B, R]
+    dlse_ptr,  # [B, R] or None
+    x_ptr,  # [B, N, C]
+    extra_ptr,  # [B, C] or None
+    mask_ptr,  # [B, N] or None
+    du_ptr,  # [B, R, C], or of a split
+    dx_ptr,  # [B, N, C] or None
+    dextra_ptr,  # [B, C] or None
     num_tokens,
     row,
     u_batch_stride,

@@ -1,8 +1,8 @@
 """attention_core in Triton: one pass over the tokens each way. Symbols as in docs/derivation.md.
 
-A program takes a range of an image's tokens and a block of its score rows. Channels come in chunks
+A program takes a range of an image's tokens and a block of its queries. Channels come in chunks
 of CHUNK columns, held as tuples: widths such as 192, 224 or 448 are not padded to powers of two.
-Score rows are padded to ROWS, the rows of a tensor-core tile.
+Queries are padded to ROWS, the rows of a tensor-core tile.
 
 16-bit tokens go to the tensor cores as they lie in memory, u, dm and the weights rounded to their
 dtype; what is subtracted again (the means of tokens times sums of u, of dm or of weights) is formed
@@ -29,8 +29,15 @@ from crossvit_kernels.ops.common.triton_tiles import (
 
 
 @triton.jit
-def load_score_rows(
-    ptr, stride, gain_ptr, rows, used, index: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr
+def load_queries(
+    ptr,  # [R, C]
+    stride,
+    gain_ptr,  # [C] or None
+    rows,
+    used,
+    index: tl.constexpr,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """A chunk of u or dm in float32; in a fusion the rows of kt or dz times LayerNorm's gain."""
     value = load_tile(ptr, rows * stride, used, index * CHUNK, C, CHUNK).to(tl.float32)
@@ -40,7 +47,11 @@ def load_score_rows(
 
 
 @triton.jit
-def load_one_token(ptr, eps, S: tl.constexpr):
+def load_one_token(
+    ptr,  # [C]
+    eps,
+    S: tl.constexpr,
+):
     """xhat of a single token in chunks [1, CHUNK], and its rstd [1]."""
     C: tl.constexpr = S.channels
     CHUNK: tl.constexpr = S.chunk
@@ -62,25 +73,25 @@ def load_one_token(ptr, eps, S: tl.constexpr):
 
 @triton.jit
 def forward_pass(
-    u_ptr,
+    u_ptr,  # [R, C]
     u_row_stride,
-    gain_ptr,
-    x_ptr,
+    gain_ptr,  # [C] or None
+    x_ptr,  # [N, C]
     x_token_stride,
-    extra_ptr,
-    mask_ptr,
+    extra_ptr,  # [C] or None
+    mask_ptr,  # [N] or None
     mask_token_stride,
-    m_ptr,
+    m_ptr,  # [R, C]
     m_row_stride,
-    lse_ptr,
-    peak_ptr,
+    lse_ptr,  # [R]
+    peak_ptr,  # [R] or None
     first,
     last,
     row,
     eps,
     S: tl.constexpr,
 ):
-    """m and lse of one image over its tokens [first, last), score rows [row, row + ROWS).
+    """m and lse of one image over its tokens [first, last), queries [row, row + ROWS).
 
     extra_ptr, where there is one, is a token in front of token 0. With peak_ptr what is written is
     a part of the result: sums of unnormalised weights in place of lse, their peaks (base 2), m not
@@ -109,7 +120,7 @@ def forward_pass(
         extra, _ = load_one_token(extra_ptr, eps, S)
         score = tl.zeros((ROWS,), tl.float32)
     for i in tl.static_range(NUM):
-        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK)
+        u = load_queries(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK)
         u = u.to(dtype)
         u_sum += tl.sum(u.to(tl.float32), axis=1)
         us = us + (u,)
@@ -181,25 +192,25 @@ def forward_pass(
 
 @triton.jit
 def backward_pass(
-    u_ptr,
+    u_ptr,  # [R, C]
     u_row_stride,
-    dm_ptr,
+    dm_ptr,  # [R, C]
     dm_row_stride,
-    gain_ptr,
-    m_ptr,
+    gain_ptr,  # [C] or None
+    m_ptr,  # [R, C]
     m_row_stride,
-    lse_ptr,
-    dlse_ptr,
-    x_ptr,
+    lse_ptr,  # [R]
+    dlse_ptr,  # [R] or None
+    x_ptr,  # [N, C]
     x_token_stride,
-    extra_ptr,
-    mask_ptr,
+    extra_ptr,  # [C] or None
+    mask_ptr,  # [N] or None
     mask_token_stride,
-    du_ptr,
+    du_ptr,  # [R, C]
     du_row_stride,
-    dx_ptr,
+    dx_ptr,  # [N, C] or None
     dx_token_stride,
-    dextra_ptr,
+    dextra_ptr,  # [C] or None
     first,
     last,
     row,
@@ -210,7 +221,7 @@ def backward_pass(
     """du of one image from its tokens [first, last), and, where dx_ptr is not None, their dx.
 
     gain_ptr, where there is one, applies to both u and dm. ADD: add to dx and dextra, which hold
-    what other score rows gave.
+    what other queries gave.
     """
     R: tl.constexpr = S.num_rows
     C: tl.constexpr = S.channels
@@ -232,8 +243,8 @@ def backward_pass(
     dms = ()
     du = ()
     for i in tl.static_range(NUM):
-        u = load_score_rows(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
-        dm = load_score_rows(dm_ptr, dm_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
+        u = load_queries(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
+        dm = load_queries(dm_ptr, dm_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
         m = load_tile(m_ptr, rows * m_row_stride, used, i * CHUNK, C, CHUNK).to(tl.float32)
         u_sum += tl.sum(u.to(tl.float32), axis=1)
         dm_sum += tl.sum(dm.to(tl.float32), axis=1)
@@ -328,8 +339,8 @@ def extra_token_backward(
     delta,
     lse,
     first,
-    extra_ptr,
-    dextra_ptr,
+    extra_ptr,  # [C] or None
+    dextra_ptr,  # [C] or None
     eps,
     S: tl.constexpr,
     ADD: tl.constexpr,

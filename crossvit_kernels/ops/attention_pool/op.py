@@ -46,7 +46,7 @@ def attention_pool(
 
 
 def _keys_are_cheaper(num_queries: int, head_dim: int, device: torch.device) -> bool:
-    """Whether keys and values cost less than a score row for each query and head.
+    """Whether keys and values cost less than a query for each query and head.
 
     A row costs C multiply-adds a token, so that head_dim queries need as many as keys and values
     do. On a CPU torch's matrix products run at 2.5 times the rate of a pass over the tokens.

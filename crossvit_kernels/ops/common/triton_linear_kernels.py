@@ -23,15 +23,15 @@ from crossvit_kernels.ops.common.triton_tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def norm_linear(
-    x_ptr,
-    cls_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    mean_ptr,
-    rstd_ptr,
+    x_ptr,  # [B, N, C]
+    cls_ptr,  # [B, C] or None
+    norm_weight_ptr,  # [C]
+    norm_bias_ptr,  # [C]
+    weight_ptr,  # [inner, C]
+    bias_ptr,  # [inner] or None
+    out_ptr,  # [B, N, inner]
+    mean_ptr,  # [B, N] or None
+    rstd_ptr,  # [B, N] or None
     num_rows,
     num_tokens,
     x_batch_stride,
@@ -85,13 +85,13 @@ def norm_linear(
 
 @triton.jit(do_not_specialize=SIZES)
 def linear(
-    a_ptr,
-    weight_ptr,
-    bias_ptr,
-    x_ptr,
-    cls_ptr,
-    scale_ptr,
-    y_ptr,
+    a_ptr,  # [B, N, inner]
+    weight_ptr,  # [C, inner]
+    bias_ptr,  # [C]
+    x_ptr,  # [B, N, C] or None
+    cls_ptr,  # [B, C] or None
+    scale_ptr,  # [B] or None
+    y_ptr,  # [B, N, C]
     num_rows,
     num_tokens,
     x_batch_stride,
@@ -134,20 +134,20 @@ def linear(
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_norm_backward(
-    d_ptr,
-    weight_ptr,
-    dy_ptr,
-    scale_ptr,
-    x_ptr,
-    cls_ptr,
-    mean_ptr,
-    rstd_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    dx_ptr,
-    dcls_ptr,
-    normed_ptr,
-    shares_ptr,
+    d_ptr,  # [B, N, inner], or of C
+    weight_ptr,  # [inner, C]
+    dy_ptr,  # [B, N, C]
+    scale_ptr,  # [B] or None
+    x_ptr,  # [B, N, C]
+    cls_ptr,  # [B, C] or None
+    mean_ptr,  # [B, N]
+    rstd_ptr,  # [B, N]
+    norm_weight_ptr,  # [C]
+    norm_bias_ptr,  # [C]
+    dx_ptr,  # [B, N, C]
+    dcls_ptr,  # [B, C] or None
+    normed_ptr,  # [B, N, C]
+    shares_ptr,  # [tiles, 3, C]
     num_rows,
     num_tokens,
     x_batch_stride,
@@ -219,7 +219,7 @@ def linear_norm_backward(
         tl.store(share, tl.sum(dy * scale, axis=0), mask=c < C)
         dx = (dnormed[i] * weight - a[:, None] / C - xhat * (b[:, None] / C)) * rstd + dy
         if dcls_ptr is not None:
-            own = image.to(tl.int64) * C
-            store_tile(dcls_ptr, own, used & is_cls, dx, i * CHUNK, C, CHUNK)
+            cls_at_dx = image.to(tl.int64) * C
+            store_tile(dcls_ptr, cls_at_dx, used & is_cls, dx, i * CHUNK, C, CHUNK)
             dx = tl.where(is_cls[:, None], 0.0, dx)
         store_tile(dx_ptr, row * C, used, dx, i * CHUNK, C, CHUNK)

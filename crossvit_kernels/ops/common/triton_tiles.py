@@ -33,7 +33,14 @@ def aligned(stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, at, used, first, C: tl.constexpr, CHUNK: tl.constexpr):
+def load_tile(
+    ptr,  # [..., C]
+    at,
+    used,
+    first,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """Columns [first, first + CHUNK) of the rows that begin at offsets ``at``: [len(at), CHUNK].
 
     Zeros where a row is not used and behind column C.
@@ -46,7 +53,15 @@ def load_tile(ptr, at, used, first, C: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def store_tile(ptr, at, used, value, first, C: tl.constexpr, CHUNK: tl.constexpr):
+def store_tile(
+    ptr,  # [..., C]
+    at,
+    used,
+    value,
+    first,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """Writes what load_tile would read, in the pointer's dtype."""
     c = first + tl.arange(0, CHUNK)
     mask = used[:, None]
@@ -56,7 +71,12 @@ def store_tile(ptr, at, used, value, first, C: tl.constexpr, CHUNK: tl.constexpr
 
 
 @triton.jit
-def load_vector(ptr, first, C: tl.constexpr, CHUNK: tl.constexpr):
+def load_vector(
+    ptr,  # [C]
+    first,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """Columns [first, first + CHUNK) of a vector [C] in float32; zeros behind the last."""
     c = first + tl.arange(0, CHUNK)
     return tl.load(ptr + c, mask=c < C, other=0.0).to(tl.float32)
@@ -108,7 +128,15 @@ def offsets_of(image, token, batch_stride, token_stride, ALIGN: tl.constexpr):
 
 @triton.jit
 def load_tokens(
-    x_ptr, at, cls_ptr, cls_at, token, used, first, C: tl.constexpr, CHUNK: tl.constexpr
+    x_ptr,  # [B, N, C]
+    at,
+    cls_ptr,  # [B, C] or None
+    cls_at,
+    token,
+    used,
+    first,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Columns of tokens; those of an image's token 0 from cls, where there is one."""
     if cls_ptr is not None:
@@ -122,7 +150,17 @@ def load_tokens(
 
 @triton.jit
 def normalized_rows(
-    x_ptr, at, cls_ptr, cls_at, token, used, weight_ptr, bias_ptr, eps, dtype, L: tl.constexpr
+    x_ptr,  # [B, N, C]
+    at,
+    cls_ptr,  # [B, C] or None
+    cls_at,
+    token,
+    used,
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    eps,
+    dtype,
+    L: tl.constexpr,
 ):
     """LN(x) of a tile in chunks of dtype, and its rows' mean and 1 / standard deviation."""
     C: tl.constexpr = L.channels
@@ -146,7 +184,11 @@ def normalized_rows(
 
 
 @triton.jit
-def load_residual_scale(scale_ptr, image, used):
+def load_residual_scale(
+    scale_ptr,  # [B] or None
+    image,
+    used,
+):
     """r of each row's image; 1 without a pointer."""
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + image, mask=used, other=0.0).to(tl.float32)

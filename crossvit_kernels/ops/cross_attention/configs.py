@@ -21,7 +21,7 @@ class FusionShape:
     """Constants of the CLS path, called F in the kernels.
 
     Attributes:
-        own: C_own.
+        cls_dim: C_own.
         channels: C.
         heads: h.
         images: Images of a program, at most the 16 rows of a tensor-core tile.
@@ -30,7 +30,7 @@ class FusionShape:
         precision: Triton's ``input_precision`` of float32 products.
     """
 
-    own: int
+    cls_dim: int
     channels: int
     heads: int
     images: int
@@ -41,7 +41,7 @@ class FusionShape:
     def describe(self) -> str:
         """For the report of ``crossvit_kernels.inspect``."""
         sizes = f"{self.images} images, {self.block_k}x{self.block_n}"
-        return f"own {self.own} of {self.channels}, {self.heads} heads, {sizes}"
+        return f"cls {self.cls_dim} of {self.channels}, {self.heads} heads, {sizes}"
 
     @property
     def head_dim(self) -> int:
@@ -52,8 +52,8 @@ class FusionShape:
         return max(next_power_of_2(self.head_dim), 16)
 
     @property
-    def padded_own(self) -> int:
-        return max(next_power_of_2(self.own), 16)
+    def padded_cls(self) -> int:
+        return max(next_power_of_2(self.cls_dim), 16)
 
     @property
     def padded(self) -> int:
@@ -62,7 +62,7 @@ class FusionShape:
     @property
     def gradient_size(self) -> int:
         """Floats of an image's row of gradients: see layout.Gradients."""
-        return 3 * self.own + 8 * self.channels
+        return 3 * self.cls_dim + 8 * self.channels
 
 
 # One kernel or three run by the batch, on which the bits must not depend: stages alone differ.

@@ -30,7 +30,7 @@ __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Division:
+class ClusterShape:
     """How a cluster of blocks shares the work; a result's bits do not depend on it.
 
     Attributes:
@@ -44,41 +44,41 @@ class Division:
     blocks: int
 
 
-def division(batch: int, sm: int) -> Division:
+def cluster_shape(batch: int, sm: int) -> ClusterShape:
     """As many images a cluster as leave no multiprocessor idle: predicted, not measured."""
     blocks = 8 if core.has_clusters(sm) else 1
     images = 1
     while images < 16 and -(-batch // images) * blocks > core.MULTIPROCESSORS:
         images *= 2
-    return Division(images, blocks)
+    return ClusterShape(images, blocks)
 
 
 def why_not(inputs: FusionInputs) -> str | None:
     cls, tokens, weights, num_heads, _ = inputs
     if reason := core.why_not_tokens(tokens):
         return reason
-    own, channels = cls.shape[-1], tokens.shape[-1]
-    if own % 16:
-        return f"{own} channels of the CLS are no multiple of 16"
+    cls_dim, channels = cls.shape[-1], tokens.shape[-1]
+    if cls_dim % 16:
+        return f"{cls_dim} channels of the CLS are no multiple of 16"
     if channels // num_heads % 8:
         return f"{channels // num_heads} channels of a head are no multiple of 8"
     # Outside of autocast all have one dtype; in it float64 mixes with no other.
     dtype = autocast_dtype(tokens) or weights.q_weight.dtype
     if dtype != tokens.dtype:
         return f"the matrices are in {dtype}, the tokens in {tokens.dtype}"
-    if own > core.WIDEST:
-        return f"{own} channels of the CLS are more than {core.WIDEST}"
-    needed = _shared_bytes(own, channels, num_heads, tokens.dtype)
+    if cls_dim > core.WIDEST:
+        return f"{cls_dim} channels of the CLS are more than {core.WIDEST}"
+    needed = _shared_bytes(cls_dim, channels, num_heads, tokens.dtype)
     return core.why_not_shared_bytes(needed, tokens)
 
 
-def _shared_bytes(own: int, channels: int, num_heads: int, dtype: torch.dtype) -> int:
+def _shared_bytes(cls_dim: int, channels: int, num_heads: int, dtype: torch.dtype) -> int:
     """What a block needs at least: csrc/cross_attention/cuda/block.h has the layout."""
     assert extension.cuda_kernels is not None
     functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[dtype]
     of_rows = functions.cross_attention_row_bytes[code]
     of_pass = functions.cross_attention_pass_bytes[code][channels // 16 - 1]
-    operand, floats = of_rows[max(own, channels) // 16 - 1]
+    operand, floats = of_rows[max(cls_dim, channels) // 16 - 1]
     narrow, _ = of_rows[channels // 16 - 1]
     return int(operand + max(floats + narrow, of_pass[num_heads > 8]))
 
@@ -94,9 +94,9 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
         x, scale = _aligned(tokens, residual_scale)
         _alive, of_weights = _weights(w, tokens)
         cls = _readable(cls, x).contiguous()
-        split = division(batch, device.sm(x.device))
+        shape = cluster_shape(batch, device.sm(x.device))
         problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
-        states = _states(problem, split, saved.vectors)
+        states = _states(problem, shape, saved.vectors)
         at, float32 = extension.Arguments(x.device), torch.float32
         extension.cuda_kernels.functions.cross_attention_forward(
             problem=problem,
@@ -107,7 +107,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
             new_cls=at.pointer(new_cls),
             vectors=at.pointer(saved.vectors, float32),
             states=at.pointer(states, float32),
-            division=(split.images, split.blocks),
+            division=(shape.images, shape.blocks),
             place=extension.place(x),
         )
     return new_cls, saved
@@ -117,7 +117,7 @@ def backward(
     douts: Sequence[Tensor], inputs: FusionInputs, saved: Saved, eps: float, wanted: Any
 ) -> FusionInputs:
     (d_new_cls,), (cls, tokens, weights, num_heads, residual_scale) = douts, inputs
-    (batch, num_tokens, channels), own = tokens.shape, cls.shape[1]
+    (batch, num_tokens, channels), cls_dim = tokens.shape, cls.shape[1]
     dcls = torch.empty_like(_readable(cls, tokens), memory_format=torch.contiguous_format)
     dx = tokens.new_empty(tokens.shape) if wanted.tokens else None
     rows = layout.empty_gradients(inputs)
@@ -126,9 +126,9 @@ def backward(
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
         _alive, of_weights = _weights(weights, tokens)
-        split = division(batch, device.sm(x.device))
-        problem = batch, num_tokens, channels, own, num_heads, eps
-        states = _states(problem, split, rows)
+        shape = cluster_shape(batch, device.sm(x.device))
+        problem = batch, num_tokens, channels, cls_dim, num_heads, eps
+        states = _states(problem, shape, rows)
         scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)
         of_cls, d_new_cls = _readable(cls, x).contiguous(), d_new_cls.contiguous()
         at, float32 = extension.Arguments(x.device), torch.float32
@@ -147,7 +147,7 @@ def backward(
             du=at.pointer(du, float32),
             scratch=at.pointer(scratch, float32),
             states=at.pointer(states, float32),
-            division=(split.images, split.blocks),
+            division=(shape.images, shape.blocks),
             place=extension.place(x),
         )
     v, g = layout.vectors(saved, inputs), layout.gradients(rows, inputs)
@@ -156,14 +156,14 @@ def backward(
 
 
 def _states(
-    problem: tuple[int, int, int, int, int, float], split: Division, floats: Tensor
+    problem: tuple[int, int, int, int, int, float], shape: ClusterShape, floats: Tensor
 ) -> Tensor | None:
     """What blocks that share an image leave for each other, beside `floats`."""
-    if split.images >= split.blocks:
+    if shape.images >= shape.blocks:
         return None
     assert extension.cuda_kernels is not None
     functions = extension.cuda_kernels.functions
-    return floats.new_empty(functions.cross_attention_states(problem, (split.images, split.blocks)))
+    return floats.new_empty(functions.cross_attention_states(problem, (shape.images, shape.blocks)))
 
 
 def _aligned(tokens: Tensor, residual_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:

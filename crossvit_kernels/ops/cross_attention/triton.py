@@ -200,7 +200,7 @@ def _pass_between(way: str, num_tokens: int) -> dict[str, Any]:
 @functools.cache
 def _with_passes(
     passes: Candidates,
-    own: int,
+    cls_dim: int,
     channels: int,
     num_heads: int,
     images: int,
@@ -213,7 +213,7 @@ def _with_passes(
     Weight matrices are read in narrower blocks where no token pass fits. The bits of a result stay.
     """
     shapes = [
-        FusionShape(own, channels, num_heads, images, block_k, n, precision)
+        FusionShape(cls_dim, channels, num_heads, images, block_k, n, precision)
         for n in (block_n, 32)
         if n <= block_n
     ]

@@ -29,16 +29,20 @@ from crossvit_kernels.ops.cross_attention.triton_passes import (
 
 
 @triton.jit
-def gradients_of(ptr, first, F: tl.constexpr):
+def gradients_of(
+    ptr,  # [B, F.gradient_size]
+    first,
+    F: tl.constexpr,
+):
     """Pointers into the row of gradients of image `first`; ptr [B, F.gradient_size]."""
-    OWN: tl.constexpr = F.own
+    CLS_DIM: tl.constexpr = F.cls_dim
     C: tl.constexpr = F.channels
     SIZE: tl.constexpr = F.gradient_size
     ptr += first.to(tl.int64) * SIZE
-    channels = ptr + 2 * OWN
+    channels = ptr + 2 * CLS_DIM
     return Gradients(
         ptr,
-        ptr + OWN,
+        ptr + CLS_DIM,
         channels,
         channels + C,
         channels + 2 * C,
@@ -53,20 +57,20 @@ def gradients_of(ptr, first, F: tl.constexpr):
 
 @triton.jit
 def before_tokens(
-    dout_ptr,
+    dout_ptr,  # [B, C_own]
     dout_stride,
-    scale_ptr,
+    scale_ptr,  # [B] or None
     w,
     v,
     g,
-    dz_ptr,
+    dz_ptr,  # [h, B, C]
     first,
     used,
     eps,
     F: tl.constexpr,
 ):
     """From the gradient of the new cls to dz_h: dy, do, dz_h = W_v,h^T do_h."""
-    OWN: tl.constexpr = F.own
+    CLS_DIM: tl.constexpr = F.cls_dim
     C: tl.constexpr = F.channels
     D: tl.constexpr = F.head_dim
     H: tl.constexpr = F.heads
@@ -74,16 +78,16 @@ def before_tokens(
     N: tl.constexpr = F.block_n
     SIZE: tl.constexpr = F.gradient_size
     HEAD: tl.constexpr = F.padded_head
-    PADDED_OWN: tl.constexpr = F.padded_own
+    PADDED_CLS: tl.constexpr = F.padded_cls
     PADDED: tl.constexpr = F.padded
     PRECISION: tl.constexpr = F.precision
     store_rows(
         g.new_cls,
         SIZE,
         used,
-        load_rows(dout_ptr, dout_stride, used, OWN, PADDED_OWN),
-        OWN,
-        PADDED_OWN,
+        load_rows(dout_ptr, dout_stride, used, CLS_DIM, PADDED_CLS),
+        CLS_DIM,
+        PADDED_CLS,
     )
     linear(
         dout_ptr,
@@ -94,7 +98,7 @@ def before_tokens(
         g.back_norm_bias,
         SIZE,
         used,
-        OWN,
+        CLS_DIM,
         C,
         K,
         N,
@@ -136,16 +140,16 @@ def before_tokens(
 @triton.jit
 def tokens_of_image(
     image,
-    x_ptr,
+    x_ptr,  # [B, N, C]
     x_batch_stride,
     x_token_stride,
-    dx_ptr,
+    dx_ptr,  # [B, N, C] or None
     num_tokens,
     w,
     v,
     g,
-    dz_ptr,
-    du_ptr,
+    dz_ptr,  # [h, B, C]
+    du_ptr,  # [h, B, C]
     eps,
     S: tl.constexpr,
     F: tl.constexpr,
@@ -190,20 +194,20 @@ def tokens_of_image(
 
 @triton.jit
 def after_tokens(
-    cls_ptr,
+    cls_ptr,  # [B, C_own]
     cls_stride,
-    dcls_ptr,
+    dcls_ptr,  # [B, C_own]
     w,
     v,
     g,
-    dz_ptr,
-    du_ptr,
+    dz_ptr,  # [h, B, C]
+    du_ptr,  # [h, B, C]
     used,
     eps,
     F: tl.constexpr,
 ):
     """From du to dcls: dq_h = W_k,h (gamma du_h) / sqrt(d), dy0 as query, f."""
-    OWN: tl.constexpr = F.own
+    CLS_DIM: tl.constexpr = F.cls_dim
     C: tl.constexpr = F.channels
     D: tl.constexpr = F.head_dim
     H: tl.constexpr = F.heads
@@ -211,7 +215,7 @@ def after_tokens(
     N: tl.constexpr = F.block_n
     SIZE: tl.constexpr = F.gradient_size
     HEAD: tl.constexpr = F.padded_head
-    PADDED_OWN: tl.constexpr = F.padded_own
+    PADDED_CLS: tl.constexpr = F.padded_cls
     PADDED: tl.constexpr = F.padded
     PART: tl.constexpr = min(F.padded, 256)
     PRECISION: tl.constexpr = F.precision
@@ -279,13 +283,13 @@ def after_tokens(
         g.y0,
         SIZE,
         weight,
-        OWN,
+        CLS_DIM,
         None,
         g.proj_norm_bias,
         SIZE,
         used,
         C,
-        OWN,
+        CLS_DIM,
         K,
         N,
         PRECISION,
@@ -303,7 +307,7 @@ def after_tokens(
         SIZE,
         used,
         eps,
-        OWN,
-        PADDED_OWN,
+        CLS_DIM,
+        PADDED_CLS,
     )
-    store_rows(dcls_ptr, OWN, used, dcls, OWN, PADDED_OWN)
+    store_rows(dcls_ptr, CLS_DIM, used, dcls, CLS_DIM, PADDED_CLS)

@@ -20,16 +20,16 @@ SIZES = ("batch", "num_tokens", "cls_stride", "dout_stride", "x_batch_stride", "
 
 @triton.jit(do_not_specialize=SIZES)
 def fusion_backward(
-    dout_ptr,
-    cls_ptr,
-    x_ptr,
-    scale_ptr,
-    vectors_ptr,
-    dcls_ptr,
-    dx_ptr,
-    gradients_ptr,
-    dz_ptr,
-    du_ptr,
+    dout_ptr,  # [B, C_own]
+    cls_ptr,  # [B, C_own]
+    x_ptr,  # [B, N, C]
+    scale_ptr,  # [B] or None
+    vectors_ptr,  # layout.Vectors of all images
+    dcls_ptr,  # [B, C_own]
+    dx_ptr,  # [B, N, C] or None
+    gradients_ptr,  # [B, F.gradient_size]
+    dz_ptr,  # [h, B, C]
+    du_ptr,  # [h, B, C]
     w,
     batch,
     num_tokens,
@@ -45,7 +45,7 @@ def fusion_backward(
     C: tl.constexpr = S.channels
     ALIGN: tl.constexpr = S.align
     COUNT: tl.constexpr = F.images
-    OWN: tl.constexpr = F.own
+    CLS_DIM: tl.constexpr = F.cls_dim
     first, used = images_of(tl.program_id(0), batch, F)
     at = first.to(tl.int64)
     vectors = vectors_of(vectors_ptr, batch, first, F)
@@ -89,17 +89,17 @@ def fusion_backward(
     tl.debug_barrier()
     cls_stride = aligned(cls_stride, ALIGN)
     cls_ptr += at * cls_stride
-    dcls_ptr += at * OWN
+    dcls_ptr += at * CLS_DIM
     after_tokens(cls_ptr, cls_stride, dcls_ptr, w, vectors, gradients, dz_ptr, du_ptr, used, eps, F)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def fusion_backward_before(
-    dout_ptr,
-    scale_ptr,
-    vectors_ptr,
-    gradients_ptr,
-    dz_ptr,
+    dout_ptr,  # [B, C_own]
+    scale_ptr,  # [B] or None
+    vectors_ptr,  # layout.Vectors of all images
+    gradients_ptr,  # [B, F.gradient_size]
+    dz_ptr,  # [h, B, C]
     w,
     batch,
     dout_stride,
@@ -128,12 +128,12 @@ def fusion_backward_before(
 
 @triton.jit(do_not_specialize=SIZES)
 def fusion_backward_after(
-    cls_ptr,
-    vectors_ptr,
-    dcls_ptr,
-    gradients_ptr,
-    dz_ptr,
-    du_ptr,
+    cls_ptr,  # [B, C_own]
+    vectors_ptr,  # layout.Vectors of all images
+    dcls_ptr,  # [B, C_own]
+    gradients_ptr,  # [B, F.gradient_size]
+    dz_ptr,  # [h, B, C]
+    du_ptr,  # [h, B, C]
     w,
     batch,
     cls_stride,
@@ -143,14 +143,14 @@ def fusion_backward_after(
 ):
     """What comes after the token pass. Grid: groups of images."""
     C: tl.constexpr = F.channels
-    OWN: tl.constexpr = F.own
+    CLS_DIM: tl.constexpr = F.cls_dim
     first, used = images_of(tl.program_id(0), batch, F)
     at = first.to(tl.int64)
     cls_stride = aligned(cls_stride, ALIGN)
     after_tokens(
         cls_ptr + at * cls_stride,
         cls_stride,
-        dcls_ptr + at * OWN,
+        dcls_ptr + at * CLS_DIM,
         w,
         vectors_of(vectors_ptr, batch, first, F),
         gradients_of(gradients_ptr, first, F),

@@ -15,17 +15,22 @@ SIZES = ("batch", "num_tokens", "cls_stride", "x_batch_stride", "x_token_stride"
 
 
 @triton.jit
-def vectors_of(ptr, batch, first, F: tl.constexpr):
+def vectors_of(
+    ptr,  # layout.Vectors of all images
+    batch,
+    first,
+    F: tl.constexpr,
+):
     """Pointers to the vectors of image `first`; ptr [vectors of all images, see layout.py]."""
-    OWN: tl.constexpr = F.own
+    CLS_DIM: tl.constexpr = F.cls_dim
     C: tl.constexpr = F.channels
     H: tl.constexpr = F.heads
     batch = batch.to(tl.int64)
     first = first.to(tl.int64)
     head_stride = batch * C
-    y0 = ptr + batch * OWN + first * C
+    y0 = ptr + batch * CLS_DIM + first * C
     return Vectors(
-        ptr + first * OWN,
+        ptr + first * CLS_DIM,
         y0,
         y0 + head_stride,
         y0 + 2 * head_stride,
@@ -34,7 +39,7 @@ def vectors_of(ptr, batch, first, F: tl.constexpr):
         y0 + 5 * head_stride,
         y0 + 6 * head_stride,
         y0 + (6 + H) * head_stride,
-        ptr + batch * (OWN + (6 + 2 * H) * C) + first * H,
+        ptr + batch * (CLS_DIM + (6 + 2 * H) * C) + first * H,
         head_stride,
     )
 
@@ -49,25 +54,43 @@ def images_of(program, batch, F: tl.constexpr):
 
 
 @triton.jit
-def before_tokens(cls_ptr, cls_stride, w, v, used, eps, F: tl.constexpr):
+def before_tokens(
+    cls_ptr,  # [B, C_own]
+    cls_stride,
+    w,
+    v,
+    used,
+    eps,
+    F: tl.constexpr,
+):
     """y0 = f(cls), q = W_q LN(y0) + b_q, kt_h = W_k,h^T q_h / sqrt(d)."""
-    OWN: tl.constexpr = F.own
+    CLS_DIM: tl.constexpr = F.cls_dim
     C: tl.constexpr = F.channels
     D: tl.constexpr = F.head_dim
     H: tl.constexpr = F.heads
     K: tl.constexpr = F.block_k
     N: tl.constexpr = F.block_n
     HEAD: tl.constexpr = F.padded_head
-    PADDED_OWN: tl.constexpr = F.padded_own
+    PADDED_CLS: tl.constexpr = F.padded_cls
     PADDED: tl.constexpr = F.padded
     PRECISION: tl.constexpr = F.precision
     weight, bias = w.proj_norm_weight, w.proj_norm_bias
     norm_rows(
-        cls_ptr, cls_stride, weight, bias, v.activated, OWN, used, eps, OWN, PADDED_OWN, GELU=True
+        cls_ptr,
+        cls_stride,
+        weight,
+        bias,
+        v.activated,
+        CLS_DIM,
+        used,
+        eps,
+        CLS_DIM,
+        PADDED_CLS,
+        GELU=True,
     )
     tl.debug_barrier()
     weight, bias = w.proj_weight, w.proj_bias
-    linear(v.activated, OWN, weight, OWN, bias, v.y0, C, used, OWN, C, K, N, PRECISION)
+    linear(v.activated, CLS_DIM, weight, CLS_DIM, bias, v.y0, C, used, CLS_DIM, C, K, N, PRECISION)
     tl.debug_barrier()
     norm_rows(v.y0, C, w.norm_weight, w.norm_bias, v.normed, C, used, eps, C, PADDED, GELU=False)
     tl.debug_barrier()
@@ -96,7 +119,15 @@ def before_tokens(cls_ptr, cls_stride, w, v, used, eps, F: tl.constexpr):
 
 @triton.jit
 def tokens_of_image(
-    image, x_ptr, x_batch_stride, x_token_stride, num_tokens, w, v, eps, S: tl.constexpr
+    image,
+    x_ptr,  # [B, N, C]
+    x_batch_stride,
+    x_token_stride,
+    num_tokens,
+    w,
+    v,
+    eps,
+    S: tl.constexpr,
 ):
     """m and lse of the image-th of the images whose vectors these are."""
     C: tl.constexpr = S.channels
@@ -124,9 +155,18 @@ def tokens_of_image(
 
 
 @triton.jit
-def after_tokens(scale_ptr, out_ptr, w, v, first, used, eps, F: tl.constexpr):
+def after_tokens(
+    scale_ptr,  # [B] or None
+    out_ptr,  # [B, C_own]
+    w,
+    v,
+    first,
+    used,
+    eps,
+    F: tl.constexpr,
+):
     """o_h = W_v,h (gamma m_h + beta) + b_v,h, y = y0 + r (W_o o + b_o), g(y)."""
-    OWN: tl.constexpr = F.own
+    CLS_DIM: tl.constexpr = F.cls_dim
     C: tl.constexpr = F.channels
     D: tl.constexpr = F.head_dim
     H: tl.constexpr = F.heads
@@ -187,10 +227,10 @@ def after_tokens(scale_ptr, out_ptr, w, v, first, used, eps, F: tl.constexpr):
         C,
         w.back_bias,
         out_ptr,
-        OWN,
+        CLS_DIM,
         used,
         C,
-        OWN,
+        CLS_DIM,
         K,
         N,
         PRECISION,
@@ -199,11 +239,11 @@ def after_tokens(scale_ptr, out_ptr, w, v, first, used, eps, F: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def fusion_forward(
-    cls_ptr,
-    x_ptr,
-    scale_ptr,
-    out_ptr,
-    vectors_ptr,
+    cls_ptr,  # [B, C_own]
+    x_ptr,  # [B, N, C]
+    scale_ptr,  # [B] or None
+    out_ptr,  # [B, C_own]
+    vectors_ptr,  # layout.Vectors of all images
     w,
     batch,
     num_tokens,
@@ -216,7 +256,7 @@ def fusion_forward(
 ):
     """The whole fusion of F.images images. Grid: groups of images."""
     ALIGN: tl.constexpr = S.align
-    OWN: tl.constexpr = F.own
+    CLS_DIM: tl.constexpr = F.cls_dim
     COUNT: tl.constexpr = F.images
     first, used = images_of(tl.program_id(0), batch, F)
     vectors = vectors_of(vectors_ptr, batch, first, F)
@@ -229,13 +269,20 @@ def fusion_forward(
             first * 0 + image, x_ptr, x_batch_stride, x_token_stride, num_tokens, w, vectors, eps, S
         )
     tl.debug_barrier()
-    out_ptr += first.to(tl.int64) * OWN
+    out_ptr += first.to(tl.int64) * CLS_DIM
     after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def fusion_before(
-    cls_ptr, vectors_ptr, w, batch, cls_stride, eps, ALIGN: tl.constexpr, F: tl.constexpr
+    cls_ptr,  # [B, C_own]
+    vectors_ptr,  # layout.Vectors of all images
+    w,
+    batch,
+    cls_stride,
+    eps,
+    ALIGN: tl.constexpr,
+    F: tl.constexpr,
 ):
     """What comes before the token pass. Grid: groups of images."""
     first, used = images_of(tl.program_id(0), batch, F)
@@ -245,9 +292,17 @@ def fusion_before(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def fusion_after(vectors_ptr, out_ptr, scale_ptr, w, batch, eps, F: tl.constexpr):
+def fusion_after(
+    vectors_ptr,  # layout.Vectors of all images
+    out_ptr,  # [B, C_own]
+    scale_ptr,  # [B] or None
+    w,
+    batch,
+    eps,
+    F: tl.constexpr,
+):
     """What comes after the token pass. Grid: groups of images."""
-    OWN: tl.constexpr = F.own
+    CLS_DIM: tl.constexpr = F.cls_dim
     first, used = images_of(tl.program_id(0), batch, F)
     vectors = vectors_of(vectors_ptr, batch, first, F)
-    after_tokens(scale_ptr, out_ptr + first.to(tl.int64) * OWN, w, vectors, first, used, eps, F)
+    after_tokens(scale_ptr, out_ptr + first.to(tl.int64) * CLS_DIM, w, vectors, first, used, eps, F)

@@ -24,12 +24,12 @@ IMAGES: tl.constexpr = tl.constexpr(16)
 
 @triton.jit
 def linear(
-    a_ptr,
+    a_ptr,  # [IMAGES, K]
     a_stride,
-    weight_ptr,
+    weight_ptr,  # [N, K], TRANSPOSED: [K, N]
     weight_stride,
-    bias_ptr,
-    out_ptr,
+    bias_ptr,  # [N] or None
+    out_ptr,  # [IMAGES, N]
     out_stride,
     used,
     K: tl.constexpr,
@@ -38,10 +38,10 @@ def linear(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
-    gain_ptr=None,
-    shift_ptr=None,
+    gain_ptr=None,  # [K]
+    shift_ptr=None,  # [K]
     scale=None,
-    residual_ptr=None,
+    residual_ptr=None,  # [IMAGES, N]
 ):
     """out = residual + scale * (a W^T + bias), a [IMAGES, K] and W [N, K]; TRANSPOSED: W is [K, N].
 
@@ -82,14 +82,27 @@ def linear(
 
 
 @triton.jit
-def load_rows(ptr, stride, used, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def load_rows(
+    ptr,  # [IMAGES, WIDTH]
+    stride,
+    used,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
     """Whole rows [IMAGES, PADDED] in float32."""
     at = tl.arange(0, IMAGES) * stride
     return load_tile(ptr, at, used, 0, WIDTH, PADDED).to(tl.float32)
 
 
 @triton.jit
-def store_rows(ptr, stride, used, value, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def store_rows(
+    ptr,  # [IMAGES, WIDTH]
+    stride,
+    used,
+    value,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
     """Writes whole rows."""
     store_tile(ptr, tl.arange(0, IMAGES) * stride, used, value, 0, WIDTH, PADDED)
 
@@ -105,11 +118,11 @@ def normalized(x, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def norm_rows(
-    x_ptr,
+    x_ptr,  # [IMAGES, WIDTH]
     x_stride,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
+    weight_ptr,  # [WIDTH]
+    bias_ptr,  # [WIDTH]
+    out_ptr,  # [IMAGES, WIDTH]
     out_stride,
     used,
     eps,
@@ -127,7 +140,14 @@ def norm_rows(
 
 
 @triton.jit
-def norm_backward(dy, xhat, rstd, weight_ptr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def norm_backward(
+    dy,
+    xhat,
+    rstd,
+    weight_ptr,  # [WIDTH]
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
     """dx of LayerNorm."""
     dxhat = dy * load_vector(weight_ptr, 0, WIDTH, PADDED)[None, :]
     a = tl.sum(dxhat, axis=1) / WIDTH
@@ -137,12 +157,12 @@ def norm_backward(dy, xhat, rstd, weight_ptr, WIDTH: tl.constexpr, PADDED: tl.co
 
 @triton.jit
 def norm_gelu_backward(
-    x_ptr,
+    x_ptr,  # [IMAGES, WIDTH]
     x_stride,
-    weight_ptr,
-    bias_ptr,
-    dweight_ptr,
-    dbias_ptr,
+    weight_ptr,  # [WIDTH]
+    bias_ptr,  # [WIDTH]
+    dweight_ptr,  # [IMAGES, WIDTH]
+    dbias_ptr,  # [IMAGES, WIDTH]
     d_stride,
     used,
     eps,

@@ -23,17 +23,17 @@ from crossvit_kernels.ops.common.triton_tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def ffn_forward(
-    x_ptr,
-    scale_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    fc1_weight_ptr,
-    fc1_bias_ptr,
-    fc2_weight_ptr,
-    fc2_bias_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
+    x_ptr,  # [B, N, C]
+    scale_ptr,  # [B] or None
+    norm_weight_ptr,  # [C]
+    norm_bias_ptr,  # [C]
+    fc1_weight_ptr,  # [F, C]
+    fc1_bias_ptr,  # [F]
+    fc2_weight_ptr,  # [C, F]
+    fc2_bias_ptr,  # [C]
+    y_ptr,  # [B, N, C]
+    mean_ptr,  # [B, N] or None
+    rstd_ptr,  # [B, N] or None
     num_rows,
     num_tokens,
     x_batch_stride,
@@ -88,18 +88,18 @@ def ffn_forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def ffn_hidden_backward(
-    dupdate_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    fc1_weight_ptr,
-    fc1_bias_ptr,
-    fc2_weight_ptr,
-    activated_ptr,
-    dhidden_ptr,
-    shares_ptr,
+    dupdate_ptr,  # [B, N, C]
+    x_ptr,  # [B, N, C]
+    mean_ptr,  # [B, N]
+    rstd_ptr,  # [B, N]
+    norm_weight_ptr,  # [C]
+    norm_bias_ptr,  # [C]
+    fc1_weight_ptr,  # [F, C]
+    fc1_bias_ptr,  # [F]
+    fc2_weight_ptr,  # [C, F]
+    activated_ptr,  # [B, N, F]
+    dhidden_ptr,  # [B, N, F]
+    shares_ptr,  # [tiles, F]
     num_rows,
     num_tokens,
     x_batch_stride,

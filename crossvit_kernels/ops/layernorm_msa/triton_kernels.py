@@ -22,7 +22,16 @@ from crossvit_kernels.ops.common.triton_tiles import (
 
 
 @triton.jit
-def attend(qkv_ptr, head, row, used, num_tokens, C: tl.constexpr, D: tl.constexpr, A: tl.constexpr):
+def attend(
+    qkv_ptr,  # [N, 3 C]
+    head,
+    row,
+    used,
+    num_tokens,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    A: tl.constexpr,
+):
     """Rows of one head of one image's attention [ROWS, D], and their log-sum-exp."""
     ROWS: tl.constexpr = A.rows
     KEYS: tl.constexpr = A.columns
@@ -52,7 +61,13 @@ def attend(qkv_ptr, head, row, used, num_tokens, C: tl.constexpr, D: tl.constexp
 
 @triton.jit(do_not_specialize=SIZES)
 def attention(
-    qkv_ptr, heads_ptr, lse_ptr, num_tokens, num_tiles, A: tl.constexpr, HEADS: tl.constexpr
+    qkv_ptr,  # [B, N, 3 C]
+    heads_ptr,  # [B, N, C]
+    lse_ptr,  # [B, h, N] or None
+    num_tokens,
+    num_tiles,
+    A: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """Heads side by side [B, N, C], lse [B, h, N]. Grid: images x heads x tiles of queries."""
     C: tl.constexpr = A.channels
@@ -72,15 +87,15 @@ def attention(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_projection(
-    qkv_ptr,
-    heads_ptr,
-    lse_ptr,
-    weight_ptr,
-    bias_ptr,
-    x_ptr,
-    cls_ptr,
-    scale_ptr,
-    y_ptr,
+    qkv_ptr,  # [B, N, 3 C]
+    heads_ptr,  # [B, N, C] or None
+    lse_ptr,  # [B, h, N] or None
+    weight_ptr,  # [C, C]
+    bias_ptr,  # [C]
+    x_ptr,  # [B, N, C]
+    cls_ptr,  # [B, C] or None
+    scale_ptr,  # [B] or None
+    y_ptr,  # [B, N, C]
     num_tokens,
     x_batch_stride,
     x_token_stride,
@@ -129,20 +144,26 @@ def attention_projection(
 
 
 @triton.jit
-def rows_at(ptr, stride, row, used, D: tl.constexpr):
+def rows_at(
+    ptr,  # [N, stride]
+    stride,
+    row,
+    used,
+    D: tl.constexpr,
+):
     """Rows of one head."""
     return load_tile(ptr, row.to(tl.int64) * stride, used, 0, D, D)
 
 
 @triton.jit
 def keys_backward(
-    q_ptr,
-    o_ptr,
-    do_ptr,
-    lse_ptr,
-    dq_ptr,
-    share_ptr,
-    own,
+    q_ptr,  # [N, 3 C]: one head of q, then k, v
+    o_ptr,  # [N, C]: one head
+    do_ptr,  # [N, C]
+    lse_ptr,  # [N]
+    dq_ptr,  # [N, 3 C]
+    share_ptr,  # [3 C]
+    tile_rows,
     used,
     num_tokens,
     D: tl.constexpr,
@@ -154,8 +175,8 @@ def keys_backward(
     STEP: tl.constexpr = A.columns
     PRECISION: tl.constexpr = A.precision
     dtype = q_ptr.dtype.element_ty
-    k = rows_at(q_ptr + C, 3 * C, own, used, D)
-    v = rows_at(q_ptr + 2 * C, 3 * C, own, used, D)
+    k = rows_at(q_ptr + C, 3 * C, tile_rows, used, D)
+    v = rows_at(q_ptr + 2 * C, 3 * C, tile_rows, used, D)
     dk = tl.zeros((ROWS, D), tl.float32)
     dv = tl.zeros((ROWS, D), tl.float32)
     for n in range(0, num_tokens, STEP):
@@ -172,7 +193,7 @@ def keys_backward(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
-    at = own.to(tl.int64) * (3 * C)
+    at = tile_rows.to(tl.int64) * (3 * C)
     dk = dk * D**-0.5
     store_tile(dq_ptr + C, at, used, dk, 0, D, D)
     store_tile(dq_ptr + 2 * C, at, used, dv, 0, D, D)
@@ -184,13 +205,13 @@ def keys_backward(
 
 @triton.jit
 def queries_backward(
-    q_ptr,
-    o_ptr,
-    do_ptr,
-    lse_ptr,
-    dq_ptr,
-    share_ptr,
-    own,
+    q_ptr,  # [N, 3 C]: one head of q, then k, v
+    o_ptr,  # [N, C]: one head
+    do_ptr,  # [N, C]
+    lse_ptr,  # [N]
+    dq_ptr,  # [N, 3 C]
+    share_ptr,  # [3 C]
+    tile_rows,
     used,
     num_tokens,
     D: tl.constexpr,
@@ -202,11 +223,11 @@ def queries_backward(
     STEP: tl.constexpr = A.columns
     PRECISION: tl.constexpr = A.precision
     dtype = q_ptr.dtype.element_ty
-    q = rows_at(q_ptr, 3 * C, own, used, D)
-    do = rows_at(do_ptr, C, own, used, D)
-    o = rows_at(o_ptr, C, own, used, D)
+    q = rows_at(q_ptr, 3 * C, tile_rows, used, D)
+    do = rows_at(do_ptr, C, tile_rows, used, D)
+    o = rows_at(o_ptr, C, tile_rows, used, D)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
-    lse = tl.load(lse_ptr + own, mask=used, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + tile_rows, mask=used, other=float("inf")) * LOG2E
     dq = tl.zeros((ROWS, D), tl.float32)
     for n in range(0, num_tokens, STEP):
         row = n + tl.arange(0, STEP)
@@ -219,18 +240,18 @@ def queries_backward(
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(dtype), k, dq, input_precision=PRECISION)
     dq = dq * D**-0.5
-    store_tile(dq_ptr, own.to(tl.int64) * (3 * C), used, dq, 0, D, D)
+    store_tile(dq_ptr, tile_rows.to(tl.int64) * (3 * C), used, dq, 0, D, D)
     tl.store(share_ptr + tl.arange(0, D), tl.sum(tl.where(used[:, None], dq, 0.0), axis=0))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward(
-    qkv_ptr,
-    heads_ptr,
-    dheads_ptr,
-    lse_ptr,
-    dqkv_ptr,
-    shares_ptr,
+    qkv_ptr,  # [B, N, 3 C]
+    heads_ptr,  # [B, N, C]
+    dheads_ptr,  # [B, N, C]
+    lse_ptr,  # [B, h, N]
+    dqkv_ptr,  # [B, N, 3 C]
+    shares_ptr,  # [B tiles, 3 C]
     num_tokens,
     num_tiles,
     A: tl.constexpr,
@@ -246,8 +267,8 @@ def attention_backward(
     ROWS: tl.constexpr = A.rows
     pair = tl.program_id(0) // num_tiles
     tile = tl.program_id(0) - pair * num_tiles
-    own = tile * ROWS + tl.arange(0, ROWS)
-    used = own < num_tokens
+    tile_rows = tile * ROWS + tl.arange(0, ROWS)
+    used = tile_rows < num_tokens
     first = (pair // HEADS).to(tl.int64) * num_tokens
     head = pair % HEADS
     q_ptr = qkv_ptr + first * (3 * C) + head * D
@@ -256,5 +277,9 @@ def attention_backward(
     lse_ptr += pair.to(tl.int64) * num_tokens
     dq_ptr = dqkv_ptr + first * (3 * C) + head * D
     share_ptr = shares_ptr + (pair // HEADS * num_tiles + tile).to(tl.int64) * (3 * C) + head * D
-    keys_backward(q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, share_ptr, own, used, num_tokens, D, A)
-    queries_backward(q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, share_ptr, own, used, num_tokens, D, A)
+    keys_backward(
+        q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, share_ptr, tile_rows, used, num_tokens, D, A
+    )
+    queries_backward(
+        q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, share_ptr, tile_rows, used, num_tokens, D, A
+    )
