@@ -137,7 +137,8 @@ from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.cross_attention import triton_forward
 from fusion_cases import make_weights
-from direct_calls import both_ways
+from crossvit_kernels.inspect.compile_cases import both_ways
+from crossvit_kernels.ops.operator import OPERATIONS
 
 kernel = triton_forward.fusion_forward
 looked, run = [], kernel.run
@@ -163,9 +164,9 @@ cls, x = torch.randn(2, 32).bfloat16(), torch.randn(2, 9, 48).bfloat16()[:, 1:]
 scale = torch.ones(2)
 for given, biases in ((None, True), (scale, True), (None, False)):
     given_w = w if biases else w._replace(q_bias=None, k_bias=None, v_bias=None)
-    both_ways("cross_attention_fusion", FusionInputs(cls, x, given_w, 3, given))
+    both_ways(OPERATIONS["cross_attention_fusion"], FusionInputs(cls, x, given_w, 3, given), 1e-6)
 mask = torch.ones(2, 8, dtype=torch.bool)
-both_ways("attention_core", CoreInputs(torch.randn(2, 3, 48), x, mask, x[:, 0]))
+both_ways(OPERATIONS["attention_core"], CoreInputs(torch.randn(2, 3, 48), x, mask, x[:, 0]), 1e-6)
 assert len(captured) == len(launches) == 8
 for (args, kwargs), expected in zip(captured, list(launches), strict=True):
     looked.clear()

@@ -14,7 +14,8 @@ from no_device import launched
 import torch
 from crossvit_kernels import FusionInputs, FusionWeights
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
-from direct_calls import both_ways
+from crossvit_kernels.inspect.compile_cases import both_ways
+from crossvit_kernels.ops.operator import OPERATIONS
 from fusion_cases import make_weights
 
 def call(batch, tokens, biases=True, scaled=False):
@@ -22,8 +23,9 @@ def call(batch, tokens, biases=True, scaled=False):
     w = FusionWeights(*(None if t is None else t.bfloat16() for t in w))
     cls, x = torch.randn(batch, 32).bfloat16(), torch.randn(batch, tokens + 1, 48).bfloat16()[:, 1:]
     scale = torch.ones(batch) if scaled else None
-    both_ways("cross_attention_fusion", FusionInputs(cls, x, w, 3, scale))
-    both_ways("attention_core", CoreInputs(torch.randn(batch, 3, 48), x, None, None))
+    both_ways(OPERATIONS["cross_attention_fusion"], FusionInputs(cls, x, w, 3, scale), 1e-6)
+    inputs = CoreInputs(torch.randn(batch, 3, 48), x, None, None)
+    both_ways(OPERATIONS["attention_core"], inputs, 1e-6)
 
 for batch, tokens in ((1, 1), (2, 16), (64, 17), (33, 64), (1, 1030)):
     call(batch, tokens)
@@ -50,16 +52,17 @@ import torch
 from crossvit_kernels import FfnWeights, MsaWeights
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs
-from direct_calls import both_ways
+from crossvit_kernels.inspect.compile_cases import both_ways
+from crossvit_kernels.ops.operator import OPERATIONS
 from block_cases import ffn_weights, msa_weights
 
 def call(batch, tokens, keep="fast", with_cls=True, scaled=False):
     x, cls = torch.randn(batch, tokens, 48).bfloat16(), torch.randn(batch, 48).bfloat16()
     cls, scale = cls if with_cls else None, torch.ones(batch) if scaled else None
     w = MsaWeights(*(t.bfloat16() for t in msa_weights(48)))
-    both_ways("layernorm_msa", MsaInputs(x, w, 3, scale, cls), keep)
+    both_ways(OPERATIONS["layernorm_msa"], MsaInputs(x, w, 3, scale, cls), 1e-6, keep)
     w = FfnWeights(*(t.bfloat16() for t in ffn_weights(48, 96)))
-    both_ways("layernorm_ffn", FfnInputs(x, w, scale))
+    both_ways(OPERATIONS["layernorm_ffn"], FfnInputs(x, w, scale), 1e-6)
 
 for batch, tokens in ((1, 1), (2, 16), (64, 17), (33, 64)):
     call(batch, tokens)
@@ -85,7 +88,8 @@ from crossvit_kernels.inspect import ahead_of_time, compile_cases
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs
-from direct_calls import both_ways
+from crossvit_kernels.inspect.compile_cases import both_ways
+from crossvit_kernels.ops.operator import OPERATIONS
 from block_cases import ffn_weights, msa_weights
 
 def check(widths, blocks, *names):
@@ -103,11 +107,11 @@ def check(widths, blocks, *names):
 x = torch.randn(64, 200, 96).bfloat16()
 w = FfnWeights(*(t.bfloat16() for t in ffn_weights(96, 384)))
 for keep in ("", "fast"):
-    both_ways("layernorm_ffn", FfnInputs(x, w, None), keep)
+    both_ways(OPERATIONS["layernorm_ffn"], FfnInputs(x, w, None), 1e-6, keep)
 check([], [(96, 3, 384)], "ffn_forward", "ffn_hidden_backward")
 w = MsaWeights(*(t.bfloat16() for t in msa_weights(96)))
 for cls in (None, x[:, 0]):
-    both_ways("layernorm_msa", MsaInputs(x, w, 3, None, cls), "")
+    both_ways(OPERATIONS["layernorm_msa"], MsaInputs(x, w, 3, None, cls), 1e-6, "")
 check([], [(96, 3, 384)], "attention_projection")
 """
 

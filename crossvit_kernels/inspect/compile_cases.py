@@ -112,10 +112,10 @@ def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
     u, mask = empty((1, num_queries, channels), torch.float32), empty((1, 16), torch.bool)
     for extra in (None, x[:, 0]):
         for key_mask in (None, mask):
-            _both_ways(CORE, CoreInputs(u, x, key_mask, extra), _EPS)
+            both_ways(CORE, CoreInputs(u, x, key_mask, extra), _EPS, frozen="x")
     for key_mask in (None, mask):
-        _both_ways(CORE, CoreInputs(u, x, key_mask, None), None)
-    _both_ways(CORE, CoreInputs(u, many, None, None), _EPS)
+        both_ways(CORE, CoreInputs(u, x, key_mask, None), None, frozen="x")
+    both_ways(CORE, CoreInputs(u, many, None, None), _EPS, frozen="x")
 
 
 def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int) -> None:
@@ -126,7 +126,7 @@ def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int) -> None:
         x = empty((batch, 16, channels), dtypes.tokens)
         for scale in (None, cls.new_empty(batch)):
             inputs = FusionInputs(cls, x, weights, heads, scale)
-            _both_ways(
+            both_ways(
                 cross_attention_fusion, inputs, _EPS, frozen="tokens" if scale is None else ""
             )
 
@@ -138,11 +138,11 @@ def _msa(dtypes: Dtypes, channels: int, heads: int) -> None:
         x = empty((1, num_rows, channels), dtypes.tokens)
         for cls in (None, x[:, 0]):
             inputs = MsaInputs(x, weights, heads, None, cls)
-            layernorm_msa.backends["triton"].forward(inputs, _EPS, "")
+            both_ways(layernorm_msa, inputs, _EPS, "")
             for keep in ("fast", "lean"):
                 for scale in (None, x.new_empty(1)):
                     inputs = inputs._replace(residual_scale=scale)
-                    _both_ways(layernorm_msa, inputs, _EPS, keep)
+                    both_ways(layernorm_msa, inputs, _EPS, keep)
 
 
 def _ffn(dtypes: Dtypes, channels: int, hidden: int) -> None:
@@ -150,17 +150,27 @@ def _ffn(dtypes: Dtypes, channels: int, hidden: int) -> None:
     weights = _weights(FfnWeights, FFN_SHAPES, {"C": channels, "F": hidden}, dtypes)
     for num_rows in (16, configs.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)
-        layernorm_ffn.backends["triton"].forward(FfnInputs(x, weights, None), _EPS, "")
+        both_ways(layernorm_ffn, FfnInputs(x, weights, None), _EPS, "")
         for scale in (None, x.new_empty(1)):
-            _both_ways(layernorm_ffn, FfnInputs(x, weights, scale), _EPS)
+            both_ways(layernorm_ffn, FfnInputs(x, weights, scale), _EPS)
 
 
-def _both_ways(
-    operation: Operation, inputs: Any, eps: float | None, keep: str = "fast", frozen: str = "x"
+def both_ways(
+    operation: Operation, inputs: Any, eps: float | None, keep: str = "fast", frozen: str = ""
 ) -> None:
-    """Forward and backward; backward also without the gradient of a field, if one is named."""
+    """Run Triton forward and, where something is kept, backward, around autograd and dispatch.
+
+    Args:
+        operation: Of the inputs.
+        inputs: Its inputs.
+        eps: LayerNorm's.
+        keep: What forward keeps; "" for no backward.
+        frozen: A field; backward then also runs without its gradient.
+    """
     triton = operation.backends["triton"]
     outputs, saved = triton.forward(inputs, eps, keep)
+    if not keep:
+        return
     douts = outputs if isinstance(outputs, tuple) else (outputs,)
     saved = saved or triton.Saved(*douts)
     wanted = operation.inputs([t is not None for t in operation.flat(inputs)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +9,7 @@ from torch import Tensor
 
 from crossvit_kernels import extension
 from crossvit_kernels.extension import _C
-from crossvit_kernels.ops.attention_core.reference import CoreInputs, Saved, empty_saved, gradients
-
-__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
 
 
 def why_not(inputs: CoreInputs) -> str | None:
@@ -28,21 +25,6 @@ def why_not_tokens(x: Tensor) -> str | None:
     if x.dtype not in extension.DTYPE_CODES:
         return f"it has no code for {x.dtype} tokens"
     return None
-
-
-def forward(inputs: CoreInputs, eps: float | None, keep: str) -> tuple[tuple[Tensor, Tensor], None]:
-    u, x, key_mask, extra_token = inputs
-    return forward_pass(u, x, key_mask, extra_token, eps), None
-
-
-def backward(
-    douts: Sequence[Tensor], inputs: CoreInputs, saved: Saved, eps: float | None, wanted: Any
-) -> CoreInputs:
-    (dm, dlse), (m, lse), (u, x, key_mask, extra_token) = douts, saved, inputs
-    du, dx, dextra = backward_pass(
-        dm, dlse, u, x, key_mask, extra_token, m, lse, eps, wants_dx=wanted.x
-    )
-    return gradients(inputs, du, dx, dextra)
 
 
 def forward_pass(

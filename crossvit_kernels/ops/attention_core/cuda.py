@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from crossvit_kernels import extension
 from crossvit_kernels.gpu import device
-from crossvit_kernels.ops.attention_core.reference import CoreInputs, Saved, empty_saved, gradients
-
-__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
 
 
 def why_not(inputs: CoreInputs) -> str | None:
@@ -70,21 +65,6 @@ def blocks_of_image(batch: int, num_tokens: int, sm: int) -> int:
 
 
 MULTIPROCESSORS = 128  # of an A100 and an H200 there are 108 and 132
-
-
-def forward(inputs: CoreInputs, eps: float | None, keep: str) -> tuple[tuple[Tensor, Tensor], None]:
-    u, x, key_mask, extra_token = inputs
-    return forward_pass(u, x, key_mask, extra_token, eps), None
-
-
-def backward(
-    douts: Sequence[Tensor], inputs: CoreInputs, saved: Saved, eps: float | None, wanted: Any
-) -> CoreInputs:
-    (dm, dlse), (m, lse), (u, x, key_mask, extra_token) = douts, saved, inputs
-    du, dx, dextra = backward_pass(
-        dm, dlse, u, x, key_mask, extra_token, m, lse, eps, wants_dx=wanted.x
-    )
-    return gradients(inputs, du, dx, dextra)
 
 
 def forward_pass(

@@ -9,6 +9,7 @@ from torch import Tensor
 from crossvit_kernels.extension import accumulate_dtype
 from crossvit_kernels.ops import autograd
 from crossvit_kernels.ops.attention_core import cpu, cuda, reference, triton
+from crossvit_kernels.ops.attention_core.passes import Passes
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.flops import Flops
 from crossvit_kernels.ops.operator import Operation
@@ -50,10 +51,12 @@ def _flops_backward(shapes: Any, wanted: Any) -> int:
     return (3 + 2 * wanted.x) * _flops_forward(shapes) // 2
 
 
+_MODULES = {"cuda": cuda, "cpu": cpu, "triton": triton}
+
 OPERATION = Operation(
     "attention_core",
     CoreInputs,
-    {"cuda": cuda, "cpu": cpu, "triton": triton},
+    {name: Passes(module) for name, module in _MODULES.items()},
     _reference,
     _empty_outputs,
     Flops(_flops_forward, _flops_backward),

@@ -8,7 +8,7 @@ m_r    = sum_n p_rn xhat_n
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,29 +22,6 @@ class CoreInputs(NamedTuple):
     x: Tensor  # [B, N, C]
     key_mask: Tensor | None  # bool [B, N]
     extra_token: Tensor | None  # [B, C]
-
-
-class Saved(NamedTuple):
-    """What backward needs besides the inputs: the outputs of forward."""
-
-    m: Tensor  # [B, R, C]
-    lse: Tensor  # [B, R]
-
-
-def empty_saved(inputs: CoreInputs, keep: str) -> tuple[Tensor, ...]:
-    """Nothing besides the outputs."""
-    return ()
-
-
-def gradients(
-    inputs: CoreInputs, du: Tensor, dx: Tensor | None, dextra: Tensor | None
-) -> CoreInputs:
-    """As backends return them, from du of each image; None in place of those not wanted."""
-    if not du.numel():  # without a query tokens reach nothing
-        dx, dextra = (None if t is None else torch.zeros_like(t) for t in (dx, dextra))
-    if inputs.u.shape[0] != du.shape[0]:  # one u for all images
-        du = du.sum(dim=0, keepdim=True)
-    return CoreInputs(du, cast(Tensor, dx), None, dextra)
 
 
 def normalized_tokens(x: Tensor, extra_token: Tensor | None, norm_eps: float | None) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,12 +13,10 @@ from crossvit_kernels.gpu.candidates import Candidate, Candidates
 from crossvit_kernels.gpu.tables import Table
 from crossvit_kernels.ops.attention_core import configs
 from crossvit_kernels.ops.attention_core.configs import Shape, TokenPass, candidates
-from crossvit_kernels.ops.attention_core.reference import CoreInputs, Saved, empty_saved, gradients
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
 
 def why_not(inputs: CoreInputs) -> str | None:
@@ -31,21 +28,6 @@ def kernels() -> ModuleType:
     from crossvit_kernels.ops.attention_core import triton_kernels
 
     return triton_kernels
-
-
-def forward(inputs: CoreInputs, eps: float | None, keep: str) -> tuple[tuple[Tensor, Tensor], None]:
-    u, x, key_mask, extra_token = inputs
-    return forward_pass(u, x, key_mask, extra_token, eps), None
-
-
-def backward(
-    douts: Sequence[Tensor], inputs: CoreInputs, saved: Saved, eps: float | None, wanted: Any
-) -> CoreInputs:
-    (dm, dlse), (m, lse), (u, x, key_mask, extra_token) = douts, saved, inputs
-    du, dx, dextra = backward_pass(
-        dm, dlse, u, x, key_mask, extra_token, m, lse, eps, wants_dx=wanted.x
-    )
-    return gradients(inputs, du, dx, dextra)
 
 
 def forward_pass(

@@ -109,8 +109,10 @@ def backward(
     torch.mm(g.q, w.q_weight, out=g.norm_bias)
     statistics = torch.native_layer_norm(v.y0, v.y0.shape[-1:], None, None, eps)
     dy0_as_query = _norm_backward(g.norm_bias, v.y0, w.norm_weight, statistics, g.norm_weight)
-    g.norm_weight.add_((dz * v.m).sum(dim=0)).add_((du * v.kt).sum(dim=0))
-    g.norm_bias.add_(dz.sum(dim=0))
+    if wanted.weights.norm_weight:
+        g.norm_weight.add_((dz * v.m).sum(dim=0)).add_((du * v.kt).sum(dim=0))
+    if wanted.weights.norm_bias:
+        g.norm_bias.add_(dz.sum(dim=0))
 
     torch.add(dy, dy0_as_query, out=g.y0).add_(dy0_as_token)
     affine, into = (w.proj_norm_weight, w.proj_norm_bias), (g.proj_norm_weight, g.proj_norm_bias)
