@@ -21,7 +21,7 @@ from crossvit_kernels import extension
 from crossvit_kernels.extension import _C, accumulate_dtype
 from crossvit_kernels.ops.attention_core import cpu as core
 from crossvit_kernels.ops.cross_attention import layout
-from crossvit_kernels.ops.cross_attention.layout import Saved, empty_saved
+from crossvit_kernels.ops.cross_attention.layout import Gradients, Saved, empty_saved
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights, gradients
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
@@ -66,25 +66,19 @@ def backward(
     (d_new_cls,), (cls, tokens, weights, num_heads, residual_scale) = douts, inputs
     dtype = accumulate_dtype(tokens)
     w = FusionWeights(*(None if t is None else t.to(dtype) for t in weights))  # type: ignore[arg-type]
-    v = layout.vectors(saved, inputs)
-    g = layout.gradients(layout.empty_gradients(inputs), inputs)
-    channels = tokens.shape[2]
+    v, channels = layout.vectors(saved, inputs), tokens.shape[2]
     per_head = (num_heads, channels // num_heads, channels)
     scale = per_head[1] ** -0.5
 
     # g, residual, W_o
-    g.new_cls.copy_(d_new_cls)
+    dout = d_new_cls.to(dtype)
     affine = w.back_norm_weight, w.back_norm_bias
-    into = g.back_norm_weight, g.back_norm_bias
-    dy = _norm_gelu_backward(g.new_cls @ w.back_weight, v.y, *affine, eps, into)
-    if residual_scale is None:
-        g.update.copy_(dy)
-    else:
-        torch.mul(dy, residual_scale.to(dtype).unsqueeze(-1), out=g.update)
-    torch.mm(g.update, w.out_weight, out=g.o)
+    dy, *d_back_norm = _norm_gelu_backward(dout @ w.back_weight, v.y, *affine, eps)
+    dupdate = dy if residual_scale is None else dy * residual_scale.to(dtype).unsqueeze(-1)
+    do = dupdate @ w.out_weight
 
     # o_h = W_v,h z_h + b_v,h with z_h = gamma * m_h + beta
-    dz = torch.bmm(_heads(g.o, num_heads), w.v_weight.view(per_head))
+    dz = torch.bmm(_heads(do, num_heads), w.v_weight.view(per_head))
 
     # The token pass, with u_h = gamma * kt_h
     du = torch.empty_like(v.m)
@@ -105,18 +99,20 @@ def backward(
 
     # kt_h = W_k,h^T q_h / sqrt(d), q = W_q LN(y0) + b_q
     dq = torch.bmm(du * (w.norm_weight * scale), w.k_weight.view(per_head).transpose(1, 2))
-    g.q.unflatten(1, per_head[:2]).copy_(dq.transpose(0, 1))
-    torch.mm(g.q, w.q_weight, out=g.norm_bias)
+    dq = dq.transpose(0, 1).flatten(1)
+    dnormed = dq @ w.q_weight
     statistics = torch.native_layer_norm(v.y0, v.y0.shape[-1:], None, None, eps)
-    dy0_as_query = _norm_backward(g.norm_bias, v.y0, w.norm_weight, statistics, g.norm_weight)
+    dy0 = dy + _norm_backward(dnormed, v.y0, w.norm_weight, statistics) + dy0_as_token
+    dgamma = dbeta = None
     if wanted.weights.norm_weight:
-        g.norm_weight.add_((dz * v.m).sum(dim=0)).add_((du * v.kt).sum(dim=0))
+        dgamma = dnormed * statistics[0] + (dz * v.m).sum(dim=0) + (du * v.kt).sum(dim=0)
     if wanted.weights.norm_bias:
-        g.norm_bias.add_(dz.sum(dim=0))
+        dbeta = dnormed + dz.sum(dim=0)
 
-    torch.add(dy, dy0_as_query, out=g.y0).add_(dy0_as_token)
-    affine, into = (w.proj_norm_weight, w.proj_norm_bias), (g.proj_norm_weight, g.proj_norm_bias)
-    dcls = _norm_gelu_backward(g.y0 @ w.proj_weight, cls.to(dtype), *affine, eps, into)
+    affine = w.proj_norm_weight, w.proj_norm_bias
+    dcls, *d_proj_norm = _norm_gelu_backward(dy0 @ w.proj_weight, cls.to(dtype), *affine, eps)
+    between = dy0, dgamma, dbeta, dq, do, dupdate
+    g = Gradients._make((*d_proj_norm, *between, *d_back_norm, dout))
     d_weights = layout.weight_gradients(weights, v, g, du, wanted.weights)
     return gradients(dcls.to(cls.dtype), dtokens, d_weights)
 
@@ -126,12 +122,9 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(0, 1)
 
 
-def _norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, statistics: Sequence[Tensor], dweight: Tensor
-) -> Tensor:
-    """dx of a LayerNorm from xhat, mean and 1 / standard deviation; dweight gets dy * xhat."""
-    xhat, mean, rstd = statistics
-    torch.mul(dy, xhat, out=dweight)
+def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, statistics: Sequence[Tensor]) -> Tensor:
+    """dx of a LayerNorm from its xhat, mean and 1 / standard deviation."""
+    _, mean, rstd = statistics
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
         dy, x, x.shape[-1:], mean, rstd, weight, None, [True, False, False]
     )
@@ -139,15 +132,9 @@ def _norm_backward(
 
 
 def _norm_gelu_backward(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    into: tuple[Tensor, Tensor],
-) -> Tensor:
-    """dx of gelu(LayerNorm(x)); into gets each image's share of weight's and bias's gradients."""
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx of gelu(LayerNorm(x)), and each image's share of weight's and bias's gradients."""
     statistics = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-    normed = torch.addcmul(bias, statistics[0], weight)
-    d = torch.ops.aten.gelu_backward.grad_input(dout, normed, grad_input=into[1])
-    return _norm_backward(d, x, weight, statistics, into[0])
+    d = torch.ops.aten.gelu_backward(dout, torch.addcmul(bias, statistics[0], weight))
+    return _norm_backward(d, x, weight, statistics), d * statistics[0], d
