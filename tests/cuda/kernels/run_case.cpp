@@ -171,20 +171,20 @@ bool run_fusion(File& file, const int64_t* numbers) {
   const fusion::Problem problem = {batch, tokens, channels, cls_channels, heads, kEps};
   const int64_t rows = int64_t{heads} * batch * channels * int64_t{sizeof(float)};
   const Array vectors(batch * fusion::Vectors::size(problem) * int64_t{sizeof(float)});
-  const fusion::Saved saved = fusion::Vectors::at(vectors.as<float>(), problem).as<void>();
   const fusion::Parameter residual_scale = {scale.as(), DType::kFloat32};
   const Array new_cls = like<bf16>(expected_new_cls), dcls = like<bf16>(expected_dcls);
   const Array dx = like<bf16>(expected_dx), gradients = like<float>(expected_gradients);
-  const Array dz(rows), du(rows), scratch(2 * rows / heads);
+  const Array dz(rows), du(rows), residuals(2 * rows / heads);
   const Array partials(fusion::cuda::workspace_size(problem, shape) * int64_t{sizeof(float)});
   float* const workspace = partials.as<float>();
-  fusion::cuda::forward({problem, parameter(cls), tokens_of(x), weights, residual_scale, saved,
-                         new_cls.as(), DType::kBFloat16},
+  fusion::cuda::forward({problem, parameter(cls), tokens_of(x), weights, residual_scale,
+                         vectors.as(), nullptr, new_cls.as(), DType::kBFloat16},
                         shape, workspace, {});
-  fusion::cuda::backward({problem, parameter(dnew_cls), parameter(cls), tokens_of(x), weights,
-                          residual_scale, saved, dcls.as(), tokens_of(dx), gradients.as<float>(),
-                          dz.as<float>(), du.as<float>(), scratch.as<float>()},
-                         shape, workspace, {});
+  fusion::cuda::backward(
+      {problem, parameter(dnew_cls), parameter(cls), tokens_of(x), weights, residual_scale,
+       vectors.as(), dcls.as(), tokens_of(dx), gradients.as<float>(), dz.as<float>(),
+       du.as<float>(), residuals.as<float>()},
+      shape, workspace, {});
   Results results;
   results.judge<bf16>("new_cls", new_cls, expected_new_cls);
   results.judge<bf16>("dcls", dcls, expected_dcls);
