@@ -34,7 +34,7 @@ from fusion_cases import make_weights
 import crossvit_kernels as ck
 from crossvit_kernels import extension
 from crossvit_kernels.gpu import launcher
-from crossvit_kernels.gpu.candidates import Candidates
+from crossvit_kernels.gpu.tables import Candidates
 from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention import triton as fusion
 

@@ -1,4 +1,4 @@
-"""Which backends exist here, and which one runs a call.
+"""Which backends exist here, which one runs a call, and which calls none of them may see.
 
 Each operation names, per backend, a function that says why it cannot run an input, or None where
 it can (``BACKENDS`` in its op.py). The choice is the first that can, in the order below; the
@@ -8,14 +8,16 @@ reference can run everything.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from crossvit_kernels import extension
-from crossvit_kernels.gpu import device
+from crossvit_kernels.gpu import launcher
 
 #: "triton" runs on a CPU only where it is interpreted, at a snail's pace. "reference" is eager
 #: PyTorch, on any device.
@@ -62,7 +64,7 @@ def backends() -> Backends:
         "reference": None,
         "cpu": extension.missing,
         "cuda": _why_not_cuda(),
-        "triton": device.missing(),
+        "triton": launcher.missing(),
     }
     for name, reason in reasons.items():
         if reason is None and name != "reference" and not _operations_with(name):
@@ -181,3 +183,122 @@ def choose(
         f"backend {name!r} cannot run this call of {operation}. "
         + "; ".join([*reasons, "reference: can run it"])
     )
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """The type of all arithmetic on tokens x: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to matrix products on t's device; None where it is off."""
+    device_type = t.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # meta has no autocast
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+
+
+def is_plain_eager(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher can be bypassed: the kernel alone has to see the call."""
+    return not (
+        torch.compiler.is_compiling()
+        or _num_dispatch_modes()
+        or _num_function_modes()
+        or _transform() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+        or not _PLAIN.issuperset(map(type, tensors))
+        or any(torch.is_autocast_enabled(t) for t in ("cpu", "cuda"))
+    )
+
+
+# Modes such as FakeTensorMode or a default device, and transforms such as vmap; a torch that does
+# not say whether one is on is taken to have it on.
+_num_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_num_function_modes: Any = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+_transform: Any = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
+# The vmap that torch.autograd.grad has of its own.
+_BATCHED_GRADIENTS = torch._C._dispatch_key_parse("VmapMode")
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record a call with these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def why_not_fused(
+    *tensors: Tensor | None,
+    dropout_p: float = 0.0,
+    residual_scale: Tensor | None = None,
+) -> str | None:
+    """What only the reference does, on every backend.
+
+    Args:
+        *tensors: All tensors of the call; residual_scale may be among them.
+        dropout_p: Attention dropout.
+        residual_scale: As the operations take it.
+    """
+    if dropout_p > 0:
+        return f"attention dropout is not fused (dropout_p={dropout_p})"
+    if needs_grad(residual_scale):
+        return "no kernel has a gradient for residual_scale"
+    return why_no_kernel(tensors)
+
+
+def why_no_kernel(tensors: Sequence[Tensor | None]) -> str | None:
+    """Why the memory of these tensors is not all that a call must see; None where it is.
+
+    A kernel reads addresses. What torch attaches to its own operators (a trace, a tangent, a
+    batch dimension of vmap, the shards of a DTensor, a negation that is still to be done) it
+    neither reads nor passes on, but the reference does, as it is made of torch's operators.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records torch's own operators alone"
+    if _transform() is not None:
+        return "kernels take no part in the transforms of torch.func"
+    if torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS):
+        return "kernels take no batched gradients (is_grads_batched=True)"
+    if not _PLAIN.issuperset(map(type, tensors)):
+        for kind in set(map(type, tensors)) - _PLAIN:
+            if _is_wrapper(kind):
+                return f"a {kind.__name__} has no memory of its own"
+    given = [t for t in tensors if t is not None]
+    if any(map(torch.Tensor.is_neg, given)):
+        return "a tensor is a negative view: call .resolve_neg() on it"
+    if any(map(torch.Tensor._is_zerotensor, given)):
+        return "a tensor of zeros has no memory"
+    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in given):
+        return "kernels have no forward-mode derivatives"
+    return None
+
+
+def overrides_functions(kind: type) -> bool:
+    """Whether a type of tensors says itself what torch's functions do with them."""
+    function: Any = getattr(kind, "__torch_function__", None)
+    usual: Any = torch.Tensor.__torch_function__
+    return (
+        function is not torch._C._disabled_torch_function_impl
+        and getattr(function, "__func__", None) is not usual.__func__
+    )
+
+
+def _is_wrapper(kind: type) -> bool:
+    """Whether tensors of a type run torch's operators in Python, in place of memory; those that
+    torch itself traces with take custom operators as they are.
+    """
+    dispatches = getattr(kind, "__torch_dispatch__", None)
+    if dispatches is torch._C._disabled_torch_dispatch_impl:
+        return overrides_functions(kind)
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return not issubclass(kind, (FakeTensor, FunctionalTensor))
+
+
+def _has_tangent(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None

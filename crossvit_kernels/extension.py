@@ -92,11 +92,6 @@ NO_CUDA = (
 )
 
 
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """The type of all arithmetic on tokens x: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def cuda_architectures() -> list[str]:
     """Compute capabilities that the extension's CUDA code was compiled for; empty without CUDA."""
     return _C.cuda_architectures.split(";") if _C and _C.cuda_architectures else []

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from crossvit_kernels import functional
-from crossvit_kernels.gpu import device, tuned
+from crossvit_kernels.gpu import launcher, tables, tuned
 from crossvit_kernels.gpu.tables import Table
 from crossvit_kernels.ops.attention_core import configs as core
 from crossvit_kernels.ops.attention_core.configs import TokenPass
@@ -111,7 +111,7 @@ def main(
 ) -> int:
     """measure: seconds that a run takes; by default on the GPU, with rotated inputs."""
     options = _parse(arguments)
-    reason = device.missing()
+    reason = launcher.missing()
     if reason:
         print(f"tune: {reason}", file=sys.stderr)
         return 1
@@ -146,7 +146,7 @@ def _tune(
     else:
         run = _pass(kernel, batch, tokens, channels, heads, dtype, place)
     name = table.name
-    found = candidates(table, device.sm(place), width, dtype.itemsize)
+    found = candidates(table, tables.sm(place), width, dtype.itemsize)
     tried: list[tuple[float, Config]] = []
     for config in found[: options.limit]:
         with table.only(config):
@@ -162,7 +162,7 @@ def _tune(
         raise RuntimeError(f"{name}, C {channels}: no configuration runs")
     seconds, best = min(tried, key=lambda pair: pair[0])
     print(f"{name}, C {channels}: {tried[0][0] / seconds:.2f}x the table's: {best}", flush=True)
-    return tuned.key(name, device.device_name(place), width, dtype.itemsize), best
+    return tuned.key(name, tables.device_name(place), width, dtype.itemsize), best
 
 
 def table_of(kernel: str) -> Table[Any]:

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 import crossvit_kernels as ck
 from crossvit_kernels import extension, supported
-from crossvit_kernels.gpu import device
+from crossvit_kernels.gpu import tables
 from crossvit_kernels.ops.common import configs
 from crossvit_kernels.ops.layernorm_ffn.configs import FFN
 from crossvit_kernels.ops.layernorm_msa.configs import ATTENTION_PROJECTION
@@ -103,9 +103,9 @@ def triton_device() -> str:
         # Here steps take time, not registers: fewer of them, each larger.
         configs.PROGRAMS = 4
         larger = {448: configs.RowTile(32, 64, 128, 4, 1)}
-        tables = configs.NORM_LINEAR, FFN, ATTENTION_PROJECTION, configs.LINEAR_NORM_BACKWARD
-        for table in tables:
-            table.on_sm[device.sm(torch.device("cpu")), 4] = larger
+        larger_in = configs.NORM_LINEAR, FFN, ATTENTION_PROJECTION, configs.LINEAR_NORM_BACKWARD
+        for table in larger_in:
+            table.on_sm[tables.sm(torch.device("cpu")), 4] = larger
         return "cpu"
     return "cuda"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from crossvit_kernels.gpu import device
+from crossvit_kernels.gpu import launcher
 
 
 def install() -> None:
@@ -50,7 +50,7 @@ def install() -> None:
     InterpreterBuilder.create_dot = create_dot
     for name in ("create_fp_ext", "create_fp_trunc"):  # bound to the old cast_impl in some versions
         setattr(InterpreterBuilder, name, cast_impl)
-    device.interpreter_has_bfloat16 = True
+    launcher.interpreter_has_bfloat16 = True
 
 
 def rounded(x: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ import no_device
 import torch, triton
 from crossvit_kernels import FusionWeights
 from crossvit_kernels.gpu import launcher
-from crossvit_kernels.gpu.candidates import Candidate, Candidates
+from crossvit_kernels.gpu.tables import Candidate, Candidates
 from crossvit_kernels.ops.attention_core import triton_kernels as core
 from crossvit_kernels.ops.attention_core.configs import Shape
 from crossvit_kernels.ops.cross_attention import triton_forward, triton_backward_kernels

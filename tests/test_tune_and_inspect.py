@@ -13,7 +13,7 @@ import torch
 
 import crossvit_kernels as ck
 from crossvit_kernels import graphs, tune
-from crossvit_kernels.gpu import device, tables, tuned
+from crossvit_kernels.gpu import tables, tuned
 from crossvit_kernels.inspect import extension_code, machine_code
 
 
@@ -74,7 +74,7 @@ def test_tune_blocks(tuned_file, triton_device, capsys) -> None:
     assert len(json.loads(tuned_file.read_text())) == len(tune.BLOCK_KERNELS)
     tables.forget()
     name_of_device = torch.cuda.get_device_name() if triton_device == "cuda" else "interpreter"
-    sm = device.sm(torch.device(triton_device))
+    sm = tables.sm(torch.device(triton_device))
     for kernel in ("ffn", "norm linear"):
         table = tune.BLOCK_KERNELS[kernel].table.for_rows(20, 2)
         assert table.name == kernel + " of few rows" * (kernel == "norm linear")

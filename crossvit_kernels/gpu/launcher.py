@@ -10,8 +10,11 @@ every launch is Triton's own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib.util
 import operator
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,9 +23,10 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import supported
-from crossvit_kernels.gpu import device
-from crossvit_kernels.gpu.candidates import Candidate, Candidates, Usage, choose
+from crossvit_kernels.gpu.tables import ALIGN, Candidate, Candidates
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WIDEST = 1536
 _ALIGNMENT = 16  # bytes, of a pointer that loads may be wide at
 _INT32_MAX = 2**31 - 1
 
@@ -33,6 +37,70 @@ _address: Any = Tensor.data_ptr
 _dtype = operator.attrgetter("dtype")
 # The chosen candidate, and the compiled kernel where it may be launched as it is.
 _known: dict[tuple[Any, ...], tuple[Candidate, Any]] = {}
+
+# Found once: torch.compile traces why_not, and looks neither for files nor into caches.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+#: Triton's interpreter computes nonsense in bfloat16; who puts that right may say so here.
+interpreter_has_bfloat16 = False
+
+
+def installed() -> bool:
+    return _INSTALLED
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU (TRITON_INTERPRET=1 at the start)."""
+    return _INTERPRETING
+
+
+def missing() -> str | None:
+    """Why no Triton kernel can run here; None where one can."""
+    if not installed():
+        return "triton is not installed"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return "torch finds no GPU (TRITON_INTERPRET=1 runs kernels in Triton's interpreter)"
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why kernels over tokens x [B, N, C] cannot run; None where they can."""
+    if not installed():
+        return "triton is not installed"
+    if not x.is_cuda and not (interpreting() and x.is_cpu):
+        return f"the tokens are on {x.device}, not on a GPU"
+    if x.dtype not in _DTYPES:
+        return f"it has no code for {x.dtype} tokens"
+    if x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bfloat16:
+        return "Triton's interpreter has no bfloat16"
+    if x.shape[-1] % ALIGN:
+        return f"{x.shape[-1]} channels are no multiple of {ALIGN}"
+    if x.shape[-1] > _WIDEST:
+        return f"{x.shape[-1]} channels are more than {_WIDEST}"
+    return None
+
+
+def aligned_rows(t: Tensor) -> Tensor:
+    """t [..., C], or a copy of it where its rows are not contiguous or not aligned."""
+    *outer, last = t.stride()
+    if last == 1 and not t.data_ptr() % (ALIGN * t.element_size()):
+        for stride in outer:
+            if stride % ALIGN:
+                break
+        else:
+            return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def contiguous(parameters: Any) -> Any:
+    """A NamedTuple of tensors or None, copies in place of those that are not contiguous."""
+    try:
+        if all(map(Tensor.is_contiguous, parameters)):  # in C: there are many, and host time counts
+            return parameters
+    except TypeError:  # None
+        pass
+    return type(parameters)(*(None if t is None else t.contiguous() for t in parameters))
 
 
 class Programs(NamedTuple):
@@ -178,9 +246,73 @@ def _numbers(
 
 def _chosen(candidates: Candidates, usage_of: Callable[[Candidate], Usage | None]) -> Candidate:
     """The candidate to launch. A single one is not compiled to see: it runs whatever it takes."""
-    if len(candidates) == 1 or device.interpreting():
+    if len(candidates) == 1 or interpreting():
         return candidates[0]
     return candidates[choose(candidates, usage_of).index]
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes.
+
+    Attributes:
+        registers: Of a thread; 0 where it was not loaded, as it does not fit.
+        spills: Words of a thread in local memory.
+        shared_bytes: Shared memory of a program.
+        fits: Whether the chip has as much of everything.
+    """
+
+    registers: int
+    spills: int
+    shared_bytes: int
+    fits: bool
+
+    @property
+    def objection(self) -> str:
+        """Why to pass over the configuration; "" where nothing is wrong."""
+        if not self.fits:
+            return f"{self.shared_bytes} bytes of shared memory do not fit"
+        return f"{self.spills} words spilled" if self.spills else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The candidate that runs.
+
+    Attributes:
+        index: Its place among the candidates.
+        objections: Why each of those that were tried and not taken was passed over, in their order.
+    """
+
+    index: int
+    objections: tuple[str, ...] = ()
+
+
+def choose(candidates: Candidates, usage_of: Callable[[Candidate], Usage | None]) -> Choice:
+    """The first candidate to which there is no objection; else that with the fewest spills.
+
+    Args:
+        candidates: Tried in their order, as far as needed.
+        usage_of: Compiles one. None where it cannot be told what it takes: it is taken as it is.
+            What it raises is an objection.
+    """
+    objections: list[str] = []
+    spills: dict[int, int] = {}
+    for index, candidate in enumerate(candidates):
+        try:
+            usage = usage_of(candidate)
+        except Exception as error:
+            objections.append(f"{type(error).__name__} while compiling")
+            continue
+        if usage is None or not usage.objection:
+            return Choice(index, tuple(objections))
+        if usage.fits and index == 0 and candidates.measured:
+            return Choice(0)
+        objections.append(usage.objection)
+        if usage.fits:
+            spills[index] = usage.spills
+    # If none can run, the first says so when it is launched.
+    return Choice(min(spills, key=lambda index: spills[index]) if spills else 0, tuple(objections))
 
 
 def _usage(

@@ -1,8 +1,9 @@
 """Tables of configurations: which ones a kernel may run in, by width, element size and GPU.
 
-Nothing is measured on a call's way: there are tables, and gpu/tuned.py goes before them. A table
-has the configuration that is preferred; alternatives follow it for compilers that have no registers
-or no shared memory for that (gpu/candidates.py).
+Nothing is measured on a call's way: there are tables, and gpu/tuned.py goes before them. What a
+configuration compiles to depends on the version of Triton, on the sm, and on which of the kernel's
+optional tensors there are. So a table gives candidates in order of preference, of which
+gpu/launcher.py takes the first that spills no registers and fits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
 
 from crossvit_kernels.gpu import tuned
 
@@ -20,6 +23,9 @@ Rows = tuple[tuple[int, Config], ...]
 
 #: In place of a width that has no bound.
 ANY = 1 << 30
+
+#: Rows begin at multiples of so many elements: 16-byte loads of 16-bit tokens.
+ALIGN = 8
 
 _tables: list[Table[object]] = []
 
@@ -130,3 +136,103 @@ class Forms:
             yield
         finally:
             self.asked_for = previous
+
+
+class Candidate(NamedTuple):
+    """A configuration as a launch takes it.
+
+    Attributes:
+        constants: Values of the kernel's first constants.
+        options: num_warps and num_stages.
+    """
+
+    constants: tuple[Any, ...]
+    options: dict[str, int]
+
+
+class Candidates:
+    """Configurations of a kernel, the preferred one first.
+
+    They are part of the key under which launches are remembered, so their hash is found once.
+
+    Args:
+        items: At least one.
+        measured: The first is what tune.py measured: it runs wherever it fits.
+    """
+
+    __slots__ = ("_hash", "items", "measured")
+
+    def __init__(self, items: tuple[Candidate, ...], measured: bool = False) -> None:
+        unique = {(c.constants, *c.options.items()): c for c in items}
+        self.items, self.measured = tuple(unique.values()), measured
+        self._hash = hash((measured, *unique))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Candidates)
+            and self.measured == other.measured
+            and self.items == other.items
+        )
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Candidate:
+        return self.items[index]
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Those of the preferred one."""
+        return self.items[0].options
+
+    def __reduce__(self) -> Any:
+        return Candidates, (self.items, self.measured)
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """As torch gives it; "interpreter" on a CPU, "meta" where there is no memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "meta" if device.type == "meta" else "interpreter"
+
+
+# What tensors without memory stand for.
+_sm_of_meta = 0
+
+
+@contextmanager
+def as_if_on(sm_of_meta: int) -> Iterator[None]:
+    """Take tensors on the meta device for tensors on a sm, 90 for 9.0."""
+    global _sm_of_meta
+    previous, _sm_of_meta = _sm_of_meta, sm_of_meta
+    sm.cache_clear()
+    try:
+        yield
+    finally:
+        _sm_of_meta = previous
+        sm.cache_clear()
+
+
+@functools.cache
+def sm(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; on others than NVIDIA's the tables' default."""
+    if device.type == "meta":
+        return _sm_of_meta
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are formed: as torch is told to."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from crossvit_kernels import extension, supported
-from crossvit_kernels.gpu import device
+from crossvit_kernels.gpu import launcher
 from crossvit_kernels.inspect import ahead_of_time, extension_code, machine_code
 from crossvit_kernels.inspect.ahead_of_time import reports
 from crossvit_kernels.inspect.compile_cases import BLOCKS, WIDTHS, compile_cases, extremes
@@ -50,10 +50,10 @@ def extension_reports(options: argparse.Namespace) -> Iterator[Report]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    if not device.installed():
+    if not launcher.installed():
         print("inspect: triton is not installed", file=sys.stderr)
         return 1
-    if device.interpreting():
+    if launcher.interpreting():
         print("inspect: TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
         return 1
     # What Triton's default was up to 3.9, and what a GPU would run.

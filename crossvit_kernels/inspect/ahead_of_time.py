@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import device, launcher
-from crossvit_kernels.gpu.candidates import Candidate, Usage, choose
-from crossvit_kernels.gpu.launcher import Form
+from crossvit_kernels.gpu import launcher, tables
+from crossvit_kernels.gpu.launcher import Form, Usage, choose
+from crossvit_kernels.gpu.tables import Candidate
 from crossvit_kernels.inspect import machine_code
 from crossvit_kernels.inspect.machine_code import Report
 
@@ -154,7 +154,7 @@ def recorded(sm: int, runs: Iterable[Callable[[], object]]) -> list[CompileCase]
         sm: Compute capability, 90 for 9.0.
         runs: They call operations on tensors without memory.
     """
-    with device.as_if_on(sm), launcher.recording() as found:
+    with tables.as_if_on(sm), launcher.recording() as found:
         for run in runs:
             run()
     return [CompileCase(form) for form in {(f.kernel.fn, *f[1:]): f for f in found}.values()]

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from crossvit_kernels.ops.refusals import overrides_functions
+from crossvit_kernels.backends import overrides_functions
 
 _LOG = logging.getLogger("crossvit_kernels")
 

@@ -17,6 +17,7 @@ and tensors or None. keep says what forward keeps for backward, "" where none fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,8 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossvit_kernels.backends import choose, register_operation
-from crossvit_kernels.ops import autograd, refusals
+from crossvit_kernels.backends import (
+    autocast_dtype,
+    choose,
+    is_plain_eager,
+    needs_grad,
+    register_operation,
+    why_no_kernel,
+    why_not_fused,
+)
 from crossvit_kernels.ops.flops import Flops, tell_counters
 
 #: By name, for the autograd Function: a compiler traces a name more easily than an object.
@@ -114,7 +122,7 @@ class Operation:
         Raises:
             ValueError: The one that is named cannot run it.
         """
-        not_fused = refusals.why_not_fused(
+        not_fused = why_not_fused(
             *self.flat(inputs),
             dropout_p=dropout_p,
             residual_scale=getattr(inputs, "residual_scale", None),
@@ -131,9 +139,9 @@ class Operation:
         """The outputs on one backend, differentiable where a tensor requires it."""
         tensors = self.flat(inputs)
         num_heads = inputs.num_heads if self._has_heads else 0
-        if refusals.needs_grad(*tensors):
+        if needs_grad(*tensors):
             return _Function.apply(self.name, num_heads, eps, keep, backend, *tensors)
-        if refusals.is_plain_eager(tensors):
+        if is_plain_eager(tensors):
             return self.backends[backend].forward(inputs, eps, "")[0]
         outputs = self.forward(tensors, num_heads, eps, "", backend)
         return outputs[0] if self.num_outputs == 1 else tuple(outputs)
@@ -143,9 +151,9 @@ class Operation:
         if not self._make_weights:
             return inputs
         like = inputs[self._tokens_at]
-        if autograd.autocast_dtype(like) is None:
+        if autocast_dtype(like) is None:
             return inputs
-        weights = autograd.autocast_linears(inputs.weights, like, self._norms)
+        weights = _autocast_linears(inputs.weights, like, self._norms)
         return inputs._replace(weights=weights)
 
     def flat(self, inputs: Any) -> list[Any]:
@@ -168,7 +176,7 @@ class Operation:
     ) -> list[Tensor]:
         """The outputs, then what is kept for backward."""
         operator: Any = self._forward
-        if not refusals.is_plain_eager(tensors):
+        if not is_plain_eager(tensors):
             operator = self._forward_operator
             self._count_flops()
         return operator(list(tensors), num_heads, eps, keep, backend)
@@ -185,7 +193,7 @@ class Operation:
     ) -> list[Tensor | None]:
         """The gradients that are wanted, None for the others."""
         operator: Any = self._backward
-        if not refusals.is_plain_eager([*douts, *tensors, *saved]):
+        if not is_plain_eager([*douts, *tensors, *saved]):
             operator = self._backward_operator
             self._count_flops()
         found = operator(list(douts), [*tensors], list(saved), wanted, num_heads, eps, backend)
@@ -248,7 +256,7 @@ class Operation:
         backend: str,
     ) -> list[Tensor]:
         like = self.inputs(tensors, num_heads)[self._tokens_at]
-        return autograd.empty_gradients(tensors, wanted, like)
+        return _empty_gradients(tensors, wanted, like)
 
 
 class _Function(torch.autograd.Function):
@@ -267,20 +275,20 @@ class _Function(torch.autograd.Function):
         operation = OPERATIONS[name]
         results = operation.forward(tensors, num_heads, eps, keep, backend)
         ctx.constants = (name, num_heads, eps, backend)
-        return autograd.outputs(ctx, tensors, results, operation.num_outputs)
+        return _save(ctx, tensors, results, operation.num_outputs)
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         name, num_heads, eps, backend = ctx.constants
         operation = OPERATIONS[name]
         wanted = list(ctx.needs_input_grad[5:])
-        tensors, saved = autograd.saved(ctx, len(wanted))
-        if autograd.needs_reference(douts):
+        tensors, saved = _saved(ctx, len(wanted))
+        if _needs_reference(douts):
 
             def reference(*tensors: Tensor | None) -> Any:
                 return operation.reference(operation.inputs(tensors, num_heads), eps, 0.0)
 
-            gradients = autograd.by_reference(ctx, reference, tensors, wanted, douts)
+            gradients = _by_reference(ctx, reference, tensors, wanted, douts)
         else:
             gradients = operation.backward(douts, tensors, saved, wanted, num_heads, eps, backend)
         return (None,) * 5 + tuple(gradients)
@@ -315,3 +323,122 @@ def _without_autocast(kernel: Callable[..., Any], device_type: str) -> Callable[
             return kernel(*args, **kwargs)
 
     return run
+
+
+def _save(ctx: Any, inputs: Tensors, results: list[Tensor], count: int = 1) -> Any:
+    """Save inputs and results for backward and return the first ``count`` results.
+
+    Args:
+        ctx: The Function's context.
+        inputs: Of the operation, in the order of its reference.
+        results: What the forward operator gave: outputs, then what backward needs; where that is
+            nothing, it needs the outputs.
+        count: Outputs.
+    """
+    found = [_owned(t) for t in results[:count]]
+    kept = results[count:] or found
+    ctx.save_for_backward(*inputs, *kept)
+    ctx.strides = [t.stride() for t in kept]
+    ctx.autocast = autocast_dtype(found[0])
+    return found[0] if count == 1 else tuple(found)
+
+
+def _owned(t: Tensor) -> Tensor:
+    """t, not as a view of what a kernel computed: users may write to an output in place."""
+    return t if t._base is None else torch.ops.aten._unsafe_view.default(t, t.shape)
+
+
+def _saved(ctx: Any, num_inputs: int) -> tuple[Tensors, list[Tensor]]:
+    """The inputs, and what forward kept, with the strides that it had: a hook on saved tensors may
+    have laid it out anew, and kernels take its layout for granted.
+    """
+    tensors = ctx.saved_tensors
+    kept = [
+        t if t.stride() == stride else t.new_empty_strided(t.shape, stride).copy_(t)
+        for t, stride in zip(tensors[num_inputs:], ctx.strides, strict=True)
+    ]
+    return tensors[:num_inputs], kept
+
+
+def _needs_reference(douts: Tensors) -> bool:
+    """Whether backward must be made of torch's operators.
+
+    So that it can be differentiated again (``create_graph=True``), or because the gradients are no
+    plain tensors: batched ones (``is_grads_batched=True``) or wrappers.
+    """
+    if torch.compiler.is_compiling():  # compiled backward passes have no second derivatives
+        return False
+    return torch.is_grad_enabled() or why_no_kernel(douts) is not None
+
+
+def _by_reference(
+    ctx: Any, reference: Callable[..., Any], inputs: Tensors, wanted: Sequence[bool], douts: Tensors
+) -> list[Tensor | None]:
+    """The gradients of a reference's inputs; differentiable where grad mode is on.
+
+    Args:
+        ctx: The Function's context.
+        reference: Takes the inputs and gives one output, or several.
+        inputs: As saved.
+        wanted: Whether the gradient of each input is.
+        douts: The gradients of the outputs.
+    """
+    create_graph = torch.is_grad_enabled()
+    device = next(t.device.type for t in inputs if t is not None)
+    autocast: Any = contextlib.nullcontext()
+    if ctx.autocast is not None:
+        autocast = torch.autocast(device, dtype=ctx.autocast, cache_enabled=False)
+    with torch.enable_grad(), autocast:
+        # An alias each: one input may have been computed from another.
+        aliases = [
+            t if t is None or not want else t.view_as(t) if create_graph else t.detach()
+            for t, want in zip(inputs, wanted, strict=True)
+        ]
+        roots = [t for t, want in zip(aliases, wanted, strict=True) if t is not None and want]
+        for t in roots:
+            t.requires_grad_()
+        found = reference(*aliases)
+        pairs = [
+            (out, dout.to(out.dtype))
+            for out, dout in zip(
+                found if isinstance(found, tuple) else (found,), douts, strict=True
+            )
+            if dout is not None and out.requires_grad
+        ]
+    outs, grads = zip(*pairs, strict=True)
+    gradients = iter(
+        torch.autograd.grad(outs, roots, grads, create_graph=create_graph, materialize_grads=True)
+    )
+    return [
+        next(gradients) if t is not None and want else None
+        for t, want in zip(aliases, wanted, strict=True)
+    ]
+
+
+def _empty_gradients(inputs: Tensors, wanted: Sequence[bool], like: Tensor) -> list[Tensor]:
+    """Memory for the gradients of inputs, of no element for those that are not wanted."""
+    return [
+        t.new_empty(t.shape) if want and t is not None else like.new_empty(0)
+        for t, want in zip(inputs, wanted, strict=True)
+    ]
+
+
+def _autocast_linears(weights: Any, like: Tensor, norms: tuple[str, ...]) -> Any:
+    """The weights of a NamedTuple, those of its linear layers in autocast's dtype.
+
+    Like autocast itself, it leaves float64 alone.
+
+    Args:
+        weights: NamedTuple whose fields are ``<layer>_weight`` and ``<layer>_bias``.
+        like: A tensor on the device whose autocast counts.
+        norms: The layers that are LayerNorms, which autocast leaves alone.
+    """
+    dtype = autocast_dtype(like)
+    if dtype is None:
+        return weights
+    return [
+        w
+        if w is None or w.dtype == torch.float64 or name.rsplit("_", 1)[0] in norms
+        else w.to(dtype)
+        for name, w in zip(weights._fields, weights, strict=True)
+    ]

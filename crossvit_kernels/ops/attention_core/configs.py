@@ -7,9 +7,8 @@ import functools
 
 from torch import Tensor
 
-from crossvit_kernels.gpu import device
-from crossvit_kernels.gpu.candidates import Candidate, Candidates
-from crossvit_kernels.gpu.tables import Table
+from crossvit_kernels.gpu import tables
+from crossvit_kernels.gpu.tables import Candidate, Candidates, Table
 
 _MAX_ROWS = 64
 
@@ -38,7 +37,7 @@ class Shape:
     part: int
     normalize: bool
     precision: str
-    align: int = device.ALIGN
+    align: int = tables.ALIGN
 
     @property
     def num_chunks(self) -> int:
@@ -172,9 +171,9 @@ def candidates(
         normalize: Whether tokens are LayerNorm-ed.
         part: Tokens of a program, if not the configuration's.
     """
-    name, sm, channels = device.device_name(x.device), device.sm(x.device), x.shape[2]
+    name, sm, channels = tables.device_name(x.device), tables.sm(x.device), x.shape[2]
     found = table.candidates(name, sm, channels, x.element_size())
-    return _candidates(*found, channels, num_rows, normalize, device.precision(x.dtype), part)
+    return _candidates(*found, channels, num_rows, normalize, tables.precision(x.dtype), part)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import extension
+from crossvit_kernels.backends import accumulate_dtype
 from crossvit_kernels.extension import _C
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 
@@ -35,7 +36,7 @@ def forward_pass(
     norm_eps: float | None,
     m_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(m, lse) as in reference.py; u, m and lse in ``extension.accumulate_dtype(x)``.
+    """(m, lse) as in reference.py; u, m and lse in ``accumulate_dtype(x)``.
 
     m_out: memory for m, [B, R, C] with any strides that end in 1.
     """
@@ -44,7 +45,7 @@ def forward_pass(
     m = u.new_empty(batch, num_rows, channels) if m_out is None else m_out
     lse = u.new_empty(batch, num_rows)
     if m.numel():
-        at, dtype = extension.Arguments(x.device), extension.accumulate_dtype(x)
+        at, dtype = extension.Arguments(x.device), accumulate_dtype(x)
         _C.attention_core_forward(
             problem=extension.core_problem(x, extra_token, num_rows, norm_eps),
             x=at.tokens(x, extra_token),
@@ -78,7 +79,7 @@ def backward_pass(
     dx = x.new_empty(x.shape) if wants_dx else None
     dextra = None if extra_token is None else x.new_empty(batch, channels)
     if m.numel():
-        at, dtype = extension.Arguments(x.device), extension.accumulate_dtype(x)
+        at, dtype = extension.Arguments(x.device), accumulate_dtype(x)
         _C.attention_core_backward(
             problem=extension.core_problem(x, extra_token, num_rows, norm_eps),
             x=at.tokens(x, extra_token),

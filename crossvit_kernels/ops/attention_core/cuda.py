@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import extension
-from crossvit_kernels.gpu import device
+from crossvit_kernels.gpu import launcher, tables
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 
 
@@ -80,10 +80,10 @@ def forward_pass(
     if m.numel():
         assert extension.cuda_kernels is not None
         functions = extension.cuda_kernels.functions
-        u, x = extension.unit_stride(u), device.aligned_rows(x)
-        extra_token = None if extra_token is None else device.aligned_rows(extra_token)
+        u, x = extension.unit_stride(u), launcher.aligned_rows(x)
+        extra_token = None if extra_token is None else launcher.aligned_rows(extra_token)
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
-        blocks = blocks_of_image(batch, x.shape[1], device.sm(x.device))
+        blocks = blocks_of_image(batch, x.shape[1], tables.sm(x.device))
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[0])
         at, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_forward(
@@ -119,13 +119,13 @@ def backward_pass(
     if m.numel():
         assert extension.cuda_kernels is not None
         functions = extension.cuda_kernels.functions
-        u, x, dm = extension.unit_stride(u), device.aligned_rows(x), extension.unit_stride(dm)
-        extra_token = None if extra_token is None else device.aligned_rows(extra_token)
+        u, x, dm = extension.unit_stride(u), launcher.aligned_rows(x), extension.unit_stride(dm)
+        extra_token = None if extra_token is None else launcher.aligned_rows(extra_token)
         m = extension.unit_stride(m)
         # Alive until the kernel has been started.
         dlse = None if dlse is None else dlse.contiguous()
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
-        blocks = blocks_of_image(batch, x.shape[1], device.sm(x.device))
+        blocks = blocks_of_image(batch, x.shape[1], tables.sm(x.device))
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[1])
         at, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_backward(

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crossvit_kernels.extension import accumulate_dtype
-from crossvit_kernels.ops import autograd
+from crossvit_kernels.backends import accumulate_dtype, autocast_dtype
 from crossvit_kernels.ops.attention_core import cpu, cuda, reference, triton
 from crossvit_kernels.ops.attention_core.passes import Passes
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
@@ -25,7 +24,7 @@ def attention_core(
     u, x = inputs.u, inputs.x
     inputs = inputs._replace(u=u.to(accumulate_dtype(x)))
     m, lse = OPERATION.run(inputs, norm_eps, "fast", chosen)
-    return m.to(autograd.autocast_dtype(x) or u.dtype), lse
+    return m.to(autocast_dtype(x) or u.dtype), lse
 
 
 def _reference(inputs: CoreInputs, eps: float | None, dropout_p: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 class CoreInputs(NamedTuple):
     """The arguments of ``attention_core`` but for norm_eps."""
 
-    u: Tensor  # [B, R, C] or [1, R, C], in extension.accumulate_dtype of x
+    u: Tensor  # [B, R, C] or [1, R, C], in accumulate_dtype of x
     x: Tensor  # [B, N, C]
     key_mask: Tensor | None  # bool [B, N]
     extra_token: Tensor | None  # [B, C]

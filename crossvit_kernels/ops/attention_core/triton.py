@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import device, launcher
-from crossvit_kernels.gpu.candidates import Candidate, Candidates
-from crossvit_kernels.gpu.tables import Table
+from crossvit_kernels.gpu import launcher
+from crossvit_kernels.gpu.tables import Candidate, Candidates, Table
 from crossvit_kernels.ops.attention_core import configs
 from crossvit_kernels.ops.attention_core.configs import Shape, TokenPass, candidates
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def why_not(inputs: CoreInputs) -> str | None:
-    return device.why_not(inputs.x)
+    return launcher.why_not(inputs.x)
 
 
 def kernels() -> ModuleType:
@@ -52,8 +51,8 @@ def forward_pass(
     m, lse = out or (u.new_empty(batch, num_rows, channels), u.new_empty(batch, num_rows))
     if not m.numel():
         return m, lse
-    u, x = device.aligned_rows(u), device.aligned_rows(x)
-    extra = None if extra_token is None else device.aligned_rows(extra_token)
+    u, x = launcher.aligned_rows(u), launcher.aligned_rows(x)
+    extra = None if extra_token is None else launcher.aligned_rows(extra_token)
     found = candidates(table, x, num_rows, norm_eps is not None, part)
     shape = _shape_of(found)
     rows, parts = shape.rows, shape.parts(x.shape[1])
@@ -144,8 +143,8 @@ def backward_pass(
     else:
         du = du_out.unsqueeze(1)
     if m.numel():
-        u, x, dm = device.aligned_rows(u), device.aligned_rows(x), device.aligned_rows(dm)
-        extra = None if extra_token is None else device.aligned_rows(extra_token)
+        u, x, dm = launcher.aligned_rows(u), launcher.aligned_rows(x), launcher.aligned_rows(dm)
+        extra = None if extra_token is None else launcher.aligned_rows(extra_token)
         dlse = None if dlse is None else dlse.contiguous()
         for row in range(0, num_rows, rows):
             launcher.start(

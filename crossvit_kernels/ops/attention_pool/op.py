@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crossvit_kernels.backends import choose, register_operation
-from crossvit_kernels.ops import refusals
+from crossvit_kernels.backends import choose, register_operation, why_not_fused
 from crossvit_kernels.ops.attention_core.op import OPERATION as CORE
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.attention_pool import absorbed, reference
@@ -24,7 +23,7 @@ def attention_pool(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, weights or None) on the chosen backend; see functional.attention_pool."""
-    not_fused = refusals.why_not_fused(
+    not_fused = why_not_fused(
         query,
         tokens,
         key_mask,

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from crossvit_kernels.gpu import device
-from crossvit_kernels.gpu.candidates import Candidate, Candidates
-from crossvit_kernels.gpu.tables import ANY, Forms, Rows, Table
+from crossvit_kernels.gpu import tables
+from crossvit_kernels.gpu.tables import ANY, Candidate, Candidates, Forms, Rows, Table
 
 #: What runs every block that can: "fused" or "split" kernels, or split and torch's "library" for
 #: the steps that it has; rather than what rows and widths suggest.
@@ -44,7 +43,7 @@ class LayerShape:
     columns: int
     chunk: int
     precision: str
-    align: int = device.ALIGN
+    align: int = tables.ALIGN
     normalize: bool = True
 
     @property
@@ -260,9 +259,9 @@ def candidates(
         inner: See LayerShape.
         width: What the table goes by, if not by C.
     """
-    name, sm, size = device.device_name(like.device), device.sm(like.device), like.element_size()
+    name, sm, size = tables.device_name(like.device), tables.sm(like.device), like.element_size()
     found = table.for_rows(num_rows, size).candidates(name, sm, width or channels, size)
-    return _candidates(*found, channels, inner, device.precision(like.dtype))
+    return _candidates(*found, channels, inner, tables.precision(like.dtype))
 
 
 @functools.cache

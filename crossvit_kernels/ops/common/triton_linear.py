@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossvit_kernels.gpu import device, launcher
+from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import configs
 from crossvit_kernels.ops.common import torch_norm as layer_norm
@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
 
 
 def prepared(x: Tensor, cls: Tensor | None = None) -> Tokens:
-    return Tokens(device.aligned_rows(x), None if cls is None else device.aligned_rows(cls))
+    return Tokens(launcher.aligned_rows(x), None if cls is None else launcher.aligned_rows(cls))
 
 
 def norm_linear(

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import extension
-from crossvit_kernels.extension import _C, accumulate_dtype
+from crossvit_kernels.backends import accumulate_dtype
+from crossvit_kernels.extension import _C
 from crossvit_kernels.ops.attention_core import cpu as core
 from crossvit_kernels.ops.cross_attention import layout
 from crossvit_kernels.ops.cross_attention.layout import Gradients, Saved, empty_saved

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import extension
-from crossvit_kernels.gpu import device
+from crossvit_kernels.backends import autocast_dtype
+from crossvit_kernels.gpu import launcher, tables
 from crossvit_kernels.ops.attention_core import cuda as core
-from crossvit_kernels.ops.autograd import autocast_dtype
 from crossvit_kernels.ops.cross_attention import layout
 from crossvit_kernels.ops.cross_attention.layout import Saved, empty_saved
 from crossvit_kernels.ops.cross_attention.reference import (
@@ -94,7 +94,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
         x, scale = _aligned(tokens, residual_scale)
         _alive, of_weights = _weights(w, tokens)
         cls = _readable(cls, x).contiguous()
-        shape = cluster_shape(batch, device.sm(x.device))
+        shape = cluster_shape(batch, tables.sm(x.device))
         problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
         states = _states(problem, shape, saved.vectors)
         at, float32 = extension.Arguments(x.device), torch.float32
@@ -126,7 +126,7 @@ def backward(
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
         _alive, of_weights = _weights(weights, tokens)
-        shape = cluster_shape(batch, device.sm(x.device))
+        shape = cluster_shape(batch, tables.sm(x.device))
         problem = batch, num_tokens, channels, cls_dim, num_heads, eps
         states = _states(problem, shape, rows)
         scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)
@@ -169,7 +169,7 @@ def _states(
 def _aligned(tokens: Tensor, residual_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """As kernels read them: rows of tokens at multiples of 16 bytes."""
     scale = None if residual_scale is None else residual_scale.float().contiguous()
-    return device.aligned_rows(tokens), scale
+    return launcher.aligned_rows(tokens), scale
 
 
 Arguments = list[tuple[int, int]]
@@ -189,7 +189,7 @@ def _weights(w: FusionWeights, tokens: Tensor) -> tuple[FusionWeights, Arguments
             return w, list(zip(addresses, codes, strict=True))
     except (AttributeError, TypeError):
         pass
-    readable = device.contiguous(FusionWeights(*(_readable_weight(p, tokens) for p in w)))
+    readable = launcher.contiguous(FusionWeights(*(_readable_weight(p, tokens) for p in w)))
     at = extension.Arguments(tokens.device)
     return readable, [at.parameter(p) for p in readable]
 
@@ -204,7 +204,7 @@ _device = operator.attrgetter("device")
 def _readable_weight(p: Tensor | None, tokens: Tensor) -> Any:
     """A matrix with aligned rows, or a vector; None stays None."""
     if p is None or p.ndim == 2:
-        return p if p is None else device.aligned_rows(p)
+        return p if p is None else launcher.aligned_rows(p)
     return _readable(p, tokens)
 
 

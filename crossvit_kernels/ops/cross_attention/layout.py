@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.extension import accumulate_dtype
+from crossvit_kernels.backends import accumulate_dtype
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 
 

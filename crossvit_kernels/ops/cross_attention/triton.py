@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import device, launcher
-from crossvit_kernels.gpu.candidates import Candidate, Candidates
-from crossvit_kernels.gpu.device import ALIGN
+from crossvit_kernels.gpu import launcher, tables
+from crossvit_kernels.gpu.tables import ALIGN, Candidate, Candidates
 from crossvit_kernels.ops.attention_core import configs as token_passes
 from crossvit_kernels.ops.attention_core import triton as core
 from crossvit_kernels.ops.cross_attention import configs, layout
@@ -27,7 +26,7 @@ __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
 
 def why_not(inputs: FusionInputs) -> str | None:
-    return device.why_not(inputs.tokens)
+    return launcher.why_not(inputs.tokens)
 
 
 @functools.cache
@@ -105,7 +104,7 @@ def _launch_backward(
 ) -> None:
     cls, x, w, scale, (shape, in_one_kernel, candidates) = _prepared(inputs, "backward")
     kernels, (batch, num_tokens, _) = _kernels()[1], x.shape
-    dout, kept = device.aligned_rows(d_new_cls), saved.vectors
+    dout, kept = launcher.aligned_rows(d_new_cls), saved.vectors
     dcls, dx, rows, dz, du = out
     groups = (-(-batch // shape.images), 1, 1)
     rest: dict[str, Any] = {"weights": (w,), "eps": eps}
@@ -172,14 +171,14 @@ class _Call(NamedTuple):
 
 def _prepared(inputs: FusionInputs, way: str) -> _Call:
     """Of a "forward" or "backward" pass."""
-    cls, x = device.aligned_rows(inputs.cls), device.aligned_rows(inputs.tokens)
-    w = device.contiguous(inputs.weights)
+    cls, x = launcher.aligned_rows(inputs.cls), launcher.aligned_rows(inputs.tokens)
+    w = launcher.contiguous(inputs.weights)
     scale = None if inputs.residual_scale is None else inputs.residual_scale.contiguous()
     batch, num_tokens, channels = x.shape
     table = _TABLES[way]
     passes = token_passes.candidates(table, x, inputs.num_heads, True, configs.MANY_TOKENS)
-    config = configs.fusion(table, device.sm(x.device), channels)
-    precision = device.precision(w.q_weight.dtype)
+    config = configs.fusion(table, tables.sm(x.device), channels)
+    precision = tables.precision(w.q_weight.dtype)
     blocks = config.images(batch), config.block_k, config.block_n
     sizes = cls.shape[1], channels, inputs.num_heads
     shape, candidates = _with_passes(passes, *sizes, *blocks, precision)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import device, launcher
+from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.common import triton_linear as layers
@@ -32,7 +32,7 @@ def why_not(inputs: FfnInputs) -> str | None:
     x, w, _ = inputs
     if x.numel() == 0 or w.fc1_weight.numel() == 0:
         return "there are no tokens or no hidden units"
-    return device.why_not(x)
+    return launcher.why_not(x)
 
 
 def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
@@ -43,7 +43,7 @@ def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
 
 def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
     x, w, residual_scale = inputs
-    tokens, w = layers.prepared(x), device.contiguous(w)
+    tokens, w = layers.prepared(x), launcher.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     saved = empty_saved(inputs, keep) if keep else None
     if configs.FFN.fused(tokens.num_rows, x.shape[2], w.fc1_weight.element_size()):
@@ -58,7 +58,7 @@ def backward(
 ) -> FfnInputs:
     """Forms the gradients; products that are not wanted are None."""
     (dy,), (x, w, residual_scale), wants = douts, inputs, wanted.weights
-    dy, tokens, w = dy.contiguous(), layers.prepared(x), device.contiguous(w)
+    dy, tokens, w = dy.contiguous(), layers.prepared(x), launcher.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
     dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype).view(-1, channels)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossvit_kernels.gpu import device, launcher
+from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.common import triton_linear as layers
@@ -37,7 +37,7 @@ def why_not(inputs: MsaInputs) -> str | None:
     x, num_heads = inputs.x, inputs.num_heads
     if x.shape[2] // num_heads not in _HEAD_DIMS:
         return f"heads of {x.shape[2] // num_heads} channels are none of {_HEAD_DIMS}"
-    return "there are no tokens" if x.numel() == 0 else device.why_not(x)
+    return "there are no tokens" if x.numel() == 0 else launcher.why_not(x)
 
 
 def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
@@ -56,7 +56,7 @@ def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
 
 def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
     x, w, num_heads, residual_scale, cls = inputs
-    tokens, w = layers.prepared(x, cls), device.contiguous(w)
+    tokens, w = layers.prepared(x, cls), launcher.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     saved = empty_saved(inputs, "lean") if keep else None
     statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
@@ -78,7 +78,7 @@ def backward(
 ) -> MsaInputs:
     """Forms the gradients; products that are not wanted are None."""
     (dy,), (x, w, num_heads, residual_scale, cls), wants = douts, inputs, wanted.weights
-    dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), device.contiguous(w)
+    dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), launcher.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
     affine = w.norm_weight, w.norm_bias
