@@ -26,7 +26,7 @@ from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.tables import Candidate, Candidates
 from crossvit_kernels.ops.attention_core import triton_kernels as core
 from crossvit_kernels.ops.attention_core.configs import Shape
-from crossvit_kernels.ops.cross_attention import triton_forward, triton_backward_kernels
+from crossvit_kernels.ops.cross_attention import triton_forward, triton_backward
 from crossvit_kernels.ops.cross_attention.configs import FusionShape
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.bool
@@ -89,8 +89,8 @@ def check(kernel, *constants, sure=150):
 S, F, ALIGN, ADD = SHAPES, FUSIONS, (8,), (False, True)
 check(triton_forward.fusion_forward, S, F)
 check(triton_forward.fusion_after, F)
-check(triton_backward_kernels.fusion_backward, S, F)
-check(triton_backward_kernels.fusion_backward_before, ALIGN, F)
+check(triton_backward.fusion_backward, S, F)
+check(triton_backward.fusion_backward_before, ALIGN, F)
 check(core.attention_core_backward, S, ADD)
 check(core.attention_core_merge, S)
 """
@@ -100,7 +100,7 @@ PARAMETERS = """
 import no_device
 import triton
 from crossvit_kernels.ops.attention_core import triton_kernels as core
-from crossvit_kernels.ops.cross_attention import triton_backward_kernels, triton_forward
+from crossvit_kernels.ops.cross_attention import triton_backward, triton_forward
 from crossvit_kernels.ops.layernorm_ffn import triton_kernels as ffn
 from crossvit_kernels.ops.layernorm_msa import triton_kernels as msa
 from crossvit_kernels.ops.common import triton_linear_kernels as layers
@@ -117,7 +117,7 @@ def kind(parameter):
     assert parameter.do_not_specialize, parameter.name
     return 2
 
-modules = core, triton_forward, triton_backward_kernels, ffn, msa, layers
+modules = core, triton_forward, triton_backward, ffn, msa, layers
 kernels = {
     k for m in modules for k in vars(m).values()
     if isinstance(k, triton.JITFunction) and k.do_not_specialize

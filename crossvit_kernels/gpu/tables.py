@@ -236,3 +236,20 @@ def precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "ieee"
+
+
+class InChunks:
+    """Constants of a kernel that holds rows of ``channels`` in chunks of ``chunk``."""
+
+    channels: int
+    chunk: int
+
+    @property
+    def num_chunks(self) -> int:
+        """The last one may reach beyond the last channel."""
+        return -(-self.channels // self.chunk)
+
+
+@functools.cache
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

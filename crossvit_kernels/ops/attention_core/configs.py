@@ -8,13 +8,19 @@ import functools
 from torch import Tensor
 
 from crossvit_kernels.gpu import tables
-from crossvit_kernels.gpu.tables import Candidate, Candidates, Table
+from crossvit_kernels.gpu.tables import (
+    Candidate,
+    Candidates,
+    InChunks,
+    Table,
+    next_power_of_2,
+)
 
 _MAX_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(InChunks):
     """Constants of a pass over the tokens, called S in the kernels.
 
     Attributes:
@@ -39,11 +45,6 @@ class Shape:
     precision: str
     align: int = tables.ALIGN
 
-    @property
-    def num_chunks(self) -> int:
-        """The last one may reach beyond the last channel."""
-        return -(-self.channels // self.chunk)
-
     def describe(self) -> str:
         """For the report of ``crossvit_kernels.inspect``."""
         norm = "" if self.normalize else " as they are"
@@ -56,11 +57,6 @@ class Shape:
 
 def padded_rows(num_rows: int) -> int:
     return min(max(next_power_of_2(num_rows), 16), _MAX_ROWS)
-
-
-@functools.cache
-def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +96,14 @@ class TokenPass:
             )
             for config in self.and_fewer_stages()
         )
+
+    def candidate(
+        self, num_rows: int, channels: int, normalize: bool, precision: str, part: int
+    ) -> Candidate:
+        """As a launch takes it; the constant is a Shape."""
+        sizes = num_rows, channels, padded_rows(num_rows), self.chunk, self.tokens, part
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return Candidate((Shape(*sizes, normalize, precision),), options)
 
 
 class PassTable(Table[TokenPass]):
@@ -187,10 +191,6 @@ def _candidates(
     part: int | None,
 ) -> Candidates:
     """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
-    items = []
-    for config in configs:
-        rows = padded_rows(num_rows)
-        sizes = num_rows, channels, rows, config.chunk, config.tokens, part or config.part
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        items.append(Candidate((Shape(*sizes, normalize, precision),), options))
+    sizes = num_rows, channels, normalize, precision
+    items = (config.candidate(*sizes, part or config.part) for config in configs)
     return Candidates(tuple(items), measured)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from crossvit_kernels.gpu import tables
-from crossvit_kernels.gpu.tables import ANY, Candidate, Candidates, Forms, Rows, Table
+from crossvit_kernels.gpu.tables import ANY, Candidate, Candidates, Forms, InChunks, Rows, Table
 
 #: What runs every block that can: "fused" or "split" kernels, or split and torch's "library" for
 #: the steps that it has; rather than what rows and widths suggest.
@@ -23,7 +23,7 @@ PROGRAMS = 264
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerShape:
+class LayerShape(InChunks):
     """Constants of a kernel over tiles of token rows, called L in the kernels.
 
     Attributes:
@@ -45,11 +45,6 @@ class LayerShape:
     precision: str
     align: int = tables.ALIGN
     normalize: bool = True
-
-    @property
-    def num_chunks(self) -> int:
-        """The last one may reach beyond the last channel."""
-        return -(-self.channels // self.chunk)
 
     def describe(self) -> str:
         """For the report of ``crossvit_kernels.inspect``."""

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from crossvit_kernels.gpu.tables import Forms, Table
-from crossvit_kernels.ops.attention_core.configs import PassTable, TokenPass, next_power_of_2
+import torch
+from torch import Tensor
+
+from crossvit_kernels.gpu.tables import (
+    ALIGN,
+    Candidate,
+    Candidates,
+    Forms,
+    Table,
+    device_name,
+    next_power_of_2,
+    precision,
+    sm,
+)
+from crossvit_kernels.ops.attention_core.configs import PassTable, TokenPass
 
 #: "one" or "three" kernels for every fusion that can, rather than what its batch suggests.
 FORMS = Forms("one", "three")
@@ -169,3 +184,73 @@ def fusion(table: Table[TokenPass], sm: int, channels: int) -> Fusion:
     if table is BACKWARD and channels > 384 and sm == 80:
         return Fusion(block_n=32)  # an A100 again
     return _FUSION
+
+
+class Variant(NamedTuple):
+    """How a call runs, and the configurations of its kernels, by the constants they take."""
+
+    shape: FusionShape
+    in_one_kernel: bool
+    whole: Candidates  # Shape, FusionShape: all in one kernel
+    aligned: Candidates  # ALIGN, FusionShape: those with rows of CLS
+    vectors: Candidates  # FusionShape
+
+
+def variant(
+    table: PassTable, x: Tensor, cls_dim: int, num_heads: int, dtype: torch.dtype
+) -> Variant:
+    """The variant of a call.
+
+    Args:
+        table: FORWARD or BACKWARD.
+        x: Tokens [B, N, C].
+        cls_dim: C_cls.
+        num_heads: h.
+        dtype: Of the weight matrices.
+    """
+    batch, num_tokens, channels = x.shape
+    gpu = sm(x.device)
+    passes = table.candidates(device_name(x.device), gpu, channels, x.element_size())
+    config = fusion(table, gpu, channels)
+    blocks = config.images(batch), config.block_k, config.block_n
+    sizes = cls_dim, channels, num_heads, *blocks, precision(dtype)
+    in_one_kernel = num_tokens <= MANY_TOKENS and config.in_one_kernel(batch)
+    shape, *candidates = _candidates(*passes, precision(x.dtype), *sizes)
+    return Variant(shape, in_one_kernel, *candidates)
+
+
+@functools.cache
+def _candidates(
+    passes: tuple[TokenPass, ...],
+    measured: bool,
+    tokens_precision: str,
+    cls_dim: int,
+    channels: int,
+    num_heads: int,
+    images: int,
+    block_k: int,
+    block_n: int,
+    weights_precision: str,
+) -> tuple[FusionShape, Candidates, Candidates, Candidates]:
+    """One object a shape: it is part of the key under which Triton finds a compiled kernel.
+
+    Weight matrices are read in narrower blocks where no token pass fits. The bits of a result stay.
+    """
+    shapes = [
+        FusionShape(cls_dim, channels, num_heads, images, block_k, n, weights_precision)
+        for n in (block_n, 32)
+        if n <= block_n
+    ]
+    sizes = num_heads, channels, True, tokens_precision, MANY_TOKENS
+    pairs = [(shape, config.candidate(*sizes)) for shape in shapes for config in passes]
+
+    def candidates(constants: Callable[[FusionShape, Candidate], tuple[Any, ...]]) -> Candidates:
+        items = (Candidate(constants(f, s), s.options) for f, s in pairs)
+        return Candidates(tuple(items), measured)
+
+    return (
+        shapes[0],
+        candidates(lambda f, s: (*s.constants, f)),
+        candidates(lambda f, s: (ALIGN, f)),
+        candidates(lambda f, s: (f,)),
+    )

@@ -23,7 +23,7 @@ from crossvit_kernels.extension import _C
 from crossvit_kernels.ops.attention_core import cpu as core
 from crossvit_kernels.ops.cross_attention import layout
 from crossvit_kernels.ops.cross_attention.layout import Gradients, Saved, empty_saved
-from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights, gradients
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
@@ -114,8 +114,7 @@ def backward(
     dcls, *d_proj_norm = _norm_gelu_backward(dy0 @ w.proj_weight, cls.to(dtype), *affine, eps)
     between = dy0, dgamma, dbeta, dq, do, dupdate
     g = Gradients._make((*d_proj_norm, *between, *d_back_norm, dout))
-    d_weights = layout.weight_gradients(weights, v, g, du, wanted.weights)
-    return gradients(dcls.to(cls.dtype), dtokens, d_weights)
+    return layout.input_gradients(inputs, wanted, v, g, du, dcls, dtokens)
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:

@@ -23,7 +23,6 @@ from crossvit_kernels.ops.cross_attention.layout import Saved, empty_saved
 from crossvit_kernels.ops.cross_attention.reference import (
     FusionInputs,
     FusionWeights,
-    gradients,
 )
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
@@ -151,8 +150,7 @@ def backward(
             place=extension.place(x),
         )
     v, g = layout.vectors(saved, inputs), layout.gradients(rows, inputs)
-    d_weights = layout.weight_gradients(inputs.weights, v, g, du, wanted.weights)
-    return gradients(dcls.to(cls.dtype), dx, d_weights)
+    return layout.input_gradients(inputs, wanted, v, g, du, dcls, dx)
 
 
 def _states(

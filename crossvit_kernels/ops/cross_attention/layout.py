@@ -7,7 +7,7 @@ csrc/cross_attention/layout.h.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -100,10 +100,27 @@ def _gradient_sizes(inputs: FusionInputs) -> list[int]:
     return [cls_dim, cls_dim, *[channels] * 8, cls_dim]
 
 
-def weight_gradients(
-    weights: FusionWeights, v: Vectors, g: Gradients, du: Tensor, wanted: FusionWeights
-) -> FusionWeights:
-    """The gradients of the weights that are wanted, from those of the rows and du [h, B, C]."""
+def input_gradients(
+    inputs: FusionInputs,
+    wanted: FusionInputs,
+    v: Vectors,
+    g: Gradients,
+    du: Tensor,
+    dcls: Tensor,
+    dtokens: Tensor | None,
+) -> FusionInputs:
+    """What a backend's backward returns: gradients of the inputs, None for those not wanted.
+
+    Args:
+        inputs: Of forward.
+        wanted: A bool for each tensor.
+        v: As saved.
+        g: Of all images.
+        du: [h, B, C].
+        dcls: [B, C_cls].
+        dtokens: [B, N, C], or None.
+    """
+    weights = inputs.weights
     heads, _, channels = du.shape
     scale = (channels // heads) ** -0.5
     gamma, beta = weights.norm_weight.to(du.dtype), weights.norm_bias.to(du.dtype)
@@ -131,7 +148,8 @@ def weight_gradients(
         "back_weight": lambda: g.new_cls.t() @ v.back_activated,
         "back_bias": lambda: g.new_cls.sum(dim=0),
     }
-    pairs = zip(weights._asdict().items(), wanted, strict=True)
-    return FusionWeights._make(
+    pairs = zip(weights._asdict().items(), wanted.weights, strict=True)
+    d_weights = FusionWeights._make(
         found[name]().to(w.dtype) if want and w is not None else None for (name, w), want in pairs
     )
+    return FusionInputs(dcls.to(inputs.cls.dtype), cast(Tensor, dtokens), d_weights, 0)

@@ -6,7 +6,7 @@ Its f and g are LayerNorm -> GELU -> Linear.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,13 +70,6 @@ class FusionInputs(NamedTuple):
     weights: FusionWeights
     num_heads: int
     residual_scale: Tensor | None = None  # [B]
-
-
-def gradients(
-    dcls: Tensor | None, dtokens: Tensor | None, d_weights: FusionWeights
-) -> FusionInputs:
-    """As backends return them; None in place of those that are not wanted."""
-    return FusionInputs(cast(Tensor, dcls), cast(Tensor, dtokens), d_weights, 0)
 
 
 def cross_attention_fusion(

@@ -6,9 +6,14 @@ import triton
 import triton.language as tl
 
 from crossvit_kernels.ops.attention_core.triton_passes import forward_pass
-from crossvit_kernels.ops.common.triton_tiles import aligned, load_residual_scale
+from crossvit_kernels.ops.common.triton_tiles import (
+    IMAGES,
+    aligned,
+    linear,
+    load_residual_scale,
+    norm_rows,
+)
 from crossvit_kernels.ops.cross_attention.layout import Vectors
-from crossvit_kernels.ops.cross_attention.triton_passes import IMAGES, linear, norm_rows
 
 # Not compiled into a kernel.
 SIZES = ("batch", "num_tokens", "cls_stride", "x_batch_stride", "x_token_stride")
@@ -90,11 +95,11 @@ def before_tokens(
     )
     tl.debug_barrier()
     weight, bias = w.proj_weight, w.proj_bias
-    linear(v.activated, CLS_DIM, weight, CLS_DIM, bias, v.y0, C, used, CLS_DIM, C, K, N, PRECISION)
+    linear(v.activated, CLS_DIM, weight, bias, v.y0, C, used, CLS_DIM, C, K, N, PRECISION)
     tl.debug_barrier()
     norm_rows(v.y0, C, w.norm_weight, w.norm_bias, v.normed, C, used, eps, C, PADDED, GELU=False)
     tl.debug_barrier()
-    linear(v.normed, C, w.q_weight, C, w.q_bias, v.q, C, used, C, C, K, N, PRECISION)
+    linear(v.normed, C, w.q_weight, w.q_bias, v.q, C, used, C, C, K, N, PRECISION)
     tl.debug_barrier()
     for head in range(H):
         weight = w.k_weight + head * D * C
@@ -102,7 +107,6 @@ def before_tokens(
             v.q + head * D,
             C,
             weight,
-            C,
             None,
             v.kt + head * v.head_stride,
             C,
@@ -183,7 +187,6 @@ def after_tokens(
             v.m + head * v.head_stride,
             C,
             w.v_weight + head * D * C,
-            C,
             bias,
             v.o + head * D,
             C,
@@ -203,7 +206,6 @@ def after_tokens(
         v.o,
         C,
         w.out_weight,
-        C,
         w.out_bias,
         v.y,
         C,
@@ -224,7 +226,6 @@ def after_tokens(
         v.back_activated,
         C,
         w.back_weight,
-        C,
         w.back_bias,
         out_ptr,
         CLS_DIM,
