@@ -131,7 +131,7 @@ for kernel in kernels:
 # The second of two equal calls starts a compiled kernel, with what Triton passed in the first.
 ARGUMENTS = """
 from no_device import launches
-import torch, triton
+import json, torch, triton
 from crossvit_kernels import FusionInputs, FusionWeights
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
@@ -211,6 +211,16 @@ assert len(looked) == 6
 triton.knobs.runtime.debug = False
 call()
 assert len(looked) == 6
+
+# A hook of the cache gets all constants as JSON.
+cached = []
+triton.knobs.runtime.jit_cache_hook = lambda **kwargs: cached.append(kwargs["compile"])
+kernel.device_caches.clear(), launcher._known.clear()
+call()
+triton.knobs.runtime.jit_cache_hook = None
+constants = json.loads(cached[0]["specialization_data"])["constant_vals"]
+assert any(isinstance(value, dict) and value.get("cls_dim") == 32 for value in constants)
+
 hooked = []
 kernel.add_pre_run_hook(lambda *args, **kwargs: hooked.append(1))
 call(), call()

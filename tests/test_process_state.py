@@ -13,6 +13,7 @@ from operation_cases import OPERATIONS, Operation
 from torch import Tensor
 
 import crossvit_kernels as ck
+from crossvit_kernels.gpu import tables
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 operations = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
@@ -163,3 +164,24 @@ def test_every_buffer_names_its_dtype_and_device() -> None:
     sources = [p for name in ("crossvit_kernels", "crossvit") for p in (ROOT / name).rglob("*.py")]
     found = [line for path in sources for line in _unnamed_buffers(path)]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "precision"),
+    [
+        (lambda: None, "ieee"),
+        (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True), "tf32"),
+        (lambda: torch.set_float32_matmul_precision("high"), "tf32"),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), "tf32"),
+        (lambda: setattr(torch.backends, "fp32_precision", "tf32"), "tf32"),
+    ],
+    ids=["default", "allow_tf32", "set_float32_matmul_precision", "fp32_precision", "of all"],
+)
+def test_either_setting_of_tf32(change, precision) -> None:
+    before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    change()
+    try:
+        assert tables.precision(torch.float32) == precision
+        assert tables.precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before

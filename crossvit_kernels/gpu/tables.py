@@ -8,6 +8,7 @@ gpu/launcher.py takes the first that spills no registers and fits.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -232,13 +233,30 @@ def sm(device: torch.device) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are formed: as torch is told to."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    """How products of float32 are formed: as torch is told to, by the old setting or the new one.
+
+    ``allow_tf32`` cannot be read once ``fp32_precision`` was set; this is what both set.
+    """
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
 
-class InChunks:
+class Constants(dict[str, Any]):
+    """A kernel's constants in one frozen dataclass.
+
+    It is a dict of its fields as well: Triton writes constants as JSON for
+    ``knobs.runtime.jit_cache_hook``.
+    """
+
+    def __post_init__(self) -> None:
+        self.update((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash((type(self), *self.values()))
+
+
+class InChunks(Constants):
     """Constants of a kernel that holds rows of ``channels`` in chunks of ``chunk``."""
 
     channels: int

@@ -14,6 +14,7 @@ from crossvit_kernels.gpu.tables import (
     ALIGN,
     Candidate,
     Candidates,
+    Constants,
     Forms,
     Table,
     device_name,
@@ -32,7 +33,7 @@ MANY_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class FusionShape:
+class FusionShape(Constants):
     """Constants of the CLS path, called F in the kernels.
 
     Attributes:
