@@ -100,7 +100,7 @@ def _why_not_cuda() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    failure = extension.cuda_self_check(torch.cuda.current_device())
+    failure = extension.failure_on(torch.device("cuda", torch.cuda.current_device()))
     return f"its check kernel did not run: {failure}" if failure else None
 
 

@@ -6,6 +6,8 @@ strides in elements (csrc/bindings/).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch  # the extension runs its loops on the thread pool of a torch loaded before it
@@ -47,8 +49,10 @@ def why_not_cuda_kernels(x: Tensor) -> str | None:
         return f"the tokens are on {x.device}, not on a CUDA device"
     if x.dtype not in DTYPE_CODES or x.dtype == torch.float64:
         return f"it has no code for {x.dtype} tokens"
-    if x.is_cuda and not has_code_for(cuda_architectures(), compute_capability(x.device)):
+    if x.is_cuda and not architecture_for(cuda_architectures(), compute_capability(x.device)):
         return f"the extension was built for {_C.cuda_architectures}, not for {x.device}"
+    if failure := failure_on(x.device):
+        return f"the extension's check kernel did not run on {x.device}: {failure}"
     return None
 
 
@@ -58,16 +62,65 @@ def compute_capability(device: torch.device) -> int:
     return 10 * properties.major + properties.minor
 
 
-def has_code_for(architectures: list[str], capability: int) -> bool:
-    """Whether code for these, and PTX of the last without its "a", runs at a compute capability."""
-    for name in architectures:
-        built_for = int(name.rstrip("af"))
-        if capability == built_for:
-            return True
-        same_major = capability // 10 == built_for // 10
-        if same_major and capability > built_for and not name.endswith("a"):
-            return True
-    return bool(architectures) and capability >= int(architectures[-1].rstrip("af"))
+def architecture_for(architectures: Sequence[str], capability: int) -> int:
+    """Which of these architectures' code a device of a compute capability loads; 0 for none.
+
+    Machine code runs on its own capability and, without an "a", on later ones with the same major
+    number. PTX of the last, as if without its "a", serves all that come after it.
+    """
+    built_for = [int(name.rstrip("af")) for name in architectures]
+    if capability in built_for:
+        return capability
+    alike = (
+        number
+        for number, name in zip(built_for, architectures, strict=True)
+        if number // 10 == capability // 10 and number < capability and not name.endswith("a")
+    )
+    newest = built_for[-1] if built_for and built_for[-1] <= capability else 0
+    return max(alike, default=newest)
+
+
+@functools.cache
+def _self_check(index: int) -> str:
+    return cuda_self_check(index)
+
+
+def failure_on(device: torch.device) -> str:
+    """Why kernels of the extension do not run on a device, an old driver for one; "" if they do.
+
+    A check kernel runs there once.
+    """
+    if device.type != "cuda":
+        return ""
+    return _self_check(torch.cuda.current_device() if device.index is None else device.index)
+
+
+# torch.compile runs it and takes its result for a constant. torch.compiler.assume_constant_result
+# would set this, and import all of the compiler for it.
+failure_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class Multiprocessors(NamedTuple):
+    """What of a device decides how a kernel's work is divided.
+
+    Attributes:
+        number: Streaming multiprocessors.
+        have_clusters: Whether blocks of the code that the device loads can read each other's
+            shared memory.
+    """
+
+    number: int
+    have_clusters: bool
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> Multiprocessors:
+    """Those of a device; where tests run the kernels on a CPU, those of an H200."""
+    if device.type != "cuda":
+        return Multiprocessors(132, True)
+    architecture = architecture_for(cuda_architectures(), compute_capability(device))
+    number = torch.cuda.get_device_properties(device).multi_processor_count
+    return Multiprocessors(number, architecture >= 90)
 
 
 def shared_bytes_of_block(x: Tensor) -> int:

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import crossvit_kernels as ck
+from crossvit_kernels import extension
 from crossvit_kernels.backends import NAMES, choose, order
 
 
@@ -159,19 +161,57 @@ def test_import_is_light() -> None:
 
 
 def test_the_order_follows_the_chip(monkeypatch) -> None:
-    from crossvit_kernels import extension
-
     assert order("attention_core", torch.device("cpu"))[0] == "cpu"
     for capability, first in ((75, "triton"), (80, "triton"), (89, "triton"), (90, "cuda")):
         monkeypatch.setattr(extension, "compute_capability", lambda device, c=capability: c)
         assert order("cross_attention_fusion", torch.device("cuda", 0))[0] == first
 
 
-def test_which_devices_a_build_has_code_for() -> None:
-    from crossvit_kernels.extension import has_code_for
+def test_which_code_a_device_loads() -> None:
+    def loaded(*architectures: str) -> list[int]:
+        capabilities = 75, 80, 86, 89, 90, 100, 103, 120
+        return [extension.architecture_for(architectures, c) for c in capabilities]
 
-    default = ["80", "90"]
-    assert all(has_code_for(default, c) for c in (80, 86, 89, 90, 100, 103, 120))
-    assert not has_code_for(default, 75)
-    assert has_code_for(["90a"], 90) and has_code_for(["90a"], 100)  # PTX of compute_90
-    assert not has_code_for(["80", "100"], 90) and not has_code_for([], 90)
+    assert loaded("80", "90") == [0, 80, 80, 80, 90, 90, 90, 90]  # PTX from sm_100 on
+    assert loaded("80", "90a", "100a") == [0, 80, 80, 80, 90, 100, 100, 100]
+    assert loaded("90a") == [0, 0, 0, 0, 90, 90, 90, 90]
+    assert loaded("80") == [0, 80, 80, 80, 80, 80, 80, 80]
+    assert loaded("80", "100") == [0, 80, 80, 80, 0, 100, 100, 100]
+    assert loaded("86", "89") == [0, 0, 86, 89, 89, 89, 89, 89]
+    assert loaded() == [0] * 8
+
+
+@pytest.mark.parametrize(
+    "architectures, have_clusters", [("80", False), ("80;90", True), ("80;89", False)]
+)
+def test_clusters_are_those_of_the_code_that_is_loaded(
+    monkeypatch, architectures, have_clusters
+) -> None:
+    hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=114)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+    monkeypatch.setattr(extension, "cuda_architectures", lambda: architectures.split(";"))
+    device = torch.device("cuda", 0)
+    found = extension.multiprocessors.__wrapped__(device)
+    assert found == extension.Multiprocessors(114, have_clusters)
+
+
+def test_a_device_that_fails_the_check_is_left_to_others(monkeypatch, cuda_device) -> None:
+    failure = "cudaErrorInsufficientDriver"
+    monkeypatch.setattr(extension, "failure_on", lambda device: failure)
+    x, u = torch.randn(2, 5, 16, device=cuda_device), torch.randn(2, 3, 16, device=cuda_device)
+    with pytest.raises(ValueError, match=failure):
+        ck.attention_core(u, x, backend="cuda")
+    m, _ = ck.attention_core(u, x)
+    expected, _ = ck.attention_core(u, x, backend="reference")
+    torch.testing.assert_close(m, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_check_is_a_constant_to_a_compiler(monkeypatch, cuda_device) -> None:
+    def check(device: torch.device) -> str:
+        return "" if extension.cpu_instruction_set() else "none"  # nothing to trace
+
+    check._dynamo_marked_constant = extension.failure_on._dynamo_marked_constant
+    monkeypatch.setattr(extension, "failure_on", check)
+    x, u = torch.randn(2, 5, 16, device=cuda_device), torch.randn(2, 3, 16, device=cuda_device)
+    m, _ = torch.compile(ck.attention_core, fullgraph=True, backend="eager")(u, x, backend="cuda")
+    torch.testing.assert_close(m, ck.attention_core(u, x)[0], rtol=1e-4, atol=1e-4)

@@ -223,7 +223,7 @@ def test_architectures(
     newest = built[-1].rstrip("a")
     assert code == [*(f"sm_{arch}" for arch in built), f"compute_{newest}"]
     assert "-warn-spills" in rules.read_text()
-    assert all(extension.has_code_for(built, int(arch.rstrip("a"))) for arch in built)
+    assert all(extension.architecture_for(built, int(a.rstrip("a"))) for a in built)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 from core_cases import make
 
 import crossvit_kernels as ck
+from crossvit_kernels.extension import Multiprocessors
 from crossvit_kernels.ops.attention_core import cuda
 
 
@@ -42,19 +43,22 @@ def test_bits_do_not_tell_how_many_blocks_share_an_image(
         assert all(torch.equal(a, e) for a, e in zip(results(blocks), expected, strict=True))
 
 
+A100, H200 = Multiprocessors(108, False), Multiprocessors(132, True)
+
+
 @pytest.mark.parametrize(
-    "batch, num_tokens, sm, blocks",
+    "batch, num_tokens, sms, blocks",
     [
-        (1, 401, 90, 8),
-        (16, 401, 90, 8),
-        (32, 401, 90, 4),
-        (256, 401, 90, 1),
-        (1, 20, 90, 1),
-        (1, 401, 80, 1),
-        (1, 100_000, 90, 1),
+        (1, 401, H200, 8),
+        (16, 401, H200, 8),
+        (32, 401, H200, 4),
+        (256, 401, H200, 1),
+        (1, 20, H200, 1),
+        (1, 401, A100, 1),
+        (1, 100_000, H200, 1),
     ],
 )
 def test_how_many_blocks_share_an_image(
-    batch: int, num_tokens: int, sm: int, blocks: int, cuda_device: str
+    batch: int, num_tokens: int, sms: Multiprocessors, blocks: int, cuda_device: str
 ) -> None:
-    assert cuda.blocks_of_image(batch, num_tokens, sm) == blocks
+    assert cuda.blocks_of_image(batch, num_tokens, sms) == blocks

@@ -18,6 +18,7 @@ from operator_checks import check_operators
 
 import crossvit_kernels as ck
 from crossvit_kernels import FusionInputs, FusionWeights
+from crossvit_kernels.extension import Multiprocessors
 from crossvit_kernels.modules import CrossAttentionFusion
 from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention.cuda import ClusterShape
@@ -241,9 +242,10 @@ def test_operators_are_what_they_say(cuda_device: str) -> None:
 
 
 def test_clusters_share_the_weights_where_images_fill_the_chip() -> None:
-    assert cuda.cluster_shape(1, 90) == ClusterShape(1, 8)
-    assert cuda.cluster_shape(64, 90) == ClusterShape(4, 8)
-    assert cuda.cluster_shape(256, 90) == ClusterShape(16, 8)
-    assert cuda.cluster_shape(100_000, 100) == ClusterShape(16, 8)
-    assert cuda.cluster_shape(64, 80) == ClusterShape(1, 1)  # no clusters there
-    assert cuda.cluster_shape(1024, 86) == ClusterShape(8, 1)
+    h200, b200, a100 = (Multiprocessors(*of) for of in ((132, True), (148, True), (108, False)))
+    assert cuda.cluster_shape(1, h200) == ClusterShape(1, 8)
+    assert cuda.cluster_shape(64, h200) == ClusterShape(4, 8)
+    assert cuda.cluster_shape(256, h200) == ClusterShape(16, 8)
+    assert cuda.cluster_shape(100_000, b200) == ClusterShape(16, 8)
+    assert cuda.cluster_shape(64, a100) == ClusterShape(1, 1)
+    assert cuda.cluster_shape(1024, a100) == ClusterShape(16, 1)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import extension
-from crossvit_kernels.gpu import launcher, tables
+from crossvit_kernels.extension import Multiprocessors
+from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 
 
@@ -43,28 +44,18 @@ def why_not_shared_bytes(needed: int, x: Tensor) -> str | None:
     return f"it needs {needed} bytes of shared memory, of which a block there has {most}"
 
 
-def has_clusters(sm: int) -> bool:
-    """Whether blocks can share each other's memory: from sm_90 on; a CPU, in tests, is 0."""
-    return sm >= 90 or sm == 0
-
-
-def blocks_of_image(batch: int, num_tokens: int, sm: int) -> int:
-    """Blocks of a cluster that share an image's tokens: as many as leave no multiprocessor idle,
-    predicted, not measured. A result's bits do not depend on it.
+def blocks_of_image(batch: int, num_tokens: int, sms: Multiprocessors) -> int:
+    """Return how many blocks of a cluster share an image's tokens: as many as leave no
+    multiprocessor idle, predicted, not measured. The bits of a result do not depend on it.
     """
-    if not has_clusters(sm):
+    if not sms.have_clusters:
         return 1
     assert extension.cuda_kernels is not None
-    parts = -(-num_tokens // extension.cuda_kernels.functions.attention_core_part)
+    splits = -(-num_tokens // extension.cuda_kernels.functions.attention_core_part)
     blocks = 1
-    while (
-        blocks < 8 and 32 * blocks <= num_tokens and 2 * blocks * parts * batch <= MULTIPROCESSORS
-    ):
+    while blocks < 8 and 32 * blocks <= num_tokens and 2 * blocks * splits * batch <= sms.number:
         blocks *= 2
     return blocks
-
-
-MULTIPROCESSORS = 128  # of an A100 and an H200 there are 108 and 132
 
 
 def forward_pass(
@@ -83,7 +74,7 @@ def forward_pass(
         u, x = extension.unit_stride(u), launcher.aligned_rows(x)
         extra_token = None if extra_token is None else launcher.aligned_rows(extra_token)
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
-        blocks = blocks_of_image(batch, x.shape[1], tables.sm(x.device))
+        blocks = blocks_of_image(batch, x.shape[1], extension.multiprocessors(x.device))
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[0])
         at, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_forward(
@@ -125,7 +116,7 @@ def backward_pass(
         # Alive until the kernel has been started.
         dlse = None if dlse is None else dlse.contiguous()
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
-        blocks = blocks_of_image(batch, x.shape[1], tables.sm(x.device))
+        blocks = blocks_of_image(batch, x.shape[1], extension.multiprocessors(x.device))
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[1])
         at, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_backward(

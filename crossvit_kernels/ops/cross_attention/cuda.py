@@ -16,7 +16,8 @@ from torch import Tensor
 
 from crossvit_kernels import extension
 from crossvit_kernels.backends import autocast_dtype
-from crossvit_kernels.gpu import launcher, tables
+from crossvit_kernels.extension import Multiprocessors
+from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.attention_core import cuda as core
 from crossvit_kernels.ops.cross_attention import layout
 from crossvit_kernels.ops.cross_attention.layout import Saved, empty_saved
@@ -43,11 +44,11 @@ class ClusterShape:
     blocks: int
 
 
-def cluster_shape(batch: int, sm: int) -> ClusterShape:
-    """As many images a cluster as leave no multiprocessor idle: predicted, not measured."""
-    blocks = 8 if core.has_clusters(sm) else 1
+def cluster_shape(batch: int, sms: Multiprocessors) -> ClusterShape:
+    """Give a cluster as many images as leave no multiprocessor idle: predicted, not measured."""
+    blocks = 8 if sms.have_clusters else 1
     images = 1
-    while images < 16 and -(-batch // images) * blocks > core.MULTIPROCESSORS:
+    while images < 16 and -(-batch // images) * blocks > sms.number:
         images *= 2
     return ClusterShape(images, blocks)
 
@@ -93,7 +94,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
         x, scale = _aligned(tokens, residual_scale)
         _alive, of_weights = _weights(w, tokens)
         cls = _readable(cls, x).contiguous()
-        shape = cluster_shape(batch, tables.sm(x.device))
+        shape = cluster_shape(batch, extension.multiprocessors(x.device))
         problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
         states = _states(problem, shape, saved.vectors)
         at, float32 = extension.Arguments(x.device), torch.float32
@@ -125,7 +126,7 @@ def backward(
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
         _alive, of_weights = _weights(weights, tokens)
-        shape = cluster_shape(batch, tables.sm(x.device))
+        shape = cluster_shape(batch, extension.multiprocessors(x.device))
         problem = batch, num_tokens, channels, cls_dim, num_heads, eps
         states = _states(problem, shape, rows)
         scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)
