@@ -203,10 +203,32 @@ def test_what_is_declined(cuda_device: str) -> None:
         with pytest.raises(ValueError, match=f"cuda: .*{reason}"):
             ck.cross_attention_fusion(cls, tokens, weights, 3, backend="cuda")
     weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(48, 96)))
-    cls, tokens = torch.randn(1, 48).to(cuda_device), torch.randn(1, 2, 96).to(cuda_device)
-    reason = r"cuda: the matrices are in torch.bfloat16, the tokens in torch.float32"
-    with torch.autocast(cuda_device, torch.bfloat16), pytest.raises(ValueError, match=reason):
+    cls = torch.randn(1, 48).to(cuda_device, torch.bfloat16)
+    tokens = torch.randn(1, 2, 96).to(cuda_device, torch.bfloat16)
+    reason = r"cuda: the matrices are in torch.float16, the tokens in torch.bfloat16"
+    with torch.autocast(cuda_device, torch.float16), pytest.raises(ValueError, match=reason):
         ck.cross_attention_fusion(cls, tokens, weights, 3, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_tokens_under_autocast(dtype: torch.dtype, cuda_device: str) -> None:
+    """Ordinary mixed precision: parameters and tokens in float32, linear layers in 16 bits."""
+    inputs = torch.randn(3, 48), torch.randn(3, 9, 96), *make_weights(48, 96)
+
+    def run(backend: str, precision: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [t.to(cuda_device, precision).requires_grad_() for t in inputs]
+        cls, tokens, *weights = leaves
+        mixed = torch.autocast(cuda_device, dtype, enabled=precision == torch.float32)
+        with mixed:
+            y = ck.cross_attention_fusion(cls, tokens, FusionWeights(*weights), 3, backend=backend)
+        return y, *torch.autograd.grad(y.double().square().sum(), leaves)
+
+    actual, eager = run("cuda", torch.float32), run("reference", torch.float32)
+    exact = run("reference", torch.float64)
+    assert [t.dtype for t in actual] == [t.dtype for t in eager]
+    names = "new_cls", "cls", "tokens", *FusionWeights._fields
+    for name, a, e, x in zip(names, actual, eager, exact, strict=True):
+        assert_within_rule(a, e, x, name, dtype)
 
 
 def test_compiled_without_a_graph_break(cuda_device: str) -> None:

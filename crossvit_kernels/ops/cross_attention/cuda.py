@@ -64,7 +64,7 @@ def why_not(inputs: FusionInputs) -> str | None:
         return f"{channels // num_heads} channels of a head are no multiple of 8"
     # Outside of autocast all have one dtype; in it float64 mixes with no other.
     dtype = autocast_dtype(tokens) or weights.q_weight.dtype
-    if dtype != tokens.dtype:
+    if dtype != tokens.dtype and (tokens.dtype != torch.float32 or dtype == torch.float64):
         return f"the matrices are in {dtype}, the tokens in {tokens.dtype}"
     if cls_dim > core.WIDEST:
         return f"{cls_dim} channels of the CLS are more than {core.WIDEST}"
@@ -86,8 +86,7 @@ def _shared_bytes(cls_dim: int, channels: int, num_heads: int, dtype: torch.dtyp
 def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]:
     cls, tokens, w, num_heads, residual_scale = inputs
     batch, num_tokens, channels = tokens.shape
-    dtype, contiguous = w.back_weight.dtype, torch.contiguous_format
-    new_cls = torch.empty_like(cls, dtype=dtype, memory_format=contiguous)
+    new_cls = cls.new_empty(cls.shape, dtype=tokens.dtype)
     saved = empty_saved(inputs, keep)
     if batch:
         assert extension.cuda_kernels is not None
@@ -110,7 +109,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
             division=(shape.images, shape.blocks),
             place=extension.place(x),
         )
-    return new_cls, saved
+    return new_cls.to(w.back_weight.dtype), saved
 
 
 def backward(
@@ -130,7 +129,7 @@ def backward(
         problem = batch, num_tokens, channels, cls_dim, num_heads, eps
         states = _states(problem, shape, rows)
         scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)
-        of_cls, d_new_cls = _readable(cls, x).contiguous(), d_new_cls.contiguous()
+        of_cls, d_new_cls = (_readable(t, x).contiguous() for t in (cls, d_new_cls))
         at, float32 = extension.Arguments(x.device), torch.float32
         extension.cuda_kernels.functions.cross_attention_backward(
             problem=problem,
@@ -201,9 +200,13 @@ _device = operator.attrgetter("device")
 
 
 def _readable_weight(p: Tensor | None, tokens: Tensor) -> Any:
-    """A matrix with aligned rows, or a vector; None stays None."""
+    """A matrix with aligned rows, or a vector; None stays None.
+
+    Beside float32 tokens, as a model's under autocast often are, matrices of 16 bits are widened:
+    nothing is lost, and they are small.
+    """
     if p is None or p.ndim == 2:
-        return p if p is None else launcher.aligned_rows(p)
+        return p if p is None else launcher.aligned_rows(p.to(tokens.dtype))
     return _readable(p, tokens)
 
 
