@@ -55,7 +55,7 @@ def blocks_of_image(batch: int, num_tokens: int, sm: int) -> int:
     if not has_clusters(sm):
         return 1
     assert extension.cuda_kernels is not None
-    parts = -(-num_tokens // extension.cuda_kernels.functions.attention_core_part)
+    parts = -(-num_tokens // extension.cuda_kernels.functions.attention_core_split_tokens)
     blocks = 1
     while (
         blocks < 8 and 32 * blocks <= num_tokens and 2 * blocks * parts * batch <= MULTIPROCESSORS
