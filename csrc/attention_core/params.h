@@ -4,7 +4,7 @@
 
 #include "common/dtype.h"
 
-// attention_core: any number of rows u, its queries, over tokens that are normalized on the fly.
+// attention_core: any number of queries, the rows of u, over tokens that are normalized on the fly.
 // All strides are in elements; every tensor has unit stride along its channels.
 //
 //   xhat_n = (x_n - mean_n) * rstd_n          s_rn = u_r . xhat_n
@@ -13,7 +13,7 @@
 
 namespace crossvit::attention_core {
 
-// [B, R, C] of the type of the arithmetic: double for double tokens, float for all others.
+// [B, R, C] in the accumulation type: double for double tokens, else float.
 struct Rows {
   void* data;
   int64_t batch_stride;
@@ -46,7 +46,7 @@ struct Problem {
   double eps;
 };
 
-// lse and dlse are of the type of the arithmetic, [B, R] and contiguous.
+// lse and dlse are in the accumulation type, [B, R] and contiguous.
 struct ForwardParams {
   Problem problem;
   Tokens x;
@@ -65,7 +65,7 @@ struct BackwardParams {
   const void* lse;
   Rows dm;
   const void* dlse;  // null: zero
-  Rows du;           // out, per image even where u is shared
+  Rows du;           // out, per image even if u is shared
   Tokens dx;         // out; if not wanted, its data is null and its strides are 0
 };
 

@@ -22,8 +22,6 @@ fusion::cuda::ClusterShape to_cluster_shape(const ClusterShapeArg& arg) {
   return {std::get<0>(arg), std::get<1>(arg)};
 }
 
-// All of what forward saves, in one piece of memory.
-
 fusion::Parameter to_floats(Address address) {
   return {pointer<const void>(address), DType::kFloat32};
 }
@@ -52,7 +50,7 @@ py::dict by_width(Size size) {
 void define_cuda(py::module_& m) {
   using Released = py::call_guard<py::gil_scoped_release>;
 
-  // Shared memory that a block needs, in dicts and lists, which compilers of Python can look into.
+  // Shared memory that a block needs, in dicts and lists, which torch.compile can trace.
   m.attr("attention_core_shared_bytes") =
       by_width([](DType dtype, int channels) { return core::cuda::shared_bytes(dtype, channels); });
   m.attr("cross_attention_row_bytes") = by_width([](DType dtype, int width) {
@@ -63,7 +61,7 @@ void define_cuda(py::module_& m) {
                       fusion::cuda::pass_bytes(dtype, channels, 16));
   });
 
-  // The blocks of forward and backward, for reports on kernels that are not launched.
+  // Launch shapes of forward and backward, for reports that launch nothing.
   m.def("attention_core_blocks", [](int dtype, int rows, int channels) {
     return std::tuple(to_tuple(core::cuda::forward_block(DType(dtype), rows, channels)),
                       to_tuple(core::cuda::backward_block(DType(dtype), rows, channels)));
@@ -75,7 +73,7 @@ void define_cuda(py::module_& m) {
         to_tuple(fusion::cuda::forward_block(type, cls_channels, channels, heads, max_bytes)),
         to_tuple(fusion::cuda::backward_block(type, cls_channels, channels, heads, max_bytes)));
   });
-  m.attr("attention_core_part") = core::cuda::kSplitTokens;
+  m.attr("attention_core_split_tokens") = core::cuda::kSplitTokens;
   m.attr("attention_core_merge_threads") = core::cuda::kMergeThreads;
 
   m.def(
@@ -88,10 +86,10 @@ void define_cuda(py::module_& m) {
 
   m.def(
       "cross_attention_states",
-      [](const FusionArg& problem, const ClusterShapeArg& division) {
-        return fusion::cuda::workspace_size(to_problem(problem), to_cluster_shape(division));
+      [](const FusionArg& problem, const ClusterShapeArg& cluster_shape) {
+        return fusion::cuda::workspace_size(to_problem(problem), to_cluster_shape(cluster_shape));
       },
-      py::arg("problem"), py::arg("division"));
+      py::arg("problem"), py::arg("cluster_shape"));
 
   m.def(
       "attention_core_forward",
@@ -122,24 +120,25 @@ void define_cuda(py::module_& m) {
       "cross_attention_forward",
       [](const FusionArg& problem, const ParameterArg& cls, const TokensArg& tokens,
          const std::vector<ParameterArg>& weights, Address residual_scale, Address new_cls,
-         Address vectors, Address states, const ClusterShapeArg& division, const PlaceArg& place) {
+         Address vectors, Address states, const ClusterShapeArg& cluster_shape,
+         const PlaceArg& place) {
         const fusion::Problem p = to_problem(problem);
         const core::Tokens x = to_tokens(tokens);
         fusion::cuda::forward(
             {p, to_parameter(cls), x, to_weights(weights), to_floats(residual_scale),
              pointer<void>(vectors), nullptr, pointer<void>(new_cls), x.dtype},
-            to_cluster_shape(division), pointer<float>(states), to_place(place));
+            to_cluster_shape(cluster_shape), pointer<float>(states), to_place(place));
       },
       py::arg("problem"), py::arg("cls"), py::arg("tokens"), py::arg("weights"),
       py::arg("residual_scale"), py::arg("new_cls"), py::arg("vectors"), py::arg("states"),
-      py::arg("division"), py::arg("place"), Released());
+      py::arg("cluster_shape"), py::arg("place"), Released());
 
   m.def(
       "cross_attention_backward",
       [](const FusionArg& problem, const ParameterArg& dnew_cls, const ParameterArg& cls,
          const TokensArg& tokens, const std::vector<ParameterArg>& weights, Address residual_scale,
          Address vectors, Address dcls, const TokensArg& dx, Address gradients, Address dz,
-         Address du, Address scratch, Address states, const ClusterShapeArg& division,
+         Address du, Address scratch, Address states, const ClusterShapeArg& cluster_shape,
          const PlaceArg& place) {
         const fusion::Problem p = to_problem(problem);
         fusion::cuda::backward(
@@ -147,12 +146,12 @@ void define_cuda(py::module_& m) {
              to_floats(residual_scale), pointer<void>(vectors), pointer<void>(dcls), to_tokens(dx),
              pointer<float>(gradients), pointer<float>(dz), pointer<float>(du),
              pointer<float>(scratch)},
-            to_cluster_shape(division), pointer<float>(states), to_place(place));
+            to_cluster_shape(cluster_shape), pointer<float>(states), to_place(place));
       },
       py::arg("problem"), py::arg("dnew_cls"), py::arg("cls"), py::arg("tokens"),
       py::arg("weights"), py::arg("residual_scale"), py::arg("vectors"), py::arg("dcls"),
       py::arg("dx"), py::arg("gradients"), py::arg("dz"), py::arg("du"), py::arg("scratch"),
-      py::arg("states"), py::arg("division"), py::arg("place"), Released());
+      py::arg("states"), py::arg("cluster_shape"), py::arg("place"), Released());
 }
 
 }  // namespace crossvit::bindings

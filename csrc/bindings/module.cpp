@@ -1,4 +1,4 @@
-// The extension module crossvit_kernels._C. Nothing outside this folder knows Python.
+// The extension module crossvit_kernels._C. Nothing outside this folder depends on Python.
 
 #include "bindings/arguments.h"
 #include "common/cpu/isa.h"

@@ -4,8 +4,8 @@
 
 #include "common/arithmetic.h"
 
-// The layout of what the fusion's kernels save and of the gradients that they store.
-// crossvit_kernels/ops/cross_attention/layout.py has the same order.
+// The layouts of the vectors that the fusion's kernels save and of the gradients that they store,
+// in the order of crossvit_kernels/ops/cross_attention/layout.py.
 
 namespace crossvit::cross_attention {
 
@@ -18,7 +18,7 @@ struct Problem {
   double eps;
 };
 
-// What forward keeps for backward, in one piece of memory: of the type of the arithmetic, double
+// The vectors that forward saves for backward, in one allocation, in the accumulation type: double
 // for double tokens, else float.
 template <class Element>
 struct VectorsOf {
@@ -60,14 +60,14 @@ struct VectorsOf {
 
 using Vectors = VectorsOf<float>;
 
-// The offset of a head's and an image's vector in [h, B, C].
+// The offset of the vector of a head and an image in [h, B, C].
 CROSSVIT_HOST_DEVICE inline int64_t head_offset(int64_t batch, int channels, int head,
                                                 int64_t image) {
   return (head * batch + image) * channels;
 }
 
-// What backward stores per image: operands of the products over the batch that are the weight
-// matrices' gradients, and terms of the sums over the batch that are all others'.
+// The vectors that backward stores per image. Products of them over the batch are the weight
+// matrices' gradients, and sums over the batch are all other gradients.
 struct Gradients {
   float* proj_norm_weight;  // [C_cls]
   float* proj_norm_bias;    // [C_cls]
@@ -81,7 +81,7 @@ struct Gradients {
   float* back_norm_bias;    // [C]
   float* dnew_cls;          // [C_cls]: g's bias
 
-  // Those of an image, in the rows of all images.
+  // The vectors of an image, in the rows of all images.
   CROSSVIT_HOST_DEVICE static Gradients at(float* rows, int64_t image, int cls_channels,
                                            int channels) {
     Gradients g;

@@ -8,7 +8,7 @@
 
 namespace crossvit::cross_attention {
 
-// A contiguous tensor of any element type; data is null for a bias that is left out.
+// A contiguous tensor of any element type; data is null for an omitted bias.
 struct Parameter {
   const void* data;
   DType dtype;
@@ -32,16 +32,16 @@ struct ForwardParams {
   Parameter cls;                  // [B, C_cls], contiguous
   attention_core::Tokens tokens;  // [B, N, C] without an extra token
   Weights weights;
-  Parameter residual_scale;  // [B], of the type of the arithmetic, or null
-  void* vectors;             // out: VectorsOf, of the type of the arithmetic
-  void* y0_token;            // out: y0 in the tokens' type [B, C]; null where that is y0 itself
+  Parameter residual_scale;  // [B], in the accumulation type, or null
+  void* vectors;             // out: VectorsOf the accumulation type
+  void* y0_token;            // out: y0 in the tokens' type [B, C]; null if y0 has that type
   void* new_cls;             // out: [B, C_cls]
   DType new_cls_dtype;
 };
 
 void forward(const ForwardParams& params);
 
-// On the GPU only.
+// Only on the GPU.
 struct BackwardParams {
   Problem problem;
   Parameter dnew_cls;  // [B, C_cls], contiguous

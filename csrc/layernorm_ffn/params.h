@@ -13,7 +13,7 @@ struct ForwardParams {
   int64_t hidden_width;         // F
   const float* residual_scale;  // r: [B], or null
   float* y;                     // out: [B, N, C]
-  float* hidden;                // out: [B, N, F], before GELU; null where nothing is kept
+  float* hidden;                // out: [B, N, F], before GELU; null if nothing is kept
   float* activated;             // out: [B, N, F], after it
 };
 

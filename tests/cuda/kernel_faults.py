@@ -285,7 +285,7 @@ FAULTS: dict[str, Fault] = {
         FUSION, (ROWS, "n < last; n +=", "n < last + 8 * FAULT; n +=")
     ),
     "columns of a transposed layer too many": overflow(
-        FUSION, (BLOCK, "i < heads * pieces;", "i < heads * pieces + FAULT;")
+        FUSION, (BLOCK, "i < heads * column_blocks;", "i < heads * column_blocks + FAULT;")
     ),
     "a head's rows not seen": race(
         FUSION_ALIASED, no_barrier(BLOCK, f"stage(head);\n    {BARRIER}")
@@ -310,7 +310,7 @@ FAULTS: dict[str, Fault] = {
         FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"write);\n    {BARRIER}")
     ),
     "fusion: tiles of other blocks not there": race(
-        FUSION_SHARED, barrier_of_a_block(BLOCK, f"{CLUSTER_BARRIER}\n  if (images.sharing")
+        FUSION_SHARED, barrier_of_a_block(BLOCK, f"{CLUSTER_BARRIER}\n  if (images.blocks_per")
     ),
     "fusion: the pass's results not there": race(
         FUSION_SHARED,

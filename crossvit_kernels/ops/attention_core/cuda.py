@@ -51,7 +51,7 @@ def blocks_of_image(batch: int, num_tokens: int, sms: Multiprocessors) -> int:
     if not sms.have_clusters:
         return 1
     assert extension.cuda_kernels is not None
-    splits = -(-num_tokens // extension.cuda_kernels.functions.attention_core_part)
+    splits = -(-num_tokens // extension.cuda_kernels.functions.attention_core_split_tokens)
     blocks = 1
     while blocks < 8 and 32 * blocks <= num_tokens and 2 * blocks * splits * batch <= sms.number:
         blocks *= 2

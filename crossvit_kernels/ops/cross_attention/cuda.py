@@ -106,7 +106,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
             new_cls=at.pointer(new_cls),
             vectors=at.pointer(saved.vectors, float32),
             states=at.pointer(states, float32),
-            division=(shape.images, shape.blocks),
+            cluster_shape=(shape.images, shape.blocks),
             place=extension.place(x),
         )
     return new_cls.to(w.back_weight.dtype), saved
@@ -146,7 +146,7 @@ def backward(
             du=at.pointer(du, float32),
             scratch=at.pointer(scratch, float32),
             states=at.pointer(states, float32),
-            division=(shape.images, shape.blocks),
+            cluster_shape=(shape.images, shape.blocks),
             place=extension.place(x),
         )
     v, g = layout.vectors(saved, inputs), layout.gradients(rows, inputs)

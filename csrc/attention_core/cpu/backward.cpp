@@ -11,7 +11,7 @@
 namespace crossvit::attention_core {
 namespace {
 
-// du of some of the tokens, [rows, channels].
+// A sum of du over some of the tokens, [rows, channels].
 template <class Scalar>
 struct Du {
   Scalar* sum;
@@ -74,7 +74,7 @@ class Backward {
     }
   }
 
-  // Writes dx of the chunk's tokens where it is wanted, and their share of du.
+  // Writes dx of the chunk's tokens if it is wanted, and their contribution to du.
   void chunk(int64_t b, int64_t chunk, Du<Scalar>& du) {
     const int64_t begin = chunk * kChunk;
     const int64_t end = minimum(begin + kChunk, params_.problem.num_tokens);
@@ -82,10 +82,10 @@ class Backward {
     for (int64_t n = begin; n < end; n += shape.tile) {
       const int count = minimum(shape.tile, end - n);
       tile_.read(b, n, count);
-      auto dx = tile_.template rows_of<Prefetch<true>>(params_.dx, b, n, count);
-      auto ahead = tile_.template next<Prefetch<false>>(b, n, count);
-      dot_products(scores_, u_, shape.rows, tile_.rows, count, shape.channels, dx);
-      dot_products(dp_, dm_, shape.rows, tile_.rows, count, shape.channels, ahead);
+      auto dx_prefetcher = tile_.template rows_of<Prefetch<true>>(params_.dx, b, n, count);
+      auto x_prefetcher = tile_.template next<Prefetch<false>>(b, n, count);
+      dot_products(scores_, u_, shape.rows, tile_.rows, count, shape.channels, dx_prefetcher);
+      dot_products(dp_, dm_, shape.rows, tile_.rows, count, shape.channels, x_prefetcher);
       std::memset(mean_dxhat_, 0, kMaxTile * sizeof(Scalar));
       std::memset(mean_dxhat_xhat_, 0, kMaxTile * sizeof(Scalar));
       for (int64_t r = 0; r < shape.rows; ++r) softmax_gradient(r, count);
@@ -94,7 +94,7 @@ class Backward {
       const int extra = n == 0 && params_.dx.extra;
       const int num_wanted = params_.dx.data ? count : extra;
       rank_update<Scalar>(dxhat_, nullptr, {p_, 1, kMaxTile}, round_up(num_wanted, 2), dm_,
-                          2 * shape.rows, shape.channels, ahead);
+                          2 * shape.rows, shape.channels, x_prefetcher);
       for (int t = 0; t < num_wanted; ++t)
         write_dx(Tile<Token>::template token_row<Token>(params_.dx, b, n + t), t);
 
@@ -102,7 +102,7 @@ class Backward {
       for (int64_t i = 0; i < shape.rows * kMaxTile; i += kLanes<Scalar>)
         store(ds_ + i, load(ds_ + i) * load(tile_.rstd + i % kMaxTile));
       rank_update(du.sum, ones_, {ds_, kMaxTile, 1}, shape.rows, tile_.rows, count, shape.channels,
-                  ahead);
+                  x_prefetcher);
     }
   }
 
@@ -115,7 +115,8 @@ class Backward {
   const Shape<Scalar> shape;
 
  private:
-  // p and ds of row r in the tile, and the row's share of the means in LayerNorm's gradient.
+  // Computes p and ds of row r in the tile; adds the row's terms of the means in LayerNorm's
+  // gradient.
   void softmax_gradient(int64_t r, int count) {
     for (int t = 0; t < count; t += kLanes<Scalar>) {
       const int64_t i = r * kMaxTile + t;
@@ -132,7 +133,7 @@ class Backward {
     }
   }
 
-  // dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) for the tile's token t.
+  // Writes dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) for the tile's token t.
   void write_dx(Token* to, int t) const {
     constexpr int kStep = kLanes<Scalar>;
     const int64_t channels = params_.problem.channels;

@@ -50,7 +50,7 @@ class Forward {
   using Scalar = ScalarFor<Token>;
   using V = Vector<Scalar>;
   using Partial = State<Scalar>;
-  using Ahead = std::conditional_t<sizeof(Token) == 2, NoPrefetch, Prefetch<false>>;
+  using Prefetcher = std::conditional_t<sizeof(Token) == 2, NoPrefetch, Prefetch<false>>;
 
   static constexpr int kWork = 1;  // in units of Shape::work
 
@@ -73,11 +73,11 @@ class Forward {
     for (int64_t n = begin; n < end; n += shape.tile) {
       const int count = minimum(shape.tile, end - n);
       tile_.read(b, n, count);
-      auto ahead = tile_.template next<Ahead>(b, n, count);
-      dot_products(scores_, u_, shape.rows, tile_.rows, count, shape.channels, ahead);
+      auto prefetcher = tile_.template next<Prefetcher>(b, n, count);
+      dot_products(scores_, u_, shape.rows, tile_.rows, count, shape.channels, prefetcher);
       softmax(count, state);
       rank_update(state.acc, decay_, {scores_, kMaxTile, 1}, shape.rows, tile_.rows, count,
-                  shape.channels, ahead);
+                  shape.channels, prefetcher);
     }
   }
 

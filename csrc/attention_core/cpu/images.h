@@ -18,7 +18,7 @@ constexpr int kChunk = 128;
 constexpr int kMinTile = 8, kMaxTile = 32;
 constexpr int64_t kTileBytes = 24 * 1024;
 
-// The type of all arithmetic.
+// The accumulation type.
 template <class Token>
 using ScalarFor = std::conditional_t<std::is_same_v<Token, double>, double, float>;
 
@@ -33,7 +33,7 @@ struct Shape {
       tile -= kMinTile;
   }
 
-  // Multiply-adds of forward for some tokens of an image; backward has twice as many.
+  // Multiply-adds of forward for `tokens` tokens of an image; backward has twice as many.
   int64_t work(int64_t tokens) const { return 2 * rows * channels * tokens; }
 
   // Tokens that dot_products takes at once: with two rows, one accumulator per lane.
@@ -44,7 +44,7 @@ struct Shape {
   int tile;
 };
 
-// The reference point of the exponentials: any finite value will do where every score is -inf.
+// The reference point of the exponentials: any finite value will do if every score is -inf.
 template <class V>
 inline V finite_or_zero(V max) {
   return max == -__builtin_inf() ? V{} : max;

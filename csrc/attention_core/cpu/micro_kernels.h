@@ -36,7 +36,7 @@ class Prefetch {
   const char* end_;
 };
 
-// For loops that take longer than the memory they need.
+// For loops that are not memory-bound.
 struct NoPrefetch {
   NoPrefetch(const void*, int64_t) {}
   template <int kLines>
@@ -45,9 +45,9 @@ struct NoPrefetch {
 
 // out[r][t] = rows[r] . tokens[t]; out has kMaxTile columns. num_rows is even and num_tokens is
 // rounded up to whole blocks.
-template <class Scalar, class Ahead>
+template <class Scalar, class Prefetcher>
 void dot_products(Scalar* out, const Scalar* rows, int64_t num_rows, const Scalar* tokens,
-                  int num_tokens, int64_t channels, Ahead& ahead) {
+                  int num_tokens, int64_t channels, Prefetcher& prefetcher) {
   constexpr int kBlock = Shape<Scalar>::kTokenBlock;
   using V = Vector<Scalar>;
   for (int t = 0; t < num_tokens; t += kBlock) {
@@ -56,7 +56,7 @@ void dot_products(Scalar* out, const Scalar* rows, int64_t num_rows, const Scala
       const Scalar* token = tokens + t * channels;
       V products[2 * kBlock] = {};
       for (int64_t c = 0; c < channels; c += kLanes<Scalar>) {
-        ahead.template prefetch<1>();
+        prefetcher.template prefetch<1>();
         const V first = load(row + c);
         const V second = load(row + channels + c);
         for (int i = 0; i < kBlock; ++i) {
@@ -83,10 +83,10 @@ struct Weights {
   int64_t term_stride;
 };
 
-template <int kRows, int kVectors, class Scalar, class Ahead>
+template <int kRows, int kVectors, class Scalar, class Prefetcher>
 inline void rank_update_block(Scalar* out, const Scalar* decay, Weights<Scalar> weights,
                               const Scalar* terms, int64_t num_terms, int64_t channels,
-                              Ahead& ahead) {
+                              Prefetcher& prefetcher) {
   using V = Vector<Scalar>;
   constexpr int kStep = kLanes<Scalar>;
   V total[kRows][kVectors];
@@ -94,7 +94,7 @@ inline void rank_update_block(Scalar* out, const Scalar* decay, Weights<Scalar> 
     for (int j = 0; j < kVectors; ++j)
       total[i][j] = decay ? load(out + i * channels + j * kStep) * decay[i] : V{};
   for (int64_t k = 0; k < num_terms; ++k) {
-    ahead.template prefetch<3>();
+    prefetcher.template prefetch<3>();
     V term[kVectors];
     for (int j = 0; j < kVectors; ++j) term[j] = load(terms + k * channels + j * kStep);
     for (int i = 0; i < kRows; ++i) {
@@ -106,37 +106,41 @@ inline void rank_update_block(Scalar* out, const Scalar* decay, Weights<Scalar> 
     for (int j = 0; j < kVectors; ++j) store(out + i * channels + j * kStep, total[i][j]);
 }
 
-template <int kRows, class Scalar, class Ahead>
+template <int kRows, class Scalar, class Prefetcher>
 void rank_update_rows(Scalar* out, const Scalar* decay, Weights<Scalar> weights,
-                      const Scalar* terms, int64_t num_terms, int64_t channels, Ahead& ahead) {
+                      const Scalar* terms, int64_t num_terms, int64_t channels,
+                      Prefetcher& prefetcher) {
   // As many accumulators as the registers hold: 32 vector registers with AVX-512, 16 without.
   constexpr int kWide = kVectorBytes == 64 ? 4 : 2;
   constexpr int kStep = kLanes<Scalar>;
   int64_t c = 0;
   for (; c + kWide * kStep <= channels; c += kWide * kStep)
-    rank_update_block<kRows, kWide>(out + c, decay, weights, terms + c, num_terms, channels, ahead);
+    rank_update_block<kRows, kWide>(out + c, decay, weights, terms + c, num_terms, channels,
+                                    prefetcher);
   if constexpr (kWide == 4) {
     if (c + 2 * kStep <= channels) {
-      rank_update_block<kRows, 2>(out + c, decay, weights, terms + c, num_terms, channels, ahead);
+      rank_update_block<kRows, 2>(out + c, decay, weights, terms + c, num_terms, channels,
+                                  prefetcher);
       c += 2 * kStep;
     }
   }
   if (c < channels)
-    rank_update_block<kRows, 1>(out + c, decay, weights, terms + c, num_terms, channels, ahead);
+    rank_update_block<kRows, 1>(out + c, decay, weights, terms + c, num_terms, channels,
+                                prefetcher);
 }
 
 // out[i] = decay[i] * out[i] + sum_k weight(i, k) * terms[k]; without decay, out is overwritten.
 // num_rows is even.
-template <class Scalar, class Ahead>
+template <class Scalar, class Prefetcher>
 void rank_update(Scalar* out, const Scalar* decay, Weights<Scalar> weights, int64_t num_rows,
-                 const Scalar* terms, int64_t num_terms, int64_t channels, Ahead& ahead) {
+                 const Scalar* terms, int64_t num_terms, int64_t channels, Prefetcher& prefetcher) {
   int64_t i = 0;
   const auto update = [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
     rank_update_rows<kRows>(
         out + i * channels, decay ? decay + i : nullptr,
         {weights.data + i * weights.row_stride, weights.row_stride, weights.term_stride}, terms,
-        num_terms, channels, ahead);
+        num_terms, channels, prefetcher);
     i += kRows;
   };
   while (num_rows - i >= 6) update(std::integral_constant<int, 6>{});

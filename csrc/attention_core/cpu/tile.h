@@ -3,7 +3,7 @@
 #include "attention_core/cpu/images.h"
 
 // A few centred tokens in float or double. Element types, strides, masks and channel counts that
-// are not multiples of the vector width are all dealt with here.
+// are not multiples of the vector width are all handled here.
 
 namespace crossvit::attention_core {
 namespace {
@@ -27,8 +27,8 @@ class Tile {
         x_(x),
         mask_(mask),
         stride_(shape.channels),
-        no_token_(reinterpret_cast<Token*>(memory.take(shape.channels))) {
-    std::memset(no_token_, 0, stride_ * sizeof(Scalar));
+        zero_row_(reinterpret_cast<Token*>(memory.take(shape.channels))) {
+    std::memset(zero_row_, 0, stride_ * sizeof(Scalar));
     for (int i = 0; i < kLanes<Scalar>; ++i)
       last_lanes_[i] = problem.channels - (stride_ - kLanes<Scalar>) > i;
   }
@@ -39,7 +39,7 @@ class Tile {
     const Token* from[kMaxTile];
     for (int t = 0; t < kMaxTile; ++t) {
       const bool attended = t < count && is_attended(b, begin + t);
-      from[t] = attended ? token_row<Token>(x_, b, begin + t) : no_token_;
+      from[t] = attended ? token_row<Token>(x_, b, begin + t) : zero_row_;
       bias[t] = attended ? 0 : -__builtin_inf();
     }
     const int filled = round_up(count, kBlock);
@@ -49,17 +49,17 @@ class Tile {
 
   // The memory of the tile after [begin, begin + count) of image b. It may reach into the next
   // image, or past the last: any address may be prefetched.
-  template <class Ahead>
-  Ahead next(int64_t b, int64_t begin, int count) const {
-    return rows_of<Ahead>(x_, b, begin + count, kMaxTile);
+  template <class Prefetcher>
+  Prefetcher next(int64_t b, int64_t begin, int count) const {
+    return rows_of<Prefetcher>(x_, b, begin + count, kMaxTile);
   }
 
-  // The memory of tokens [begin, begin + count) of image b; none where they are far apart.
-  template <class Ahead>
-  Ahead rows_of(const Tokens& tokens, int64_t b, int64_t begin, int count) const {
-    const bool close = tokens.token_stride < 2 * problem_.channels;
+  // The memory of tokens [begin, begin + count) of image b; none if they are far apart.
+  template <class Prefetcher>
+  Prefetcher rows_of(const Tokens& tokens, int64_t b, int64_t begin, int count) const {
+    const bool is_dense = tokens.token_stride < 2 * problem_.channels;
     return {token_row<Token>(tokens, b, begin + (tokens.extra && begin == 0)),
-            close ? count * tokens.token_stride * int64_t{sizeof(Token)} : 0};
+            is_dense ? count * tokens.token_stride * int64_t{sizeof(Token)} : 0};
   }
 
   // Row n of [extra; tokens] of image b.
@@ -73,8 +73,8 @@ class Tile {
   }
 
   Scalar* const rows;  // [tile, channels]: x - mean
-  Scalar* const rstd;  // [kMaxTile]; 0 where there is no token
-  Scalar* const bias;  // [kMaxTile]; 0 or, where there is no token, -inf
+  Scalar* const rstd;  // [kMaxTile]; 0 if there is no token
+  Scalar* const bias;  // [kMaxTile]; 0 or, if there is no token, -inf
 
  private:
   static constexpr bool kConverts = !std::is_same_v<Token, Scalar>;
@@ -109,7 +109,7 @@ class Tile {
     store(rstd + first, load(bias + first) < 0 ? V{} : scale);
   }
 
-  // Sums over the channels; converts 16-bit elements on the way, once for both passes.
+  // Sums over the channels, and stores converted 16-bit elements for the second pass.
   void add_channels(Scalar* to, const Token* const* from, V* sums) const {
     constexpr int kStep = kLanes<Scalar>;
     const int64_t channels = problem_.channels, stride = stride_;
@@ -164,7 +164,7 @@ class Tile {
   const Tokens& x_;
   const Mask& mask_;
   const int64_t stride_;
-  Token* const no_token_;  // a row of zeros
+  Token* const zero_row_;  // a row of zeros
   V last_lanes_;           // 1 in the lanes of the last vector that hold channels, else 0
 };
 

@@ -5,7 +5,7 @@ namespace crossvit::attention_core::cuda {
 namespace {
 
 // Writes lse, and the term that softmax's backward subtracts: dm . m of each row, with dm rounded,
-// less the gradient of lse.
+// minus the gradient of lse.
 template <class P>
 __device__ void write_row_floats(const BackwardPass<P>& pass, const BackwardParams& a,
                                  int64_t image, int begin, int count) {
@@ -33,9 +33,9 @@ __device__ void write_row_floats(const BackwardPass<P>& pass, const BackwardPara
   }
 }
 
-// Rows [begin, begin + kRows) of u. Grid: clusters of blocks that share an image, splits. partials:
-// [B, splits, R, C], du per split, where there are several; tile_memory: for the partials that the
-// blocks of a cluster exchange.
+// Processes rows [begin, begin + kRows) of u. Grid: clusters of blocks that share an image, splits.
+// partials: [B, splits, R, C], du per split, if there are several. tile_memory holds the partials
+// that the blocks of a cluster exchange.
 template <class P>
 __global__ void __launch_bounds__(P::kMaxThreads, 1)
     attention_core_backward(const BackwardParams a, float* partials, float* tile_memory,
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   });
 }
 
-// Merges the splits of a row of du, in their order. Grid: the rows of all images.
+// Merges the splits of a row of du, in order. Grid: the rows of all images.
 __global__ void __launch_bounds__(kMergeThreads)
     attention_core_backward_merge(const BackwardParams a, const float* partials, int splits) {
   const int channels = static_cast<int>(a.problem.channels);

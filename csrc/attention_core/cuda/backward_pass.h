@@ -40,13 +40,14 @@ class BackwardPass : public BackwardMemory<P>::Base {
   }
 
   // [kRows] each, to be written by the caller before run(): lse, inf in unused rows, and the term
-  // that softmax's backward subtracts, dm . m less the gradient of lse.
+  // that softmax's backward subtracts, dm . m minus the gradient of lse.
   __device__ float* lse() const { return row_floats_; }
   __device__ float* delta() const { return row_floats_ + kRows; }
 
-  // Called by all threads, without a barrier after the caller's writes. dx is null if not wanted;
-  // write_extra(channel, value) gets the gradient of the extra token; with add, dx holds the
-  // contribution of other rows. Blocks that share the image store partials of du in `tiles`.
+  // Called by all threads; no barrier is needed after the caller's writes. dx is null if not
+  // wanted; write_extra(channel, value) gets the gradient of the extra token; with add, dx already
+  // holds the contribution of other rows. Blocks that share the image store partials of du in
+  // `tiles`.
   template <class WriteExtra>
   __device__ void run(const Image<T>& x, T* dx, int64_t dx_stride, const Range& range,
                       const TilePartials<P>& tiles, bool add, WriteExtra write_extra) {
@@ -78,7 +79,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
     __syncthreads();
   }
 
-  // As in forward_pass.h.
+  // See forward_pass.h.
   __device__ void gather(const TilePartials<P>& tiles, const Range& range) {
     const int warp_groups = P::warp_groups(channels_), num_tiles = P::tiles_of(range);
     const auto add_tiles = [&](int index, int channel, int) {
@@ -123,18 +124,18 @@ class BackwardPass : public BackwardMemory<P>::Base {
 
   __device__ void add_tile(int iteration, uint32_t attended, bool wants_dx) {
     float scores[2][P::kRowGroups][4];  // dp, s
-    FourTokens four;
+    TokenStatistics stats;
     T* tile = ring_.tile(iteration);
-    scores_.compute(tile, iteration, attended, scores, four);
+    scores_.compute(tile, iteration, attended, scores, stats);
     FragmentB<T> weights[P::kRowGroups];
 #pragma unroll
     for (int group = 0; group < P::kRowGroups; ++group) {
-      weights[group] = differentiate(group, attended, scores[0][group], scores[1][group], four);
+      weights[group] = softmax_gradient(group, attended, scores[0][group], scores[1][group], stats);
     }
 #pragma unroll
     for (int unit = 0; unit < P::kUnits; ++unit) {
       if (unit >= slice_.units) break;
-      const FragmentA<T> x = channels_by_tokens(tile + unit * 16, ring_.pitch(), four);
+      const FragmentA<T> x = channels_by_tokens(tile + unit * 16, ring_.pitch(), stats);
 #pragma unroll
       for (int group = 0; group < P::kRowGroups; ++group) {
         float du[4] = {};
@@ -143,12 +144,12 @@ class BackwardPass : public BackwardMemory<P>::Base {
       }
     }
     __syncwarp();
-    if (wants_dx) write_dx(tile, four);
+    if (wants_dx) write_dx(tile, stats);
   }
 
   // Stores p, ds and p dp + ds s of each token for write_dx; returns ds rstd.
-  __device__ FragmentB<T> differentiate(int group, uint32_t attended, const float (&dp)[4],
-                                        const float (&s)[4], const FourTokens& four) {
+  __device__ FragmentB<T> softmax_gradient(int group, uint32_t attended, const float (&dp)[4],
+                                           const float (&s)[4], const TokenStatistics& stats) {
     const int row = 8 * group + lane_index() / 4;
     float mean = 0, weights[4];
     for (int i = 0; i < 4; ++i) {
@@ -156,8 +157,8 @@ class BackwardPass : public BackwardMemory<P>::Base {
       const bool is_attended = attended >> token & 1;
       const float p = is_attended ? exp2f((s[i] - lse()[row]) * kLog2e) : 0.0f;
       const float ds = p * (dp[i] - delta()[row]);
-      weights[i] = rounded<T>(ds * four.rstd[i]);
-      mean += weights[i] * (four.mean[i] - four.centre[i]);
+      weights[i] = rounded<T>(ds * stats.rstd[i]);
+      mean += weights[i] * (stats.mean[i] - stats.centre[i]);
       T* token_weights = weights_ + token * kWeightPitch;
       token_weights[row] = from_float<T>(p);
       token_weights[kRows + row] = from_float<T>(ds);
@@ -168,7 +169,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
   }
 
   // Overwrites the tile with dx: each lane writes the elements that it reads.
-  __device__ void write_dx(T* tile, const FourTokens& four) {
+  __device__ void write_dx(T* tile, const TokenStatistics& stats) {
     const int g = lane_index() / 4, t = lane_index() % 4;
     FragmentA<T> weights[P::kRowGroups];
     float a[2] = {0, 0}, b[2] = {0, 0}, mean[2], rstd[2];
@@ -188,10 +189,10 @@ class BackwardPass : public BackwardMemory<P>::Base {
       }
       // Lane 4 g + t has token g among its four if 2 t or 2 t + 1 is g (mod 8).
       const int source = lane_index() / 8 % 4 + (lane_index() & ~3);
-      const float even_mean = __shfl_sync(~0u, four.mean[2 * i], source);
-      const float odd_mean = __shfl_sync(~0u, four.mean[2 * i + 1], source);
-      const float even_rstd = __shfl_sync(~0u, four.rstd[2 * i], source);
-      const float odd_rstd = __shfl_sync(~0u, four.rstd[2 * i + 1], source);
+      const float even_mean = __shfl_sync(~0u, stats.mean[2 * i], source);
+      const float odd_mean = __shfl_sync(~0u, stats.mean[2 * i + 1], source);
+      const float even_rstd = __shfl_sync(~0u, stats.rstd[2 * i], source);
+      const float odd_rstd = __shfl_sync(~0u, stats.rstd[2 * i + 1], source);
       mean[i] = g & 1 ? odd_mean : even_mean;
       rstd[i] = g & 1 ? odd_rstd : even_rstd;
       a[i] = normalize_ ? sum_of_row(a[i]) / channels_ : 0.0f;
@@ -232,7 +233,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
     }
   }
 
-  // Stores the tile, now dx, to memory. Eight lanes share a row.
+  // Stores the tile, now dx, to memory. Eight lanes store a row.
   __device__ void store(int iteration, const Image<T>& x, T* dx, int64_t stride, int token,
                         int last, bool add) const {
     constexpr int kChunk = TileRing<P>::kChunk;

@@ -8,7 +8,7 @@
 #include "common/cuda/cluster.h"
 #include "common/cuda/launch.h"
 
-// Which plan runs a problem, and code that the launchers share.
+// Chooses the plan that runs a problem; code that the launchers share.
 
 namespace crossvit::attention_core::cuda {
 
@@ -16,7 +16,7 @@ inline int num_splits(const Problem& problem) {
   return static_cast<int>(maximum(int64_t{1}, ceil_div(problem.num_tokens, kSplitTokens)));
 }
 
-// The tokens of a split, and this block's share of them in its cluster.
+// The tokens of a split, and this block's rank among the blocks that share them.
 __device__ inline Range range_of_split(const Problem& problem, int split) {
   const int first = split * kSplitTokens;
   const int64_t remaining = problem.num_tokens - first;
@@ -24,22 +24,22 @@ __device__ inline Range range_of_split(const Problem& problem, int split) {
           cluster_rank(), cluster_size()};
 }
 
-// Rows of whole passes, of 8 rows or of 16.
+// Rounds up to whole passes, of 8 rows or of 16.
 inline int64_t padded_rows(int64_t rows) { return round_up(rows, 16); }
 
-// The most tiles that a split has.
+// The maximum number of tiles per split.
 __host__ __device__ inline int64_t tiles_of_split(const Problem& problem) {
   return ceil_div(minimum(problem.num_tokens, int64_t{kSplitTokens}), kTileTokens);
 }
 
-// Floats of all tiles' partials for so many rows, where blocks share an image.
+// Floats of all tiles' partials of `rows` rows; 0 if no blocks share an image.
 inline int64_t tile_floats(const Problem& problem, int blocks, int64_t rows) {
   if (blocks == 1) return 0;
   const int64_t tiles = problem.batch * num_splits(problem) * tiles_of_split(problem);
   return tiles * rows * partial_floats(static_cast<int>(problem.channels));
 }
 
-// The partials of a split, whose index counts over all images and passes.
+// The partials of a split, by its index over all images and passes.
 template <class P>
 __device__ TilePartials<P> partials_of_split(float* tiles, const Problem& problem, int64_t index) {
   const int channels = static_cast<int>(problem.channels);
@@ -47,9 +47,9 @@ __device__ TilePartials<P> partials_of_split(float* tiles, const Problem& proble
   return {tiles + index * tiles_of_split(problem) * TilePartials<P>::floats(channels), channels};
 }
 
-// The plans: units, row groups, fewest and most warps of a group, stages. Wide images take more
-// warps rather than more registers per warp. 9 to 16 narrow rows and floats are rare: the former
-// have no plan of their own, the latter share one.
+// The plans: units, row groups, fewest and most warps of a group, stages. Wide tokens take more
+// warps rather than more registers per warp. Float tokens and 9 to 16 queries of narrow ones are
+// rare: the former share one plan, the latter have none of their own.
 inline constexpr PlanShape kFloats = {12, 1, 1, 8, 2};
 inline constexpr PlanShape kManyRows = {12, 2, 4, 8, 2};
 inline constexpr PlanShape kNarrow = {12, 1, 1, 1, 3};
@@ -81,7 +81,7 @@ void with_element(DType dtype, Run&& run) {
   }
 }
 
-// Rows per pass: 16, or 8 where those are enough or 16 do not fit.
+// Rows per pass: 16, or 8 if those are enough or 16 do not fit.
 inline int64_t rows_of_pass(int64_t num_rows, int bytes_of_16, int device) {
   return num_rows <= 8 || bytes_of_16 > shared_bytes_of_block(device) ? 8 : 16;
 }
@@ -115,7 +115,7 @@ BlockSize block_of(DType dtype, int64_t rows, int64_t channels) {
   return block;
 }
 
-// Calls run(plan, config), with a launch shape whose grid is still to be chosen, on the device.
+// Selects the device and calls run(plan, config), where config's grid is still to be set.
 template <template <class> class Pass, bool kBackward, class Run>
 void start(const char* name, const Problem& problem, DType dtype, int blocks, const Place& place,
            Run run) {
@@ -135,7 +135,7 @@ void start(const char* name, const Problem& problem, DType dtype, int blocks, co
   });
 }
 
-// The launch of a kernel that merges the splits' partials: a block per row.
+// Launch shape of a kernel that merges the splits' partials: a block per row.
 inline LaunchConfig merge_config(const Problem& problem, cudaStream_t stream) {
   LaunchConfig config;
   config.grid = dim3(static_cast<unsigned>(problem.batch * problem.num_rows));

@@ -10,7 +10,7 @@ struct SplitPartials {
   SoftmaxState* states;  // [B, splits, R]
 };
 
-// Grid: clusters of blocks that share an image, splits, groups of rows. tile_memory: for the
+// Grid: clusters of blocks that share an image, splits, groups of rows. tile_memory holds the
 // partials that the blocks of a cluster exchange.
 template <class P>
 __global__ void __launch_bounds__(P::kMaxThreads, 1)
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   });
 }
 
-// Merges the splits of a row, in their order. Grid: the rows of all images.
+// Merges the splits of a row, in order. Grid: the rows of all images.
 __global__ void __launch_bounds__(kMergeThreads)
     attention_core_forward_merge(const ForwardParams a, const SplitPartials partials, int splits) {
   const int channels = static_cast<int>(a.problem.channels);

@@ -27,7 +27,7 @@ class ForwardPass : public ForwardBase<P> {
   __device__ ForwardPass(char* memory, int channels, float eps, bool normalize)
       : Base(memory, Base::layout_of(channels), channels, eps, normalize) {}
 
-  // Called by all threads, without a barrier after the rows are written. Blocks that share the
+  // Called by all threads; no barrier is needed after the rows are written. Blocks that share the
   // image store partials in `tiles`.
   __device__ void run(const Image<T>& x, const Range& range, const TilePartials<P>& tiles) {
     __syncthreads();
@@ -104,19 +104,19 @@ class ForwardPass : public ForwardBase<P> {
 
   __device__ void add_tile(int iteration, uint32_t attended) {
     float scores[1][P::kRowGroups][4];
-    FourTokens four;
+    TokenStatistics stats;
     const T* tile = ring_.tile(iteration);
-    scores_.compute(tile, iteration, attended, scores, four);
+    scores_.compute(tile, iteration, attended, scores, stats);
     FragmentB<T> weights[P::kRowGroups];
     float added[P::kRowGroups][2];
 #pragma unroll
     for (int group = 0; group < P::kRowGroups; ++group) {
-      weights[group] = soften(group, attended, scores[0][group], four, added[group]);
+      weights[group] = softmax_weights(group, attended, scores[0][group], stats, added[group]);
     }
 #pragma unroll
     for (int unit = 0; unit < P::kUnits; ++unit) {
       if (unit >= slice_.units) break;
-      const FragmentA<T> x = channels_by_tokens(tile + unit * 16, ring_.pitch(), four);
+      const FragmentA<T> x = channels_by_tokens(tile + unit * 16, ring_.pitch(), stats);
 #pragma unroll
       for (int group = 0; group < P::kRowGroups; ++group) {
         float products[4] = {};
@@ -129,10 +129,10 @@ class ForwardPass : public ForwardBase<P> {
     }
   }
 
-  // Turns scores into weights exp(score - peak) * rstd, and rescales earlier sums to the new peak.
-  // added: factors of the tile's sums of rows 2 t and 2 t + 1.
-  __device__ FragmentB<T> soften(int group, uint32_t attended, const float (&scores)[4],
-                                 const FourTokens& four, float (&added)[2]) {
+  // Returns the weights exp(score - peak) * rstd, and rescales earlier sums to the new peak. added:
+  // factors of the tile's sums of rows 2 t and 2 t + 1.
+  __device__ FragmentB<T> softmax_weights(int group, uint32_t attended, const float (&scores)[4],
+                                          const TokenStatistics& stats, float (&added)[2]) {
     SoftmaxState tile;
     float s[4];
     for (int i = 0; i < 4; ++i) {
@@ -145,8 +145,8 @@ class ForwardPass : public ForwardBase<P> {
     for (int i = 0; i < 4; ++i) {
       const float p = exp2f(s[i] - finite);
       total += p;
-      weights[i] = rounded<T>(p * four.rstd[i]);
-      mean += weights[i] * (four.mean[i] - four.centre[i]);
+      weights[i] = rounded<T>(p * stats.rstd[i]);
+      mean += weights[i] * (stats.mean[i] - stats.centre[i]);
     }
     tile.total = sum_of_row(total);
     const Scales scales = join(softmax_[group], tile);
@@ -157,7 +157,7 @@ class ForwardPass : public ForwardBase<P> {
     return weights_as_b<T>(weights);
   }
 
-  // This lane's sums are of rows 2 t and 2 t + 1; its decay is that of row g.
+  // This lane has sums of rows 2 t and 2 t + 1, but the decay of row g.
   __device__ void rescale(int group, float decay) {
     const int t = lane_index() % 4;
     const float even = __shfl_sync(~0u, decay, 8 * t);

@@ -4,22 +4,22 @@
 
 // Sums over an image's tokens: of a warp, of a block, and of blocks that share the image.
 //
-// A tile's contribution is formed on its own and then added. A block that has all tiles adds in
+// Each tile's contribution is formed separately and then added. A block that has all tiles adds in
 // registers; blocks that share an image store partials per tile in memory and add them in the same
 // order, so that a result's bits do not depend on the number of blocks.
 
 namespace crossvit::attention_core {
 
-// Softmax over some of a row's tokens. Peaks are to the base 2.
+// Softmax over some of a row's tokens. Peaks are in base 2.
 struct SoftmaxState {
-  float peak = -INFINITY;  // where nothing is attended to
+  float peak = -INFINITY;  // if nothing is attended to
   float total = 0;
 };
 
-// A peak that exponents can be taken relative to.
+// A finite reference point for exponents.
 __device__ inline float finite_or_zero(float peak) { return peak == -INFINITY ? 0.0f : peak; }
 
-// Factors of the sums formed with two states when the states are joined.
+// Factors that rescale the sums of two states when the states are joined.
 struct Scales {
   float old, added;
 
@@ -53,7 +53,7 @@ struct WarpSums {
     }
   }
 
-  // Stores to [kRows, pitch]; with kFinal, less the means.
+  // Stores to [kRows, pitch]; with kFinal, minus the means.
   template <bool kFinal>
   __device__ void store(float* rows, int pitch, Slice slice) const {
     const int g = lane_index() / 4, t = lane_index() % 4;
@@ -75,7 +75,7 @@ struct WarpSums {
   }
 };
 
-// Floats per row of a tile's partials, at most: sums, softmax state, the means of up to 8 warps.
+// Maximum floats per row of a tile's partials: sums, softmax state, the means of up to 8 warps.
 constexpr int partial_floats(int channels) { return channels + 10; }
 
 // Partials per tile of an image, or of a split of it, for the rows of one pass.
@@ -83,10 +83,10 @@ template <class P>
 class TilePartials {
  public:
   __device__ static int64_t floats(int channels) {
-    return int64_t{P::kRows} * (channels + kNumbers);
+    return int64_t{P::kRows} * (channels + kRowStats);
   }
 
-  // memory: floats(channels) per tile; null where no blocks share an image.
+  // memory: floats(channels) per tile; null if no blocks share an image.
   __device__ TilePartials(float* memory, int channels) : memory_(memory), channels_(channels) {}
 
   __device__ explicit operator bool() const { return memory_ != nullptr; }
@@ -96,8 +96,8 @@ class TilePartials {
     sums.template store<false>(sums_of(tile), channels_, slice);
     if (lane_index() % 4) return;
     for (int group = 0; group < P::kRowGroups; ++group) {
-      float* numbers = numbers_of(tile, 8 * group + lane_index() / 4);
-      numbers[2 + P::group_lane(channels_)] = sums.mean[group];
+      float* row_stats = row_stats_of(tile, 8 * group + lane_index() / 4);
+      row_stats[2 + P::group_lane(channels_)] = sums.mean[group];
     }
   }
 
@@ -105,45 +105,45 @@ class TilePartials {
   __device__ void store(int tile, const SoftmaxState (&states)[P::kRowGroups]) const {
     if (lane_index() % 4 || P::group_lane(channels_)) return;
     for (int group = 0; group < P::kRowGroups; ++group) {
-      float* numbers = numbers_of(tile, 8 * group + lane_index() / 4);
-      numbers[0] = states[group].peak;
-      numbers[1] = states[group].total;
+      float* row_stats = row_stats_of(tile, 8 * group + lane_index() / 4);
+      row_stats[0] = states[group].peak;
+      row_stats[1] = states[group].total;
     }
   }
 
   __device__ SoftmaxState state(int tile, int row) const {
-    const float* numbers = numbers_of(tile, row);
-    return {numbers[0], numbers[1]};
+    const float* row_stats = row_stats_of(tile, row);
+    return {row_stats[0], row_stats[1]};
   }
   __device__ float sum(int tile, int row, int channel) const {
     return sums_of(tile)[row * channels_ + channel];
   }
-  // The means' contribution in the warp that had the channel.
+  // The means' contribution from the warp that had the channel.
   __device__ float mean(int tile, int row, int channel) const {
     const int group_lane = Slice::lane_of(channels_, channel, P::group_warps(channels_));
-    return numbers_of(tile, row)[2 + group_lane];
+    return row_stats_of(tile, row)[2 + group_lane];
   }
 
  private:
-  static constexpr int kNumbers = 2 + P::kMaxGroupWarps;
+  static constexpr int kRowStats = 2 + P::kMaxGroupWarps;
 
   __device__ float* sums_of(int tile) const { return memory_ + tile * floats(channels_); }
-  __device__ float* numbers_of(int tile, int row) const {
-    return sums_of(tile) + P::kRows * channels_ + row * kNumbers;
+  __device__ float* row_stats_of(int tile, int row) const {
+    return sums_of(tile) + P::kRows * channels_ + row * kRowStats;
   }
 
   float* memory_;
   int channels_;
 };
 
-// The base of the passes of one block over a range of an image's tokens. kStateFloats: per row of a
-// warp group's partials, beside its sums; kBlockBytes and kWarpBytes: the pass's own shared memory.
+// Base class of one block's pass over a range of an image's tokens. kStateFloats: per row of a warp
+// group's partials, besides its sums; kBlockBytes and kWarpBytes: a derived pass's shared memory.
 template <class P, int kSets, int kStateFloats, int kBlockBytes, int kWarpBytes>
 class TokenPass {
  public:
   using T = typename P::Element;
 
-  // The shared memory that a pass needs.
+  // The shared memory that a pass needs, in bytes.
   __host__ __device__ static int bytes(int channels, int warp_groups) {
     return Layout::of(channels, warp_groups).end;
   }
@@ -152,11 +152,11 @@ class TokenPass {
   // in unused rows.
   __device__ T* rows() const { return rows_; }
 
-  // Starts the first copies. Neither the rows nor the extra token need be there yet.
+  // Starts the first copies. The rows and the extra token need not be written yet.
   __device__ void start(const Image<T>& x, const Range& range) { ring_.fill(x, range); }
 
  protected:
-  // Shared memory, as byte offsets. Rows and rings come first; in the end the warp groups' partials
+  // Shared memory, as byte offsets. Rows and rings come first; at the end the warp groups' partials
   // overwrite them.
   struct Layout {
     int rings, scores, block_data, warp_data, barriers, end;

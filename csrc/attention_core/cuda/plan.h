@@ -10,7 +10,7 @@
 // channels, in units of 16, and its own ring of tiles in shared memory, filled by asynchronous
 // copies. Tiles go to the warp groups round-robin. A group of one warp synchronizes with others
 // only at the end of the range, where their sums are added in a fixed order; the warps of a larger
-// group exchange partial scores once per tile. A block has as many warp groups as it has warps for.
+// group exchange partial scores once per tile. A block's warps form as many groups as they can.
 //
 // Kernels are compiled per plan, which takes seconds each, so a plan serves several widths: the
 // warps of a group follow from the channels, within the plan's limits.
@@ -46,7 +46,8 @@ struct Plan {
   static constexpr int kTokens = kTileTokens;
   static constexpr int kRows = 8 * kRowGroups;
   static constexpr int kMaxThreads = 256;
-  // Units per iteration of loops that keep nothing in registers; the widest plans spill with more.
+  // Units per iteration of loops whose results are not in registers; the widest plans spill with
+  // more.
   static constexpr int kUnroll = 2;
   static constexpr int kMaxChannels = 16 * kUnits * kMaxGroupWarps;
 
@@ -60,7 +61,7 @@ struct Plan {
     }
     return log;
   }
-  // Shared memory holds a single stage of the widest floats.
+  // Shared memory holds only one stage of the widest float tokens.
   __host__ __device__ static int stages(int channels) {
     constexpr int kMaxChannelsOfTwoStages = 768;
     return sizeof(T) == 4 && kMaxChannels > kMaxChannelsOfTwoStages &&
@@ -78,7 +79,7 @@ struct Plan {
   __device__ static int warp_group(int channels) {
     return warp_index() >> log2_group_warps(channels);
   }
-  // This warp's place in its group.
+  // This warp's lane in its group.
   __device__ static int group_lane(int channels) {
     return warp_index() & (group_warps(channels) - 1);
   }
@@ -102,7 +103,7 @@ struct Plan {
     }
   }
 
-  // Distance of a tile's rows, in elements: 16 bytes of padding put 8 rows in different banks.
+  // Row pitch of a tile, in elements: 16 bytes of padding put 8 rows in different banks.
   __host__ __device__ static int tile_pitch(int channels) {
     const int units = (channels / 16 + group_warps(channels) - 1) >> log2_group_warps(channels);
     return units * 16 + static_cast<int>(16 / sizeof(T));
@@ -127,13 +128,13 @@ struct Slice {
     return {begin * 16, (total * (group_lane + 1) >> log2_group_warps) - begin};
   }
 
-  // The place in its group of the warp that has a channel.
+  // The group lane of the warp that has a channel.
   __device__ static int lane_of(int channels, int channel, int group_warps) {
     return ((channel / 16 + 1) * group_warps - 1) / (channels / 16);
   }
 };
 
-// One image's tokens; with has_extra, token 0 lies apart from the others, in any kind of memory.
+// One image's tokens; with has_extra, token 0 is apart from the others, in global or shared memory.
 template <class T>
 struct Image {
   const T* data;
@@ -176,7 +177,7 @@ constexpr bool kBulkCopies = true;
 constexpr bool kBulkCopies = false;
 #endif
 
-// One warp's tiles, of its slice of the channels. Every copy of a tile is waited for once.
+// One warp's tiles, of its slice of the channels. Each copy of a tile must be waited for once.
 template <class P>
 class TileRing {
  public:
@@ -213,7 +214,7 @@ class TileRing {
     }
   }
 
-  // Starts the copy of the tile that replaces that of an iteration.
+  // Starts the copy of the tile that replaces an iteration's.
   __device__ void copy_next(const Image<T>& x, const Range& range, int iteration) {
     copy(x, range, iteration + P::stages(channels_));
   }
@@ -229,7 +230,7 @@ class TileRing {
     }
   }
 
-  // Waits for the oldest in-flight tile, which must be that of this iteration.
+  // Waits for the oldest in-flight tile, which must be this iteration's.
   __device__ void wait(int iteration) {
     if constexpr (kBulkCopies) {
       const int stage = stage_of(iteration);
@@ -245,7 +246,7 @@ class TileRing {
     }
   }
 
-  // To be called after the last tile.
+  // Must be called after the last tile.
   __device__ void drain() {
     if constexpr (!kBulkCopies) copy_async_wait<0>();
   }
@@ -275,7 +276,7 @@ class TileRing {
     }
   }
 
-  // Eight lanes share a row.
+  // Eight lanes copy a row.
   __device__ void copy_chunks(const Image<T>& x, int iteration, int token, int last) {
     const uint32_t attended = x.attended_bits(token, last);
     const int lane = lane_index();

@@ -6,8 +6,8 @@ namespace crossvit::attention_core {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// A lane's statistics of four tokens of a tile: 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
-struct FourTokens {
+// Statistics of a lane's four tokens of a tile: 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+struct TokenStatistics {
   float mean[4];
   float rstd[4];
   float centre[4];
@@ -18,8 +18,8 @@ __device__ __forceinline__ int nth_token(int i) {
 }
 
 // Sums over a warp's slice of tokens g and g + 8, relative to each token's first channel there. A
-// mean far above the spread then costs no digits: the variance's relative error is at most about C
-// times float's eps, whatever that channel holds.
+// mean far above the spread then costs no precision: the variance's relative error is at most about
+// C times float's eps, whatever that channel holds.
 struct TokenSums {
   float centre[2];
   float sum[2] = {0, 0};
@@ -57,7 +57,7 @@ class TileScores {
  public:
   using T = typename P::Element;
 
-  // Floats have no digits to spare: their tokens are centred before the products.
+  // Float tokens have no precision to spare: they are centred before the products.
   static constexpr bool kCentre = sizeof(T) == 4;
   static constexpr int kRows = P::kRows;
   static constexpr int kSums = kSets * kRows;
@@ -82,7 +82,7 @@ class TileScores {
         eps_(eps),
         normalize_(normalize) {}
 
-  // Sums the rounded rows over each slice. Called by all threads, with a barrier to follow.
+  // Sums the rounded rows over each slice. Called by all threads; the caller then synchronizes.
   __device__ void sum_rows() {
     const int pitch = P::row_pitch(channels_);
     for (int i = warp_index(); i < P::group_warps(channels_) * kSums; i += block_warps()) {
@@ -105,15 +105,15 @@ class TileScores {
     return sum;
   }
 
-  // Computes scores[set][group][i] of row 8 group + g and the i-th of the four tokens: those of
-  // xhat, 0 where a token is not attended to. Synchronizes with the other warps of the group.
+  // Computes scores[set][group][i] of row 8 group + g and the i-th of the lane's tokens: those of
+  // xhat, 0 if the token is not attended to. Synchronizes the warp group.
   __device__ void compute(const T* tile, int iteration, uint32_t attended,
-                          float (&scores)[kSets][P::kRowGroups][4], FourTokens& four) {
+                          float (&scores)[kSets][P::kRowGroups][4], TokenStatistics& stats) {
     float products[kSets][2][4] = {};  // of tokens 0 to 7 and 8 to 15
     const TokenSums sums = products_of_slice(tile, products);
     store_partials(partials_of(warp_index(), iteration), sums, products);
     P::sync_warp_group(channels_);
-    combine_partials(iteration, attended, products, scores, four);
+    combine_partials(iteration, attended, products, scores, stats);
   }
 
  private:
@@ -179,27 +179,27 @@ class TileScores {
     }
   }
 
-  // Adds up the partials of the group's warps in their order.
+  // Adds up the partials of the group's warps in the order of their lanes.
   __device__ void combine_partials(int iteration, uint32_t attended,
                                    const float (&products)[kSets][2][4],
                                    float (&scores)[kSets][P::kRowGroups][4],
-                                   FourTokens& four) const {
+                                   TokenStatistics& stats) const {
     const int g = lane_index() / 4;
     const int group_lane = P::group_lane(channels_), group_warps = P::group_warps(channels_);
-    constexpr int kNextWarp = kBuffers * kFloats;
+    constexpr int kWarpStride = kBuffers * kFloats;
     const float* partials = partials_of(warp_index() - group_lane, iteration);
     float mean[4], squares[4] = {};
     means_of_tile(partials, mean);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      four.centre[i] = centre_of(partials + group_lane * kNextWarp, nth_token(i));
-      four.mean[i] = normalize_ ? mean[i] : 0.0f;
+      stats.centre[i] = centre_of(partials + group_lane * kWarpStride, nth_token(i));
+      stats.mean[i] = normalize_ ? mean[i] : 0.0f;
       for (int set = 0; set < kSets; ++set) {
         for (int group = 0; group < P::kRowGroups; ++group) scores[set][group][i] = 0;
       }
     }
 #pragma unroll 1  // one warp's partials are enough loads in flight
-    for (int warp = 0; warp < group_warps; ++warp, partials += kNextWarp) {
+    for (int warp = 0; warp < group_warps; ++warp, partials += kWarpStride) {
       const float* row_sums = row_sums_ + warp * kSums;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -207,7 +207,7 @@ class TileScores {
         const float deviation = partials[token] - mean[i];
         const float between = P::kWarpsShareTiles ? deviation * deviation * width_of(warp) : 0.0f;
         squares[i] += partials[P::kTokens + token] + between;
-        const float centred = four.mean[i] - centre_of(partials, token);
+        const float centred = stats.mean[i] - centre_of(partials, token);
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
 #pragma unroll
@@ -224,16 +224,16 @@ class TileScores {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool is_attended = attended >> nth_token(i) & 1;
-      four.rstd[i] = !is_attended ? 0.0f
-                     : normalize_ ? 1.0f / sqrtf(squares[i] / channels_ + eps_)
-                                  : 1.0f;
+      stats.rstd[i] = !is_attended ? 0.0f
+                      : normalize_ ? 1.0f / sqrtf(squares[i] / channels_ + eps_)
+                                   : 1.0f;
       for (int set = 0; set < kSets; ++set) {
-        for (int group = 0; group < P::kRowGroups; ++group) scores[set][group][i] *= four.rstd[i];
+        for (int group = 0; group < P::kRowGroups; ++group) scores[set][group][i] *= stats.rstd[i];
       }
     }
   }
 
-  // Combines the means that the group's warps have of the four tokens.
+  // Combines the means of the lane's tokens that the group's warps have.
   __device__ void means_of_tile(const float* partials, float (&mean)[4]) const {
     if constexpr (!P::kWarpsShareTiles) {
       for (int i = 0; i < 4; ++i) mean[i] = partials[nth_token(i)];
@@ -266,7 +266,7 @@ class TileScores {
   bool normalize_;
 };
 
-// B of a product over a tile's tokens: weights[i] of row g and the i-th of the four tokens.
+// B of a product over a tile's tokens: weights[i] of row g and the i-th of the lane's tokens.
 template <class T>
 __device__ __forceinline__ FragmentB<T> weights_as_b(const float (&weights)[4]) {
   return {pack<T>(weights[0], weights[1]), pack<T>(weights[2], weights[3])};
@@ -275,13 +275,13 @@ __device__ __forceinline__ FragmentB<T> weights_as_b(const float (&weights)[4]) 
 // A transposed tile, 16 channels by 16 tokens, centred where the type requires it.
 template <class T>
 __device__ __forceinline__ FragmentA<T> channels_by_tokens(const T* tile, int pitch,
-                                                           const FourTokens& four) {
+                                                           const TokenStatistics& stats) {
   FragmentA<T> x = load_transposed(tile, pitch);
   if constexpr (sizeof(T) == 4) {
     for (int i = 0; i < 4; ++i) {
       const int first = i >> 1 << 1;
-      x.pair[i].x -= four.centre[first];
-      x.pair[i].y -= four.centre[first + 1];
+      x.pair[i].x -= stats.centre[first];
+      x.pair[i].y -= stats.centre[first + 1];
     }
   }
   return x;

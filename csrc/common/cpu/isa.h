@@ -3,8 +3,8 @@
 #include <string>
 #include <vector>
 
-// Instruction-set levels that the CPU kernels are compiled for, and the one in use: the highest
-// that this processor has, unless another was chosen.
+// Instruction-set levels that the CPU kernels are compiled for, and the active one: the highest
+// that this processor supports, unless use_isa() chose another.
 
 namespace crossvit {
 
@@ -17,13 +17,13 @@ Isa active_isa();
 std::vector<std::string> usable_isas();
 std::string active_isa_name();
 
-// Throws std::invalid_argument for a level that this processor does not have.
+// Throws std::invalid_argument for a level that this processor does not support.
 void use_isa(const std::string& name);
 
 }  // namespace crossvit
 
-// Defines a function that calls its version for the level in use. It is compiled once per level, in
-// a namespace named after it.
+// Defines a function that calls its version for the active level. Each version is in a namespace
+// named after its level.
 #ifdef __x86_64__
 #define CROSSVIT_DISPATCH(function, Params)                   \
   namespace baseline {                                        \

@@ -2,11 +2,11 @@
 
 #include <cstdint>
 
-// Parameters that the halves of a transformer block have in common, in float32.
+// Parameters that both halves of a transformer block have, in float32.
 
 namespace crossvit {
 
-// [B, N, C] with unit stride along C. cls [B, C], if not null, stands in for row 0.
+// [B, N, C] with unit stride along C. cls [B, C], if not null, replaces row 0.
 struct TokensParams {
   const float* data;
   int64_t batch;

@@ -18,16 +18,16 @@ constexpr int kLane = kLanes<float>;
 constexpr int kPanel = 2 * kLane;
 // A block's accumulators fill the registers: 16, or 32 with AVX-512.
 constexpr int kRows = kVectorBytes == 64 ? 12 : 6;
-// Blocks that share a panel while it is in L1, and the depth of its rows that is.
+// Row blocks that reuse a panel, and the depth of it that stays in L1 meanwhile.
 constexpr int kBlocks = 12;
 constexpr int64_t kDepth = 384;
 
-// The start of row i of packed rows; its columns c to c + kPanel begin at c * kRows.
+// Returns the start of row i of packed rows; its columns [c, c + kPanel) begin at c * kRows.
 inline float* packed_row(float* rows, int64_t i, int64_t width) {
   return rows + i / kRows * kRows * width + i % kRows * kPanel;
 }
 
-// The first count elements of a vector, padded with zeros; count may be 0 or less.
+// Loads the first `count` elements of a vector, padded with zeros; `count` may be 0 or less.
 inline FloatVector load_at_most(const float* from, int64_t count) {
   if (count >= kLane) return load(from);
   return count > 0 ? load_partial<float>(from, count) : FloatVector{};
@@ -38,15 +38,15 @@ inline void store_at_most(float* to, FloatVector v, int64_t count) {
   if (count > 0) store_partial<float>(to, v, count);
 }
 
-// Calls visit(from column, packed column, columns left) for the vectors of a row of any width.
+// Calls visit(column, packed column, columns left) for each vector of a row of any width.
 template <class Visit>
 inline void each_packed_vector(int64_t width, const Visit& visit) {
   for (int64_t c = 0; c < width; c += kPanel)
     for (int j = 0; j < kPanel; j += kLane) visit(c + j, c * kRows + j, width - c - j);
 }
 
-// to = start + rows . panel over `count` of K, [kRows, kPanel]. The rows of start are start_stride
-// apart.
+// Computes to = start + rows . panel, [kRows, kPanel], over `count` steps of K. The rows of start
+// are start_stride apart.
 inline void multiply(float* to, const float* start, int64_t start_stride, const float* rows,
                      const float* panel, int64_t count) {
   FloatVector total[kRows][2];
@@ -99,10 +99,10 @@ class PackedLinear {
   // Multiply-adds per row.
   int64_t work() const { return out_ * in_; }
 
-  // Calls use(first column, bias + product of packed rows) for each panel: [num_blocks, kRows,
-  // kPanel].
-  template <class Use>
-  void apply(const float* rows, int64_t num_blocks, const Use& use) const {
+  // Calls consume(first column, product) for each panel, with bias + product of packed rows as
+  // [num_blocks, kRows, kPanel].
+  template <class Consume>
+  void apply(const float* rows, int64_t num_blocks, const Consume& consume) const {
     alignas(kVectorBytes) float product[kBlocks * kRows * kPanel];
     for (int64_t n = 0; n < out_; n += kPanel) {
       for (int64_t k = 0; k < in_; k += kDepth)
@@ -111,7 +111,7 @@ class PackedLinear {
           multiply(to, k ? to : bias_ + n, k ? kPanel : 0, rows + i * kRows * in_ + k * kRows,
                    panels_ + n * in_ + k * kPanel, minimum(kDepth, in_ - k));
         }
-      use(n, product);
+      consume(n, product);
     }
   }
 
@@ -131,12 +131,12 @@ void each_group(int64_t num_rows, int64_t work, int64_t scratch_width, const Run
   // The last few blocks are tasks of their own, so that all threads finish at about the same time.
   const int64_t groups = (blocks - minimum(blocks, 4 * num_threads())) / kBlocks;
   const int64_t count = groups + blocks - groups * kBlocks;
-  parallel_tasks(count, work * num_rows / maximum(count, 1), [&](const auto& take) {
+  parallel_tasks(count, work * num_rows / maximum(count, 1), [&](const auto& next_task) {
     const int64_t size = kBlocks * kRows * scratch_width;
     Scratch<float> memory(size);
     float* const scratch = memory.take(size);
     std::memset(scratch, 0, size * sizeof(float));
-    for (int64_t task = take(); task < count; task = take()) {
+    for (int64_t task = next_task(); task < count; task = next_task()) {
       const bool is_group = task < groups;
       const int64_t first = (is_group ? task * kBlocks : task + groups * (kBlocks - 1)) * kRows;
       const int64_t rows = minimum((is_group ? kBlocks : 1) * kRows, num_rows - first);

@@ -13,11 +13,11 @@ namespace internal {
 using LoopBody = void (*)(int64_t begin, int64_t end, void* context);
 void parallel_for(int64_t count, LoopBody body, void* context);
 
-// Multiply-adds below which threads cost more than they save: about 10 microseconds.
+// Multiply-adds below which threading costs more than it saves: about 10 microseconds.
 constexpr int64_t kWorthThreads = 1 << 19;
 }  // namespace internal
 
-// Threads that parallel_for may use now.
+// Returns the number of threads that parallel_for may use now.
 int num_threads();
 
 // Multiply-adds in the time it takes to copy an uncached element.
@@ -39,7 +39,7 @@ void parallel_for(int64_t count, int64_t work, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// Calls body(take) once on each thread. take() returns the next unclaimed task, or a number >=
+// Calls body(next_task) once on each thread. next_task() returns an unclaimed task, or a number >=
 // count when none is left, so a thread that is preempted does not delay the others.
 template <class Body>
 void parallel_tasks(int64_t count, int64_t work, const Body& body) {

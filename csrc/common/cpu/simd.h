@@ -38,7 +38,7 @@ inline Vector<Scalar> broadcast(Scalar value) {
   return value - Vector<Scalar>{};
 }
 
-// One allocation, handed out in vector-aligned pieces.
+// One allocation, handed out as vector-aligned arrays.
 template <class Scalar>
 class Scratch {
  public:
@@ -52,9 +52,9 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
 
   Scalar* take(int64_t count) {
-    Scalar* const taken = data_ + used_;
+    Scalar* const array = data_ + used_;
     used_ += round_up(count, kLanes<Scalar>);
-    return taken;
+    return array;
   }
 
  private:
@@ -62,7 +62,7 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// Keeps a loaded vector from being loaded again for each of its uses.
+// Keeps the compiler from reloading a vector for each of its uses.
 template <class V>
 inline V in_register(V v) {
 #if defined(__x86_64__)
@@ -143,7 +143,7 @@ inline void store(Float16* to, FloatVector v) {
   store_half_bits(to, half | ((bits >> 16) & 0x8000u));
 }
 
-// The first count < kLanes elements; the other lanes are zero.
+// Loads the first `count` < kLanes elements; the other lanes are zero.
 template <class Scalar, class Element>
 inline Vector<Scalar> load_partial(const Element* from, int count) {
   Element padded[kLanes<Scalar>] = {};
@@ -158,7 +158,7 @@ inline void store_partial(Element* to, Vector<Scalar> v, int count) {
   std::memcpy(to, padded, count * sizeof(Element));
 }
 
-// The larger of each pair of lanes; b where a is NaN.
+// The lane-wise maximum; b where a is NaN.
 template <class V>
 inline V larger(V a, V b) {
   return a > b ? a : b;
@@ -168,7 +168,8 @@ inline V larger(V a, V b) {
 
 namespace lanes {
 
-// Lanes in blocks of 2 * kHalf: the first halves of a and b (kOffset = 0) or the second (kHalf).
+// Interleaves the first (kOffset = 0) or second (kHalf) halves of a's and b's blocks of 2 * kHalf
+// lanes.
 template <int kHalf, int kOffset, class V, int... kLane>
 inline V interleave_halves(V a, V b, std::integer_sequence<int, kLane...>) {
   constexpr int kCount = sizeof...(kLane);
@@ -178,7 +179,7 @@ inline V interleave_halves(V a, V b, std::integer_sequence<int, kLane...>) {
 }
 
 // Lane i of the result is op over the lanes of v[i]: a transposition that reduces as it goes, about
-// three instructions a vector.
+// three instructions per vector.
 template <int kHalf, class V, int kCount, class Op>
 inline V reduce_each(V (&v)[kCount], const Op& op) {
   using Lanes = std::make_integer_sequence<int, sizeof(V) / sizeof(v[0][0])>;
@@ -214,7 +215,7 @@ inline Scalar sum(Vector<Scalar> v) {
   return total;
 }
 
-// Element j of v[i] changes places with element i of v[j].
+// Swaps element j of v[i] with element i of v[j].
 template <class Scalar, int kStep = kLanes<Scalar> / 2>
 inline void transpose(Vector<Scalar> (&v)[kLanes<Scalar>]) {
   if constexpr (kStep > 0) {
@@ -295,7 +296,7 @@ inline FloatVector erf(FloatVector z) {
   return z * p / q;
 }
 
-// The exact GELU: x times the normal distribution function.
+// The exact GELU: x times the normal CDF.
 inline FloatVector gelu(FloatVector x) {
   const FloatVector z = x * 0.70710678f;
   const FloatVector y = 0.5f * x * (1.0f + erf(z));
@@ -309,7 +310,7 @@ inline Vector<double> gelu(Vector<double> x) {
   return x;
 }
 
-// Not std::exp and the like: those are inline functions with external linkage.
+// Instead of std::exp and so on, which are inline functions with external linkage.
 inline float exp(float x) { return __builtin_expf(x); }
 inline double exp(double x) { return __builtin_exp(x); }
 inline float log(float x) { return __builtin_logf(x); }

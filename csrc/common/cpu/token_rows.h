@@ -9,7 +9,7 @@
 namespace crossvit {
 namespace {
 
-// Row of [B N, C] in x, or in cls where that stands in for row 0 of an image.
+// Returns a row of [B N, C]: of x, or of cls where that replaces row 0 of an image.
 inline const float* token(const TokensParams& x, int64_t row) {
   const int64_t b = row / x.num_tokens, n = row % x.num_tokens;
   if (n == 0 && x.cls) return x.cls + b * x.cls_stride;
@@ -30,7 +30,7 @@ class PackedNorm {
     }
   }
 
-  // x [C] to row i of packed rows; row of what forward saves.
+  // Normalizes x [C] to row i of packed rows; `row` is its row in the saved outputs.
   void apply(float* rows, int64_t i, const float* x, int64_t row) const {
     const int64_t whole = channels_ / kLane * kLane;
     const FloatVector rest = load_at_most(x + whole, channels_ - whole);
@@ -63,7 +63,7 @@ class PackedNorm {
   float *weight_, *bias_;
 };
 
-// Columns [n, n + kPanel) of `count` rows of a product, to rows of a tensor [rows, width].
+// Stores columns [n, n + kPanel) of `count` rows of a product to a tensor [rows, width].
 inline void store_columns(float* to, int64_t width, int64_t first, int64_t count, int64_t n,
                           const float* product) {
   for (int64_t i = 0; i < count; ++i)

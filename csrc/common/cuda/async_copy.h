@@ -8,7 +8,7 @@ namespace crossvit {
 
 #ifdef __CUDACC__
 
-// Copies 16 bytes between addresses aligned to 16, or writes zeros if `bytes`, 0 or 16, is 0.
+// Copies 16 bytes between 16-byte-aligned addresses, or writes zeros if `bytes` (0 or 16) is 0.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(bytes)
@@ -33,8 +33,8 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
                : "memory");
 }
 
-// Makes initialized barriers visible to copies and to other blocks of the cluster, but not to the
-// block's threads, which need a barrier of their own.
+// Makes initialized barriers visible to copies and to the cluster's other blocks. The block's own
+// threads still need a __syncthreads().
 __device__ __forceinline__ void barrier_init_visible() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

@@ -39,8 +39,8 @@ __device__ __forceinline__ void cluster_sync() {
   }
 }
 
-// Address of the same variable in another block's shared memory. That block must have started, and
-// must not exit before the access: put a cluster_sync() at both ends.
+// Returns the address of the same variable in another block's shared memory. That block must have
+// started, and must not exit before the access: a cluster_sync() is needed before and after.
 template <class T>
 __device__ __forceinline__ T* in_rank(T* shared, int rank) {
   uint64_t address;
@@ -76,7 +76,7 @@ using testing::in_rank;
 
 #endif
 
-// Stores to the same variable of all blocks of the cluster.
+// Stores to the variable in every block of the cluster.
 template <class V>
 __device__ __forceinline__ void store_in_ranks(V* shared, V value) {
   const int ranks = cluster_size();

@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Every thread adds its index: shared memory, a barrier per halving and a global store.
+// Sums the thread indices in a shared-memory tree reduction.
 __global__ void __launch_bounds__(kThreads) sum_of_indices_kernel(int* out) {
   __shared__ int partial[kThreads];
   const int thread = static_cast<int>(threadIdx.x);

@@ -7,8 +7,8 @@
 // the pairs (2 t, 2 t + 1) and (2 t + 8, 2 t + 9): of rows g and g + 8 of A [16, k], of column g of
 // B [k, 8]. Of C [16, 8] it holds rows g and g + 8, columns 2 t and 2 t + 1.
 //
-// 16-bit elements go to the tensor cores as they are. A float is split into two numbers of 11 bits;
-// three products then have an error of about 2^-22.
+// 16-bit elements go to the tensor cores as they are. A float is split into two tf32 numbers; three
+// products then have an error of about 2^-22.
 
 namespace crossvit {
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
-// A float rounded to T.
+// Rounds a float to T and back.
 template <class T>
 __device__ __forceinline__ float rounded(float x) {
   return to_float(from_float<T>(x));
@@ -114,7 +114,7 @@ __device__ __forceinline__ FragmentA<T> load_rows(const T* tile, int pitch) {
   return a;
 }
 
-// The same for 8 rows; rows 8 to 15 are zeros.
+// The same for 8 rows, with zeros in rows 8 to 15.
 template <class T>
 __device__ __forceinline__ FragmentA<T> load_8_rows(const T* tile, int pitch) {
   const int lane = lane_index();
@@ -139,7 +139,7 @@ __device__ __forceinline__ FragmentA<T> load_transposed(const T* tile, int pitch
   return a;
 }
 
-// Columns [8 * side, 8 * side + 8) of a B of 16 columns, loaded like A.
+// Returns columns [8 * side, 8 * side + 8) of a B of 16 columns, which was loaded like an A.
 template <class T>
 __device__ __forceinline__ FragmentB<T> to_b(const FragmentA<T>& a, int side) {
   return {a.pair[side], a.pair[side + 2]};
@@ -163,7 +163,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const FragmentA<T>& a,
   if constexpr (sizeof(T) == 2) {
     mma_16x8x16<T>(c, a.pair, b.pair);
   } else {
-    // In k-steps of 8, where t stands for 2 t, and t + 4 for 2 t + 1.
+    // Two k-steps of 8, with k permuted: t stands for 2 t, and t + 4 for 2 t + 1.
     for (int step = 0; step < 2; ++step) {
       uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
       for (int i = 0; i < 4; ++i) {

@@ -12,13 +12,13 @@ struct LaunchConfig {
   dim3 grid;
   dim3 block;
   int shared_bytes = 0;
-  int cluster = 1;  // blocks per cluster, along grid.x; divides it
+  int cluster = 1;  // blocks per cluster, along grid.x, which it divides
   cudaStream_t stream = nullptr;
 };
 
 #ifdef __CUDACC__
 
-// Returns the launch's own error; those of the kernel are reported later.
+// Returns errors of the launch; those of the execution are reported later.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... arguments) {
   constexpr int kMaxDefaultShared = 48 << 10;
@@ -32,17 +32,17 @@ cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... argu
   cluster.val.clusterDim.x = static_cast<unsigned>(config.cluster);
   cluster.val.clusterDim.y = 1;
   cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t start = {};
-  start.gridDim = config.grid;
-  start.blockDim = config.block;
-  start.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
-  start.stream = config.stream;
-  start.attrs = &cluster;
-  start.numAttrs = config.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&start, kernel, static_cast<P>(std::forward<A>(arguments))...);
+  cudaLaunchConfig_t launch_config = {};
+  launch_config.gridDim = config.grid;
+  launch_config.blockDim = config.block;
+  launch_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
+  launch_config.stream = config.stream;
+  launch_config.attrs = &cluster;
+  launch_config.numAttrs = config.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&launch_config, kernel, static_cast<P>(std::forward<A>(arguments))...);
 }
 
-// The most shared memory that a block may have; 0 if unknown.
+// Returns the maximum shared memory per block; 0 if unknown.
 inline int shared_bytes_of_block(int device) {
   int bytes = 0;
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -51,9 +51,9 @@ inline int shared_bytes_of_block(int device) {
 
 #else
 
-inline int shared_bytes_of_block(int) { return testing::kMostShared; }
+inline int shared_bytes_of_block(int) { return testing::kMaxSharedBytes; }
 
-// Runs the kernel to its end. A fault throws std::runtime_error with the block and the cause.
+// Runs the kernel to completion. A fault throws std::runtime_error with the block and the cause.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... arguments) {
   const std::tuple<P...> values{static_cast<P>(std::forward<A>(arguments))...};

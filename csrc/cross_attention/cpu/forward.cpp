@@ -128,10 +128,11 @@ class Fusion {
       write_row(saved(saved_.q, first + i), block.b + i * stride_, channels_);
 
     const Scalar scale = 1 / sqrt(Scalar(head_dim_));
-    core::NoPrefetch ahead(nullptr, 0);
+    core::NoPrefetch prefetcher(nullptr, 0);
     for (int64_t h = 0; h < problem_.num_heads; ++h) {
       core::rank_update<Scalar>(block.c, nullptr, {block.b + h * head_dim_, stride_, 1}, kImages,
-                                key_.rows + h * head_dim_ * stride_, head_dim_, stride_, ahead);
+                                key_.rows + h * head_dim_ * stride_, head_dim_, stride_,
+                                prefetcher);
       for (int i = 0; i < count; ++i) {
         Scalar* const kt = block.c + i * stride_;
         Scalar* const u = u_ + (h * batch_ + first + i) * stride_;

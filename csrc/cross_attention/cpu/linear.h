@@ -3,7 +3,7 @@
 #include "attention_core/cpu/micro_kernels.h"
 #include "cross_attention/params.h"
 
-// Parameters in the form that the micro-kernels read, and the layers of the CLS path for a few
+// Parameters in the layout that the micro-kernels read, and the layers of the CLS path for a few
 // images at once.
 
 namespace crossvit::cross_attention {
@@ -33,7 +33,7 @@ void visit(const Parameter& parameter, const Visit& visit) {
   }
 }
 
-// Loads a row to scratch, padded with zeros to a whole vector. A null parameter is all zeros.
+// Loads a row to scratch, padded with zeros to a whole vector. A null parameter loads zeros.
 template <class Scalar>
 void load_row(Scalar* to, const Parameter& from, int64_t offset, int64_t count) {
   if (!from.data) {
@@ -47,8 +47,8 @@ void load_row(Scalar* to, const Parameter& from, int64_t offset, int64_t count) 
   });
 }
 
-// A weight matrix [out, in] with rows of whole vectors, of which a pair is readable from any row
-// on. It is read in place if it is that already, else copied.
+// A weight matrix [out, in] with rows of whole vectors, of which a pair can be read from any row
+// on. It is read in place if it already has this layout, else copied.
 template <class Scalar>
 class Matrix {
  public:
@@ -122,17 +122,17 @@ struct LayerNorm {
   }
 };
 
-// out[i][o] = bias[o] + in[i] . weight[o] for kImages rows of in, num_rows rows of weight.
+// Computes out[i][o] = bias[o] + in[i] . weight[o] for kImages rows of in, num_rows rows of weight.
 template <class Scalar>
 void linear(Scalar* out, int64_t out_stride, const Scalar* in, int64_t channels,
             const Scalar* weight, const Scalar* bias, int64_t num_rows) {
   constexpr int64_t kRowsAtOnce = 32;
   Scalar products[kRowsAtOnce * kMaxTile];
-  attention_core::NoPrefetch ahead(nullptr, 0);
+  attention_core::NoPrefetch prefetcher(nullptr, 0);
   for (int64_t first = 0; first < num_rows; first += kRowsAtOnce) {
     const int64_t count = minimum(kRowsAtOnce, num_rows - first);
     attention_core::dot_products(products, weight + first * channels, round_up(count, 2), in,
-                                 kImages, channels, ahead);
+                                 kImages, channels, prefetcher);
     for (int i = 0; i < kImages; ++i)
       for (int64_t o = 0; o < count; ++o)
         out[i * out_stride + first + o] = products[o * kMaxTile + i] + bias[first + o];

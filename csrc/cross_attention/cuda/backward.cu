@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const Images images = Images::of(p.problem, images_per_cluster);
   const int64_t first = images.first;
   const int count = images.count;
-  const bool writes_shared = rank == 0;  // results that every block computes
+  const bool is_leader = rank == 0;  // writes results that every block computes
   const BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, aliased);
   T* rows = reinterpret_cast<T*>(memory);
   T* narrow = reinterpret_cast<T*>(memory + layout.narrow);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     const int row = i / cls_channels, c = i % cls_channels;
     const float value = element<T>(p.dnew_cls, first * cls_channels + i);
     rows[row * cls_pitch + c] = from_float<T>(value);
-    if (writes_shared) gradients_of(row).dnew_cls[c] = value;
+    if (is_leader) gradients_of(row).dnew_cls[c] = value;
   }
   cluster_sync();  // waits for the other blocks to start
   // Writes to the floats of all blocks.
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       [&](int row, int c, float dy, float dn, float xhat) {
         const float r = scale_of_residual(p.residual_scale, first + row);
         rows[row * pitch + c] = from_float<T>(dy * r);
-        if (!writes_shared) return;
+        if (!is_leader) return;
         const Gradients g = gradients_of(row);
         g.back_norm_weight[c] = dn * xhat;
         g.back_norm_bias[c] = dn;

@@ -5,10 +5,10 @@
 #include "cross_attention/cuda/kernels.h"
 #include "cross_attention/cuda/rows.h"
 
-// Code that the fusion's two kernels share. A cluster of blocks owns up to 16 images. Its blocks
-// share the columns of every linear layer and exchange the results through distributed shared
-// memory, so that the cluster reads the weights once; each then takes the tokens of some images, or
-// its share of one image's.
+// Code that the fusion's two kernels share. A cluster of blocks processes up to 16 images. Its
+// blocks share the columns of every linear layer and exchange the results through distributed
+// shared memory, so that the cluster reads the weights once; each block then processes the tokens
+// of some images, or its share of one image's.
 
 namespace crossvit::cross_attention::cuda {
 
@@ -21,8 +21,8 @@ using attention_core::cuda::Place;
 
 // Shared memory of a block, as byte offsets: a wide operand for the CLS or the tokens, at 0; floats
 // as wide; an operand of C channels; the token pass. The floats and the narrow operand are dead
-// while the pass runs: where not all of them fit, the pass is aliased to those, and its copies
-// start late.
+// while the pass runs: if not everything fits, the pass is aliased to them, and its copies start
+// late.
 struct BlockLayout {
   int pitch;  // of the wide operand's rows that hold the images' first tokens
   int floats, narrow, pass;
@@ -45,22 +45,23 @@ struct BlockLayout {
   }
 };
 
-// The images of a cluster. If they are fewer than its blocks, blocks share an image's tokens.
+// The images of a cluster. If there are fewer of them than blocks, blocks share an image's tokens.
 struct Images {
   int64_t first;
   int count;
-  int sharing;      // blocks per image
+  int blocks_per_image;
   Range tokens;     // this block's, of each of its images
   int begin, step;  // this block's images: begin, begin + step and so on, below count
 
   __device__ static Images of(const Problem& problem, int images_per_cluster) {
     const int rank = cluster_rank(), ranks = cluster_size();
-    const int sharing = maximum(1, ranks / images_per_cluster);
+    const int blocks_per_image = maximum(1, ranks / images_per_cluster);
     const int64_t first = int64_t{blockIdx.x} / ranks * images_per_cluster;
     const int64_t count = minimum(problem.batch - first, int64_t{images_per_cluster});
     const int num_tokens = static_cast<int>(problem.num_tokens) + 1;  // with the CLS
-    const Range tokens = {0, num_tokens, rank % sharing, sharing};
-    return {first, static_cast<int>(count), sharing, tokens, rank / sharing, ranks / sharing};
+    const Range tokens = {0, num_tokens, rank % blocks_per_image, blocks_per_image};
+    return {first,  static_cast<int>(count), blocks_per_image,
+            tokens, rank / blocks_per_image, ranks / blocks_per_image};
   }
 };
 
@@ -71,7 +72,7 @@ template <class P, class Pass, class Run, class Results>
 __device__ void pass_over_images(Pass& pass, const Images& images, float* memory, int heads,
                                  int channels, Run run, Results results) {
   const auto partials_of = [&](int image, int head) -> TilePartials<P> {
-    if (images.sharing == 1) return {nullptr, channels};
+    if (images.blocks_per_image == 1) return {nullptr, channels};
     const int64_t passes = ceil_div(heads, P::kRows);
     const int64_t index = (images.first + image) * passes + head / P::kRows;
     const int64_t floats = P::tiles_of(images.tokens) * TilePartials<P>::floats(channels);
@@ -80,11 +81,11 @@ __device__ void pass_over_images(Pass& pass, const Images& images, float* memory
   for (int image = images.begin; image < images.count; image += images.step) {
     for (int head = 0; head < heads; head += P::kRows) {
       run(image, head, partials_of(image, head));
-      if (images.sharing == 1) results(image, head);
+      if (images.blocks_per_image == 1) results(image, head);
     }
   }
   cluster_sync();
-  if (images.sharing == 1) return;
+  if (images.blocks_per_image == 1) return;
   for (int head = 0; images.begin < images.count && head < heads; head += P::kRows) {
     pass.gather(partials_of(images.begin, head), images.tokens);
     results(images.begin, head);
@@ -101,19 +102,19 @@ struct Share {
   }
 };
 
-// transposed_linear for all columns of `heads` matrices of `depth` rows each, with as many columns
-// of the operand per head. Pieces go round-robin to the warps of the cluster; write_of(head) makes
-// the function that writes a head's.
+// transposed_linear for all columns of `heads` matrices of `depth` rows each, with `depth` columns
+// of the operand per head. Column blocks go round-robin to the warps of the cluster; write_of(head)
+// returns the function that writes a head's results.
 template <class T, class WriteOf>
 __device__ void transposed_linears(const T* rows, int pitch, const void* weights, int heads,
                                    int depth, int columns, WriteOf write_of) {
-  const int warps = block_warps(), pieces = columns / kPiece;
+  const int warps = block_warps(), column_blocks = columns / kColumnBlock;
   const int first = cluster_rank() * warps + warp_index();
-  for (int i = first; i < heads * pieces; i += cluster_size() * warps) {
-    const int head = i / pieces;
+  for (int i = first; i < heads * column_blocks; i += cluster_size() * warps) {
+    const int head = i / column_blocks;
     const T* weight = static_cast<const T*>(weights) + int64_t{head} * depth * columns;
-    transposed_linear(rows + head * depth, pitch, weight, depth, columns, i % pieces * kPiece,
-                      write_of(head));
+    transposed_linear(rows + head * depth, pitch, weight, depth, columns,
+                      i % column_blocks * kColumnBlock, write_of(head));
   }
 }
 
@@ -135,9 +136,8 @@ __device__ void linear_of_heads(T* rows, int pitch, const void* weight, int dept
 }
 
 // The plans: units, row groups, fewest and most warps of a group, stages. A block has eight warps
-// where its shared memory suffices. Each plan is two kernels that take long to compile, so 9 to 16
-// heads without a plan take two passes: those of wide tokens and of floats, for lack of registers,
-// and those of narrow ones, as no model has them.
+// if its shared memory suffices. 9 to 16 heads take two passes over wide tokens and over floats,
+// for lack of registers.
 inline constexpr PlanShape kFloats = {12, 1, 1, 8, 1};
 inline constexpr PlanShape kManyHeads = {12, 2, 4, 4, 1};
 inline constexpr PlanShape kNarrow = {12, 1, 1, 1, 2};

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const Images images = Images::of(p.problem, images_per_cluster);
   const int64_t first = images.first;
   const int count = images.count;
-  const bool writes_shared = cluster_rank() == 0;  // results that every block computes
+  const bool is_leader = cluster_rank() == 0;  // writes results that every block computes
   const BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, aliased);
   T* rows = reinterpret_cast<T*>(memory);
   T* queries = reinterpret_cast<T*>(memory + layout.narrow);
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       [&](int row, int c) { return element<T>(p.cls, (first + row) * cls_channels + c); },
       [&](int row, int c, float value) {
         rows[row * operand_pitch<T>(cls_channels) + c] = from_float<T>(value);
-        if (writes_shared) v.activated[(first + row) * cls_channels + c] = value;
+        if (is_leader) v.activated[(first + row) * cls_channels + c] = value;
       });
   cluster_sync();  // waits for the other blocks to start
   const Share share = Share::of(channels);
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const auto load_y0 = [&](int row, int c) { return y0[row * channels + c]; };
   normalize_rows<T, false>(count, channels, eps, w.norm, load_y0, [&](int row, int c, float value) {
     rows[row * pitch + c] = from_float<T>(value);
-    if (writes_shared) v.normed[(first + row) * channels + c] = value;
+    if (is_leader) v.normed[(first + row) * channels + c] = value;
   });
   __syncthreads();
   // Writes to the queries of all blocks, and to memory.
@@ -166,8 +166,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   normalize_rows<T, true>(count, channels, eps, w.back_norm, load_y0,
                           [&](int row, int c, float value) {
                             rows[row * pitch + c] = from_float<T>(value);
-                            if (writes_shared)
-                              v.back_activated[(first + row) * channels + c] = value;
+                            if (is_leader) v.back_activated[(first + row) * channels + c] = value;
                           });
   __syncthreads();
   const Share back = Share::of(cls_channels);

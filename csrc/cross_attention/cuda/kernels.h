@@ -9,18 +9,18 @@
 
 namespace crossvit::cross_attention::cuda {
 
-// How a cluster of blocks shares the work; the results' bits do not depend on it. If it has fewer
-// images than blocks, blocks / images of them share an image's tokens.
+// How a cluster of blocks shares the work; the results are bit-identical for any shape. If it has
+// fewer images than blocks, blocks / images of them share an image's tokens.
 struct ClusterShape {
   int images;  // per cluster, at most 16
   int blocks;  // per cluster: 1, 2, 4 or 8
 };
 
-// Floats of workspace, in which blocks that share an image store partials.
+// Size of the workspace, in floats, for the partials of blocks that share an image.
 int64_t workspace_size(const Problem& problem, const ClusterShape& shape);
 
 // Sizes in a block's shared memory, in bytes (cross_attention/cuda/block.h): the operands and the
-// floats of a width, and the least that a token pass needs.
+// floats of a width, and the minimum of a token pass.
 int operand_bytes(DType dtype, int64_t width);
 int float_bytes(int64_t width);
 int pass_bytes(DType dtype, int64_t channels, int64_t heads);

@@ -11,7 +11,7 @@ namespace crossvit::cross_attention {
 
 constexpr int kImages = 16;  // rows of a tensor-core tile
 
-// Distance of an operand's rows, in elements. Rows g and g + 1 are 64 bytes apart in the banks, the
+// Row pitch of an operand, in elements. Rows g and g + 1 are 64 bytes apart in the banks, the
 // right stride for 16-byte vectors of four lanes each.
 template <class T>
 __host__ __device__ constexpr int operand_pitch(int width) {
@@ -28,7 +28,7 @@ __host__ __device__ constexpr int float_bytes_of(int width) {
   return kImages * width * static_cast<int>(sizeof(float));
 }
 
-// An element of a parameter of type T or float; 0 if the parameter is left out.
+// An element of a parameter of type T or float; 0 if the parameter is omitted.
 template <class T>
 __device__ __forceinline__ float element(const Parameter& p, int64_t index) {
   if (!p.data) return 0;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void write_element(void* data, DType dtype, int64_t i
   }
 }
 
-// r of an image's residual.
+// The residual scale r of an image.
 __device__ __forceinline__ float scale_of_residual(const Parameter& scales, int64_t image) {
   return scales.data ? static_cast<const float*>(scales.data)[image] : 1.0f;
 }
@@ -54,7 +54,7 @@ struct RowStatistics {
   float mean, rstd;
 };
 
-// Statistics of value(c) for c below `width`. Called by a warp.
+// Statistics of value(c) for c in [0, width). Called by a warp.
 template <class Value>
 __device__ RowStatistics statistics_of_row(int width, float eps, Value value) {
   float sum = 0, squares = 0;
@@ -69,7 +69,7 @@ __device__ RowStatistics statistics_of_row(int width, float eps, Value value) {
   return {mean, 1.0f / sqrtf(sum_of_warp(squares) / width + eps)};
 }
 
-__device__ __forceinline__ float normal_distribution(float x) {
+__device__ __forceinline__ float normal_cdf(float x) {
   return 0.5f * (1.0f + erff(x * 0.70710678118654752f));
 }
 
@@ -84,7 +84,7 @@ __device__ void normalize_rows(int count, int width, float eps, const Layer& nor
 #pragma unroll 2
     for (int c = lane_index(); c < width; c += 32) {
       float y = (x(c) - s.mean) * s.rstd * element<T>(norm.weight, c) + element<T>(norm.bias, c);
-      if (kGelu) y *= normal_distribution(y);
+      if (kGelu) y *= normal_cdf(y);
       write(row, c, y);
     }
   }
@@ -104,7 +104,7 @@ __device__ void normalize_rows_backward(int begin, int step, int count, int widt
       if (!kGelu) return d(row, c);
       const float n = xhat * element<T>(norm.weight, c) + element<T>(norm.bias, c);
       const float density = 0.39894228040143268f * expf(-0.5f * n * n);
-      return d(row, c) * (normal_distribution(n) + n * density);
+      return d(row, c) * (normal_cdf(n) + n * density);
     };
     float a = 0, b = 0;
 #pragma unroll 2
@@ -197,11 +197,11 @@ __device__ __forceinline__ Pair<T> join(Pair<T> a, Pair<T> b, int which) {
   }
 }
 
-constexpr int kPiece = 16;  // columns that transposed_linear takes at once
+constexpr int kColumnBlock = 16;  // columns that transposed_linear takes at once
 
-// Columns [first, first + kPiece) of rows W, W [depth, columns]: calls write(row, column, value). A
-// lane loads two columns for each of its four k of a step, one for either tile of 8 columns. Called
-// by a warp.
+// Columns [first, first + kColumnBlock) of rows W, W [depth, columns]: calls write(row, column,
+// value). A lane loads two columns for each of its four k of a step, one for either tile of 8
+// columns. Called by a warp.
 template <class T, class Write>
 __device__ void transposed_linear(const T* rows, int pitch, const void* weight, int depth,
                                   int columns, int first, Write write) {

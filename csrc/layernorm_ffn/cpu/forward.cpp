@@ -1,7 +1,7 @@
 // LayerNorm, both linear layers, GELU and the residual in one pass over the tokens. Compiled once
 // for each instruction-set level; CROSSVIT_ISA names the level's namespace.
 //
-// A group of tokens goes through all of it while its hidden units lie in L2.
+// A group of tokens goes through all of it while its hidden units are in L2.
 
 #include "layernorm_ffn/params.h"
 

@@ -7,16 +7,16 @@
 //
 //   p_nm = softmax_m(q_n . k_m / sqrt(d))        out_n = sum_m p_nm v_m
 //
-// A head's keys and values are packed once and stay in L2. A few queries at a time have all their
-// scores in L1, so the softmax is the textbook one: maximum, exponentials, sum.
+// A head's keys and values are packed once and stay in L2. All scores of a few queries fit in L1,
+// so the softmax is the textbook one: maximum, exponentials, sum.
 
 namespace crossvit::layernorm_msa {
 namespace {
 
 // Queries that share a panel of keys or values while it is in L1.
 constexpr int kGroup = 4 * kRows;
-// Distance, in tokens, of prefetches ahead of packing.
-constexpr int kAhead = 2 * kLane;
+// Prefetch distance of packing, in tokens.
+constexpr int kPrefetchDistance = 2 * kLane;
 
 // A head of an image in panels, with scratch for its queries. Tokens and channels are padded to
 // whole panels.
@@ -39,7 +39,7 @@ class Head {
     image_ = image;
     head_ = head;
     for (int64_t n = 0; n < tokens_; n += kLane) {
-      for (int64_t i = n + kAhead; i < n + kAhead + kLane; ++i) {
+      for (int64_t i = n + kPrefetchDistance; i < n + kPrefetchDistance + kLane; ++i) {
         prefetch(kKey, i);
         prefetch(kValue, i);
       }
@@ -57,7 +57,7 @@ class Head {
     }
   }
 
-  // The outputs of queries [first, first + kGroup).
+  // Computes the outputs of queries [first, first + kGroup).
   void attend(int64_t first) {
     const int64_t count = minimum(kGroup, num_tokens_ - first);
     alignas(kVectorBytes) static constexpr float zeros[kPanel] = {};
@@ -84,7 +84,7 @@ class Head {
  private:
   enum Operand { kQuery, kKey, kValue };
 
-  // Scales the queries so that the softmax is one of powers of two.
+  // Scales the queries so that the softmax can use powers of two.
   void pack_queries(int64_t first, int64_t count) {
     const float scale = kLog2E / sqrt(static_cast<float>(head_dim_));
     for (int64_t i = 0; i < round_up(count, kRows); ++i) {
@@ -123,14 +123,14 @@ class Head {
     return 1 / sum_of_all;
   }
 
-  // Row of [B, N, ...].
+  // Returns the row of a token in [B, N, ...].
   int64_t row(int64_t token) const { return image_ * num_tokens_ + token; }
 
   const float* operand_row(Operand operand, int64_t token) const {
     return params_.qkv_rows + ((row(token) * 3 + operand) * params_.num_heads + head_) * head_dim_;
   }
 
-  // A vector of channels from c on, with zeros past the last channel or token.
+  // Loads a vector of channels from c on, with zeros past the last channel or token.
   FloatVector channels(Operand operand, int64_t token, int64_t c) const {
     if (token >= num_tokens_) return FloatVector{};
     return load_at_most(operand_row(operand, token) + c, head_dim_ - c);
@@ -154,16 +154,16 @@ class Head {
   int64_t image_ = 0, head_ = 0;
 };
 
-// A task is a head or, where heads are few, a range of its queries.
+// A task is a head or, if there are few heads, a range of a head's queries.
 void attention(const ForwardParams& params) {
   const int64_t heads = params.x.batch * params.num_heads;
   const int64_t groups = ceil_div(params.x.num_tokens, kGroup);
   const int64_t ranges = minimum(groups, ceil_div(16 * num_threads(), heads));
   const int64_t tokens = params.x.num_tokens, head_dim = params.x.channels / params.num_heads;
   parallel_tasks(
-      heads * ranges, 2 * tokens * ceil_div(tokens, ranges) * head_dim, [&](const auto& take) {
+      heads * ranges, 2 * tokens * ceil_div(tokens, ranges) * head_dim, [&](const auto& next_task) {
         Head head(params);
-        for (int64_t task = take(); task < heads * ranges; task = take()) {
+        for (int64_t task = next_task(); task < heads * ranges; task = next_task()) {
           const int64_t index = task / ranges, range = task % ranges;
           head.pack(index / params.num_heads, index % params.num_heads);
           for (int64_t i = groups * range / ranges; i < groups * (range + 1) / ranges; ++i)

@@ -1,4 +1,4 @@
-// Shared by the test programs: inputs, the measure of error, and main().
+// What the test programs share: random inputs, the error measure, and main().
 #pragma once
 
 #include <cmath>

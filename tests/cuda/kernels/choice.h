@@ -1,4 +1,4 @@
-// Choices at run time in kernels that kernel_faults.py has changed.
+// Run-time switches of the kernels that kernel_faults.py has changed.
 #pragma once
 
 namespace crossvit::choice {

@@ -1,4 +1,4 @@
-// The sum of rows, divided among the blocks of a cluster, which add up each other's partial sums.
+// A sum of rows, divided among the blocks of a cluster, which add up each other's partial sums.
 #include "common/cuda/cluster.h"
 #include "common/cuda/launch.h"
 #include "kernels/check.h"

@@ -56,11 +56,12 @@ bool check_kernel() {
   std::vector<double> expected_sums(blocks * kChannels);
   for (int row = 0; row < rows; ++row) {
     double mean = 0, squares = 0;
-    const auto at = [&](int i) -> double { return __bfloat162float(x[row * kChannels + i]); };
-    for (int i = 0; i < kChannels; ++i) mean += at(i) / kChannels;
-    for (int i = 0; i < kChannels; ++i) squares += (at(i) - mean) * (at(i) - mean) / kChannels;
+    const auto value = [&](int i) -> double { return __bfloat162float(x[row * kChannels + i]); };
+    for (int i = 0; i < kChannels; ++i) mean += value(i) / kChannels;
+    for (int i = 0; i < kChannels; ++i)
+      squares += (value(i) - mean) * (value(i) - mean) / kChannels;
     for (int i = 0; i < kChannels; ++i) {
-      const double expected = (at(i) - mean) / std::sqrt(squares + eps);
+      const double expected = (value(i) - mean) / std::sqrt(squares + eps);
       error.add(y[row * kChannels + i], expected);
       expected_sums[row / kWarps * kChannels + i] += expected;
     }

@@ -1,4 +1,4 @@
-// A ring of stages filled by bulk copies: one warp issues them, four warps use them.
+// A ring of stages filled by bulk copies: one warp issues them, four warps consume them.
 #include "common/cuda/async_copy.h"
 #include "common/cuda/launch.h"
 #include "kernels/check.h"

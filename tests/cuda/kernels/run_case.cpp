@@ -1,5 +1,5 @@
-// Runs a kernel forward and backward on a case written by kernel_cases.py, with a fault if one is
-// named: run_case FILE [FAULT]. Every tensor is an allocation of exactly its bytes.
+// Runs a kernel forward and backward on a case written by kernel_cases.py, optionally with a fault:
+// run_case FILE [FAULT]. Every tensor is an allocation of exactly its bytes.
 
 #include <cmath>
 #include <cstdio>
@@ -20,7 +20,7 @@ namespace {
 
 using bf16 = __nv_bfloat16;
 
-constexpr double kLargestError = 0.02;  // relative, in the mean of squares: bfloat16 has 8 bits
+constexpr double kMaxError = 0.02;  // relative root mean square: bfloat16 has 8 bits
 
 struct Array {
   std::unique_ptr<char[]> memory;
@@ -56,11 +56,11 @@ class File {
 float to_float(float x) { return x; }
 float to_float(bf16 x) { return __bfloat162float(x); }
 
-// Compares results with the expected ones, and hashes the bits of all of them.
+// Compares results with the expected ones, and hashes the bits of all results.
 class Results {
  public:
   template <class T>
-  void judge(const char* name, const Array& actual, const Array& expected) {
+  void compare(const char* name, const Array& actual, const Array& expected) {
     const int64_t count = expected.bytes / static_cast<int64_t>(sizeof(double));
     if (actual.bytes != count * static_cast<int64_t>(sizeof(T))) {
       throw std::logic_error(std::string(name) + " has the wrong size");
@@ -73,39 +73,40 @@ class Results {
       squares += value * value;
     }
     const double error = std::sqrt(errors / squares);
-    const bool right = count == 0 || error < kLargestError;  // NaN is not
-    if (!right) std::printf("wrong result: %s, error %.2g\n", name, error);
-    right_ = right_ && right;
-    keep(actual);
+    const bool passes = count == 0 || error < kMaxError;  // NaN is not
+    if (!passes) std::printf("wrong result: %s, error %.2g\n", name, error);
+    passed_ = passed_ && passes;
+    hash(actual);
   }
-  void keep(const Array& actual) {
+  void hash(const Array& actual) {
     for (int64_t i = 0; i < actual.bytes; ++i) {
       bits_ = (bits_ ^ static_cast<unsigned char>(actual.as<char>()[i])) * 0x100000001b3;
     }
   }
   bool report() const {
     std::printf("bits %016llx\n", bits_);
-    return right_;
+    return passed_;
   }
 
  private:
   unsigned long long bits_ = 0xcbf29ce484222325;
-  bool right_ = true;
+  bool passed_ = true;
 };
 
 // Clusters need sm_90; the results' bits do not depend on them.
-int blocks_of_cluster(int64_t wanted) { return __CUDA_ARCH__ < 900 ? 1 : static_cast<int>(wanted); }
+int supported_blocks(int64_t blocks) { return __CUDA_ARCH__ < 900 ? 1 : static_cast<int>(blocks); }
 
 template <class T>
 Array like(const Array& expected) {
   return Array(expected.bytes / static_cast<int64_t>(sizeof(double) / sizeof(T)));
 }
 
-bool run_core(File& file, const int64_t* numbers) {
+bool run_core(File& file, const int64_t* settings) {
   namespace core = attention_core;
-  const int64_t batch = numbers[0], tokens = numbers[1], rows = numbers[2], channels = numbers[3];
-  const bool normalize = numbers[4];
-  const int blocks = blocks_of_cluster(numbers[5]);
+  const int64_t batch = settings[0], tokens = settings[1], rows = settings[2],
+                channels = settings[3];
+  const bool normalize = settings[4];
+  const int blocks = supported_blocks(settings[5]);
   const Array x = file.next(), extra = file.next(), u = file.next(), mask = file.next();
   const Array dm = file.next(), dlse = file.next();
   const Array expected_m = file.next(), expected_lse = file.next(), expected_du = file.next();
@@ -134,22 +135,22 @@ bool run_core(File& file, const int64_t* numbers) {
                         rows_of(dm), dlse.as(), rows_of(du), tokens_of(dx, dextra)},
                        blocks, workspace.as<float>(), {});
   Results results;
-  results.judge<float>("m", m, expected_m);
-  results.judge<float>("lse", lse, expected_lse);
-  results.judge<float>("du", du, expected_du);
-  results.judge<bf16>("dx", dx, expected_dx);
-  results.judge<bf16>("dextra", dextra, expected_dextra);
+  results.compare<float>("m", m, expected_m);
+  results.compare<float>("lse", lse, expected_lse);
+  results.compare<float>("du", du, expected_du);
+  results.compare<bf16>("dx", dx, expected_dx);
+  results.compare<bf16>("dextra", dextra, expected_dextra);
   return results.report();
 }
 
-bool run_fusion(File& file, const int64_t* numbers) {
+bool run_fusion(File& file, const int64_t* settings) {
   namespace fusion = cross_attention;
-  const int64_t batch = numbers[0];
-  const int tokens = static_cast<int>(numbers[1]), channels = static_cast<int>(numbers[2]);
-  const int cls_channels = static_cast<int>(numbers[3]), heads = static_cast<int>(numbers[4]);
-  const fusion::cuda::ClusterShape shape = {static_cast<int>(numbers[5]),
-                                            blocks_of_cluster(numbers[6])};
-  choice::aliased = numbers[7];
+  const int64_t batch = settings[0];
+  const int tokens = static_cast<int>(settings[1]), channels = static_cast<int>(settings[2]);
+  const int cls_channels = static_cast<int>(settings[3]), heads = static_cast<int>(settings[4]);
+  const fusion::cuda::ClusterShape shape = {static_cast<int>(settings[5]),
+                                            supported_blocks(settings[6])};
+  choice::aliased = settings[7];
   const Array cls = file.next(), x = file.next(), scale = file.next(), dnew_cls = file.next();
   std::vector<Array> arrays;
   for (int i = 0; i < 18; ++i) arrays.push_back(file.next());
@@ -186,11 +187,11 @@ bool run_fusion(File& file, const int64_t* numbers) {
        du.as<float>(), residuals.as<float>()},
       shape, workspace, {});
   Results results;
-  results.judge<bf16>("new_cls", new_cls, expected_new_cls);
-  results.judge<bf16>("dcls", dcls, expected_dcls);
-  results.judge<bf16>("dx", dx, expected_dx);
-  results.judge<float>("gradients", gradients, expected_gradients);
-  for (const Array* array : {&vectors, &du}) results.keep(*array);
+  results.compare<bf16>("new_cls", new_cls, expected_new_cls);
+  results.compare<bf16>("dcls", dcls, expected_dcls);
+  results.compare<bf16>("dx", dx, expected_dx);
+  results.compare<float>("gradients", gradients, expected_gradients);
+  for (const Array* array : {&vectors, &du}) results.hash(*array);
   return results.report();
 }
 
@@ -202,10 +203,10 @@ int main(int count, char** arguments) {
   try {
     if (count > 2) choice::fault = std::atoi(arguments[2]);
     File file(arguments[1]);
-    const Array numbers = file.next();
-    const bool fusion = numbers.as<int64_t>()[0];
+    const Array settings = file.next();
+    const bool fusion = settings.as<int64_t>()[0];
     const auto run = fusion ? run_fusion : run_core;
-    return run(file, numbers.as<int64_t>() + 1) ? 0 : 1;
+    return run(file, settings.as<int64_t>() + 1) ? 0 : 1;
   } catch (const std::exception& fault) {
     std::printf("fault: %s\n", fault.what());
     return 2;

@@ -6,8 +6,8 @@
 namespace crossvit::testing {
 
 constexpr int kCopyAlignment = 16;
-constexpr long long kMostExpectedBytes = (1 << 20) - 1;
-constexpr uint64_t kInitialised = 0x6d62617272696572;  // the contents of an mbarrier's memory
+constexpr long long kMaxExpectedBytes = (1 << 20) - 1;
+constexpr uint64_t kInitialised = 0x6d62617272696572;  // what an mbarrier's memory holds
 
 inline void check_copy(const char* name, const void* to, int bytes, const void* from) {
   const Block& block = *current->block;
@@ -98,7 +98,7 @@ inline void complete_if_all_arrived(MemoryBarrier& barrier) {
 
 inline void arrive(MemoryBarrier& barrier, int bytes) {
   if (barrier.missing_arrivals == 0) fault("more arrivals than an mbarrier was initialised for");
-  if (barrier.missing_bytes + bytes > kMostExpectedBytes)
+  if (barrier.missing_bytes + bytes > kMaxExpectedBytes)
     fault("an mbarrier expects too many bytes");
   release(barrier.token());
   {
@@ -128,14 +128,14 @@ inline void deliver(MemoryBarrier& barrier, const BulkCopy& copy) {
 // run; then it delivers the copies itself.
 inline void barrier_wait(uint64_t* address, int parity, int line = __builtin_LINE()) {
   MemoryBarrier& barrier = barrier_at(address);
-  const unsigned waited_for = parity & 1;
-  while ((barrier.phase & 1) == waited_for) {
+  const unsigned awaited_parity = parity & 1;
+  while ((barrier.phase & 1) == awaited_parity) {
     {
       Unwatched unwatched;
       barrier.waiting.push_back(current);
     }
     suspend("an mbarrier", line);
-    while ((barrier.phase & 1) == waited_for && !barrier.in_flight.empty()) {
+    while ((barrier.phase & 1) == awaited_parity && !barrier.in_flight.empty()) {
       acquire(&barrier.issued);
       const BulkCopy copy = barrier.in_flight.back();
       {
@@ -145,7 +145,7 @@ inline void barrier_wait(uint64_t* address, int parity, int line = __builtin_LIN
       deliver(barrier, copy);
     }
   }
-  acquire(&barrier.tokens[waited_for]);
+  acquire(&barrier.tokens[awaited_parity]);
 }
 
 inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* address) {

@@ -12,7 +12,7 @@
 #include "shim/fibers.h"
 #include "shim/numbers.h"
 
-// Those of the running thread.
+// Set to the running thread's.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
@@ -22,7 +22,7 @@ constexpr int kWarp = 32;
 
 struct Thread;
 
-// Random choices if there is a seed; without one every run makes the same choices.
+// Makes random choices if there is a seed; without one every run is the same.
 class Chance {
  public:
   void seed(const char* text) {
@@ -80,8 +80,8 @@ struct Warp {
   std::list<WarpSync> syncs;  // one per mask in use
 
   WarpSync& sync_of(unsigned mask) {
-    for (WarpSync& one : syncs) {
-      if (one.mask == mask) return one;
+    for (WarpSync& sync : syncs) {
+      if (sync.mask == mask) return sync;
     }
     Unwatched unwatched;
     syncs.emplace_back().mask = mask;

@@ -2,8 +2,8 @@
 //
 // Every CUDA thread is a fiber. The blocks of a cluster run at the same time, clusters one after
 // another. A thread runs until it waits; CROSSVIT_SHIM_SEED=n, read at each launch, chooses at
-// random who runs next, in which order blocks run and which asynchronous copies arrive early.
-// docs/cuda_on_cpu.md describes which faults are found and how.
+// random which thread runs next, in which order clusters run and which asynchronous copies arrive
+// early. docs/cuda_on_cpu.md describes which faults are detected and how.
 //
 // Not modelled:
 //   * time, occupancy, registers, bank conflicts, coalescing;
@@ -12,9 +12,9 @@
 //   * divergence of a warp's lanes: every warp operation synchronizes them, though ThreadSanitizer
 //     sees an order only for __syncwarp;
 //   * the hardware's order of summation in mma, and its approximate functions;
-//   * polling of memory: a thread yields only where it waits;
+//   * polling of memory: a thread yields only when it waits;
 //   * __shared__ variables, textures, dynamic parallelism, wgmma, tensor maps, float atomics;
-//   * more than one launch at a time; a launch has ended when launch() returns.
+//   * more than one launch at a time; a launch is complete when launch() returns.
 #pragma once
 
 // Selects a kernel's newest path, unless a test defines another.

@@ -17,7 +17,7 @@ namespace crossvit::testing {
 
 #ifdef CROSSVIT_SHIM_PORTABLE_SWITCH
 
-// Twenty times slower, as it saves the signal mask in a system call.
+// Twenty times slower, as it saves the signal mask with a system call.
 struct Stack {
   ucontext_t context;
   void prepare(char* memory, std::size_t bytes, void (*entry)()) {
@@ -46,7 +46,7 @@ struct Stack {
     constexpr int kSavedRegisters = 6;
     const auto end = reinterpret_cast<uintptr_t>(memory + bytes) & ~uintptr_t(15);
     void** slot = reinterpret_cast<void**>(end);
-    *--slot = nullptr;  // where entry would return to; keeps the stack aligned as after a call
+    *--slot = nullptr;  // entry's return address; keeps the stack aligned as after a call
     *--slot = reinterpret_cast<void*>(entry);
     for (int i = 0; i < kSavedRegisters; ++i) *--slot = nullptr;
     top = slot;
@@ -84,7 +84,7 @@ class Fiber {
     stack_.prepare(memory_, bytes_, entry);
   }
 
-  // Whether the stack has not overflowed since prepare(), as far as one can tell.
+  // Whether no overflow of the stack has been detected since prepare().
   bool fitted() const {
     for (std::size_t i = 0; i < kGuard; ++i) {
       if (memory_[kSlack + i] != kUntouched) return false;

@@ -1,4 +1,4 @@
-// A launch: runs clusters one after another, with threads as fibers, up to the first fault.
+// Runs a launch: clusters one after another, with threads as fibers, until the first fault.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ inline cudaError_t cudaSetDevice(int device) {
 namespace crossvit::testing {
 
 constexpr std::size_t kStackBytes = 128 << 10;
-constexpr int kMostThreads = 1024, kMostShared = 227 << 10, kMostBlocksInCluster = 8;
+constexpr int kMaxThreads = 1024, kMaxSharedBytes = 227 << 10, kMaxClusterSize = 8;
 
 // ThreadSanitizer regards the accesses of one fiber as ordered, so successive clusters must run on
 // different fibers for a race between them to be seen. Fibers are expensive; an odd number of sets
@@ -51,7 +51,7 @@ inline int fiber_sets([[maybe_unused]] int threads) {
 #endif
 }
 
-// NaN as every type of float.
+// The byte of a NaN in every float type.
 constexpr int kNotWritten = 0xff;
 
 struct SharedMemoryDeleter {
@@ -61,9 +61,9 @@ using SharedMemory = std::unique_ptr<char, SharedMemoryDeleter>;
 
 inline uint64_t launch_token, finish_token;
 
-// Another block may access this one's shared memory only while this one runs. Both its start and
-// its exit write all of that memory: an access at the wrong time races with them, reads NaN or is
-// lost.
+// Another block may access this one's shared memory only while this one runs. Both the start and
+// the exit of a block write all of its shared memory: an access at the wrong time races with them,
+// reads NaN or is lost.
 inline void start_block(Block& block) {
   if (block.started) return acquire(&block.start_token);
   std::memset(block.shared, kNotWritten, block.shared_bytes);
@@ -86,8 +86,8 @@ inline void finish_thread(Thread& self) {
   Block& block = *self.block;
   exit_lane(*self.warp, self.lane);
   block.barrier.drop_member(false);
-  Barrier& whole = cluster->barrier;
-  whole.drop_member(self.cluster_arrived && self.cluster_phase == whole.phase);
+  Barrier& cluster_barrier = cluster->barrier;
+  cluster_barrier.drop_member(self.cluster_arrived && self.cluster_phase == cluster_barrier.phase);
   release(&block.exit_token);
   {
     Unwatched unwatched;
@@ -136,17 +136,17 @@ struct Shape {
 
 inline cudaError_t check(const Shape& shape) {
   const auto& [grid, block, shared_bytes, cluster_blocks] = shape;
-  constexpr unsigned kMostInX = 0x7fffffff, kMostInYZ = 65535, kMostThreadsInZ = 64;
+  constexpr unsigned kMaxInX = 0x7fffffff, kMaxInYZ = 65535, kMaxThreadsInZ = 64;
   const auto within = [](const dim3& extent, unsigned x, unsigned y, unsigned z) {
     return extent.x && extent.y && extent.z && extent.x <= x && extent.y <= y && extent.z <= z;
   };
-  if (!within(block, kMostThreads, kMostThreads, kMostThreadsInZ) ||
-      shape.threads() > kMostThreads || !within(grid, kMostInX, kMostInYZ, kMostInYZ)) {
+  if (!within(block, kMaxThreads, kMaxThreads, kMaxThreadsInZ) || shape.threads() > kMaxThreads ||
+      !within(grid, kMaxInX, kMaxInYZ, kMaxInYZ)) {
     return cudaErrorInvalidConfiguration;
   }
-  if (shared_bytes < 0 || shared_bytes > kMostShared) return cudaErrorInvalidValue;
-  constexpr int kMostBlocks = __CUDA_ARCH__ < 900 ? 1 : kMostBlocksInCluster;
-  if (cluster_blocks < 1 || cluster_blocks > kMostBlocks) return cudaErrorInvalidValue;
+  if (shared_bytes < 0 || shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  constexpr int kMaxBlocks = __CUDA_ARCH__ < 900 ? 1 : kMaxClusterSize;
+  if (cluster_blocks < 1 || cluster_blocks > kMaxBlocks) return cudaErrorInvalidValue;
   if (grid.x % cluster_blocks) return cudaErrorInvalidConfiguration;
   return cudaSuccess;
 }
@@ -192,7 +192,7 @@ inline void run_cluster(const Shape& shape, int64_t number, int64_t position) {
   const auto first_fiber = static_cast<std::size_t>(position % fiber_sets(threads) * threads);
   for (int rank = 0; rank < shape.cluster; ++rank) {
     add_block(running, shape, number * shape.cluster + rank, first_fiber);
-    // Of exactly the requested size, so that AddressSanitizer detects the first byte past it.
+    // Exactly the requested size, so that AddressSanitizer detects the first byte past it.
     memories.emplace_back(
         static_cast<char*>(::operator new(shape.shared_bytes, std::align_val_t(128))));
     running.blocks.back().shared = memories.back().get();
@@ -214,7 +214,7 @@ inline cudaError_t run_grid(const Shape& shape, const std::function<void()>& bod
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (const cudaError_t error = check(shape)) return error;
   Fiber program;
-  std::vector<int64_t> order;  // if random
+  std::vector<int64_t> order;  // of clusters, if random
   {
     Unwatched unwatched;
     launcher = &program;

@@ -50,7 +50,7 @@ inline To bits_as(const From& from) {
 
 inline float float_of_bfloat16(uint16_t bits) { return bits_as<float>(uint32_t(bits) << 16); }
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline uint16_t bfloat16_of_float(float value) {
   const uint32_t bits = bits_as<uint32_t>(value);
   if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // CUDA's only NaN
@@ -72,7 +72,7 @@ inline uint16_t half_of_float(float value) {
   if (magnitude > 0x7f800000) return 0x7fff;
   if (magnitude >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
   if (magnitude < 0x38800000) {
-    // The last place of 0.5 is half's smallest step, so this addition rounds to it.
+    // The ulp of 0.5f is half's smallest step, so this addition rounds to it.
     const float sum = bits_as<float>(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (bits_as<uint32_t>(sum) - 0x3f000000));
   }

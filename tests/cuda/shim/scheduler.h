@@ -1,4 +1,4 @@
-// Which thread runs next, and what happens when none can.
+// Chooses the thread that runs next, and reports a deadlock if none can.
 #pragma once
 
 #include <stdexcept>
@@ -32,17 +32,17 @@ inline void wake_all(std::vector<Thread*>& waiting) {
   waiting.clear();
 }
 
-// A thread that waits for bulk copies, for when no other thread can run.
-inline Thread* waiter_of_a_copy() {
-  std::vector<MemoryBarrier*> waited_for;
+// Returns a thread that waits for bulk copies, to run if no other thread can.
+inline Thread* thread_waiting_for_copy() {
+  std::vector<MemoryBarrier*> barriers;
   for (Block& block : cluster->blocks) {
     for (auto& [address, barrier] : block.memory_barriers) {
-      if (!barrier.waiting.empty() && !barrier.in_flight.empty()) waited_for.push_back(&barrier);
+      if (!barrier.waiting.empty() && !barrier.in_flight.empty()) barriers.push_back(&barrier);
     }
   }
-  if (waited_for.empty()) return nullptr;
+  if (barriers.empty()) return nullptr;
   std::vector<Thread*>& waiting =
-      waited_for[chance.on() ? chance.below(waited_for.size()) : 0]->waiting;
+      barriers[chance.on() ? chance.below(barriers.size()) : 0]->waiting;
   Thread* thread = waiting.front();
   waiting.erase(waiting.begin());
   return thread;
@@ -75,7 +75,7 @@ inline std::string describe_deadlock() {
   return text;
 }
 
-// Null when all threads are done. After a fault each thread runs once more, to unwind.
+// Returns null if all threads are done. After a fault each thread runs once more, to unwind.
 inline Thread* next_thread() {
   std::vector<Thread*>& ready = cluster->ready;
   if (!cluster->failed && !ready.empty()) {
@@ -86,7 +86,7 @@ inline Thread* next_thread() {
     return thread;
   }
   if (!cluster->failed) {
-    if (Thread* thread = waiter_of_a_copy()) return thread;
+    if (Thread* thread = thread_waiting_for_copy()) return thread;
   }
   for (Thread& thread : cluster->threads) {
     if (thread.done) continue;

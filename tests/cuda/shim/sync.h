@@ -28,7 +28,7 @@ struct WarpBarrier {
   static void run(WarpSync&) {}
 };
 
-// The last lane to arrive performs Operation::run for all, directly on the arguments on the lanes'
+// The last lane to arrive runs Operation::run for all, directly on the arguments on the lanes'
 // stacks: a warp operation costs each lane one switch. Lanes wait for each other in every
 // operation, but only the barrier orders their other accesses in CUDA.
 template <class Operation, class Argument>
@@ -57,7 +57,7 @@ void sync_lanes(unsigned mask, Argument& argument) {
   }
 }
 
-// The other lanes do not wait for one that exits.
+// Removes a lane that exits: the others no longer wait for it.
 inline void exit_lane(Warp& warp, int lane) {
   {
     Unwatched unwatched;
@@ -141,7 +141,7 @@ inline int cluster_size() { return static_cast<int>(cluster->blocks.size()); }
 
 inline void cluster_sync(int line = __builtin_LINE());
 
-// A barrier of some of the block's warps.
+// A barrier of `threads` threads of the block, whole warps.
 inline void barrier_of_warps(int id, int threads, int line = __builtin_LINE()) {
   if (id < 1 || id > 15 || threads % kWarp) fault("no such barrier of warps");
   Barrier& barrier = current->block->warp_barriers[id];
@@ -212,8 +212,8 @@ inline void crossvit::testing::cluster_sync(int line) {
 }
 
 inline void __syncwarp(unsigned mask = crossvit::testing::kAllLanes) {
-  crossvit::testing::WarpBarrier nothing;
-  crossvit::testing::sync_lanes<crossvit::testing::WarpBarrier>(mask, nothing);
+  crossvit::testing::WarpBarrier barrier;
+  crossvit::testing::sync_lanes<crossvit::testing::WarpBarrier>(mask, barrier);
 }
 
 template <class T>
