@@ -235,3 +235,46 @@ def test_pooling_heads(head: type, gpu: Gpu) -> None:
     ]
     for a, e in zip(*gradients, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("eps", [1e-10, 1e-12, 1e-20])
+def test_constant_tokens_in_float16(eps: float, gpu: Gpu) -> None:
+    """Their 1 / standard deviation is more than float16 can hold; their xhat is 0."""
+    (u, x, extra), _ = make(2, 40, 3, gpu.width(48), dtype=torch.float16, extra=True)
+    u, x, extra = u.float(), x.half(), extra.half()
+    x[:, 5:9] = 0
+    extra[1] = 0
+    leaves = [t.to(gpu.device) for t in (u, x, extra)]
+
+    def run(u, x, extra, backend):
+        u = u.requires_grad_()
+        m, lse = ck.attention_core(u, x, eps, None, extra, backend=backend)
+        du = torch.autograd.grad(m.double().square().sum() + lse.double().sum(), u)[0]
+        return m, lse, du
+
+    doubled = (t.double() for t in leaves)
+    names = "m", "lse", "du"
+    for name, a, e in zip(names, run(*leaves, gpu.name), run(*doubled, "reference"), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-2, atol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize("where", ["u", "x", "extra"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_gpu_s_nan_comes_out(dtype: torch.dtype, where: str, gpu: Gpu) -> None:
+    """A GPU's own NaN has all bits set but the sign: 0x7fffffff."""
+    sizes = 2, 20, 3, gpu.width(48)
+    (u, x, extra), _ = make(*sizes, dtype=dtype, extra=True)
+    tensors = {"u": u.float(), "x": x.to(dtype), "extra": extra.to(dtype)}
+    if dtype == torch.float32 or where == "u":
+        nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    else:
+        nan = torch.tensor(0x7FFF, dtype=torch.int16).view(dtype)
+    tensors[where].view(-1)[-1] = nan
+    u, x, extra = (t.to(gpu.device).requires_grad_() for t in tensors.values())
+    for eps in (1e-6, None):
+        m, lse = ck.attention_core(u, x, eps, None, extra, backend=gpu.name)
+        gradients = torch.autograd.grad(m.float().sum() + lse.sum(), (u, x, extra))
+        broken = m[-1, -1] if where == "u" else m[-1]
+        assert broken.isnan().all() and m[0].isfinite().all()
+        assert all(g[-1].isnan().any() and g[0].isfinite().all() for g in gradients)

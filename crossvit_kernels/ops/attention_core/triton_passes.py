@@ -64,11 +64,50 @@ def load_one_token(
         x = load_tile(ptr, row * 0, used, i * CHUNK, C, CHUNK).to(tl.float32)
         total += tl.sum(x, axis=1)
         xs = xs + (x,)
-    mean, rstd = statistics(xs, total, eps, S)
+    mean, _, rstd = statistics(xs, total, eps, S)
     normed = ()
     for i in tl.static_range(NUM):
         normed = normed + (centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK) * rstd[:, None],)
     return normed, rstd
+
+
+@triton.jit
+def weight_unit_of(
+    x_ptr,  # of the tokens' dtype
+    eps,
+    S: tl.constexpr,
+):
+    """A power of two that weights in float16 are multiplied by, and sums over tokens divided by.
+
+    1 / standard deviation is up to 1 / sqrt(eps), which may be more than float16 can hold. 1 down to
+    an eps of 2^-30.
+    """
+    NORMALIZE: tl.constexpr = S.normalize
+    if NORMALIZE and x_ptr.dtype.element_ty == tl.float16:
+        exponent = 15.0 + tl.floor(0.5 * tl.log2(eps + 0.0))
+        scale = tl.exp2(tl.maximum(tl.minimum(exponent, 0.0), -14.0))
+    else:
+        scale = 1.0
+    return scale
+
+
+@triton.jit
+def weight_factor(
+    mean,
+    variance,
+    rstd,
+    unit,
+    x_ptr,  # of the tokens' dtype
+    S: tl.constexpr,
+):
+    """1 / standard deviation as a factor of weights in the tokens' dtype, in units of weight_unit.
+
+    0 for constant tokens of 16 bits, whose xhat is 0: others vary by 2^-11 of their mean at least.
+    """
+    NORMALIZE: tl.constexpr = S.normalize
+    if NORMALIZE and x_ptr.dtype.element_ty != tl.float32:
+        rstd = tl.where(variance > mean * mean * 2.0**-40, rstd * unit, 0.0)
+    return rstd
 
 
 @triton.jit
@@ -114,6 +153,7 @@ def forward_pass(
     total = tl.zeros((ROWS,), tl.float32)
     weighted_mean = tl.zeros((ROWS,), tl.float32)
     u_sum = tl.zeros((ROWS,), tl.float32)
+    weight_unit = weight_unit_of(x_ptr, eps, S)
     us = ()
     acc = ()
     if extra_ptr is not None:
@@ -132,7 +172,7 @@ def forward_pass(
         peak = tl.where(is_first, score * LOG2E, peak)
         total = tl.where(is_first, 1.0, total)
         for i in tl.static_range(NUM):
-            acc = acc[1:] + (tl.where(is_first, extra[i], acc[0]),)
+            acc = acc[1:] + (tl.where(is_first, extra[i] * weight_unit, acc[0]),)
 
     t = tl.arange(0, TOKENS)
     x_ptr += first.to(tl.int64) * x_token_stride
@@ -152,7 +192,8 @@ def forward_pass(
             if not CENTRE:
                 scores = tl.dot(us[i], tl.trans(x), scores, input_precision=PRECISION)
             xs = xs + (x,)
-        mean, rstd = statistics(xs, x_sum, eps, S)
+        mean, variance, rstd = statistics(xs, x_sum, eps, S)
+        factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)
         if CENTRE:
             for i in tl.static_range(NUM):
                 xs = xs[1:] + (centred(xs[0], mean[:, None], i * CHUNK, C, CHUNK),)
@@ -169,7 +210,7 @@ def forward_pass(
         p = tl.exp2(scores - finite[:, None])
         total = total * decay + tl.sum(p, axis=1)
         peak = new_peak
-        weights = (p * rstd[None, :]).to(dtype)
+        weights = (p * factor[None, :]).to(dtype)
         step = tl.sum(weights.to(tl.float32) * mean[None, :], axis=1)
         weighted_mean = weighted_mean * decay + step
         for i in tl.static_range(NUM):
@@ -185,6 +226,8 @@ def forward_pass(
         total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: the peak is -inf
         tl.store(lse_ptr + rows, (peak + tl.log2(total)) / LOG2E, mask=used)
         scale = 1.0 / total
+    if dtype == tl.float16:
+        scale = scale / weight_unit
     for i in tl.static_range(NUM):
         m = (acc[i] - weighted_mean[:, None]) * scale[:, None]
         store_tile(m_ptr, rows * m_row_stride, used, m, i * CHUNK, C, CHUNK)
@@ -262,7 +305,11 @@ def backward_pass(
         du = extra_token_backward(
             us, dms, du, delta, lse, first, extra_ptr, dextra_ptr, eps, S, ADD
         )
+        if dtype == tl.float16:
+            for i in tl.static_range(NUM):
+                du = du[1:] + (du[0] * weight_unit_of(x_ptr, eps, S),)
 
+    weight_unit = weight_unit_of(x_ptr, eps, S)
     weighted_mean = tl.zeros((ROWS,), tl.float32)
     t = tl.arange(0, TOKENS)
     x_ptr += first.to(tl.int64) * x_token_stride
@@ -287,7 +334,8 @@ def backward_pass(
                 s = tl.dot(us[i], tl.trans(x), s, input_precision=PRECISION)
                 dp = tl.dot(dms[i], tl.trans(x), dp, input_precision=PRECISION)
             xs = xs + (x,)
-        mean, rstd = statistics(xs, x_sum, eps, S)
+        mean, variance, rstd = statistics(xs, x_sum, eps, S)
+        factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)
         if CENTRE:
             for i in tl.static_range(NUM):
                 xs = xs[1:] + (centred(xs[0], mean[:, None], i * CHUNK, C, CHUNK),)
@@ -300,7 +348,7 @@ def backward_pass(
         p = tl.where(present[None, :], tl.exp2(s * LOG2E - lse[:, None]), 0.0)
         ds = p * (dp - delta[:, None])
 
-        weights = (ds * rstd[None, :]).to(dtype)
+        weights = (ds * factor[None, :]).to(dtype)
         weighted_mean += tl.sum(weights.to(tl.float32) * mean[None, :], axis=1)
         for i in tl.static_range(NUM):
             du = du[1:] + (tl.dot(weights, xs[i], du[0], input_precision=PRECISION),)
@@ -328,6 +376,8 @@ def backward_pass(
 
     for i in tl.static_range(NUM):
         value = du[i] - weighted_mean[:, None]
+        if dtype == tl.float16:
+            value = value / weight_unit
         store_tile(du_ptr, rows * du_row_stride, used, value, i * CHUNK, C, CHUNK)
 
 

@@ -101,12 +101,13 @@ def centred(x, mean, first, C: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def statistics(xs, total, eps, S: tl.constexpr):
-    """Mean and 1 / standard deviation of rows held in chunks, whose sums are in total."""
+    """Mean, variance and 1 / standard deviation of rows held in chunks, whose sums are in total."""
     C: tl.constexpr = S.channels
     CHUNK: tl.constexpr = S.chunk
     NORMALIZE: tl.constexpr = S.normalize
     NUM: tl.constexpr = S.num_chunks
     mean = tl.zeros_like(total)
+    variance = mean
     rstd = mean + 1.0
     if NORMALIZE:
         mean = total / C
@@ -114,8 +115,9 @@ def statistics(xs, total, eps, S: tl.constexpr):
         for i in tl.static_range(NUM):
             d = centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK)
             squares += tl.sum(d * d, axis=1)
-        rstd = 1.0 / tl.sqrt(squares / C + eps)
-    return mean, rstd
+        variance = squares / C
+        rstd = 1.0 / tl.sqrt(variance + eps)
+    return mean, variance, rstd
 
 
 @triton.jit
@@ -180,7 +182,7 @@ def normalized_rows(
         x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
         total += tl.sum(x.to(tl.float32), axis=1)
         xs = xs + (x,)
-    mean, rstd = statistics(xs, total, eps, L)
+    mean, _, rstd = statistics(xs, total, eps, L)
     normed = ()
     for i in tl.static_range(NUM):
         xhat = centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK) * rstd[:, None]

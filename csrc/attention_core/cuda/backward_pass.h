@@ -25,7 +25,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
   using Memory = BackwardMemory<P>;
   using Base = typename Memory::Base;
   using Base::channels_, Base::ring_, Base::rows_, Base::scores_, Base::slice_, Base::sums_;
-  using Base::group_sums;
+  using Base::group_sums, Base::weight_unit_;
   static constexpr int kRows = P::kRows, kWeightPitch = Memory::kWeightPitch;
 
  public:
@@ -106,7 +106,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
       for (int warp_group = 0; warp_group < P::warp_groups(channels_); ++warp_group) {
         sum += group_sums(warp_group)[row * P::row_pitch(channels_) + channel];
       }
-      write(row, channel, sum);
+      write(row, channel, sum / weight_unit_);
     });
   }
 
@@ -157,7 +157,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
       const bool is_attended = attended >> token & 1;
       const float p = is_attended ? exp2f((s[i] - lse()[row]) * kLog2e) : 0.0f;
       const float ds = p * (dp[i] - delta()[row]);
-      weights[i] = rounded<T>(ds * stats.rstd[i]);
+      weights[i] = rounded<T>(ds * stats.factor(i) * weight_unit_);
       mean += weights[i] * (stats.mean[i] - stats.centre[i]);
       T* token_weights = weights_ + token * kWeightPitch;
       token_weights[row] = from_float<T>(p);

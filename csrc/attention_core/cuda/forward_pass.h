@@ -19,7 +19,7 @@ template <class P>
 class ForwardPass : public ForwardBase<P> {
   using Base = ForwardBase<P>;
   using Base::channels_, Base::ring_, Base::scores_, Base::slice_, Base::sums_;
-  using Base::group_sums;
+  using Base::group_sums, Base::weight_unit_;
 
  public:
   using typename Base::T;
@@ -87,7 +87,7 @@ class ForwardPass : public ForwardBase<P> {
         const Scales scales = join(state, *group_state(warp_group, row));
         sum = scales.join(sum, group_sums(warp_group)[row * P::row_pitch(channels_) + channel]);
       }
-      write(row, channel, sum, state);
+      write(row, channel, sum / weight_unit_, state);
     });
   }
 
@@ -145,7 +145,7 @@ class ForwardPass : public ForwardBase<P> {
     for (int i = 0; i < 4; ++i) {
       const float p = exp2f(s[i] - finite);
       total += p;
-      weights[i] = rounded<T>(p * stats.rstd[i]);
+      weights[i] = rounded<T>(p * stats.factor(i) * weight_unit_);
       mean += weights[i] * (stats.mean[i] - stats.centre[i]);
     }
     tile.total = sum_of_row(total);

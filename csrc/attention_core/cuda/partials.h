@@ -183,7 +183,8 @@ class TokenPass {
         ring_(memory + layout.rings + warp_index() * TileRing<P>::bytes(channels),
               memory + layout.barriers + warp_index() * TileRing<P>::barrier_bytes(), channels,
               slice_),
-        scores_(memory + layout.scores, rows_, channels, slice_, eps, normalize) {}
+        scores_(memory + layout.scores, rows_, channels, slice_, eps, normalize),
+        weight_unit_(weight_unit<T>(normalize ? eps : 1.0f)) {}
 
   __device__ static Layout layout_of(int channels) {
     return Layout::of(channels, P::warp_groups(channels));
@@ -213,6 +214,7 @@ class TokenPass {
   Slice slice_;
   TileRing<P> ring_;
   TileScores<P, kSets> scores_;
+  float weight_unit_;
   WarpSums<P> sums_;
 };
 

@@ -11,6 +11,10 @@ struct TokenStatistics {
   float mean[4];
   float rstd[4];
   float centre[4];
+  uint32_t constant;  // bit i: all channels of token i are the same, so that its xhat is 0
+
+  // rstd as a factor of weights, which a half cannot hold for most constant tokens.
+  __device__ float factor(int i) const { return constant >> i & 1 ? 0.0f : rstd[i]; }
 };
 
 __device__ __forceinline__ int nth_token(int i) {
@@ -221,12 +225,16 @@ class TileScores {
         }
       }
     }
+    stats.constant = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool is_attended = attended >> nth_token(i) & 1;
-      stats.rstd[i] = !is_attended ? 0.0f
-                      : normalize_ ? 1.0f / sqrtf(squares[i] / channels_ + eps_)
-                                   : 1.0f;
+      const float variance = squares[i] / channels_;
+      stats.rstd[i] = !is_attended ? 0.0f : normalize_ ? 1.0f / sqrtf(variance + eps_) : 1.0f;
+      if constexpr (!kCentre) {  // others vary by 2^-11 of their mean at least
+        const bool constant = variance <= mean[i] * mean[i] * 0x1p-40f;
+        stats.constant |= (normalize_ && constant) << i;
+      }
       for (int set = 0; set < kSets; ++set) {
         for (int group = 0; group < P::kRowGroups; ++group) scores[set][group][i] *= stats.rstd[i];
       }
@@ -265,6 +273,18 @@ class TileScores {
   float eps_;
   bool normalize_;
 };
+
+// A power of two that weights of type half are multiplied by, and sums over tokens divided by: 1 /
+// standard deviation is up to 1 / sqrt(eps), which may be more than a half can hold. 1 down to an
+// eps of 2^-30, and for other types.
+template <class T>
+__device__ inline float weight_unit(float eps) {
+  if constexpr (std::is_same_v<T, half>) {
+    return exp2f(fmaxf(fminf(15 + floorf(0.5f * log2f(eps)), 0.0f), -14.0f));
+  } else {
+    return 1;
+  }
+}
 
 // B of a product over a tile's tokens: weights[i] of row g and the i-th of the lane's tokens.
 template <class T>

@@ -151,9 +151,11 @@ struct SplitFloat {
 
 __device__ __forceinline__ SplitFloat split(float x) {
   constexpr uint32_t kMask = 0xffffe000u, kHalf = 0x1000u;  // keeps 10 bits of mantissa
-  const uint32_t high = (__float_as_uint(x) + kHalf) & kMask;
+  // A half added to a GPU's NaN, 0x7fffffff, would make it -0, and to the largest numbers infinity.
+  const uint32_t rounding = fabsf(x) < 0x1.ffep127f ? kHalf : 0;
+  const uint32_t high = (__float_as_uint(x) + rounding) & kMask;
   const uint32_t low = (__float_as_uint(x - __uint_as_float(high)) + kHalf) & kMask;
-  return {high, low};
+  return {high, fabsf(x) < INFINITY ? low : 0};
 }
 
 // c += a b

@@ -1,6 +1,8 @@
 // Launching kernels.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <tuple>
 #include <utility>
 
@@ -18,15 +20,56 @@ struct LaunchConfig {
 
 #ifdef __CUDACC__
 
+// Returns the maximum shared memory per block; 0 if unknown.
+inline int shared_bytes_of_block(int device) {
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// A kernel as a device has loaded it.
+struct LoadedKernel {
+  cudaError_t status;
+  bool has_clusters;  // its code is for sm_90 or later; earlier code takes each block for a cluster
+};
+
+// Lets the kernel's blocks have all the shared memory there is. A limit is a property of the
+// kernel: were it set to what each launch needs, one thread could lower it under another's launch.
+inline LoadedKernel load_kernel(const void* kernel, int device) {
+  cudaFuncAttributes attributes = {};
+  cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  const int most = shared_bytes_of_block(device) - static_cast<int>(attributes.sharedSizeBytes);
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared);
+  }
+  return {status, attributes.ptxVersion >= 90};
+}
+
+// The same, once per kernel and device.
+inline LoadedKernel loaded_kernel(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, LoadedKernel> kernels;
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return {status, false};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = kernels.find({kernel, device});
+  if (found != kernels.end()) return found->second;
+  const LoadedKernel loaded = load_kernel(kernel, device);
+  if (loaded.status == cudaSuccess) kernels.insert({{kernel, device}, loaded});
+  return loaded;
+}
+
 // Returns errors of the launch; those of the execution are reported later.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... arguments) {
-  constexpr int kMaxDefaultShared = 48 << 10;
-  if (config.shared_bytes > kMaxDefaultShared) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
-    if (status != cudaSuccess) return status;
-  }
+  const LoadedKernel loaded = loaded_kernel(reinterpret_cast<const void*>(kernel));
+  if (loaded.status != cudaSuccess) return loaded.status;
+  if (config.cluster > 1 && !loaded.has_clusters) return cudaErrorInvalidClusterSize;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = static_cast<unsigned>(config.cluster);
@@ -40,13 +83,6 @@ cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... argu
   launch_config.attrs = &cluster;
   launch_config.numAttrs = config.cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&launch_config, kernel, static_cast<P>(std::forward<A>(arguments))...);
-}
-
-// Returns the maximum shared memory per block; 0 if unknown.
-inline int shared_bytes_of_block(int device) {
-  int bytes = 0;
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
 }
 
 #else
