@@ -107,9 +107,9 @@ def has_levels(source: Path) -> bool:
 
 def sources() -> list[str]:
     """What takes longest to compile comes first: CUDA, and of each language the longest file."""
-    found = [p for pattern in ("*.cu", "*.cpp") for p in CSRC.rglob(pattern)]
-    found.sort(key=lambda path: (path.suffix != ".cu", -path.stat().st_size, path))
-    return [str(path.relative_to(ROOT)) for path in found]
+    paths = [p for pattern in ("*.cu", "*.cpp") for p in CSRC.rglob(pattern)]
+    paths.sort(key=lambda path: (path.suffix != ".cu", -path.stat().st_size, path))
+    return [str(path.relative_to(ROOT)) for path in paths]
 
 
 setup(

@@ -62,8 +62,8 @@ def measure_part(run: Contest, part: str, size: BlockSize, mode: str) -> None:
 
     def prepare() -> Any:
         inputs = make_inputs(part, size, mode, options.device, dtype)
-        found = [c.on(inputs) for c in contenders(part, size, options)]
-        return found, inputs.tolerances(ours(part, size, "reference"))
+        candidates = [c.on(inputs) for c in contenders(part, size, options)]
+        return candidates, inputs.tolerances(ours(part, size, "reference"))
 
     def complete(timed_rows: list[Row]) -> None:
         medians = {row["contender"]: row["median_ms"] for row in timed_rows}
@@ -103,19 +103,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def sizes(options: argparse.Namespace) -> list[BlockSize]:
-    found = []
+    base_sizes = []
     if options.channels:
-        found = [BlockSize(f"C {c}", 1, 401, c, max(c // 64, 1), 4 * c) for c in options.channels]
+        base_sizes = [
+            BlockSize(f"C {c}", 1, 401, c, max(c // 64, 1), 4 * c) for c in options.channels
+        ]
     else:
         for model in options.models:
             small, heads, ratio = WIDTHS[model]
             for branch in options.branches:
                 channels = small if branch == "S" else 2 * small
                 name, tokens = f"{model} {branch}", TOKENS[branch]
-                found.append(BlockSize(name, 1, tokens, channels, heads, ratio * channels))
+                base_sizes.append(BlockSize(name, 1, tokens, channels, heads, ratio * channels))
     return [
         dataclasses.replace(size, batch=batch, tokens=tokens)
-        for size in found
+        for size in base_sizes
         for batch in options.batch
         for tokens in options.tokens or [size.tokens]
     ]

@@ -54,14 +54,14 @@ class BlockSize:
         if part != "msa":
             linears += 4.0 * rows * c * self.hidden
         # Backward needs as many again for the gradient of x, and for those of the weights.
-        of_x, of_weights = TRAINED[mode]
-        return linears * (1 + of_x + of_weights) + attention * (3 if of_x else 1)
+        needs_dx, needs_dw = TRAINED[mode]
+        return linears * (1 + needs_dx + needs_dw) + attention * (3 if needs_dx else 1)
 
     def floor_seconds(self, part: str, mode: str, itemsize: int, limits: measure.Ceilings) -> float:
         """Of the products, or of reading x and writing y; backward reads x and dy, writes dx."""
         x_bytes = self.batch * self.tokens * self.channels * itemsize
-        of_x, _ = TRAINED[mode]
-        by_bytes = (5 if of_x else 2) * x_bytes / limits.copy_bytes_per_second
+        needs_dx, _ = TRAINED[mode]
+        by_bytes = (5 if needs_dx else 2) * x_bytes / limits.copy_bytes_per_second
         return max(by_bytes, self.flop(part, mode) / limits.matmul_flops_per_second)
 
 
@@ -128,16 +128,16 @@ def ours(part: str, size: BlockSize, backend: str, keep: str = "fast") -> BlockC
 def contenders(part: str, size: BlockSize, options: argparse.Namespace) -> list[Contender]:
     """Eager first."""
     baselines = {"eager": ours(part, size, "reference"), "timm-like": timm_like(part, size)}
-    found = [Contender(name, call) for name, call in baselines.items()]
-    found += [compiled_contender(name, call, options) for name, call in baselines.items()]
+    candidates = [Contender(name, call) for name, call in baselines.items()]
+    candidates += [compiled_contender(name, call, options) for name, call in baselines.items()]
     for backend in options.backends:
         call = ours(part, size, backend)
         variants = ("fused", "split", "library") if backend == "triton" else ("auto",)
         for variant in variants:
             within = functools.partial(configs.FORMS.choose, variant)
             shown = "" if variant == "auto" else variant
-            found.append(our_contender(backend, call, options, shown, within=within))
+            candidates.append(our_contender(backend, call, options, shown, within=within))
         if backend == "triton" and part != "ffn":
             lean = ours(part, size, backend, keep="lean")
-            found.append(our_contender(backend, lean, options, "lean"))
-    return found
+            candidates.append(our_contender(backend, lean, options, "lean"))
+    return candidates

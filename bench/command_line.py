@@ -176,13 +176,13 @@ def complete(options: argparse.Namespace) -> None:
 
 
 def usable_device(name: str) -> torch.device:
-    found = torch.cuda.is_available()
+    has_cuda = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if found else "cpu"
+        name = "cuda" if has_cuda else "cpu"
     if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
         raise ValueError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
-    if device.type == "cuda" and not found:
+    if device.type == "cuda" and not has_cuda:
         raise ValueError(f"--device {name}: torch finds no CUDA device")
     if (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")

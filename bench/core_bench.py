@@ -41,8 +41,10 @@ def our_backend(name: str) -> Core:
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
     """Eager first."""
-    found = [Contender("eager", eager), compiled_contender("eager", eager, options)]
-    return found + [our_contender(name, our_backend(name), options) for name in options.backends]
+    candidates = [Contender("eager", eager), compiled_contender("eager", eager, options)]
+    return candidates + [
+        our_contender(name, our_backend(name), options) for name in options.backends
+    ]
 
 
 def measure_point(run: Contest, channels: int, batch: int, mode: str) -> None:

@@ -54,22 +54,22 @@ COLUMNS = {
 def measure_shape(run: Contest, shape: Shape) -> None:
     """One shape in every mode asked for."""
     options = run.options
-    found = contenders(options, shape)
+    candidates = contenders(options, shape)
     num_sets = num_rotated_sets(shape.token_bytes, options.device)
     kinds = {"one set" if options.device.type == "cpu" else "rotated": num_sets}
     if options.hot and options.device.type == "cuda":
         kinds["L2-hot"] = 1
     for mode in command_line.modes_of(options):
         for kind, count in kinds.items():
-            measure_point(run, shape, found, mode, kind, count)
+            measure_point(run, shape, candidates, mode, kind, count)
 
 
 def measure_point(
-    run: Contest, shape: Shape, found: Sequence[Contender], mode: str, kind: str, num_sets: int
+    run: Contest, shape: Shape, candidates: Sequence[Contender], mode: str, kind: str, num_sets: int
 ) -> None:
     def prepare() -> Any:
         inputs = make_inputs(shape, mode, run.device, num_sets)
-        return [c.on(inputs) for c in found], inputs.tolerances(definition(shape))
+        return [c.on(inputs) for c in candidates], inputs.tolerances(definition(shape))
 
     def complete(timed_rows: list[Row]) -> None:
         for row in timed_rows:
@@ -185,7 +185,7 @@ def shapes(options: argparse.Namespace) -> list[Shape]:
     default = {"tokens": options.tokens, "batch": options.batch}
     points = [default | {axis: value} for axis, values in options.sweep for value in values]
     dtype = DTYPES[options.dtype]
-    found = (
+    swept = (
         Shape(
             **point,
             dim=options.dim,
@@ -196,7 +196,7 @@ def shapes(options: argparse.Namespace) -> list[Shape]:
         )
         for point in points or [default]
     )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(swept))
 
 
 def notes(options: argparse.Namespace) -> list[str]:

@@ -60,7 +60,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     if dry:
         tests = ["-k", "few_tokens or huge_scores or why_not", *tests]
     build = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
-    found = [
+    suite = [
         *(() if dry else (Stage("build", build, 120), *compilation())),
         Stage("imports", (python, "-m", "crossvit_kernels"), 60),
         Stage("tests", (python, "-m", "pytest", "tests/gpu", *tests), 200),
@@ -69,8 +69,8 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         tool = () if dry else ("compute-sanitizer", "--error-exitcode", "9")
         which = ("-k", "few_tokens") if dry else ()
         command = (*tool, python, "-m", "pytest", "-m", "sanitizer", *which, "tests")
-        found.append(Stage("sanitizer", command, 60))
-    return found + _benchmarks(out, device, quick, dry)
+        suite.append(Stage("sanitizer", command, 60))
+    return suite + _benchmarks(out, device, quick, dry)
 
 
 def compilation() -> list[Stage]:
@@ -103,7 +103,7 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
 
     def fusions(name: str, compiled: bool) -> list[Stage]:
         small, heads, _ = WIDTHS[name]
-        found = []
+        shapes = []
         for branch, dim, own in (("S", small, 2 * small), ("L", 2 * small, small)):
             title = f"fusion-{name}-{branch}"
             options = (
@@ -113,14 +113,14 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
                 *(("--compile-budget", "60") if compiled else ("--no-compile",)),
                 *(() if dry else ("--plot", str(out / f"{title}.png"))),
             )
-            found.append(stage(title, "fusion_bench.py", 110 if compiled else 30, *options))
+            shapes.append(stage(title, "fusion_bench.py", 110 if compiled else 30, *options))
         pair = (
             *("--dim", str(small), "--own-dim", str(2 * small), "--heads", str(heads)),
             *("--tokens", "9" if dry else str(TOKENS["S"])),
             *("--pair-tokens", "5" if dry else str(TOKENS["L"])),
             *("--sweep", f"batch={','.join(batches[:3])}", "--no-compile"),
         )
-        return [*found, stage(f"fusion-{name}-pair", "fusion_bench.py", 30, *pair)]
+        return [*shapes, stage(f"fusion-{name}-pair", "fusion_bench.py", 30, *pair)]
 
     def blocks(name: str, compiled: bool) -> Stage:
         if dry:
@@ -150,16 +150,16 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
         ]
 
     if dry:
-        found = [core(), *fusions("Ti", False), blocks("Ti", False)]
-        return found + models("crossvit_tiny_240", False)
+        suite = [core(), *fusions("Ti", False), blocks("Ti", False)]
+        return suite + models("crossvit_tiny_240", False)
     first, *others = WIDTH_NAMES
-    found = [core(), *fusions(first, True), blocks(first, True)]
-    found += models(MODELS[0], False) + models(MODELS[0], True)
+    suite = [core(), *fusions(first, True), blocks(first, True)]
+    suite += models(MODELS[0], False) + models(MODELS[0], True)
     for name in others:
-        found += [*fusions(name, False), blocks(name, False)]
+        suite += [*fusions(name, False), blocks(name, False)]
     for model in MODELS[1:]:
-        found += models(model, True)
-    return found
+        suite += models(model, True)
+    return suite
 
 
 def run(stage: Stage, out: Path, seconds: float) -> int:

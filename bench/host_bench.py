@@ -38,7 +38,7 @@ from crossvit_kernels.gpu.tables import Candidates
 from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention import triton as fusion
 
-#: CrossViT-15 at 240 pixels: C_own, C and patches of the L branch's CLS, then of the S branch's.
+#: CrossViT-15 at 240 pixels: cls_dim, C and patches of the L branch's CLS, then of the S branch's.
 SIZES = ((384, 192, 400), (192, 384, 196))
 HEADS = 6
 CPU = torch.device("cpu")
@@ -66,15 +66,15 @@ class Nothing:
 
 def launched(call: Callable[[], Any]) -> list[tuple[Any, ...]]:
     """Of each of a call's launches: kernel, grid and the number of arguments."""
-    Nothing.launches = found = []
+    Nothing.launches = launches = []
     try:
         call()
     finally:
         Nothing.launches = None
-    return found
+    return launches
 
 
-def as_triton_does(
+def start_as_triton(
     kernel: Any,
     grid: tuple[int, int, int],
     tensors: tuple[Any, ...],
@@ -90,10 +90,10 @@ def as_triton_does(
     kernel[grid](*tensors, *weights, *numbers, *constants, **preferred.options)
 
 
-def inputs(own: int, channels: int, num_tokens: int) -> ck.FusionInputs:
+def inputs(cls_dim: int, channels: int, num_tokens: int) -> ck.FusionInputs:
     """Of one image; weights are a module's parameters."""
-    weights = (torch.nn.Parameter(t.bfloat16()) for t in make_weights(own, channels))
-    cls = torch.randn(1, own).bfloat16()
+    weights = (torch.nn.Parameter(t.bfloat16()) for t in make_weights(cls_dim, channels))
+    cls = torch.randn(1, cls_dim).bfloat16()
     tokens = torch.randn(1, 1 + num_tokens, channels).bfloat16()[:, 1:]
     return ck.FusionInputs(cls, tokens, ck.FusionWeights(*weights), HEADS)
 
@@ -127,11 +127,11 @@ def measure_both(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """Microseconds of each call: with our launcher, and as Triton launches."""
     calls, start = calls_to_measure(), launcher.start
     with torch.no_grad():
-        found = {name: launched(call) for name, call in calls.items()}
+        triton_launches = {name: launched(call) for name, call in calls.items()}
         ours = best_of(calls, rounds)
-        launcher.start = as_triton_does
+        launcher.start = start_as_triton
         try:
-            check(found, {name: launched(call) for name, call in calls.items()})
+            check(triton_launches, {name: launched(call) for name, call in calls.items()})
             theirs = best_of(calls, rounds)
         finally:
             launcher.start = start
@@ -149,17 +149,19 @@ def check(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def measure_cuda(rounds: int) -> dict[str, float]:
-    found = extension.cuda_kernels
-    if found is None:
+    cuda_kernels = extension.cuda_kernels
+    if cuda_kernels is None:
         return {}
-    functions = {name: getattr(found.functions, name) for name in dir(found.functions)}
+    functions = {
+        name: getattr(cuda_kernels.functions, name) for name in dir(cuda_kernels.functions)
+    }
     calls: list[str] = []
     functions["cross_attention_forward"] = lambda **arguments: calls.append("forward")
     stand_in = extension.CudaKernels(types.SimpleNamespace(**functions), "cpu")
-    given = inputs(*SIZES[0])
+    fusion_inputs = inputs(*SIZES[0])
 
     def call() -> Any:
-        return cuda.forward(given, 1e-6, "")
+        return cuda.forward(fusion_inputs, 1e-6, "")
 
     extension.cuda_kernels = stand_in
     try:
@@ -172,7 +174,7 @@ def measure_cuda(rounds: int) -> dict[str, float]:
             stand_in.functions.cross_attention_forward = lambda **arguments: None
             return best_of({"forward, CUDA's part": call}, rounds)
     finally:
-        extension.cuda_kernels = found
+        extension.cuda_kernels = cuda_kernels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -58,17 +58,20 @@ class Inputs:
     mode: str
 
     def __post_init__(self) -> None:
-        of_inputs, of_weights = TRAINED[self.mode]
+        inputs_need_grad, weights_need_grad = TRAINED[self.mode]
         for tensor in (tensor for tensors in self.sets for tensor in tensors):
-            tensor.requires_grad_(of_inputs)
+            tensor.requires_grad_(inputs_need_grad)
         for weight in self.weights.values():
-            weight.requires_grad_(of_weights)
+            weight.requires_grad_(weights_need_grad)
         self.head.requires_grad_(self.mode == "heads")
 
     @property
     def result_names(self) -> list[str]:
-        of_inputs, of_weights = TRAINED[self.mode]
-        leaves = [*(self.tensor_names if of_inputs else ()), *(self.weights if of_weights else ())]
+        inputs_need_grad, weights_need_grad = TRAINED[self.mode]
+        leaves = [
+            *(self.tensor_names if inputs_need_grad else ()),
+            *(self.weights if weights_need_grad else ()),
+        ]
         leaves += ["head"] if self.mode == "heads" else []
         return [*self.output_names, *(f"grad {name}" for name in leaves)]
 
@@ -77,7 +80,7 @@ class Inputs:
     ) -> NumberedCall:
         """A function of an input set's number that returns what ``result_names`` names."""
         weights, trained = list(self.weights.values()), self.mode != "forward"
-        leaves_of = [
+        leaves_by_set = [
             [t for t in (*tensors, *weights, self.head) if t.requires_grad] for tensors in self.sets
         ]
 
@@ -94,7 +97,7 @@ class Inputs:
                     y = F.linear(y.mean(dim=1) if y.dim() == 3 else y, self.head)
                 # allow_unused: k_bias has no effect, and an algorithm may have no use for it.
                 return *outputs, *torch.autograd.grad(
-                    y, leaves_of[number], self.upstream, allow_unused=True
+                    y, leaves_by_set[number], self.upstream, allow_unused=True
                 )
 
         return results

@@ -74,22 +74,22 @@ def contenders(
     def compiled(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         return lambda: torch.compile(make(), mode=options.compile_mode, dynamic=False)
 
-    found: Contenders = {"ours, eager": lambda: ours(False), OURS: lambda: ours(True)}
+    makers: Contenders = {"ours, eager": lambda: ours(False), OURS: lambda: ours(True)}
     timm_model = timm_maker(name, options, state)
     if timm_model:
-        found = {"timm, eager": timm_model} | found
+        makers = {"timm, eager": timm_model} | makers
     if options.device.type == "cuda" and mode == "train":
-        found["ours, fused, lean"] = lambda: ours(True, keep="lean")
+        makers["ours, fused, lean"] = lambda: ours(True, keep="lean")
     if options.device.type == "cuda" and mode == "inference" and batch <= GRAPHED:
         for contender in ("timm, eager", OURS):
-            if contender in found:
-                make = found[contender]
-                found[f"{contender}, graph"] = lambda make=make: Graphed(make())  # type: ignore[misc]
+            if contender in makers:
+                make = makers[contender]
+                makers[f"{contender}, graph"] = lambda make=make: Graphed(make())  # type: ignore[misc]
     if not options.no_compile:
-        found["ours, compiled"] = compiled(lambda: ours(False))
+        makers["ours, compiled"] = compiled(lambda: ours(False))
         if timm_model:
-            found["timm, compiled"] = compiled(timm_model)
-    return found
+            makers["timm, compiled"] = compiled(timm_model)
+    return makers
 
 
 def timm_maker(
@@ -236,7 +236,7 @@ def entry(
 
 
 def panels(rows: list[Row]) -> list[report.Panel]:
-    found = []
+    plots = []
     points = dict.fromkeys((row["model"], row["batch"], row["mode"]) for row in rows)
     for model, batch, mode in points:
         series = {
@@ -246,8 +246,8 @@ def panels(rows: list[Row]) -> list[report.Panel]:
             and row["status"] == "ok"
         }
         title = f"{model}, batch {batch}, {mode}"
-        found.append(report.Panel(title, "batch", "images/s", series))
-    return found
+        plots.append(report.Panel(title, "batch", "images/s", series))
+    return plots
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

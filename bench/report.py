@@ -67,16 +67,16 @@ def closing(
         words: Contender -> plain words; others go by their names.
     """
     verdicts = [(point.where, verdict(point.rows, headline)) for point in points]
-    found = [(where, v) for where, v in verdicts if v is not None]
-    if not found:
+    decided = [(where, v) for where, v in verdicts if v is not None]
+    if not decided:
         others = sorted(timed(points[-1].rows), key=_median)
         if not others:
             return f"Fastest {what}: nothing was timed."
         first = words.get(others[0]["contender"], others[0]["contender"])
         return f"Fastest {what}: {first}, {_figures(others[0])}; {called} was not timed."
     if len(points) == 1:
-        return f"Fastest {what}: {_one(found[0][1], called, words)}"
-    return f"{what.capitalize()}, {len(points)} sizes: {_many(found, called, words)}"
+        return f"Fastest {what}: {_one(decided[0][1], called, words)}"
+    return f"{what.capitalize()}, {len(points)} sizes: {_many(decided, called, words)}"
 
 
 def verdict(rows: Sequence[Row], headline: str) -> Verdict | None:
@@ -104,13 +104,13 @@ def _one(v: Verdict, called: str, words: Mapping[str, str]) -> str:
     )
 
 
-def _many(found: Sequence[tuple[str, Verdict]], called: str, words: Mapping[str, str]) -> str:
-    won = sum(v.times_other >= 1 for _, v in found)
-    where, worst = min(found, key=lambda pair: pair[1].times_other)
+def _many(decided: Sequence[tuple[str, Verdict]], called: str, words: Mapping[str, str]) -> str:
+    won = sum(v.times_other >= 1 for _, v in decided)
+    where, worst = min(decided, key=lambda pair: pair[1].times_other)
     other = words.get(worst.others[0]["contender"], worst.others[0]["contender"])
-    speedups = sorted(v.ours["speedup_over_eager"] or 0.0 for _, v in found)
-    count = {0: "none", len(found): "all"}.get(won, str(won))
-    bound = "at least" if won == len(found) else "at worst"
+    speedups = sorted(v.ours["speedup_over_eager"] or 0.0 for _, v in decided)
+    count = {0: "none", len(decided): "all"}.get(won, str(won))
+    bound = "at least" if won == len(decided) else "at worst"
     return (
         f"{called} is fastest at {count}, {times(speedups[0])} to {times(speedups[-1])} eager, "
         f"{bound} {times(worst.times_other)} the best other ({other}; {where})."

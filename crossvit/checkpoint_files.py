@@ -178,17 +178,17 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _refused(path: Path, error: pickle.UnpicklingError) -> ValueError:
     """Not the whole of torch's message, which advises to load it all the same."""
-    if not (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
+    if not (match := re.search(r"GLOBAL ([\w.]+)", str(error))):
         return _unreadable(path, error)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # an old file, which is a bare pickle
         names = []
     advice = ""
-    if any(name.startswith("torch.nn.modules.") for name in (*names, found[1])):
+    if any(name.startswith("torch.nn.modules.") for name in (*names, match[1])):
         advice = "a whole module was saved, not its state_dict(): "
     return ValueError(
-        f"{path}: refused, {advice}it holds more than tensors, which could run code: {found[1]}"
+        f"{path}: refused, {advice}it holds more than tensors, which could run code: {match[1]}"
     )
 
 
@@ -199,9 +199,9 @@ def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         shard = path.with_name(name)
         if not shard.is_file():
             raise FileNotFoundError(f"{path}: its shard {name} is not beside it")
-        part, found = read(shard)
-        content |= part
-        metadata |= found
+        tensors, shard_metadata = read(shard)
+        content |= tensors
+        metadata |= shard_metadata
     return content, metadata
 
 

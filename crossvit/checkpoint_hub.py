@@ -54,8 +54,8 @@ def download(repository: str, names: Sequence[str]) -> Path:
 def _cached(repository: str, names: Sequence[str]) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = (try_to_load_from_cache(repository, name) for name in names)
-    return next((Path(path) for path in found if isinstance(path, str)), None)
+    cached = (try_to_load_from_cache(repository, name) for name in names)
+    return next((Path(path) for path in cached if isinstance(path, str)), None)
 
 
 def _reason(

@@ -25,7 +25,7 @@ _SHOWN = 10
 
 
 @dataclasses.dataclass
-class Found:
+class Entries:
     """A model's entries of a checkpoint.
 
     Attributes:
@@ -59,7 +59,7 @@ def find(
     *,
     indexed_fusion: bool,
     use_ema: bool,
-) -> Found:
+) -> Entries:
     """The entries of a model in a checkpoint.
 
     Args:
@@ -75,25 +75,27 @@ def find(
     """
     state, notes = _state_dict(content, use_ema)
     splitter = _Splitter(names, indexed_fusion)
-    parts: dict[str, dict[str, str]] = {}  # prefix -> name -> key
+    models: dict[str, dict[str, str]] = {}  # prefix -> name -> key
     for key in state:
         if (split := splitter(key)) is not None:
             prefix, name = split
-            first = parts.setdefault(prefix, {}).setdefault(name, key)
+            first = models.setdefault(prefix, {}).setdefault(name, key)
             if first != key and not _equal(state[first], state[key]):
                 raise ValueError(f"checkpoint: {first} and {key} are both {name}, and differ")
-    whole = [prefix for prefix, part in parts.items() if part.keys() >= set(needed)]
+    whole = [prefix for prefix, keys in models.items() if keys.keys() >= set(needed)]
     if not whole:
-        prefix = max(parts, key=lambda prefix: len(parts[prefix]), default="")
+        prefix = max(models, key=lambda prefix: len(models[prefix]), default="")
     else:
-        prefix = _choose(state, parts, whole, use_ema, notes)
-    part = parts.get(prefix, {})
-    found = {name: state[key] for name, key in part.items()}
-    elsewhere = _add_the_rest(found, state, prefix, part, whole, splitter)
-    _check_values(found, names)
-    _note_wrappers(notes, prefix, part, elsewhere)
+        prefix = _choose(state, models, whole, use_ema, notes)
+    keys = models.get(prefix, {})
+    tensors = {name: state[key] for name, key in keys.items()}
+    elsewhere = _add_the_rest(tensors, state, prefix, keys, whole, splitter)
+    _check_values(tensors, names)
+    _note_wrappers(notes, prefix, keys, elsewhere)
     metadata = getattr(state, "_metadata", {}).get(prefix[:-1], {})
-    return Found(found, metadata.get("grid_sizes"), notes, "" if part else _common_prefix(state))
+    return Entries(
+        tensors, metadata.get("grid_sizes"), notes, "" if keys else _common_prefix(state)
+    )
 
 
 def _state_dict(content: Mapping[str, Any], use_ema: bool) -> tuple[Mapping[str, Any], list[str]]:
@@ -102,8 +104,8 @@ def _state_dict(content: Mapping[str, Any], use_ema: bool) -> tuple[Mapping[str,
     while (inner := _contained(content, use_ema, notes)) is not None:
         content = inner
     if not any(isinstance(value, Tensor) for value in content.values()):
-        found = f"other things: {shortened(content)}" if content else "nothing"
-        raise ValueError(f"checkpoint: expected tensors by name, found {found}")
+        contents = f"other things: {shortened(content)}" if content else "nothing"
+        raise ValueError(f"checkpoint: expected tensors by name, found {contents}")
     if others := [key for key in content if not isinstance(key, str)]:
         raise ValueError(f"checkpoint: expected names as keys, found {shortened(others)}")
     return content, notes
@@ -117,7 +119,7 @@ def _contained(
     def holds(key: Any) -> bool:
         return isinstance(content.get(key), Mapping) and len(content[key]) > 0
 
-    content = {**_of_callbacks(content), **content}
+    content = {**_callback_averages(content), **content}
     averaged = next(filter(holds, _AVERAGED), None)
     trained = next(filter(holds, _TRAINED), None)
     if "averaging_state" in content and holds("current_model_state"):
@@ -152,7 +154,7 @@ def _contained(
     return content[unnamed[0]] if unnamed else None
 
 
-def _of_callbacks(content: Mapping[str, Any]) -> dict[str, Any]:
+def _callback_averages(content: Mapping[str, Any]) -> dict[str, Any]:
     """The averaged weights that a callback of Lightning kept: ``callbacks.EMA.ema_state_dict``."""
     callbacks = content.get("callbacks")
     states = callbacks.values() if isinstance(callbacks, Mapping) else ()
@@ -187,7 +189,7 @@ class _Splitter:
 
 def _choose(
     state: Mapping[str, Any],
-    parts: Mapping[str, Mapping[str, str]],
+    models: Mapping[str, Mapping[str, str]],
     whole: list[str],
     use_ema: bool,
     notes: list[str],
@@ -200,9 +202,9 @@ def _choose(
             f"use_ema=False: the checkpoint has averaged weights only, under {averaged[0]!r}"
         )
     chosen = averaged if averaged and use_ema else trained
-    first = parts[chosen[0]]
+    first = models[chosen[0]]
     for prefix in chosen[1:]:
-        other = parts[prefix]
+        other = models[prefix]
         if any(
             name in other and not _equal(state[first[name]], state[other[name]]) for name in first
         ):
@@ -220,10 +222,10 @@ def _choose(
 
 
 def _add_the_rest(
-    found: dict[str, Any],
+    tensors: dict[str, Any],
     state: Mapping[str, Any],
     prefix: str,
-    part: Mapping[str, str],
+    keys: Mapping[str, str],
     whole: Iterable[str],
     splitter: _Splitter,
 ) -> list[str]:
@@ -234,7 +236,7 @@ def _add_the_rest(
         for other in whole
         if (outer := wrapper.sub("", other)) != prefix and outer.startswith(prefix)
     )
-    taken, elsewhere = set(part.values()), []
+    taken, elsewhere = set(keys.values()), []
     for key, value in state.items():
         if key in taken:
             continue
@@ -243,30 +245,30 @@ def _add_the_rest(
         else:
             name = splitter.name(key.removeprefix(prefix))
             if splitter(key) != (prefix, name):  # no duplicate
-                found[key if name in found else name] = value
+                tensors[key if name in tensors else name] = value
     return elsewhere
 
 
-def _check_values(found: dict[str, Any], names: Collection[str]) -> None:
-    others = [key for key, value in found.items() if not isinstance(value, Tensor)]
+def _check_values(tensors: dict[str, Any], names: Collection[str]) -> None:
+    others = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(
             f"checkpoint: expected tensors by name, found other things: {shortened(others)}"
         )
     for name in names:
-        if callable(full := getattr(found.get(name), "full_tensor", None)):  # a DTensor
+        if callable(full := getattr(tensors.get(name), "full_tensor", None)):  # a DTensor
             try:
-                found[name] = full()
+                tensors[name] = full()
             except Exception as error:
                 raise ValueError(f"{name}: a DTensor that cannot be gathered: {error}") from error
 
 
 def _note_wrappers(
-    notes: list[str], prefix: str, part: Mapping[str, str], elsewhere: list[str]
+    notes: list[str], prefix: str, keys: Mapping[str, str], elsewhere: list[str]
 ) -> None:
     if prefix:
         notes.append(f"keys begin with {prefix!r}")
-    inner = {p for key in part.values() for p in key.removeprefix(prefix).split(".")}
+    inner = {p for key in keys.values() for p in key.removeprefix(prefix).split(".")}
     if wrappers := [f"{name}." for name in WRAPPERS if name in inner]:
         notes.append(f"keys have {', '.join(map(repr, wrappers))} inside")
     if elsewhere:
@@ -275,9 +277,9 @@ def _note_wrappers(
 
 def _common_prefix(keys: Iterable[str]) -> str:
     """The first parts that all keys share."""
-    parts = zip(*(key.split(".")[:-1] for key in keys), strict=False)
-    shared = itertools.takewhile(lambda part: len(set(part)) == 1, parts)
-    return "".join(f"{part[0]}." for part in shared)
+    components = zip(*(key.split(".")[:-1] for key in keys), strict=False)
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, components)
+    return "".join(f"{names[0]}." for names in shared)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from crossvit import checkpoint_files, checkpoint_layouts, checkpoint_targets
-from crossvit.checkpoint_layouts import Found, logger
+from crossvit.checkpoint_layouts import Entries, logger
 from crossvit.checkpoint_report import refuse_misfits
 from crossvit.configs import Config, Size, branch_sizes
 from crossvit.embed import resize_position_embedding
@@ -79,22 +79,22 @@ def load_checkpoint(
     """
     core = checkpoint_targets.unwrap(model)
     content, metadata = _read(source)
-    own = checkpoint_targets.tensors(model)
+    expected = checkpoint_targets.tensors(model)
     without_heads = replace_head or core.num_classes == 0
-    found = checkpoint_layouts.find(
+    entries = checkpoint_layouts.find(
         content,
-        [*own, *(f"head.{b}.{kind}" for b in (0, 1) for kind in ("weight", "bias"))],
-        [key for key in own if not (without_heads and key.startswith("head."))],
+        [*expected, *(f"head.{b}.{kind}" for b in (0, 1) for kind in ("weight", "bias"))],
+        [key for key in expected if not (without_heads and key.startswith("head."))],
         indexed_fusion=core.config.cross_depth > 1,
         use_ema=use_ema,
     )
-    _fit_heads(found.state, own, core.num_classes, replace_head)
+    _fit_heads(entries.state, expected, core.num_classes, replace_head)
     grids = _checked_grids(grid_sizes) or _grids(metadata)
-    _fit_position_embeddings(found, core, grids)
-    refuse_misfits(found, own, core.config)
-    checkpoint_targets.load(model, found.state)
+    _fit_position_embeddings(entries, core, grids)
+    refuse_misfits(entries, expected, core.config)
+    checkpoint_targets.load(model, entries.state)
     name = "a state dict" if isinstance(source, Mapping) else source
-    for note in found.notes:
+    for note in entries.notes:
         logger.info("%s: %s", name, note)
     return model
 
@@ -187,31 +187,31 @@ def _read(source: Source) -> tuple[Mapping[str, Any], dict[str, str]]:
 
 
 def _fit_heads(
-    state: dict[str, Tensor], own: Mapping[str, Tensor], num_classes: int, replace_head: bool
+    state: dict[str, Tensor], expected: Mapping[str, Tensor], num_classes: int, replace_head: bool
 ) -> None:
-    found = state.get("head.0.weight")
+    head = state.get("head.0.weight")
     if replace_head or num_classes == 0:
         for key in [key for key in state if key.startswith("head.")]:
             del state[key]
-        state.update({key: t for key, t in own.items() if key.startswith("head.")})
-    elif found is not None and found.dim() == 2 and len(found) != num_classes:
+        state.update({key: t for key, t in expected.items() if key.startswith("head.")})
+    elif head is not None and head.dim() == 2 and len(head) != num_classes:
         raise ValueError(
-            f"the checkpoint has {len(found)} classes, the model {num_classes}: build the model "
-            f"with num_classes={len(found)}, or keep its own heads with replace_head=True"
+            f"the checkpoint has {len(head)} classes, the model {num_classes}: build the model "
+            f"with num_classes={len(head)}, or keep its own heads with replace_head=True"
         )
 
 
-def _fit_position_embeddings(found: Found, model: CrossViT, grid_sizes: Grids | None) -> None:
+def _fit_position_embeddings(entries: Entries, model: CrossViT, grid_sizes: Grids | None) -> None:
     """Resizes the position embeddings to the model's grids."""
     patches = {}
     for b in (0, 1):
-        t = found.state.get(f"pos_embed_{b}")
+        t = entries.state.get(f"pos_embed_{b}")
         if t is not None and t.dim() == 3 and t.shape[1] > 1 and t.is_floating_point():
             patches[b] = t.shape[1] - 1  # others are listed with the other keys
-    noted = found.grid_sizes  # stays in a state dict whose tensors are replaced
+    noted = entries.grid_sizes  # stays in a state dict whose tensors are replaced
     if noted and any(math.prod(noted[b]) != count for b, count in patches.items()):
         noted = None
-    grids = grid_sizes or noted or _assumed_grids(patches, model.grid_sizes, found.notes)
+    grids = grid_sizes or noted or _assumed_grids(patches, model.grid_sizes, entries.notes)
     for b, count in patches.items():
         key, (height, width), new_grid = f"pos_embed_{b}", grids[b], model.grid_sizes[b]
         if height * width != count:
@@ -219,12 +219,12 @@ def _fit_position_embeddings(found: Found, model: CrossViT, grid_sizes: Grids | 
                 f"{key}: has {count} patches, which are not {height} x {width}: name "
                 "the checkpoint's (height, width) in patches of each branch with grid_sizes"
             )
-        embedding = found.state[key]
+        embedding = entries.state[key]
         if not embedding.is_meta:  # refused later
-            found.state[key] = resize_position_embedding(embedding, (height, width), new_grid)
+            entries.state[key] = resize_position_embedding(embedding, (height, width), new_grid)
 
 
-def _assumed_grids(patches: Mapping[int, int], own: Grids, notes: list[str]) -> Grids:
+def _assumed_grids(patches: Mapping[int, int], model_grids: Grids, notes: list[str]) -> Grids:
     """The grids of a checkpoint that tells the numbers of patches alone.
 
     Raises:
@@ -232,19 +232,21 @@ def _assumed_grids(patches: Mapping[int, int], own: Grids, notes: list[str]) -> 
     """
     sides = [math.isqrt(patches.get(b, 1)) for b in (0, 1)]
     squares = [(side, side) for side in sides]
-    are_own = all(math.prod(own[b]) == count for b, count in patches.items())
-    are_square = all(math.prod(squares[b]) == count for b, count in patches.items())
-    if not are_own or all(own[b] == squares[b] for b in patches):
+    fit_model = all(math.prod(model_grids[b]) == count for b, count in patches.items())
+    fit_squares = all(math.prod(squares[b]) == count for b, count in patches.items())
+    if not fit_model or all(model_grids[b] == squares[b] for b in patches):
         return squares
-    if are_square:
+    if fit_squares:
         names = " and ".join(f"pos_embed_{b} {patches[b]}" for b in patches)
         raise ValueError(
             f"the checkpoint does not say whether its patches ({names}) are the model's grids, "
-            f"{_text(own)}, or square ones, {_text(squares)}: name them with "
-            f"grid_sizes={list(own)} for the former or grid_sizes={squares} for the latter"
+            f"{_text(model_grids)}, or square ones, {_text(squares)}: name them with "
+            f"grid_sizes={list(model_grids)} for the former or grid_sizes={squares} for the latter"
         )
-    notes.append(f"position embeddings are taken for the model's grids, {_text(own)} patches")
-    return own
+    notes.append(
+        f"position embeddings are taken for the model's grids, {_text(model_grids)} patches"
+    )
+    return model_grids
 
 
 def _text(grids: Grids) -> str:

@@ -54,11 +54,11 @@ _IMG_SIZES = (240, 408, 504)
 
 
 def _named() -> dict[str, Config]:
-    found = {}
+    configs = {}
     for name, (dim, heads, depth, ratio) in _TABLE_1.items():
         for stem in ("", "_dagger") if name in _DAGGERS else ("",):
             for size in _IMG_SIZES:
-                found[f"crossvit_{name}{stem}_{size}"] = Config(
+                configs[f"crossvit_{name}{stem}_{size}"] = Config(
                     dims=(dim, 2 * dim),
                     num_heads=(heads, heads),
                     depths=(1, depth),
@@ -66,7 +66,7 @@ def _named() -> dict[str, Config]:
                     conv_stem=bool(stem),
                     img_size=size,
                 )
-    return found
+    return configs
 
 
 _CONFIGS = _named()

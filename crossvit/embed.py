@@ -43,16 +43,16 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [B, in_chans, H, W] -> patch tokens [B, N, C]."""
-        found, reason = plain_layers.find(self._modules, _ONE_CONVOLUTION)
+        layers, reason = plain_layers.find(self._modules, _ONE_CONVOLUTION)
         if (
             reason is None
-            and self._is_of_patches(found[0])
-            and plain_layers.why_not_tensors(found[0]._parameters.values()) is None
+            and self._is_patchwise(layers[0])
+            and plain_layers.why_not_tensors(layers[0]._parameters.values()) is None
         ):
-            return self._project_patches(x, found[0])
+            return self._project_patches(x, layers[0])
         return cast(Tensor, self.proj(x)).flatten(2).transpose(1, 2)
 
-    def _is_of_patches(self, proj: nn.Conv2d) -> bool:
+    def _is_patchwise(self, proj: nn.Conv2d) -> bool:
         """Whether a convolution sees each patch once and by itself."""
         size = (self.patch_size,) * 2
         apart = proj.kernel_size == proj.stride == size and proj.padding == (0, 0)

@@ -198,8 +198,8 @@ class MultiScaleBlock(nn.Module):
         """What one fused operation takes for branch b; None where layers are called."""
         if self.cross_depth > 1:
             return None
-        parts = self._parts(b)
-        layers = FusionLayers.find(parts, read=self.backend != "reference")
+        modules = self._parts(b)
+        layers = FusionLayers.find(modules, read=self.backend != "reference")
         reason = layers.reason and f"fusion of branch {b}: {layers.reason}"
         if calls_layers(self, self.backend, reason):
             return None
@@ -230,16 +230,16 @@ class MultiScaleBlock(nn.Module):
         """What branch b's CLS [B, C] attends to in each cross-attention block, [B, h, 1 + N]."""
         y = self.projs[b](cls).unsqueeze(1)
         blocks = [self.fusion[b]] if self.cross_depth == 1 else list(self.fusion[b])
-        found = []
+        maps = []
         for index, block in enumerate(blocks):
             tokens = torch.cat([y, self._patches_seen(index, patches)], dim=1)
             normed, attn = block.norm1(tokens), block.attn
             q, k = attn.wq(normed[:, :1]), attn.wk(normed)
             weights = attention_weights(q, k, attn.num_heads, attn.scale)
-            found.append(weights[:, :, 0])
+            maps.append(weights[:, :, 0])
             if index + 1 < len(blocks):
                 y = block(tokens)
-        return found
+        return maps
 
 
 class _FusedCall(NamedTuple):

@@ -241,11 +241,11 @@ class CrossViT(nn.Module):
         sizes = [embed.img_size for embed in self.patch_embed]
         for image, size in zip(pair, sizes, strict=True):
             if image.dim() != 4 or image.shape[1] != self.in_chans:
-                found = list(image.shape)
-                raise ValueError(f"x: expected shape [B, {self.in_chans}, H, W], found {found}")
+                shape = list(image.shape)
+                raise ValueError(f"x: expected shape [B, {self.in_chans}, H, W], found {shape}")
             if not isinstance(x, Tensor) and image.shape[-2:] != size:
-                found = list(image.shape)
-                raise ValueError(f"x: expected images of {size} for this branch, found {found}")
+                shape = list(image.shape)
+                raise ValueError(f"x: expected images of {size} for this branch, found {shape}")
         return [resize_image(image, size) for image, size in zip(pair, sizes, strict=True)]
 
     def _encode(self, branches: tuple[Branch, Branch]) -> tuple[Branch, Branch]:

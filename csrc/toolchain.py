@@ -37,10 +37,10 @@ def cxx() -> str:
 
 def ccache() -> str:
     """The compiler cache, or "" if there is none or it is not wanted."""
-    wanted, found = switch("CROSSVIT_BUILD_CCACHE"), shutil.which("ccache")
-    if wanted == "1" and not found:
+    setting, path = switch("CROSSVIT_BUILD_CCACHE"), shutil.which("ccache")
+    if setting == "1" and not path:
         sys.exit("CROSSVIT_BUILD_CCACHE=1, but there is no ccache on the PATH")
-    return found if found and wanted != "0" else ""
+    return path if path and setting != "0" else ""
 
 
 def ninja() -> str:
@@ -54,8 +54,8 @@ def ninja() -> str:
 
 def find_cuda() -> tuple[Path | None, str]:
     """The CUDA toolkit's root, or why there is none. A bare nvcc may be a script elsewhere."""
-    wanted = switch("CROSSVIT_BUILD_CUDA")
-    if wanted == "0":
+    setting = switch("CROSSVIT_BUILD_CUDA")
+    if setting == "0":
         return None, "CROSSVIT_BUILD_CUDA=0 was set"
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
@@ -70,7 +70,7 @@ def find_cuda() -> tuple[Path | None, str]:
         here, oldest = (".".join(map(str, v)) for v in (version, OLDEST_CUDA))
         why_not = f"the CUDA toolkit in {home} is {here}, older than {oldest}"
         break
-    if wanted == "1":
+    if setting == "1":
         sys.exit(f"CROSSVIT_BUILD_CUDA=1, but {why_not}")
     return None, why_not
 
@@ -89,8 +89,8 @@ def cuda_architectures(cuda: Path) -> list[str]:
     default = DEFAULT_ARCHITECTURES
     if visible and visible <= {*known}:
         default = ";".join(map(str, visible))
-    wanted = os.environ.get("CROSSVIT_CUDA_ARCH_LIST") or default
-    archs = re.split("[;, ]+", wanted.strip("; ,"))
+    requested = os.environ.get("CROSSVIT_CUDA_ARCH_LIST") or default
+    archs = re.split("[;, ]+", requested.strip("; ,"))
     for arch in archs:
         number = re.fullmatch(r"(\d+)[af]?", arch)
         if not number or int(number[1]) not in known:
