@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Widths of tokens and of the CLS, and heads, of them all.
-C, C_OWN, HEADS = 24, 40, 3
+C, C_CLS, HEADS = 24, 40, 3
 
 
 class DropPath(nn.Module):
@@ -57,9 +57,9 @@ class EagerCrossAttentionBlock(nn.Module):
 class EagerFusion(nn.Module):
     def __init__(self, bias: bool = True, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.proj = nn.Sequential(nn.LayerNorm(C_OWN, eps=1e-6), nn.GELU(), nn.Linear(C_OWN, C))
+        self.proj = nn.Sequential(nn.LayerNorm(C_CLS, eps=1e-6), nn.GELU(), nn.Linear(C_CLS, C))
         self.fusion = EagerCrossAttentionBlock(bias, drop_path)
-        self.revert_proj = nn.Sequential(nn.LayerNorm(C, eps=1e-6), nn.GELU(), nn.Linear(C, C_OWN))
+        self.revert_proj = nn.Sequential(nn.LayerNorm(C, eps=1e-6), nn.GELU(), nn.Linear(C, C_CLS))
 
     def forward(self, cls: Tensor, tokens: Tensor) -> Tensor:
         joined = torch.cat([self.proj(cls).unsqueeze(1), tokens], dim=1)

@@ -10,15 +10,15 @@ import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
 from crossvit_kernels.gpu import launcher
 
-# (C_own, C, heads) of both fusions of CrossViT-Ti, S, B, 9, 15 and 18.
+# (C_cls, C, heads) of both fusions of CrossViT-Ti, S, B, 9, 15 and 18.
 NAMED_WIDTHS = [
-    (own, other, heads)
+    (cls_dim, other, heads)
     for small, heads in ((96, 3), (192, 6), (384, 12), (128, 4), (224, 7))
-    for own, other in ((small, 2 * small), (2 * small, small))
+    for cls_dim, other in ((small, 2 * small), (2 * small, small))
 ]
 
 
-def make_weights(own: int, channels: int, biases: bool = True) -> FusionWeights:
+def make_weights(cls_dim: int, channels: int, biases: bool = True) -> FusionWeights:
     """Float64 weights of a trained model's size."""
 
     def linear(out: int, inp: int) -> list[Tensor]:
@@ -29,12 +29,12 @@ def make_weights(own: int, channels: int, biases: bool = True) -> FusionWeights:
 
     attention = [t for _ in range(4) for t in linear(channels, channels)]
     weights = FusionWeights(
-        *norm(own),
-        *linear(channels, own),
+        *norm(cls_dim),
+        *linear(channels, cls_dim),
         *norm(channels),
         *attention,
         *norm(channels),
-        *linear(own, channels),
+        *linear(cls_dim, channels),
     )
     return weights if biases else weights._replace(q_bias=None, k_bias=None, v_bias=None)
 
@@ -62,7 +62,7 @@ def check_frozen_tokens(backend: str, device: str, num_tokens: int = 21) -> None
 
 
 def check_rule(
-    own: int,
+    cls_dim: int,
     channels: int,
     heads: int,
     batch: int,
@@ -75,14 +75,14 @@ def check_rule(
     device: str = "cpu",
 ) -> None:
     """The new CLS and the gradients of the CLS, the tokens and every weight."""
-    weights = make_weights(own, channels, biases)
+    weights = make_weights(cls_dim, channels, biases)
     inputs = [
-        torch.randn(batch, own).double(),
+        torch.randn(batch, cls_dim).double(),
         mean + torch.randn(batch, num_tokens, channels).double(),
         *weights,
     ]
     inputs = [None if t is None else representable(t, dtype).to(device) for t in inputs]
-    upstream = [representable(torch.randn(batch, own).double(), dtype).to(device)]
+    upstream = [representable(torch.randn(batch, cls_dim).double(), dtype).to(device)]
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
 
     def run(backend: str):

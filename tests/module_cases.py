@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from eager_modules import (
-    C_OWN,
+    C_CLS,
     HEADS,
     C,
     EagerAttentionPool2d,
@@ -33,14 +33,14 @@ class Case(NamedTuple):
 
 CASES = {
     "fusion": Case(
-        lambda: modules.CrossAttentionFusion(C_OWN, C, HEADS),
+        lambda: modules.CrossAttentionFusion(C_CLS, C, HEADS),
         EagerFusion,
-        ((B, C_OWN), X),
+        ((B, C_CLS), X),
     ),
     "fusion without qkv bias": Case(
-        lambda: modules.CrossAttentionFusion(C_OWN, C, HEADS, qkv_bias=False),
+        lambda: modules.CrossAttentionFusion(C_CLS, C, HEADS, qkv_bias=False),
         lambda: EagerFusion(bias=False),
-        ((B, C_OWN), X),
+        ((B, C_CLS), X),
     ),
     "block": Case(
         lambda: modules.TransformerBlock(C, HEADS, mlp_ratio=2.0),
@@ -119,9 +119,9 @@ def outcome(module: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
     return {"output": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def assert_agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_agree(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            found[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+            actual[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
         )

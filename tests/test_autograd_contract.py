@@ -19,8 +19,8 @@ def leaves(operation: Operation, dtype: torch.dtype = torch.float64) -> dict[str
 def gradients(function, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     wanted = {k: t for k, t in tensors.items() if t.requires_grad}
     out = function(*tensors.values())
-    found = torch.autograd.grad(out.square().sum(), list(wanted.values()))
-    return dict(zip(wanted, found, strict=True))
+    grads = torch.autograd.grad(out.square().sum(), list(wanted.values()))
+    return dict(zip(wanted, grads, strict=True))
 
 
 def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance) -> None:
@@ -54,10 +54,10 @@ def test_outputs_can_be_written_to(operation: Operation, dtype: torch.dtype) -> 
     if operation is OPERATIONS["attention_core"]:  # keeps m for backward, as softmax its output
         y = y.clone()
     y += 1
-    found = torch.autograd.grad(y.sum(), list(tensors.values()))
+    actual = torch.autograd.grad(y.sum(), list(tensors.values()))
     z = operation.call(*tensors.values()) + 1
     expected = torch.autograd.grad(z.sum(), list(tensors.values()))
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -97,8 +97,8 @@ def test_saved_tensors_may_come_back_in_another_layout(
     tensors = leaves(operation, dtype)
     expected = gradients(operation.call, tensors)
     with saved_tensors_hooks(lambda t: t, other_layout):
-        found = gradients(operation.call, tensors)
-    assert_all_close(found, expected)
+        actual = gradients(operation.call, tensors)
+    assert_all_close(actual, expected)
 
 
 @operations
@@ -125,13 +125,13 @@ def test_second_derivatives(operation: Operation) -> None:
 def test_hessian_vector_products(operation: Operation) -> None:
     tensors = list(operation.tensors().values())
     vectors = tuple(torch.randn_like(t) for t in tensors)
-    _, found = torch.autograd.functional.hvp(
+    _, actual = torch.autograd.functional.hvp(
         lambda *t: operation.call(*t).square().sum(), tuple(tensors), vectors
     )
     _, expected = torch.autograd.functional.hvp(
         lambda *t: operation.plain(*t).square().sum(), tuple(tensors), vectors
     )
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -154,10 +154,10 @@ def test_batched_gradients(operation: Operation) -> None:
     wanted = list(tensors.values())
     y = operation.call(*wanted)
     upstream = torch.randn(4, *y.shape, dtype=y.dtype)
-    found = torch.autograd.grad(y, wanted, upstream, is_grads_batched=True)
+    actual = torch.autograd.grad(y, wanted, upstream, is_grads_batched=True)
     y = operation.plain(*wanted)
     expected = torch.autograd.grad(y, wanted, upstream, is_grads_batched=True)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -168,5 +168,5 @@ def test_a_second_derivative_under_autocast(operation: Operation) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = operation.call(first, *rest)
     (dx,) = torch.autograd.grad(y.float().square().sum(), first, create_graph=True)
-    found = torch.autograd.grad(dx.float().square().sum(), rest, allow_unused=True)
-    assert all(g is not None and g.isfinite().all() for g in found)
+    actual = torch.autograd.grad(dx.float().square().sum(), rest, allow_unused=True)
+    assert all(g is not None and g.isfinite().all() for g in actual)

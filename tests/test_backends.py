@@ -26,13 +26,13 @@ def run_python(code: str, **environment: str) -> str:
 
 
 def test_backends_says_what_is_usable_and_why_not() -> None:
-    found = ck.backends()
-    assert set(found) == set(NAMES) and found["reference"] is True
-    assert set(found.reasons) == {name for name, usable in found.items() if not usable}
-    for name in found:
-        assert name in str(found)
-    for reason in found.reasons.values():
-        assert reason in str(found)
+    available = ck.backends()
+    assert set(available) == set(NAMES) and available["reference"] is True
+    assert set(available.reasons) == {name for name, usable in available.items() if not usable}
+    for name in available:
+        assert name in str(available)
+    for reason in available.reasons.values():
+        assert reason in str(available)
 
 
 def test_auto_takes_the_compiled_kernel(cpu_backend: str, monkeypatch) -> None:

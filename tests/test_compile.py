@@ -23,12 +23,12 @@ from crossvit_kernels.ops.operator import OPERATIONS
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 ops = torch.ops.crossvit_kernels
-C, OWN, HEADS, EPS = 24, 16, 3, 1e-6
+C, C_CLS, HEADS, EPS = 24, 16, 3, 1e-6
 
 
 def fusion_weights() -> FusionWeights:
-    shapes = [[OWN], [OWN], [C, OWN], [C], [C], [C]] + [[C, C], [C]] * 4
-    return FusionWeights(*(torch.randn(s) for s in (*shapes, [C], [C], [OWN, C], [OWN])))
+    shapes = [[C_CLS], [C_CLS], [C, C_CLS], [C], [C], [C]] + [[C, C], [C]] * 4
+    return FusionWeights(*(torch.randn(s) for s in (*shapes, [C], [C], [C_CLS, C], [C_CLS])))
 
 
 def msa_weights() -> MsaWeights:
@@ -54,7 +54,7 @@ def test_opcheck_attention_core(extra: bool, shared: bool) -> None:
 @pytest.mark.parametrize("scale", [None, torch.tensor([0.0, 1.0, 2.0])])
 def test_opcheck_cross_attention_fusion(scale: Tensor | None) -> None:
     weights = fusion_weights()._replace(q_bias=None)
-    inputs = FusionInputs(torch.randn(3, OWN), torch.randn(3, 6, C)[:, 1:], weights, HEADS, scale)
+    inputs = FusionInputs(torch.randn(3, C_CLS), torch.randn(3, 6, C)[:, 1:], weights, HEADS, scale)
     for frozen in ((), (1,)):
         check_operators(OPERATIONS["cross_attention_fusion"], inputs, EPS, "cpu", frozen=frozen)
 
@@ -90,7 +90,7 @@ def fusion_module() -> tuple[Operation, Callable[[int], tuple[Tensor, ...]]]:
     module = Operation(
         lambda cls, x, w: ck.cross_attention_fusion(cls, x, w, HEADS), fusion_weights()
     )
-    return module, lambda batch: (torch.randn(batch, OWN), torch.randn(batch, 7, C))
+    return module, lambda batch: (torch.randn(batch, C_CLS), torch.randn(batch, 7, C))
 
 
 def msa_module() -> tuple[Operation, Callable[[int], tuple[Tensor, ...]]]:

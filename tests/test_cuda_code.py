@@ -51,11 +51,11 @@ def skip_unless_built(arch: int) -> None:
 def test_registers_and_stack(arch: int) -> None:
     """No local memory, and registers for all threads of a block."""
     skip_unless_built(arch)
-    found = machine_code.usage(extension.location(), extension_code.targets()[arch])
-    kernels = {kernel for name in found if (kernel := extension_code.kernel_of(name))}
+    usage = machine_code.usage(extension.location(), extension_code.targets()[arch])
+    kernels = {kernel for name in usage if (kernel := extension_code.kernel_of(name))}
     assert {kernel.name for kernel in kernels} == {*extension_code.NAMES}
     assert {kernel.dtype for kernel in kernels} == {"bf16", "fp16", "fp32"}
-    for name, (registers, stack) in found.items():
+    for name, (registers, stack) in usage.items():
         assert stack == 0, name
         assert 0 < registers <= 255, name
         if kernel := extension_code.kernel_of(name):
@@ -113,13 +113,13 @@ def test_what_the_fusion_declines_does_not_fit(dtype: torch.dtype, heads: int, s
     weights = FusionWeights(*(torch.empty(0, dtype=dtype) for _ in FusionWeights._fields))
     declined = 0
     for channels in (c for c in WIDTHS if c % (8 * heads) == 0):
-        for own in WIDTHS:
-            blocks = functions.cross_attention_blocks(code, own, channels, heads, most)
+        for cls_dim in WIDTHS:
+            blocks = functions.cross_attention_blocks(code, cls_dim, channels, heads, most)
             fits = all(b <= most for _, b in blocks)
-            cls = torch.empty(1, own, dtype=dtype)
+            cls = torch.empty(1, cls_dim, dtype=dtype)
             tokens = torch.empty(1, 1, channels, dtype=dtype)
             reason = fusion.why_not(FusionInputs(cls, tokens, weights, heads))
-            assert (reason is None) == fits, (own, channels, reason, blocks)
+            assert (reason is None) == fits, (cls_dim, channels, reason, blocks)
             assert fits or "shared memory" in reason
             declined += not fits
     assert declined > 0 or dtype != torch.float32

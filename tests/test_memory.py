@@ -16,15 +16,15 @@ from crossvit_kernels.ops.operator import OPERATIONS
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Backends that can run tensors on a CPU here, where Triton is interpreted."""
-    found = ck.backends()
-    if not found[request.param]:
-        pytest.skip(found.reasons[request.param])
+    available = ck.backends()
+    if not available[request.param]:
+        pytest.skip(available.reasons[request.param])
     if request.param == "triton" and torch.cuda.is_available():
         pytest.skip("Triton is compiled here, for a GPU")
     return request.param
 
 
-BATCH, OWN, C, HEADS = 4, 32, 16, 2
+BATCH, C_CLS, C, HEADS = 4, 32, 16, 2
 
 
 class Allocations(TorchDispatchMode):
@@ -43,11 +43,11 @@ class Allocations(TorchDispatchMode):
 
 
 def inputs(num_tokens: int) -> tuple[Tensor, Tensor, FusionWeights]:
-    shapes = [[OWN], [OWN], [C, OWN], [C], [C], [C]] + [[C, C], [C]] * 4
+    shapes = [[C_CLS], [C_CLS], [C, C_CLS], [C], [C], [C]] + [[C, C], [C]] * 4
     weights = FusionWeights(
-        *(torch.randn(s, requires_grad=True) for s in (*shapes, [C], [C], [OWN, C], [OWN]))
+        *(torch.randn(s, requires_grad=True) for s in (*shapes, [C], [C], [C_CLS, C], [C_CLS]))
     )
-    return torch.randn(BATCH, OWN), torch.randn(BATCH, num_tokens, C), weights
+    return torch.randn(BATCH, C_CLS), torch.randn(BATCH, num_tokens, C), weights
 
 
 def new_storages(num_tokens: int, backward: bool) -> list[int]:
@@ -99,4 +99,4 @@ def saved_elements(backend: str, num_tokens: int) -> int:
 
 def test_what_is_kept_does_not_grow_with_the_tokens(backend: str) -> None:
     few, many = saved_elements(backend, 50), saved_elements(backend, 700)
-    assert few == many <= BATCH * (2 * HEADS * C + HEADS + 6 * C + OWN)
+    assert few == many <= BATCH * (2 * HEADS * C + HEADS + 6 * C + C_CLS)

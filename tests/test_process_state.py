@@ -80,10 +80,10 @@ def test_results_do_not_depend_on_it(operation: Operation, state: str, dtype: to
     with torch.no_grad():
         inference = operation.call(*tensors)
     with STATES[state]():
-        found = run()
+        actual = run()
         with torch.no_grad():
             again = operation.call(*tensors)
-    for a, b in zip([*found, again], [*expected, inference], strict=True):
+    for a, b in zip([*actual, again], [*expected, inference], strict=True):
         assert a.dtype == b.dtype and a.device == b.device
         if "thread" in state:  # torch's own products divide their sums among threads
             assert (a - b).norm() <= 32 * torch.finfo(dtype).eps * (1 + b.norm())
@@ -161,5 +161,5 @@ def _unnamed_buffers(path: Path) -> Iterator[str]:
 
 def test_every_buffer_names_its_dtype_and_device() -> None:
     sources = [p for name in ("crossvit_kernels", "crossvit") for p in (ROOT / name).rglob("*.py")]
-    found = [line for path in sources for line in _unnamed_buffers(path)]
-    assert not found, "\n".join(found)
+    unnamed = [line for path in sources for line in _unnamed_buffers(path)]
+    assert not unnamed, "\n".join(unnamed)

@@ -171,12 +171,12 @@ KERNELS = {
 A_FEW = """
 import dataclasses, json
 from crossvit_kernels.inspect import ahead_of_time, compile_cases
-found = compile_cases.compile_cases(90, ["bf16"], [(192, 96, 3)], [(384, 6, 1152)], ["auto"])
+cases = compile_cases.compile_cases(90, ["bf16"], [(192, 96, 3)], [(384, 6, 1152)], ["auto"])
 def size(case):
     return len(case.absent), case.form.candidates[0].constants[0].rows
 chosen = []
 for name in ("ffn_forward", "ffn_hidden_backward", "norm_linear", "attention_core_forward"):
-    alike = sorted((s for s in found if s.name == name), key=size)
+    alike = sorted((s for s in cases if s.name == name), key=size)
     chosen += {s.absent: s for s in (alike[0], alike[-1])}.values()
 reports = ahead_of_time.reports([(case, 90) for case in chosen], 2)
 print(json.dumps([dataclasses.asdict(report) for report in reports]))
@@ -203,9 +203,9 @@ def test_every_kernel_is_inspected() -> None:
         "assert len(compile_cases.extremes(found)) < len(found) / 1.3\n"
         "print(json.dumps([(s.name, s.absent) for s in found]))\n"
     )
-    found = json.loads(run_python(code))
+    absent_tensors = json.loads(run_python(code))
     absent: dict[str, set[tuple[str, ...]]] = {name: set() for name in KERNELS}
-    for name, tensors in found:
+    for name, tensors in absent_tensors:
         absent[name].add(tuple(tensors))
     statistics = ("mean", "rstd")
     assert absent["ffn_forward"] == {("scale", *statistics), ("scale",), ()}
@@ -248,8 +248,8 @@ def test_portable_to_amd() -> None:
         "from crossvit_kernels.inspect import compile_cases\n"
         "from crossvit_kernels.inspect.ahead_of_time import compile_for\n"
         "widths, blocks = [(64, 96, 3)], [(96, 3, 288)]\n"
-        "found = compile_cases.compile_cases(0, ['bf16'], widths, blocks, ['auto'])\n"
-        "for s in {s.name: s for s in found}.values():\n"
+        "cases = compile_cases.compile_cases(0, ['bf16'], widths, blocks, ['auto'])\n"
+        "for s in {s.name: s for s in cases}.values():\n"
         "    print(s.name, len(compile_for(s, 'hip', 'gfx942').asm['amdgcn']))\n"
     )
     printed = run_python(code)
@@ -343,8 +343,8 @@ def test_graphs_need_a_gpu() -> None:
 
 def test_side_by_side_without_a_graph() -> None:
     x = torch.zeros(2)
-    found = graphs.side_by_side(lambda: x + 1, lambda: x + 2, like=x)
-    assert torch.equal(torch.stack(found), torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
+    results = graphs.side_by_side(lambda: x + 1, lambda: x + 2, like=x)
+    assert torch.equal(torch.stack(results), torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
     with graphs.one_stream():
         assert not graphs._streams
     assert graphs._streams

@@ -303,12 +303,12 @@ def test_no_query() -> None:
 
 def test_what_cls_replaces_reaches_nothing() -> None:
     block, cls = TransformerBlock(16, 2), torch.randn(2, 16)
-    found = []
+    gradients = []
     for value in (0.0, float("nan"), float("inf")):
         x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
         x[:, 0] = value
         block.zero_grad()
         block(x.requires_grad_(), cls).sum().backward()
-        found.append([x.grad, *(p.grad.clone() for p in block.parameters())])
-    torch.testing.assert_close(found[1], found[0])
-    torch.testing.assert_close(found[2], found[0])
+        gradients.append([x.grad, *(p.grad.clone() for p in block.parameters())])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])

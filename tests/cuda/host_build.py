@@ -38,8 +38,8 @@ def library(
     """The module's file."""
     import pybind11
 
-    found = pybind11.get_include(), sysconfig.get_path("include")
-    flags = "-fvisibility=hidden", *(f"-isystem{path}" for path in found), *flags
+    include_paths = pybind11.get_include(), sysconfig.get_path("include")
+    flags = "-fvisibility=hidden", *(f"-isystem{path}" for path in include_paths), *flags
     defines = (f"MODULE_NAME={_NAME}",)
     return host_compiler.library(
         (*kernels, *_BINDINGS), sanitizer=sanitizer, defines=defines, flags=flags

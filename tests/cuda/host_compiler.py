@@ -102,9 +102,9 @@ def _object(source: Path, flags: tuple[str, ...]) -> Path:
 
     if names.exists():
         try:
-            found = cache() / f"{key}-{content_of_all_it_reads()}.o"
-            if found.exists():
-                return found
+            cached = cache() / f"{key}-{content_of_all_it_reads()}.o"
+            if cached.exists():
+                return cached
         except FileNotFoundError:
             pass  # a header has gone
     with tempfile.TemporaryDirectory(dir=cache()) as folder:
@@ -199,8 +199,10 @@ def environment(
         # Without libstdc++ beside it the library's first exception aborts.
         names = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer], "libstdc++.so"
         command = [compiler_path(), *(f"-print-file-name={name}" for name in names)]
-        found = [subprocess.check_output([command[0], c], text=True).strip() for c in command[1:]]
-        variables["LD_PRELOAD"] = " ".join(found)
+        libraries = [
+            subprocess.check_output([command[0], c], text=True).strip() for c in command[1:]
+        ]
+        variables["LD_PRELOAD"] = " ".join(libraries)
     return variables
 
 

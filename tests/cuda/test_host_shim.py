@@ -228,10 +228,10 @@ def test_a_fault_is_caught(
     monkeypatch.setenv("FAULT", fault)
     for seed in seeds:
         done = host_compiler.run(programs(kernel, sanitizer), seed)
-        said = done.stdout + done.stderr
-        assert done.returncode != 0 and re.search(says, said), said
+        output = done.stdout + done.stderr
+        assert done.returncode != 0 and re.search(says, output), output
         if sanitizer:
-            assert re.search(rf"{kernel}\.cu:\d+", said), said
+            assert re.search(rf"{kernel}\.cu:\d+", output), output
 
 
 def test_every_fault_has_a_catch() -> None:
@@ -242,8 +242,8 @@ def test_a_fault_names_block_and_thread(
     programs: Programs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULT", "misaligned copy")
-    said = host_compiler.run(programs("gemm", None)).stdout
-    assert re.search(r"fault: block \(0, 0, 0\), thread \(\d+, 0, 0\): misaligned", said), said
+    output = host_compiler.run(programs("gemm", None)).stdout
+    assert re.search(r"fault: block \(0, 0, 0\), thread \(\d+, 0, 0\): misaligned", output), output
 
 
 def test_the_portable_stack_switch() -> None:

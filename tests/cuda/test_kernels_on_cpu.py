@@ -71,21 +71,21 @@ def test_core_in_any_order(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("division", "sizes"),
+    ("cluster_shape", "sizes"),
     [(ClusterShape(2, 2), (5, 64, 96, 3, 40)), (ClusterShape(4, 4), (3, 32, 400, 10, 20))],
     ids=str,
 )
 def test_fusion_in_any_order(
     in_any_order: Callable[..., None],
-    division: ClusterShape,
+    cluster_shape: ClusterShape,
     sizes: tuple[int, int, int, int, int],
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda, "cluster_shape", lambda batch, chip: division)
-    batch, own, channels, heads, num_tokens = sizes
-    weights = FusionWeights(*(w.to(dtype) for w in make_weights(own, channels)))
-    cls, tokens = torch.randn(batch, own), torch.randn(batch, num_tokens, channels)
+    monkeypatch.setattr(cuda, "cluster_shape", lambda batch, sm: cluster_shape)
+    batch, cls_dim, channels, heads, num_tokens = sizes
+    weights = FusionWeights(*(w.to(dtype) for w in make_weights(cls_dim, channels)))
+    cls, tokens = torch.randn(batch, cls_dim), torch.randn(batch, num_tokens, channels)
     inputs = cls.to(dtype), tokens.to(dtype)
     in_any_order(lambda: fusion_and_gradients(*inputs, weights, heads, "cuda"))
 
@@ -161,8 +161,8 @@ def test_nothing_to_report(run: Run, case: str, build: Build) -> None:
 @pytest.mark.parametrize("name", kernel_faults.FAULTS)
 def test_a_fault_is_caught(broken_runs: dict[str, Future[Any]], name: str) -> None:
     fault, done = kernel_faults.FAULTS[name], broken_runs[name].result()
-    said = done.stdout + done.stderr
-    assert done.returncode != 0 and fault.says in said, said
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and fault.says in output, output
     if fault.says in (RACE, OVERFLOW):
         where = re.escape(str(kernel_faults.changed_files()))
-        assert re.search(rf"{where}/\S+:\d+", said), said
+        assert re.search(rf"{where}/\S+:\d+", output), output

@@ -33,18 +33,18 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("own, channels, heads", [(384, 192, 6), (192, 384, 6)])
+@pytest.mark.parametrize("cls_dim, channels, heads", [(384, 192, 6), (192, 384, 6)])
 @pytest.mark.parametrize("batch", [5, 70], ids=["one kernel", "three kernels"])
-def test_fusions_of_crossvit_15(backend, batch, own, channels, heads, dtype) -> None:
+def test_fusions_of_crossvit_15(backend, batch, cls_dim, channels, heads, dtype) -> None:
     check_fusion(
-        own, channels, heads, batch, 197, dtype, scaled=True, backend=backend, device="cuda"
+        cls_dim, channels, heads, batch, 197, dtype, scaled=True, backend=backend, device="cuda"
     )
 
 
-@pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
-def test_fusions_of_named_widths(backend, own, channels, heads) -> None:
+@pytest.mark.parametrize("cls_dim, channels, heads", NAMED_WIDTHS)
+def test_fusions_of_named_widths(backend, cls_dim, channels, heads) -> None:
     """In one form and dtype, as compiling them takes a minute."""
-    check_fusion(own, channels, heads, 3, 49, torch.bfloat16, backend=backend, device="cuda")
+    check_fusion(cls_dim, channels, heads, 3, 49, torch.bfloat16, backend=backend, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -157,7 +157,7 @@ def test_servers_that_are_not_there(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path):
+def fake_hub(monkeypatch, tmp_path):
     """A hub that raises what a test sets; it says for which files."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     names = []
@@ -205,34 +205,34 @@ def hub_errors() -> list:
 
 
 @pytest.mark.parametrize("case", range(10))
-def test_why_there_is_no_file(asked, case):
+def test_why_there_is_no_file(fake_hub, case):
     error, kind, message = hub_errors()[case]
-    asked.errors["model.safetensors"] = error
+    fake_hub.errors["model.safetensors"] = error
     with pytest.raises(kind, match=message) as raised:
         load_checkpoint(tiny(), ID)
-    assert asked.names == ["model.safetensors"]
+    assert fake_hub.names == ["model.safetensors"]
     assert "none of" not in str(raised.value)
     assert kind is OSError or ID in str(raised.value)
 
 
-def test_a_repository_without_weights(asked):
+def test_a_repository_without_weights(fake_hub):
     with pytest.raises(FileNotFoundError, match=r"has none of model\.safetensors, pytorch_model"):
         load_checkpoint(tiny(), ID)
     # The network may go after the first answer.
     errors = pytest.importorskip("huggingface_hub.errors")
-    asked.errors["pytorch_model.bin"] = errors.LocalEntryNotFoundError("check your connection")
+    fake_hub.errors["pytorch_model.bin"] = errors.LocalEntryNotFoundError("check your connection")
     with pytest.raises(ConnectionError):
         load_checkpoint(tiny(), ID)
 
 
-def test_a_sharded_repository(asked, tmp_path):
+def test_a_sharded_repository(fake_hub, tmp_path):
     model = tiny()
     save_shards(model, tmp_path)
     assert_loads(ID, model)
-    assert asked.names[-2:] == ["model-1.safetensors", "model-2.safetensors"]
+    assert fake_hub.names[-2:] == ["model-1.safetensors", "model-2.safetensors"]
 
 
-def test_the_cache_serves_without_a_network(asked, tmp_path, monkeypatch):
+def test_the_cache_serves_without_a_network(fake_hub, tmp_path, monkeypatch):
     """Also a file that is not the first that is looked for."""
     model, path = tiny(), tmp_path / "cached.bin"
     torch.save(model.state_dict(), path)
@@ -242,7 +242,7 @@ def test_the_cache_serves_without_a_network(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(
         huggingface_hub, "try_to_load_from_cache", lambda repository, name: cached.get(name)
     )
-    asked.errors["model.safetensors"] = huggingface_hub.errors.LocalEntryNotFoundError("no")
+    fake_hub.errors["model.safetensors"] = huggingface_hub.errors.LocalEntryNotFoundError("no")
     assert_loads(ID, model)
 
 

@@ -30,8 +30,8 @@ def under(prefix: str, state: State) -> State:
     return {prefix + key: t for key, t in state.items()}
 
 
-def inside(part: str, state: State) -> State:
-    return {key.replace("blocks.0.", f"blocks.0.{part}."): t for key, t in state.items()}
+def inside(component: str, state: State) -> State:
+    return {key.replace("blocks.0.", f"blocks.0.{component}."): t for key, t in state.items()}
 
 
 def assert_loads(content, expected: CrossViT, **options) -> None:
@@ -82,14 +82,14 @@ def test_prefixes(prefix, log, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part",
+    "component",
     ["_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module._orig_mod"],
 )
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_names_inside_of_keys(part, prefix, log):
+def test_names_inside_of_keys(component, prefix, log):
     model = tiny()
-    assert_loads(under(prefix, inside(part, model.state_dict())), model)
-    assert all(f"'{name}.'" in log.text for name in part.split("."))
+    assert_loads(under(prefix, inside(component, model.state_dict())), model)
+    assert all(f"'{name}.'" in log.text for name in component.split("."))
 
 
 def test_a_lightning_module_with_a_loss_and_metrics(log):
@@ -362,7 +362,7 @@ def test_other_precisions_become_the_models(dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "kind"),
     [
         (lambda t: t.to(torch.int8), "torch.int8"),
         (lambda t: t.to(torch.complex64), "torch.complex64"),
@@ -372,11 +372,11 @@ def test_other_precisions_become_the_models(dtype, tmp_path):
     ],
 )
 @pytest.mark.parametrize("key", ["norm.0.weight", "pos_embed_1"])
-def test_values_that_are_no_weights(change, found, key):
+def test_values_that_are_no_weights(change, kind, key):
     state = tiny().state_dict()
     state[key] = change(state[key].detach())
     message = refusal(state)
-    assert f"{key}: found" in message and found in message
+    assert f"{key}: found" in message and kind in message
 
 
 def test_a_model_on_meta_is_refused():

@@ -335,7 +335,7 @@ def test_agrees_with_timm(name, tmp_path):
     names = [name for name, _ in ours.named_parameters()]
     assert names == [name for name, _ in theirs.named_parameters()]
     typical = sorted(g.square().mean().sqrt().item() for g in gradients[1])[len(names) // 2]
-    for name, mine, other in zip(names, *gradients, strict=True):
+    for name, ours, other in zip(names, *gradients, strict=True):
         # Two float32 computations, each some roundings off; zero by mathematics in a key's bias.
-        difference = (mine - other).square().mean().sqrt().item()
+        difference = (ours - other).square().mean().sqrt().item()
         assert difference <= 1e-4 * other.square().mean().sqrt().item() + 1e-5 * typical, name

@@ -17,9 +17,11 @@ pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
-def test_named_widths(own: int, channels: int, heads: int, dtype: torch.dtype) -> None:
-    check_rule(own, channels, heads, batch=8, num_tokens=49, dtype=dtype, scaled=own > channels)
+@pytest.mark.parametrize("cls_dim, channels, heads", NAMED_WIDTHS)
+def test_named_widths(cls_dim: int, channels: int, heads: int, dtype: torch.dtype) -> None:
+    check_rule(
+        cls_dim, channels, heads, batch=8, num_tokens=49, dtype=dtype, scaled=cls_dim > channels
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -42,7 +44,7 @@ def test_large_mean_small_spread(dtype: torch.dtype) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    own=st.integers(2, 40).map(lambda i: 8 * i),
+    cls_dim=st.integers(2, 40).map(lambda i: 8 * i),
     head_dim=st.sampled_from([8, 16, 24, 32, 64]),
     heads=st.sampled_from([1, 2, 3, 6, 7, 22]),
     batch=st.integers(1, 5),
@@ -51,9 +53,9 @@ def test_large_mean_small_spread(dtype: torch.dtype) -> None:
     biases=st.booleans(),
     scaled=st.booleans(),
 )
-def test_fuzz(own, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
+def test_fuzz(cls_dim, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
     torch.manual_seed(2)
-    check_rule(own, head_dim * heads, heads, batch, num_tokens, dtype, biases, scaled)
+    check_rule(cls_dim, head_dim * heads, heads, batch, num_tokens, dtype, biases, scaled)
 
 
 def test_gradcheck() -> None:

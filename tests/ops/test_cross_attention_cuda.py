@@ -24,20 +24,20 @@ from crossvit_kernels.ops.cross_attention.cuda import ClusterShape
 from crossvit_kernels.ops.operator import OPERATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DIVISIONS = tuple(ClusterShape(*of) for of in ((1, 8), (3, 8), (4, 2), (16, 8), (2, 1)))
+CLUSTER_SHAPES = tuple(ClusterShape(*shape) for shape in ((1, 8), (3, 8), (4, 2), (16, 8), (2, 1)))
 
 
-@pytest.fixture(params=DIVISIONS, ids=str)
-def division(request: pytest.FixtureRequest, monkeypatch) -> ClusterShape:
+@pytest.fixture(params=CLUSTER_SHAPES, ids=str)
+def cluster_shape(request: pytest.FixtureRequest, monkeypatch) -> ClusterShape:
     """Images and blocks of a cluster, whatever the batch."""
     choose(request.param, monkeypatch)
     return request.param
 
 
-def choose(division: ClusterShape, monkeypatch) -> None:
+def choose(cluster_shape: ClusterShape, monkeypatch) -> None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
-        division = ClusterShape(division.images, 1)
-    monkeypatch.setattr(cuda, "cluster_shape", lambda batch, chip: division)
+        cluster_shape = ClusterShape(cluster_shape.images, 1)
+    monkeypatch.setattr(cuda, "cluster_shape", lambda batch, sm: cluster_shape)
 
 
 def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -45,21 +45,22 @@ def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rule(division: ClusterShape, dtype: torch.dtype, cuda_device: str) -> None:
+def test_rule(cluster_shape: ClusterShape, dtype: torch.dtype, cuda_device: str) -> None:
     """Batches beyond a cluster's images, no biases, heads that are no power of two."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=cuda_device)
     check(128, 80, 10, 2, 33, dtype=dtype, biases=False, device=cuda_device)
 
 
-def test_frozen_tokens(division: ClusterShape, cuda_device: str) -> None:
+def test_frozen_tokens(cluster_shape: ClusterShape, cuda_device: str) -> None:
     check_frozen_tokens("cuda", cuda_device)
 
 
 @pytest.mark.slow_on_cpu
-@pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
-def test_named_widths(own: int, channels: int, heads: int, cuda_device: str) -> None:
-    dtype = DTYPES[own > channels]
-    check(own, channels, heads, 2, 17, dtype=dtype, scaled=own > channels, device=cuda_device)
+@pytest.mark.parametrize("cls_dim, channels, heads", NAMED_WIDTHS)
+def test_named_widths(cls_dim: int, channels: int, heads: int, cuda_device: str) -> None:
+    scaled = cls_dim > channels
+    sizes = cls_dim, channels, heads, 2, 17
+    check(*sizes, dtype=DTYPES[scaled], scaled=scaled, device=cuda_device)
 
 
 @pytest.mark.sanitizer
@@ -86,7 +87,7 @@ def test_wide(cuda_device: str) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    own=st.integers(1, 12).map(lambda i: 16 * i),
+    cls_dim=st.integers(1, 12).map(lambda i: 16 * i),
     head_dim=st.sampled_from([16, 24, 32, 64]),
     heads=st.sampled_from([1, 2, 3, 7]),
     batch=st.integers(0, 6),
@@ -95,10 +96,10 @@ def test_wide(cuda_device: str) -> None:
     biases=st.booleans(),
     scaled=st.booleans(),
 )
-def test_fuzz(cuda_device, own, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
+def test_fuzz(cuda_device, cls_dim, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
     torch.manual_seed(2)
     heads += heads * head_dim % 16 // 8  # widths are multiples of 16
-    sizes = (own, head_dim * heads, heads, batch, num_tokens)
+    sizes = (cls_dim, head_dim * heads, heads, batch, num_tokens)
     check(*sizes, dtype=dtype, biases=biases, scaled=scaled, device=cuda_device)
 
 
@@ -131,8 +132,8 @@ def test_an_image_depends_on_itself_alone(
     poisoned = tokens.clone()
     poisoned[2, 3, 5] = torch.nan
     others = [0, 1, 3, 4]
-    for division in DIVISIONS:
-        choose(division, monkeypatch)
+    for cluster_shape in CLUSTER_SHAPES:
+        choose(cluster_shape, monkeypatch)
         for batch in (slice(0, 5), slice(4, 5)):
             results = fusion(cls[batch], tokens[batch], weights, heads)
             for a, e in zip(results, expected, strict=True):
@@ -195,9 +196,11 @@ def test_what_is_declined(cuda_device: str) -> None:
         (1600, 96, torch.float32, "1600 channels of the CLS are more than 1536"),
         (48, 1536, torch.float32, "bytes of shared memory, of which a block there has"),
     ]
-    for own, channels, dtype, reason in cases:
-        weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(own, channels)))
-        cls = torch.randn(1, own, device=cuda_device)
+    for cls_dim, channels, dtype, reason in cases:
+        weights = FusionWeights(
+            *(w.float().to(cuda_device) for w in make_weights(cls_dim, channels))
+        )
+        cls = torch.randn(1, cls_dim, device=cuda_device)
         tokens = torch.randn(1, 2, channels, device=cuda_device).to(dtype)
         with pytest.raises(ValueError, match=f"cuda: .*{reason}"):
             ck.cross_attention_fusion(cls, tokens, weights, 3, backend="cuda")
