@@ -5,14 +5,14 @@
     python bench/block_bench.py --preset few-rows
 
 measures in one run the reference (matmul, softmax, matmul), the operators that timm's Block calls
-(SDPA among them), both under torch.compile, what the library chooses by itself (the row "ours
-(auto)"), and each way it has; forward, and forward with backward, for both branches of a named
-model. With --frozen backward is that of fine-tuning: weights frozen and the gradient of x wanted
-("frozen"), or nothing trained but a head behind ("heads").
+(including SDPA), both under torch.compile, the library's default (the row "ours (auto)"), and each
+of its kernel variants; forward, and forward with backward, for both branches of a named model. With
+--frozen, backward is that of fine-tuning: frozen weights with the gradient of x ("frozen"), or only
+a head on the output trained ("heads").
 
-Beside each time stand the floor (the time of its FLOP at the rate of matrix products, or of reading
-x and writing y at the rate of a copy, whichever is longer) and what a call allocates. A contender
-whose output or gradients are wrong is reported and not timed.
+Each time comes with its floor (the time of its FLOP at the rate of matrix products, or of reading
+x and writing y at copy speed, whichever is longer) and the memory that a call allocates. Contenders
+whose output or gradients are wrong are reported and not timed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sizes import TOKENS, WIDTHS
 
 from crossvit_kernels.ops.operator import OPERATIONS
 
-#: Defaults of options, by name.
+#: Preset -> defaults of other options.
 PRESETS: dict[str, dict[str, Any]] = {
     "crossvit": {},
     "few-rows": {

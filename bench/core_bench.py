@@ -1,12 +1,12 @@
-"""attention_core, the pass over the tokens alone: ours against PyTorch, beside the memory's speed.
+"""attention_core, the token pass on its own: ours against PyTorch and against the copy bandwidth.
 
     python bench/core_bench.py --channels 192 384 --batch 64 256
 
-measures the reference (LayerNorm, two matrix products, softmax), the same compiled, what
-attention_core chooses by itself, and every usable backend of crossvit_kernels; forward, and forward
-with backward. The floor is the time in which the device copies the tokens' bytes: read once
-forward, read twice and written once with backward. A contender whose output or gradients are wrong
-is reported and not timed.
+measures the reference (LayerNorm, two matrix products, softmax), the same compiled, the default of
+attention_core, and every usable backend of crossvit_kernels; forward, and forward with backward.
+The floor is the time the device takes to copy the tokens' bytes: read once in forward, read twice
+and written once with backward. Contenders whose output or gradients are wrong are reported and not
+timed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def our_backend(name: str) -> Core:
 
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
-    """Eager first."""
+    """All contenders, eager first."""
     candidates = [Contender("eager", eager), compiled_contender("eager", eager, options)]
     return candidates + [
         our_contender(name, our_backend(name), options) for name in options.backends

@@ -1,16 +1,16 @@
-"""The fusion of one branch's CLS with the other branch's patches: ours against what PyTorch offers.
+"""The fusion of one branch's CLS with the other branch's patches: ours against PyTorch.
 
     python bench/fusion_bench.py --tokens 401
     python bench/fusion_bench.py --tokens 401 --frozen
 
 measures CrossViT-15's L-branch CLS over 400 S-branch patches on the device at hand: eager with
-materialised keys and values, SDPA on them, the absorbed form (no keys, no values) in PyTorch,
-compiled baselines, what cross_attention_fusion chooses by itself (the row "ours (auto)"), and every
-usable backend of crossvit_kernels. With --frozen backward is that of fine-tuning: weights frozen
-and the inputs' gradients wanted ("frozen"), or nothing trained but a head behind ("heads").
+materialised keys and values, SDPA on them, the absorbed algorithm (no keys, no values) in PyTorch,
+compiled baselines, the default of cross_attention_fusion (the row "ours (auto)"), and every usable
+backend of crossvit_kernels. With --frozen, backward is that of fine-tuning: frozen weights with
+the inputs' gradients ("frozen"), or only a head on the output trained ("heads").
 
-Each contender is first checked against float64, in all its results and gradients; one that is wrong
-is never timed, and if it is ours, the program fails. The last lines say what was fastest.
+All results and gradients of each contender are first checked against float64; one that is wrong is
+never timed, and if it is ours, the program fails. The last lines say what was fastest.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ COLUMNS = {
 
 
 def measure_shape(run: Contest, shape: Shape) -> None:
-    """One shape in every mode asked for."""
+    """Measure one shape in every requested mode."""
     options = run.options
     candidates = contenders(options, shape)
     num_sets = num_rotated_sets(shape.token_bytes, options.device)
@@ -166,7 +166,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Complete the sizes; ValueError says what is wrong with them."""
+    """Complete the sizes; raise ValueError if they do not fit each other."""
     options.own_dim = options.own_dim or 2 * options.dim
     if options.pair_tokens:
         if options.mode in ("train", "frozen"):
@@ -181,7 +181,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def shapes(options: argparse.Namespace) -> list[Shape]:
-    """One for each value swept, the other size at its default; or the default alone."""
+    """One shape for each swept value, the other size at its default; or only the default."""
     default = {"tokens": options.tokens, "batch": options.batch}
     points = [default | {axis: value} for axis, values in options.sweep for value in values]
     dtype = DTYPES[options.dtype]

@@ -1,4 +1,4 @@
-"""The fusion's shapes and inputs, and its contenders: what they are, and what they must compute."""
+"""The fusion's shapes and inputs, and its contenders with the results they must give."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Fusion = Callable[[Tensor, Tensor, ck.FusionWeights, int], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One point of measurement. ``tokens`` counts the rows attended to, the CLS included.
+    """One measured point. ``tokens`` counts the rows attended to, including the CLS.
 
-    With ``pair_tokens`` both fusions of a block are measured: that of the other branch's CLS too.
+    With ``pair_tokens`` both fusions of a block are measured, also that of the other branch's CLS.
     """
 
     tokens: int
@@ -60,7 +60,7 @@ class Shape:
         return single + (self.other.token_bytes if self.other else 0)
 
     def floor_bytes(self, mode: str) -> int:
-        """What must cross the memory interface: the patches once, thrice with their gradient."""
+        """Minimum memory traffic: the patches once, three times with their gradient."""
         needs_dx, needs_dw = TRAINED[mode]
         if self.other:
             alone = dataclasses.replace(self, pair_tokens=0)
@@ -69,12 +69,12 @@ class Shape:
         weights = sum(map(math.prod, self.weights().values()))
         if not needs_dx:
             return self.token_bytes + (2 * cls + weights) * self.dtype.itemsize
-        # Read, read again, gradient written; of the CLS: in, out, and both gradients.
+        # Patches: read twice, gradient written. CLS: in, out, and both gradients.
         weight_passes = 3 if needs_dw else 2
         return 3 * self.token_bytes + (4 * cls + weight_passes * weights) * self.dtype.itemsize
 
     def flops(self, mode: str) -> int:
-        """Of the absorbed algorithm: two products a head over the tokens, seven with backward."""
+        """FLOP of the absorbed algorithm: two products over the tokens, seven with backward."""
         pass_over_tokens = 2 * self.tokens * self.dim * self.heads
         projections = 8 * self.dim**2 + 4 * self.dim * self.own_dim
         needs_dx, needs_dw = TRAINED[mode]
@@ -84,7 +84,7 @@ class Shape:
 
 
 def make_inputs(shape: Shape, mode: str, device: torch.device, num_sets: int) -> Inputs:
-    """A set is (cls, tokens), with those of the other fusion of a block, if it is measured too."""
+    """Sets of (cls, tokens), followed by those of the other fusion, if it is measured too."""
     fusions = [shape, shape.other] if shape.other else [shape]
 
     def one_set(normal: Normal) -> tuple[Tensor, ...]:
@@ -112,7 +112,7 @@ def make_inputs(shape: Shape, mode: str, device: torch.device, num_sets: int) ->
     )
 
 
-# The contenders that PyTorch offers. They share f and g with the definition.
+# Contenders in PyTorch. They share f and g with the definition.
 
 
 def _lift(cls: Tensor, w: ck.FusionWeights) -> Tensor:
@@ -149,7 +149,7 @@ def _pool(u: Tensor, xhat: Tensor) -> Tensor:
 
 
 def _pool_sdpa(u: Tensor, xhat: Tensor) -> Tensor:
-    # One head whose queries are our heads: keys and values are read once for all of them.
+    # One head whose queries are our heads: keys and values are read once for all.
     x = xhat.unsqueeze(1)
     return F.scaled_dot_product_attention(u.unsqueeze(1), x, x, scale=1.0).squeeze(1)
 
@@ -161,7 +161,7 @@ def absorbed(
     heads: int,
     pool: Callable[[Tensor, Tensor], Tensor] = _pool,
 ) -> Tensor:
-    """W_k and W_v act on the query and on the pooled tokens, so that K and V never exist."""
+    """Applies W_k to the query and W_v to the pooled tokens, without forming K and V."""
     dim = tokens.shape[-1]
     y0 = _lift(cls, w)
     q = F.linear(F.layer_norm(y0, (dim,), w.norm_weight, w.norm_bias, EPS), w.q_weight, w.q_bias)
@@ -227,13 +227,13 @@ def split_pair(
 
 
 def definition(shape: Shape) -> Call:
-    """Eager mode: what the others are judged by."""
+    """Eager mode, the standard for the others."""
     return (two_calls if shape.other else one_call)(eager, shape.heads)
 
 
 def contenders(options: argparse.Namespace, shape: Shape) -> list[Contender]:
-    """Eager first. Their calls take a set's tensors and the weights."""
-    torch._dynamo.reset()  # or each shape would count as a recompilation, and soon run eager
+    """All contenders, eager first. Their calls take a set's tensors and the weights."""
+    torch._dynamo.reset()  # otherwise each shape counts as a recompilation, up to the limit
     calls, heads = two_calls if shape.other else one_call, shape.heads
     too_wide = "SDPA's fused kernels end at head dim 256" if shape.dim > 256 else None
     candidates = [

@@ -1,10 +1,9 @@
-"""Everything that is to be run on a GPU, in one command: ``python bench/gpu_suite.py OUT``.
+"""All GPU tests and benchmarks in one command: ``python bench/gpu_suite.py OUT``.
 
 Imports, tests on the device, tests under a sanitizer, then every benchmark with every baseline.
-Each stage writes its log and results into OUT. The command stops after ``--seconds``, and begins
-with what matters most. Stages that are done are not run again: rerun the command to resume. A stage
-that fails or takes too long does not keep the others from running. ``--dry-run`` runs all kinds of
-stages on a CPU with tiny sizes.
+Each stage writes its log and results to OUT. The most important stages come first, and the command
+stops after ``--seconds``; rerun it to resume, as finished stages are skipped. A stage that fails or
+times out does not stop the others. ``--dry-run`` runs all kinds of stages on a CPU with tiny sizes.
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ MODELS = tuple(
     f"crossvit_{name}_240"
     for name in ("15", "tiny", "small", "base", "9", "18", "9_dagger", "15_dagger", "18_dagger")
 )
-#: Whose widths are measured, in this order; CrossViT-S has those of 15.
+#: Models whose widths are measured, in this order; CrossViT-S has those of 15.
 WIDTH_NAMES = ("15", "Ti", "B", "9", "18")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A command, run in the repository's root."""
+    """A command to run in the repository's root."""
 
     name: str
     command: tuple[str, ...]
-    seconds: int  # after which it is interrupted
+    seconds: int  # timeout
 
 
 def stages(out: Path, dry: bool) -> list[Stage]:
-    """In the order in which they are worth having."""
+    """All stages, the most important first."""
     python = sys.executable
     device = "cpu" if dry else "cuda"
     quick = "1" if dry else "0.5"
@@ -74,7 +73,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
 
 
 def compilation() -> list[Stage]:
-    """Triton's kernels on all cores at once, into the cache where launches find them."""
+    """Compile Triton's kernels on all cores, into the cache that launches use."""
     import torch
 
     if not torch.cuda.is_available():
@@ -85,7 +84,7 @@ def compilation() -> list[Stage]:
 
 
 def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
-    """CrossViT-15 first, with the compiled baselines; then everything else."""
+    """The benchmarks: CrossViT-15 with the compiled baselines first, then the rest."""
     python = sys.executable
     few = ("--min-time", quick, *(("--repeats", "3") if dry else ()))
     batches = ("1", "2") if dry else ("1", "8", "64", "256", "1024")
@@ -163,7 +162,7 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
 
 
 def run(stage: Stage, out: Path, seconds: float) -> int:
-    """Its exit status; 124 where it took too long. Programs keep their rows on an interrupt."""
+    """Run a stage; return its exit status, 124 on timeout. Interrupted programs save their rows."""
     with (out / f"{stage.name}.log").open("w") as log:
         process = subprocess.Popen(
             stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -212,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(stage, "no time left")
             continue
         began = time.monotonic()
-        limit = stage.seconds * (5 if options.dry_run else 1)  # a CPU may be busy, and shared
+        limit = stage.seconds * (5 if options.dry_run else 1)  # a CPU may be shared and busy
         status = run(stage, out, min(limit, end - began))
         seconds = time.monotonic() - began
         done[stage.name] = {"status": status, "seconds": round(seconds, 1)}
