@@ -94,8 +94,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--channels", type=positive, nargs="+", default=[192, 384], help="widths")
     add("--batch", type=positive, nargs="+", default=[64], help="images")
-    add("--tokens", type=positive, default=401, help="of an image (401)")
-    add("--rows", type=positive, help="rows of u; one for every 64 channels by default")
+    add("--tokens", type=positive, default=401, help="per image (401)")
+    add("--rows", type=positive, help="rows of u; default: one per 64 channels")
     return command_line.completed(parser, arguments, OPERATIONS["attention_core"].backends)
 
 

@@ -136,7 +136,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         __doc__, "fusion", min_time=6.0, repeats=200, frozen=True, plot=True
     )
     add = parser.add_argument
-    add("--tokens", type=positive, default=401, help="rows attended to, CLS included (401)")
+    add("--tokens", type=positive, default=401, help="rows attended to, including the CLS (401)")
     add("--batch", type=positive, default=64, help="images (64)")
     add("--dim", type=positive, default=192, help="width of the tokens (192)")
     add("--own-dim", type=positive, help="width of the CLS (twice --dim)")
@@ -145,7 +145,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--pair-tokens",
         type=positive,
         metavar="TOKENS",
-        help="both fusions of a block, forward: the other branch's CLS attends to so many rows",
+        help="both fusions of a block, forward: rows that the other branch's CLS attends to",
     )
     add(
         "--sweep",
@@ -153,9 +153,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="AXIS=N,N,...",
-        help="tokens=49,197,401 or batch=1,64,256; both may be given, each at the other's default",
+        help="tokens=49,197,401 or batch=1,64,256, or both, each with the default of the other",
     )
-    add("--hot", action="store_true", help="on a GPU, also with one set of inputs, hot in the L2")
+    add("--hot", action="store_true", help="on a GPU, also with one set of inputs, hot in L2")
     backends = OPERATIONS["cross_attention_fusion"].backends
     options = command_line.completed(parser, arguments, backends)
     try:

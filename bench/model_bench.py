@@ -94,7 +94,7 @@ def contenders(
 def timm_maker(
     name: str, options: argparse.Namespace, state: dict[str, Tensor]
 ) -> Callable[[], nn.Module] | None:
-    """Makes timm's model; None if timm is missing, lacks it, or cannot run this size."""
+    """Return a maker of timm's model; None if timm lacks it or cannot run this size."""
     try:
         import timm
     except ImportError:
@@ -264,7 +264,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="+", default=["crossvit_15_240"], help="names, or patterns of names")
     add("--batch", type=positive, nargs="+", default=[8])
-    add("--img-size", type=positive, help="of the S branch, another than the models' own")
+    add("--img-size", type=positive, help="of the S branch; default: the model's own")
     add("--paper", action="store_true", help="the paper's protocol: batch 64, 100 iterations")
     options = command_line.completed(parser, arguments)
     names = [name for pattern in options.models for name in crossvit.list_models(pattern)]

@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps a model: containers, averaged weights, prefixes of wrappers."""
+"""Locates a model in a checkpoint: containers, averaged weights, prefixes of wrappers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 logger = logging.getLogger("crossvit")
 
-#: Keys of a training checkpoint that hold a state dict, in the order of search, which is timm's.
+#: Keys of a training checkpoint that hold a state dict, in timm's order of search.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema")
 _TRAINED = ("state_dict", "model", "model_state_dict", "net", "network", "module", "params")
-#: What torch.compile, DataParallel, DistributedDataParallel, AveragedModel, activation
-#: checkpointing and FSDP call the module that they wrap, at the top of a model or inside.
+#: Names of the wrapped module in torch.compile, DataParallel, DistributedDataParallel,
+#: AveragedModel, activation checkpointing and FSDP, around a model or inside it.
 WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _AVERAGED_PART = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)")
 _SHOWN = 10
@@ -29,10 +29,10 @@ class Entries:
     """A model's entries of a checkpoint.
 
     Attributes:
-        state: By the model's names, timm's; entries that are not the model's keep theirs.
-        grid_sizes: Of the model that was saved, where its state dict tells.
+        state: Entries by the model's (timm's) names; others keep their keys.
+        grid_sizes: Grids of the saved model, if its state dict records them.
         notes: What was recognised, in words.
-        common_prefix: What all keys begin with, where it was not recognised.
+        common_prefix: Common prefix of all keys, if it was not recognised.
     """
 
     state: dict[str, Any]
@@ -42,13 +42,13 @@ class Entries:
 
 
 def shortened(names: Collection[Any], shown: int = _SHOWN) -> str:
-    """The first of many names, and how many more there are."""
+    """The first few names, and the number of the others."""
     text = ", ".join(map(str, list(names)[:shown]))
     return text if len(names) <= shown else f"{text} and {len(names) - shown} more"
 
 
 def unwrapped_name(key: str) -> str:
-    """A key without the names of wrappers, wherever they are in it."""
+    """Remove the names of wrappers anywhere in a key."""
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
@@ -60,18 +60,18 @@ def find(
     indexed_fusion: bool,
     use_ema: bool,
 ) -> Entries:
-    """The entries of a model in a checkpoint.
+    """Return the entries of a model in a checkpoint.
 
     Args:
         content: A state dict, or a container that holds one.
         names: Keys of the model.
-        needed: Those without which nothing counts as the whole model.
-        indexed_fusion: Whether names have the index of a cross-attention block; with one block a
-            fusion, the official release has an index where timm has none.
-        use_ema: Take averaged weights where others are there too.
+        needed: Keys without which a model counts as incomplete.
+        indexed_fusion: Whether names include the index of a cross-attention block; with one block
+            per fusion, the official release has an index and timm has none.
+        use_ema: Prefer averaged weights if there are others too.
 
     Raises:
-        ValueError: There are no tensors, or more than one model and nothing says which.
+        ValueError: There are no tensors, or several models and no way to choose.
     """
     state, notes = _state_dict(content, use_ema)
     splitter = _Splitter(names, indexed_fusion)
@@ -99,7 +99,7 @@ def find(
 
 
 def _state_dict(content: Mapping[str, Any], use_ema: bool) -> tuple[Mapping[str, Any], list[str]]:
-    """The innermost state dict of a container, and what was chosen on the way."""
+    """The innermost state dict of a container, and notes on the choices made."""
     notes: list[str] = []
     while (inner := _contained(content, use_ema, notes)) is not None:
         content = inner
@@ -114,7 +114,7 @@ def _state_dict(content: Mapping[str, Any], use_ema: bool) -> tuple[Mapping[str,
 def _contained(
     content: Mapping[str, Any], use_ema: bool, notes: list[str]
 ) -> Mapping[str, Any] | None:
-    """The state dict in a container; None where the content is one."""
+    """The state dict in a container; None if the content already is one."""
 
     def holds(key: Any) -> bool:
         return isinstance(content.get(key), Mapping) and len(content[key]) > 0
@@ -123,7 +123,7 @@ def _contained(
     averaged = next(filter(holds, _AVERAGED), None)
     trained = next(filter(holds, _TRAINED), None)
     if "averaging_state" in content and holds("current_model_state"):
-        # Lightning's WeightAveraging puts the average where weights usually are.
+        # Lightning's WeightAveraging stores the average in the usual place of the weights.
         averaged, trained = "state_dict", "current_model_state"
     if averaged is not None and not use_ema and trained is None:
         raise ValueError(
@@ -155,7 +155,7 @@ def _contained(
 
 
 def _callback_averages(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The averaged weights that a callback of Lightning kept: ``callbacks.EMA.ema_state_dict``."""
+    """Averaged weights saved by a Lightning callback: ``callbacks.EMA.ema_state_dict``."""
     callbacks = content.get("callbacks")
     states = callbacks.values() if isinstance(callbacks, Mapping) else ()
     return {
@@ -168,7 +168,7 @@ def _callback_averages(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Splitter:
-    """Splits a key into the prefix and a name of the model."""
+    """Splits a key into a prefix and a name of the model."""
 
     def __init__(self, names: Collection[str], indexed_fusion: bool) -> None:
         self.names, self.indexed_fusion = names, indexed_fusion
@@ -182,7 +182,7 @@ class _Splitter:
         return None
 
     def name(self, key: str) -> str:
-        """A key of the official release, or inside of wrappers, as timm has it."""
+        """timm's name for a key of the official release or of a wrapped module."""
         key = re.sub(r"^(pos_embed|cls_token)\.([01])$", r"\1_\2", unwrapped_name(key))
         return key if self.indexed_fusion else re.sub(r"(\.fusion\.[01])\.0\.", r"\1.", key)
 
@@ -194,7 +194,7 @@ def _choose(
     use_ema: bool,
     notes: list[str],
 ) -> str:
-    """The prefix of the model to load, of those under which there is a whole one."""
+    """Choose the prefix of the model to load from those of complete models."""
     averaged = [prefix for prefix in whole if _AVERAGED_PART.search(prefix)]
     trained = [prefix for prefix in whole if prefix not in averaged]
     if averaged and not trained and not use_ema:
@@ -229,7 +229,7 @@ def _add_the_rest(
     whole: Iterable[str],
     splitter: _Splitter,
 ) -> list[str]:
-    """Adds what is under the prefix but no name of the model; returns the keys elsewhere."""
+    """Add entries under the prefix that are not names of the model; return all other keys."""
     wrapper = re.compile(rf"(?:(?:{'|'.join(WRAPPERS)})\.)+$")
     others = tuple(
         outer
@@ -276,7 +276,7 @@ def _note_wrappers(
 
 
 def _common_prefix(keys: Iterable[str]) -> str:
-    """The first parts that all keys share."""
+    """The leading components that all keys share."""
     components = zip(*(key.split(".")[:-1] for key in keys), strict=False)
     shared = itertools.takewhile(lambda names: len(set(names)) == 1, components)
     return "".join(f"{names[0]}." for names in shared)

@@ -1,4 +1,4 @@
-"""What of a checkpoint does not fit a model, in few lines."""
+"""Short reports of how a checkpoint does not fit a model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _LINES = 10
 
 
 def refuse_misfits(entries: Entries, expected: Mapping[str, Tensor], config: Config) -> None:
-    """Checks that a checkpoint has what a model has, and nothing else.
+    """Check that a checkpoint has exactly the tensors of a model.
 
     Raises:
-        ValueError: It has not. At most ten keys are named, and how many more there are; what was
-            recognised of wrappers; what may be the reason.
+        ValueError: It does not. The message names at most ten keys and counts the others, and says
+            which wrappers were recognised and what the reason may be.
     """
     state = entries.state
     kinds = {
@@ -48,7 +48,7 @@ def refuse_misfits(entries: Entries, expected: Mapping[str, Tensor], config: Con
 
 
 def _few(kinds: Mapping[str, list[str]]) -> list[str]:
-    """Ten lines in all: the first problems of each kind, and how many more there are."""
+    """The first problems of each kind, ten in all, and the number of the others."""
     kinds = {kind: problems for kind, problems in kinds.items() if problems}
     if sum(map(len, kinds.values())) <= _LINES:
         return [problem for problems in kinds.values() for problem in problems]
@@ -63,7 +63,7 @@ def _few(kinds: Mapping[str, list[str]]) -> list[str]:
 
 
 def _unusable(t: Tensor, expected: Tensor) -> str | None:
-    """What keeps a tensor's numbers from being copied as they are."""
+    """Why a tensor's values cannot be copied as they are; None if they can."""
     if t.is_meta:
         return "one on meta, without data"
     if t.layout is not torch.strided or t.is_quantized:
@@ -77,7 +77,7 @@ def _unusable(t: Tensor, expected: Tensor) -> str | None:
 
 
 def _torn(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """Tied parameters of the model that the checkpoint has two values for."""
+    """Tied parameters of the model with different values in the checkpoint."""
     first: dict[tuple[int, torch.Size], str] = {}
     problems = []
     for key, t in expected.items():
@@ -117,7 +117,7 @@ def _is_one(state: Mapping[str, Tensor]) -> bool:
 
 
 def _looks_like(state: Mapping[str, Tensor], config: Config) -> str | None:
-    """The named model whose widths, depth and patches a checkpoint has, where it is another."""
+    """The named model with the checkpoint's widths, depth and patches, if it is another one."""
     try:
         dims = tuple(int(state[f"pos_embed_{b}"].shape[-1]) for b in (0, 1))
         hidden = [state[f"blocks.0.blocks.{b}.0.mlp.fc1.weight"].shape[0] for b in (0, 1)]

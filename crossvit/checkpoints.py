@@ -1,4 +1,4 @@
-"""Checkpoints of a CrossViT: the official files', timm's and our own."""
+"""Checkpoints of a CrossViT in the official, timm's and our own layout."""
 
 from __future__ import annotations
 
@@ -39,21 +39,22 @@ def load_checkpoint(
 ) -> Model:
     """Load weights into a model.
 
-    What wrappers and training scripts add is recognised: a container such as ``{"state_dict":
-    ..., "epoch": ...}``, a prefix of the model's keys (``module.``, ``model.``, any other), names
-    of torch.compile, FSDP or activation checkpointing inside of keys, and entries beside the
-    model's prefix, such as a loss's or a metric's, which are left out. The logger ``crossvit``
-    says at level INFO what was recognised.
+    Additions of wrappers and training scripts are recognised: a container such as
+    ``{"state_dict": ..., "epoch": ...}``, any prefix of the model's keys (``module.``,
+    ``model.``, ...), names of torch.compile, FSDP or activation checkpointing inside keys, and
+    entries outside the model's prefix, such as a loss's or a metric's, which are left out. The
+    logger ``crossvit`` reports at level INFO what was recognised.
 
-    Position embeddings of another grid are resized, bicubic. A checkpoint's grid is, in this
-    order: ``grid_sizes``; what ``save_checkpoint`` or ``state_dict()`` of this class noted; the
-    model's where both branches have its number of patches; else square. Where it could be the
-    model's, not square, or a square one, the checkpoint is refused. Tensors take the dtype and
-    device of the model's parameters. On an error the model is as it was.
+    Position embeddings of another grid are resized with bicubic interpolation. The checkpoint's
+    grid is, in this order: ``grid_sizes``; what ``save_checkpoint`` or ``state_dict()`` of this
+    class recorded; the model's, if both branches have its number of patches; else square. If it
+    could be either the model's non-square grid or a square one, the checkpoint is refused.
+    Tensors take the dtype and device of the model's parameters. An error leaves the model
+    unchanged.
 
     Args:
-        model: Of the same architecture; image size and number of classes may differ. It may be
-            wrapped: by torch.compile, DataParallel, DistributedDataParallel, FSDP (all ranks call
+        model: A model of the same architecture; image size and number of classes may differ. It may
+            be wrapped by torch.compile, DataParallel, DistributedDataParallel, FSDP (all ranks call
             this), AveragedModel, activation checkpointing.
         source: A local file (``.safetensors``, ``.pth``, ``.bin``, ``.ckpt``, in the layout of the
             official release, of timm or of ``save_checkpoint``), the index of a sharded one, a
@@ -61,8 +62,8 @@ def load_checkpoint(
             id such as ``timm/crossvit_15_240.in1k``, or a state dict or container.
         replace_head: Keep the model's own heads. A model without heads ignores the checkpoint's.
         grid_sizes: (height, width) of each branch of the checkpoint, in patches.
-        use_ema: Where there are averaged weights and others (``model_ema`` and ``model``, or keys
-            under ``ema_model.`` and ``online_model.``), take the averaged ones, as timm does.
+        use_ema: If there are averaged weights and others (``model_ema`` and ``model``, or keys
+            under ``ema_model.`` and ``online_model.``), load the averaged ones, as timm does.
 
     Returns:
         The model, as it was passed.
@@ -70,11 +71,11 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: There is no such file, repository or entry.
         ConnectionError: The hub or the server of a URL cannot be reached, or fails.
-        PermissionError: The hub or the server does not admit this user.
-        ValueError: The file is damaged or unsafe, its number of classes is another, it is not
-            clear which weights or grid it means, or keys are missing, unexpected or of another
-            shape: the message has at most ten of them.
-        TypeError: The model is no CrossViT, or the source none of the above.
+        PermissionError: The hub or the server denies access.
+        ValueError: The file is damaged or unsafe, the number of classes differs, the weights or the
+            grid are ambiguous, or keys are missing, unexpected or of another shape; the message
+            names at most ten of them.
+        TypeError: The model is not a CrossViT, or the source is none of the above.
         ImportError: The source needs a package that is not installed.
     """
     core = checkpoint_targets.unwrap(model)
@@ -102,16 +103,16 @@ def load_checkpoint(
 def load_model(
     source: str | os.PathLike[str], *, replace_head: bool = False, **options: Any
 ) -> CrossViT:
-    """The model of a file that ``save_checkpoint`` wrote, with its weights.
+    """Return the model saved by ``save_checkpoint``, with its weights.
 
     Args:
         source: A local file, a URL or a hub id.
-        replace_head: Keep new heads, as for another ``num_classes``.
-        **options: Arguments of ``CrossViT`` that differ, e.g. ``use_fused=True``.
+        replace_head: Keep the new heads, e.g. for another ``num_classes``.
+        **options: Arguments of ``CrossViT`` to change, e.g. ``use_fused=True``.
 
     Raises:
-        ValueError: The file does not describe its model, or see ``load_checkpoint``, whose other
-            errors are raised too.
+        ValueError: The file does not describe its model. ``load_checkpoint`` lists the other
+            errors.
     """
     path = checkpoint_files.locate(source)
     _, metadata = checkpoint_files.read(path)
@@ -126,16 +127,16 @@ def load_model(
 
 
 def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write weights and the model's description as safetensors, the whole file or nothing.
+    """Write weights and the model's description as safetensors, atomically.
 
     Args:
-        model: A CrossViT, which may be wrapped as for ``load_checkpoint``: keys are the model's
-            own. Of one that ranks share, all call this and the first writes.
-        path: Of the file, which ends in ``.safetensors``.
+        model: A CrossViT, which may be wrapped as for ``load_checkpoint``; keys are the model's
+            own. All ranks of a sharded model must call this; the first writes.
+        path: Path of the file; must end in ``.safetensors``.
 
     Raises:
         ValueError: The path does not end in ``.safetensors``, or the model is on ``meta``.
-        TypeError: The model is no CrossViT.
+        TypeError: The model is not a CrossViT.
         ImportError: safetensors is not installed.
     """
     path = Path(path)
@@ -154,7 +155,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     memory = set()
     for key, t in state.items():
         t = t.detach().cpu().contiguous()
-        # Tied parameters are written twice, as safetensors has no references.
+        # Tied parameters are written twice: safetensors has no references.
         start = t.untyped_storage().data_ptr()
         tensors[key] = t.clone() if start in memory else t
         memory.add(start)
@@ -164,14 +165,14 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def official_url(name: str) -> str:
-    """Where the paper's authors publish the ImageNet weights of a named model.
+    """Return the URL of the authors' ImageNet weights of a named model.
 
     Args:
-        name: As in ``list_models``; the 11 released ones are the nine at 240 pixels and the
-            15_dagger and 18_dagger at 408.
+        name: As in ``list_models``; released are the nine models at 240 pixels, and 15_dagger
+            and 18_dagger at 408.
 
     Raises:
-        ValueError: There are no weights of this model.
+        ValueError: This model's weights were not released.
     """
     released = {f"crossvit_{model}_240": f"crossvit_{model}_224" for model in _RELEASED_240}
     released |= {f"crossvit_{model}_408": f"crossvit_{model}_384" for model in _RELEASED_408}
@@ -202,13 +203,13 @@ def _fit_heads(
 
 
 def _fit_position_embeddings(entries: Entries, model: CrossViT, grid_sizes: Grids | None) -> None:
-    """Resizes the position embeddings to the model's grids."""
+    """Resize the position embeddings to the model's grids."""
     patches = {}
     for b in (0, 1):
         t = entries.state.get(f"pos_embed_{b}")
         if t is not None and t.dim() == 3 and t.shape[1] > 1 and t.is_floating_point():
-            patches[b] = t.shape[1] - 1  # others are listed with the other keys
-    noted = entries.grid_sizes  # stays in a state dict whose tensors are replaced
+            patches[b] = t.shape[1] - 1  # others are reported with the other keys
+    noted = entries.grid_sizes  # may be outdated: it survives replacing the tensors
     if noted and any(math.prod(noted[b]) != count for b, count in patches.items()):
         noted = None
     grids = grid_sizes or noted or _assumed_grids(patches, model.grid_sizes, entries.notes)
@@ -225,10 +226,10 @@ def _fit_position_embeddings(entries: Entries, model: CrossViT, grid_sizes: Grid
 
 
 def _assumed_grids(patches: Mapping[int, int], model_grids: Grids, notes: list[str]) -> Grids:
-    """The grids of a checkpoint that tells the numbers of patches alone.
+    """The grids of a checkpoint that records only the numbers of patches.
 
     Raises:
-        ValueError: They fit the model's grids and square ones, which differ.
+        ValueError: They fit both the model's grids and different square ones.
     """
     sides = [math.isqrt(patches.get(b, 1)) for b in (0, 1)]
     squares = [(side, side) for side in sides]

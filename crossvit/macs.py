@@ -9,7 +9,7 @@ from crossvit.model import CrossViT
 
 
 def count_macs(model: CrossViT) -> int:
-    """Multiply-accumulates of one image in eager mode, attention's matrix products included.
+    """Count the multiply-accumulates of one image in eager mode, including attention's products.
 
     Counted as in the paper: with keys and values in the fusions, without LayerNorm, softmax, GELU
     and the resizing of the image. The fused path needs fewer.
@@ -29,7 +29,7 @@ def count_macs(model: CrossViT) -> int:
 
 
 def _fusion(model: CrossViT, b: int, cls_dim: int, c: int, n: int) -> int:
-    """f and g, and L times: q and output for one row, k and v for n, scores and their sum."""
+    """f and g, and L times: q and output for one row, k and v for n, scores and weighted sum."""
     reread = model.blocks[0].reread_patches
     rows = [n] + [n if reread else 1] * (model.config.cross_depth - 1)
     return 2 * cls_dim * c + sum(2 * c * c + 2 * row * c * c + 2 * row * c for row in rows)

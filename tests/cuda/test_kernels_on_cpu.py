@@ -1,6 +1,6 @@
-"""The library's CUDA kernels on a CPU: in any order, under sanitizers, and broken.
+"""The library's CUDA kernels on a CPU: in random orders, under sanitizers, and with faults.
 
-That their numbers are right in the fixed order is tests/ops' to show.
+tests/ops checks their results in the fixed order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def in_any_order(cuda_device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Asserts that what a function returns does not depend on the order of threads and copies."""
+    """Assert that a function's results do not depend on the order of threads and copies."""
     if cuda_device != "cpu":
         pytest.skip("a GPU takes no orders")
 
@@ -90,13 +90,13 @@ def test_fusion_in_any_order(
     in_any_order(lambda: fusion_and_gradients(*inputs, weights, heads, "cuda"))
 
 
-# Of a case, a build, a seed and a fault.
+# Runs a case in a build, with a seed and a fault.
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Compiles the programs; a call waits for the one it wants."""
+    """Compiles the programs; a call waits for the requested one."""
     if reason := host_build.why_not():
         pytest.skip(reason)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -127,8 +127,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.fixture(scope="module")
 def broken_runs(run: Run, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
-    """With the faults whose tests are to run, two at a time: in one order after the other, until
-    one shows the fault.
+    """Runs the faults of the selected tests, two at a time, in one order after another until the
+    fault shows.
     """
 
     def broken(name: str) -> subprocess.CompletedProcess[str]:
@@ -149,7 +149,7 @@ def broken_runs(run: Run, request: pytest.FixtureRequest) -> Iterator[dict[str, 
 @pytest.mark.parametrize("build", kernel_faults.BUILDS, ids=str)
 @pytest.mark.parametrize("case", kernel_cases.CASES)
 def test_nothing_to_report(run: Run, case: str, build: Build) -> None:
-    """Right results, and in every order the bits of the fixed one."""
+    """Correct results, with the same bits in every order."""
     fixed = run(case)
     assert fixed.returncode == 0, fixed.stdout
     for seed in (None, 1) if build.sanitizer else (1, 2, 3):
