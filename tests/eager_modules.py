@@ -1,4 +1,4 @@
-"""What the modules replace, as plain modules with the same names."""
+"""The modules that ours replace, in plain PyTorch with the same parameter names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Widths of tokens and of the CLS, and heads, of them all.
+# Widths of the tokens and the CLS, and heads, of all modules.
 C, C_CLS, HEADS = 24, 40, 3
 
 
@@ -23,7 +23,7 @@ class DropPath(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """[B, rows, C] each; softmax attention head by head, the heads side by side again."""
+    """Softmax attention per head over [B, rows, C] tensors; returns the concatenated heads."""
     outputs = []
     for q_h, k_h, v_h in zip(
         q.chunk(heads, dim=-1), k.chunk(heads, dim=-1), v.chunk(heads, dim=-1), strict=True

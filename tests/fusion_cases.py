@@ -1,4 +1,4 @@
-"""Inputs of cross_attention_fusion, and a backend's results judged by the rule."""
+"""Inputs of cross_attention_fusion, and checks of a backend by the accuracy rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMED_WIDTHS = [
 
 
 def make_weights(cls_dim: int, channels: int, biases: bool = True) -> FusionWeights:
-    """Float64 weights of a trained model's size."""
+    """Make float64 weights of the magnitude of a trained model's."""
 
     def linear(out: int, inp: int) -> list[Tensor]:
         return [torch.randn(out, inp).double() * inp**-0.5, torch.randn(out).double() * 0.1]
@@ -42,14 +42,14 @@ def make_weights(cls_dim: int, channels: int, biases: bool = True) -> FusionWeig
 def fusion_and_gradients(
     cls: Tensor, tokens: Tensor, weights: FusionWeights, num_heads: int, backend: str
 ) -> tuple[Tensor, ...]:
-    """New cls, and the gradients of cls and tokens."""
+    """Return the new CLS, and the gradients of cls and tokens."""
     cls, tokens = (t.detach().requires_grad_() for t in (cls, tokens))
     new_cls = ck.cross_attention_fusion(cls, tokens, weights, num_heads, backend=backend)
     return new_cls, *torch.autograd.grad(new_cls.square().sum(), (cls, tokens))
 
 
 def check_frozen_tokens(backend: str, device: str, num_tokens: int = 21) -> None:
-    """Where the tokens' gradient is not wanted, the others have the same bits."""
+    """Check that without the tokens' gradient the others have the same bits."""
     results = []
     cls, tokens = torch.randn(3, 32, device=device), torch.randn(3, num_tokens, 48, device=device)
     weights = [w.float().to(device).requires_grad_() for w in make_weights(32, 48)]
@@ -74,7 +74,7 @@ def check_rule(
     backend: str = "cpu",
     device: str = "cpu",
 ) -> None:
-    """The new CLS and the gradients of the CLS, the tokens and every weight."""
+    """Check the new CLS and the gradients of the CLS, the tokens and every weight."""
     weights = make_weights(cls_dim, channels, biases)
     inputs = [
         torch.randn(batch, cls_dim).double(),
@@ -106,14 +106,14 @@ def check_rule(
         if name == "k_bias":
             assert (a == 0).all()
             continue
-        # q and k act through differences of scores: where there are few tokens these cancel, and
+        # q and k act through differences of scores: with few tokens these cancel, and
         # what is left is the rounding of terms of about ten.
         floor = 12 * eps * batch**0.5 if num_tokens < 8 else 0.0
         assert_within_rule(a, e, x, name, absolute_floor=floor)
 
 
 def launches(monkeypatch) -> list[str]:
-    """The names of kernels, as they are launched."""
+    """Record the names of launched kernels."""
     names: list[str] = []
 
     def start(kernel, *args, **kwargs):

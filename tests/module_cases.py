@@ -1,4 +1,4 @@
-"""Each module with the eager replica of what it replaces, and how the two are compared."""
+"""Each module with an eager replica of what it replaces, and their comparison."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ CASES = {
 
 
 def pair(case: Case, backend: str | None) -> tuple[nn.Module, nn.Module]:
-    """(fused, eager) in float64 with the same random parameters; no LayerNorm is the identity."""
+    """Make (fused, eager) in float64 with the same random parameters, LayerNorms included."""
     fused, eager = case.fused().double(), case.eager().double()
     with torch.no_grad():
         for parameter in eager.parameters():
@@ -110,7 +110,7 @@ def random_inputs(case: Case, batch: int = B) -> list[Tensor]:
 
 
 def outcome(module: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    """Output and gradients of all inputs and parameters, by name."""
+    """Return output and gradients of all inputs and parameters, by name."""
     out = module(*inputs)
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
     leaves = {f"input {i}": t for i, t in enumerate(inputs) if t.requires_grad}

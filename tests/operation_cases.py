@@ -1,4 +1,4 @@
-"""Every public operation on its tensors, beside the same function in plain PyTorch."""
+"""Every public operation with the same function in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Operation:
     """A function of tensors by name.
 
     Attributes:
-        shapes: Of every tensor.
+        shapes: Shapes of all tensors.
         call: The public function; ``backend`` is a keyword.
         plain: The same without this library.
     """
@@ -30,7 +30,7 @@ class Operation:
     plain: Callable[..., Tensor]
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Random ones; matrices and LayerNorms are those of a trained model's size."""
+        """Make random tensors, with weights of the magnitude of a trained model's."""
         values = {}
         for name, shape in self.shapes.items():
             t = torch.randn(shape, dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""An operation that is a folder and nothing else gets operators, autograd and dispatch."""
+"""An operation that is just a folder gets operators, autograd and dispatch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_compiled_and_counted() -> None:
 
 
 def test_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names no order of backends, and a GPU has the default one."""
+    """It declares no order of backends, so GPUs use the default one."""
     x, mask = inputs()
     assert masked_mean.choose(inputs(), 0.0, None) == "cpu"
     with use_backend("reference"):

@@ -1,4 +1,4 @@
-"""What autograd, hooks and users may ask of a differentiable function, of every operation."""
+"""The contract of differentiable functions with autograd and hooks, for every operation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_gradients_are_plain_torchs(operation: Operation) -> None:
 
 @operations
 def test_every_single_gradient(operation: Operation) -> None:
-    """One tensor needs a gradient, the others are frozen: that gradient is the same."""
+    """With only one tensor needing a gradient, that gradient is the same."""
     tensors = operation.tensors()
     trained = {k: t.clone().requires_grad_() for k, t in tensors.items()}
     expected = gradients(operation.plain, trained)
@@ -51,7 +51,7 @@ def test_every_single_gradient(operation: Operation) -> None:
 def test_outputs_can_be_written_to(operation: Operation, dtype: torch.dtype) -> None:
     tensors = leaves(operation, dtype)
     y = operation.call(*tensors.values())
-    if operation is OPERATIONS["attention_core"]:  # keeps m for backward, as softmax its output
+    if operation is OPERATIONS["attention_core"]:  # saves m for backward, as softmax its output
         y = y.clone()
     y += 1
     actual = torch.autograd.grad(y.sum(), list(tensors.values()))
@@ -82,7 +82,7 @@ def test_a_graph_can_be_used_twice(operation: Operation) -> None:
 
 
 def other_layout(t: Tensor) -> Tensor:
-    """The same values; strides that no kernel would choose."""
+    """The same values with unusual strides."""
     if t.dim() < 2:
         wide = t.new_empty(*t.shape, 2) if t.dim() else t.new_empty(2)
         return wide.select(-1, 0).copy_(t)
@@ -103,7 +103,7 @@ def test_saved_tensors_may_come_back_in_another_layout(
 
 @operations
 def test_second_derivatives(operation: Operation) -> None:
-    """A gradient penalty through plain layers on both sides, as plain PyTorch has it."""
+    """A gradient penalty through plain layers on both sides, as in plain PyTorch."""
 
     def penalty(function) -> list[Tensor]:
         torch.manual_seed(1)
@@ -149,7 +149,7 @@ def test_gradgradcheck(operation: Operation) -> None:
 
 @operations
 def test_batched_gradients(operation: Operation) -> None:
-    """``is_grads_batched=True``, with which a Jacobian takes one pass."""
+    """``is_grads_batched=True``, as for a Jacobian in one pass."""
     tensors = leaves(operation)
     wanted = list(tensors.values())
     y = operation.call(*wanted)

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and what is said where one cannot."""
+"""The choice of the backend, and the errors if one cannot run a call."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_auto_takes_the_compiled_kernel(cpu_backend: str, monkeypatch) -> None:
     with ck.use_backend("reference"):
         ck.attention_core(u, x)
         assert len(calls) == 2
-        ck.attention_core(u, x, backend="cpu")  # the call's own choice wins
+        ck.attention_core(u, x, backend="cpu")  # the call's argument wins
         assert len(calls) == 3
     ck.attention_core(u, x)
     assert len(calls) == 4
@@ -116,7 +116,7 @@ import torch, crossvit_kernels as ck
 
 
 def test_without_the_extension() -> None:
-    """Import, reference and environment report work; the reason names the cure."""
+    """Import, reference and environment report work; the reason names the fix."""
     out = run_python(
         WITHOUT_EXTENSION
         + "x = torch.randn(1, 3, 8)\n"

@@ -1,4 +1,4 @@
-"""Every public function refuses bad input by name, before any kernel starts."""
+"""Every public function refuses bad input, naming it, before any kernel starts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ffn(**changes: Any) -> Any:
 
 
 def reversed_channels(*shape: int) -> torch.Tensor:
-    """A tensor whose last stride is not 1."""
+    """Return a tensor whose last stride is not 1."""
     return torch.zeros(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the facts of a run, the command line, the closing lines."""
+"""Shared code of the benchmarks: environment, command line, closing lines."""
 
 from __future__ import annotations
 

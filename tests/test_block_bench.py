@@ -1,4 +1,4 @@
-"""bench/block_bench.py: what it times, and that every gradient is checked before."""
+"""bench/block_bench.py: what it times, and that it first checks every gradient."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_what_users_get_is_timed(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    """The default of backend and keep, whatever the environment asks for."""
+    """The default backend and keep, whatever the environment sets."""
     seen: list[tuple[Any, Any]] = []
     msa = ck.layernorm_msa
 
@@ -83,7 +83,7 @@ def test_every_gradient_is_checked(
 def test_wrong_gradient_of_a_weight_is_not_timed(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, field: str
 ) -> None:
-    """The right value and the right gradient of x; 1 % too much of one weight's."""
+    """The output and the gradient of x are right; one weight's gradient is 1 % too large."""
     ffn = ck.layernorm_ffn
 
     def spoiled(x: Tensor, w: ck.FfnWeights, *arguments: Any, backend: str) -> Tensor:

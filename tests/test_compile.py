@@ -74,7 +74,7 @@ def test_opcheck_layernorm_ffn(keep: str) -> None:
 
 
 class Operation(nn.Module):
-    """One public function with its weights as parameters."""
+    """A public function with its weights as parameters."""
 
     def __init__(self, function: Callable[..., Tensor], weights: Any) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def test_compile_full_graph_without_recompiles(make: Any) -> None:
         )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside of inductor
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside inductor
 def test_compile_with_inductor() -> None:
     torch._dynamo.reset()
     module, inputs = fusion_module()
@@ -198,7 +198,7 @@ def test_export_with_a_dynamic_batch(make: Any) -> None:
 
 
 class Spy:
-    """Stands in for an autograd function and notes each use."""
+    """Stands in for an autograd function and records each use."""
 
     def __init__(self, function: type[torch.autograd.Function], applied: list[str]) -> None:
         self.function, self.applied = function, applied
@@ -210,7 +210,7 @@ class Spy:
 
 @pytest.mark.parametrize("make", MODULES)
 def test_no_grad_pays_for_no_autograd(make: Any, monkeypatch) -> None:
-    """Neither an autograd function nor saved tensors under no_grad or with frozen weights."""
+    """No autograd function and no saved tensors under no_grad or with frozen weights."""
     module, inputs = make()
     arguments = inputs(2)
     applied: list[str] = []
@@ -227,7 +227,7 @@ def test_no_grad_pays_for_no_autograd(make: Any, monkeypatch) -> None:
 
 @pytest.mark.parametrize("make", [fusion_module, msa_module, ffn_module, core_module])
 def test_a_compiled_second_derivative_is_refused(make: Any) -> None:
-    """By torch.compile itself, of any function; eager mode has them (test_autograd_contract.py)."""
+    """torch.compile refuses those of any function; eager mode has them."""
     module, inputs = make()
     arguments = tuple(t.requires_grad_() for t in inputs(2))
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -238,7 +238,7 @@ def test_a_compiled_second_derivative_is_refused(make: Any) -> None:
 
 
 class Seen(TorchDispatchMode):
-    """The operators that a dispatch mode is told of."""
+    """Records the operators that a dispatch mode sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 def test_calls_are_seen_by_whoever_asks() -> None:
-    """Plain eager mode calls the kernel directly; modes and profilers still learn of it."""
+    """Plain eager mode bypasses the dispatcher; modes and profilers still see the call."""
     name = "crossvit_kernels::layernorm_ffn_forward"
     x, weights = torch.randn(2, 5, C), ffn_weights()
     y = ck.layernorm_ffn(x, weights)

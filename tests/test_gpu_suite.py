@@ -1,4 +1,4 @@
-"""bench/gpu_suite.py: the whole of it on a CPU, so that no typo waits for a GPU."""
+"""bench/gpu_suite.py: a dry run on a CPU, to find mistakes without a GPU."""
 
 from __future__ import annotations
 
@@ -64,5 +64,5 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(suite, tmp_path, m
     assert [stages[s.name]["status"] for s in shortened] == [3, 124, 0]
     assert (tmp_path / "good.log").read_text() == "here\n"
     shortened[0] = suite.Stage("bad", command("pass"), 60)
-    assert suite.main([str(tmp_path), "--only", "bad"]) == 1  # slow is still not done
+    assert suite.main([str(tmp_path), "--only", "bad"]) == 1  # slow is still unfinished
     assert json.loads((tmp_path / "stages.json").read_text())["bad"]["status"] == 0

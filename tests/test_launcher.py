@@ -1,6 +1,6 @@
-"""Compiled kernels that start by themselves: the right one, with the arguments Triton would pass.
+"""The launcher's direct launches: the right kernel, with the arguments that Triton would pass.
 
-In processes of their own, as tests/no_device.py says.
+Tests run in separate processes, as tests/no_device.py requires.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from test_triton_launches import run_without_a_device
 
 pytest.importorskip("triton")
 
-# Our key tells kernels apart exactly as Triton's own does: over all kinds of arguments, and so all
-# pairs of calls, the same key of ours means the same of Triton's, and the other way round.
+# Our key distinguishes kernels exactly as Triton's does: for all kinds of arguments, equal keys of
+# ours mean equal keys of Triton's, and vice versa.
 KEYS = """
 import collections, random
 import no_device
@@ -54,7 +54,7 @@ def check(kernel, *constants, sure=150):
     triton_keys, our_keys = collections.defaultdict(set), collections.defaultdict(set)
     *_, binder = kernel.device_caches[0]
     draw = random.Random(0)
-    # Of most calls only one argument differs from an ordinary call's.
+    # Most calls differ in one argument from an ordinary call.
     usual = [torch.empty(16).bfloat16() for _ in range(num_tensors + 18 * weights)]
     for i in range(4 * sure):
         tensors, sizes = list(usual), [64] * num_sizes
@@ -95,7 +95,7 @@ check(core.attention_core_backward, S, ADD)
 check(core.attention_core_merge, S)
 """
 
-# Parameters come as start() passes them, and no size is specialised on.
+# Parameters are in start()'s order, and no size is specialised on.
 PARAMETERS = """
 import no_device
 import triton
@@ -128,7 +128,7 @@ for kernel in kernels:
     assert kinds == sorted(kinds), (kernel.__name__, kinds)
 """
 
-# The second of two equal calls starts a compiled kernel, with what Triton passed in the first.
+# The second of two equal calls launches directly, with the arguments of Triton's first launch.
 ARGUMENTS = """
 from no_device import launches
 import torch, triton
@@ -223,7 +223,7 @@ assert not launcher._starts_by_itself(compiled) and not launcher._starts_by_itse
 """
 
 
-# What is launched: the first candidate that compiles to no spills and fits, looked for once.
+# The first candidate that does not spill and fits is launched, and searched for once.
 CANDIDATES = """
 import no_device
 from no_device import launches
@@ -271,7 +271,7 @@ spill(6)
 first = launched()
 assert first[0] == PROGRAMS[64] and len(warmups) == 2
 assert launched() == first and len(warmups) == 2  # remembered
-spill(0, 18)  # another form of the kernel has a choice of its own
+spill(0, 18)  # another specialization has its own choice
 assert launched()[0] == PROGRAMS[128] and launched(save=False)[0] == PROGRAMS[64]
 assert launched()[0] == PROGRAMS[128] and len(warmups) == 3
 spill(9, 9, 9, 2, *[9] * 9)  # where all spill, the fewest

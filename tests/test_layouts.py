@@ -1,4 +1,4 @@
-"""Any strides of any argument give the result of a contiguous one, or a ValueError."""
+"""Arguments of any strides give the result of contiguous ones, or a ValueError."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def transposed(t: Tensor) -> Tensor:
 
 
 def padded(t: Tensor) -> Tensor:
-    """Rows with a gap between them, the first at an odd address."""
+    """Rows with gaps, the first at an odd address."""
     out = torch.full((*t.shape[:-1], t.shape[-1] + 3), torch.nan, dtype=t.dtype)
     out[..., 1:-2] = t
     return out[..., 1:-2]
@@ -67,7 +67,7 @@ def test_each_argument_in_each_layout(name: str, which: str, dtype: torch.dtype)
             assert which in ("x", "tokens") and "stride" in str(error), (layout, error)
             continue
         for a, b in zip(actual, expected, strict=True):
-            # torch's products of other strides may take their sums in another order.
+            # torch's products may sum in another order for other strides.
             assert (a - b).norm() <= 32 * torch.finfo(dtype).eps * (1 + b.norm())
 
 

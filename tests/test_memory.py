@@ -1,4 +1,4 @@
-"""What the fusion allocates and what it keeps."""
+"""Memory that the fusion allocates and saves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crossvit_kernels.ops.operator import OPERATIONS
 
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Backends that can run tensors on a CPU here, where Triton is interpreted."""
+    """Backends that can run tensors on a CPU here, with Triton interpreted."""
     available = ck.backends()
     if not available[request.param]:
         pytest.skip(available.reasons[request.param])
@@ -28,7 +28,7 @@ BATCH, C_CLS, C, HEADS = 4, 32, 16, 2
 
 
 class Allocations(TorchDispatchMode):
-    """Sizes in elements of the storages that operators make."""
+    """Records the sizes, in elements, of new storages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def inputs(num_tokens: int) -> tuple[Tensor, Tensor, FusionWeights]:
 
 
 def new_storages(num_tokens: int, backward: bool) -> list[int]:
-    """Elements of every storage that the CPU kernels' own code allocates."""
+    """Sizes, in elements, of all storages that the CPU kernels' code allocates."""
     given = FusionInputs(*inputs(num_tokens), HEADS)
     with torch.no_grad():
         with Allocations() as forward:
@@ -81,7 +81,7 @@ def test_backward_allocates_the_token_gradient_alone(cpu_backend: str) -> None:
 
 
 def saved_elements(backend: str, num_tokens: int) -> int:
-    """Elements kept for backward, besides the inputs and weights themselves."""
+    """Number of elements saved for backward, besides inputs and weights."""
     cls, tokens, weights = inputs(num_tokens)
     tokens.requires_grad_()
     known = {t.data_ptr() for t in (cls, tokens, *weights)}

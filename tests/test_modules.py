@@ -1,4 +1,4 @@
-"""The modules against eager replicas of what they replace: names, values, gradients, training."""
+"""The modules against replicas of what they replace: names, values, gradients, training."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_attention_dropout_runs_the_reference(
         rates.append(p)
         return dropout(weights, p)
 
-    monkeypatch.setattr(F, "dropout", spy)  # only references call it
+    monkeypatch.setattr(F, "dropout", spy)  # only the reference calls it
     assert not torch.equal(module(*inputs), module(*inputs))
     assert rates == [0.5, 0.5]
     module.backend = "cpu"

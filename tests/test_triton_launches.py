@@ -1,4 +1,4 @@
-"""Triton's own launches without a GPU: what is compiled for which calls (no_device.py)."""
+"""Triton launches without a GPU (no_device.py): which kernels each call compiles."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ check([], [(96, 3, 384)], "attention_projection")
 
 
 def run_without_a_device(script: str) -> None:
-    """In a process of its own, whose kernels are compiled."""
+    """Run code in a separate process, where kernels are compiled."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",

@@ -300,7 +300,7 @@ def test_tf32_reads_19_bits(formats: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("half", (False, True))
 def test_conversions(formats: ctypes.CDLL, half: bool) -> None:
-    """Converts every 16-bit pattern to float and back, and floats around all rounding boundaries."""
+    """Every 16-bit pattern to float and back; floats around every rounding boundary."""
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = np.empty(bits.size, np.float32)
     formats.to_float(half, pointer(bits), pointer(values), bits.size)

@@ -1,6 +1,6 @@
-"""Triton's kernels compiled, on a device: what an interpreter cannot tell.
+"""Compiled Triton kernels on a device: what the interpreter cannot test.
 
-What holds for every backend is in test_fusion_on_cuda.py.
+test_fusion_on_cuda.py has the tests of every backend.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _triton() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("c_s, c_l, heads", [(128, 256, 4), (192, 384, 6), (384, 768, 12)])
 def test_both_fusions_of_a_block(c_s, c_l, heads, dtype) -> None:
-    """The bits of two calls, also side by side in a captured graph."""
+    """The same bits as two calls, also side by side in a captured graph."""
     small, large = CrossAttentionFusion(c_s, c_l, heads), CrossAttentionFusion(c_l, c_s, heads)
     weights = [f.to("cuda", dtype).requires_grad_(False).weights() for f in (small, large)]
 
@@ -101,10 +101,10 @@ def test_blocks_are_bitwise_repeatable(half: str, batch: int) -> None:
             assert torch.equal(actual, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # cuBLAS is in float32's way
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # float32 uses cuBLAS
 @pytest.mark.parametrize("half", ["msa", "ffn"])
 def test_a_block_of_an_image_does_not_depend_on_its_batch(half: str, dtype: torch.dtype) -> None:
-    """Split kernels with small tiles for few rows, fused ones with large tiles: the same bits."""
+    """Split kernels with small tiles and fused ones with large tiles give the same bits."""
     x, weights = block_inputs(half, 60, dtype)
     whole = block_results(half, x, weights)[0]
     for part in (slice(0, 1), slice(31, 34), slice(20, 60)):

@@ -91,7 +91,7 @@ def test_hooks_on_every_linear_layer_and_convolution(fused: bool) -> None:
 
 
 def test_frozen_weights(cpu_backend: str) -> None:
-    """Gradients of the heads alone, and of the image."""
+    """Gradients of the heads only, and of the image."""
     ours, theirs = pair(True)
     for model in (ours, theirs):
         model.requires_grad_(False).get_classifier().requires_grad_(True)

@@ -158,7 +158,7 @@ def test_servers_that_are_not_there(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fake_hub(monkeypatch, tmp_path):
-    """A hub that raises what a test sets; it says for which files."""
+    """A fake hub that raises a test's errors and records the requested files."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     names = []
 
@@ -179,7 +179,7 @@ def fake_hub(monkeypatch, tmp_path):
 
 
 def http_error(kind: type[Exception], status: int) -> Exception:
-    """An error of huggingface_hub with the response that all of its versions ask for."""
+    """An error of huggingface_hub with the response that all its versions require."""
     error = kind.__new__(kind)
     Exception.__init__(error, f"{status} error")
     error.response = type("Response", (), {"status_code": status})()
@@ -218,7 +218,7 @@ def test_why_there_is_no_file(fake_hub, case):
 def test_a_repository_without_weights(fake_hub):
     with pytest.raises(FileNotFoundError, match=r"has none of model\.safetensors, pytorch_model"):
         load_checkpoint(tiny(), ID)
-    # The network may go after the first answer.
+    # The network may fail after the first answer.
     errors = pytest.importorskip("huggingface_hub.errors")
     fake_hub.errors["pytorch_model.bin"] = errors.LocalEntryNotFoundError("check your connection")
     with pytest.raises(ConnectionError):
@@ -233,7 +233,7 @@ def test_a_sharded_repository(fake_hub, tmp_path):
 
 
 def test_the_cache_serves_without_a_network(fake_hub, tmp_path, monkeypatch):
-    """Also a file that is not the first that is looked for."""
+    """Also for a file that is not the first choice."""
     model, path = tiny(), tmp_path / "cached.bin"
     torch.save(model.state_dict(), path)
     import huggingface_hub
@@ -247,7 +247,7 @@ def test_the_cache_serves_without_a_network(fake_hub, tmp_path, monkeypatch):
 
 
 def test_without_a_network_nothing_is_tried_again(monkeypatch, tmp_path):
-    """huggingface_hub itself, which waits 24 s for each file where it is not kept from it."""
+    """The real huggingface_hub, which by default waits 24 s per file."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     from huggingface_hub import constants
 

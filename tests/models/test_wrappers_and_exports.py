@@ -1,4 +1,4 @@
-"""Models in the hands of torch: exported, transformed, replicated, on other devices and dtypes."""
+"""Models in torch's tools: exported, transformed, replicated, on other devices and dtypes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_export_with_a_dynamic_batch(model: CrossViT, dim: object, strict: bool)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_onnx_with_a_dynamic_batch(model: CrossViT, dynamo: bool) -> None:
-    """By the exporter on torch.export and by that on torch.jit.trace; torch's operators alone."""
+    """With the exporters on torch.export and on torch.jit.trace; only torch's operators."""
     onnx, reference = pytest.importorskip("onnx"), pytest.importorskip("onnx.reference")
     x = torch.randn(X)
     if dynamo:
@@ -128,7 +128,7 @@ def test_gradients_of_each_image(model: CrossViT) -> None:
 
 
 def replica(module: nn.Module) -> nn.Module:
-    """As torch.nn.parallel.replicate makes one: parameters are plain tensors, and attributes."""
+    """A replica as by torch.nn.parallel.replicate: parameters are plain tensor attributes."""
     copied = module._replicate_for_data_parallel()
     for name, p in module._parameters.items():
         if p is None:

@@ -1,4 +1,4 @@
-"""Modules made from those of timm and transformers: the same function, or a refusal."""
+"""Modules converted from timm's and transformers': the same function, or a refusal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BACKENDS = [None, "reference"]
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """In float64 and evaluation mode, no LayerNorm the identity."""
+    """Randomise parameters, LayerNorms included; float64 and evaluation mode."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -93,7 +93,7 @@ def test_timm_blocks_of_other_functions_are_refused(options: Any, named: str) ->
 
 @pytest.mark.parametrize("path", ["", "attn", "attn.qkv", "norm1", "mlp.act"])
 def test_sources_that_run_something_else_are_refused(path: str) -> None:
-    """A hook may change what a layer gives, and would be left behind."""
+    """A hook may change a layer's output, and would be lost."""
     block = timm_block()
     layer = block.get_submodule(path)
     hook = layer.register_forward_hook(lambda module, args, output: 2 * output)
@@ -184,7 +184,7 @@ def test_transformers_map_head_of_another_activation_is_refused() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_image_without_a_token(backend: str | None) -> None:
-    """SigLIP 2 in transformers gives it the mean of its values; "zeros" the projection's bias."""
+    """SigLIP 2 in transformers returns the mean of its values; "zeros" the projection's bias."""
     head = siglip_head("2")
     key_mask = torch.rand(B, N) < 0.5
     key_mask[0], key_mask[1] = True, False

@@ -21,7 +21,7 @@ from crossvit_kernels.modules import plain_layers
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 BACKENDS = [None, "reference"]
-#: Every Linear and LayerNorm of every module that its replica calls as a module, too.
+#: Every Linear and LayerNorm of every module that the replica also calls as a module.
 LAYERS = [
     (name, path)
     for name in ("fusion", "block", "MAP head", "class attention", "probe")
@@ -128,7 +128,7 @@ def test_whole_parts_may_be_replaced_or_hooked(backend: str | None) -> None:
 
 @pytest.mark.parametrize("path", ["q_proj", "k_proj", "v_proj", "c_proj"])
 def test_hooks_in_the_pool_of_feature_maps(path: str) -> None:
-    """Its replica reads weights as CLIP's does: one that doubles them stands for the hook."""
+    """The replica reads weights, as CLIP's does: doubled weights stand for the hook."""
     ours, eager = pair(CASES["pool 2d"], None)
     ours.get_submodule(path).register_forward_hook(twice)
     with torch.no_grad():
@@ -185,11 +185,11 @@ def test_weights_that_wrap_other_tensors_are_not_read() -> None:
     assert reason == "a parameter is a TwoTensor"
 
 
-# What is said, and what stays fused
+# What is reported, and what stays fused
 
 
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The fused halves of a block that run from now on."""
+    """Record the fused halves of a block that run."""
     from crossvit_kernels import functional
 
     ran: list[str] = []
@@ -305,7 +305,7 @@ def test_forward_derivatives_and_traces(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fusion", "block"])
 def test_layers_of_several_dtypes(name: str) -> None:
-    """LayerNorms in float32 beside linear layers in bfloat16: torch runs them on a CPU."""
+    """LayerNorms in float32 with linear layers in bfloat16: torch runs them on a CPU."""
     ours, eager = pair(CASES[name], None)
     for module in (ours, eager):
         module.bfloat16()

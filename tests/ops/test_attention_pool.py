@@ -1,6 +1,6 @@
-"""attention_pool: the absorbed projections against materialised keys and values.
+"""attention_pool: absorbed projections against materialised keys and values.
 
-All of CASES are compared with the reference in float64, output and gradients.
+Outputs and gradients of all CASES are compared with the reference in float64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def assert_equal_to_reference(case: Case) -> None:
-    """The cpu backend in float64: outputs, and gradients of all tensors, none of them missing."""
+    """Compare the cpu backend in float64: outputs and the gradients of all tensors."""
     inputs, mask, upstream = case.inputs(), case.key_mask(), case.upstream()
     actual, expected = (
         outputs_and_gradients(case.function(backend, mask), inputs, upstream, torch.float64)
@@ -88,7 +88,7 @@ def test_fuzz(case: Case, seed: int) -> None:
 
 
 def test_reference_is_multi_head_attention() -> None:
-    """The definition itself, against torch's."""
+    """The reference against torch's own."""
     case = replace(CASES["three queries per image"], value_width=36, out_width=36)
     query, tokens, w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, *_ = case.inputs()
     mask = replace(case, mask="random").key_mask()
@@ -132,7 +132,7 @@ def assert_rule(
     stored: torch.dtype,
     around: Callable[[Callable], Callable] = lambda f: f,
 ) -> None:
-    """The project's rule for results computed in dtype from tensors stored in another."""
+    """Check the accuracy rule for results computed in dtype from tensors stored in another."""
     inputs, mask, upstream = case.inputs(stored), case.key_mask(), case.upstream(dtype)
     kernel = around(case.function("cpu", mask))
     eager = around(case.function("reference", mask))
@@ -232,7 +232,7 @@ def test_weights_sum_to_one(name: str, dtype: torch.dtype) -> None:
     if case.mask == "one image empty" and not case.include_query:
         assert not total[1].any()
         total[1] = 1
-    # Scores are float32 or float64; each weight is then rounded to dtype by itself.
+    # Scores are float32 or float64; each weight is then rounded to dtype.
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     tolerance = torch.finfo(dtype).eps + 100 * torch.finfo(accumulated).eps
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=tolerance)
@@ -287,7 +287,7 @@ def test_empty_batch(case: Case, backend: str) -> None:
         assert not result.any(), name
 
 
-# Which backend runs
+# Choice of the backend
 
 
 def ran_absorbed(monkeypatch: pytest.MonkeyPatch, case: Case, **options: Any) -> bool:

@@ -26,7 +26,7 @@ def test_named_widths(cls_dim: int, channels: int, heads: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_instruction_set_level(isa_level: str, dtype: torch.dtype) -> None:
-    """Also widths that are no multiple of a vector, an odd one, and odd heads."""
+    """Includes widths that are no multiple of a vector, odd widths, and odd head counts."""
     check_rule(40, 44, 4, batch=9, num_tokens=30, dtype=dtype)
     check_rule(31, 63, 9, batch=3, num_tokens=150, dtype=dtype, scaled=True, biases=False)
 
@@ -101,7 +101,7 @@ def test_empty_batch(backend: str) -> None:
 
 
 def test_a_view_of_the_other_branch() -> None:
-    """x[:, 1:] of [B, 1 + N, C] needs no copy, and its gradient lands in the right rows."""
+    """x[:, 1:] of [B, 1 + N, C] is not copied, and its gradient is in the right rows."""
     weights = cast(make_weights(32, 48), torch.float32)
     cls, x = torch.randn(3, 32), torch.randn(3, 30, 48, requires_grad=True)
     out = ck.cross_attention_fusion(cls, x[:, 1:], weights, 6, backend="cpu")
@@ -159,7 +159,7 @@ def test_dropped_path_keeps_the_projected_cls() -> None:
 
 @pytest.mark.parametrize("tokens_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(tokens_dtype: torch.dtype) -> None:
-    """Same dtype as eager mode under autocast, no larger error, float32 weight gradients."""
+    """Same dtype as eager mode under autocast, no larger errors, float32 weight gradients."""
     weights = cast(make_weights(96, 192), torch.float32)
     cls, tokens = torch.randn(8, 96), torch.randn(8, 60, 192).to(tokens_dtype)
     upstream = torch.randn(8, 96)

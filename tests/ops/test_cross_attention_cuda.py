@@ -1,4 +1,4 @@
-"""cross_attention_fusion in CUDA: on a GPU where there is one, else by the host shim."""
+"""cross_attention_fusion in CUDA: on a GPU if there is one, else on the host shim."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CLUSTER_SHAPES = tuple(ClusterShape(*shape) for shape in ((1, 8), (3, 8), (4, 2)
 
 @pytest.fixture(params=CLUSTER_SHAPES, ids=str)
 def cluster_shape(request: pytest.FixtureRequest, monkeypatch) -> ClusterShape:
-    """Images and blocks of a cluster, whatever the batch."""
+    """Fix the images and blocks per cluster for any batch."""
     choose(request.param, monkeypatch)
     return request.param
 
@@ -46,7 +46,7 @@ def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rule(cluster_shape: ClusterShape, dtype: torch.dtype, cuda_device: str) -> None:
-    """Batches beyond a cluster's images, no biases, heads that are no power of two."""
+    """Batches larger than a cluster's, no biases, head counts that are no power of two."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=cuda_device)
     check(128, 80, 10, 2, 33, dtype=dtype, biases=False, device=cuda_device)
 
@@ -70,7 +70,7 @@ def test_few_tokens(num_tokens: int, cuda_device: str) -> None:
 
 
 def test_many_heads(cuda_device: str) -> None:
-    """They take several passes, which add to dx."""
+    """Many heads need several passes, which add to dx."""
     check(32, 384, 48, 2, 20, dtype=torch.bfloat16, device=cuda_device)
     check(32, 160, 20, 2, 20, device=cuda_device)
 
@@ -121,8 +121,8 @@ def fusion(
 def test_an_image_depends_on_itself_alone(
     channels: int, heads: int, dtype: torch.dtype, cuda_device: str, monkeypatch
 ) -> None:
-    """Not on its batch, nor on how clusters share the work, nor on a NaN in another image. Warps
-    have several tiles, one after the other.
+    """Not on its batch, nor on the cluster shape, nor on a NaN in another image. Warps process
+    several tiles.
     """
     weights = FusionWeights(*(w.to(cuda_device, dtype) for w in make_weights(48, channels)))
     cls = torch.randn(5, 48, device=cuda_device, dtype=dtype)
@@ -143,7 +143,7 @@ def test_an_image_depends_on_itself_alone(
 
 
 def test_strided_tokens_and_cls(cuda_device: str) -> None:
-    """As a model gives them: views of [B, 1 + N, C]; and rows at odd addresses."""
+    """As in a model: views of [B, 1 + N, C]; also rows at odd addresses."""
     weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(48, 96)))
     both = torch.randn(3, 22, 96, device=cuda_device), torch.randn(3, 5, 48, device=cuda_device)
     views = both[1][:, 0], both[0][:, 1:]
@@ -156,7 +156,7 @@ def test_strided_tokens_and_cls(cuda_device: str) -> None:
 
 
 def test_weights_at_odd_addresses(cuda_device: str) -> None:
-    """As pieces of one flat tensor are, which sharding makes of parameters."""
+    """As in slices of one flat tensor, which sharding makes of parameters."""
     weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(48, 96)))
     cls, tokens = torch.randn(2, 48, device=cuda_device), torch.randn(2, 9, 96, device=cuda_device)
     flat = torch.cat([cls.new_zeros(1), *(w.flatten() for w in weights)])
@@ -169,7 +169,7 @@ def test_weights_at_odd_addresses(cuda_device: str) -> None:
 
 @pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16, torch.float16])
 def test_parameters_of_other_dtypes(norms: torch.dtype, cuda_device: str) -> None:
-    """LayerNorms, biases and the CLS in float32 beside matrices in bfloat16, as autocast has."""
+    """LayerNorms, biases and the CLS in float32, matrices in bfloat16, as under autocast."""
     weights = make_weights(48, 96)
     mixed = FusionWeights(
         *(w.to(torch.bfloat16 if w.ndim == 2 else norms).to(cuda_device) for w in weights)
@@ -178,7 +178,7 @@ def test_parameters_of_other_dtypes(norms: torch.dtype, cuda_device: str) -> Non
     tokens = torch.randn(3, 9, 96, device=cuda_device).bfloat16()
     with torch.autocast(cuda_device, torch.bfloat16):
         actual = fusion(cls, tokens, mixed)
-        # Eager takes a LayerNorm of 16 bits on no float32 input: the same values in float32.
+        # Eager refuses a 16-bit LayerNorm on float32 input: use the same values in float32.
         widened = FusionWeights(*(w if w.ndim == 2 else w.float() for w in mixed))
         eager = fusion_and_gradients(cls, tokens, widened, 3, "reference")
     doubled = FusionWeights(*(w.double() for w in mixed))
@@ -189,7 +189,7 @@ def test_parameters_of_other_dtypes(norms: torch.dtype, cuda_device: str) -> Non
 
 
 def test_what_is_declined(cuda_device: str) -> None:
-    """Widths, and matrices of another type than the tokens; something else runs them."""
+    """Some widths, and matrices of another dtype than the tokens; another backend runs them."""
     cases = [
         (40, 96, torch.float32, "40 channels of the CLS are no multiple of 16"),
         (48, 72, torch.float32, "72 channels are no multiple of 16"),

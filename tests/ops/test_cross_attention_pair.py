@@ -22,7 +22,7 @@ def make(
     biases: bool = True,
     scaled: bool = False,
 ) -> FusionInputs:
-    """Views of [B, 1 + N, C], as a model gives them."""
+    """Make views of [B, 1 + N, C], as in a model."""
     weights_float64 = make_weights(cls_dim, channels, biases)
     weights = FusionWeights(*(None if t is None else t.to(device, dtype) for t in weights_float64))
     cls = torch.randn(batch, 3, cls_dim).to(device, dtype)[:, 0]
@@ -32,7 +32,7 @@ def make(
 
 
 def both(device: str, batch: int = 3, tokens: tuple[int, int] = (9, 5), **options):
-    """Of a block with branches of 32 and 48 channels."""
+    """Inputs of both fusions of a block with branches of 32 and 48 channels."""
     small, large = (batch, 32, 48, 3, tokens[0]), (batch, 48, 32, 2, tokens[1])
     return tuple(make(*sizes, device=device, **options) for sizes in (small, large))
 

@@ -1,4 +1,4 @@
-"""cross_attention_fusion on Triton: compiled where there is a GPU, else in the interpreter."""
+"""cross_attention_fusion in Triton: compiled if there is a GPU, else interpreted."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ FUSION = configs.fusion(configs.FORWARD, 90, 192)
 
 @pytest.fixture(params=["one kernel", "three kernels"])
 def variant(request: pytest.FixtureRequest, monkeypatch) -> str:
-    """Which kernels a fusion takes, whatever its batch."""
+    """Fix the kernel variant of a fusion for any batch."""
     choose_variant(request.param, monkeypatch)
     return request.param
 
 
 def choose_variant(variant: str, monkeypatch) -> None:
-    config = dataclasses.replace(FUSION, programs=2)  # so that images share them
+    config = dataclasses.replace(FUSION, programs=2)  # so that images share programs
     monkeypatch.setattr(configs, "fusion", lambda *key: config)
     monkeypatch.setattr(configs.FORMS, "asked_for", variant.split()[0])
 
@@ -46,7 +46,7 @@ def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rule(variant: str, dtype: torch.dtype, triton_device: str) -> None:
-    """Batches beyond a program's images, widths that are no multiple of a block, no biases."""
+    """Batches larger than a program's, widths that are no multiple of a block, no biases."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=triton_device)
     check(120, 72, 9, 2, 33, dtype=dtype, biases=False, device=triton_device)
 
@@ -103,7 +103,7 @@ def test_large_mean_small_spread(variant: str, triton_device: str) -> None:
 
 
 def test_many_tokens(triton_device: str, monkeypatch) -> None:
-    """Several programs share an image: on a GPU with 5000 tokens, here with fewer."""
+    """Several programs share an image: on a GPU with 5000 tokens, else with fewer."""
     if triton_device == "cuda":
         return check(384, 192, 6, 3, 5000, dtype=torch.bfloat16, device=triton_device)
     monkeypatch.setattr(configs, "MANY_TOKENS", 30)
@@ -119,7 +119,7 @@ def fusion(
 
 @pytest.mark.slow_on_cpu
 def test_an_image_depends_on_itself_alone(triton_device: str, monkeypatch) -> None:
-    """Not on its batch, nor on how many kernels run, nor on a NaN in another image."""
+    """Not on its batch, nor on the kernel variant, nor on a NaN in another image."""
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(40, 48)))
     cls = torch.randn(7, 40, device=triton_device)
     tokens = torch.randn(7, 21, 48, device=triton_device)
@@ -138,7 +138,7 @@ def test_an_image_depends_on_itself_alone(triton_device: str, monkeypatch) -> No
 
 
 def test_strided_tokens_and_cls(triton_device: str) -> None:
-    """As a model gives them: views of [B, 1 + N, C]."""
+    """As in a model: views of [B, 1 + N, C]."""
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(40, 48)))
     both = torch.randn(3, 22, 48, device=triton_device), torch.randn(3, 5, 40, device=triton_device)
     views = both[1][:, 0], both[0][:, 1:]

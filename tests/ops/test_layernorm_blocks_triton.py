@@ -1,4 +1,4 @@
-"""layernorm_msa and layernorm_ffn on Triton: compiled where there is a GPU, else interpreted."""
+"""layernorm_msa and layernorm_ffn in Triton: compiled if there is a GPU, else interpreted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMED_WIDTHS = [
 
 @pytest.fixture(params=["fused", "split", "library"])
 def variant(request: pytest.FixtureRequest):
-    """Which kernels a block takes, whatever its rows."""
+    """Fix the kernel variant of a block for any number of rows."""
     with configs.FORMS.choose(request.param):
         yield request.param
 
@@ -123,7 +123,7 @@ def test_large_mean_small_spread(variant: str, triton_device: str) -> None:
 
 
 def blocks(device: str, keep: str = "fast", channels: int = 48, hidden: int = 88):
-    """Both halves in float32, by name."""
+    """Make both halves in float32, by name."""
     msa = MsaWeights(*(w.float().to(device) for w in msa_weights(channels)))
     ffn = FfnWeights(*(w.float().to(device) for w in ffn_weights(channels, hidden)))
     options = {"backend": "triton"}
@@ -145,7 +145,7 @@ def with_gradient(function, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_an_image_depends_on_itself_alone(half: str, variant: str, triton_device: str) -> None:
     """Not on its batch, nor on a NaN in another image."""
     function = blocks(triton_device)[half]
-    # numpy's products, in the interpreter, depend on where in a tile a row is: whole tiles.
+    # In the interpreter, NumPy's products depend on a row's place in its tile: use whole tiles.
     num_tokens = 37 if triton_device == "cuda" else 64
     x = torch.randn(3, num_tokens, 48, device=triton_device)
     expected = with_gradient(function, x)
@@ -253,7 +253,7 @@ def test_why_not(triton_device: str) -> None:
 @pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("keep, share", [("lean", 0.2), ("fast", 0.5)])
 def test_saved_bytes(keep: str, share: float, triton_device: str) -> None:
-    """What a block keeps, against eager mode's: CrossViT-15's L branch, in 16 bits."""
+    """Bytes that a block saves, against eager mode: CrossViT-15's L branch, in 16 bits."""
     block = TransformerBlock(384, 6, mlp_ratio=3, keep=keep).to(triton_device, torch.float16)
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
     x = torch.randn(1, 197, 384, device=triton_device, dtype=torch.float16, requires_grad=True)
@@ -269,7 +269,7 @@ def test_saved_bytes(keep: str, share: float, triton_device: str) -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = block(x)  # alive, so that no storage takes the place of another
+            y = block(x)  # kept alive, so that no storage is reused
         kept[backend] = sum(storages.values())
         del y
     assert kept["triton"] <= share * kept["reference"], kept
