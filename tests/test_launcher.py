@@ -296,7 +296,7 @@ except triton.OutOfResources:
     pass
 compiler.max_shared_mem = lambda device: in_all
 
-# A look that fails is no reason not to launch; nor is a candidate that does not compile.
+# Launch even if the search fails or a candidate does not compile.
 spill(6)
 init, compiler.CompiledKernel._init_handles = compiler.CompiledKernel._init_handles, None
 kernel.warmup = lambda *args, **kwargs: triton.compiler.CompiledKernel  # of which nothing is known
@@ -325,7 +325,7 @@ spill(6)
 with FFN.only(RowTile(64, 32, 32, 8, 1)):
     assert launched()[0] == PROGRAMS[64] and not warmups
 
-# On a Triton that is not tested every launch is its own.
+# On an untested Triton, every launch is Triton's own.
 spill()
 supported.triton_is_tested = lambda: False
 looked, run = [], kernel.run
