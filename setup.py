@@ -1,7 +1,7 @@
 """Builds crossvit_kernels._C from csrc/ through one generated build.ninja.
 
-The extension holds no torch headers: torch is not needed to build it, and any torch can run it.
-What is read from the environment is in csrc/toolchain.py; docs/reference.md explains it.
+The extension includes no torch headers: it builds without torch and runs with any torch.
+csrc/toolchain.py reads the environment; docs/reference.md explains the variables.
 """
 
 import atexit
@@ -19,8 +19,8 @@ CSRC = ROOT / "csrc"
 sys.path.insert(0, str(CSRC))
 import toolchain  # noqa: E402
 
-# The CPU kernels are compiled once per instruction-set level, chosen among at run time by
-# dispatch.cpp (csrc/common/cpu/isa.h).
+# The CPU kernels are compiled once per instruction-set level; dispatch.cpp chooses at run time
+# (csrc/common/cpu/isa.h).
 ISA_FLAGS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["x86_64_v3"] = "-march=x86-64-v3"
@@ -51,7 +51,7 @@ rule link
 
 
 class NinjaBuild(build_ext):
-    """Writes build.ninja and runs it: a touched file is the only one compiled again."""
+    """Writes build.ninja and runs it, which recompiles only what has changed."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -59,7 +59,7 @@ class NinjaBuild(build_ext):
         cuda, why_not_cuda = toolchain.find_cuda()
         archs = toolchain.cuda_architectures(cuda) if cuda else []
         jobs, cxx = toolchain.jobs(), toolchain.cxx()
-        # Only the bindings see pybind11, whose path is new in every isolated build.
+        # Only the bindings use pybind11, whose path changes with every isolated build.
         bindings = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
         libs = "-ldl -lpthread" if sys.platform != "darwin" else "-undefined dynamic_lookup"
         lines = [f"cxx = {cxx}", f"launcher = {toolchain.ccache()}", RULES]
@@ -90,12 +90,12 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {libs}"]
-        # Not setuptools' build_temp: an editable install throws that away.
+        # Not setuptools' build_temp, which an editable install deletes.
         work = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         work.mkdir(parents=True, exist_ok=True)
         (work / "build.ninja").write_text("\n".join(lines) + "\n")
         subprocess.check_call([toolchain.ninja(), "-C", str(work), f"-j{jobs}"])
-        # After all that setuptools has to say.
+        # After all of setuptools' output.
         atexit.register(print, toolchain.summary([*ISA_FLAGS], archs, why_not_cuda), flush=True)
 
 
@@ -106,10 +106,10 @@ def has_levels(source: Path) -> bool:
 
 
 def sources() -> list[str]:
-    """What takes longest to compile comes first: CUDA, and of each language the longest file."""
-    found = [p for pattern in ("*.cu", "*.cpp") for p in CSRC.rglob(pattern)]
-    found.sort(key=lambda path: (path.suffix != ".cu", -path.stat().st_size, path))
-    return [str(path.relative_to(ROOT)) for path in found]
+    """All sources, the slowest to compile first: CUDA, then C++, each by file size."""
+    paths = [p for pattern in ("*.cu", "*.cpp") for p in CSRC.rglob(pattern)]
+    paths.sort(key=lambda path: (path.suffix != ".cu", -path.stat().st_size, path))
+    return [str(path.relative_to(ROOT)) for path in paths]
 
 
 setup(

@@ -5,14 +5,14 @@
     python bench/block_bench.py --preset few-rows
 
 measures in one run the reference (matmul, softmax, matmul), the operators that timm's Block calls
-(SDPA among them), both under torch.compile, what the library chooses by itself (the row "ours
-(auto)"), and each way it has; forward, and forward with backward, for both branches of a named
-model. With --frozen backward is that of fine-tuning: weights frozen and the gradient of x wanted
-("frozen"), or nothing trained but a head behind ("heads").
+(including SDPA), both under torch.compile, the library's default (the row "ours (auto)"), and each
+of its kernel variants; forward, and forward with backward, for both branches of a named model. With
+--frozen, backward is that of fine-tuning: frozen weights with the gradient of x ("frozen"), or only
+a head on the output trained ("heads").
 
-Beside each time stand the floor (the time of its FLOP at the rate of matrix products, or of reading
-x and writing y at the rate of a copy, whichever is longer) and what a call allocates. A contender
-whose output or gradients are wrong is reported and not timed.
+Each time comes with its floor (the time of its FLOP at the rate of matrix products, or of reading
+x and writing y at copy speed, whichever is longer) and the memory that a call allocates. Contenders
+whose output or gradients are wrong are reported and not timed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sizes import TOKENS, WIDTHS
 
 from crossvit_kernels.ops.operator import OPERATIONS
 
-#: Defaults of options, by name.
+#: Preset -> defaults of other options.
 PRESETS: dict[str, dict[str, Any]] = {
     "crossvit": {},
     "few-rows": {
@@ -62,8 +62,8 @@ def measure_part(run: Contest, part: str, size: BlockSize, mode: str) -> None:
 
     def prepare() -> Any:
         inputs = make_inputs(part, size, mode, options.device, dtype)
-        found = [c.on(inputs) for c in contenders(part, size, options)]
-        return found, inputs.tolerances(ours(part, size, "reference"))
+        candidates = [c.on(inputs) for c in contenders(part, size, options)]
+        return candidates, inputs.tolerances(ours(part, size, "reference"))
 
     def complete(timed_rows: list[Row]) -> None:
         medians = {row["contender"]: row["median_ms"] for row in timed_rows}
@@ -89,12 +89,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="crossvit", help="defaults of the other options")
-    add("--models", nargs="+", choices=WIDTHS, default=["15"], help="whose widths")
+    add("--models", nargs="+", choices=WIDTHS, default=["15"], help="models whose widths to use")
     add("--branches", nargs="+", choices=tuple(TOKENS), default=list(TOKENS))
     add("--channels", type=positive, nargs="+", help="other widths; heads of 64, hidden 4 C")
     add("--parts", nargs="+", choices=PARTS, default=["msa", "ffn"])
     add("--batch", type=positive, nargs="+", help="16 on a CPU, 256 on a GPU")
-    add("--tokens", type=positive, nargs="+", help="rather than a branch's at 240 pixels")
+    add("--tokens", type=positive, nargs="+", help="default: those of the branch at 240 pixels")
     preset, _ = parser.parse_known_args(arguments)
     parser.set_defaults(**PRESETS[preset.preset])
     options = command_line.completed(parser, arguments, OPERATIONS["layernorm_msa"].backends)
@@ -103,19 +103,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def sizes(options: argparse.Namespace) -> list[BlockSize]:
-    found = []
+    base_sizes = []
     if options.channels:
-        found = [BlockSize(f"C {c}", 1, 401, c, max(c // 64, 1), 4 * c) for c in options.channels]
+        base_sizes = [
+            BlockSize(f"C {c}", 1, 401, c, max(c // 64, 1), 4 * c) for c in options.channels
+        ]
     else:
         for model in options.models:
             small, heads, ratio = WIDTHS[model]
             for branch in options.branches:
                 channels = small if branch == "S" else 2 * small
                 name, tokens = f"{model} {branch}", TOKENS[branch]
-                found.append(BlockSize(name, 1, tokens, channels, heads, ratio * channels))
+                base_sizes.append(BlockSize(name, 1, tokens, channels, heads, ratio * channels))
     return [
         dataclasses.replace(size, batch=batch, tokens=tokens)
-        for size in found
+        for size in base_sizes
         for batch in options.batch
         for tokens in options.tokens or [size.tokens]
     ]

@@ -1,4 +1,4 @@
-"""A transformer block and its halves: sizes, what computes them, and what they must compute."""
+"""A transformer block and its halves: sizes, contenders, and the results they must give."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from crossvit_kernels.ops.common import configs
 PARTS = ("msa", "ffn", "block")
 _MSA, _FFN = ck.MsaWeights._fields, ck.FfnWeights._fields
 
-#: x and the part's weights.
+#: Called with x and the weights of the part.
 BlockCall = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSize:
-    """One width at one batch; ``name`` says whose."""
+    """A width at a batch size; ``name`` is the model and branch."""
 
     name: str
     batch: int
@@ -37,7 +37,7 @@ class BlockSize:
     hidden: int
 
     def weights(self, part: str) -> dict[str, tuple[int, ...]]:
-        """Name -> shape; in a block the names of the halves' weights tell which half."""
+        """Name -> shape; in a block the names are prefixed with the half."""
         c, f = self.channels, self.hidden
         msa = dict(zip(_MSA, [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,)], strict=True))
         ffn = dict(zip(_FFN, [(c,), (c,), (f, c), (f,), (c, f), (c,)], strict=True))
@@ -46,22 +46,22 @@ class BlockSize:
         return {f"msa.{k}": v for k, v in msa.items()} | {f"ffn.{k}": v for k, v in ffn.items()}
 
     def flop(self, part: str, mode: str) -> float:
-        """Of the matrix products."""
+        """FLOP of the matrix products."""
         rows, c = self.batch * self.tokens, self.channels
         linears, attention = 0.0, 0.0
         if part != "ffn":
             linears, attention = 8.0 * rows * c * c, 4.0 * rows * self.tokens * c
         if part != "msa":
             linears += 4.0 * rows * c * self.hidden
-        # Backward needs as many again for the gradient of x, and for those of the weights.
-        of_x, of_weights = TRAINED[mode]
-        return linears * (1 + of_x + of_weights) + attention * (3 if of_x else 1)
+        # Backward adds as many for the gradient of x, and as many for those of the weights.
+        needs_dx, needs_dw = TRAINED[mode]
+        return linears * (1 + needs_dx + needs_dw) + attention * (3 if needs_dx else 1)
 
     def floor_seconds(self, part: str, mode: str, itemsize: int, limits: measure.Ceilings) -> float:
-        """Of the products, or of reading x and writing y; backward reads x and dy, writes dx."""
+        """Time of the products, or of x in and y out (with backward also x and dy in, dx out)."""
         x_bytes = self.batch * self.tokens * self.channels * itemsize
-        of_x, _ = TRAINED[mode]
-        by_bytes = (5 if of_x else 2) * x_bytes / limits.copy_bytes_per_second
+        needs_dx, _ = TRAINED[mode]
+        by_bytes = (5 if needs_dx else 2) * x_bytes / limits.copy_bytes_per_second
         return max(by_bytes, self.flop(part, mode) / limits.matmul_flops_per_second)
 
 
@@ -80,7 +80,7 @@ def make_inputs(
     )
 
 
-# What computes them.
+# Contenders.
 
 
 def timm_msa(x: Tensor, weights: Sequence[Tensor], heads: int) -> Tensor:
@@ -101,7 +101,7 @@ def timm_ffn(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def timm_like(part: str, size: BlockSize) -> BlockCall:
-    """The operators that timm's Block calls, SDPA among them."""
+    """The operators that timm's Block calls, including SDPA."""
 
     def call(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         if part != "ffn":
@@ -112,7 +112,7 @@ def timm_like(part: str, size: BlockSize) -> BlockCall:
 
 
 def ours(part: str, size: BlockSize, backend: str, keep: str = "fast") -> BlockCall:
-    """The operations of crossvit_kernels on one backend, "auto" for that which they choose."""
+    """The operations of crossvit_kernels on one backend; "auto" lets them choose."""
 
     def call(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         if part != "ffn":
@@ -126,18 +126,18 @@ def ours(part: str, size: BlockSize, backend: str, keep: str = "fast") -> BlockC
 
 
 def contenders(part: str, size: BlockSize, options: argparse.Namespace) -> list[Contender]:
-    """Eager first."""
+    """All contenders, eager first."""
     baselines = {"eager": ours(part, size, "reference"), "timm-like": timm_like(part, size)}
-    found = [Contender(name, call) for name, call in baselines.items()]
-    found += [compiled_contender(name, call, options) for name, call in baselines.items()]
+    candidates = [Contender(name, call) for name, call in baselines.items()]
+    candidates += [compiled_contender(name, call, options) for name, call in baselines.items()]
     for backend in options.backends:
         call = ours(part, size, backend)
         variants = ("fused", "split", "library") if backend == "triton" else ("auto",)
         for variant in variants:
             within = functools.partial(configs.FORMS.choose, variant)
             shown = "" if variant == "auto" else variant
-            found.append(our_contender(backend, call, options, shown, within=within))
+            candidates.append(our_contender(backend, call, options, shown, within=within))
         if backend == "triton" and part != "ffn":
             lean = ours(part, size, backend, keep="lean")
-            found.append(our_contender(backend, lean, options, "lean"))
-    return found
+            candidates.append(our_contender(backend, lean, options, "lean"))
+    return candidates

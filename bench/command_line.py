@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes options by their whole names alone, and proposes the likeliest for an unknown one."""
+    """Accepts only full option names, and suggests the closest match for an unknown one."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(
@@ -70,17 +70,17 @@ def benchmark_parser(
     compile_mode: str | None = None,
     compile_budget: float | None = None,
 ) -> Parser:
-    """Options that all benchmarks share.
+    """Return a parser with the options that all benchmarks share.
 
     Args:
-        description: What --help says first.
-        benchmark: Its name, in results and their files.
+        description: Text at the top of --help.
+        benchmark: Name in results and their files.
         min_time: Default of --min-time.
         repeats: Default of --repeats.
-        modes: What --mode chooses among.
-        frozen: Whether --frozen is one of them.
-        backends: Whether ours are chosen by --backends.
-        plot: Whether there is a --plot.
+        modes: Choices of --mode.
+        frozen: Whether to add --frozen.
+        backends: Whether to add --backends.
+        plot: Whether to add --plot.
         compile_mode: Default of --compile-mode; None depends on the device.
         compile_budget: Default of --compile-budget, likewise.
     """
@@ -95,11 +95,11 @@ def benchmark_parser(
     usual = compile_mode or "default on a CPU, max-autotune on a GPU"
     add("--compile-mode", default=compile_mode, help=f"of torch.compile: {usual}")
     timed = {"type": seconds, "metavar": "SECONDS"}
-    text = "of compilation after which none begins"
+    text = "of compilation, after which no other starts"
     add("--compile-budget", default=compile_budget, help=text, **timed)
     add("--no-compile", action="store_true", help="leave the compiled baselines out")
-    add("--min-time", default=min_time, help=f"to measure each mode for ({min_time:g})", **timed)
-    add("--repeats", type=positive, default=repeats, help=f"rounds at most ({repeats})")
+    add("--min-time", default=min_time, help=f"measuring time of each mode ({min_time:g})", **timed)
+    add("--repeats", type=positive, default=repeats, help=f"maximum number of rounds ({repeats})")
     add = add_files(parser)
     add("--csv", type=Path, metavar="PATH")
     if plot:
@@ -108,9 +108,9 @@ def benchmark_parser(
 
 
 def add_files(parser: Parser) -> Callable[..., Any]:
-    """The options of what report.save writes; returns what adds more of them."""
+    """Add the options of report.save; return the function that adds more to their group."""
     add = parser.add_argument_group("files").add_argument
-    add("--json", type=Path, metavar="PATH", help="results, and where they come from")
+    add("--json", type=Path, metavar="PATH", help="results and environment")
     name = f"<date>-{parser.get_default('benchmark')}-<dtype>.json"
     add("--save", action="store_true", help=f"write bench/results/<device>/{name}")
     return add
@@ -126,12 +126,12 @@ def add_modes(parser: Parser, modes: Sequence[str], frozen: bool) -> None:
             const="frozen",
             dest="mode",
             default="both",
-            help="fine-tuning with frozen weights: backward to the inputs, and to a head alone",
+            help="fine-tuning with frozen weights: backward to the inputs, and to a head only",
         )
 
 
 def modes_of(options: argparse.Namespace, both: Sequence[str] = ("forward", "train")) -> list[str]:
-    """The modes that --mode or --frozen ask for."""
+    """The modes selected by --mode or --frozen."""
     several = {"both": [*both], "frozen": ["frozen", "heads"]}
     return several.get(options.mode, [options.mode])
 
@@ -150,7 +150,7 @@ def add_backends(parser: Parser) -> None:
 def completed(
     parser: Parser, arguments: Sequence[str] | None, operation: Iterable[str] | None = None
 ) -> argparse.Namespace:
-    """The parsed options; ``operation`` names the backends that have kernels for it, if any do."""
+    """Parse and complete the options; ``operation`` lists the backends that have kernels for it."""
     options: argparse.Namespace = parser.parse_args(arguments)
     try:
         complete(options)
@@ -162,7 +162,7 @@ def completed(
 
 
 def complete(options: argparse.Namespace) -> None:
-    """Fill in what depends on the device; ValueError says what is wrong."""
+    """Fill in what depends on the device; raise ValueError for options that do not fit it."""
     options.device = usable_device(options.device)
     on_gpu = options.device.type == "cuda"
     if on_gpu and options.device.index is not None:
@@ -176,13 +176,13 @@ def complete(options: argparse.Namespace) -> None:
 
 
 def usable_device(name: str) -> torch.device:
-    found = torch.cuda.is_available()
+    has_cuda = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if found else "cpu"
+        name = "cuda" if has_cuda else "cpu"
     if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
         raise ValueError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
-    if device.type == "cuda" and not found:
+    if device.type == "cuda" and not has_cuda:
         raise ValueError(f"--device {name}: torch finds no CUDA device")
     if (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
@@ -190,17 +190,17 @@ def usable_device(name: str) -> torch.device:
 
 
 def complete_backends(options: argparse.Namespace, available: Sequence[str]) -> None:
-    """Replace "all" and "none"; ``available`` are those that the operation has kernels for.
+    """Replace "all" and "none"; ``available`` are the backends that have kernels for the operation.
 
-    ``options.named`` are those that were asked for by name: for them to decline is a failure.
+    ``options.named`` are those requested by name: it is a failure if they decline.
     """
-    import crossvit_kernels as ck  # here, as the suite parses before it builds the extension
+    import crossvit_kernels as ck  # the suite parses before it builds it
 
     usable = ck.backends()
     names: list[str] = options.backends
     if names in (["all"], ["none"]):
         on_cpu = options.device.type == "cpu"
-        # On a CPU others than "cpu" are for tests: an interpreter is no contender.
+        # On a CPU the other backends are for tests: an interpreter is not a contender.
         suited = [n for n in available if usable[n] and (n == "cpu") == on_cpu]
         options.backends, options.named = ["auto", *suited] if names == ["all"] else [], []
         return

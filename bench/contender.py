@@ -1,4 +1,4 @@
-"""Contenders of a benchmark: baselines, the same compiled, and this library's backends."""
+"""Contenders of a benchmark: baselines, compiled baselines, and this library's backends."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Contender:
 
     Attributes:
         name: As tables show it.
-        call: What is timed: a function of an input set's number. Before ``on``, an inputs.Call.
-        results: What is judged, where it is not what ``call(0)`` returns.
+        call: The timed function of an input set's number. Before ``on``, an inputs.Call.
+        results: Returns the results to judge, if they are not those of ``call(0)``.
         ours: Whether a wrong result is this library's fault.
-        captured: Whether the first calls compile or capture, so that the third is to be judged.
-        compiled: Whether it counts towards the budget of compilation.
-        may_decline: Whether a ValueError says that this size is not for it.
+        captured: Whether the first calls compile or capture, so that the third is judged.
+        compiled: Whether it counts towards the compilation budget.
+        may_decline: Whether a ValueError means that it does not support this size.
         skip: Why it is not run.
-        within: The context of its calls, forward and backward.
+        within: Context manager around its calls, forward and backward.
     """
 
     name: str
@@ -66,7 +66,7 @@ def _compiled(call: Call, options: argparse.Namespace) -> Call:
     new_step: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
 
     def step(*arguments: Any) -> Any:
-        new_step()  # the last call's results are done with
+        new_step()  # the last call's results are no longer needed
         return run(*arguments)
 
     return step

@@ -1,7 +1,7 @@
-"""Contenders at the points of a benchmark: checked, timed if they are right, reported, kept.
+"""Runs contenders at the points of a benchmark: checks, times, reports and saves.
 
-No contender is timed whose result has not been judged. What is judged are the results of the very
-call that is timed, outputs and every gradient that it computes, unless a contender says otherwise.
+No contender is timed before its results have been judged: the outputs and all gradients of the very
+call that is timed, unless the contender overrides them.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from contender import Contender
 from measure import Timing, Tolerance
 from report import Row
 
-#: What a user gets who names no backend.
+#: The row of the default, without a named backend.
 HEADLINE = "ours (auto)"
 
 
 class Contest:
-    """A benchmark's run: its rows, one for each contender at each point, and what became of them.
+    """A run of a benchmark: one row for each contender at each point, with its status.
 
-    Used as a context: what was measured before a fault or Ctrl-C is kept.
+    As a context manager, it saves what was measured before a fault or Ctrl-C.
 
     Args:
-        options: The command line, completed.
-        called: What a user calls, for the last lines.
-        columns: Of the tables, beside those that all benchmarks have: header -> a row's cell.
+        options: The completed command line.
+        called: What users call ours, for the last lines.
+        columns: Table columns besides those of all benchmarks: header -> a row's cell.
         words: Contender -> plain words, for the last lines.
         notes: Lines of the introduction.
-        panels: Plots of rows, where there is a ``--plot``.
-        headline: The row that the last lines are about.
+        panels: Plots of the rows, for ``--plot``.
+        headline: The contender that the last lines are about.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Contest:
             report.save(self.options, self.document, self.panels)
 
     def introduction(self) -> str:
-        """Machine, ceilings and notes, which the tables below need to be read."""
+        """Machine, ceilings and notes: the context of the tables below."""
         o, c, facts = self.options, self.ceilings, self.document["environment"]
         compiler = "" if o.no_compile else f", torch.compile mode {o.compile_mode}"
         load = facts.get("load_average")
@@ -113,16 +113,16 @@ class Contest:
         complete: Callable[[list[Row]], None] = lambda timed_rows: None,
         called: str | None = None,
     ) -> None:
-        """Measure and print one point in one mode, unless memory does not suffice.
+        """Measure and print one point in one mode, if there is enough memory.
 
         Args:
-            what: In which mode, in plain words ("forward").
-            where: At which size.
-            prepare: Makes contenders, and what their results may be off by.
-            common: What all rows of the point have.
-            title: Lines above its table.
-            complete: Adds to the rows of timed contenders what the columns and files need.
-            called: What a user calls, where it differs from point to point.
+            what: The mode in plain words ("forward").
+            where: The size in plain words.
+            prepare: Returns the contenders and the tolerances of their results.
+            common: Entries of all rows of the point.
+            title: Lines above the table.
+            complete: Adds what columns and files need to the rows of timed contenders.
+            called: What users call ours, if it differs from point to point.
         """
         here = f"{where}, {what}"
         self.progress.stage(f"{here}: float64 and eager results")
@@ -141,7 +141,7 @@ class Contest:
         print("\n".join(["", title, report.contenders_table(self.columns, rows)]), flush=True)
 
     def finish(self) -> int:
-        """Say in plain words what was fastest, and what was wrong; the exit code."""
+        """Print in plain words what was fastest and what was wrong; return the exit code."""
         print()
         for (what, called), points in self._points.items():
             print(report.closing(what, points, called, self.headline, self.words))
@@ -195,11 +195,11 @@ class Contest:
         say(f"{here}: checking {contender.name}")
         start = time.perf_counter()
         try:
-            # The third call of a compiled function is the first to replay its CUDA graph.
+            # A compiled function first replays its CUDA graph in its third call.
             for _ in range(3 if contender.captured or contender.compiled else 1):
                 results = contender.results() if contender.results else contender.call(0)
             return measure.judge(results, allowed)
-        except Exception as error:  # whatever a compiler may raise: the others are still measured
+        except Exception as error:  # compilers may raise anything: still measure the others
             declined = contender.may_decline and isinstance(error, ValueError)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             return {"status": "declined" if declined else "failed", "reason": reason}
@@ -216,7 +216,7 @@ class Contest:
 
 
 def figures(timing: Timing, eager: Timing | None) -> dict[str, Any]:
-    """What every benchmark's row says of times."""
+    """The timing entries of every benchmark's rows."""
     return {
         "median_ms": timing.quantile(0.5) * 1e3,
         "mean_ms": statistics.fmean(timing.seconds) * 1e3,

@@ -1,12 +1,12 @@
-"""attention_core, the pass over the tokens alone: ours against PyTorch, beside the memory's speed.
+"""attention_core, the token pass on its own: ours against PyTorch and against the copy bandwidth.
 
     python bench/core_bench.py --channels 192 384 --batch 64 256
 
-measures the reference (LayerNorm, two matrix products, softmax), the same compiled, what
-attention_core chooses by itself, and every usable backend of crossvit_kernels; forward, and forward
-with backward. The floor is the time in which the device copies the tokens' bytes: read once
-forward, read twice and written once with backward. A contender whose output or gradients are wrong
-is reported and not timed.
+measures the reference (LayerNorm, two matrix products, softmax), the same compiled, the default of
+attention_core, and every usable backend of crossvit_kernels; forward, and forward with backward.
+The floor is the time the device takes to copy the tokens' bytes: read once in forward, read twice
+and written once with backward. Contenders whose output or gradients are wrong are reported and not
+timed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def our_backend(name: str) -> Core:
 
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
-    """Eager first."""
-    found = [Contender("eager", eager), compiled_contender("eager", eager, options)]
-    return found + [our_contender(name, our_backend(name), options) for name in options.backends]
+    """All contenders, eager first."""
+    candidates = [Contender("eager", eager), compiled_contender("eager", eager, options)]
+    return candidates + [
+        our_contender(name, our_backend(name), options) for name in options.backends
+    ]
 
 
 def measure_point(run: Contest, channels: int, batch: int, mode: str) -> None:
@@ -92,8 +94,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--channels", type=positive, nargs="+", default=[192, 384], help="widths")
     add("--batch", type=positive, nargs="+", default=[64], help="images")
-    add("--tokens", type=positive, default=401, help="of an image (401)")
-    add("--rows", type=positive, help="rows of u; one for every 64 channels by default")
+    add("--tokens", type=positive, default=401, help="per image (401)")
+    add("--rows", type=positive, help="rows of u; default: one per 64 channels")
     return command_line.completed(parser, arguments, OPERATIONS["attention_core"].backends)
 
 

@@ -1,4 +1,4 @@
-"""Where a number comes from: machine, software, and the commit of this repository."""
+"""The origin of a number: machine, software, and the commit of this repository."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment(device: torch.device, dtype: str | None = None) -> dict[str, Any]:
-    """The facts of a run, as a result file keeps them."""
-    import crossvit_kernels as ck  # here, as the suite imports this before it builds the extension
+    """The facts of a run, as recorded in result files."""
+    import crossvit_kernels as ck  # the suite imports this before it builds it
 
     facts: dict[str, Any] = {
         **commit(),
@@ -47,13 +47,13 @@ def environment(device: torch.device, dtype: str | None = None) -> dict[str, Any
 
 
 def commit(root: Path = ROOT) -> dict[str, str | bool | None]:
-    """``commit`` and whether a tracked file is ``dirty``; both None outside of a checkout.
+    """``commit`` and whether a tracked file is ``dirty``; both None outside a checkout.
 
-    Results that were saved before do not make it dirty.
+    Saved results do not make it dirty.
     """
     top = _git(root, "rev-parse", "--show-toplevel")
     head = _git(root, "rev-parse", "HEAD")
-    # A copy of the sources within another repository is no checkout of this one.
+    # A copy of the sources inside another repository is not a checkout of this one.
     if not top or not head or Path(top).resolve() != root.resolve():
         return {"commit": None, "dirty": None}
     status = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
@@ -62,7 +62,7 @@ def commit(root: Path = ROOT) -> dict[str, str | bool | None]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints; None where it fails or is missing."""
+    """Git's output; None if it fails or is missing."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     command = ["git", "-C", str(root), *arguments]
     try:

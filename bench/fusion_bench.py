@@ -1,16 +1,16 @@
-"""The fusion of one branch's CLS with the other branch's patches: ours against what PyTorch offers.
+"""The fusion of one branch's CLS with the other branch's patches: ours against PyTorch.
 
     python bench/fusion_bench.py --tokens 401
     python bench/fusion_bench.py --tokens 401 --frozen
 
 measures CrossViT-15's L-branch CLS over 400 S-branch patches on the device at hand: eager with
-materialised keys and values, SDPA on them, the absorbed form (no keys, no values) in PyTorch,
-compiled baselines, what cross_attention_fusion chooses by itself (the row "ours (auto)"), and every
-usable backend of crossvit_kernels. With --frozen backward is that of fine-tuning: weights frozen
-and the inputs' gradients wanted ("frozen"), or nothing trained but a head behind ("heads").
+materialised keys and values, SDPA on them, the absorbed algorithm (no keys, no values) in PyTorch,
+compiled baselines, the default of cross_attention_fusion (the row "ours (auto)"), and every usable
+backend of crossvit_kernels. With --frozen, backward is that of fine-tuning: frozen weights with
+the inputs' gradients ("frozen"), or only a head on the output trained ("heads").
 
-Each contender is first checked against float64, in all its results and gradients; one that is wrong
-is never timed, and if it is ours, the program fails. The last lines say what was fastest.
+All results and gradients of each contender are first checked against float64; one that is wrong is
+never timed, and if it is ours, the program fails. The last lines say what was fastest.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ COLUMNS = {
 
 
 def measure_shape(run: Contest, shape: Shape) -> None:
-    """One shape in every mode asked for."""
+    """Measure one shape in every requested mode."""
     options = run.options
-    found = contenders(options, shape)
+    candidates = contenders(options, shape)
     num_sets = num_rotated_sets(shape.token_bytes, options.device)
     kinds = {"one set" if options.device.type == "cpu" else "rotated": num_sets}
     if options.hot and options.device.type == "cuda":
         kinds["L2-hot"] = 1
     for mode in command_line.modes_of(options):
         for kind, count in kinds.items():
-            measure_point(run, shape, found, mode, kind, count)
+            measure_point(run, shape, candidates, mode, kind, count)
 
 
 def measure_point(
-    run: Contest, shape: Shape, found: Sequence[Contender], mode: str, kind: str, num_sets: int
+    run: Contest, shape: Shape, candidates: Sequence[Contender], mode: str, kind: str, num_sets: int
 ) -> None:
     def prepare() -> Any:
         inputs = make_inputs(shape, mode, run.device, num_sets)
-        return [c.on(inputs) for c in found], inputs.tolerances(definition(shape))
+        return [c.on(inputs) for c in candidates], inputs.tolerances(definition(shape))
 
     def complete(timed_rows: list[Row]) -> None:
         for row in timed_rows:
@@ -136,7 +136,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         __doc__, "fusion", min_time=6.0, repeats=200, frozen=True, plot=True
     )
     add = parser.add_argument
-    add("--tokens", type=positive, default=401, help="rows attended to, CLS included (401)")
+    add("--tokens", type=positive, default=401, help="rows attended to, including the CLS (401)")
     add("--batch", type=positive, default=64, help="images (64)")
     add("--dim", type=positive, default=192, help="width of the tokens (192)")
     add("--own-dim", type=positive, help="width of the CLS (twice --dim)")
@@ -145,7 +145,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--pair-tokens",
         type=positive,
         metavar="TOKENS",
-        help="both fusions of a block, forward: the other branch's CLS attends to so many rows",
+        help="both fusions of a block, forward: rows that the other branch's CLS attends to",
     )
     add(
         "--sweep",
@@ -153,9 +153,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="AXIS=N,N,...",
-        help="tokens=49,197,401 or batch=1,64,256; both may be given, each at the other's default",
+        help="tokens=49,197,401 or batch=1,64,256, or both, each with the default of the other",
     )
-    add("--hot", action="store_true", help="on a GPU, also with one set of inputs, hot in the L2")
+    add("--hot", action="store_true", help="on a GPU, also with one set of inputs, hot in L2")
     backends = OPERATIONS["cross_attention_fusion"].backends
     options = command_line.completed(parser, arguments, backends)
     try:
@@ -166,7 +166,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Complete the sizes; ValueError says what is wrong with them."""
+    """Complete the sizes; raise ValueError if they do not fit each other."""
     options.own_dim = options.own_dim or 2 * options.dim
     if options.pair_tokens:
         if options.mode in ("train", "frozen"):
@@ -181,11 +181,11 @@ def check(options: argparse.Namespace) -> None:
 
 
 def shapes(options: argparse.Namespace) -> list[Shape]:
-    """One for each value swept, the other size at its default; or the default alone."""
+    """One shape for each swept value, the other size at its default; or only the default."""
     default = {"tokens": options.tokens, "batch": options.batch}
     points = [default | {axis: value} for axis, values in options.sweep for value in values]
     dtype = DTYPES[options.dtype]
-    found = (
+    swept = (
         Shape(
             **point,
             dim=options.dim,
@@ -196,7 +196,7 @@ def shapes(options: argparse.Namespace) -> list[Shape]:
         )
         for point in points or [default]
     )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(swept))
 
 
 def notes(options: argparse.Namespace) -> list[str]:

@@ -1,4 +1,4 @@
-"""The fusion's shapes and inputs, and its contenders: what they are, and what they must compute."""
+"""The fusion's shapes and inputs, and its contenders with the results they must give."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Fusion = Callable[[Tensor, Tensor, ck.FusionWeights, int], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One point of measurement. ``tokens`` counts the rows attended to, the CLS included.
+    """One measured point. ``tokens`` counts the rows attended to, including the CLS.
 
-    With ``pair_tokens`` both fusions of a block are measured: that of the other branch's CLS too.
+    With ``pair_tokens`` both fusions of a block are measured, also that of the other branch's CLS.
     """
 
     tokens: int
@@ -47,44 +47,44 @@ class Shape:
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape."""
-        c, c_own = self.dim, self.own_dim
-        norm_and_projection = [(c_own,), (c_own,), (c, c_own), (c,), (c,), (c,)]
+        c, c_cls = self.dim, self.own_dim
+        norm_and_projection = [(c_cls,), (c_cls,), (c, c_cls), (c,), (c,), (c,)]
         q_k_v_out = [(c, c), (c,)] * 4
-        norm_and_back = [(c,), (c,), (c_own, c), (c_own,)]
+        norm_and_back = [(c,), (c,), (c_cls, c), (c_cls,)]
         shapes = norm_and_projection + q_k_v_out + norm_and_back
         return dict(zip(ck.FusionWeights._fields, shapes, strict=True))
 
     @property
     def token_bytes(self) -> int:
-        own = self.batch * (self.tokens - 1) * self.dim * self.dtype.itemsize
-        return own + (self.other.token_bytes if self.other else 0)
+        single = self.batch * (self.tokens - 1) * self.dim * self.dtype.itemsize
+        return single + (self.other.token_bytes if self.other else 0)
 
     def floor_bytes(self, mode: str) -> int:
-        """What must cross the memory interface: the patches once, thrice with their gradient."""
-        of_x, of_weights = TRAINED[mode]
+        """Minimum memory traffic: the patches once, three times with their gradient."""
+        needs_dx, needs_dw = TRAINED[mode]
         if self.other:
             alone = dataclasses.replace(self, pair_tokens=0)
             return alone.floor_bytes(mode) + self.other.floor_bytes(mode)
         cls = self.batch * self.own_dim
         weights = sum(map(math.prod, self.weights().values()))
-        if not of_x:
+        if not needs_dx:
             return self.token_bytes + (2 * cls + weights) * self.dtype.itemsize
-        # Read, read again, gradient written; of the CLS: in, out, and both gradients.
-        of_weights = 3 if of_weights else 2
-        return 3 * self.token_bytes + (4 * cls + of_weights * weights) * self.dtype.itemsize
+        # Patches: read twice, gradient written. CLS: in, out, and both gradients.
+        weight_passes = 3 if needs_dw else 2
+        return 3 * self.token_bytes + (4 * cls + weight_passes * weights) * self.dtype.itemsize
 
     def flops(self, mode: str) -> int:
-        """Of the absorbed algorithm: two products a head over the tokens, seven with backward."""
+        """FLOP of the absorbed algorithm: two products over the tokens, seven with backward."""
         pass_over_tokens = 2 * self.tokens * self.dim * self.heads
         projections = 8 * self.dim**2 + 4 * self.dim * self.own_dim
-        of_x, of_weights = TRAINED[mode]
-        passes, paths = 7 if of_x else 2, 1 + of_x + of_weights
-        own = self.batch * (passes * pass_over_tokens + paths * projections)
-        return own + (self.other.flops(mode) if self.other else 0)
+        needs_dx, needs_dw = TRAINED[mode]
+        passes, paths = 7 if needs_dx else 2, 1 + needs_dx + needs_dw
+        single = self.batch * (passes * pass_over_tokens + paths * projections)
+        return single + (self.other.flops(mode) if self.other else 0)
 
 
 def make_inputs(shape: Shape, mode: str, device: torch.device, num_sets: int) -> Inputs:
-    """A set is (cls, tokens), with those of the other fusion of a block, if it is measured too."""
+    """Sets of (cls, tokens), followed by those of the other fusion, if it is measured too."""
     fusions = [shape, shape.other] if shape.other else [shape]
 
     def one_set(normal: Normal) -> tuple[Tensor, ...]:
@@ -112,7 +112,7 @@ def make_inputs(shape: Shape, mode: str, device: torch.device, num_sets: int) ->
     )
 
 
-# The contenders that PyTorch offers. They share f and g with the definition.
+# Contenders in PyTorch. They share f and g with the definition.
 
 
 def _lift(cls: Tensor, w: ck.FusionWeights) -> Tensor:
@@ -149,7 +149,7 @@ def _pool(u: Tensor, xhat: Tensor) -> Tensor:
 
 
 def _pool_sdpa(u: Tensor, xhat: Tensor) -> Tensor:
-    # One head whose queries are our heads: keys and values are read once for all of them.
+    # One head whose queries are our heads: keys and values are read once for all.
     x = xhat.unsqueeze(1)
     return F.scaled_dot_product_attention(u.unsqueeze(1), x, x, scale=1.0).squeeze(1)
 
@@ -161,7 +161,7 @@ def absorbed(
     heads: int,
     pool: Callable[[Tensor, Tensor], Tensor] = _pool,
 ) -> Tensor:
-    """W_k and W_v act on the query and on the pooled tokens, so that K and V never exist."""
+    """Applies W_k to the query and W_v to the pooled tokens, without forming K and V."""
     dim = tokens.shape[-1]
     y0 = _lift(cls, w)
     q = F.linear(F.layer_norm(y0, (dim,), w.norm_weight, w.norm_bias, EPS), w.q_weight, w.q_bias)
@@ -227,16 +227,16 @@ def split_pair(
 
 
 def definition(shape: Shape) -> Call:
-    """Eager mode: what the others are judged by."""
+    """Eager mode, the standard for the others."""
     return (two_calls if shape.other else one_call)(eager, shape.heads)
 
 
 def contenders(options: argparse.Namespace, shape: Shape) -> list[Contender]:
-    """Eager first. Their calls take a set's tensors and the weights."""
-    torch._dynamo.reset()  # or each shape would count as a recompilation, and soon run eager
+    """All contenders, eager first. Their calls take a set's tensors and the weights."""
+    torch._dynamo.reset()  # otherwise each shape counts as a recompilation, up to the limit
     calls, heads = two_calls if shape.other else one_call, shape.heads
     too_wide = "SDPA's fused kernels end at head dim 256" if shape.dim > 256 else None
-    found = [
+    candidates = [
         Contender("eager", definition(shape)),
         compiled_contender("eager", definition(shape), options),
         Contender("SDPA", calls(sdpa, heads)),
@@ -250,10 +250,10 @@ def contenders(options: argparse.Namespace, shape: Shape) -> list[Contender]:
             return our_pair(backend, heads)
         return one_call(our_backend(backend), heads)
 
-    found += [our_contender(backend, ours(backend), options) for backend in options.backends]
+    candidates += [our_contender(backend, ours(backend), options) for backend in options.backends]
     if "triton" in options.backends and not shape.other:
         for variant in configs.FORMS.names[1:]:  # the first is "auto"
             within = functools.partial(configs.FORMS.choose, variant)
             facts = {"within": within, "may_decline": True}
-            found.append(our_contender("triton", ours("triton"), options, variant, **facts))
-    return found
+            candidates.append(our_contender("triton", ours("triton"), options, variant, **facts))
+    return candidates

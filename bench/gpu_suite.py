@@ -1,10 +1,9 @@
-"""Everything that is to be run on a GPU, in one command: ``python bench/gpu_suite.py OUT``.
+"""All GPU tests and benchmarks in one command: ``python bench/gpu_suite.py OUT``.
 
 Imports, tests on the device, tests under a sanitizer, then every benchmark with every baseline.
-Each stage writes its log and results into OUT. The command stops after ``--seconds``, and begins
-with what matters most. Stages that are done are not run again: rerun the command to resume. A stage
-that fails or takes too long does not keep the others from running. ``--dry-run`` runs all kinds of
-stages on a CPU with tiny sizes.
+Each stage writes its log and results to OUT. The most important stages come first, and the command
+stops after ``--seconds``; rerun it to resume, as finished stages are skipped. A stage that fails or
+times out does not stop the others. ``--dry-run`` runs all kinds of stages on a CPU with tiny sizes.
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ MODELS = tuple(
     f"crossvit_{name}_240"
     for name in ("15", "tiny", "small", "base", "9", "18", "9_dagger", "15_dagger", "18_dagger")
 )
-#: Whose widths are measured, in this order; CrossViT-S has those of 15.
+#: Models whose widths are measured, in this order; CrossViT-S has those of 15.
 WIDTH_NAMES = ("15", "Ti", "B", "9", "18")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A command, run in the repository's root."""
+    """A command to run in the repository's root."""
 
     name: str
     command: tuple[str, ...]
-    seconds: int  # after which it is interrupted
+    seconds: int  # timeout
 
 
 def stages(out: Path, dry: bool) -> list[Stage]:
-    """In the order in which they are worth having."""
+    """All stages, the most important first."""
     python = sys.executable
     device = "cpu" if dry else "cuda"
     quick = "1" if dry else "0.5"
@@ -60,7 +59,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     if dry:
         tests = ["-k", "few_tokens or huge_scores or why_not", *tests]
     build = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
-    found = [
+    suite = [
         *(() if dry else (Stage("build", build, 120), *compilation())),
         Stage("imports", (python, "-m", "crossvit_kernels"), 60),
         Stage("tests", (python, "-m", "pytest", "tests/gpu", *tests), 200),
@@ -69,12 +68,12 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         tool = () if dry else ("compute-sanitizer", "--error-exitcode", "9")
         which = ("-k", "few_tokens") if dry else ()
         command = (*tool, python, "-m", "pytest", "-m", "sanitizer", *which, "tests")
-        found.append(Stage("sanitizer", command, 60))
-    return found + _benchmarks(out, device, quick, dry)
+        suite.append(Stage("sanitizer", command, 60))
+    return suite + _benchmarks(out, device, quick, dry)
 
 
 def compilation() -> list[Stage]:
-    """Triton's kernels on all cores at once, into the cache where launches find them."""
+    """Compile Triton's kernels on all cores, into the cache that launches use."""
     import torch
 
     if not torch.cuda.is_available():
@@ -85,7 +84,7 @@ def compilation() -> list[Stage]:
 
 
 def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
-    """CrossViT-15 first, with the compiled baselines; then everything else."""
+    """The benchmarks: CrossViT-15 with the compiled baselines first, then the rest."""
     python = sys.executable
     few = ("--min-time", quick, *(("--repeats", "3") if dry else ()))
     batches = ("1", "2") if dry else ("1", "8", "64", "256", "1024")
@@ -103,7 +102,7 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
 
     def fusions(name: str, compiled: bool) -> list[Stage]:
         small, heads, _ = WIDTHS[name]
-        found = []
+        shapes = []
         for branch, dim, own in (("S", small, 2 * small), ("L", 2 * small, small)):
             title = f"fusion-{name}-{branch}"
             options = (
@@ -113,14 +112,14 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
                 *(("--compile-budget", "60") if compiled else ("--no-compile",)),
                 *(() if dry else ("--plot", str(out / f"{title}.png"))),
             )
-            found.append(stage(title, "fusion_bench.py", 110 if compiled else 30, *options))
+            shapes.append(stage(title, "fusion_bench.py", 110 if compiled else 30, *options))
         pair = (
             *("--dim", str(small), "--own-dim", str(2 * small), "--heads", str(heads)),
             *("--tokens", "9" if dry else str(TOKENS["S"])),
             *("--pair-tokens", "5" if dry else str(TOKENS["L"])),
             *("--sweep", f"batch={','.join(batches[:3])}", "--no-compile"),
         )
-        return [*found, stage(f"fusion-{name}-pair", "fusion_bench.py", 30, *pair)]
+        return [*shapes, stage(f"fusion-{name}-pair", "fusion_bench.py", 30, *pair)]
 
     def blocks(name: str, compiled: bool) -> Stage:
         if dry:
@@ -150,20 +149,20 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
         ]
 
     if dry:
-        found = [core(), *fusions("Ti", False), blocks("Ti", False)]
-        return found + models("crossvit_tiny_240", False)
+        suite = [core(), *fusions("Ti", False), blocks("Ti", False)]
+        return suite + models("crossvit_tiny_240", False)
     first, *others = WIDTH_NAMES
-    found = [core(), *fusions(first, True), blocks(first, True)]
-    found += models(MODELS[0], False) + models(MODELS[0], True)
+    suite = [core(), *fusions(first, True), blocks(first, True)]
+    suite += models(MODELS[0], False) + models(MODELS[0], True)
     for name in others:
-        found += [*fusions(name, False), blocks(name, False)]
+        suite += [*fusions(name, False), blocks(name, False)]
     for model in MODELS[1:]:
-        found += models(model, True)
-    return found
+        suite += models(model, True)
+    return suite
 
 
 def run(stage: Stage, out: Path, seconds: float) -> int:
-    """Its exit status; 124 where it took too long. Programs keep their rows on an interrupt."""
+    """Run a stage; return its exit status, 124 on timeout. Interrupted programs save their rows."""
     with (out / f"{stage.name}.log").open("w") as log:
         process = subprocess.Popen(
             stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -212,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(stage, "no time left")
             continue
         began = time.monotonic()
-        limit = stage.seconds * (5 if options.dry_run else 1)  # a CPU may be busy, and shared
+        limit = stage.seconds * (5 if options.dry_run else 1)  # a CPU may be shared and busy
         status = run(stage, out, min(limit, end - began))
         seconds = time.monotonic() - began
         done[stage.name] = {"status": status, "seconds": round(seconds, 1)}

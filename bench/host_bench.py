@@ -1,13 +1,13 @@
 """Host time of a fusion's launches, without a GPU: ``python bench/host_bench.py``.
 
-A driver that does nothing stands in for CUDA's (tests/no_device.py), so what is measured is Python
-and torch on the host: checks, memory for results, and the launch up to the call of a driver. Each
-time is the best of many rounds, in microseconds, once as Triton launches kernels and once as
-crossvit_kernels/gpu/launcher.py does. Memory comes from torch's allocator for CPUs. Where the
-extension has CUDA kernels, also up to the call of the extension, which is left out.
+A driver that does nothing stands in for CUDA's (tests/no_device.py), so this measures Python and
+torch on the host: checks, memory for results (from torch's CPU allocator), and the launch up to the
+call of the driver. Each time is the best of many rounds, in microseconds, once with Triton's own
+launch and once with crossvit_kernels/gpu/launcher.py. If the extension has CUDA kernels, the time
+up to the call of the extension is measured too.
 
-What has no results cannot be checked by them: before it is timed, each call is counted to launch as
-often as it should, both ways with the same kernels and arguments.
+There are no results to check. Instead, before timing, each call must make the expected number of
+launches, with the same kernels and arguments both ways.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from crossvit_kernels.gpu.tables import Candidates
 from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention import triton as fusion
 
-#: CrossViT-15 at 240 pixels: C_own, C and patches of the L branch's CLS, then of the S branch's.
+#: CrossViT-15 at 240 pixels: cls_dim, C and patches of the L branch's CLS, then of the S branch's.
 SIZES = ((384, 192, 400), (192, 384, 196))
 HEADS = 6
 CPU = torch.device("cpu")
@@ -51,9 +51,9 @@ EXPECTED_LAUNCHES = {
 
 
 class Nothing:
-    """In place of a launch."""
+    """Stands in for a launch."""
 
-    #: While calls are checked: what was launched, None while they are timed.
+    #: The launches of a call that is being checked; None during timing.
     launches: list[tuple[Any, ...]] | None = None
 
     def __init__(self, source: Any, metadata: Any) -> None:
@@ -65,16 +65,16 @@ class Nothing:
 
 
 def launched(call: Callable[[], Any]) -> list[tuple[Any, ...]]:
-    """Of each of a call's launches: kernel, grid and the number of arguments."""
-    Nothing.launches = found = []
+    """Kernel, grid and number of arguments of each launch of a call."""
+    Nothing.launches = launches = []
     try:
         call()
     finally:
         Nothing.launches = None
-    return found
+    return launches
 
 
-def as_triton_does(
+def start_as_triton(
     kernel: Any,
     grid: tuple[int, int, int],
     tensors: tuple[Any, ...],
@@ -90,16 +90,16 @@ def as_triton_does(
     kernel[grid](*tensors, *weights, *numbers, *constants, **preferred.options)
 
 
-def inputs(own: int, channels: int, num_tokens: int) -> ck.FusionInputs:
-    """Of one image; weights are a module's parameters."""
-    weights = (torch.nn.Parameter(t.bfloat16()) for t in make_weights(own, channels))
-    cls = torch.randn(1, own).bfloat16()
+def inputs(cls_dim: int, channels: int, num_tokens: int) -> ck.FusionInputs:
+    """Inputs of one image; weights are a module's parameters."""
+    weights = (torch.nn.Parameter(t.bfloat16()) for t in make_weights(cls_dim, channels))
+    cls = torch.randn(1, cls_dim).bfloat16()
     tokens = torch.randn(1, 1 + num_tokens, channels).bfloat16()[:, 1:]
     return ck.FusionInputs(cls, tokens, ck.FusionWeights(*weights), HEADS)
 
 
 def best_of(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Microseconds of each call, in the round that other work on the machine disturbed least."""
+    """Microseconds of each call in its fastest round."""
     timings = measure.round_robin(
         {name: lambda _, call=call: call() for name, call in calls.items()},
         measure.Stopwatch(CPU, most_calls=200),
@@ -124,14 +124,14 @@ def calls_to_measure() -> dict[str, Callable[[], Any]]:
 
 
 def measure_both(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Microseconds of each call: with our launcher, and as Triton launches."""
+    """Microseconds of each call, with our launcher and with Triton's own launch."""
     calls, start = calls_to_measure(), launcher.start
     with torch.no_grad():
-        found = {name: launched(call) for name, call in calls.items()}
+        triton_launches = {name: launched(call) for name, call in calls.items()}
         ours = best_of(calls, rounds)
-        launcher.start = as_triton_does
+        launcher.start = start_as_triton
         try:
-            check(found, {name: launched(call) for name, call in calls.items()})
+            check(triton_launches, {name: launched(call) for name, call in calls.items()})
             theirs = best_of(calls, rounds)
         finally:
             launcher.start = start
@@ -139,7 +139,7 @@ def measure_both(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def check(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """RuntimeError where a call launches other kernels than it should."""
+    """Raise RuntimeError if a call does not launch the expected kernels."""
     for name, launches in ours.items():
         expected = EXPECTED_LAUNCHES[name]
         if len(launches) != expected:
@@ -149,17 +149,19 @@ def check(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def measure_cuda(rounds: int) -> dict[str, float]:
-    found = extension.cuda_kernels
-    if found is None:
+    cuda_kernels = extension.cuda_kernels
+    if cuda_kernels is None:
         return {}
-    functions = {name: getattr(found.functions, name) for name in dir(found.functions)}
+    functions = {
+        name: getattr(cuda_kernels.functions, name) for name in dir(cuda_kernels.functions)
+    }
     calls: list[str] = []
     functions["cross_attention_forward"] = lambda **arguments: calls.append("forward")
     stand_in = extension.CudaKernels(types.SimpleNamespace(**functions), "cpu")
-    given = inputs(*SIZES[0])
+    fusion_inputs = inputs(*SIZES[0])
 
     def call() -> Any:
-        return cuda.forward(given, 1e-6, "")
+        return cuda.forward(fusion_inputs, 1e-6, "")
 
     extension.cuda_kernels = stand_in
     try:
@@ -172,7 +174,7 @@ def measure_cuda(rounds: int) -> dict[str, float]:
             stand_in.functions.cross_attention_forward = lambda **arguments: None
             return best_of({"forward, CUDA's part": call}, rounds)
     finally:
-        extension.cuda_kernels = found
+        extension.cuda_kernels = cuda_kernels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -183,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     no_device.NoDevice.launcher_cls = Nothing
-    fusion.why_not = lambda *inputs: None  # no GPU is no reason here
+    fusion.why_not = lambda *inputs: None  # a missing GPU does not matter here
     ours, theirs = measure_both(options.rounds)
     cuda_us = measure_cuda(options.rounds)
     header = (f"Triton {triton.__version__}, us", "as Triton launches", "as we do")

@@ -1,7 +1,7 @@
-"""Inputs of the kernels' benchmarks, the calls on them, and what those must return.
+"""Inputs of the kernels' benchmarks, calls on them, and the expected results.
 
-A call computes one or more outputs from a set of input tensors and the weights. What is timed and
-judged are its outputs and the gradients that the mode asks for.
+A call computes one or more outputs from a set of input tensors and the weights. Its outputs and the
+gradients of the mode are timed and judged.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
-#: Mode: whether the inputs and whether the weights get a gradient. In "frozen" the weights are
-#: frozen; in "heads" all that is trained is a linear head on the output.
+#: Mode: whether inputs, and whether weights, get gradients. In "frozen" the weights are frozen; in
+#: "heads" only a linear head on the output is trained.
 TRAINED = {
     "forward": (False, False),
     "train": (True, True),
@@ -33,7 +33,7 @@ MODE_WORDS = {
     "frozen": "with frozen weights",
     "heads": "with a head alone trained",
 }
-CLASSES = 10  # of such a head
+CLASSES = 10  # of that head
 
 Normal = Callable[..., Tensor]
 #: The tensors of a set, then the list of weights -> one or more outputs.
@@ -44,9 +44,9 @@ NumberedCall = Callable[[int], Sequence[Tensor | None]]
 
 @dataclasses.dataclass
 class Inputs:
-    """Sets of tensors to rotate through, weights, a head, and where backward starts.
+    """Sets of tensors to rotate through, weights, a head, and the upstream gradient.
 
-    Tensors require the gradients that the mode asks for, and no others.
+    Only the tensors that the mode trains require gradients.
     """
 
     output_names: tuple[str, ...]
@@ -58,26 +58,29 @@ class Inputs:
     mode: str
 
     def __post_init__(self) -> None:
-        of_inputs, of_weights = TRAINED[self.mode]
+        inputs_need_grad, weights_need_grad = TRAINED[self.mode]
         for tensor in (tensor for tensors in self.sets for tensor in tensors):
-            tensor.requires_grad_(of_inputs)
+            tensor.requires_grad_(inputs_need_grad)
         for weight in self.weights.values():
-            weight.requires_grad_(of_weights)
+            weight.requires_grad_(weights_need_grad)
         self.head.requires_grad_(self.mode == "heads")
 
     @property
     def result_names(self) -> list[str]:
-        of_inputs, of_weights = TRAINED[self.mode]
-        leaves = [*(self.tensor_names if of_inputs else ()), *(self.weights if of_weights else ())]
+        inputs_need_grad, weights_need_grad = TRAINED[self.mode]
+        leaves = [
+            *(self.tensor_names if inputs_need_grad else ()),
+            *(self.weights if weights_need_grad else ()),
+        ]
         leaves += ["head"] if self.mode == "heads" else []
         return [*self.output_names, *(f"grad {name}" for name in leaves)]
 
     def numbered(
         self, call: Call, within: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> NumberedCall:
-        """A function of an input set's number that returns what ``result_names`` names."""
+        """Return a function of an input set's number, whose results are ``result_names``."""
         weights, trained = list(self.weights.values()), self.mode != "forward"
-        leaves_of = [
+        leaves_by_set = [
             [t for t in (*tensors, *weights, self.head) if t.requires_grad] for tensors in self.sets
         ]
 
@@ -92,15 +95,15 @@ class Inputs:
                 y = outputs[0]
                 if self.mode == "heads":
                     y = F.linear(y.mean(dim=1) if y.dim() == 3 else y, self.head)
-                # allow_unused: k_bias has no effect, and an algorithm may have no use for it.
+                # allow_unused: k_bias has no effect, so an algorithm may ignore it.
                 return *outputs, *torch.autograd.grad(
-                    y, leaves_of[number], self.upstream, allow_unused=True
+                    y, leaves_by_set[number], self.upstream, allow_unused=True
                 )
 
         return results
 
     def tolerances(self, definition: Call) -> dict[str, measure.Tolerance]:
-        """For each result its float64 value, and the error that eager makes in the run's dtype."""
+        """The float64 value of each result, and eager's error in the run's dtype."""
         exact = self._first_set_in_float64().numbered(definition)(0)
         eager = self.numbered(definition)(0)
         return measure.tolerances(self.result_names, exact, eager, self.upstream.dtype)
@@ -128,7 +131,7 @@ def make_inputs(
     dtype: torch.dtype,
     num_sets: int = 1,
 ) -> Inputs:
-    """Random inputs, the same for the same arguments; ``names`` are of outputs and of tensors."""
+    """Random inputs, reproducible; ``names`` are those of outputs and of tensors."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
@@ -154,7 +157,7 @@ def make_inputs(
 
 
 def num_rotated_sets(set_bytes: int, device: torch.device) -> int:
-    """So many that their tokens are four times a GPU's L2, or 2048; one on a CPU."""
+    """Enough sets to exceed a GPU's L2 four times, at most 2048; one on a CPU."""
     if device.type == "cpu":
         return 1
     return min(max(2, math.ceil(4 * environment.l2_bytes(device) / set_bytes)), 2048)

@@ -1,4 +1,4 @@
-"""Measuring for the benchmarks: clocks, ceilings, memory, the rule of correctness."""
+"""Measuring for the benchmarks: clocks, ceilings, memory, the accuracy rule."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-#: How many times eager's own error a result may have. With 16 bits the roundings of inputs and
-#: weights rule; with 32 the order of summation does, which differs between algorithms.
+#: Allowed error as a multiple of eager's own. In 16 bits the rounding of inputs and weights
+#: dominates; in 32 the order of summation, which differs between algorithms.
 ERROR_FACTORS = {torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
 
 class Progress:
-    """Says on stderr what is running: one line that is overwritten, or a line a stage in a log."""
+    """Shows on stderr what is running: one overwritten line, or one line per stage in a log."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -39,7 +39,7 @@ class Progress:
         self._write(text, end="" if self._overwrite else "\n")
 
     def tick(self, text: str) -> None:
-        """A step within a stage: too frequent for a log."""
+        """Show a step within a stage, which is too frequent for a log."""
         if self._overwrite:
             self._write(text, end="")
 
@@ -54,7 +54,7 @@ class Progress:
 
 
 class Error(NamedTuple):
-    """Distance from the float64 result, absolute; NaN where the result is not a number."""
+    """Absolute distance from the float64 result; NaN if the result is NaN."""
 
     rms: float
     largest: float
@@ -73,12 +73,12 @@ def rms(x: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What one result may be off by: a multiple of what eager is off by in the same dtype.
+    """Allowed error of one result: a multiple of eager's error in the same dtype.
 
     Attributes:
         exact: The result in float64.
         eager: Error of the eager computation in ``dtype``.
-        dtype: Of the computation under test.
+        dtype: The dtype of the computation under test.
         scale: Magnitude that one rounding error is relative to; None for the RMS of ``exact``.
             A gradient that is exactly zero needs it from elsewhere.
     """
@@ -89,7 +89,7 @@ class Tolerance:
     scale: float | None = None
 
     def objection(self, error: Error) -> str | None:
-        """Why a result with this error is wrong; None if it is right."""
+        """The reason why a result with this error is wrong, or None."""
         factor = ERROR_FACTORS[self.dtype]
         scale = rms(self.exact) if self.scale is None else self.scale
         floor = torch.finfo(self.dtype).eps * scale
@@ -97,7 +97,7 @@ class Tolerance:
             ("RMS", error.rms, factor * self.eager.rms + floor),
             ("largest", error.largest, 2 * factor * self.eager.largest + floor),
         ):
-            if not measured <= bound:  # so that NaN is an objection
+            if not measured <= bound:  # also catches NaN
                 return f"{name} error {measured:.2e}, allowed {bound:.2e}"
         return None
 
@@ -109,7 +109,7 @@ class Tolerance:
 def tolerances(
     names: Sequence[str], exact: Sequence[Tensor], eager: Sequence[Tensor], dtype: torch.dtype
 ) -> dict[str, Tolerance]:
-    """For each result its float64 value, and the error that eager makes in the run's dtype."""
+    """The float64 value of each result, and eager's error in the run's dtype."""
     exact = [without_zeros(name, e.detach()) for name, e in zip(names, exact, strict=True)]
     eager = [without_zeros(name, e.detach()) for name, e in zip(names, eager, strict=True)]
     allowed = {
@@ -117,7 +117,7 @@ def tolerances(
         for name, e, u in zip(names, exact, eager, strict=True)
     }
     for name, tolerance in allowed.items():
-        # Softmax drops a bias of keys: rounding in its gradient is relative to its like.
+        # Softmax cancels key biases: rounding in their gradient is relative to value biases'.
         for key, value in ((" k_bias", " v_bias"), (".wk.bias", ".wv.bias")):
             if name.endswith(key):
                 scale = rms(allowed[name.removesuffix(key) + value].exact)
@@ -126,7 +126,7 @@ def tolerances(
 
 
 def without_zeros(name: str, result: Tensor) -> Tensor:
-    """What of a result is not zero by mathematics: the third of keys in a joint bias is."""
+    """The entries of a result that are not exactly zero: those of keys in a joint bias are."""
     if name.endswith(("qkv_bias", "qkv.bias")):
         q, _, v = result.chunk(3)
         return torch.cat([q, v])
@@ -134,9 +134,9 @@ def without_zeros(name: str, result: Tensor) -> Tensor:
 
 
 def judge(results: Sequence[Tensor | None], allowed: Mapping[str, Tolerance]) -> dict[str, Any]:
-    """Status ("ok" or "wrong", with the reason) and errors of a computation by its results.
+    """Status ("ok" or "wrong", with the reason) and errors of a computation's results.
 
-    A result may be missing (None) where the exact one has a ``scale`` of its own: it is zero.
+    A result may be missing (None) if its tolerance has a ``scale``: it is zero.
     """
     objections, errors = [], {}
     for (name, tolerance), result in zip(allowed.items(), results, strict=True):
@@ -162,7 +162,7 @@ def judge(results: Sequence[Tensor | None], allowed: Mapping[str, Tolerance]) ->
         ratio = errors[name]["error"] / max(errors[name]["eager_error"], sys.float_info.min)
         return ratio if ratio == ratio else math.inf
 
-    # A result that is exactly zero has no relative error to show.
+    # A result that is exactly zero has no relative error.
     worst = max((n for n in errors if allowed[n].scale is None), key=beside_eager, default=None)
     return {
         "status": "wrong" if objections else "ok",
@@ -176,9 +176,9 @@ def judge(results: Sequence[Tensor | None], allowed: Mapping[str, Tolerance]) ->
 
 @dataclass
 class Timing:
-    """Seconds a call took: in each round, the mean over that round's calls.
+    """Seconds per call: in each round, the mean over that round's calls.
 
-    ``host`` is the time until a call had been issued to the GPU, without waiting for it.
+    ``host`` is the time to issue a call to the GPU, without waiting for it.
     """
 
     calls_per_round: int
@@ -189,30 +189,30 @@ class Timing:
         return float(np.quantile(self.seconds, q))
 
     def median_speedup(self, baseline: Timing) -> float:
-        """How many times faster than the baseline, judged round by round."""
+        """Median over the rounds of the speedup over the baseline."""
         return statistics.median(b / s for b, s in zip(baseline.seconds, self.seconds, strict=True))
 
 
 class Stopwatch:
     """Times consecutive calls on one device, each with the number of the input set to use.
 
-    On a GPU the calls queue up behind a kernel that spins until the host has issued them all, and
-    events around them then read device time without the host's gaps. One counter gives all callers
-    their input sets, so that no caller finds in the cache what another has just left there.
+    On a GPU the calls queue up behind a kernel that spins until the host has issued them all, so
+    that events around them measure device time without host gaps. All callers share one counter of
+    input sets, so that none finds its inputs in the cache from another's call.
     """
 
-    _SPIN_HZ = 2e9  # no GPU clocks higher by much, so a spin is never much too short
+    _SPIN_HZ = 2e9  # about the highest clock of any GPU, so that spins are long enough
 
     def __init__(self, device: torch.device, most_calls: int | None = None) -> None:
         self.device = device
         self._on_gpu = device.type == "cuda"
-        # What one round's calls should last, and how many at most: they must fit a GPU's queue.
+        # Target duration of a round, and its maximum number of calls: they must fit a GPU's queue.
         self._round_seconds = 0.002 if self._on_gpu else 0.02
         self._most_calls = most_calls or (8 if self._on_gpu else 50)
         self._next_set = 0
 
     def calls_for(self, call: Callable[[int], object]) -> tuple[int, float]:
-        """How many calls fill a round, and how long the host takes to issue them."""
+        """The number of calls that fill a round, and the host time to issue them."""
         self._issue(call, 10 if self._on_gpu else 2)  # warm-up
         self._wait()
         start = time.perf_counter()
@@ -226,7 +226,7 @@ class Stopwatch:
     def time_calls(
         self, call: Callable[[int], object], calls: int, issue: float
     ) -> tuple[float, float | None]:
-        """Seconds a call, and on a GPU the host's seconds a call."""
+        """Seconds per call, and on a GPU the host's seconds per call."""
         if not self._on_gpu:
             start = time.perf_counter()
             self._issue(call, calls)
@@ -262,13 +262,13 @@ def round_robin(
     repeats: int,
     on_round: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Timing]:
-    """Time callers in turn, round by round: other work on the machine disturbs all alike.
+    """Time callers alternately, round by round, so that other load affects all alike.
 
     Args:
         callers: Name -> function of an input set's number.
-        stopwatch: Of the device they run on.
+        stopwatch: Stopwatch of the device they run on.
         min_time: Seconds after which no further round begins, once there are five.
-        repeats: Rounds at most.
+        repeats: Maximum number of rounds.
         on_round: Called with each round's number.
     """
     plan = {name: stopwatch.calls_for(call) for name, call in callers.items()}
@@ -292,10 +292,10 @@ def round_robin(
 
 
 def extra_peak_bytes(call: Callable[[int], object], device: torch.device) -> int:
-    """Most memory in use during a call above what was in use before, its results included.
+    """Peak memory of a call above what was in use before, including its results.
 
-    As torch's allocators count it: what a library takes for itself does not show. (Resident pages
-    would tell all, but with glibc's fragmentation, which differs from run to run.)
+    Counts torch's allocators only, not memory that libraries allocate themselves. (Resident pages
+    would, but they include glibc's fragmentation, which differs from run to run.)
     """
     if device.type == "cpu":
         return _extra_peak_bytes_cpu(call)
@@ -310,7 +310,7 @@ def extra_peak_bytes(call: Callable[[int], object], device: torch.device) -> int
 
 def _extra_peak_bytes_cpu(call: Callable[[int], object]) -> int:
     with warnings.catch_warnings(), _silent_stderr():
-        # Of cycles, of which there is one here; torch 2.11 says so once a process.
+        # torch 2.11 warns once per process about profiling cycles; there is one here.
         warnings.filterwarnings("ignore", message=".*Profiler clears events")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             results = call(0)
@@ -327,7 +327,7 @@ def _extra_peak_bytes_cpu(call: Callable[[int], object]) -> int:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """The profiler's native code announces itself there."""
+    """Silence stderr, where the profiler's native code announces itself."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
@@ -341,7 +341,7 @@ def _silent_stderr() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device can do, measured now; a copy counts the bytes read and those written."""
+    """Measured limits of the device; a copy counts the bytes read and written."""
 
     copy_bytes_per_second: float
     copy_buffer_bytes: int
@@ -353,8 +353,8 @@ class Ceilings:
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Fastest of several large copies and of several large square matrix products.
 
-    The matrix product is in bfloat16 on a GPU, as its tensor cores are what a kernel could use;
-    on a CPU in the dtype of the run.
+    The matrix product is in bfloat16 on a GPU, for its tensor cores, and in the run's dtype on a
+    CPU.
     """
     on_gpu = device.type == "cuda"
     buffer_bytes, size, repeats = (2**30, 8192, 20) if on_gpu else (2**28, 2048, 10)

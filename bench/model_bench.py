@@ -1,13 +1,12 @@
-"""Whole CrossViT models: images a second and peak memory, inference and training step.
+"""Whole CrossViT models: images per second and peak memory, inference and training step.
 
     python bench/model_bench.py --models crossvit_15_240 --batch 8
 
-measures in one run our model fused, eager and eager under torch.compile, and, where timm is
-installed, timm's eager and compiled. All have the same weights and see the same images. A model
-whose logits or gradients, parameter by parameter, are wrong, judged by eager mode's own error
-against float64, is not timed.
+measures in one run our model fused, eager and eager under torch.compile, and, if timm is installed,
+timm's eager and compiled. All have the same weights and images. A model is not timed if its logits
+or the gradients of any parameter are wrong, judged by eager mode's own error against float64.
 
-On a GPU small batches are measured in a CUDA graph as well, and training with the "lean" setting.
+On a GPU small batches are also measured in a CUDA graph, and training with the "lean" setting.
 16-bit inference runs models cast to that dtype; 16-bit training runs autocast over float32 weights.
 A training step is forward, cross-entropy, backward and AdamW.
 """
@@ -38,9 +37,9 @@ MODES = {"inference": "inference", "train": "training"}
 OURS = "ours, fused"
 WORDS = {"timm, eager": "timm", "timm, compiled": "timm under torch.compile"}
 WORDS |= {"ours, eager": "eager mode", "ours, compiled": "eager mode under torch.compile"}
-#: Images that correctness is checked with: float64 is slow.
+#: Number of images in the correctness check: float64 is slow.
 CHECKED = 2
-#: Largest batch that is measured in a CUDA graph as well.
+#: Largest batch that is also measured in a CUDA graph.
 GRAPHED = 8
 PAPER = {"batch": 64, "repeats": 100, "min_time": float("inf")}
 
@@ -48,7 +47,7 @@ Contenders = dict[str, Callable[[], nn.Module]]
 
 
 class Graphed(nn.Module):
-    """Replays a CUDA graph of a model's inference, one for each shape of images."""
+    """Replays a CUDA graph of a model's inference, one per shape of images."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class Graphed(nn.Module):
 def contenders(
     name: str, mode: str, batch: int, options: argparse.Namespace, state: dict[str, Tensor]
 ) -> Contenders:
-    """Name -> maker of the model with these weights."""
+    """Name -> function that makes the model with these weights."""
 
     def ours(fused: bool, keep: str = "fast") -> nn.Module:
         model = crossvit.create_model(name, use_fused=fused, keep=keep, **size_option(options))
@@ -74,28 +73,28 @@ def contenders(
     def compiled(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         return lambda: torch.compile(make(), mode=options.compile_mode, dynamic=False)
 
-    found: Contenders = {"ours, eager": lambda: ours(False), OURS: lambda: ours(True)}
+    makers: Contenders = {"ours, eager": lambda: ours(False), OURS: lambda: ours(True)}
     timm_model = timm_maker(name, options, state)
     if timm_model:
-        found = {"timm, eager": timm_model} | found
+        makers = {"timm, eager": timm_model} | makers
     if options.device.type == "cuda" and mode == "train":
-        found["ours, fused, lean"] = lambda: ours(True, keep="lean")
+        makers["ours, fused, lean"] = lambda: ours(True, keep="lean")
     if options.device.type == "cuda" and mode == "inference" and batch <= GRAPHED:
         for contender in ("timm, eager", OURS):
-            if contender in found:
-                make = found[contender]
-                found[f"{contender}, graph"] = lambda make=make: Graphed(make())  # type: ignore[misc]
+            if contender in makers:
+                make = makers[contender]
+                makers[f"{contender}, graph"] = lambda make=make: Graphed(make())  # type: ignore[misc]
     if not options.no_compile:
-        found["ours, compiled"] = compiled(lambda: ours(False))
+        makers["ours, compiled"] = compiled(lambda: ours(False))
         if timm_model:
-            found["timm, compiled"] = compiled(timm_model)
-    return found
+            makers["timm, compiled"] = compiled(timm_model)
+    return makers
 
 
 def timm_maker(
     name: str, options: argparse.Namespace, state: dict[str, Tensor]
 ) -> Callable[[], nn.Module] | None:
-    """timm's model, where it is installed, has it, and can run this size."""
+    """Return a maker of timm's model; None if timm lacks it or cannot run this size."""
     try:
         import timm
     except ImportError:
@@ -116,7 +115,7 @@ def size_option(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Runner:
-    """Calls of one model, as they are checked and timed."""
+    """Calls one model, for checking and timing."""
 
     def __init__(self, model: nn.Module, mode: str, dtype: torch.dtype, x: Tensor, y: Tensor):
         self.mode, self.dtype, self.x, self.y = mode, dtype, x, y
@@ -139,7 +138,7 @@ class Runner:
     def results(self, count: int) -> list[Tensor]:
         """The first images' logits; in training also every gradient of their loss.
 
-        All images pass through the model, as they do in what is timed.
+        All images pass through the model, as in the timed call.
         """
         if not self.training:
             with torch.no_grad():
@@ -162,7 +161,7 @@ class Runner:
 def allowed(
     name: str, mode: str, options: argparse.Namespace, state: dict[str, Tensor], data: Any
 ) -> dict[str, measure.Tolerance]:
-    """The exact results, and what eager mode is off by in the dtype of the run."""
+    """The exact results, and eager mode's error in the dtype of the run."""
     x, y = (t[:CHECKED] for t in data)
     results: list[list[Tensor]] = []
     parameters: list[str] = []
@@ -172,7 +171,7 @@ def allowed(
         model.to(options.device)
         parameters = [f"grad {key}" for key, _ in model.named_parameters()]
         dtype = torch.float64 if exact else DTYPES[options.dtype]
-        if exact:  # from the weights and images that the run sees
+        if exact:  # from the weights and images of the run
             if mode == "inference":
                 model.to(DTYPES[options.dtype])
                 x = x.to(DTYPES[options.dtype])
@@ -236,7 +235,7 @@ def entry(
 
 
 def panels(rows: list[Row]) -> list[report.Panel]:
-    found = []
+    plots = []
     points = dict.fromkeys((row["model"], row["batch"], row["mode"]) for row in rows)
     for model, batch, mode in points:
         series = {
@@ -246,8 +245,8 @@ def panels(rows: list[Row]) -> list[report.Panel]:
             and row["status"] == "ok"
         }
         title = f"{model}, batch {batch}, {mode}"
-        found.append(report.Panel(title, "batch", "images/s", series))
-    return found
+        plots.append(report.Panel(title, "batch", "images/s", series))
+    return plots
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -265,7 +264,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="+", default=["crossvit_15_240"], help="names, or patterns of names")
     add("--batch", type=positive, nargs="+", default=[8])
-    add("--img-size", type=positive, help="of the S branch, another than the models' own")
+    add("--img-size", type=positive, help="of the S branch; default: the model's own")
     add("--paper", action="store_true", help="the paper's protocol: batch 64, 100 iterations")
     options = command_line.completed(parser, arguments)
     names = [name for pattern in options.models for name in crossvit.list_models(pattern)]

@@ -1,4 +1,4 @@
-"""What the benchmarks show and keep: tables, plain words, JSON and CSV files, plots."""
+"""Output of the benchmarks: tables, closing lines, JSON and CSV files, plots."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Row = dict[str, Any]
 #: Header -> a row's cell.
 Columns = Mapping[str, Callable[[Row], str]]
 
-#: What speedups are relative to: the first of them that a benchmark has.
+#: Baselines of the speedups: the first one that a benchmark has.
 EAGER = ("timm, eager", "ours, eager", "eager")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """First column to the left, the others to the right."""
+    """Format a table: first column left-aligned, the others right-aligned."""
     lines = [list(header), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -43,14 +43,14 @@ class Point(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Who was fastest at a point: what users call, ours, against the best of the others."""
+    """The fastest at a point: ours, as users call it, against the best of the others."""
 
     ours: Row
     others: list[Row]  # fastest first
 
     @property
     def times_other(self) -> float:
-        """How many times faster than the best of the others."""
+        """Speedup over the best of the others."""
         return float(self.others[0]["median_ms"] / self.ours["median_ms"])
 
 
@@ -60,27 +60,27 @@ def closing(
     """One line of plain words: what was fastest, and by how much against eager and the next best.
 
     Args:
-        what: Which mode: "forward".
-        points: All that were measured in it.
-        called: Ours, as users call it.
-        headline: The row that is ours; without it the fastest of our rows.
-        words: Contender -> plain words; others go by their names.
+        what: The mode, e.g. "forward".
+        points: All points measured in that mode.
+        called: What users call ours.
+        headline: The contender that stands for ours, if it was timed; else our fastest.
+        words: Contender -> plain words; default: its name.
     """
     verdicts = [(point.where, verdict(point.rows, headline)) for point in points]
-    found = [(where, v) for where, v in verdicts if v is not None]
-    if not found:
+    decided = [(where, v) for where, v in verdicts if v is not None]
+    if not decided:
         others = sorted(timed(points[-1].rows), key=_median)
         if not others:
             return f"Fastest {what}: nothing was timed."
         first = words.get(others[0]["contender"], others[0]["contender"])
         return f"Fastest {what}: {first}, {_figures(others[0])}; {called} was not timed."
     if len(points) == 1:
-        return f"Fastest {what}: {_one(found[0][1], called, words)}"
-    return f"{what.capitalize()}, {len(points)} sizes: {_many(found, called, words)}"
+        return f"Fastest {what}: {_one(decided[0][1], called, words)}"
+    return f"{what.capitalize()}, {len(points)} sizes: {_many(decided, called, words)}"
 
 
 def verdict(rows: Sequence[Row], headline: str) -> Verdict | None:
-    """None where nothing of ours, or nothing else, was right."""
+    """The verdict at a point; None if nothing of ours, or nothing else, was right."""
     right = sorted(timed(rows), key=_median)
     ours = [row for row in right if row["ours"]]
     others = [row for row in right if not row["ours"]]
@@ -104,13 +104,13 @@ def _one(v: Verdict, called: str, words: Mapping[str, str]) -> str:
     )
 
 
-def _many(found: Sequence[tuple[str, Verdict]], called: str, words: Mapping[str, str]) -> str:
-    won = sum(v.times_other >= 1 for _, v in found)
-    where, worst = min(found, key=lambda pair: pair[1].times_other)
+def _many(decided: Sequence[tuple[str, Verdict]], called: str, words: Mapping[str, str]) -> str:
+    won = sum(v.times_other >= 1 for _, v in decided)
+    where, worst = min(decided, key=lambda pair: pair[1].times_other)
     other = words.get(worst.others[0]["contender"], worst.others[0]["contender"])
-    speedups = sorted(v.ours["speedup_over_eager"] or 0.0 for _, v in found)
-    count = {0: "none", len(found): "all"}.get(won, str(won))
-    bound = "at least" if won == len(found) else "at worst"
+    speedups = sorted(v.ours["speedup_over_eager"] or 0.0 for _, v in decided)
+    count = {0: "none", len(decided): "all"}.get(won, str(won))
+    bound = "at least" if won == len(decided) else "at worst"
     return (
         f"{called} is fastest at {count}, {times(speedups[0])} to {times(speedups[-1])} eager, "
         f"{bound} {times(worst.times_other)} the best other ({other}; {where})."
@@ -118,7 +118,7 @@ def _many(found: Sequence[tuple[str, Verdict]], called: str, words: Mapping[str,
 
 
 def times(ratio: float) -> str:
-    """A ratio with the digits that say something."""
+    """A ratio with its significant digits."""
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x" if ratio >= 2 else f"{ratio:.2f}x"
 
 
@@ -131,7 +131,7 @@ def _figures(row: Mapping[str, Any]) -> str:
 
 
 def timed(rows: Sequence[Row]) -> list[Row]:
-    """The rows of those that were right."""
+    """The rows of contenders that were right, and so timed."""
     return [row for row in rows if row["status"] == "ok"]
 
 
@@ -140,11 +140,11 @@ def _median(row: Mapping[str, Any]) -> float:
 
 
 def contenders_table(columns: Columns, rows: Sequence[Row]) -> str:
-    """A line for each contender that was timed; below, who was not and why, and a warning.
+    """A table of the timed contenders; below it the others with reasons, and a warning.
 
     Args:
-        columns: Those that not all benchmarks have.
-        rows: Of one point in one mode.
+        columns: Columns besides those of all benchmarks.
+        rows: The rows of one point in one mode.
     """
     baseline = "timm" if baseline_of(rows) == "timm, eager" else "eager"
     every: Columns = {
@@ -173,7 +173,7 @@ def _or_dash(template: str, value: float | None, unit: float = 1) -> str:
 
 
 def baseline_of(rows: Sequence[Row]) -> str | None:
-    """The contender that the point's speedups are relative to."""
+    """The baseline of the point's speedups."""
     right = {row["contender"] for row in timed(rows)}
     return next((name for name in EAGER if name in right), None)
 
@@ -193,7 +193,7 @@ def save(
     document: Mapping[str, Any],
     panels: Callable[[list[Row]], Sequence[Panel]] | None = None,
 ) -> None:
-    """Write the files that a command line asks for."""
+    """Write the files that the command line requests."""
     rows, facts = document.get("results", []), document["environment"]
     if options.save:
         name = "-".join(filter(None, (facts["date"][:10], options.benchmark, facts["dtype"])))
@@ -214,7 +214,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Every plain value of the rows; a column that a row lacks stays empty."""
+    """Write all scalar values of the rows; missing ones stay empty."""
     columns = [key for row in rows for key in row if not isinstance(row[key], Mapping)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -224,7 +224,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities as strings: JSON has no numbers for them."""
+    """Replace NaN and infinities by strings, as JSON has no numbers for them."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -236,7 +236,7 @@ def _finite(value: Any) -> Any:
 
 @dataclass
 class Panel:
-    """One plot: name -> points (x, y). With a single x in all, bars."""
+    """One plot: name -> points (x, y). Bars if there is only one x."""
 
     title: str
     xlabel: str

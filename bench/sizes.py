@@ -1,4 +1,4 @@
-"""The named models' sizes. Imports nothing, so that the suite may read it before it builds."""
+"""The named models' sizes. Imports nothing, so that the suite can read it before building."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Width(NamedTuple):
-    """Of the S branch; the L branch has twice the channels."""
+    """Sizes of the S branch; the L branch has twice the channels."""
 
     channels: int
     heads: int
@@ -21,5 +21,5 @@ WIDTHS = {
     "15": Width(192, 6, 3),
     "18": Width(224, 7, 3),
 }
-#: Tokens of each branch at 240 pixels, the CLS included.
+#: Tokens of each branch at 240 pixels, including the CLS.
 TOKENS = {"S": 401, "L": 197}

@@ -1,4 +1,4 @@
-"""Attention weights of a CrossViT, for looking at them: what the fused path never forms."""
+"""Attention weights of a CrossViT for inspection; the fused path never forms them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crossvit_kernels.modules.layers import attention_weights
 
 
 class BlockAttention(NamedTuple):
-    """The attention weights of one multi-scale block, each row a distribution; pairs are (S, L).
+    """Attention weights of one multi-scale block, each row a distribution; pairs are (S, L).
 
     Rows and columns are in token order: the CLS, then patches row by row.
     """
@@ -29,16 +29,16 @@ class BlockAttention(NamedTuple):
 
 @torch.no_grad()
 def attention_maps(model: CrossViT, x: Tensor | Sequence[Tensor]) -> list[BlockAttention]:
-    """Attention weights of all multi-scale blocks, as in evaluation mode.
+    """Return the attention weights of all multi-scale blocks, as in evaluation mode.
 
     Args:
-        model: In whichever mode; dropout and drop path are not applied. Layers are called
-            more often than in ``forward``, and so are hooks on them.
+        model: In either mode; dropout and drop path are not applied. Layers, and so their
+            hooks, are called more often than in ``forward``.
         x: Images as ``CrossViT.forward`` takes them.
 
     Returns:
-        One entry for each multi-scale block. ``model.grid_sizes`` tells how a branch's patches
-        make an image: ``maps[-1].fusion[0][0][..., 1:].unflatten(-1, model.grid_sizes[1])`` is
+        One entry for each multi-scale block. ``model.grid_sizes`` gives the layout of a
+        branch's patches: ``maps[-1].fusion[0][0][..., 1:].unflatten(-1, model.grid_sizes[1])`` is
         where the S branch's last fusion looks, [B, h, height, width].
     """
     modes = [(module, module.training) for module in model.modules()]
@@ -51,7 +51,7 @@ def attention_maps(model: CrossViT, x: Tensor | Sequence[Tensor]) -> list[BlockA
             branches = block(*branches)
         return maps
     finally:
-        for module, training in modes:  # frozen parts may be in another than the model
+        for module, training in modes:  # frozen layers may differ from the model
             module.training = training
 
 

@@ -1,4 +1,4 @@
-"""Files of tensors: found by path, URL or hub id, read safely, written whole."""
+"""Checkpoint files: located by path, URL or hub id, read safely, written atomically."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _KINDS: dict[int, type[OSError]] = {
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
-    """The local file of a path, a URL or a Hugging Face hub id, downloaded where it is not local.
+    """Return the local file of a path, a URL or a Hugging Face hub id, downloading it if needed.
 
     Raises:
-        FileNotFoundError: The source is none of them, or there are no weights.
-        PermissionError: The server or the hub's repository does not admit this user.
+        FileNotFoundError: The source is none of these, or there are no weights.
+        PermissionError: The server or the hub's repository denies access.
         ConnectionError: The server or the hub cannot be reached, or fails.
-        ImportError: A hub id without huggingface_hub.
+        ImportError: A hub id, but huggingface_hub is not installed.
         TypeError: The source is neither a string nor a path.
     """
     if not isinstance(source, (str, os.PathLike)):
@@ -72,7 +72,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
 
 def _inside(folder: Path) -> Path:
-    """The weights of a folder that is laid out as a repository of the hub."""
+    """The weights file in a folder laid out like a hub repository."""
     for name in _HUB_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -94,7 +94,7 @@ def _download(url: str) -> Path:
     local = Path(torch.hub.get_dir(), "checkpoints", f"{remote.stem}-{digest}{remote.suffix}")
     if not local.is_file():
         local.parent.mkdir(parents=True, exist_ok=True)
-        # A connection that breaks off may look like the end of the file.
+        # A broken connection may look like the end of the file.
         unchecked = local.with_name(f".{os.getpid()}.{local.name}")
         try:
             _fetch(url, unchecked)
@@ -106,7 +106,7 @@ def _download(url: str) -> Path:
 
 
 def _fetch(url: str, path: Path) -> None:
-    """Write what is at a URL to a file; unlike torch.hub, give up on a server that is silent."""
+    """Download a URL to a file; unlike torch.hub, with a timeout."""
     request = Request(url, headers={"User-Agent": "crossvit"})
     try:
         response = urlopen(request, timeout=_TIMEOUT_S)
@@ -122,7 +122,7 @@ def _fetch(url: str, path: Path) -> None:
         raise ConnectionError(f"{url}: cannot be reached: {error}") from error
     with response, path.open("wb") as file:
         length = response.headers.get("Content-Length")
-        # torch.hub has a stand-in where tqdm is not installed.
+        # torch.hub has a replacement if tqdm is not installed.
         tqdm = vars(torch.hub)["tqdm"]
         with tqdm(total=int(length) if length else None, unit="B", unit_scale=True) as progress:
             while chunk := _receive(response, url):
@@ -134,32 +134,32 @@ def _receive(response: Any, url: str) -> bytes:
     try:
         return response.read(1 << 20)
     except IncompleteRead as error:
-        return error.partial  # the file is checked as a whole
+        return error.partial  # the whole file is checked
     except (OSError, HTTPException) as error:
         raise ConnectionError(f"{url}: broke off: {error}") from error
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a safetensors or a torch.save file holds, and the metadata of the former.
+    """Return the content of a safetensors or torch.save file, and the metadata of the former.
 
-    The index of a sharded checkpoint stands for all of its files, which lie beside it.
+    The index of a sharded checkpoint stands for all its files, which are in the same folder.
 
     Raises:
         FileNotFoundError: A shard is missing.
-        ValueError: The file is truncated, is no checkpoint, or holds more than tensors and plain
+        ValueError: The file is truncated, is not a checkpoint, or holds more than tensors and plain
             containers, which could run code.
-        ImportError: A safetensors file without safetensors.
+        ImportError: A safetensors file, but safetensors is not installed.
     """
     if path.name.endswith(_INDEX):
         return _read_shards(path)
     with path.open("rb") as file:
         start = file.read(9)
-    # The length of a JSON header, and the header; a torch.save file is a zip or a pickle.
+    # safetensors: a JSON header after its length; torch.save: a zip or a pickle.
     if start[8:] == b"{" or path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            # timm keeps its arguments in a namespace. Of TorchScript, torch warns and then raises.
+            # timm saves its arguments as a namespace. For TorchScript, torch warns and then raises.
             warnings.filterwarnings("ignore", ".*TorchScript", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -172,23 +172,23 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise _unreadable(path, error) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a state dict, found {type(content).__name__}")
-    # Not a copy of another type, which would lose the versions and grids that modules add.
+    # Copying to another type would lose the versions and grids that modules add.
     return content if isinstance(content, dict) else dict(content), {}
 
 
 def _refused(path: Path, error: pickle.UnpicklingError) -> ValueError:
-    """Not the whole of torch's message, which advises to load it all the same."""
-    if not (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
+    """Return an error without torch's advice to load the file anyway."""
+    if not (match := re.search(r"GLOBAL ([\w.]+)", str(error))):
         return _unreadable(path, error)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:  # an old file, which is a bare pickle
+    except Exception:  # an old file: a bare pickle
         names = []
     advice = ""
-    if any(name.startswith("torch.nn.modules.") for name in (*names, found[1])):
+    if any(name.startswith("torch.nn.modules.") for name in (*names, match[1])):
         advice = "a whole module was saved, not its state_dict(): "
     return ValueError(
-        f"{path}: refused, {advice}it holds more than tensors, which could run code: {found[1]}"
+        f"{path}: refused, {advice}it holds more than tensors, which could run code: {match[1]}"
     )
 
 
@@ -199,17 +199,17 @@ def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         shard = path.with_name(name)
         if not shard.is_file():
             raise FileNotFoundError(f"{path}: its shard {name} is not beside it")
-        part, found = read(shard)
-        content |= part
-        metadata |= found
+        tensors, shard_metadata = read(shard)
+        content |= tensors
+        metadata |= shard_metadata
     return content, metadata
 
 
 def shards(path: Path) -> list[str]:
-    """The files that the index of a sharded checkpoint names.
+    """Return the file names in the index of a sharded checkpoint.
 
     Raises:
-        ValueError: It is no such index, or names files elsewhere.
+        ValueError: It is not such an index, or names files in other folders.
     """
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -235,7 +235,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """All of the file or none: a reader, or a crash, never meets half of it.
+    """Write a file atomically: neither readers nor a crash see half of it.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -246,7 +246,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
     content = save(dict(tensors), metadata)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with unfinished.open("wb") as file:  # not save_file, whose files only their owner may read
+        with unfinished.open(
+            "wb"
+        ) as file:  # not save_file, whose files are readable by their owner only
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, and why one cannot be had."""
+"""Downloads from the Hugging Face hub, with plain errors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _HTTP_PACKAGES = ("requests", "urllib3", "httpx", "httpx2", "httpcore")
 
 
 def download(repository: str, names: Sequence[str]) -> Path:
-    """The first of these files that the repository has, downloaded or from the cache.
+    """Return the first of these files that the repository has, downloaded or from the cache.
 
     Raises:
         FileNotFoundError: There is no such repository, or it has none of these files.
-        PermissionError: The repository does not admit this user.
+        PermissionError: The repository denies access.
         ConnectionError: The hub cannot be reached, or fails, and the cache has none of these files.
         ImportError: huggingface_hub is not installed.
     """
@@ -38,7 +38,7 @@ def download(repository: str, names: Sequence[str]) -> Path:
             try:
                 return Path(huggingface_hub.hf_hub_download(repository, name))
             except Exception as error:
-                # A file that is not in the cache is one kind of a file that does not exist.
+                # The error for a file not in the cache derives from that for a missing file.
                 local = isinstance(error, errors.LocalEntryNotFoundError)
                 if isinstance(error, errors.EntryNotFoundError) and not local:
                     continue
@@ -54,14 +54,14 @@ def download(repository: str, names: Sequence[str]) -> Path:
 def _cached(repository: str, names: Sequence[str]) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = (try_to_load_from_cache(repository, name) for name in names)
-    return next((Path(path) for path in found if isinstance(path, str)), None)
+    cached = (try_to_load_from_cache(repository, name) for name in names)
+    return next((Path(path) for path in cached if isinstance(path, str)), None)
 
 
 def _reason(
     repository: str, error: Exception, unreachable: str | None, errors: Any
 ) -> OSError | None:
-    """What hinders a download, in Python's own terms; None where it is something else."""
+    """The reason for a failed download as a built-in error; None for other errors."""
     if isinstance(error, errors.GatedRepoError):
         return PermissionError(
             f"{repository}: the repository is gated: ask for access on its page, then log in "
@@ -92,10 +92,10 @@ def _reason(
 
 @contextlib.contextmanager
 def _without_retries(probe: bool) -> Iterator[str | None]:
-    """Keep huggingface_hub from asking a hub that is out of reach six times, for 24 s a file.
+    """Keep huggingface_hub from retrying an unreachable hub six times, 24 s per file.
 
     Yields:
-        Why the hub is out of reach, if it is; meanwhile huggingface_hub looks in its cache alone.
+        Why the hub is unreachable, if it is; meanwhile huggingface_hub uses only its cache.
     """
     from huggingface_hub import constants
 
@@ -111,15 +111,15 @@ def _without_retries(probe: bool) -> Iterator[str | None]:
 
 
 def _probe(endpoint: str) -> str | None:
-    """Why a server is out of reach; None where it answers, whatever that is, or may yet."""
+    """Why a server is unreachable; None if it answers at all, or might."""
     if "all" in getproxies():
-        return None  # a proxy that urllib does not know
+        return None  # a proxy that urllib does not support
     try:
         urlopen(Request(endpoint, method="HEAD"), timeout=_TIMEOUT_S).close()
     except HTTPError as error:
         error.close()
     except URLError as error:
-        # Of certificates, huggingface_hub may know more.
+        # huggingface_hub may have other certificates.
         return None if isinstance(error.reason, ssl.SSLError) else str(error.reason)
     except (OSError, HTTPException):
         return None  # connected

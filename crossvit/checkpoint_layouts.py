@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps a model: containers, averaged weights, prefixes of wrappers."""
+"""Locates a model in a checkpoint: containers, averaged weights, prefixes of wrappers."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import Tensor
 
 logger = logging.getLogger("crossvit")
 
-#: Keys of a training checkpoint that hold a state dict, in the order of search, which is timm's.
+#: Keys of a training checkpoint that hold a state dict, in timm's order of search.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema")
 _TRAINED = ("state_dict", "model", "model_state_dict", "net", "network", "module", "params")
-#: What torch.compile, DataParallel, DistributedDataParallel, AveragedModel, activation
-#: checkpointing and FSDP call the module that they wrap, at the top of a model or inside.
+#: Names of the wrapped module in torch.compile, DataParallel, DistributedDataParallel,
+#: AveragedModel, activation checkpointing and FSDP, around a model or inside it.
 WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _AVERAGED_PART = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)")
 _SHOWN = 10
 
 
 @dataclasses.dataclass
-class Found:
+class Entries:
     """A model's entries of a checkpoint.
 
     Attributes:
-        state: By the model's names, timm's; entries that are not the model's keep theirs.
-        grid_sizes: Of the model that was saved, where its state dict tells.
+        state: Entries by the model's (timm's) names; others keep their keys.
+        grid_sizes: Grids of the saved model, if its state dict records them.
         notes: What was recognised, in words.
-        common_prefix: What all keys begin with, where it was not recognised.
+        common_prefix: Common prefix of all keys, if it was not recognised.
     """
 
     state: dict[str, Any]
@@ -42,13 +42,13 @@ class Found:
 
 
 def shortened(names: Collection[Any], shown: int = _SHOWN) -> str:
-    """The first of many names, and how many more there are."""
+    """The first few names, and the number of the others."""
     text = ", ".join(map(str, list(names)[:shown]))
     return text if len(names) <= shown else f"{text} and {len(names) - shown} more"
 
 
 def unwrapped_name(key: str) -> str:
-    """A key without the names of wrappers, wherever they are in it."""
+    """Remove the names of wrappers anywhere in a key."""
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
@@ -59,51 +59,53 @@ def find(
     *,
     indexed_fusion: bool,
     use_ema: bool,
-) -> Found:
-    """The entries of a model in a checkpoint.
+) -> Entries:
+    """Return the entries of a model in a checkpoint.
 
     Args:
         content: A state dict, or a container that holds one.
         names: Keys of the model.
-        needed: Those without which nothing counts as the whole model.
-        indexed_fusion: Whether names have the index of a cross-attention block; with one block a
-            fusion, the official release has an index where timm has none.
-        use_ema: Take averaged weights where others are there too.
+        needed: Keys without which a model counts as incomplete.
+        indexed_fusion: Whether names include the index of a cross-attention block; with one block
+            per fusion, the official release has an index and timm has none.
+        use_ema: Prefer averaged weights if there are others too.
 
     Raises:
-        ValueError: There are no tensors, or more than one model and nothing says which.
+        ValueError: There are no tensors, or several models and no way to choose.
     """
     state, notes = _state_dict(content, use_ema)
     splitter = _Splitter(names, indexed_fusion)
-    parts: dict[str, dict[str, str]] = {}  # prefix -> name -> key
+    models: dict[str, dict[str, str]] = {}  # prefix -> name -> key
     for key in state:
         if (split := splitter(key)) is not None:
             prefix, name = split
-            first = parts.setdefault(prefix, {}).setdefault(name, key)
+            first = models.setdefault(prefix, {}).setdefault(name, key)
             if first != key and not _equal(state[first], state[key]):
                 raise ValueError(f"checkpoint: {first} and {key} are both {name}, and differ")
-    whole = [prefix for prefix, part in parts.items() if part.keys() >= set(needed)]
+    whole = [prefix for prefix, keys in models.items() if keys.keys() >= set(needed)]
     if not whole:
-        prefix = max(parts, key=lambda prefix: len(parts[prefix]), default="")
+        prefix = max(models, key=lambda prefix: len(models[prefix]), default="")
     else:
-        prefix = _choose(state, parts, whole, use_ema, notes)
-    part = parts.get(prefix, {})
-    found = {name: state[key] for name, key in part.items()}
-    elsewhere = _add_the_rest(found, state, prefix, part, whole, splitter)
-    _check_values(found, names)
-    _note_wrappers(notes, prefix, part, elsewhere)
+        prefix = _choose(state, models, whole, use_ema, notes)
+    keys = models.get(prefix, {})
+    tensors = {name: state[key] for name, key in keys.items()}
+    elsewhere = _add_the_rest(tensors, state, prefix, keys, whole, splitter)
+    _check_values(tensors, names)
+    _note_wrappers(notes, prefix, keys, elsewhere)
     metadata = getattr(state, "_metadata", {}).get(prefix[:-1], {})
-    return Found(found, metadata.get("grid_sizes"), notes, "" if part else _common_prefix(state))
+    return Entries(
+        tensors, metadata.get("grid_sizes"), notes, "" if keys else _common_prefix(state)
+    )
 
 
 def _state_dict(content: Mapping[str, Any], use_ema: bool) -> tuple[Mapping[str, Any], list[str]]:
-    """The innermost state dict of a container, and what was chosen on the way."""
+    """The innermost state dict of a container, and notes on the choices made."""
     notes: list[str] = []
     while (inner := _contained(content, use_ema, notes)) is not None:
         content = inner
     if not any(isinstance(value, Tensor) for value in content.values()):
-        found = f"other things: {shortened(content)}" if content else "nothing"
-        raise ValueError(f"checkpoint: expected tensors by name, found {found}")
+        contents = f"other things: {shortened(content)}" if content else "nothing"
+        raise ValueError(f"checkpoint: expected tensors by name, found {contents}")
     if others := [key for key in content if not isinstance(key, str)]:
         raise ValueError(f"checkpoint: expected names as keys, found {shortened(others)}")
     return content, notes
@@ -112,16 +114,16 @@ def _state_dict(content: Mapping[str, Any], use_ema: bool) -> tuple[Mapping[str,
 def _contained(
     content: Mapping[str, Any], use_ema: bool, notes: list[str]
 ) -> Mapping[str, Any] | None:
-    """The state dict in a container; None where the content is one."""
+    """The state dict in a container; None if the content already is one."""
 
     def holds(key: Any) -> bool:
         return isinstance(content.get(key), Mapping) and len(content[key]) > 0
 
-    content = {**_of_callbacks(content), **content}
+    content = {**_callback_averages(content), **content}
     averaged = next(filter(holds, _AVERAGED), None)
     trained = next(filter(holds, _TRAINED), None)
     if "averaging_state" in content and holds("current_model_state"):
-        # Lightning's WeightAveraging puts the average where weights usually are.
+        # Lightning's WeightAveraging stores the average in the usual place of the weights.
         averaged, trained = "state_dict", "current_model_state"
     if averaged is not None and not use_ema and trained is None:
         raise ValueError(
@@ -152,8 +154,8 @@ def _contained(
     return content[unnamed[0]] if unnamed else None
 
 
-def _of_callbacks(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The averaged weights that a callback of Lightning kept: ``callbacks.EMA.ema_state_dict``."""
+def _callback_averages(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Averaged weights saved by a Lightning callback: ``callbacks.EMA.ema_state_dict``."""
     callbacks = content.get("callbacks")
     states = callbacks.values() if isinstance(callbacks, Mapping) else ()
     return {
@@ -166,7 +168,7 @@ def _of_callbacks(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Splitter:
-    """Splits a key into the prefix and a name of the model."""
+    """Splits a key into a prefix and a name of the model."""
 
     def __init__(self, names: Collection[str], indexed_fusion: bool) -> None:
         self.names, self.indexed_fusion = names, indexed_fusion
@@ -180,19 +182,19 @@ class _Splitter:
         return None
 
     def name(self, key: str) -> str:
-        """A key of the official release, or inside of wrappers, as timm has it."""
+        """timm's name for a key of the official release or of a wrapped module."""
         key = re.sub(r"^(pos_embed|cls_token)\.([01])$", r"\1_\2", unwrapped_name(key))
         return key if self.indexed_fusion else re.sub(r"(\.fusion\.[01])\.0\.", r"\1.", key)
 
 
 def _choose(
     state: Mapping[str, Any],
-    parts: Mapping[str, Mapping[str, str]],
+    models: Mapping[str, Mapping[str, str]],
     whole: list[str],
     use_ema: bool,
     notes: list[str],
 ) -> str:
-    """The prefix of the model to load, of those under which there is a whole one."""
+    """Choose the prefix of the model to load from those of complete models."""
     averaged = [prefix for prefix in whole if _AVERAGED_PART.search(prefix)]
     trained = [prefix for prefix in whole if prefix not in averaged]
     if averaged and not trained and not use_ema:
@@ -200,9 +202,9 @@ def _choose(
             f"use_ema=False: the checkpoint has averaged weights only, under {averaged[0]!r}"
         )
     chosen = averaged if averaged and use_ema else trained
-    first = parts[chosen[0]]
+    first = models[chosen[0]]
     for prefix in chosen[1:]:
-        other = parts[prefix]
+        other = models[prefix]
         if any(
             name in other and not _equal(state[first[name]], state[other[name]]) for name in first
         ):
@@ -220,21 +222,21 @@ def _choose(
 
 
 def _add_the_rest(
-    found: dict[str, Any],
+    tensors: dict[str, Any],
     state: Mapping[str, Any],
     prefix: str,
-    part: Mapping[str, str],
+    keys: Mapping[str, str],
     whole: Iterable[str],
     splitter: _Splitter,
 ) -> list[str]:
-    """Adds what is under the prefix but no name of the model; returns the keys elsewhere."""
+    """Add entries under the prefix that are not names of the model; return all other keys."""
     wrapper = re.compile(rf"(?:(?:{'|'.join(WRAPPERS)})\.)+$")
     others = tuple(
         outer
         for other in whole
         if (outer := wrapper.sub("", other)) != prefix and outer.startswith(prefix)
     )
-    taken, elsewhere = set(part.values()), []
+    taken, elsewhere = set(keys.values()), []
     for key, value in state.items():
         if key in taken:
             continue
@@ -243,30 +245,30 @@ def _add_the_rest(
         else:
             name = splitter.name(key.removeprefix(prefix))
             if splitter(key) != (prefix, name):  # no duplicate
-                found[key if name in found else name] = value
+                tensors[key if name in tensors else name] = value
     return elsewhere
 
 
-def _check_values(found: dict[str, Any], names: Collection[str]) -> None:
-    others = [key for key, value in found.items() if not isinstance(value, Tensor)]
+def _check_values(tensors: dict[str, Any], names: Collection[str]) -> None:
+    others = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(
             f"checkpoint: expected tensors by name, found other things: {shortened(others)}"
         )
     for name in names:
-        if callable(full := getattr(found.get(name), "full_tensor", None)):  # a DTensor
+        if callable(full := getattr(tensors.get(name), "full_tensor", None)):  # a DTensor
             try:
-                found[name] = full()
+                tensors[name] = full()
             except Exception as error:
                 raise ValueError(f"{name}: a DTensor that cannot be gathered: {error}") from error
 
 
 def _note_wrappers(
-    notes: list[str], prefix: str, part: Mapping[str, str], elsewhere: list[str]
+    notes: list[str], prefix: str, keys: Mapping[str, str], elsewhere: list[str]
 ) -> None:
     if prefix:
         notes.append(f"keys begin with {prefix!r}")
-    inner = {p for key in part.values() for p in key.removeprefix(prefix).split(".")}
+    inner = {p for key in keys.values() for p in key.removeprefix(prefix).split(".")}
     if wrappers := [f"{name}." for name in WRAPPERS if name in inner]:
         notes.append(f"keys have {', '.join(map(repr, wrappers))} inside")
     if elsewhere:
@@ -274,10 +276,10 @@ def _note_wrappers(
 
 
 def _common_prefix(keys: Iterable[str]) -> str:
-    """The first parts that all keys share."""
-    parts = zip(*(key.split(".")[:-1] for key in keys), strict=False)
-    shared = itertools.takewhile(lambda part: len(set(part)) == 1, parts)
-    return "".join(f"{part[0]}." for part in shared)
+    """The leading components that all keys share."""
+    components = zip(*(key.split(".")[:-1] for key in keys), strict=False)
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, components)
+    return "".join(f"{names[0]}." for names in shared)
 
 
 def _equal(a: Any, b: Any) -> bool:

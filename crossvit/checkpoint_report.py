@@ -1,4 +1,4 @@
-"""What of a checkpoint does not fit a model, in few lines."""
+"""Short reports of how a checkpoint does not fit a model."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from crossvit.checkpoint_layouts import Found
+from crossvit.checkpoint_layouts import Entries
 from crossvit.configs import Config, list_models, named_config
 
 _LINES = 10
 
 
-def refuse_misfits(found: Found, own: Mapping[str, Tensor], config: Config) -> None:
-    """Checks that a checkpoint has what a model has, and nothing else.
+def refuse_misfits(entries: Entries, expected: Mapping[str, Tensor], config: Config) -> None:
+    """Check that a checkpoint has exactly the tensors of a model.
 
     Raises:
-        ValueError: It has not. At most ten keys are named, and how many more there are; what was
-            recognised of wrappers; what may be the reason.
+        ValueError: It does not. The message names at most ten keys and counts the others, and says
+            which wrappers were recognised and what the reason may be.
     """
-    state = found.state
+    state = entries.state
     kinds = {
-        "missing": [f"missing: {key}" for key in own if key not in state],
-        "unexpected": [f"unexpected: {key}" for key in state if key not in own],
+        "missing": [f"missing: {key}" for key in expected if key not in state],
+        "unexpected": [f"unexpected: {key}" for key in state if key not in expected],
         "of another shape": [
             f"{key}: found {list(state[key].shape)}, expected {list(t.shape)}"
-            for key, t in own.items()
+            for key, t in expected.items()
             if key in state and state[key].shape != t.shape
         ],
         "of another kind": [
             f"{key}: found {kind}, expected {t.dtype}, or a type of its kind, dense"
-            for key, t in own.items()
+            for key, t in expected.items()
             if key in state and (kind := _unusable(state[key], t))
         ],
-        "of two values": _torn(state, own),
+        "of two values": _torn(state, expected),
     }
     lines = _few(kinds)
     if lines:
-        lines += [f"recognised: {note}" for note in found.notes]
-        if found.common_prefix:
-            lines.append(f"all keys begin with: {found.common_prefix}")
-        lines += _hints(state, own, config)
+        lines += [f"recognised: {note}" for note in entries.notes]
+        if entries.common_prefix:
+            lines.append(f"all keys begin with: {entries.common_prefix}")
+        lines += _hints(state, expected, config)
         raise ValueError("the checkpoint does not fit the model:\n  " + "\n  ".join(lines))
 
 
 def _few(kinds: Mapping[str, list[str]]) -> list[str]:
-    """Ten lines in all: the first problems of each kind, and how many more there are."""
+    """The first problems of each kind, ten in all, and the number of the others."""
     kinds = {kind: problems for kind, problems in kinds.items() if problems}
     if sum(map(len, kinds.values())) <= _LINES:
         return [problem for problems in kinds.values() for problem in problems]
@@ -62,22 +62,25 @@ def _few(kinds: Mapping[str, list[str]]) -> list[str]:
     return lines
 
 
-def _unusable(t: Tensor, own: Tensor) -> str | None:
-    """What keeps a tensor's numbers from being copied as they are."""
+def _unusable(t: Tensor, expected: Tensor) -> str | None:
+    """Why a tensor's values cannot be copied as they are; None if they can."""
     if t.is_meta:
         return "one on meta, without data"
     if t.layout is not torch.strided or t.is_quantized:
         return f"a {'quantised' if t.is_quantized else 'sparse'} one"
-    if t.is_floating_point() != own.is_floating_point() or t.is_complex() != own.is_complex():
+    if (
+        t.is_floating_point() != expected.is_floating_point()
+        or t.is_complex() != expected.is_complex()
+    ):
         return str(t.dtype)
     return None
 
 
-def _torn(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Tied parameters of the model that the checkpoint has two values for."""
+def _torn(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Tied parameters of the model with different values in the checkpoint."""
     first: dict[tuple[int, torch.Size], str] = {}
     problems = []
-    for key, t in own.items():
+    for key, t in expected.items():
         if type(t) is not Tensor or t.numel() == 0:
             continue
         other = first.setdefault((t.data_ptr(), t.shape), key)
@@ -91,9 +94,11 @@ def _torn(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def _hints(state: Mapping[str, Tensor], own: Mapping[str, Tensor], config: Config) -> list[str]:
+def _hints(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: Config
+) -> list[str]:
     hints = []
-    heads = [key for key in own if key.startswith("head.")]
+    heads = [key for key in expected if key.startswith("head.")]
     if heads and not any(key in state for key in heads) and _is_one(state):
         hints.append("it has no heads: replace_head=True keeps the model's own")
     if any("lora_" in key or ".base_layer." in key for key in state):
@@ -112,7 +117,7 @@ def _is_one(state: Mapping[str, Tensor]) -> bool:
 
 
 def _looks_like(state: Mapping[str, Tensor], config: Config) -> str | None:
-    """The named model whose widths, depth and patches a checkpoint has, where it is another."""
+    """The named model with the checkpoint's widths, depth and patches, if it is another one."""
     try:
         dims = tuple(int(state[f"pos_embed_{b}"].shape[-1]) for b in (0, 1))
         hidden = [state[f"blocks.0.blocks.{b}.0.mlp.fc1.weight"].shape[0] for b in (0, 1)]

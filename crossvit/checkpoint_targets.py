@@ -1,4 +1,4 @@
-"""Models that checkpoints are loaded into and saved from, whatever wraps them."""
+"""Loading into and saving from models, including wrapped ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crossvit.model import CrossViT
 
 
 def unwrap(model: Any) -> CrossViT:
-    """The CrossViT inside of torch.compile, DataParallel, DistributedDataParallel, FSDP, ...
+    """Return the CrossViT inside torch.compile, DataParallel, DistributedDataParallel, FSDP, ...
 
     Raises:
         TypeError: There is none.
@@ -26,7 +26,7 @@ def unwrap(model: Any) -> CrossViT:
 
 
 def unwrap_any(module: Any) -> Any:
-    """The module inside of wrappers, or what is passed."""
+    """The module inside all wrappers, or the argument itself."""
     while isinstance(module, nn.Module) and not isinstance(module, CrossViT):
         inner = next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
         if inner is None:
@@ -47,9 +47,9 @@ def _found(model: Any) -> str:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The whole parameters and buffers of a model by its own names, not those of wrappers.
+    """Return the unsharded parameters and buffers of a model by its own names, without wrappers'.
 
-    Ranks that share parameters call it together.
+    All ranks of a sharded model must call it.
 
     Raises:
         ValueError: They are on ``meta``.
@@ -69,7 +69,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copies tensors by the model's own names into it."""
+    """Copy tensors into a model by its own names."""
     core = unwrap(model)
     if _is_sharded(model):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -84,12 +84,12 @@ def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def writes(model: nn.Module) -> bool:
-    """Whether this process is to write the file; of one whose parameters are shared, one does."""
+    """Whether this process writes the file; only one rank of a sharded model does."""
     return not _is_sharded(model) or torch.distributed.get_rank() == 0
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    # Where nobody has imported them, no model is of them, and importing them takes a second.
+    # If they are not imported yet, no model uses them, and importing takes a second.
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     wrapped = fsdp is not None and any(isinstance(module, fsdp) for module in model.modules())

@@ -1,4 +1,4 @@
-"""Checkpoints of a CrossViT: the official files', timm's and our own."""
+"""Checkpoints of a CrossViT in the official, timm's and our own layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from crossvit import checkpoint_files, checkpoint_layouts, checkpoint_targets
-from crossvit.checkpoint_layouts import Found, logger
+from crossvit.checkpoint_layouts import Entries, logger
 from crossvit.checkpoint_report import refuse_misfits
 from crossvit.configs import Config, Size, branch_sizes
 from crossvit.embed import resize_position_embedding
@@ -39,21 +39,22 @@ def load_checkpoint(
 ) -> Model:
     """Load weights into a model.
 
-    What wrappers and training scripts add is recognised: a container such as ``{"state_dict":
-    ..., "epoch": ...}``, a prefix of the model's keys (``module.``, ``model.``, any other), names
-    of torch.compile, FSDP or activation checkpointing inside of keys, and entries beside the
-    model's prefix, such as a loss's or a metric's, which are left out. The logger ``crossvit``
-    says at level INFO what was recognised.
+    Additions of wrappers and training scripts are recognised: a container such as
+    ``{"state_dict": ..., "epoch": ...}``, any prefix of the model's keys (``module.``,
+    ``model.``, ...), names of torch.compile, FSDP or activation checkpointing inside keys, and
+    entries outside the model's prefix, such as a loss's or a metric's, which are left out. The
+    logger ``crossvit`` reports at level INFO what was recognised.
 
-    Position embeddings of another grid are resized, bicubic. A checkpoint's grid is, in this
-    order: ``grid_sizes``; what ``save_checkpoint`` or ``state_dict()`` of this class noted; the
-    model's where both branches have its number of patches; else square. Where it could be the
-    model's, not square, or a square one, the checkpoint is refused. Tensors take the dtype and
-    device of the model's parameters. On an error the model is as it was.
+    Position embeddings of another grid are resized with bicubic interpolation. The checkpoint's
+    grid is, in this order: ``grid_sizes``; what ``save_checkpoint`` or ``state_dict()`` of this
+    class recorded; the model's, if both branches have its number of patches; else square. If it
+    could be either the model's non-square grid or a square one, the checkpoint is refused.
+    Tensors take the dtype and device of the model's parameters. An error leaves the model
+    unchanged.
 
     Args:
-        model: Of the same architecture; image size and number of classes may differ. It may be
-            wrapped: by torch.compile, DataParallel, DistributedDataParallel, FSDP (all ranks call
+        model: A model of the same architecture; image size and number of classes may differ. It may
+            be wrapped by torch.compile, DataParallel, DistributedDataParallel, FSDP (all ranks call
             this), AveragedModel, activation checkpointing.
         source: A local file (``.safetensors``, ``.pth``, ``.bin``, ``.ckpt``, in the layout of the
             official release, of timm or of ``save_checkpoint``), the index of a sharded one, a
@@ -61,8 +62,8 @@ def load_checkpoint(
             id such as ``timm/crossvit_15_240.in1k``, or a state dict or container.
         replace_head: Keep the model's own heads. A model without heads ignores the checkpoint's.
         grid_sizes: (height, width) of each branch of the checkpoint, in patches.
-        use_ema: Where there are averaged weights and others (``model_ema`` and ``model``, or keys
-            under ``ema_model.`` and ``online_model.``), take the averaged ones, as timm does.
+        use_ema: If there are averaged weights and others (``model_ema`` and ``model``, or keys
+            under ``ema_model.`` and ``online_model.``), load the averaged ones, as timm does.
 
     Returns:
         The model, as it was passed.
@@ -70,31 +71,31 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: There is no such file, repository or entry.
         ConnectionError: The hub or the server of a URL cannot be reached, or fails.
-        PermissionError: The hub or the server does not admit this user.
-        ValueError: The file is damaged or unsafe, its number of classes is another, it is not
-            clear which weights or grid it means, or keys are missing, unexpected or of another
-            shape: the message has at most ten of them.
-        TypeError: The model is no CrossViT, or the source none of the above.
+        PermissionError: The hub or the server denies access.
+        ValueError: The file is damaged or unsafe, the number of classes differs, the weights or the
+            grid are ambiguous, or keys are missing, unexpected or of another shape; the message
+            names at most ten of them.
+        TypeError: The model is not a CrossViT, or the source is none of the above.
         ImportError: The source needs a package that is not installed.
     """
     core = checkpoint_targets.unwrap(model)
     content, metadata = _read(source)
-    own = checkpoint_targets.tensors(model)
+    expected = checkpoint_targets.tensors(model)
     without_heads = replace_head or core.num_classes == 0
-    found = checkpoint_layouts.find(
+    entries = checkpoint_layouts.find(
         content,
-        [*own, *(f"head.{b}.{kind}" for b in (0, 1) for kind in ("weight", "bias"))],
-        [key for key in own if not (without_heads and key.startswith("head."))],
+        [*expected, *(f"head.{b}.{kind}" for b in (0, 1) for kind in ("weight", "bias"))],
+        [key for key in expected if not (without_heads and key.startswith("head."))],
         indexed_fusion=core.config.cross_depth > 1,
         use_ema=use_ema,
     )
-    _fit_heads(found.state, own, core.num_classes, replace_head)
+    _fit_heads(entries.state, expected, core.num_classes, replace_head)
     grids = _checked_grids(grid_sizes) or _grids(metadata)
-    _fit_position_embeddings(found, core, grids)
-    refuse_misfits(found, own, core.config)
-    checkpoint_targets.load(model, found.state)
+    _fit_position_embeddings(entries, core, grids)
+    refuse_misfits(entries, expected, core.config)
+    checkpoint_targets.load(model, entries.state)
     name = "a state dict" if isinstance(source, Mapping) else source
-    for note in found.notes:
+    for note in entries.notes:
         logger.info("%s: %s", name, note)
     return model
 
@@ -102,16 +103,16 @@ def load_checkpoint(
 def load_model(
     source: str | os.PathLike[str], *, replace_head: bool = False, **options: Any
 ) -> CrossViT:
-    """The model of a file that ``save_checkpoint`` wrote, with its weights.
+    """Return the model saved by ``save_checkpoint``, with its weights.
 
     Args:
         source: A local file, a URL or a hub id.
-        replace_head: Keep new heads, as for another ``num_classes``.
-        **options: Arguments of ``CrossViT`` that differ, e.g. ``use_fused=True``.
+        replace_head: Keep the new heads, e.g. for another ``num_classes``.
+        **options: Arguments of ``CrossViT`` to change, e.g. ``use_fused=True``.
 
     Raises:
-        ValueError: The file does not describe its model, or see ``load_checkpoint``, whose other
-            errors are raised too.
+        ValueError: The file does not describe its model. ``load_checkpoint`` lists the other
+            errors.
     """
     path = checkpoint_files.locate(source)
     _, metadata = checkpoint_files.read(path)
@@ -126,16 +127,16 @@ def load_model(
 
 
 def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write weights and the model's description as safetensors, the whole file or nothing.
+    """Write weights and the model's description as safetensors, atomically.
 
     Args:
-        model: A CrossViT, which may be wrapped as for ``load_checkpoint``: keys are the model's
-            own. Of one that ranks share, all call this and the first writes.
-        path: Of the file, which ends in ``.safetensors``.
+        model: A CrossViT, which may be wrapped as for ``load_checkpoint``; keys are the model's
+            own. All ranks of a sharded model must call this; the first writes.
+        path: Path of the file; must end in ``.safetensors``.
 
     Raises:
         ValueError: The path does not end in ``.safetensors``, or the model is on ``meta``.
-        TypeError: The model is no CrossViT.
+        TypeError: The model is not a CrossViT.
         ImportError: safetensors is not installed.
     """
     path = Path(path)
@@ -154,7 +155,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     memory = set()
     for key, t in state.items():
         t = t.detach().cpu().contiguous()
-        # Tied parameters are written twice, as safetensors has no references.
+        # Tied parameters are written twice: safetensors has no references.
         start = t.untyped_storage().data_ptr()
         tensors[key] = t.clone() if start in memory else t
         memory.add(start)
@@ -164,14 +165,14 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def official_url(name: str) -> str:
-    """Where the paper's authors publish the ImageNet weights of a named model.
+    """Return the URL of the authors' ImageNet weights of a named model.
 
     Args:
-        name: As in ``list_models``; the 11 released ones are the nine at 240 pixels and the
-            15_dagger and 18_dagger at 408.
+        name: As in ``list_models``; released are the nine models at 240 pixels, and 15_dagger
+            and 18_dagger at 408.
 
     Raises:
-        ValueError: There are no weights of this model.
+        ValueError: This model's weights were not released.
     """
     released = {f"crossvit_{model}_240": f"crossvit_{model}_224" for model in _RELEASED_240}
     released |= {f"crossvit_{model}_408": f"crossvit_{model}_384" for model in _RELEASED_408}
@@ -187,31 +188,31 @@ def _read(source: Source) -> tuple[Mapping[str, Any], dict[str, str]]:
 
 
 def _fit_heads(
-    state: dict[str, Tensor], own: Mapping[str, Tensor], num_classes: int, replace_head: bool
+    state: dict[str, Tensor], expected: Mapping[str, Tensor], num_classes: int, replace_head: bool
 ) -> None:
-    found = state.get("head.0.weight")
+    head = state.get("head.0.weight")
     if replace_head or num_classes == 0:
         for key in [key for key in state if key.startswith("head.")]:
             del state[key]
-        state.update({key: t for key, t in own.items() if key.startswith("head.")})
-    elif found is not None and found.dim() == 2 and len(found) != num_classes:
+        state.update({key: t for key, t in expected.items() if key.startswith("head.")})
+    elif head is not None and head.dim() == 2 and len(head) != num_classes:
         raise ValueError(
-            f"the checkpoint has {len(found)} classes, the model {num_classes}: build the model "
-            f"with num_classes={len(found)}, or keep its own heads with replace_head=True"
+            f"the checkpoint has {len(head)} classes, the model {num_classes}: build the model "
+            f"with num_classes={len(head)}, or keep its own heads with replace_head=True"
         )
 
 
-def _fit_position_embeddings(found: Found, model: CrossViT, grid_sizes: Grids | None) -> None:
-    """Resizes the position embeddings to the model's grids."""
+def _fit_position_embeddings(entries: Entries, model: CrossViT, grid_sizes: Grids | None) -> None:
+    """Resize the position embeddings to the model's grids."""
     patches = {}
     for b in (0, 1):
-        t = found.state.get(f"pos_embed_{b}")
+        t = entries.state.get(f"pos_embed_{b}")
         if t is not None and t.dim() == 3 and t.shape[1] > 1 and t.is_floating_point():
-            patches[b] = t.shape[1] - 1  # others are listed with the other keys
-    noted = found.grid_sizes  # stays in a state dict whose tensors are replaced
+            patches[b] = t.shape[1] - 1  # others are reported with the other keys
+    noted = entries.grid_sizes  # may be outdated: it survives replacing the tensors
     if noted and any(math.prod(noted[b]) != count for b, count in patches.items()):
         noted = None
-    grids = grid_sizes or noted or _assumed_grids(patches, model.grid_sizes, found.notes)
+    grids = grid_sizes or noted or _assumed_grids(patches, model.grid_sizes, entries.notes)
     for b, count in patches.items():
         key, (height, width), new_grid = f"pos_embed_{b}", grids[b], model.grid_sizes[b]
         if height * width != count:
@@ -219,32 +220,34 @@ def _fit_position_embeddings(found: Found, model: CrossViT, grid_sizes: Grids | 
                 f"{key}: has {count} patches, which are not {height} x {width}: name "
                 "the checkpoint's (height, width) in patches of each branch with grid_sizes"
             )
-        embedding = found.state[key]
+        embedding = entries.state[key]
         if not embedding.is_meta:  # refused later
-            found.state[key] = resize_position_embedding(embedding, (height, width), new_grid)
+            entries.state[key] = resize_position_embedding(embedding, (height, width), new_grid)
 
 
-def _assumed_grids(patches: Mapping[int, int], own: Grids, notes: list[str]) -> Grids:
-    """The grids of a checkpoint that tells the numbers of patches alone.
+def _assumed_grids(patches: Mapping[int, int], model_grids: Grids, notes: list[str]) -> Grids:
+    """The grids of a checkpoint that records only the numbers of patches.
 
     Raises:
-        ValueError: They fit the model's grids and square ones, which differ.
+        ValueError: They fit both the model's grids and different square ones.
     """
     sides = [math.isqrt(patches.get(b, 1)) for b in (0, 1)]
     squares = [(side, side) for side in sides]
-    are_own = all(math.prod(own[b]) == count for b, count in patches.items())
-    are_square = all(math.prod(squares[b]) == count for b, count in patches.items())
-    if not are_own or all(own[b] == squares[b] for b in patches):
+    fit_model = all(math.prod(model_grids[b]) == count for b, count in patches.items())
+    fit_squares = all(math.prod(squares[b]) == count for b, count in patches.items())
+    if not fit_model or all(model_grids[b] == squares[b] for b in patches):
         return squares
-    if are_square:
+    if fit_squares:
         names = " and ".join(f"pos_embed_{b} {patches[b]}" for b in patches)
         raise ValueError(
             f"the checkpoint does not say whether its patches ({names}) are the model's grids, "
-            f"{_text(own)}, or square ones, {_text(squares)}: name them with "
-            f"grid_sizes={list(own)} for the former or grid_sizes={squares} for the latter"
+            f"{_text(model_grids)}, or square ones, {_text(squares)}: name them with "
+            f"grid_sizes={list(model_grids)} for the former or grid_sizes={squares} for the latter"
         )
-    notes.append(f"position embeddings are taken for the model's grids, {_text(own)} patches")
-    return own
+    notes.append(
+        f"position embeddings are taken for the model's grids, {_text(model_grids)} patches"
+    )
+    return model_grids
 
 
 def _text(grids: Grids) -> str:

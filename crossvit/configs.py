@@ -1,4 +1,4 @@
-"""The named models of the paper (Table 1) and the sizes that follow from a configuration."""
+"""The paper's named models (Table 1), and sizes derived from a configuration."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Config:
         num_heads: Attention heads of the branches.
         depths: Transformer blocks of each branch in one multi-scale block: N and M.
         mlp_ratios: Hidden units of the feed-forward networks per channel: r.
-        num_blocks: Multi-scale blocks: K.
-        cross_depth: Cross-attention blocks of one fusion: L.
+        num_blocks: Number of multi-scale blocks: K.
+        cross_depth: Cross-attention blocks per fusion: L.
         patch_sizes: P_s and P_l, in pixels.
         conv_stem: Whether patches are embedded by three convolutions (dagger) instead of one.
         img_size: See ``branch_sizes``.
@@ -37,7 +37,7 @@ class Config:
     img_size: ImageSize = 240
 
 
-#: Side of the L branch's image over that of the S branch's: 224 for 240.
+#: Ratio of the L branch's image side to the S branch's: 224 for 240.
 _L_SCALE = (14, 15)
 
 # Name -> width of S (L is twice as wide), heads, M, mlp ratio.
@@ -54,11 +54,11 @@ _IMG_SIZES = (240, 408, 504)
 
 
 def _named() -> dict[str, Config]:
-    found = {}
+    configs = {}
     for name, (dim, heads, depth, ratio) in _TABLE_1.items():
         for stem in ("", "_dagger") if name in _DAGGERS else ("",):
             for size in _IMG_SIZES:
-                found[f"crossvit_{name}{stem}_{size}"] = Config(
+                configs[f"crossvit_{name}{stem}_{size}"] = Config(
                     dims=(dim, 2 * dim),
                     num_heads=(heads, heads),
                     depths=(1, depth),
@@ -66,20 +66,20 @@ def _named() -> dict[str, Config]:
                     conv_stem=bool(stem),
                     img_size=size,
                 )
-    return found
+    return configs
 
 
 _CONFIGS = _named()
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the models, e.g. ``crossvit_15_dagger_408``.
+    """List the names of the models, e.g. ``crossvit_15_dagger_408``.
 
     The number at the end is the side of the S branch's image: 240, 408 (the paper's @384, after
     its L branch) or 504 (@480).
 
     Args:
-        pattern: Shell-style pattern that the names match.
+        pattern: Shell-style pattern that names must match.
     """
     from fnmatch import fnmatchcase
 
@@ -87,10 +87,10 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def named_config(name: str) -> Config:
-    """The configuration of a named model; without a size at the end, that for 240 pixels.
+    """Return the configuration of a named model; without a size at the end, for 240 pixels.
 
     Raises:
-        ValueError: There is no model of this name.
+        ValueError: The name is unknown.
     """
     for candidate in (name, f"{name}_240"):
         if candidate in _CONFIGS:
@@ -99,7 +99,7 @@ def named_config(name: str) -> Config:
 
 
 def branch_sizes(img_size: Any, patch_sizes: tuple[int, int]) -> tuple[Size, Size]:
-    """Height and width of the image that each branch sees, whole numbers of its patches.
+    """Return (height, width) of each branch's image, in whole patches.
 
     Args:
         img_size: Side of a square image, or its (height, width): the S branch then sees this size
@@ -108,8 +108,8 @@ def branch_sizes(img_size: Any, patch_sizes: tuple[int, int]) -> tuple[Size, Siz
         patch_sizes: P_s and P_l.
 
     Raises:
-        ValueError: A size is not positive, or one given for a branch is no multiple of its patch.
-        TypeError: img_size is none of the three forms.
+        ValueError: A size is not positive, or a branch's size is not a multiple of its patch.
+        TypeError: img_size is not one of these three.
     """
     if isinstance(img_size, int):
         img_size = (img_size, img_size)

@@ -1,4 +1,4 @@
-"""From an image to the tokens of one branch (the paper's Eq. 1, first line)."""
+"""The tokens of one branch from an image (the paper's Eq. 1, first line)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _ONE_CONVOLUTION = plain_layers.layers({"proj": nn.Conv2d})
 
 
 class PatchEmbed(nn.Module):
-    """An image as patch tokens: one convolution over patches, or the dagger models' three.
+    """Embeds an image as patch tokens with one convolution, or the dagger models' three.
 
     Args:
         img_size: (H, W) of the image, multiples of patch_size.
         patch_size: P.
         in_chans: Channels of the image.
         dim: C.
-        conv_stem: Three convolutions with ReLU between them. Their strides make patches of 12 or
-            16 pixels only.
+        conv_stem: Use three convolutions with ReLU between them, for patches of 12 or 16 pixels
+            only.
 
     Raises:
-        ValueError: conv_stem with another patch size, or with a dim that 4 does not divide.
+        ValueError: conv_stem with another patch size, or with a dim not divisible by 4.
     """
 
     def __init__(
@@ -43,23 +43,23 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [B, in_chans, H, W] -> patch tokens [B, N, C]."""
-        found, reason = plain_layers.find(self._modules, _ONE_CONVOLUTION)
+        layers, reason = plain_layers.find(self._modules, _ONE_CONVOLUTION)
         if (
             reason is None
-            and self._is_of_patches(found[0])
-            and plain_layers.why_not_tensors(found[0]._parameters.values()) is None
+            and self._is_patchwise(layers[0])
+            and plain_layers.why_not_tensors(layers[0]._parameters.values()) is None
         ):
-            return self._project_patches(x, found[0])
+            return self._project_patches(x, layers[0])
         return cast(Tensor, self.proj(x)).flatten(2).transpose(1, 2)
 
-    def _is_of_patches(self, proj: nn.Conv2d) -> bool:
-        """Whether a convolution sees each patch once and by itself."""
+    def _is_patchwise(self, proj: nn.Conv2d) -> bool:
+        """Whether a convolution sees each patch once, separately."""
         size = (self.patch_size,) * 2
         apart = proj.kernel_size == proj.stride == size and proj.padding == (0, 0)
         return apart and proj.dilation == (1, 1) and proj.groups == 1
 
     def _project_patches(self, x: Tensor, proj: nn.Conv2d) -> Tensor:
-        """The convolution as one matrix product: tokens come out in rows."""
+        """Apply the convolution as one matrix product, which gives tokens in rows."""
         (height, width), p = self.grid_size, self.patch_size
         patches = x.unflatten(2, (height, p)).unflatten(4, (width, p)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
@@ -70,7 +70,7 @@ def _conv_stem(patch_size: int, in_chans: int, dim: int) -> nn.Sequential:
         raise ValueError(f"conv_stem: its strides make patches of 12 or 16, not of {patch_size}")
     if dim % 4:
         raise ValueError(f"conv_stem: needs a width that 4 divides, found {dim}")
-    # Both take four pixels to one first, then three or twice two.
+    # The first has stride 4; the others multiply to 3 or 4.
     (stride_2, padding_2), (stride_3, padding_3) = (
         ((3, 0), (1, 1)) if patch_size == 12 else ((2, 1), (2, 1))
     )
@@ -84,17 +84,17 @@ def _conv_stem(patch_size: int, in_chans: int, dim: int) -> nn.Sequential:
 
 
 def resize_image(x: Tensor, size: Size) -> Tensor:
-    """X [B, C, H, W] at another size, bicubic, as the released models do it; x where it fits."""
+    """Resize x [B, C, H, W] bicubically, as the released models do; x itself if it fits."""
     if x.shape[-2:] == size:
         return x
     return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
 
 
 def resize_position_embedding(embedding: Tensor, old_grid: Size, new_grid: Size) -> Tensor:
-    """The position embedding of a branch for another grid of patches, bicubic in float32.
+    """Resize a branch's position embedding to another grid of patches, bicubically in float32.
 
     Args:
-        embedding: [1, 1 + old height * old width, C], the CLS first.
+        embedding: [1, 1 + old height * old width, C], CLS first.
         old_grid: (height, width) in patches.
         new_grid: (height, width) in patches.
 

@@ -1,7 +1,7 @@
 """Cross-attention fusion and the multi-scale block (the paper's section 3.3, Figures 2 and 4).
 
-A branch is a pair of its tokens x [B, 1 + N, C] and its CLS: where a fusion has made a new CLS,
-that stands in for row 0 of x, and x is not copied to hold it.
+A branch is its tokens x [B, 1 + N, C] and, after a fusion, a new CLS that stands in for row 0 of x,
+which saves a copy of x.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FIRST_BLOCK = plain_layers.layers({"0": TransformerBlock})
 
 
 class Branch(NamedTuple):
-    """The tokens of a branch; ``new_cls``, where there is one, stands in for row 0."""
+    """The tokens of a branch; ``new_cls``, if any, stands in for row 0."""
 
     x: Tensor  # [B, 1 + N, C]
     new_cls: Tensor | None = None  # [B, C]
@@ -47,7 +47,7 @@ class Branch(NamedTuple):
         return self.x[:, 1:]
 
     def tokens(self) -> Tensor:
-        """[B, 1 + N, C] in one tensor, which costs a copy where there is a new CLS."""
+        """[B, 1 + N, C] in one tensor; a copy if there is a new CLS."""
         if self.new_cls is None:
             return self.x
         return torch.cat([self.new_cls.unsqueeze(1), self.patches], dim=1)
@@ -58,15 +58,15 @@ class MultiScaleBlock(nn.Module):
 
     Args:
         config: The architecture.
-        drop_paths: A rate for each transformer block of the deeper branch, and L more where
-            L > 1; fusions take the last.
+        drop_paths: A rate for each transformer block of the deeper branch, and L more if L > 1;
+            fusions use the last.
         qkv_bias: Whether query, key and value projections have biases.
         attn_drop: Attention dropout.
-        reread_patches: With L > 1, whether every cross-attention block reads the patches. The
-            released code's later blocks see the CLS alone.
+        reread_patches: With L > 1, whether every cross-attention block reads the patches. In the
+            released code the later blocks see only the CLS.
     """
 
-    blocks: Any  # ModuleLists, as are the next three: branch b's at index b
+    blocks: Any  # ModuleLists like the next three, indexed by branch
     projs: Any  # f
     fusion: Any
     revert_projs: Any  # g
@@ -99,7 +99,7 @@ class MultiScaleBlock(nn.Module):
             )
             for b in (0, 1)
         )
-        # Fusion b belongs to branch b's CLS and runs at the width of the other branch.
+        # Fusion b updates branch b's CLS and runs at the width of the other branch.
         self.projs = nn.ModuleList(lift(dims[b], dims[1 - b], EPS) for b in (0, 1))
         self.fusion = nn.ModuleList(
             self._cross_attention(
@@ -114,13 +114,13 @@ class MultiScaleBlock(nn.Module):
             CrossAttentionBlock(dim, num_heads, qkv_bias, EPS, *rates)
             for _ in range(self.cross_depth)
         ]
-        if self.cross_depth == 1:  # released checkpoints have no index here
+        if self.cross_depth == 1:  # no index in released checkpoints
             return blocks[0]
         return nn.Sequential(*blocks)
 
     @property
     def drop_path(self) -> float:
-        """The rate of drop path of the fusions."""
+        """Drop path rate of the fusions."""
         return float(self._cross_attention_blocks()[0].drop_path)
 
     @drop_path.setter
@@ -130,7 +130,7 @@ class MultiScaleBlock(nn.Module):
 
     @property
     def attn_drop(self) -> float:
-        """The rate of attention dropout of the fusions."""
+        """Attention dropout rate of the fusions."""
         return float(self._cross_attention_blocks()[0].attn.attn_drop)
 
     @attn_drop.setter
@@ -144,11 +144,11 @@ class MultiScaleBlock(nn.Module):
         return [block for blocks in self.fusion for block in blocks]
 
     def forward(self, small: Branch, large: Branch) -> tuple[Branch, Branch]:
-        """The branches after one multi-scale block, each with a new CLS."""
+        """Return the branches after one multi-scale block, each with a new CLS."""
         small, large = side_by_side(
             lambda: self.encode(0, small), lambda: self.encode(1, large), like=small.x
         )
-        # Both fusions read what was there before fusion.
+        # Both fusions read the branches from before fusion.
         inputs = (small.cls, large.patches), (large.cls, small.patches)
         first, second = (self._fused_inputs(b, *inputs[b]) for b in (0, 1))
         if first is not None and second is not None and first.options == second.options:
@@ -164,10 +164,10 @@ class MultiScaleBlock(nn.Module):
         return Branch(small.x, new[0]), Branch(large.x, new[1])
 
     def encode(self, b: int, branch: Branch) -> Branch:
-        """The transformer blocks of branch b (Eq. 1)."""
+        """Apply the transformer blocks of branch b (Eq. 1)."""
         x, new_cls = branch
         if new_cls is not None:
-            # A hook, or a module in the block's place, is given tokens as they are.
+            # Hooks, and modules that replace the block, get plain tokens.
             _, reason = plain_layers.find(self.blocks[b]._modules, _FIRST_BLOCK)
             if reason is not None:
                 x, new_cls = branch.tokens(), None
@@ -176,7 +176,7 @@ class MultiScaleBlock(nn.Module):
         return Branch(x, new_cls)
 
     def fuse(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
-        """The new CLS of branch b from its CLS [B, C] and the other branch's patches (Eq. 5-7)."""
+        """Compute branch b's new CLS from its CLS [B, C] and the other's patches (Eq. 5-7)."""
         return self._fuse(b, cls, patches, self._fused_inputs(b, cls, patches))
 
     def _fuse(self, b: int, cls: Tensor, patches: Tensor, fused: _FusedCall | None) -> Tensor:
@@ -195,11 +195,11 @@ class MultiScaleBlock(nn.Module):
         }
 
     def _fused_inputs(self, b: int, cls: Tensor, patches: Tensor) -> _FusedCall | None:
-        """What one fused operation takes for branch b; None where layers are called."""
+        """The inputs of the fused operation for branch b; None if layers must be called."""
         if self.cross_depth > 1:
             return None
-        parts = self._parts(b)
-        layers = FusionLayers.find(parts, read=self.backend != "reference")
+        modules = self._parts(b)
+        layers = FusionLayers.find(modules, read=self.backend != "reference")
         reason = layers.reason and f"fusion of branch {b}: {layers.reason}"
         if calls_layers(self, self.backend, reason):
             return None
@@ -211,7 +211,7 @@ class MultiScaleBlock(nn.Module):
         )
 
     def _fuse_repeatedly(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
-        """L > 1: cross-attention after cross-attention between one f and one g."""
+        """L > 1: several cross-attentions between one f and one g."""
         y, blocks = self.projs[b](cls).unsqueeze(1), self.fusion[b]
         if not self.reread_patches and plain_layers.why_not_plain(
             blocks, nn.Sequential, self.cross_depth
@@ -223,23 +223,23 @@ class MultiScaleBlock(nn.Module):
         return new_cls
 
     def _patches_seen(self, index: int, patches: Tensor) -> Tensor:
-        """By cross-attention block number ``index``."""
+        """The patches that cross-attention block ``index`` reads."""
         return patches if index == 0 or self.reread_patches else patches[:, :0]
 
     def cross_attention_weights(self, b: int, cls: Tensor, patches: Tensor) -> list[Tensor]:
-        """What branch b's CLS [B, C] attends to in each cross-attention block, [B, h, 1 + N]."""
+        """Attention weights of branch b's CLS [B, C] in each cross-attention, [B, h, 1 + N]."""
         y = self.projs[b](cls).unsqueeze(1)
         blocks = [self.fusion[b]] if self.cross_depth == 1 else list(self.fusion[b])
-        found = []
+        maps = []
         for index, block in enumerate(blocks):
             tokens = torch.cat([y, self._patches_seen(index, patches)], dim=1)
             normed, attn = block.norm1(tokens), block.attn
             q, k = attn.wq(normed[:, :1]), attn.wk(normed)
             weights = attention_weights(q, k, attn.num_heads, attn.scale)
-            found.append(weights[:, :, 0])
+            maps.append(weights[:, :, 0])
             if index + 1 < len(blocks):
                 y = block(tokens)
-        return found
+        return maps
 
 
 class _FusedCall(NamedTuple):

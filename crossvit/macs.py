@@ -9,7 +9,7 @@ from crossvit.model import CrossViT
 
 
 def count_macs(model: CrossViT) -> int:
-    """Multiply-accumulates of one image in eager mode, attention's matrix products included.
+    """Count the multiply-accumulates of one image in eager mode, including attention's products.
 
     Counted as in the paper: with keys and values in the fusions, without LayerNorm, softmax, GELU
     and the resizing of the image. The fused path needs fewer.
@@ -21,16 +21,18 @@ def count_macs(model: CrossViT) -> int:
         hidden = int(c * config.mlp_ratios[b])
         block = n * (4 * c * c + 2 * c * hidden) + 2 * n * n * c
         macs += config.num_blocks * config.depths[b] * block
-        macs += config.num_blocks * _fusion(model, b, own=c, c=config.dims[1 - b], n=tokens[1 - b])
+        macs += config.num_blocks * _fusion(
+            model, b, cls_dim=c, c=config.dims[1 - b], n=tokens[1 - b]
+        )
         macs += c * model.num_classes
     return macs
 
 
-def _fusion(model: CrossViT, b: int, own: int, c: int, n: int) -> int:
-    """f and g, and L times: q and output for one row, k and v for n, scores and their sum."""
+def _fusion(model: CrossViT, b: int, cls_dim: int, c: int, n: int) -> int:
+    """f and g, and L times: q and output for one row, k and v for n, scores and weighted sum."""
     reread = model.blocks[0].reread_patches
     rows = [n] + [n if reread else 1] * (model.config.cross_depth - 1)
-    return 2 * own * c + sum(2 * c * c + 2 * row * c * c + 2 * row * c for row in rows)
+    return 2 * cls_dim * c + sum(2 * c * c + 2 * row * c * c + 2 * row * c for row in rows)
 
 
 def _patch_embedding(model: CrossViT, b: int) -> int:

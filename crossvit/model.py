@@ -16,34 +16,34 @@ from crossvit.fusion import EPS, Branch, MultiScaleBlock
 
 
 class CrossViT(nn.Module):
-    """A CrossViT of the paper, or one of any other sizes.
+    """A CrossViT, either a model of the paper or one of any other sizes.
 
     Args:
-        name: A model of ``list_models``, whose size at the end may be left out, or a ``Config``.
+        name: A name from ``list_models``, with or without the size at its end, or a ``Config``.
         use_fused: Run the kernels of crossvit_kernels. False is eager mode, layer by layer.
             Parameters and state-dict keys are the same; ``set_fused`` switches.
-        backend: Name of a crossvit_kernels backend where use_fused; None for the fastest.
-        keep: What training keeps for backward on a GPU where use_fused: "fast", or "lean" for less
+        backend: With use_fused, the name of a crossvit_kernels backend; None for the fastest.
+        keep: With use_fused, what training saves for backward on a GPU: "fast", or "lean" for less
             memory and more arithmetic.
-        num_classes: Classes of both heads; 0 for none: the model then returns the CLS features
-            of both branches side by side, [B, C_S + C_L].
+        num_classes: Classes of both heads. 0: no heads; the model returns the concatenated CLS
+            features of both branches, [B, C_S + C_L].
         in_chans: Channels of an image.
         drop_rate: Dropout before the heads.
         pos_drop_rate: Dropout after the position embedding.
-        attn_drop_rate: Attention dropout, which the reference runs.
-        drop_path_rate: Stochastic depth: its rate rises linearly from 0 to this.
+        attn_drop_rate: Attention dropout, which runs the reference.
+        drop_path_rate: Stochastic depth, with rates rising linearly from 0 to this.
         qkv_bias: Whether query, key and value projections have biases.
         reread_patches: With ``cross_depth`` > 1, whether every cross-attention block reads the
-            patches of the other branch. In the released code only the first does.
-        **changes: Fields of ``Config`` that differ from the named model's, e.g. ``img_size=256``,
+            other branch's patches. In the released code only the first does.
+        **changes: Fields of ``Config`` to change, e.g. ``img_size=256``,
             ``patch_sizes=(8, 16)``, ``num_blocks=6``.
 
     Raises:
         ValueError: The name is unknown or sizes do not fit each other.
-        TypeError: A keyword is no field of ``Config``.
+        TypeError: A keyword is not a field of ``Config``.
     """
 
-    blocks: Any  # ModuleLists, as are the next three
+    blocks: Any  # ModuleLists, like the next three
     patch_embed: Any
     norm: Any
     head: Any
@@ -95,7 +95,7 @@ class CrossViT(nn.Module):
         self._initialise()
         self.set_fused(use_fused, backend, keep)
 
-    # Setting up
+    # Setup
 
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:
@@ -105,18 +105,18 @@ class CrossViT(nn.Module):
     def set_fused(
         self, fused: bool = True, backend: str | None = None, keep: str = "fast"
     ) -> CrossViT:
-        """Choose what runs the blocks; the parameters stay.
+        """Choose what runs the blocks; parameters are unchanged.
 
         Args:
-            fused: The kernels of crossvit_kernels, or eager mode, in which every layer is called
-                as a module: hooks, adapters, pruning, quantised and replaced layers work. With
-                kernels a block that has any of them runs layer by layer, too, and says so once
-                through the logger ``crossvit_kernels``.
-            backend: Name of a backend to run them on; None for the fastest.
-            keep: "fast" or "lean": what training keeps for backward on a GPU.
+            fused: True for the kernels of crossvit_kernels, False for eager mode, which calls every
+                layer as a module, so that hooks, adapters, pruning, quantised and replaced layers
+                work. A fused block that has any of these also runs layer by layer, and the logger
+                ``crossvit_kernels`` reports it once.
+            backend: Name of the backend to use; None for the fastest.
+            keep: "fast" or "lean": what training saves for backward on a GPU.
 
         Raises:
-            ValueError: A backend together with ``fused=False``, or another keep.
+            ValueError: A backend together with ``fused=False``, or an unknown keep.
         """
         if keep not in ("fast", "lean"):
             raise ValueError(f"keep: expected 'fast' or 'lean', found {keep!r}")
@@ -135,7 +135,7 @@ class CrossViT(nn.Module):
         self.grad_checkpointing = enable
 
     def reset_classifier(self, num_classes: int) -> None:
-        """New heads for another number of classes; 0 for none."""
+        """Make new heads for another number of classes; 0 for none."""
         old = next(self.parameters())
         self.num_classes = num_classes
         self.head = self._make_head(num_classes).to(old.device, old.dtype)
@@ -148,13 +148,13 @@ class CrossViT(nn.Module):
         return self.head
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone, besides biases and norms."""
+        """Names of parameters to exclude from weight decay, besides biases and norms."""
         return {f"{kind}_{b}" for kind in ("pos_embed", "cls_token") for b in (0, 1)}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Beside the version, where load_checkpoint finds it: from 16 patches alone nobody can tell
-        # whether they are 4 x 4 or 2 x 8. A plain dict has no such place.
+        # For load_checkpoint, next to the version: 16 patches alone could be 4 x 4 or 2 x 8. Plain
+        # dicts have no metadata.
         versions = getattr(destination, "_metadata", {})
         versions.get(prefix[:-1], {})["grid_sizes"] = self.grid_sizes
 
@@ -172,14 +172,14 @@ class CrossViT(nn.Module):
     # Running
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """Class scores of images.
+        """Compute class scores of images.
 
         Args:
-            x: Images [B, in_chans, H, W], which each branch resizes to its own size (bicubic)
-                where that differs; or a pair of them, one of each branch's size.
+            x: Images [B, in_chans, H, W], which each branch resizes (bicubic) to its own size if
+                needed; or a pair of them in the branches' sizes.
 
         Returns:
-            Logits [B, num_classes]: the mean of both heads'. Without heads, the features
+            Logits [B, num_classes], the mean of both heads; without heads, the features
             [B, C_S + C_L].
         """
         return self.forward_head([self.norm[b](c) for b, c in enumerate(self.forward_cls(x))])
@@ -194,11 +194,11 @@ class CrossViT(nn.Module):
         return [norm(b.tokens()) for norm, b in zip(self.norm, branches, strict=True)]
 
     def forward_head(self, features: Sequence[Tensor], pre_logits: bool = False) -> Tensor:
-        """Logits from what ``forward_features`` returned, or from the CLS [B, C] of each branch.
+        """Compute logits from the result of ``forward_features``, or from each branch's CLS [B, C].
 
         Args:
-            features: For each branch [B, 1 + N, C] or [B, C].
-            pre_logits: Return the features that the heads see, [B, C_S + C_L].
+            features: [B, 1 + N, C] or [B, C] for each branch.
+            pre_logits: Return the heads' input features, [B, C_S + C_L].
         """
         cls = [self.head_drop(t[:, 0] if t.dim() == 3 else t) for t in features]
         if pre_logits or self.num_classes == 0:
@@ -207,7 +207,7 @@ class CrossViT(nn.Module):
         return cast(Tensor, (small + large) / 2)
 
     def forward_branches(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The logits of each branch's own head, [B, num_classes] twice."""
+        """The logits of each branch's head, [B, num_classes] twice."""
         cls = self.forward_cls(x)
         small, large = (self.head[b](self.head_drop(self.norm[b](cls[b]))) for b in (0, 1))
         return small, large
@@ -227,25 +227,25 @@ class CrossViT(nn.Module):
 
     def _embed(self, b: int, image: Tensor) -> Branch:
         patches = self.patch_embed[b](image)
-        # Attributes, not get_parameter: replicas and sharded models hold plain tensors.
+        # getattr, not get_parameter: replicas and sharded models hold plain tensors.
         cls_token, pos_embed = (getattr(self, f"{name}_{b}") for name in ("cls_token", "pos_embed"))
         cls = cls_token.to(patches.dtype).expand(image.shape[0], -1, -1)
         tokens = torch.cat([cls, patches], dim=1) + pos_embed
         return Branch(self.pos_drop(tokens))
 
     def _images(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        """The image of each branch, at its size."""
+        """The image of each branch in its size."""
         pair = [x, x] if isinstance(x, Tensor) else list(x)
         if len(pair) != 2:
             raise ValueError(f"x: expected images or a pair of them, found {len(pair)} tensors")
         sizes = [embed.img_size for embed in self.patch_embed]
         for image, size in zip(pair, sizes, strict=True):
             if image.dim() != 4 or image.shape[1] != self.in_chans:
-                found = list(image.shape)
-                raise ValueError(f"x: expected shape [B, {self.in_chans}, H, W], found {found}")
+                shape = list(image.shape)
+                raise ValueError(f"x: expected shape [B, {self.in_chans}, H, W], found {shape}")
             if not isinstance(x, Tensor) and image.shape[-2:] != size:
-                found = list(image.shape)
-                raise ValueError(f"x: expected images of {size} for this branch, found {found}")
+                shape = list(image.shape)
+                raise ValueError(f"x: expected images of {size} for this branch, found {shape}")
         return [resize_image(image, size) for image, size in zip(pair, sizes, strict=True)]
 
     def _encode(self, branches: tuple[Branch, Branch]) -> tuple[Branch, Branch]:
@@ -258,7 +258,7 @@ class CrossViT(nn.Module):
 
 
 def create_model(name: str, use_fused: bool = False, **options: Any) -> CrossViT:
-    """A named model, with the arguments of ``CrossViT``.
+    """Make a named model, with the arguments of ``CrossViT``.
 
     Raises:
         ValueError: The name is unknown or sizes do not fit each other.
@@ -268,7 +268,7 @@ def create_model(name: str, use_fused: bool = False, **options: Any) -> CrossViT
 
 def _drop_paths(config: Config, rate: float) -> list[list[float]]:
     """The rates of each multi-scale block, as in the released code."""
-    # It writes a single cross-attention block as L = 0, which then takes no step of its own.
+    # There a single cross-attention block is L = 0 and takes no step of its own.
     steps = max(config.depths) + (config.cross_depth if config.cross_depth > 1 else 0)
     rates = torch.linspace(
         0, rate, steps * config.num_blocks, dtype=torch.float32, device="cpu"
@@ -277,7 +277,7 @@ def _drop_paths(config: Config, rate: float) -> list[list[float]]:
 
 
 def _init(module: nn.Module) -> None:
-    """Linear layers; convolutions keep PyTorch's default and LayerNorms are 1 and 0 already."""
+    """Initialise linear layers; convolutions and LayerNorms keep PyTorch's defaults."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""The image transform of the paper's evaluation, on torchvision."""
+"""The image transform of the paper's evaluation, with torchvision."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from crossvit.configs import Size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-#: The image is resized to this multiple of what is then cropped from its centre.
+#: Ratio of the resized image to its centre crop.
 _RESIZE = (256, 224)
 
 
 def eval_transform(size: int | Size) -> Any:
-    """Resize by 256/224 of the size, bicubic, crop the centre, normalise as for ImageNet.
+    """Resize to 256/224 of the size (bicubic), crop the centre, normalise as for ImageNet.
 
     Args:
-        size: Side of the S branch's image, e.g. 240, whose shorter side is then resized to
-            int(256 / 224 * 240) = 274; or (height, width), which are both resized so.
+        size: Side of the S branch's image, e.g. 240, which resizes the shorter side to
+            int(256 / 224 * 240) = 274; or (height, width), both resized like this.
 
     Returns:
         A torchvision transform from a PIL image to a float32 tensor [3, height, width].

@@ -1,4 +1,4 @@
-"""What setup.py builds with: compilers, CUDA, jobs, and the environment variables that set them."""
+"""The toolchain of setup.py: compilers, CUDA, jobs, and the environment variables for them."""
 
 import os
 import re
@@ -9,11 +9,11 @@ from pathlib import Path
 
 OLDEST_CUDA = (12, 4)
 OLDEST_SM = 80  # bfloat16 on tensor cores, asynchronous copies
-DEFAULT_ARCHITECTURES = "80;90"  # Ampere, Hopper; PTX of the latter serves what comes after
+DEFAULT_ARCHITECTURES = "80;90"  # Ampere, Hopper; PTX of the latter for later GPUs
 
 
 def variable(name: str, pattern: str, expected: str, default: str) -> str:
-    """The value of an environment variable; ends the build if it is not as expected."""
+    """Return the value of an environment variable; end the build if it is invalid."""
     value = os.environ.get(name) or default
     if not re.fullmatch(pattern, value):
         sys.exit(f"{name} is {value!r}, expected {expected}")
@@ -36,11 +36,11 @@ def cxx() -> str:
 
 
 def ccache() -> str:
-    """The compiler cache, or "" if there is none or it is not wanted."""
-    wanted, found = switch("CROSSVIT_BUILD_CCACHE"), shutil.which("ccache")
-    if wanted == "1" and not found:
+    """The path of ccache, or "" if it is missing or switched off."""
+    setting, path = switch("CROSSVIT_BUILD_CCACHE"), shutil.which("ccache")
+    if setting == "1" and not path:
         sys.exit("CROSSVIT_BUILD_CCACHE=1, but there is no ccache on the PATH")
-    return found if found and wanted != "0" else ""
+    return path if path and setting != "0" else ""
 
 
 def ninja() -> str:
@@ -53,9 +53,9 @@ def ninja() -> str:
 
 
 def find_cuda() -> tuple[Path | None, str]:
-    """The CUDA toolkit's root, or why there is none. A bare nvcc may be a script elsewhere."""
-    wanted = switch("CROSSVIT_BUILD_CUDA")
-    if wanted == "0":
+    """The CUDA toolkit's root, or why it is not used. The nvcc on PATH may be a wrapper script."""
+    setting = switch("CROSSVIT_BUILD_CUDA")
+    if setting == "0":
         return None, "CROSSVIT_BUILD_CUDA=0 was set"
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
@@ -70,7 +70,7 @@ def find_cuda() -> tuple[Path | None, str]:
         here, oldest = (".".join(map(str, v)) for v in (version, OLDEST_CUDA))
         why_not = f"the CUDA toolkit in {home} is {here}, older than {oldest}"
         break
-    if wanted == "1":
+    if setting == "1":
         sys.exit(f"CROSSVIT_BUILD_CUDA=1, but {why_not}")
     return None, why_not
 
@@ -82,15 +82,15 @@ def cuda_version(cuda: Path) -> tuple[int, int]:
 
 
 def cuda_architectures(cuda: Path) -> list[str]:
-    """Those asked for, else those of the visible GPUs, else the default ones; the newest last."""
+    """The requested architectures, else the visible GPUs', else the default; newest last."""
     output = subprocess.check_output([cuda / "bin/nvcc", "--list-gpu-arch"], text=True)
     known = sorted(a for a in map(int, re.findall(r"compute_(\d+)", output)) if a >= OLDEST_SM)
     visible = architectures_of_gpus()
     default = DEFAULT_ARCHITECTURES
     if visible and visible <= {*known}:
         default = ";".join(map(str, visible))
-    wanted = os.environ.get("CROSSVIT_CUDA_ARCH_LIST") or default
-    archs = re.split("[;, ]+", wanted.strip("; ,"))
+    requested = os.environ.get("CROSSVIT_CUDA_ARCH_LIST") or default
+    archs = re.split("[;, ]+", requested.strip("; ,"))
     for arch in archs:
         number = re.fullmatch(r"(\d+)[af]?", arch)
         if not number or int(number[1]) not in known:
@@ -102,7 +102,7 @@ def cuda_architectures(cuda: Path) -> list[str]:
 
 
 def architectures_of_gpus() -> set[int]:
-    """Of the GPUs that the driver reports; torch may not be installed."""
+    """Architectures of the GPUs that the driver reports; torch may not be installed."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
@@ -113,14 +113,14 @@ def architectures_of_gpus() -> set[int]:
 
 
 def gencode_flags(archs: list[str]) -> str:
-    """Machine code for each architecture, and PTX of the last."""
+    """Flags for machine code of each architecture, and PTX of the last."""
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     newest = archs[-1].rstrip("af")
     return " ".join([*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"])
 
 
 def summary(levels: list[str], archs: list[str], why_not_cuda: str) -> str:
-    """What was built, and how to have it otherwise."""
+    """What was built, and how to change it."""
     cpu = f"CPU ({', '.join(levels).replace('_', '-')})"
     if not archs:
         return f"crossvit_kernels: built {cpu} kernels; CUDA is left out: {why_not_cuda}"

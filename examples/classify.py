@@ -21,7 +21,7 @@ from crossvit.transforms import eval_transform
 
 
 def class_names(labels: Path | None, num_classes: int) -> list[str]:
-    """From a file with a name a line; else ImageNet's, or numbers where there are not 1000."""
+    """Names from a file with one per line; else ImageNet's, or numbers if not 1000 classes."""
     if labels:
         names = labels.read_text().splitlines()
         if len(names) != num_classes:
@@ -43,7 +43,7 @@ def load_model(options: argparse.Namespace) -> CrossViT:
 
 
 def open_image(path: Path) -> Image.Image:
-    """RGB, upright as its camera was held."""
+    """Open as RGB, rotated as its EXIF data says."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -54,7 +54,9 @@ def open_image(path: Path) -> Image.Image:
 
 def classify(options: argparse.Namespace) -> None:
     model = load_model(options)
-    transform = eval_transform(model.patch_embed[0].img_size[0])  # says how to get torchvision
+    transform = eval_transform(
+        model.patch_embed[0].img_size[0]
+    )  # its error says how to install torchvision
     names = class_names(options.labels, options.num_classes)
     for path in options.images:
         x = transform(open_image(path)).unsqueeze(0).to(options.device)
@@ -69,12 +71,15 @@ def classify(options: argparse.Namespace) -> None:
 def usable_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # unknown; absent, or torch is built without
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # unknown; missing, or not in this build of torch
         raise argparse.ArgumentTypeError(one_line(error)) from error
 
 
 def one_line(error: Exception) -> str:
-    """A misfit checkpoint's message lists every key: here only the first."""
+    """Shorten a message, such as the list of a misfit checkpoint's keys, to its first entry."""
     lines = [line.strip() for line in str(error).splitlines()]
     more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
     return " ".join(lines[:2]) + more
@@ -89,7 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", required=True, help="file, URL, hub id, or official")
     add("--model", default="crossvit_15_240", choices=list_models(), metavar="NAME")
     add("--num-classes", type=int, default=1000, help="of the checkpoint")
-    add("--labels", type=Path, metavar="FILE", help="class names, one a line")
+    add("--labels", type=Path, metavar="FILE", help="class names, one per line")
     add("--top", type=int, default=5)
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--eager", action="store_true", help="without the kernels")

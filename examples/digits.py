@@ -2,10 +2,10 @@
 
     pip install -e ".[examples]" && python examples/digits.py
 
-Both runs start from the same parameters, see the same images and drop the same paths, so that their
-losses differ by rounding alone. Training amplifies roundings; how much, a third run tells: eager
-mode from parameters that are one rounding away. Prints the held-out accuracies and how far the loss
-curves are apart, and draws them.
+Both runs have the same initial parameters, images and dropped paths, so their losses differ only by
+rounding. Training amplifies rounding errors; a third run measures how much: eager mode from
+parameters that are one rounding away. Prints the held-out accuracies and the distance of the loss
+curves, and draws them.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class Data(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What one training left behind."""
+    """Losses and accuracies of one training."""
 
-    losses: list[float]  # of each step
-    accuracies: list[float]  # held-out, after each epoch
+    losses: list[float]  # per step
+    accuracies: list[float]  # held out, after each epoch
     seconds: float
 
 
 def load(seed: int, dtype: torch.dtype) -> Data:
-    """A fifth is held out, each digit in proportion."""
+    """Load the digits, holding out a fifth of each class."""
     images, digits = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=dtype).view(-1, 1, 8, 8)
     train, test = train_test_split(range(len(x)), test_size=0.2, stratify=digits, random_state=seed)
@@ -72,7 +72,7 @@ def load(seed: int, dtype: torch.dtype) -> Data:
 
 
 def jiggled(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image turned, stretched and moved a little."""
+    """Rotate, scale and shift each image a little."""
     angle, stretch, right, down = torch.randn(4, len(x), generator=generator, dtype=x.dtype)
     cos, sin = (angle * 0.12).cos(), (angle * 0.12).sin()
     zoom = (stretch * 0.06).exp()
@@ -82,7 +82,7 @@ def jiggled(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def optimizer_for(model: CrossViT, lr: float) -> torch.optim.AdamW:
-    """AdamW that leaves biases, norms, positions and the CLS alone."""
+    """AdamW without weight decay for biases, norms, position embeddings and CLS tokens."""
     spared = model.no_weight_decay()
     decayed, others = [], []
     for name, p in model.named_parameters():
@@ -92,7 +92,7 @@ def optimizer_for(model: CrossViT, lr: float) -> torch.optim.AdamW:
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the full learning rate: linear warm-up, then a cosine to zero."""
+    """Learning rate factor: linear warm-up, then cosine to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
@@ -105,7 +105,7 @@ def accuracy(model: CrossViT, x: Tensor, y: Tensor) -> float:
 
 
 def train(model: CrossViT, data: Data, options: argparse.Namespace, name: str) -> Curves:
-    """AdamW; everything random comes from the seed."""
+    """Train with AdamW; the seed determines everything random."""
     generator = torch.Generator().manual_seed(options.seed)
     torch.manual_seed(options.seed)  # drop path
     device = next(model.parameters()).device
@@ -150,7 +150,7 @@ def epoch_means(losses: Sequence[float], epochs: int) -> list[float]:
 
 
 def draw(path: Path, runs: dict[str, Curves], title: str) -> None:
-    """Loss and accuracy of fused and eager, and how far their losses are apart."""
+    """Draw loss and accuracy of fused and eager, and the distance of their losses."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     figure.suptitle(title)
     loss, difference, held_out = figure.subplots(1, 3)
@@ -200,8 +200,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--dtype", choices=("float32", "float64"), default="float32")
     add("--device", type=torch.device, default="cpu")
-    add("--threads", type=int, default=1, help="a model as small as this gains nothing by more")
-    add("--min-accuracy", type=float, default=0.97, help="held out; below it the exit code is 1")
+    add("--threads", type=int, default=1, help="more do not help such a small model")
+    add("--min-accuracy", type=float, default=0.97, help="held out; the exit code is 1 below it")
     add("--output", type=Path, default=Path("digits.png"), metavar="PATH.png")
     options = parser.parse_args(arguments)
     if options.epochs < 1 or not 1 <= options.batch <= 1437:

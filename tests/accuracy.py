@@ -3,7 +3,7 @@
 For a dtype T: the RMS error is at most k times the RMS error that the eager module makes in T on
 the same inputs, and the largest error at most 2 k times its largest. k = 2 in bfloat16 and float16,
 8 in float32 and float64, where the order of summation differs. One eps(T) of the reference's own
-RMS is allowed on top, so that an eager result that happens to be exact does not forbid rounding.
+RMS is added, so that rounding is allowed even if eager's result happens to be exact.
 Eager float64 is the reference itself: its error is estimated by that of eager float32, scaled by
 the ratio of their eps.
 """
@@ -30,10 +30,10 @@ def assert_within_rule(
     dtype: torch.dtype | None = None,
     absolute_floor: float = 0.0,
 ) -> None:
-    """actual and eager against exact (float64).
+    """Assert the rule for actual, given eager's result and the exact (float64) one.
 
-    dtype: that of the arithmetic, where it is not that of the results (lse, autocast). For float64
-    results, eager is what eager makes in float32.
+    dtype: That of the arithmetic, if not that of the results (lse, autocast). For float64 results,
+    eager is computed in float32.
     """
     dtype = dtype or actual.dtype
     assert actual.shape == exact.shape, (name, actual.shape, exact.shape)
@@ -62,12 +62,12 @@ def outputs_and_gradients(
     upstream: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Outputs and the gradients of every input, computed with all tensors cast to dtype."""
+    """Return outputs and the gradients of every input, with all tensors cast to dtype."""
     leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [t for t in leaves if t is not None]
-    # Upstream gradients are rounded to dtype in every run, so that all runs see the same.
+    # Upstream gradients are rounded to dtype, so that all runs have the same.
     gradients = torch.autograd.grad(
         outputs, wanted, [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)]
     )
@@ -75,10 +75,10 @@ def outputs_and_gradients(
 
 
 def eager_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype eager runs when results in dtype are judged."""
+    """The dtype in which eager runs to judge results in dtype."""
     return torch.float32 if dtype == torch.float64 else dtype
 
 
 def representable(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t rounded to dtype, in float64: what every run is given."""
+    """Round t to dtype and return it in float64, as input of every run."""
     return t.to(dtype).double()

@@ -1,4 +1,4 @@
-"""The programs of bench/ as modules, for tests."""
+"""Loads the programs of bench/ as modules, for tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-#: What a result file says of where its numbers come from.
+#: Facts of the environment in a result file.
 FACTS = {"commit", "dirty", "date", "device", "dtype", "python", "torch", "triton", "threads"}
 
 Rows = dict[tuple[str, str], dict[str, Any]]
@@ -23,9 +23,9 @@ Rows = dict[tuple[str, str], dict[str, Any]]
 
 @contextmanager
 def program(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[ModuleType]:
-    """A program, with ceilings that cost no time, on one thread.
+    """Load a program with fixed ceilings and one thread.
 
-    Threads of a busy machine wait for each other longer than sizes as small as these take.
+    On a busy machine, threads would wait for each other longer than such small sizes take.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -43,7 +43,7 @@ def program(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[ModuleType]:
 
 
 def run(bench: ModuleType, path: Path, *arguments: str) -> tuple[int, Rows]:
-    """Exit code, and the result rows by contender and mode."""
+    """Run a program; return its exit code, and the result rows by contender and mode."""
     code = bench.main([*arguments, "--json", str(path)])
     document = json.loads(path.read_text())
     assert set(document["environment"]) >= FACTS

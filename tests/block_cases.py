@@ -1,4 +1,4 @@
-"""Inputs of layernorm_msa and layernorm_ffn, and a backend's results judged by the rule."""
+"""Inputs of layernorm_msa and layernorm_ffn, and checks of a backend by the accuracy rule."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def compare(
     backend: str,
     device: str,
 ) -> None:
-    """function(backend) on inputs: output and every gradient under the rule."""
+    """Check output and every gradient of function(backend) by the rule."""
     present = [representable(t, dtype).to(device) for t in inputs if t is not None]
     names = [n for n, t in zip(names, inputs, strict=True) if t is not None]
     upstream = [representable(torch.randn(inputs[0].shape).double(), dtype).to(device)]
@@ -55,7 +55,7 @@ def compare(
     eager = outputs_and_gradients(run("reference"), present, upstream, eager_dtype(dtype))
     actual = outputs_and_gradients(run(backend), present, upstream, dtype)
     for name, a, e, x in zip(["y", *names], actual, eager, exact, strict=True):
-        if name == "qkv_bias":  # its k third is exactly zero
+        if name == "qkv_bias":  # its third for k is exactly zero
             third = len(x) // 3
             keep = torch.cat([torch.arange(third), torch.arange(2 * third, 3 * third)])
             a, e, x = a[keep], e[keep], x[keep]
@@ -76,7 +76,7 @@ def check_msa(
     backend: str = "cpu",
     device: str = "cpu",
 ) -> None:
-    """y and the gradients of x, cls and every weight."""
+    """Check y and the gradients of x, cls and every weight."""
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
     inputs = [
         mean + torch.randn(batch, num_tokens, channels).double(),
@@ -102,7 +102,7 @@ def check_ffn(
     backend: str = "cpu",
     device: str = "cpu",
 ) -> None:
-    """y and the gradients of x and every weight."""
+    """Check y and the gradients of x and every weight."""
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
     x = mean + torch.randn(batch, num_tokens, channels).double()
     inputs = [x, *ffn_weights(channels, hidden)]

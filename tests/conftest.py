@@ -27,8 +27,8 @@ from crossvit_kernels.ops.layernorm_msa.configs import ATTENTION_PROJECTION
 
 @pytest.fixture(scope="session", autouse=True)
 def _first_vector_math_on_one_thread() -> None:
-    """The first float64 exp and log of a process, where several threads make them at once, are now
-    and then off by 1e-10 in torch's vector library; after a first call by one thread they are not.
+    """If several threads at once compute the first float64 exp and log of a process, torch's vector
+    library is sometimes off by 1e-10; a first call on one thread avoids this.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -40,7 +40,7 @@ def _first_vector_math_on_one_thread() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tiers; and the longest first, or one process of several ends long after the others."""
+    """Select tiers; run the longest tests first, so that all processes end at the same time."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("slow_on_cpu"):
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What a user should do about tests that failed."""
+    """Say what to do about failed tests."""
     failed = [r for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, ())]
     if not failed:
         return
@@ -83,7 +83,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def cpu_backend() -> str:
-    """The name of the compiled backend, or a skip that says why it is missing."""
+    """The name of the compiled backend; skips with the reason if it is missing."""
     backends = ck.backends()
     if not backends["cpu"]:
         pytest.skip(backends.reasons["cpu"])
@@ -92,7 +92,7 @@ def cpu_backend() -> str:
 
 @pytest.fixture(scope="session")
 def triton_device() -> str:
-    """Where Triton's kernels run here, or a skip that says why they do not."""
+    """The device of Triton's kernels; skips with the reason if they cannot run."""
     backends = ck.backends()
     if not backends["triton"]:
         pytest.skip(backends.reasons["triton"])
@@ -100,7 +100,7 @@ def triton_device() -> str:
         import interpreter
 
         interpreter.install()
-        # Here steps take time, not registers: fewer of them, each larger.
+        # In the interpreter steps cost time, not registers: use fewer, larger ones.
         configs.PROGRAMS = 4
         larger = {448: configs.RowTile(32, 64, 128, 4, 1)}
         larger_in = configs.NORM_LINEAR, FFN, ATTENTION_PROJECTION, configs.LINEAR_NORM_BACKWARD
@@ -121,27 +121,27 @@ def _cuda_kernels() -> extension.CudaKernels:
 
 @pytest.fixture
 def cuda_device(_cuda_kernels: extension.CudaKernels, monkeypatch) -> str:
-    """Where CUDA kernels run here: without a GPU the same sources, compiled for the CPU."""
+    """The device of the CUDA kernels; without a GPU, they are compiled for the CPU."""
     monkeypatch.setattr(extension, "cuda_kernels", _cuda_kernels)
     return _cuda_kernels.device_type
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A backend for GPUs, where it runs here and what it takes widths in."""
+    """A GPU backend, its device here, and the multiple that widths must be of."""
 
     name: str
     device: str
     multiple: int
 
     def width(self, channels: int) -> int:
-        """The next width that it takes."""
+        """The next supported width."""
         return -(-channels // self.multiple) * self.multiple
 
 
 @pytest.fixture(params=["triton", "cuda"])
 def gpu(request: pytest.FixtureRequest) -> Gpu:
-    """Each backend for GPUs."""
+    """Each GPU backend."""
     device = request.getfixturevalue(f"{request.param}_device")
     return Gpu(request.param, device, {"triton": 8, "cuda": 16}[request.param])
 
@@ -152,7 +152,7 @@ def _isa_levels() -> list[str]:
 
 @pytest.fixture(params=_isa_levels())
 def isa_level(request: pytest.FixtureRequest):
-    """Each instruction-set level that this processor has, in use during the test."""
+    """Each instruction-set level of this processor, in use during the test."""
     active = extension._C.active_isa()
     extension._C.use_isa(request.param)
     assert extension._C.active_isa() == request.param

@@ -1,4 +1,4 @@
-"""Inputs of attention_core, and a backend's results judged by the rule."""
+"""Inputs of attention_core, and checks of a backend by the accuracy rule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make(
     extra: bool = False,
     masked: bool = False,
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """([u, x, extra_token] in float64 but representable in dtype, key_mask)."""
+    """Make ([u, x, extra_token] in float64 but representable in dtype, key_mask)."""
     u = torch.randn(1 if shared else batch, num_rows, channels, dtype=torch.float64)
     u = u * channels**-0.5
     x = mean + torch.randn(batch, num_tokens, channels, dtype=torch.float64)
@@ -42,7 +42,7 @@ def check_rule(
     backend: str = "cpu",
     device: str = "cpu",
 ) -> None:
-    """Output, lse and all gradients of the kernel in dtype, against float64 and eager in dtype."""
+    """Check output, lse and all gradients in dtype against float64 and eager in dtype."""
     inputs = [None if t is None else t.to(device) for t in inputs]
     mask = None if mask is None else mask.to(device)
     u, x, _ = inputs
@@ -74,7 +74,7 @@ def check_rule(
 
 
 def check_expanded_gradients(backend: str, device: str = "cpu") -> None:
-    """Gradients without memory of their own, as sum() gives them, are those that have it."""
+    """Check that expanded upstream gradients, as from sum(), give the results of dense ones."""
     (u, x, _), _ = make(2, 20, 9, 48)
     leaves = [t.float().to(device).requires_grad_() for t in (u, x)]
     outputs = ck.attention_core(*leaves, backend=backend)

@@ -1,4 +1,4 @@
-"""What the modules replace, as plain modules with the same names."""
+"""The modules that ours replace, in plain PyTorch with the same parameter names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Widths of tokens and of the CLS, and heads, of them all.
-C, C_OWN, HEADS = 24, 40, 3
+# Widths of the tokens and the CLS, and heads, of all modules.
+C, C_CLS, HEADS = 24, 40, 3
 
 
 class DropPath(nn.Module):
@@ -23,7 +23,7 @@ class DropPath(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """[B, rows, C] each; softmax attention head by head, the heads side by side again."""
+    """Softmax attention per head over [B, rows, C] tensors; returns the concatenated heads."""
     outputs = []
     for q_h, k_h, v_h in zip(
         q.chunk(heads, dim=-1), k.chunk(heads, dim=-1), v.chunk(heads, dim=-1), strict=True
@@ -57,9 +57,9 @@ class EagerCrossAttentionBlock(nn.Module):
 class EagerFusion(nn.Module):
     def __init__(self, bias: bool = True, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.proj = nn.Sequential(nn.LayerNorm(C_OWN, eps=1e-6), nn.GELU(), nn.Linear(C_OWN, C))
+        self.proj = nn.Sequential(nn.LayerNorm(C_CLS, eps=1e-6), nn.GELU(), nn.Linear(C_CLS, C))
         self.fusion = EagerCrossAttentionBlock(bias, drop_path)
-        self.revert_proj = nn.Sequential(nn.LayerNorm(C, eps=1e-6), nn.GELU(), nn.Linear(C, C_OWN))
+        self.revert_proj = nn.Sequential(nn.LayerNorm(C, eps=1e-6), nn.GELU(), nn.Linear(C, C_CLS))
 
     def forward(self, cls: Tensor, tokens: Tensor) -> Tensor:
         joined = torch.cat([self.proj(cls).unsqueeze(1), tokens], dim=1)

@@ -1,4 +1,4 @@
-"""Inputs of cross_attention_fusion, and a backend's results judged by the rule."""
+"""Inputs of cross_attention_fusion, and checks of a backend by the accuracy rule."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
 from crossvit_kernels.gpu import launcher
 
-# (C_own, C, heads) of both fusions of CrossViT-Ti, S, B, 9, 15 and 18.
+# (C_cls, C, heads) of both fusions of CrossViT-Ti, S, B, 9, 15 and 18.
 NAMED_WIDTHS = [
-    (own, other, heads)
+    (cls_dim, other, heads)
     for small, heads in ((96, 3), (192, 6), (384, 12), (128, 4), (224, 7))
-    for own, other in ((small, 2 * small), (2 * small, small))
+    for cls_dim, other in ((small, 2 * small), (2 * small, small))
 ]
 
 
-def make_weights(own: int, channels: int, biases: bool = True) -> FusionWeights:
-    """Float64 weights of a trained model's size."""
+def make_weights(cls_dim: int, channels: int, biases: bool = True) -> FusionWeights:
+    """Make float64 weights of the magnitude of a trained model's."""
 
     def linear(out: int, inp: int) -> list[Tensor]:
         return [torch.randn(out, inp).double() * inp**-0.5, torch.randn(out).double() * 0.1]
@@ -29,12 +29,12 @@ def make_weights(own: int, channels: int, biases: bool = True) -> FusionWeights:
 
     attention = [t for _ in range(4) for t in linear(channels, channels)]
     weights = FusionWeights(
-        *norm(own),
-        *linear(channels, own),
+        *norm(cls_dim),
+        *linear(channels, cls_dim),
         *norm(channels),
         *attention,
         *norm(channels),
-        *linear(own, channels),
+        *linear(cls_dim, channels),
     )
     return weights if biases else weights._replace(q_bias=None, k_bias=None, v_bias=None)
 
@@ -42,14 +42,14 @@ def make_weights(own: int, channels: int, biases: bool = True) -> FusionWeights:
 def fusion_and_gradients(
     cls: Tensor, tokens: Tensor, weights: FusionWeights, num_heads: int, backend: str
 ) -> tuple[Tensor, ...]:
-    """New cls, and the gradients of cls and tokens."""
+    """Return the new CLS, and the gradients of cls and tokens."""
     cls, tokens = (t.detach().requires_grad_() for t in (cls, tokens))
     new_cls = ck.cross_attention_fusion(cls, tokens, weights, num_heads, backend=backend)
     return new_cls, *torch.autograd.grad(new_cls.square().sum(), (cls, tokens))
 
 
 def check_frozen_tokens(backend: str, device: str, num_tokens: int = 21) -> None:
-    """Where the tokens' gradient is not wanted, the others have the same bits."""
+    """Check that without the tokens' gradient the others have the same bits."""
     results = []
     cls, tokens = torch.randn(3, 32, device=device), torch.randn(3, num_tokens, 48, device=device)
     weights = [w.float().to(device).requires_grad_() for w in make_weights(32, 48)]
@@ -62,7 +62,7 @@ def check_frozen_tokens(backend: str, device: str, num_tokens: int = 21) -> None
 
 
 def check_rule(
-    own: int,
+    cls_dim: int,
     channels: int,
     heads: int,
     batch: int,
@@ -74,15 +74,15 @@ def check_rule(
     backend: str = "cpu",
     device: str = "cpu",
 ) -> None:
-    """The new CLS and the gradients of the CLS, the tokens and every weight."""
-    weights = make_weights(own, channels, biases)
+    """Check the new CLS and the gradients of the CLS, the tokens and every weight."""
+    weights = make_weights(cls_dim, channels, biases)
     inputs = [
-        torch.randn(batch, own).double(),
+        torch.randn(batch, cls_dim).double(),
         mean + torch.randn(batch, num_tokens, channels).double(),
         *weights,
     ]
     inputs = [None if t is None else representable(t, dtype).to(device) for t in inputs]
-    upstream = [representable(torch.randn(batch, own).double(), dtype).to(device)]
+    upstream = [representable(torch.randn(batch, cls_dim).double(), dtype).to(device)]
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
 
     def run(backend: str):
@@ -106,14 +106,14 @@ def check_rule(
         if name == "k_bias":
             assert (a == 0).all()
             continue
-        # q and k act through differences of scores: where there are few tokens these cancel, and
+        # q and k act through differences of scores: with few tokens these cancel, and
         # what is left is the rounding of terms of about ten.
         floor = 12 * eps * batch**0.5 if num_tokens < 8 else 0.0
         assert_within_rule(a, e, x, name, absolute_floor=floor)
 
 
 def launches(monkeypatch) -> list[str]:
-    """The names of kernels, as they are launched."""
+    """Record the names of launched kernels."""
     names: list[str] = []
 
     def start(kernel, *args, **kwargs):

@@ -1,9 +1,9 @@
-"""What Triton's interpreter gets wrong, put right.
+"""Fixes for Triton's interpreter.
 
-It stores bfloat16 as uint16 and computes with that. Here products upcast what they multiply, and
-float32 is rounded to nearest even, where the interpreter truncates; kernels upcast before every
-other operation, as they should. Triton 3.6's takes arrays of one number for scalars, which NumPy
-2.4 refuses.
+It stores bfloat16 as uint16 and computes with that. Here products upcast their operands, and
+float32 is rounded to nearest even, which the interpreter truncates; kernels upcast before all other
+operations, as they should. Triton 3.6's interpreter uses arrays of one number as scalars, which
+NumPy 2.4 refuses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from crossvit_kernels.gpu import launcher
 
 
 def install() -> None:
-    """For the rest of the process."""
+    """Install the fixes for the rest of the process."""
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -54,7 +54,7 @@ def install() -> None:
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
-    """The bits of float32 values in bfloat16, to nearest even."""
+    """Round float32 values to bfloat16 bits, to nearest even."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), (bits >> 16) | 0x40, nearest).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""Each module with the eager replica of what it replaces, and how the two are compared."""
+"""Each module with an eager replica of what it replaces, and their comparison."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from eager_modules import (
-    C_OWN,
+    C_CLS,
     HEADS,
     C,
     EagerAttentionPool2d,
@@ -33,14 +33,14 @@ class Case(NamedTuple):
 
 CASES = {
     "fusion": Case(
-        lambda: modules.CrossAttentionFusion(C_OWN, C, HEADS),
+        lambda: modules.CrossAttentionFusion(C_CLS, C, HEADS),
         EagerFusion,
-        ((B, C_OWN), X),
+        ((B, C_CLS), X),
     ),
     "fusion without qkv bias": Case(
-        lambda: modules.CrossAttentionFusion(C_OWN, C, HEADS, qkv_bias=False),
+        lambda: modules.CrossAttentionFusion(C_CLS, C, HEADS, qkv_bias=False),
         lambda: EagerFusion(bias=False),
-        ((B, C_OWN), X),
+        ((B, C_CLS), X),
     ),
     "block": Case(
         lambda: modules.TransformerBlock(C, HEADS, mlp_ratio=2.0),
@@ -94,7 +94,7 @@ CASES = {
 
 
 def pair(case: Case, backend: str | None) -> tuple[nn.Module, nn.Module]:
-    """(fused, eager) in float64 with the same random parameters; no LayerNorm is the identity."""
+    """Make (fused, eager) in float64 with the same random parameters, LayerNorms included."""
     fused, eager = case.fused().double(), case.eager().double()
     with torch.no_grad():
         for parameter in eager.parameters():
@@ -110,7 +110,7 @@ def random_inputs(case: Case, batch: int = B) -> list[Tensor]:
 
 
 def outcome(module: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    """Output and gradients of all inputs and parameters, by name."""
+    """Return output and gradients of all inputs and parameters, by name."""
     out = module(*inputs)
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
     leaves = {f"input {i}": t for i, t in enumerate(inputs) if t.requires_grad}
@@ -119,9 +119,9 @@ def outcome(module: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
     return {"output": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def assert_agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_agree(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            found[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+            actual[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
         )

@@ -1,8 +1,7 @@
-"""A driver for Triton that has no device: all of a launch but the launch itself.
+"""A Triton driver without a device, which does everything but the launch itself.
 
-The interpreter takes another way into a kernel. With this driver every call goes through the
-specialisation of arguments and the compilation that a GPU's would go through. To be imported by a
-process of its own, before anything is launched: Triton has one driver.
+The interpreter enters kernels differently. With this driver every call specialises its arguments
+and compiles as on a GPU. Import it in a separate process, before any launch: Triton has one driver.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-#: Kernel -> the compiled kernels of that name that were launched.
+#: Kernel name -> its launched compiled kernels.
 launched: dict[str, set[int]] = collections.defaultdict(set)
-#: All launches, in order: programs, the compiled kernel, and the arguments, tensors as addresses.
+#: All launches in order: grid, compiled kernel, and arguments, with tensors as addresses.
 launches: list[tuple[Any, ...]] = []
 
 
@@ -35,12 +34,12 @@ def address(argument: Any) -> Any:
 
 
 def spilled(name: str, shared: int) -> int:
-    """Words that a kernel is said to spill, for a test to replace."""
+    """Number of spilled words to report for a kernel; tests replace it."""
     return 0
 
 
 class Utils:
-    """What a compiled kernel asks for when it is loaded."""
+    """The functions that loading a compiled kernel needs."""
 
     loaded = 0
 

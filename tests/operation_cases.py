@@ -1,4 +1,4 @@
-"""Every public operation on its tensors, beside the same function in plain PyTorch."""
+"""Every public operation with the same function in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import crossvit_kernels as ck
 
-C, OWN, HEADS, EPS, BATCH, TOKENS = 24, 16, 3, 1e-6, 3, 5
+C, C_CLS, HEADS, EPS, BATCH, TOKENS = 24, 16, 3, 1e-6, 3, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Operation:
     """A function of tensors by name.
 
     Attributes:
-        shapes: Of every tensor.
+        shapes: Shapes of all tensors.
         call: The public function; ``backend`` is a keyword.
         plain: The same without this library.
     """
@@ -30,13 +30,13 @@ class Operation:
     plain: Callable[..., Tensor]
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Random ones; matrices and LayerNorms are those of a trained model's size."""
-        found = {}
+        """Make random tensors, with weights of the magnitude of a trained model's."""
+        values = {}
         for name, shape in self.shapes.items():
             t = torch.randn(shape, dtype=torch.float64, device="cpu")
             t = t * shape[1] ** -0.5 if name.startswith("w_") else t
-            found[name] = (t * 0.2 + 1 if name.endswith("norm_weight") else t).to(dtype)
-        return found
+            values[name] = (t * 0.2 + 1 if name.endswith("norm_weight") else t).to(dtype)
+        return values
 
 
 def norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -139,12 +139,13 @@ _POOL = {f"w_{name}": (C, C) for name in "qkvo"} | {f"b_{name}": (C,) for name i
 _AFFINE = {"norm_weight": (C,), "norm_bias": (C,)}
 _POOL = {k: _POOL[k] for k in ("w_q", "b_q", "w_k", "w_v", "b_v", "w_o", "b_o")} | _AFFINE
 _FUSION = {
-    "cls": (BATCH, OWN),
+    "cls": (BATCH, C_CLS),
     "tokens": (BATCH, TOKENS, C),
-    **{"proj_norm_weight": (OWN,), "proj_norm_bias": (OWN,), "w_proj": (C, OWN), "b_proj": (C,)},
+    **{"proj_norm_weight": (C_CLS,), "proj_norm_bias": (C_CLS,)},
+    **{"w_proj": (C, C_CLS), "b_proj": (C,)},
     **_AFFINE,
     **{f"{kind}_{n}": (C, C) if kind == "w" else (C,) for n in "qkvo" for kind in "wb"},
-    **{"back_norm_weight": (C,), "back_norm_bias": (C,), "w_back": (OWN, C), "b_back": (OWN,)},
+    **{"back_norm_weight": (C,), "back_norm_bias": (C,), "w_back": (C_CLS, C), "b_back": (C_CLS,)},
 }
 _X = {"x": (BATCH, TOKENS, C)}
 _MSA = {"w_qkv": (3 * C, C), "b_qkv": (3 * C,), "w_out": (C, C), "b_out": (C,)}

@@ -18,7 +18,7 @@ def check_operators(
     keep: str = "fast",
     frozen: tuple[int, ...] = (),
 ) -> None:
-    """Forward and, where something is kept, backward; frozen: tensors without a gradient."""
+    """Check forward and, if something is saved, backward; frozen: tensors without a gradient."""
     namespace = torch.ops.crossvit_kernels
     forward = getattr(namespace, f"{operation.name}_forward").default
     backward = getattr(namespace, f"{operation.name}_backward").default

@@ -1,4 +1,4 @@
-"""Cases of attention_pool: every argument that changes the mathematics has a row in CASES."""
+"""Cases of attention_pool: CASES covers every argument that changes the mathematics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("query", "tokens", *WEIGHTS, *NORMS)
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes and options of a call. No two widths are equal unless an option demands it."""
+    """Shapes and options of a call. Widths differ unless an option requires equal ones."""
 
     batch: int = 3
     queries: int = 1
@@ -30,7 +30,7 @@ class Case:
     channels: int = 40  # C
     value_width: int = 30  # D_v
     out_width: int = 17  # C_out
-    per_image: bool = False  # a query for each image rather than a shared one
+    per_image: bool = False  # one query per image, not shared
     without: tuple[str, ...] = ()  # parameters that are None
     query_norm: bool = False
     token_norm: bool = False
@@ -40,7 +40,7 @@ class Case:
     return_weights: bool = False
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
-        """In the order of NAMES; float64 tensors, representable in dtype."""
+        """Make float64 tensors, representable in dtype, in the order of NAMES."""
         query_width = self.width if "w_q" in self.without else self.query_width
         query_width = self.channels if self.include_query else query_width
         shapes = {
@@ -66,7 +66,7 @@ class Case:
         for name, shape in shapes.items():
             t = torch.randn(shape, dtype=torch.float64)
             if name.startswith("w_"):
-                t *= 2 * shape[-1] ** -0.5  # scores of a few units
+                t *= 2 * shape[-1] ** -0.5  # scores of moderate size
             tensors.append(None if name in absent else representable(t, dtype))
         return tensors
 
@@ -80,7 +80,7 @@ class Case:
         return mask
 
     def function(self, backend: str | None, mask: Tensor | None, **options: Any) -> Callable:
-        """attention_pool of tensors in the order of NAMES."""
+        """Return attention_pool as a function of tensors in the order of NAMES."""
 
         def call(query: Tensor, tokens: Tensor, *parameters: Tensor | None) -> Any:
             weights, norms = parameters[: len(WEIGHTS)], parameters[len(WEIGHTS) :]

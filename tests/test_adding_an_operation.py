@@ -1,4 +1,4 @@
-"""An operation that is a folder and nothing else gets operators, autograd and dispatch."""
+"""An operation that is just a folder gets operators, autograd and dispatch."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_values_and_gradients(masked: bool) -> None:
     x, mask = inputs(torch.float64)
     mask = mask if masked else None
     leaves = [x.clone().requires_grad_() for _ in range(2)]
-    found, expected = call(leaves[0], mask), reference.masked_mean(leaves[1], mask)
-    torch.testing.assert_close(found, expected)
+    actual, expected = call(leaves[0], mask), reference.masked_mean(leaves[1], mask)
+    torch.testing.assert_close(actual, expected)
     gradients = [
         torch.autograd.grad(y.sin().sum(), t)
-        for y, t in zip((found, expected), leaves, strict=True)
+        for y, t in zip((actual, expected), leaves, strict=True)
     ]
     torch.testing.assert_close(*gradients)
     assert torch.autograd.gradgradcheck(lambda t: call(t, mask), leaves[0])
@@ -56,7 +56,7 @@ def test_compiled_and_counted() -> None:
 
 
 def test_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names no order of backends, and a GPU has the default one."""
+    """It declares no order of backends, so GPUs use the default one."""
     x, mask = inputs()
     assert masked_mean.choose(inputs(), 0.0, None) == "cpu"
     with use_backend("reference"):

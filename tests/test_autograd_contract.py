@@ -1,4 +1,4 @@
-"""What autograd, hooks and users may ask of a differentiable function, of every operation."""
+"""The contract of differentiable functions with autograd and hooks, for every operation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def leaves(operation: Operation, dtype: torch.dtype = torch.float64) -> dict[str
 def gradients(function, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     wanted = {k: t for k, t in tensors.items() if t.requires_grad}
     out = function(*tensors.values())
-    found = torch.autograd.grad(out.square().sum(), list(wanted.values()))
-    return dict(zip(wanted, found, strict=True))
+    grads = torch.autograd.grad(out.square().sum(), list(wanted.values()))
+    return dict(zip(wanted, grads, strict=True))
 
 
 def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance) -> None:
@@ -37,7 +37,7 @@ def test_gradients_are_plain_torchs(operation: Operation) -> None:
 
 @operations
 def test_every_single_gradient(operation: Operation) -> None:
-    """One tensor needs a gradient, the others are frozen: that gradient is the same."""
+    """With only one tensor needing a gradient, that gradient is the same."""
     tensors = operation.tensors()
     trained = {k: t.clone().requires_grad_() for k, t in tensors.items()}
     expected = gradients(operation.plain, trained)
@@ -51,13 +51,13 @@ def test_every_single_gradient(operation: Operation) -> None:
 def test_outputs_can_be_written_to(operation: Operation, dtype: torch.dtype) -> None:
     tensors = leaves(operation, dtype)
     y = operation.call(*tensors.values())
-    if operation is OPERATIONS["attention_core"]:  # keeps m for backward, as softmax its output
+    if operation is OPERATIONS["attention_core"]:  # saves m for backward, as softmax its output
         y = y.clone()
     y += 1
-    found = torch.autograd.grad(y.sum(), list(tensors.values()))
+    actual = torch.autograd.grad(y.sum(), list(tensors.values()))
     z = operation.call(*tensors.values()) + 1
     expected = torch.autograd.grad(z.sum(), list(tensors.values()))
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -82,7 +82,7 @@ def test_a_graph_can_be_used_twice(operation: Operation) -> None:
 
 
 def other_layout(t: Tensor) -> Tensor:
-    """The same values; strides that no kernel would choose."""
+    """The same values with unusual strides."""
     if t.dim() < 2:
         wide = t.new_empty(*t.shape, 2) if t.dim() else t.new_empty(2)
         return wide.select(-1, 0).copy_(t)
@@ -97,13 +97,13 @@ def test_saved_tensors_may_come_back_in_another_layout(
     tensors = leaves(operation, dtype)
     expected = gradients(operation.call, tensors)
     with saved_tensors_hooks(lambda t: t, other_layout):
-        found = gradients(operation.call, tensors)
-    assert_all_close(found, expected)
+        actual = gradients(operation.call, tensors)
+    assert_all_close(actual, expected)
 
 
 @operations
 def test_second_derivatives(operation: Operation) -> None:
-    """A gradient penalty through plain layers on both sides, as plain PyTorch has it."""
+    """A gradient penalty through plain layers on both sides, as in plain PyTorch."""
 
     def penalty(function) -> list[Tensor]:
         torch.manual_seed(1)
@@ -125,13 +125,13 @@ def test_second_derivatives(operation: Operation) -> None:
 def test_hessian_vector_products(operation: Operation) -> None:
     tensors = list(operation.tensors().values())
     vectors = tuple(torch.randn_like(t) for t in tensors)
-    _, found = torch.autograd.functional.hvp(
+    _, actual = torch.autograd.functional.hvp(
         lambda *t: operation.call(*t).square().sum(), tuple(tensors), vectors
     )
     _, expected = torch.autograd.functional.hvp(
         lambda *t: operation.plain(*t).square().sum(), tuple(tensors), vectors
     )
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -149,15 +149,15 @@ def test_gradgradcheck(operation: Operation) -> None:
 
 @operations
 def test_batched_gradients(operation: Operation) -> None:
-    """``is_grads_batched=True``, with which a Jacobian takes one pass."""
+    """``is_grads_batched=True``, as for a Jacobian in one pass."""
     tensors = leaves(operation)
     wanted = list(tensors.values())
     y = operation.call(*wanted)
     upstream = torch.randn(4, *y.shape, dtype=y.dtype)
-    found = torch.autograd.grad(y, wanted, upstream, is_grads_batched=True)
+    actual = torch.autograd.grad(y, wanted, upstream, is_grads_batched=True)
     y = operation.plain(*wanted)
     expected = torch.autograd.grad(y, wanted, upstream, is_grads_batched=True)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -168,5 +168,5 @@ def test_a_second_derivative_under_autocast(operation: Operation) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = operation.call(first, *rest)
     (dx,) = torch.autograd.grad(y.float().square().sum(), first, create_graph=True)
-    found = torch.autograd.grad(dx.float().square().sum(), rest, allow_unused=True)
-    assert all(g is not None and g.isfinite().all() for g in found)
+    actual = torch.autograd.grad(dx.float().square().sum(), rest, allow_unused=True)
+    assert all(g is not None and g.isfinite().all() for g in actual)

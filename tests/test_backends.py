@@ -1,4 +1,4 @@
-"""Which backend runs a call, and what is said where one cannot."""
+"""The choice of the backend, and the errors if one cannot run a call."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def run_python(code: str, **environment: str) -> str:
 
 
 def test_backends_says_what_is_usable_and_why_not() -> None:
-    found = ck.backends()
-    assert set(found) == set(NAMES) and found["reference"] is True
-    assert set(found.reasons) == {name for name, usable in found.items() if not usable}
-    for name in found:
-        assert name in str(found)
-    for reason in found.reasons.values():
-        assert reason in str(found)
+    available = ck.backends()
+    assert set(available) == set(NAMES) and available["reference"] is True
+    assert set(available.reasons) == {name for name, usable in available.items() if not usable}
+    for name in available:
+        assert name in str(available)
+    for reason in available.reasons.values():
+        assert reason in str(available)
 
 
 def test_auto_takes_the_compiled_kernel(cpu_backend: str, monkeypatch) -> None:
@@ -51,7 +51,7 @@ def test_auto_takes_the_compiled_kernel(cpu_backend: str, monkeypatch) -> None:
     with ck.use_backend("reference"):
         ck.attention_core(u, x)
         assert len(calls) == 2
-        ck.attention_core(u, x, backend="cpu")  # the call's own choice wins
+        ck.attention_core(u, x, backend="cpu")  # the call's argument wins
         assert len(calls) == 3
     ck.attention_core(u, x)
     assert len(calls) == 4
@@ -118,7 +118,7 @@ import torch, crossvit_kernels as ck
 
 
 def test_without_the_extension() -> None:
-    """Import, reference and environment report work; the reason names the cure."""
+    """Import, reference and environment report work; the reason names the fix."""
     out = run_python(
         WITHOUT_EXTENSION
         + "x = torch.randn(1, 3, 8)\n"

@@ -1,4 +1,4 @@
-"""Every public function refuses bad input by name, before any kernel starts."""
+"""Every public function refuses bad input, naming it, before any kernel starts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, FusionWeights, MsaWeights
 
-B, N, C, OWN, HIDDEN, HEADS = 2, 5, 12, 8, 20, 3
+B, N, C, C_CLS, HIDDEN, HEADS = 2, 5, 12, 8, 20, 3
 DOUBLE, INT = torch.float64, torch.int64
 
 
 def fusion_weights() -> FusionWeights:
-    c, own = torch.zeros(C), torch.zeros(OWN)
+    c, cls_vector = torch.zeros(C), torch.zeros(C_CLS)
     square = torch.zeros(C, C)
-    up, down = torch.zeros(C, OWN), torch.zeros(OWN, C)
+    up, down = torch.zeros(C, C_CLS), torch.zeros(C_CLS, C)
     attention = (square, c) * 4
-    return FusionWeights(own, own, up, c, c, c, *attention, c, c, down, own)
+    return FusionWeights(cls_vector, cls_vector, up, c, c, c, *attention, c, c, down, cls_vector)
 
 
 def core(**changes: Any) -> Any:
@@ -32,7 +32,7 @@ def fusion(**changes: Any) -> Any:
     weights = fusion_weights()
     fields = {k: changes.pop(k) for k in list(changes) if k in FusionWeights._fields}
     arguments = {
-        "cls": torch.zeros(B, OWN),
+        "cls": torch.zeros(B, C_CLS),
         "tokens": torch.zeros(B, N, C),
         "weights": weights._replace(**fields),
         "num_heads": HEADS,
@@ -57,7 +57,7 @@ def ffn(**changes: Any) -> Any:
 
 
 def reversed_channels(*shape: int) -> torch.Tensor:
-    """A tensor whose last stride is not 1."""
+    """Return a tensor whose last stride is not 1."""
     return torch.zeros(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
 
 
@@ -87,15 +87,15 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (core, {"extra_token": torch.zeros(B, C, dtype=DOUBLE)}, TypeError, "^extra_token: "),
     (core, {"backend": "fpga"}, ValueError, "unknown backend 'fpga'"),
     # cross_attention_fusion
-    (fusion, {"cls": torch.zeros(B, 1, OWN)}, ValueError, "^cls: "),
-    (fusion, {"cls": torch.zeros(B, OWN, dtype=INT)}, TypeError, "^cls: "),
+    (fusion, {"cls": torch.zeros(B, 1, C_CLS)}, ValueError, "^cls: "),
+    (fusion, {"cls": torch.zeros(B, C_CLS, dtype=INT)}, TypeError, "^cls: "),
     (fusion, {"tokens": torch.zeros(B + 1, N, C)}, ValueError, r"^tokens: .*found \[3, 5, 12\]"),
     (fusion, {"tokens": torch.zeros(B, N, C, dtype=DOUBLE)}, TypeError, "^tokens: .*float64"),
     (fusion, {"tokens": reversed_channels(B, N, C)}, ValueError, "^tokens: expected unit stride"),
     (fusion, {"tokens": META}, ValueError, "^tokens: is on meta"),
     (fusion, {"weights": tuple(fusion_weights())}, TypeError, "^weights: expected FusionWeights"),
     (fusion, {"proj_weight": torch.zeros(C, C)}, ValueError, r"^weights.proj_weight: .*\[12, 8\]"),
-    (fusion, {"q_weight": torch.zeros(C, OWN)}, ValueError, "^weights.q_weight: "),
+    (fusion, {"q_weight": torch.zeros(C, C_CLS)}, ValueError, "^weights.q_weight: "),
     (fusion, {"out_bias": None}, TypeError, "^weights.out_bias: expected a tensor"),
     (fusion, {"back_bias": torch.zeros(C)}, ValueError, "^weights.back_bias: "),
     (fusion, {"k_weight": torch.zeros(C, C, dtype=DOUBLE)}, TypeError, "^weights.k_weight: "),

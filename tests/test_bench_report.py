@@ -1,4 +1,4 @@
-"""What the benchmarks share: the facts of a run, the command line, the closing lines."""
+"""Shared code of the benchmarks: environment, command line, closing lines."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    who = ("-c", "user.name=a", "-c", "user.email=a@b")
-    command = ["git", "-C", str(folder), *who, *arguments]
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    command = ["git", "-C", str(folder), *author, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -108,8 +108,8 @@ CLOSING = [
 def test_closing_line(report: ModuleType, rows: list[dict[str, Any]], expected: str) -> None:
     words = {"absorbed, SDPA": "this algorithm on SDPA"}
     points = [report.Point("batch 1", rows)]
-    found = report.closing("forward", points, "fusion", "ours (auto)", words)
-    assert found == f"Fastest forward: {expected}"
+    text = report.closing("forward", points, "fusion", "ours (auto)", words)
+    assert text == f"Fastest forward: {expected}"
 
 
 def test_closing_line_of_many_sizes(report: ModuleType) -> None:

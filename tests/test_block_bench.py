@@ -1,4 +1,4 @@
-"""bench/block_bench.py: what it times, and that every gradient is checked before."""
+"""bench/block_bench.py: what it times, and that it first checks every gradient."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_what_users_get_is_timed(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    """The default of backend and keep, whatever the environment asks for."""
+    """The default backend and keep, whatever the environment sets."""
     seen: list[tuple[Any, Any]] = []
     msa = ck.layernorm_msa
 
@@ -83,7 +83,7 @@ def test_every_gradient_is_checked(
 def test_wrong_gradient_of_a_weight_is_not_timed(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, field: str
 ) -> None:
-    """The right value and the right gradient of x; 1 % too much of one weight's."""
+    """The output and the gradient of x are right; one weight's gradient is 1 % too large."""
     ffn = ck.layernorm_ffn
 
     def spoiled(x: Tensor, w: ck.FfnWeights, *arguments: Any, backend: str) -> Tensor:
@@ -114,26 +114,26 @@ def test_frozen_weights(bench: ModuleType, tmp_path: Path, part: str) -> None:
 def test_frozen_inputs_require_what_is_trained(contenders: ModuleType) -> None:
     sizes = contenders.BlockSize("", 2, 3, 8, 2, 16)
     device = torch.device("cpu")
-    for mode, (of_x, of_weights) in contenders.TRAINED.items():
+    for mode, (needs_dx, needs_dw) in contenders.TRAINED.items():
         inputs = contenders.make_inputs("block", sizes, mode, device, torch.float32)
-        assert inputs.sets[0][0].requires_grad == of_x
-        assert {w.requires_grad for w in inputs.weights.values()} == {of_weights}
+        assert inputs.sets[0][0].requires_grad == needs_dx
+        assert {w.requires_grad for w in inputs.weights.values()} == {needs_dw}
         assert inputs.head.requires_grad == (mode == "heads")
 
 
 def test_few_rows(bench: ModuleType) -> None:
     options = bench.parse(["--preset", "few-rows", "--device", "cpu"])
-    found = [(s.channels, s.tokens, s.batch, s.heads, s.hidden) for s in bench.sizes(options)]
-    assert found == [(c, n, 1, c // 64, 4 * c) for c in (768, 1024) for n in (50, 100, 200, 400)]
+    sizes = [(s.channels, s.tokens, s.batch, s.heads, s.hidden) for s in bench.sizes(options)]
+    assert sizes == [(c, n, 1, c // 64, 4 * c) for c in (768, 1024) for n in (50, 100, 200, 400)]
     assert options.parts == ["block"] and options.mode == "forward"
     options = bench.parse(["--preset", "few-rows", "--tokens", "9", "--device", "cpu"])
     assert [s.tokens for s in bench.sizes(options)] == [9, 9]
 
 
 def test_timm_like_is_timms_block(contenders: ModuleType) -> None:
-    block_of = pytest.importorskip("timm.models.vision_transformer").Block
+    timm_block = pytest.importorskip("timm.models.vision_transformer").Block
     torch.manual_seed(0)
-    block = block_of(dim=24, num_heads=3, mlp_ratio=2, qkv_bias=True)
+    block = timm_block(dim=24, num_heads=3, mlp_ratio=2, qkv_bias=True)
     torch.nn.init.normal_(block.norm1.weight)
 
     def of(*layers: Any) -> Sequence[Tensor]:

@@ -1,4 +1,4 @@
-"""The extension as built, and the build itself: torch-free, incremental, switchable."""
+"""The built extension, and the build: without torch, incremental, configurable."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_extension_needs_no_torch_and_no_openmp() -> None:
 @pytest.mark.usefixtures("cpu_backend")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_wide_code_is_not_shared_by_the_linker() -> None:
-    """An object for AVX-512 must define no weak symbol: the linker keeps one copy for all."""
+    """AVX-512 objects must define no weak symbols: the linker keeps one copy for all levels."""
     objects = list((ROOT / "build").glob("*/*_x86_64_v4.o"))
     if not objects:
         pytest.skip("no object files of an x86-64 build in build/")
@@ -64,7 +64,7 @@ def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the build reads, built once without CUDA."""
+    """A copy of the sources, built once without CUDA."""
     tree = tmp_path_factory.mktemp("build") / "crossvit"
     shutil.copytree(ROOT / "csrc", tree / "csrc")
     (tree / "crossvit_kernels").mkdir()
@@ -127,7 +127,7 @@ def write_program(path: Path, text: str) -> None:
 
 @pytest.fixture
 def cuda(tmp_path: Path) -> dict[str, str]:
-    """Variables of a build with a CUDA toolkit, which compiles nothing, and without a GPU."""
+    """Environment of a build with a fake CUDA toolkit and without a GPU."""
     home, programs = tmp_path / "cuda", tmp_path / "programs"
     for folder in ("include", "lib64"):
         (home / folder).mkdir(parents=True)
@@ -141,7 +141,7 @@ def cuda(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def small_tree(tmp_path: Path) -> Path:
-    """One C++ and two CUDA sources, the shorter of which comes first by name."""
+    """One C++ and two CUDA sources, of which the shorter comes first by name."""
     tree = tmp_path / "tree"
     for folder in ("cpu", "cuda"):
         (tree / "csrc/common" / folder).mkdir(parents=True)
@@ -180,7 +180,7 @@ def test_bad_values_are_refused(
 def test_progress_and_the_last_line(small_tree: Path, cuda: dict[str, str]) -> None:
     result = build(small_tree, **cuda, MAX_JOBS="1")
     assert result.returncode == 0, result.stdout + result.stderr
-    # What takes longest comes first.
+    # The slowest to compile come first.
     assert compiled_files(result.stdout)[0] == "common_cuda_device"
     assert len(compiled_files(result.stdout)) == 3
     assert "Registers are spilled" in result.stdout
@@ -203,7 +203,7 @@ def test_progress_and_the_last_line(small_tree: Path, cuda: dict[str, str]) -> N
         ("", "", ["80", "90"]),
         ("8.6\n", "", ["86"]),
         ("9.0\n8.6\n9.0\n", "", ["86", "90"]),
-        ("12.0\n", "", ["80", "90"]),  # newer than the toolkit: PTX serves it
+        ("12.0\n", "", ["80", "90"]),  # newer than the toolkit: runs the PTX
         ("7.5\n", "", ["80", "90"]),  # older than the kernels take
         ("[N/A]\n", "", ["80", "90"]),
         ("8.6\n", "90a, 80;100", ["80", "90a", "100"]),
@@ -278,7 +278,7 @@ def test_a_compiler_cache_is_used_where_it_is(small_tree: Path, cuda: dict[str, 
 
 @pytest.mark.usefixtures("cpu_backend")
 def test_cuda_code_imports_without_a_driver_and_says_so() -> None:
-    """With CUDA built in, a machine without a driver gets a reason, not a crash."""
+    """A CUDA build on a machine without a driver reports a reason and does not crash."""
     if not extension.cuda_architectures():
         pytest.skip("the extension was built without CUDA")
     failure = extension.cuda_self_check(1000)  # no machine has that device

@@ -23,12 +23,12 @@ from crossvit_kernels.ops.operator import OPERATIONS
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 ops = torch.ops.crossvit_kernels
-C, OWN, HEADS, EPS = 24, 16, 3, 1e-6
+C, C_CLS, HEADS, EPS = 24, 16, 3, 1e-6
 
 
 def fusion_weights() -> FusionWeights:
-    shapes = [[OWN], [OWN], [C, OWN], [C], [C], [C]] + [[C, C], [C]] * 4
-    return FusionWeights(*(torch.randn(s) for s in (*shapes, [C], [C], [OWN, C], [OWN])))
+    shapes = [[C_CLS], [C_CLS], [C, C_CLS], [C], [C], [C]] + [[C, C], [C]] * 4
+    return FusionWeights(*(torch.randn(s) for s in (*shapes, [C], [C], [C_CLS, C], [C_CLS])))
 
 
 def msa_weights() -> MsaWeights:
@@ -54,7 +54,7 @@ def test_opcheck_attention_core(extra: bool, shared: bool) -> None:
 @pytest.mark.parametrize("scale", [None, torch.tensor([0.0, 1.0, 2.0])])
 def test_opcheck_cross_attention_fusion(scale: Tensor | None) -> None:
     weights = fusion_weights()._replace(q_bias=None)
-    inputs = FusionInputs(torch.randn(3, OWN), torch.randn(3, 6, C)[:, 1:], weights, HEADS, scale)
+    inputs = FusionInputs(torch.randn(3, C_CLS), torch.randn(3, 6, C)[:, 1:], weights, HEADS, scale)
     for frozen in ((), (1,)):
         check_operators(OPERATIONS["cross_attention_fusion"], inputs, EPS, "cpu", frozen=frozen)
 
@@ -74,7 +74,7 @@ def test_opcheck_layernorm_ffn(keep: str) -> None:
 
 
 class Operation(nn.Module):
-    """One public function with its weights as parameters."""
+    """A public function with its weights as parameters."""
 
     def __init__(self, function: Callable[..., Tensor], weights: Any) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def fusion_module() -> tuple[Operation, Callable[[int], tuple[Tensor, ...]]]:
     module = Operation(
         lambda cls, x, w: ck.cross_attention_fusion(cls, x, w, HEADS), fusion_weights()
     )
-    return module, lambda batch: (torch.randn(batch, OWN), torch.randn(batch, 7, C))
+    return module, lambda batch: (torch.randn(batch, C_CLS), torch.randn(batch, 7, C))
 
 
 def msa_module() -> tuple[Operation, Callable[[int], tuple[Tensor, ...]]]:
@@ -150,7 +150,7 @@ def test_compile_full_graph_without_recompiles(make: Any) -> None:
         )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside of inductor
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside inductor
 def test_compile_with_inductor() -> None:
     torch._dynamo.reset()
     module, inputs = fusion_module()
@@ -198,7 +198,7 @@ def test_export_with_a_dynamic_batch(make: Any) -> None:
 
 
 class Spy:
-    """Stands in for an autograd function and notes each use."""
+    """Stands in for an autograd function and records each use."""
 
     def __init__(self, function: type[torch.autograd.Function], applied: list[str]) -> None:
         self.function, self.applied = function, applied
@@ -210,7 +210,7 @@ class Spy:
 
 @pytest.mark.parametrize("make", MODULES)
 def test_no_grad_pays_for_no_autograd(make: Any, monkeypatch) -> None:
-    """Neither an autograd function nor saved tensors under no_grad or with frozen weights."""
+    """No autograd function and no saved tensors under no_grad or with frozen weights."""
     module, inputs = make()
     arguments = inputs(2)
     applied: list[str] = []
@@ -227,7 +227,7 @@ def test_no_grad_pays_for_no_autograd(make: Any, monkeypatch) -> None:
 
 @pytest.mark.parametrize("make", [fusion_module, msa_module, ffn_module, core_module])
 def test_a_compiled_second_derivative_is_refused(make: Any) -> None:
-    """By torch.compile itself, of any function; eager mode has them (test_autograd_contract.py)."""
+    """torch.compile refuses those of any function; eager mode has them."""
     module, inputs = make()
     arguments = tuple(t.requires_grad_() for t in inputs(2))
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -238,7 +238,7 @@ def test_a_compiled_second_derivative_is_refused(make: Any) -> None:
 
 
 class Seen(TorchDispatchMode):
-    """The operators that a dispatch mode is told of."""
+    """Records the operators that a dispatch mode sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 def test_calls_are_seen_by_whoever_asks() -> None:
-    """Plain eager mode calls the kernel directly; modes and profilers still learn of it."""
+    """Plain eager mode bypasses the dispatcher; modes and profilers still see the call."""
     name = "crossvit_kernels::layernorm_ffn_forward"
     x, weights = torch.randn(2, 5, C), ffn_weights()
     y = ck.layernorm_ffn(x, weights)

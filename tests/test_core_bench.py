@@ -1,4 +1,4 @@
-"""bench/core_bench.py: a contender is timed once its output and gradients are right."""
+"""bench/core_bench.py: a contender is timed only if its output and gradients are right."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_wrong_gradient_is_not_timed(
     tmp_path: Path,
     which: str,
 ) -> None:
-    """The right value; one gradient is 1 % too large."""
+    """The output is right; one gradient is 1 % too large."""
 
     def more(t: Tensor, name: str) -> Tensor:
         return t + (t - t.detach()) / 100 if name == which else t

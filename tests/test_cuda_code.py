@@ -1,4 +1,4 @@
-"""The machine code of the extension's CUDA kernels, as built: nothing of it needs a GPU."""
+"""The machine code of the extension's CUDA kernels; needs no GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read(arch: int) -> dict[Kernel, Code]:
     return extension_code.read(arch)
 
 
-# What a test run reads by default is one architecture's code: the others take as long again.
+# By default tests read one architecture's code, as each takes long.
 _SLOW = [pytest.mark.slow]
 ARCHITECTURES = [pytest.param(arch, marks=[] if arch == 90 else _SLOW) for arch in (80, 90, 100)]
 
@@ -49,13 +49,13 @@ def skip_unless_built(arch: int) -> None:
 @pytest.mark.usefixtures("cuobjdump")
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_registers_and_stack(arch: int) -> None:
-    """No local memory, and registers for all threads of a block."""
+    """No local memory, and enough registers for all threads of a block."""
     skip_unless_built(arch)
-    found = machine_code.usage(extension.location(), extension_code.targets()[arch])
-    kernels = {kernel for name in found if (kernel := extension_code.kernel_of(name))}
+    usage = machine_code.usage(extension.location(), extension_code.targets()[arch])
+    kernels = {kernel for name in usage if (kernel := extension_code.kernel_of(name))}
     assert {kernel.name for kernel in kernels} == {*extension_code.NAMES}
     assert {kernel.dtype for kernel in kernels} == {"bf16", "fp16", "fp32"}
-    for name, (registers, stack) in found.items():
+    for name, (registers, stack) in usage.items():
         assert stack == 0, name
         assert 0 < registers <= 255, name
         if kernel := extension_code.kernel_of(name):
@@ -67,8 +67,8 @@ def test_registers_and_stack(arch: int) -> None:
 @needs_cuda_code
 @pytest.mark.usefixtures("cuobjdump")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_instructions_on_other_chips(arch: int) -> None:
-    """Tensor cores and 16-byte loads, no spills; clusters, which sm_80 has not."""
+def test_instructions_on_other_sms(arch: int) -> None:
+    """Tensor cores and 16-byte loads, no spills; clusters, except on sm_80."""
     skip_unless_built(arch)
     for kernel, code in read(arch).items():
         report = machine_code.report(kernel.name, "", arch, code, 0, 8)
@@ -83,7 +83,7 @@ WIDTHS = (16, 96, 192, 208, 384, 400, 768, 784, 1024, 1152, 1408, 1536)
 
 @pytest.fixture(params=[80, 90, 100])
 def sm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """CPU tensors pass for those of a GPU, of whose shared memory a block may have its most."""
+    """Treat CPU tensors as a GPU's, whose blocks may use all its shared memory."""
     functions = extension.cuda_kernels.functions
     monkeypatch.setattr(extension, "cuda_kernels", extension.CudaKernels(functions, "cpu"))
     most = machine_code.SHARED_BYTES_OF_PROGRAM[request.param]
@@ -113,13 +113,13 @@ def test_what_the_fusion_declines_does_not_fit(dtype: torch.dtype, heads: int, s
     weights = FusionWeights(*(torch.empty(0, dtype=dtype) for _ in FusionWeights._fields))
     declined = 0
     for channels in (c for c in WIDTHS if c % (8 * heads) == 0):
-        for own in WIDTHS:
-            blocks = functions.cross_attention_blocks(code, own, channels, heads, most)
+        for cls_dim in WIDTHS:
+            blocks = functions.cross_attention_blocks(code, cls_dim, channels, heads, most)
             fits = all(b <= most for _, b in blocks)
-            cls = torch.empty(1, own, dtype=dtype)
+            cls = torch.empty(1, cls_dim, dtype=dtype)
             tokens = torch.empty(1, 1, channels, dtype=dtype)
             reason = fusion.why_not(FusionInputs(cls, tokens, weights, heads))
-            assert (reason is None) == fits, (own, channels, reason, blocks)
+            assert (reason is None) == fits, (cls_dim, channels, reason, blocks)
             assert fits or "shared memory" in reason
             declined += not fits
     assert declined > 0 or dtype != torch.float32

@@ -1,4 +1,4 @@
-"""Data-parallel and sharded training give the gradients of the whole batch."""
+"""Data-parallel and sharded training, compared with the gradients of the whole batch."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def worker(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
         model, cls, x = make()
-        part = slice(2 * rank, 2 * rank + 2)
-        # find_unused_parameters stays off: k_bias must have its (zero) gradient.
+        rows = slice(2 * rank, 2 * rank + 2)
+        # find_unused_parameters is off: k_bias must have its (zero) gradient.
         parallel = DistributedDataParallel(model)
         for actual, expected in zip(
-            gradients(parallel, cls[part], x[part]), gradients(*make()), strict=True
+            gradients(parallel, cls[rows], x[rows]), gradients(*make()), strict=True
         ):
             torch.testing.assert_close(actual, expected)
     finally:
@@ -73,7 +73,7 @@ def make_crossvit(fused: bool) -> CrossViT:
 
 
 def logits_and_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the image, which goes through every layer."""
+    """Return logits and the gradient of the image, which passes through every layer."""
     x = x.clone().requires_grad_()
     logits = model(x)
     logits.square().sum().backward()
@@ -91,7 +91,7 @@ def one_process(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("fused", [True, False])
 def test_sharded_models(fused: bool, one_process, cpu_backend: str) -> None:
-    """Both of torch's, with whole models, blocks and single layers as units."""
+    """Both of torch's implementations, with models, blocks and single layers as units."""
     x = torch.randn(2, 3, 48, 48)
     expected = logits_and_gradient(make_crossvit(fused), x)
     for units in WRAPPED:
@@ -102,11 +102,11 @@ def test_sharded_models(fused: bool, one_process, cpu_backend: str) -> None:
                 auto_wrap_policy=ModuleWrapPolicy(set(units)) if units else None,
                 device_id=torch.device("cpu"),
             )
-            found = logits_and_gradient(model, x)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            actual = logits_and_gradient(model, x)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         model = make_crossvit(fused)
         for module in reversed(list(model.modules())):
             if isinstance(module, (*units, CrossViT)):
                 fully_shard(module, mesh=one_process)
-        found = logits_and_gradient(model, x)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        actual = logits_and_gradient(model, x)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The example programs, on little of everything."""
+"""The example programs, on small inputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_digits_fused_and_eager_learn_alike(digits, tmp_path, capsys, restore_th
 
 @pytest.mark.slow
 def test_digits_curves_are_the_same(digits, restore_threads):
-    """In float64 roundings stay small for as long as a test may take."""
+    """In float64 rounding errors stay small for the length of a test."""
     options = digits.parse(["--epochs", "2", "--dtype", "float64"])
     torch.set_num_threads(options.threads)
     data = digits.load(0, torch.float64)
@@ -62,7 +62,7 @@ def classify(monkeypatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[str, str]:
-    """An image and a checkpoint that always says 7."""
+    """An image and a checkpoint that always predicts 7."""
     from PIL import Image
 
     from crossvit import create_model, save_checkpoint
@@ -135,7 +135,7 @@ def test_images_are_upright_and_rgb(classify, tmp_path):
     from PIL import Image
 
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned right
+    exif[0x0112] = 6  # EXIF orientation
     Image.new("L", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
     image = classify.open_image(tmp_path / "turned.jpg")
     assert image.size == (20, 30) and image.mode == "RGB"

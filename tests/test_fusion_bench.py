@@ -1,4 +1,4 @@
-"""bench/fusion_bench.py: what it writes, and that it refuses to time a wrong answer."""
+"""bench/fusion_bench.py: its output, and that it does not time wrong results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def contenders(bench: ModuleType) -> ModuleType:
-    """The module whose contenders the program measures."""
+    """The module with the program's contenders."""
     return importlib.import_module("fusion_contenders")
 
 
@@ -98,7 +98,7 @@ def broken_output(eager: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def broken_gradient(eager: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The right value; the gradient of the tokens is 1 % too large."""
+    """A contender with the right output, whose tokens' gradient is 1 % too large."""
     return lambda cls, tokens, *rest: eager(cls, tokens + (tokens - tokens.detach()) / 100, *rest)
 
 
@@ -180,7 +180,7 @@ def test_both_fusions_of_a_block(bench: ModuleType, tmp_path: Path) -> None:
 
 
 def test_frozen_weights(bench: ModuleType, tmp_path: Path) -> None:
-    """The gradients of the inputs alone, or of a head alone; the value and they are checked."""
+    """Only the gradients of the inputs, or of a head, are computed and checked."""
     code, rows = run(bench, tmp_path / "r.json", "--frozen")
     assert code == 0
     for name in [*PYTORCH, "ours (auto)"]:

@@ -1,4 +1,4 @@
-"""bench/gpu_suite.py: the whole of it on a CPU, so that no typo waits for a GPU."""
+"""bench/gpu_suite.py: a dry run on a CPU, to find mistakes without a GPU."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(suite, tmp_path, m
     def command(code: str) -> tuple[str, ...]:
         return (sys.executable, "-c", code)
 
-    found = [
+    shortened = [
         suite.Stage("bad", command("raise SystemExit(3)"), 60),
         suite.Stage("slow", command("import time; time.sleep(60)"), 1),
         suite.Stage("good", command("print('here')"), 60),
     ]
-    monkeypatch.setattr(suite, "stages", lambda out, dry: found)
+    monkeypatch.setattr(suite, "stages", lambda out, dry: shortened)
     assert suite.main([str(tmp_path)]) == 1
     stages = json.loads((tmp_path / "stages.json").read_text())
-    assert [stages[s.name]["status"] for s in found] == [3, 124, 0]
+    assert [stages[s.name]["status"] for s in shortened] == [3, 124, 0]
     assert (tmp_path / "good.log").read_text() == "here\n"
-    found[0] = suite.Stage("bad", command("pass"), 60)
-    assert suite.main([str(tmp_path), "--only", "bad"]) == 1  # slow is still not done
+    shortened[0] = suite.Stage("bad", command("pass"), 60)
+    assert suite.main([str(tmp_path), "--only", "bad"]) == 1  # slow is still unfinished
     assert json.loads((tmp_path / "stages.json").read_text())["bad"]["status"] == 0

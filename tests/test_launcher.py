@@ -1,6 +1,6 @@
-"""Compiled kernels that start by themselves: the right one, with the arguments Triton would pass.
+"""The launcher's direct launches: the right kernel, with the arguments that Triton would pass.
 
-In processes of their own, as tests/no_device.py says.
+Tests run in separate processes, as tests/no_device.py requires.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from test_triton_launches import run_without_a_device
 
 pytest.importorskip("triton")
 
-# Our key tells kernels apart exactly as Triton's own does: over all kinds of arguments, and so all
-# pairs of calls, the same key of ours means the same of Triton's, and the other way round.
+# Our key distinguishes kernels exactly as Triton's does: for all kinds of arguments, equal keys of
+# ours mean equal keys of Triton's, and vice versa.
 KEYS = """
 import collections, random
 import no_device
@@ -43,7 +43,7 @@ SIZES = 0, 1, 2, 8, 15, 16, 48, 2**31 - 1, 2**31, 2**31 + 16, 2**40
 def size(random):
     return random.choice(SIZES) if random.random() < 0.3 else random.choice(SIZES[:6])
 
-SHAPES = [Shape(3, 48, 16, 16, 16, part, True, "ieee") for part in (32, 64, 32)]
+SHAPES = [Shape(3, 48, 16, 16, 16, split, True, "ieee") for split in (32, 64, 32)]
 FUSIONS = [FusionShape(32, 48, 3, images, 64, 64, "ieee") for images in (1, 2, 1)]
 
 def check(kernel, *constants, sure=150):
@@ -51,10 +51,10 @@ def check(kernel, *constants, sure=150):
     num_tensors = sum(name.endswith("_ptr") for name in names)
     num_sizes = sum(p.do_not_specialize for p in kernel.params)
     weights = sum(name == "w" for name in names)
-    of_triton, of_ours = collections.defaultdict(set), collections.defaultdict(set)
+    triton_keys, our_keys = collections.defaultdict(set), collections.defaultdict(set)
     *_, binder = kernel.device_caches[0]
     draw = random.Random(0)
-    # Of most calls only one argument differs from an ordinary call's.
+    # Most calls differ in one argument from an ordinary call.
     usual = [torch.empty(16).bfloat16() for _ in range(num_tensors + 18 * weights)]
     for i in range(4 * sure):
         tensors, sizes = list(usual), [64] * num_sizes
@@ -66,7 +66,7 @@ def check(kernel, *constants, sure=150):
         else:
             sizes[draw.randrange(len(sizes))] = size(draw)
         ends = range(num_tensors, num_tensors + 18 * weights, 18)
-        w = tuple(FusionWeights(*tensors[at : at + 18]) for at in ends)
+        w = tuple(FusionWeights(*tensors[start : start + 18]) for start in ends)
         tensors = tuple(tensors[:num_tensors])
         values = tuple(draw.choice(c) for c in constants)
         options = {"num_warps": draw.choice((4, 8)), "num_stages": draw.choice((1, 2))}
@@ -78,13 +78,13 @@ def check(kernel, *constants, sure=150):
         flat = [p for group in pointers for p in (group if isinstance(group, tuple) else [group])]
         assert flat == [0 if t is None else t.data_ptr() for g in (tensors, *w) for t in g]
         arguments = *tensors, *w, *sizes, *number, *values
-        _, specialization, found = binder(*arguments, debug=False, **options)
-        triton_key = device, tuple(specialization), str(found)
-        of_triton[key].add(triton_key)
-        of_ours[triton_key].add(key)
-    assert all(len(found) == 1 for found in of_triton.values()), kernel.__name__
-    assert all(len(found) == 1 for found in of_ours.values()), kernel.__name__
-    assert len(of_triton) > sure, len(of_triton)
+        _, specialization, parsed_options = binder(*arguments, debug=False, **options)
+        triton_key = device, tuple(specialization), str(parsed_options)
+        triton_keys[key].add(triton_key)
+        our_keys[triton_key].add(key)
+    assert all(len(keys) == 1 for keys in triton_keys.values()), kernel.__name__
+    assert all(len(keys) == 1 for keys in our_keys.values()), kernel.__name__
+    assert len(triton_keys) > sure, len(triton_keys)
 
 S, F, ALIGN, ADD = SHAPES, FUSIONS, (8,), (False, True)
 check(triton_forward.fusion_forward, S, F)
@@ -95,7 +95,7 @@ check(core.attention_core_backward, S, ADD)
 check(core.attention_core_merge, S)
 """
 
-# Parameters come as start() passes them, and no size is specialised on.
+# Parameters are in start()'s order, and no size is specialised on.
 PARAMETERS = """
 import no_device
 import triton
@@ -128,7 +128,7 @@ for kernel in kernels:
     assert kinds == sorted(kinds), (kernel.__name__, kinds)
 """
 
-# The second of two equal calls starts a compiled kernel, with what Triton passed in the first.
+# The second of two equal calls launches directly, with the arguments of Triton's first launch.
 ARGUMENTS = """
 from no_device import launches
 import json, torch, triton
@@ -150,8 +150,8 @@ kernel.run = watched
 def call(eps=1e-6):
     launches.clear()
     start(kernel, (2, 1, 1), tensors, sizes, candidates, weights=(w,), eps=eps)
-    (found,) = launches
-    return found
+    (launch,) = launches
+    return launch
 
 start = launcher.start
 captured = []
@@ -225,14 +225,15 @@ hooked = []
 kernel.add_pre_run_hook(lambda *args, **kwargs: hooked.append(1))
 call(), call()
 assert len(hooked) == 2
-_, found = next(iter(launcher._known.values()))
-assert launcher._starts_by_itself(found)
-found.metadata = found.metadata._replace(target=type(found.metadata.target)("hip", "gfx942", 64))
-assert not launcher._starts_by_itself(found) and not launcher._starts_by_itself(None)
+_, compiled = next(iter(launcher._known.values()))
+assert launcher._starts_by_itself(compiled)
+amd = type(compiled.metadata.target)("hip", "gfx942", 64)
+compiled.metadata = compiled.metadata._replace(target=amd)
+assert not launcher._starts_by_itself(compiled) and not launcher._starts_by_itself(None)
 """
 
 
-# What is launched: the first candidate that compiles to no spills and fits, looked for once.
+# The first candidate that does not spill and fits is launched, and searched for once.
 CANDIDATES = """
 import no_device
 from no_device import launches
@@ -280,7 +281,7 @@ spill(6)
 first = launched()
 assert first[0] == PROGRAMS[64] and len(warmups) == 2
 assert launched() == first and len(warmups) == 2  # remembered
-spill(0, 18)  # another form of the kernel has a choice of its own
+spill(0, 18)  # another specialization has its own choice
 assert launched()[0] == PROGRAMS[128] and launched(save=False)[0] == PROGRAMS[64]
 assert launched()[0] == PROGRAMS[128] and len(warmups) == 3
 spill(9, 9, 9, 2, *[9] * 9)  # where all spill, the fewest
@@ -292,9 +293,9 @@ spill()
 from triton.compiler import compiler
 in_all = compiler.max_shared_mem(0)
 launched()
-(_, found), = launcher._known.values()
+(_, compiled), = launcher._known.values()
 spill()
-compiler.max_shared_mem = lambda device: found.metadata.shared - 1
+compiler.max_shared_mem = lambda device: compiled.metadata.shared - 1
 assert launched()[0] == PROGRAMS[64] and len(warmups) == 2, warmups
 compiler.max_shared_mem = lambda device: 100
 forget()
@@ -305,7 +306,7 @@ except triton.OutOfResources:
     pass
 compiler.max_shared_mem = lambda device: in_all
 
-# A look that fails is no reason not to launch; nor is a candidate that does not compile.
+# Launch even if the search fails or a candidate does not compile.
 spill(6)
 init, compiler.CompiledKernel._init_handles = compiler.CompiledKernel._init_handles, None
 kernel.warmup = lambda *args, **kwargs: triton.compiler.CompiledKernel  # of which nothing is known
@@ -334,7 +335,7 @@ spill(6)
 with FFN.only(RowTile(64, 32, 32, 8, 1)):
     assert launched()[0] == PROGRAMS[64] and not warmups
 
-# On a Triton that is not tested every launch is its own.
+# On an untested Triton, every launch is Triton's own.
 spill()
 supported.triton_is_tested = lambda: False
 looked, run = [], kernel.run
@@ -370,9 +371,9 @@ def test_host_time_is_measured(tmp_path: Path) -> None:
     command = [sys.executable, str(program), "--rounds", "1", "--json", str(results)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(results.read_text())
-    assert {"commit", "dirty", "date", "device", "dtype"} <= set(found["environment"])
-    assert set(found["triton_us"]) == set(found["ours_us"])
+    document = json.loads(results.read_text())
+    assert {"commit", "dirty", "date", "device", "dtype"} <= set(document["environment"])
+    assert set(document["triton_us"]) == set(document["ours_us"])
     assert all(
-        us > 0 for times in ("triton_us", "ours_us", "cuda_us") for us in found[times].values()
+        us > 0 for times in ("triton_us", "ours_us", "cuda_us") for us in document[times].values()
     )

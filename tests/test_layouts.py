@@ -1,4 +1,4 @@
-"""Any strides of any argument give the result of a contiguous one, or a ValueError."""
+"""Arguments of any strides give the result of contiguous ones, or a ValueError."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def transposed(t: Tensor) -> Tensor:
 
 
 def padded(t: Tensor) -> Tensor:
-    """Rows with a gap between them, the first at an odd address."""
+    """Rows with gaps, the first at an odd address."""
     out = torch.full((*t.shape[:-1], t.shape[-1] + 3), torch.nan, dtype=t.dtype)
     out[..., 1:-2] = t
     return out[..., 1:-2]
@@ -62,12 +62,12 @@ def test_each_argument_in_each_layout(name: str, which: str, dtype: torch.dtype)
         t = layout(tensors[which])
         assert torch.equal(t, tensors[which])
         try:
-            found = run(tensors | {which: t})
+            actual = run(tensors | {which: t})
         except ValueError as error:
             assert which in ("x", "tokens") and "stride" in str(error), (layout, error)
             continue
-        for a, b in zip(found, expected, strict=True):
-            # torch's products of other strides may take their sums in another order.
+        for a, b in zip(actual, expected, strict=True):
+            # torch's products may sum in another order for other strides.
             assert (a - b).norm() <= 32 * torch.finfo(dtype).eps * (1 + b.norm())
 
 
@@ -79,10 +79,10 @@ def test_expanded_vectors(which: str) -> None:
     options = {"residual_scale": torch.rand(3).double(), "cls": cls}
     expanded = options | {which: options[which][:1].expand_as(options[which])}
     contiguous = options | {which: expanded[which].contiguous()}
-    found, expected = (
+    actual, expected = (
         ck.layernorm_msa(x, ck.MsaWeights(*weights), 3, **o) for o in (expanded, contiguous)
     )
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,19 +95,19 @@ def test_any_strides_of_the_extra_token(data: st.DataObject) -> None:
     strides = (channels * (gaps[1] + 1) + gaps[0], gaps[1] + 1)
     memory = torch.randn(batch * strides[0] + 8)
     extra = memory.as_strided((batch, channels), strides)
-    found = ck.attention_core(u, x, extra_token=extra, backend="cpu")
+    actual = ck.attention_core(u, x, extra_token=extra, backend="cpu")
     expected = ck.attention_core(u, x, extra_token=extra.contiguous(), backend="cpu")
-    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_pointers_of_other_memory_are_refused() -> None:
-    at, x = extension.Arguments(torch.device("cpu")), torch.randn(2, 3, 4)
-    assert at.pointer(x) == x.data_ptr() and at.pointer(None) == 0
+    args, x = extension.Arguments(torch.device("cpu")), torch.randn(2, 3, 4)
+    assert args.pointer(x) == x.data_ptr() and args.pointer(None) == 0
     with pytest.raises(ValueError, match="contiguous tensor"):
-        at.pointer(x.mT)
+        args.pointer(x.mT)
     with pytest.raises(ValueError, match="contiguous rows"):
-        at.rows(x.mT)
+        args.rows(x.mT)
     with pytest.raises(ValueError, match=r"torch\.float64 elements"):
-        at.pointer(x, torch.float64)
+        args.pointer(x, torch.float64)
     with pytest.raises(ValueError, match="on cpu, found one on meta"):
-        at.pointer(x.to("meta"))
+        args.pointer(x.to("meta"))

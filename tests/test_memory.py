@@ -1,4 +1,4 @@
-"""What the fusion allocates and what it keeps."""
+"""Memory that the fusion allocates and saves."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from crossvit_kernels.ops.operator import OPERATIONS
 
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Backends that can run tensors on a CPU here, where Triton is interpreted."""
-    found = ck.backends()
-    if not found[request.param]:
-        pytest.skip(found.reasons[request.param])
+    """Backends that can run tensors on a CPU here, with Triton interpreted."""
+    available = ck.backends()
+    if not available[request.param]:
+        pytest.skip(available.reasons[request.param])
     if request.param == "triton" and torch.cuda.is_available():
         pytest.skip("Triton is compiled here, for a GPU")
     return request.param
 
 
-BATCH, OWN, C, HEADS = 4, 32, 16, 2
+BATCH, C_CLS, C, HEADS = 4, 32, 16, 2
 
 
 class Allocations(TorchDispatchMode):
-    """Sizes in elements of the storages that operators make."""
+    """Records the sizes, in elements, of new storages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,15 +43,15 @@ class Allocations(TorchDispatchMode):
 
 
 def inputs(num_tokens: int) -> tuple[Tensor, Tensor, FusionWeights]:
-    shapes = [[OWN], [OWN], [C, OWN], [C], [C], [C]] + [[C, C], [C]] * 4
+    shapes = [[C_CLS], [C_CLS], [C, C_CLS], [C], [C], [C]] + [[C, C], [C]] * 4
     weights = FusionWeights(
-        *(torch.randn(s, requires_grad=True) for s in (*shapes, [C], [C], [OWN, C], [OWN]))
+        *(torch.randn(s, requires_grad=True) for s in (*shapes, [C], [C], [C_CLS, C], [C_CLS]))
     )
-    return torch.randn(BATCH, OWN), torch.randn(BATCH, num_tokens, C), weights
+    return torch.randn(BATCH, C_CLS), torch.randn(BATCH, num_tokens, C), weights
 
 
 def new_storages(num_tokens: int, backward: bool) -> list[int]:
-    """Elements of every storage that the CPU kernels' own code allocates."""
+    """Sizes, in elements, of all storages that the CPU kernels' code allocates."""
     given = FusionInputs(*inputs(num_tokens), HEADS)
     with torch.no_grad():
         with Allocations() as forward:
@@ -81,7 +81,7 @@ def test_backward_allocates_the_token_gradient_alone(cpu_backend: str) -> None:
 
 
 def saved_elements(backend: str, num_tokens: int) -> int:
-    """Elements kept for backward, besides the inputs and weights themselves."""
+    """Number of elements saved for backward, besides inputs and weights."""
     cls, tokens, weights = inputs(num_tokens)
     tokens.requires_grad_()
     known = {t.data_ptr() for t in (cls, tokens, *weights)}
@@ -99,4 +99,4 @@ def saved_elements(backend: str, num_tokens: int) -> int:
 
 def test_what_is_kept_does_not_grow_with_the_tokens(backend: str) -> None:
     few, many = saved_elements(backend, 50), saved_elements(backend, 700)
-    assert few == many <= BATCH * (2 * HEADS * C + HEADS + 6 * C + OWN)
+    assert few == many <= BATCH * (2 * HEADS * C + HEADS + 6 * C + C_CLS)

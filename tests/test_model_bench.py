@@ -1,4 +1,4 @@
-"""bench/model_bench.py: what it writes, and that it refuses to time a wrong answer."""
+"""bench/model_bench.py: its output, and that it does not time wrong results."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_wrong_model_is_not_timed(bench, monkeypatch, tmp_path, capsys):
 
 
 def test_a_wrong_gradient_of_one_parameter_is_not_timed(bench, monkeypatch, tmp_path):
-    """The logits are right, and all gradients but one."""
+    """The logits and all gradients but one are right."""
     make = bench.crossvit.create_model
 
     def spoiled(*args, use_fused=False, **options):
@@ -79,7 +79,7 @@ def test_a_wrong_gradient_of_one_parameter_is_not_timed(bench, monkeypatch, tmp_
             b = model.norm[0].bias
 
             def forward_head(features):
-                # The sum over classes of cross-entropy's gradient is zero: one class alone.
+                # The sum over classes of cross-entropy's gradient is zero: change one class.
                 shift = torch.eye(1, 1000) * 1e-2 * (b - b.detach()).sum()
                 return type(model).forward_head(model, features) + shift
 

@@ -1,4 +1,4 @@
-"""The modules against eager replicas of what they replace: names, values, gradients, training."""
+"""The modules against replicas of what they replace: names, values, gradients, training."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from eager_modules import C_OWN, HEADS, C, EagerBlock, EagerFusion
+from eager_modules import C_CLS, HEADS, C, EagerBlock, EagerFusion
 from module_cases import CASES, B, Case, N, X, assert_agree, outcome, pair, random_inputs
 from torch import Tensor, nn
 
 from crossvit_kernels import modules
 
 FUSIONS_AND_BLOCKS = {
-    "fusion": (modules.CrossAttentionFusion, (C_OWN, C, HEADS), EagerFusion, CASES["fusion"]),
+    "fusion": (modules.CrossAttentionFusion, (C_CLS, C, HEADS), EagerFusion, CASES["fusion"]),
     "block": (modules.TransformerBlock, (C, HEADS, 2.0), EagerBlock, CASES["block"]),
 }
 
@@ -48,9 +48,9 @@ def test_agrees_with_what_it_replaces(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_an_empty_batch(name: str, backend: str | None) -> None:
     fused, _ = pair(CASES[name], backend)
-    found = outcome(fused, *random_inputs(CASES[name], batch=0))
-    assert found["output"].shape[0] == 0
-    assert not any(gradient.any() for gradient in found.values())
+    actual = outcome(fused, *random_inputs(CASES[name], batch=0))
+    assert actual["output"].shape[0] == 0
+    assert not any(gradient.any() for gradient in actual.values())
 
 
 def test_map_head_with_a_mask(backend: str) -> None:
@@ -92,8 +92,8 @@ def test_memory_formats_and_strided_tokens(backend: str) -> None:
     torch.testing.assert_close(pool(x), eager(x), rtol=1e-10, atol=1e-10)
 
     fusion, eager = pair(CASES["fusion"], backend)
-    branches = torch.randn(B, 1 + N, C + C_OWN, dtype=torch.float64)
-    cls, tokens = branches[:, 0, :C_OWN], branches[:, 1:, C_OWN:]
+    branches = torch.randn(B, 1 + N, C + C_CLS, dtype=torch.float64)
+    cls, tokens = branches[:, 0, :C_CLS], branches[:, 1:, C_CLS:]
     torch.testing.assert_close(fusion(cls, tokens), eager(cls, tokens), rtol=1e-10, atol=1e-10)
 
 
@@ -123,10 +123,10 @@ def test_drop_path_draws_as_the_replaced_module(name: str, backend: str) -> None
     fused, eager = pair(rated, backend)
     inputs = random_inputs(case, batch=16)
     torch.manual_seed(7)
-    found = outcome(fused, *inputs)
+    actual = outcome(fused, *inputs)
     torch.manual_seed(7)
-    assert_agree(found, outcome(eager, *inputs))
-    assert not torch.equal(found["output"], fused(*inputs))  # another draw
+    assert_agree(actual, outcome(eager, *inputs))
+    assert not torch.equal(actual["output"], fused(*inputs))  # another draw
 
 
 @pytest.mark.parametrize("name", FUSIONS_AND_BLOCKS)
@@ -142,7 +142,7 @@ def test_nothing_is_dropped_in_evaluation(name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "shapes"),
     [
-        (lambda: modules.CrossAttentionFusion(C_OWN, C, HEADS, attn_drop=0.5), ((B, C_OWN), X)),
+        (lambda: modules.CrossAttentionFusion(C_CLS, C, HEADS, attn_drop=0.5), ((B, C_CLS), X)),
         (lambda: modules.TransformerBlock(C, HEADS, attn_drop=0.5), (X,)),
         (lambda: modules.ClassAttention(C, HEADS, attn_drop=0.5), (X,)),
     ],
@@ -160,7 +160,7 @@ def test_attention_dropout_runs_the_reference(
         rates.append(p)
         return dropout(weights, p)
 
-    monkeypatch.setattr(F, "dropout", spy)  # only references call it
+    monkeypatch.setattr(F, "dropout", spy)  # only the reference calls it
     assert not torch.equal(module(*inputs), module(*inputs))
     assert rates == [0.5, 0.5]
     module.backend = "cpu"
@@ -197,7 +197,7 @@ def test_backend_can_be_switched(name: str) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda heads: modules.CrossAttentionFusion(C_OWN, C, heads),
+        lambda heads: modules.CrossAttentionFusion(C_CLS, C, heads),
         lambda heads: modules.TransformerBlock(C, heads),
         lambda heads: modules.MAPHead(C, heads),
         lambda heads: modules.ClassAttention(C, heads),
@@ -216,7 +216,7 @@ def test_construction_checks_the_heads(make: Callable[[int], nn.Module]) -> None
 @pytest.mark.parametrize("rate", ["attn_drop", "drop_path"])
 def test_construction_checks_the_rates(rate: str) -> None:
     with pytest.raises(ValueError, match=rate):
-        modules.CrossAttentionFusion(C_OWN, C, HEADS, **{rate: 1.0})
+        modules.CrossAttentionFusion(C_CLS, C, HEADS, **{rate: 1.0})
     with pytest.raises(ValueError, match=rate):
         modules.TransformerBlock(C, HEADS, **{rate: -0.1})
 
@@ -280,14 +280,14 @@ def test_compiles_as_one_graph(name: str, backend: str) -> None:
     expected = outcome(fused, *inputs)
     torch._dynamo.reset()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    found = outcome(compiled, *inputs)
-    assert_agree({k.removeprefix("_orig_mod."): v for k, v in found.items()}, expected)
+    actual = outcome(compiled, *inputs)
+    assert_agree({k.removeprefix("_orig_mod."): v for k, v in actual.items()}, expected)
 
 
 @compiles
 def test_drop_path_compiles(backend: str) -> None:
-    fused = modules.CrossAttentionFusion(C_OWN, C, HEADS, drop_path=0.5, backend=backend)
-    cls, tokens = torch.randn(16, C_OWN), torch.randn(16, N, C)
+    fused = modules.CrossAttentionFusion(C_CLS, C, HEADS, drop_path=0.5, backend=backend)
+    cls, tokens = torch.randn(16, C_CLS), torch.randn(16, N, C)
     torch._dynamo.reset()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     torch.manual_seed(7)

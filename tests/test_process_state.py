@@ -1,4 +1,4 @@
-"""Settings of the whole process change nothing in an operation's result."""
+"""Process-wide settings do not change an operation's result."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def test_results_do_not_depend_on_it(operation: Operation, state: str, dtype: to
     with torch.no_grad():
         inference = operation.call(*tensors)
     with STATES[state]():
-        found = run()
+        actual = run()
         with torch.no_grad():
             again = operation.call(*tensors)
-    for a, b in zip([*found, again], [*expected, inference], strict=True):
+    for a, b in zip([*actual, again], [*expected, inference], strict=True):
         assert a.dtype == b.dtype and a.device == b.device
-        if "thread" in state:  # torch's own products divide their sums among threads
+        if "thread" in state:  # torch's products divide sums among threads
             assert (a - b).norm() <= 32 * torch.finfo(dtype).eps * (1 + b.norm())
         else:
             assert torch.equal(a, b)
@@ -114,7 +114,7 @@ def test_grad_mode_inside_of_no_grad(operation: Operation) -> None:
 
 @operations
 def test_swapped_tensors(operation: Operation) -> None:
-    """``torch.utils.swap_tensors``, with which modules may move their parameters."""
+    """``torch.utils.swap_tensors``, which modules may use to move parameters."""
     first, second = operation.tensors(), operation.tensors()
     expected = operation.call(*second.values())
     operation.call(*first.values())
@@ -124,7 +124,7 @@ def test_swapped_tensors(operation: Operation) -> None:
 
 
 def test_weights_changed_under_autocast() -> None:
-    """Nothing remembers what autocast made of a weight."""
+    """No stale cast of a weight is used."""
     operation = OPERATIONS["layernorm_ffn"]
     tensors = operation.tensors(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
@@ -162,8 +162,8 @@ def _unnamed_buffers(path: Path) -> Iterator[str]:
 
 def test_every_buffer_names_its_dtype_and_device() -> None:
     sources = [p for name in ("crossvit_kernels", "crossvit") for p in (ROOT / name).rglob("*.py")]
-    found = [line for path in sources for line in _unnamed_buffers(path)]
-    assert not found, "\n".join(found)
+    unnamed = [line for path in sources for line in _unnamed_buffers(path)]
+    assert not unnamed, "\n".join(unnamed)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The README stays what a newcomer can read on one screen and run."""
+"""The README stays short, and its code runs."""
 
 from __future__ import annotations
 

@@ -24,14 +24,14 @@ SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 
 
 def runtime(name: str) -> str:
-    """The path of a library of the compiler's; its bare name where it has none."""
+    """The path of one of the compiler's libraries; its bare name if it is missing."""
     command = ["c++", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with such an extension."""
+    """A copy of the project with a sanitized extension."""
     if platform.system() != "Linux" or shutil.which("c++") is None or not (ROOT / "csrc").is_dir():
         pytest.skip("needs Linux, a C++ compiler and the source tree")
     if "/" not in runtime("libasan.so"):
@@ -55,7 +55,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         "PYTHONPATH": str(tree),
-        # Without libstdc++ the first C++ exception that is thrown aborts.
+        # Without libstdc++ the first C++ exception aborts.
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",

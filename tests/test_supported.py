@@ -1,4 +1,4 @@
-"""Versions of torch and Triton: which are tested, and what is said of others."""
+"""Tested versions of torch and Triton, and warnings about others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton's own launches without a GPU: what is compiled for which calls (no_device.py)."""
+"""Triton launches without a GPU (no_device.py): which kernels each call compiles."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ assert set(launched) == {
     "attention_core_forward", "attention_core_backward", "attention_core_merge",
 }, launched.keys()
 # Parts of an image are another kernel, for any number of them; nothing else is.
-more = {name: len(found) for name, found in launched.items() if len(found) > 1}
+more = {name: len(kernels) for name, kernels in launched.items() if len(kernels) > 1}
 assert set(more) <= {"attention_core_forward"} and sum(more.values()) <= 2, more
 launched.clear()
 call(65, 16)
@@ -42,7 +42,7 @@ call(128, 33)
 # attention_core's pass, by itself and within a fusion, is compiled for each.
 assert len(launched) == 6, launched
 core = ("attention_core_forward", "attention_core_backward")
-assert all(len(found) == 1 + (name in core) for name, found in launched.items()), launched
+assert all(len(kernels) == 1 + (name in core) for name, kernels in launched.items()), launched
 call(2, 3, biases=False, scaled=True)
 """
 
@@ -69,13 +69,14 @@ for batch, tokens in ((1, 1), (2, 16), (64, 17), (33, 64)):
 both = {"norm_linear", "linear", "linear_norm_backward"}  # called by both halves
 few = both | {"attention", "attention_backward", "ffn_hidden_backward"}
 assert set(launched) == few, launched.keys()
-assert all(len(found) == 1 + (name in both) for name, found in launched.items()), launched
+assert all(len(kernels) == 1 + (name in both) for name, kernels in launched.items()), launched
 launched.clear()
 call(65, 160)
 call(128, 133)
 many = {"norm_linear", "linear_norm_backward", "attention_backward", "ffn_hidden_backward"}
 assert set(launched) == many | {"attention_projection", "ffn_forward"}, launched.keys()
-assert all(len(found) == 1 + (name == "linear_norm_backward") for name, found in launched.items())
+twice = {"linear_norm_backward"}
+assert all(len(kernels) == 1 + (name in twice) for name, kernels in launched.items())
 call(2, 3, keep="lean", with_cls=False, scaled=True)
 """
 
@@ -94,14 +95,14 @@ from block_cases import ffn_weights, msa_weights
 
 def check(widths, blocks, *names):
     # Triton keeps a kernel under its hash: a launch compiled exactly one of those inspected.
-    found = {c.hash: c.name for _, c in launcher._known.values()}
-    assert {name for name in names if name in found.values()} == {*names}, found
+    names_by_hash = {c.hash: c.name for _, c in launcher._known.values()}
+    assert {name for name in names if name in names_by_hash.values()} == {*names}, names_by_hash
     inspected = {
         ahead_of_time.compile_for(s, "cuda", 90).hash
         for s in compile_cases.compile_cases(90, ["bf16"], widths, blocks, ["auto"])
         if s.name in names
     }
-    assert {h for h, name in found.items() if name in names} <= inspected
+    assert {h for h, name in names_by_hash.items() if name in names} <= inspected
     launcher._known.clear()
 
 x = torch.randn(64, 200, 96).bfloat16()
@@ -117,7 +118,7 @@ check([], [(96, 3, 384)], "attention_projection")
 
 
 def run_without_a_device(script: str) -> None:
-    """In a process of its own, whose kernels are compiled."""
+    """Run code in a separate process, where kernels are compiled."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",

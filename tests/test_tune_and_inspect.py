@@ -1,4 +1,4 @@
-"""The commands that measure and inspect GPU kernels; graphs where there is no GPU."""
+"""The commands that tune and inspect GPU kernels; graphs without a GPU."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_tune_writes_what_the_library_loads(tuned_file, triton_device, capsys) -
     assert table.candidates("another", 0, 16, 2) == ((*others,), False)
     x = torch.randn(2, 5, 16, device=triton_device)
     ck.attention_core(x, x, backend="triton")
-    assert tune.main([*sizes, "--kernels", "forward", "--dtype", "fp32"]) == 0  # really timed
-    assert len(json.loads(path.read_text())) == 5  # the others stay
+    assert tune.main([*sizes, "--kernels", "forward", "--dtype", "fp32"]) == 0  # actually timed
+    assert len(json.loads(path.read_text())) == 5  # the others are unchanged
 
 
 def test_tune_blocks(tuned_file, triton_device, capsys) -> None:
-    """Every kernel of a block: each candidate runs, and the fastest is what the library takes."""
+    """For every kernel of a block all candidates run, and the library uses the fastest."""
     sizes = ["--channels", "32", "--heads", "2", "--batch", "1", "--tokens", "20", "--limit", "2"]
     kernels = ["--kernels", ",".join(tune.BLOCK_KERNELS)]
     times: list[float] = []
@@ -117,7 +117,7 @@ SPILLS = (
 
 
 def run_python(code: str) -> str:
-    """What a process prints whose kernels are compiled."""
+    """Run code in a process where kernels are compiled; return its output."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
@@ -133,7 +133,7 @@ def check_compiled(*arguments: str) -> list[dict]:
 
 
 def check(output: str) -> list[dict]:
-    """Of what would be launched: no spills, tensor cores, shared memory that fits."""
+    """Check what would be launched: no spills, tensor cores, shared memory that fits."""
     rows = json.loads(output)
     for row in rows:
         assert row["spills"] == 0, (SPILLS, row)
@@ -167,16 +167,16 @@ KERNELS = {
 }
 
 
-# Those that need most registers, in the forms with most and with fewest tensors, in large tiles.
+# Kernels that need most registers, with most and with fewest tensors, in large tiles.
 A_FEW = """
 import dataclasses, json
 from crossvit_kernels.inspect import ahead_of_time, compile_cases
-found = compile_cases.compile_cases(90, ["bf16"], [(192, 96, 3)], [(384, 6, 1152)], ["auto"])
+cases = compile_cases.compile_cases(90, ["bf16"], [(192, 96, 3)], [(384, 6, 1152)], ["auto"])
 def size(case):
     return len(case.absent), case.form.candidates[0].constants[0].rows
 chosen = []
 for name in ("ffn_forward", "ffn_hidden_backward", "norm_linear", "attention_core_forward"):
-    alike = sorted((s for s in found if s.name == name), key=size)
+    alike = sorted((s for s in cases if s.name == name), key=size)
     chosen += {s.absent: s for s in (alike[0], alike[-1])}.values()
 reports = ahead_of_time.reports([(case, 90) for case in chosen], 2)
 print(json.dumps([dataclasses.asdict(report) for report in reports]))
@@ -193,7 +193,7 @@ def test_what_kernels_compile_to() -> None:
 
 
 def test_every_kernel_is_inspected() -> None:
-    """Every Triton kernel, in each form once, with the tensors of inference and of training."""
+    """Every Triton kernel, each specialization once, with the tensors of inference and training."""
     pytest.importorskip("triton")
     code = (
         "import json\n"
@@ -203,9 +203,9 @@ def test_every_kernel_is_inspected() -> None:
         "assert len(compile_cases.extremes(found)) < len(found) / 1.3\n"
         "print(json.dumps([(s.name, s.absent) for s in found]))\n"
     )
-    found = json.loads(run_python(code))
+    absent_tensors = json.loads(run_python(code))
     absent: dict[str, set[tuple[str, ...]]] = {name: set() for name in KERNELS}
-    for name, tensors in found:
+    for name, tensors in absent_tensors:
         absent[name].add(tuple(tensors))
     statistics = ("mean", "rstd")
     assert absent["ffn_forward"] == {("scale", *statistics), ("scale",), ()}
@@ -235,7 +235,7 @@ def test_what_models_compile_to(kernel: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("kernel", ["fusion_", "attention", "linear", "ffn"])
 def test_what_kernels_compile_to_at_all_widths(kernel: str, dtype: str, arch: str) -> None:
-    """In all forms in bfloat16 on sm_90, elsewhere in those with most and with fewest tensors."""
+    """All specializations in bfloat16 on sm_90; else those with most and with fewest tensors."""
     forms = () if (arch, dtype) == ("90", "bf16") else ("--quick",)
     check_compiled("--arch", arch, "--dtype", dtype, "--kernel", kernel, *forms)
 
@@ -243,13 +243,13 @@ def test_what_kernels_compile_to_at_all_widths(kernel: str, dtype: str, arch: st
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_compiles")
 def test_portable_to_amd() -> None:
-    """That it compiles for a gfx942 is all that is known."""
+    """The kernels compile for gfx942; nothing more is known."""
     code = (
         "from crossvit_kernels.inspect import compile_cases\n"
         "from crossvit_kernels.inspect.ahead_of_time import compile_for\n"
         "widths, blocks = [(64, 96, 3)], [(96, 3, 288)]\n"
-        "found = compile_cases.compile_cases(0, ['bf16'], widths, blocks, ['auto'])\n"
-        "for s in {s.name: s for s in found}.values():\n"
+        "cases = compile_cases.compile_cases(0, ['bf16'], widths, blocks, ['auto'])\n"
+        "for s in {s.name: s for s in cases}.values():\n"
         "    print(s.name, len(compile_for(s, 'hip', 'gfx942').asm['amdgcn']))\n"
     )
     printed = run_python(code)
@@ -304,7 +304,7 @@ def test_inspect_reads_the_extension() -> None:
         *("--dtype", "bf16,fp32"),
     )
     configs = {row["config"] for row in rows if row["kernel"] == "cross_attention_forward (CUDA)"}
-    # One in float32: as wide as a block of sm_90 has shared memory for.
+    # One in float32, with the widest block that fits sm_90's shared memory.
     bf16 = {"bf16 C <= 192, 8 rows", "bf16 C <= 768, 16 rows", "bf16 C <= 1536, 8 rows"}
     assert configs == {*bf16, "fp32 C <= 1184, 8 rows"}
     assert all(row["wide_loads"] > 0 and row["shared_bytes"] > 0 for row in rows)
@@ -343,8 +343,8 @@ def test_graphs_need_a_gpu() -> None:
 
 def test_side_by_side_without_a_graph() -> None:
     x = torch.zeros(2)
-    found = graphs.side_by_side(lambda: x + 1, lambda: x + 2, like=x)
-    assert torch.equal(torch.stack(found), torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
+    results = graphs.side_by_side(lambda: x + 1, lambda: x + 2, like=x)
+    assert torch.equal(torch.stack(results), torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
     with graphs.one_stream():
         assert not graphs._streams
     assert graphs._streams

@@ -1,4 +1,4 @@
-"""Who else may want to see a call: tracers, transforms, tangents, subclasses, modes."""
+"""Calls under tracers, transforms, tangents, subclasses and modes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_named_backend_refuses_tangents() -> None:
 
 
 class Wrapper(torch.Tensor):
-    """A subclass that computes with its inner tensor and has no memory, as DTensor."""
+    """A subclass without memory that computes with its inner tensor, as DTensor does."""
 
     inner: Tensor
 
@@ -137,7 +137,7 @@ def test_a_wrapper_in_place_of_each_tensor(name: str, which: str) -> None:
 
 
 class Labelled(torch.Tensor):
-    """A subclass with memory, as torchvision's images are."""
+    """A subclass with memory, like torchvision's images."""
 
 
 @each_tensor()
@@ -180,7 +180,7 @@ def test_modes_see_the_operator(operation: Operation) -> None:
 
 @operations
 def test_negative_views(operation: Operation) -> None:
-    """The imaginary part of a conjugate is stored with the other sign."""
+    """The imaginary part of a conjugate is stored with opposite sign."""
     tensors = operation.tensors()
     expected = operation.plain(*tensors.values())
     for name, t in tensors.items():
@@ -231,7 +231,7 @@ def test_flops_of_frozen_weights_are_counted_as_eager(name: str) -> None:
             with FlopCounterMode(display=False) as mode:
                 function(*tensors).sum().backward()
             counts.append(mode.get_total_flops())
-        # Attention's backward computes scores again, and all of dq, dk and dv.
+        # Attention's backward recomputes scores, and computes all of dq, dk and dv.
         assert counts[0] == counts[1] if name == "layernorm_ffn" else counts[0] >= counts[1]
 
 
@@ -259,7 +259,7 @@ def test_functional_call_with_other_weights() -> None:
 
 
 class Doubled(torch.Tensor):
-    """Says itself what a linear layer does with it."""
+    """A subclass that overrides linear layers."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -303,12 +303,12 @@ def test_no_query() -> None:
 
 def test_what_cls_replaces_reaches_nothing() -> None:
     block, cls = TransformerBlock(16, 2), torch.randn(2, 16)
-    found = []
+    gradients = []
     for value in (0.0, float("nan"), float("inf")):
         x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
         x[:, 0] = value
         block.zero_grad()
         block(x.requires_grad_(), cls).sum().backward()
-        found.append([x.grad, *(p.grad.clone() for p in block.parameters())])
-    torch.testing.assert_close(found[1], found[0])
-    torch.testing.assert_close(found[2], found[0])
+        gradients.append([x.grad, *(p.grad.clone() for p in block.parameters())])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])

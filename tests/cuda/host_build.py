@@ -22,7 +22,7 @@ _NAME = "cuda_on_cpu"
 
 
 def why_not() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """Why the kernels cannot be compiled here, or None."""
     if not CSRC.is_dir():
         return "needs the source tree"
     if importlib.util.find_spec("pybind11") is None:
@@ -35,11 +35,11 @@ def library(
     sanitizer: str | None = None,
     flags: Sequence[str] = (),
 ) -> Path:
-    """The module's file."""
+    """Compile the module; return its file."""
     import pybind11
 
-    found = pybind11.get_include(), sysconfig.get_path("include")
-    flags = "-fvisibility=hidden", *(f"-isystem{path}" for path in found), *flags
+    include_paths = pybind11.get_include(), sysconfig.get_path("include")
+    flags = "-fvisibility=hidden", *(f"-isystem{path}" for path in include_paths), *flags
     defines = (f"MODULE_NAME={_NAME}",)
     return host_compiler.library(
         (*kernels, *_BINDINGS), sanitizer=sanitizer, defines=defines, flags=flags

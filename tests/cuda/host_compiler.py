@@ -1,7 +1,7 @@
 """Compiles CUDA sources for the CPU with g++: tests/cuda/shim stands in for CUDA's headers.
 
-What is compiled is kept in a folder of the system's temporary one (CROSSVIT_SHIM_CACHE names
-another), by the content of everything that went into it.
+Results are cached by the content of all inputs, in the system's temporary folder or in
+CROSSVIT_SHIM_CACHE.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SANITIZER_FLAGS = {
     None: (),
 }
 INCLUDES = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda'}")
-# Without the last of these flags, two libraries in one process would share the shim's state.
+# Without the last flag, two libraries in one process would share the shim's state.
 OPTIONS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique")
 FLAGS = (*OPTIONS, *INCLUDES)
 
 
 class CompilationError(RuntimeError):
-    """What the compiler said."""
+    """The compiler's output."""
 
 
 def cache() -> Path:
@@ -44,7 +44,7 @@ def cache() -> Path:
 
 @functools.cache
 def compiler() -> str:
-    """The compiler's path and version, or "" where there is none that the shim knows."""
+    """The compiler's path and version, or "" if the shim supports none."""
     for name in (os.environ.get("CXX"), "g++", "c++"):
         path = shutil.which(name) if name else None
         if not path:
@@ -61,7 +61,7 @@ def compiler_path() -> str:
 
 @functools.cache
 def why_not(sanitizer: str | None = None) -> str | None:
-    """Why nothing can be compiled (for this sanitizer), or None."""
+    """Why sources cannot be compiled (with this sanitizer), or None."""
     if os.name != "posix" or not compiler():
         return "needs g++"
     if sanitizer is None:
@@ -93,7 +93,7 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _object(source: Path, flags: tuple[str, ...]) -> Path:
-    """Compiles one source, unless nothing it reads has changed since it was last compiled."""
+    """Compile one source, if it or something it includes has changed."""
     key = _digest(compiler(), *flags, str(source))
     names = cache() / f"{key}.reads"
 
@@ -102,11 +102,11 @@ def _object(source: Path, flags: tuple[str, ...]) -> Path:
 
     if names.exists():
         try:
-            found = cache() / f"{key}-{content_of_all_it_reads()}.o"
-            if found.exists():
-                return found
+            cached = cache() / f"{key}-{content_of_all_it_reads()}.o"
+            if cached.exists():
+                return cached
         except FileNotFoundError:
-            pass  # a header has gone
+            pass  # a header was deleted
     with tempfile.TemporaryDirectory(dir=cache()) as folder:
         made, rule = Path(folder) / "made.o", Path(folder) / "made.d"
         language = ("-x", "c++") if source.suffix == ".cu" else ()
@@ -148,7 +148,7 @@ def library(
     defines: Sequence[str] = (),
     flags: Sequence[str] = (),
 ) -> Path:
-    """A shared library of these sources. With a sanitizer Python must run in environment()."""
+    """Compile a shared library. With a sanitizer, Python must run in environment()."""
     return _link(sources, "so", sanitizer, defines, flags)
 
 
@@ -159,17 +159,17 @@ def program(
     defines: Sequence[str] = (),
     flags: Sequence[str] = (),
 ) -> Path:
-    """A program of these sources, one of which has a main()."""
+    """Compile a program; one of the sources has a main()."""
     return _link(sources, "out", sanitizer, defines, flags)
 
 
 def changed(source: Path, replacements: Sequence[tuple[str, str]]) -> Path:
-    """A copy of a source with texts replaced one after another; each must be there, once."""
+    """Return a source with texts replaced in order; each must occur exactly once."""
     return changed_tree(source.parent, {source.name: replacements}) / source.name
 
 
 def changed_tree(root: Path, replacements: Mapping[str, Sequence[tuple[str, str]]]) -> Path:
-    """A folder with copies of these files of `root`, changed so."""
+    """Write changed copies of these files of `root`; return their folder."""
     texts = {}
     for name, changes in replacements.items():
         text = (root / name).read_text()
@@ -189,25 +189,27 @@ def changed_tree(root: Path, replacements: Mapping[str, Sequence[tuple[str, str]
 def environment(
     seed: int | None = None, sanitizer: str | None = None, *, preload: bool = False
 ) -> dict[str, str]:
-    """For running what was compiled; `preload` where Python loads a library with a sanitizer."""
+    """Environment to run results in; `preload` if Python loads a library with a sanitizer."""
     variables = {k: v for k, v in os.environ.items() if k != "CROSSVIT_SHIM_SEED"}
     if seed is not None:
         variables["CROSSVIT_SHIM_SEED"] = str(seed)
     variables["ASAN_OPTIONS"] = "detect_leaks=0"
     variables["TSAN_OPTIONS"] = "halt_on_error=1:atexit_sleep_ms=0"
     if preload and sanitizer:
-        # Without libstdc++ beside it the library's first exception aborts.
+        # Without libstdc++ too, the library's first exception aborts.
         names = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer], "libstdc++.so"
         command = [compiler_path(), *(f"-print-file-name={name}" for name in names)]
-        found = [subprocess.check_output([command[0], c], text=True).strip() for c in command[1:]]
-        variables["LD_PRELOAD"] = " ".join(found)
+        libraries = [
+            subprocess.check_output([command[0], c], text=True).strip() for c in command[1:]
+        ]
+        variables["LD_PRELOAD"] = " ".join(libraries)
     return variables
 
 
 def run(
     path: Path, seed: int | None = None, *, arguments: Sequence[str] = (), timeout: float = 60
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program; a data race or a bad address ends it with a report."""
+    """Run a program; a data race or a bad address ends it with a report."""
     return subprocess.run(
         [str(path), *arguments],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Cases for kernels/run_case.cpp: inputs in bfloat16, and results in float64."""
+"""Cases for kernels/run_case.cpp: inputs in bfloat16, results in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crossvit_kernels import FusionWeights
 from crossvit_kernels.ops.attention_core import reference
 
 DTYPE = torch.bfloat16
-# The weights whose gradients make up an image's row (saved.gradient_sizes), in its order.
+# The weights whose gradients form an image's row (saved.gradient_sizes), in order.
 ROW_OF_GRADIENTS = (
     *("proj_norm_weight", "proj_norm_bias", "proj_bias", "norm_weight", "norm_bias"),
     *("q_bias", "v_bias", "out_bias", "back_norm_weight", "back_norm_bias", "back_bias"),
@@ -70,7 +70,7 @@ class Fusion:
         scale = torch.tensor([1.25, 0.0, 0.5, 2.0, 1.0]).double()[: self.batch]
 
         def image(i: int) -> tuple[Tensor, ...]:
-            """Results of one image; its gradients of the weights are one row."""
+            """Results of one image; the gradients of the weights are one row."""
 
             def fusion(cls: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
                 w, r = FusionWeights(*weights), scale[i : i + 1]
@@ -92,7 +92,7 @@ class Fusion:
         return [numbers, *given, *exact]
 
 
-# Small, as ThreadSanitizer is slow, but with more than one of everything: images, splits of an
+# Small because ThreadSanitizer is slow, but with more than one of everything: images, splits of an
 # image, passes over it, warp groups, tiles per group, ring stages; clusters, their blocks, and
 # images per block.
 CASES = {

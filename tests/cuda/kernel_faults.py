@@ -1,6 +1,6 @@
-"""The library's CUDA kernels, changed: fewer of them, and with faults to choose from.
+"""Changed copies of the library's CUDA kernels: fewer kernels, with selectable faults.
 
-kernels/run_case.cpp is the program around them.
+kernels/run_case.cpp is the program that runs them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import host_build
 import host_compiler
 
-Change = tuple[str, str, str]  # file, a text that occurs in it once, its replacement
+Change = tuple[str, str, str]  # file, text that occurs in it once, replacement
 
 PLAN, SCORES, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
     f"attention_core/cuda/{name}.h"
@@ -26,8 +26,8 @@ FUSION_FORWARD, FUSION_BACKWARD = (
 FRAGMENTS = "common/cuda/fragments.h"
 KERNELS = tuple(str(path.relative_to(host_build.CSRC)) for path in host_build.KERNELS)
 
-# One element type and two plans, as compiling takes time; small blocks and splits, as fibers do. Up
-# to 96 channels a warp group is one warp, beyond that several.
+# One element type and two plans to save compile time; small blocks and splits because fibers are
+# slow. Up to 96 channels a warp group is one warp, beyond that several.
 REDUCED: list[Change] = [
     ("common/cuda/gpu.h", "#pragma once\n", '#pragma once\n#include "kernels/choice.h"\n'),
     (CHOOSE, "case DType::kFloat32: return run(float{});", ""),
@@ -57,7 +57,7 @@ REDUCED: list[Change] = [
 ]
 
 RACE, OVERFLOW = "ThreadSanitizer: data race", "AddressSanitizer: heap-buffer-overflow"
-# Of kernel_cases.CASES.
+# Names in kernel_cases.CASES.
 CORE, CORE_WIDE, CORE_SHARED = "core", "core, wide", "core, shared"
 FUSION, FUSION_ALIASED, FUSION_WIDE, FUSION_SHARED = (
     "fusion",
@@ -70,7 +70,7 @@ FUSION, FUSION_ALIASED, FUSION_WIDE, FUSION_SHARED = (
 @dataclasses.dataclass(frozen=True)
 class Build:
     sanitizer: str | None = None
-    bulk_copies: bool = True  # and clusters; before sm_90 copies are of 16 bytes each
+    bulk_copies: bool = True  # and clusters; before sm_90, copies of 16 bytes
 
     def __str__(self) -> str:
         return (self.sanitizer or "plain") + ("" if self.bulk_copies else ", small copies")
@@ -83,7 +83,7 @@ BUILDS = PLAIN, THREAD, ADDRESS, SMALL_COPIES
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """Changes that apply where FAULT is true, and what a run of a case then reports."""
+    """Changes that apply if FAULT is true, and the report of a run of a case."""
 
     changes: Sequence[Change]
     case: str
@@ -104,7 +104,7 @@ def wrong(case: str, result: str, *changes: Change) -> Fault:
 
 
 def left_out(file: str, text: str, context: str | None = None) -> Change:
-    """Leaves out a text, which the context has once."""
+    """Remove a text that occurs once in the context."""
     context = context or text
     before, after = context.split(text)
     return file, context, f"{before}if (!FAULT) {text}{after}"
@@ -122,7 +122,7 @@ def no_warp_barrier(file: str, context: str) -> Change:
 
 
 def barrier_of_a_block(file: str, context: str) -> Change:
-    """Replaces a cluster's barrier: harder to catch than none at all."""
+    """Replace a cluster's barrier by the block's: harder to catch than removing it."""
     before, after = context.split(CLUSTER_BARRIER)
     return file, context, f"{before}{{ if (FAULT) {BARRIER} else {CLUSTER_BARRIER} }}{after}"
 
@@ -131,7 +131,7 @@ STORE_PARTIALS = "if (!tiles) store_partials();"
 
 
 def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Fault]:
-    """Faults that forward_pass.h and backward_pass.h have in common."""
+    """Faults common to forward_pass.h and backward_pass.h."""
     faults = {
         "rows not seen": race(CORE, no_barrier(file, f"{BARRIER}\n    scores_.sum_rows();")),
         "sums of rows not seen": race(CORE, no_barrier(file, f"clear();\n    {BARRIER}")),
@@ -168,7 +168,7 @@ def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Faul
     return {f"{way}: {name}": fault for name, fault in faults.items()}
 
 
-# The context of each cluster barrier of a fusion, by what comes before it.
+# The context of each cluster barrier of a fusion, by what precedes it.
 CLUSTER_BARRIERS = {
     FUSION_FORWARD: {
         "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start",
@@ -302,7 +302,7 @@ FAULTS: dict[str, Fault] = {
     "fusion backward: rows of do not seen": race(
         FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"{BARRIER}\n\n  // do = W_o")
     ),
-    # A block has several images.
+    # Several images per block.
     "fusion forward: an image overwrites results": race(
         FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"write);\n    {BARRIER}")
     ),
@@ -336,7 +336,7 @@ def changes() -> Iterator[Change]:
 
 
 def changed_files() -> Path:
-    """A folder of the kernels' sources, and of the other changed files of csrc/."""
+    """Write the changed kernels and other files of csrc/; return their folder."""
     replacements: dict[str, list[tuple[str, str]]] = {name: [] for name in KERNELS}
     for file, old, new in changes():
         replacements.setdefault(file, []).append((old, new))
@@ -346,7 +346,7 @@ def changed_files() -> Path:
 def program(build: Build) -> Path:
     folder = changed_files()
     sources = host_compiler.KERNELS / "run_case.cpp", *(folder / name for name in KERNELS)
-    # Includes in quotes look in this folder before those of -I. With -Og, AddressSanitizer's code
+    # Quoted includes search this folder before those of -I. With -Og, AddressSanitizer's code
     # compiles in half the time.
     flags = ["-iquote", str(folder)]
     if build.sanitizer == "address":

@@ -1,6 +1,6 @@
-"""The host shim: kernels give right results on it, and broken copies of them are caught.
+"""The host shim: kernels give correct results, and broken copies of them are caught.
 
-A kernel's broken copies are one program, whose FAULT variable chooses what is broken.
+The broken copies of a kernel are one program, whose FAULT variable selects the fault.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def left_out(text: str) -> tuple[str, str]:
     return text, f"if (!FAULT) {text}"
 
 
-# By kernel and name: texts and their replacements. FAULT is true when that name is chosen.
+# Kernel -> name -> texts and replacements. FAULT is true if that name is selected.
 FAULTS: dict[str, dict[str, list[tuple[str, str]]]] = {
     "gemm": {
         "no barrier before reading": [left_out("__syncthreads();  // the stage is there")],
@@ -118,7 +118,7 @@ FAULTS: dict[str, dict[str, list[tuple[str, str]]]] = {
 RACE = "ThreadSanitizer: data race"
 OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
 
-# Kernel, fault, sanitizer, seeds, and the program's message with each of them.
+# Kernel, fault, sanitizer, seeds, and the program's message with each seed.
 CATCHES = [
     ("gemm", "no barrier before reading", None, FIXED, "error nan"),
     ("gemm", "no barrier before reading", "thread", FIXED, RACE),
@@ -172,7 +172,7 @@ static bool fault(const char* name) { return chosen && !std::strcmp(chosen, name
 
 
 def breakable(kernel: str) -> Path:
-    """A kernel's source with all of its faults, one of which can be chosen when it runs."""
+    """A kernel's source with all of its faults, selectable at run time."""
     include = '#include "kernels/check.h"\n'
     replacements = [(include, include + CHOICE)]
     for name, texts in FAULTS[kernel].items():
@@ -185,7 +185,7 @@ Programs = Callable[[str, str | None], Path]
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Programs]:
-    """Compiles all programs two at a time; a call waits for the one it wants."""
+    """Compiles all programs, two at a time; a call waits for the requested one."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         pending = {
             (kernel, sanitizer): pool.submit(
@@ -228,10 +228,10 @@ def test_a_fault_is_caught(
     monkeypatch.setenv("FAULT", fault)
     for seed in seeds:
         done = host_compiler.run(programs(kernel, sanitizer), seed)
-        said = done.stdout + done.stderr
-        assert done.returncode != 0 and re.search(says, said), said
+        output = done.stdout + done.stderr
+        assert done.returncode != 0 and re.search(says, output), output
         if sanitizer:
-            assert re.search(rf"{kernel}\.cu:\d+", said), said
+            assert re.search(rf"{kernel}\.cu:\d+", output), output
 
 
 def test_every_fault_has_a_catch() -> None:
@@ -242,8 +242,8 @@ def test_a_fault_names_block_and_thread(
     programs: Programs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULT", "misaligned copy")
-    said = host_compiler.run(programs("gemm", None)).stdout
-    assert re.search(r"fault: block \(0, 0, 0\), thread \(\d+, 0, 0\): misaligned", said), said
+    output = host_compiler.run(programs("gemm", None)).stdout
+    assert re.search(r"fault: block \(0, 0, 0\), thread \(\d+, 0, 0\): misaligned", output), output
 
 
 def test_the_portable_stack_switch() -> None:
@@ -337,7 +337,7 @@ def test_votes_shuffles_and_atomics(formats: ctypes.CDLL, monkeypatch: pytest.Mo
     ],
 )
 def test_launch_errors(formats: ctypes.CDLL, shape: tuple[int, int, int, int], error: int) -> None:
-    """Blocks, threads, bytes of shared memory, blocks of a cluster."""
+    """Invalid numbers of blocks, threads, bytes of shared memory, blocks per cluster."""
     assert formats.launch_error(*shape) == error
 
 

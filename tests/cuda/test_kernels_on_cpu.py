@@ -1,6 +1,6 @@
-"""The library's CUDA kernels on a CPU: in any order, under sanitizers, and broken.
+"""The library's CUDA kernels on a CPU: in random orders, under sanitizers, and with faults.
 
-That their numbers are right in the fixed order is tests/ops' to show.
+tests/ops checks their results in the fixed order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def in_any_order(cuda_device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Asserts that what a function returns does not depend on the order of threads and copies."""
+    """Assert that a function's results do not depend on the order of threads and copies."""
     if cuda_device != "cpu":
         pytest.skip("a GPU takes no orders")
 
@@ -71,32 +71,32 @@ def test_core_in_any_order(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("division", "sizes"),
+    ("cluster_shape", "sizes"),
     [(ClusterShape(2, 2), (5, 64, 96, 3, 40)), (ClusterShape(4, 4), (3, 32, 400, 10, 20))],
     ids=str,
 )
 def test_fusion_in_any_order(
     in_any_order: Callable[..., None],
-    division: ClusterShape,
+    cluster_shape: ClusterShape,
     sizes: tuple[int, int, int, int, int],
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda, "cluster_shape", lambda batch, chip: division)
-    batch, own, channels, heads, num_tokens = sizes
-    weights = FusionWeights(*(w.to(dtype) for w in make_weights(own, channels)))
-    cls, tokens = torch.randn(batch, own), torch.randn(batch, num_tokens, channels)
+    monkeypatch.setattr(cuda, "cluster_shape", lambda batch, sm: cluster_shape)
+    batch, cls_dim, channels, heads, num_tokens = sizes
+    weights = FusionWeights(*(w.to(dtype) for w in make_weights(cls_dim, channels)))
+    cls, tokens = torch.randn(batch, cls_dim), torch.randn(batch, num_tokens, channels)
     inputs = cls.to(dtype), tokens.to(dtype)
     in_any_order(lambda: fusion_and_gradients(*inputs, weights, heads, "cuda"))
 
 
-# Of a case, a build, a seed and a fault.
+# Runs a case in a build, with a seed and a fault.
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Compiles the programs; a call waits for the one it wants."""
+    """Compiles the programs; a call waits for the requested one."""
     if reason := host_build.why_not():
         pytest.skip(reason)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -127,8 +127,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.fixture(scope="module")
 def broken_runs(run: Run, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
-    """With the faults whose tests are to run, two at a time: in one order after the other, until
-    one shows the fault.
+    """Runs the faults of the selected tests, two at a time, in one order after another until the
+    fault shows.
     """
 
     def broken(name: str) -> subprocess.CompletedProcess[str]:
@@ -149,7 +149,7 @@ def broken_runs(run: Run, request: pytest.FixtureRequest) -> Iterator[dict[str, 
 @pytest.mark.parametrize("build", kernel_faults.BUILDS, ids=str)
 @pytest.mark.parametrize("case", kernel_cases.CASES)
 def test_nothing_to_report(run: Run, case: str, build: Build) -> None:
-    """Right results, and in every order the bits of the fixed one."""
+    """Correct results, with the same bits in every order."""
     fixed = run(case)
     assert fixed.returncode == 0, fixed.stdout
     for seed in (None, 1) if build.sanitizer else (1, 2, 3):
@@ -161,8 +161,8 @@ def test_nothing_to_report(run: Run, case: str, build: Build) -> None:
 @pytest.mark.parametrize("name", kernel_faults.FAULTS)
 def test_a_fault_is_caught(broken_runs: dict[str, Future[Any]], name: str) -> None:
     fault, done = kernel_faults.FAULTS[name], broken_runs[name].result()
-    said = done.stdout + done.stderr
-    assert done.returncode != 0 and fault.says in said, said
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and fault.says in output, output
     if fault.says in (RACE, OVERFLOW):
         where = re.escape(str(kernel_faults.changed_files()))
-        assert re.search(rf"{where}/\S+:\d+", said), said
+        assert re.search(rf"{where}/\S+:\d+", output), output

@@ -33,18 +33,18 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("own, channels, heads", [(384, 192, 6), (192, 384, 6)])
+@pytest.mark.parametrize("cls_dim, channels, heads", [(384, 192, 6), (192, 384, 6)])
 @pytest.mark.parametrize("batch", [5, 70], ids=["one kernel", "three kernels"])
-def test_fusions_of_crossvit_15(backend, batch, own, channels, heads, dtype) -> None:
+def test_fusions_of_crossvit_15(backend, batch, cls_dim, channels, heads, dtype) -> None:
     check_fusion(
-        own, channels, heads, batch, 197, dtype, scaled=True, backend=backend, device="cuda"
+        cls_dim, channels, heads, batch, 197, dtype, scaled=True, backend=backend, device="cuda"
     )
 
 
-@pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
-def test_fusions_of_named_widths(backend, own, channels, heads) -> None:
-    """In one form and dtype, as compiling them takes a minute."""
-    check_fusion(own, channels, heads, 3, 49, torch.bfloat16, backend=backend, device="cuda")
+@pytest.mark.parametrize("cls_dim, channels, heads", NAMED_WIDTHS)
+def test_fusions_of_named_widths(backend, cls_dim, channels, heads) -> None:
+    """In one variant and dtype, as compiling takes a minute."""
+    check_fusion(cls_dim, channels, heads, 3, 49, torch.bfloat16, backend=backend, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,7 +56,7 @@ def test_core_of_many_widths(backend: str, channels: int, rows: int, dtype: torc
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tokens(backend: str, dtype: torch.dtype) -> None:
-    """Merged from ranges: more than a hundred programs an image."""
+    """Merged splits: more than a hundred programs per image."""
     inputs, mask = make(1, 100_000, 6, 64, dtype)
     check_core(inputs, mask, dtype, 1e-6, backend, "cuda")
 
@@ -101,7 +101,7 @@ def test_bitwise_repeatable(backend: str, batch: int, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_image_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype) -> None:
-    """Whichever kernels and clusters run: the same bits."""
+    """The same bits, whichever kernels and clusters run."""
     cls, tokens, weights = fusion_inputs(130, dtype)
     whole = results(backend, cls, tokens, weights)[:3]
     for part in (slice(0, 1), slice(77, 80), slice(100, 130)):
@@ -148,7 +148,7 @@ def test_compiled_and_under_autocast(backend: str) -> None:
     cls, tokens, _ = fusion_inputs(3, torch.float32)
     compiled = torch.compile(fusion, fullgraph=True)
     torch.testing.assert_close(compiled(cls, tokens), fusion(cls, tokens))
-    if backend == "cuda":  # tokens and matrices of one type
+    if backend == "cuda":  # tokens and matrices of one dtype
         tokens = tokens.bfloat16()
     with torch.autocast("cuda", torch.bfloat16):
         out = fusion(cls, tokens)
@@ -173,7 +173,7 @@ def test_no_synchronization(backend: str) -> None:
 
 
 def test_compiled_triton_kernels_start_by_themselves() -> None:
-    """A second call of any kind goes around Triton's look at the arguments, to the same result."""
+    """A second call skips Triton's inspection of the arguments, with the same result."""
     if not ck.backends()["triton"]:
         pytest.skip(ck.backends().reasons["triton"])
     inputs = fusion_inputs(3, torch.bfloat16)

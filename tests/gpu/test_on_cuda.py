@@ -1,4 +1,4 @@
-"""What must hold on a CUDA device whatever runs there."""
+"""Basic tests of a CUDA device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def test_the_check_kernel_runs() -> None:
-    """The build holds machine code, or PTX, for this device."""
+    """The build has machine code or PTX for this device."""
     if not extension.cuda_architectures():
         pytest.skip("the extension was built without CUDA")
     device = torch.cuda.current_device()

@@ -1,6 +1,6 @@
-"""Triton's kernels compiled, on a device: what an interpreter cannot tell.
+"""Compiled Triton kernels on a device: what the interpreter cannot test.
 
-What holds for every backend is in test_fusion_on_cuda.py.
+test_fusion_on_cuda.py has the tests of every backend.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def _triton() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("own, other, heads", [(128, 256, 4), (192, 384, 6), (384, 768, 12)])
-def test_both_fusions_of_a_block(own, other, heads, dtype) -> None:
-    """The bits of two calls, also side by side in a captured graph."""
-    small, large = CrossAttentionFusion(own, other, heads), CrossAttentionFusion(other, own, heads)
+@pytest.mark.parametrize("c_s, c_l, heads", [(128, 256, 4), (192, 384, 6), (384, 768, 12)])
+def test_both_fusions_of_a_block(c_s, c_l, heads, dtype) -> None:
+    """The same bits as two calls, also side by side in a captured graph."""
+    small, large = CrossAttentionFusion(c_s, c_l, heads), CrossAttentionFusion(c_l, c_s, heads)
     weights = [f.to("cuda", dtype).requires_grad_(False).weights() for f in (small, large)]
 
     def two(a_cls: Tensor, a_x: Tensor, b_cls: Tensor, b_x: Tensor) -> tuple[FusionInputs, ...]:
@@ -43,12 +43,12 @@ def test_both_fusions_of_a_block(own, other, heads, dtype) -> None:
         return ck.cross_attention_fusion_pair(*two(*tensors), backend="triton")
 
     for batch in (1, 3, 33, 130):
-        sizes = (batch, own), (batch, 197, other), (batch, other), (batch, 401, own)
+        sizes = (batch, c_s), (batch, 197, c_l), (batch, c_l), (batch, 401, c_s)
         inputs = [torch.randn(size, device="cuda", dtype=dtype) for size in sizes]
         expected = [ck.cross_attention_fusion(*x[:4], backend="triton") for x in two(*inputs)]
-        found = [pair(*inputs) for _ in range(20)]
+        repeated = [pair(*inputs) for _ in range(20)]
         graphed = ck.make_graphed(pair, inputs)
-        for results in (*found, graphed(*inputs)):
+        for results in (*repeated, graphed(*inputs)):
             assert all(torch.equal(a, e) for a, e in zip(results, expected, strict=True))
 
 
@@ -57,8 +57,8 @@ def test_both_fusions_of_a_block(own, other, heads, dtype) -> None:
 @pytest.mark.parametrize("keep", ["fast", "lean"])
 def test_blocks_of_crossvit_15(channels, heads, tokens, keep, dtype) -> None:
     """Few rows in split kernels, then many in fused ones."""
-    for batch, form in ((2, "split"), (50, "auto")):
-        with configs.FORMS.choose(form):
+    for batch, variant in ((2, "split"), (50, "auto")):
+        with configs.FORMS.choose(variant):
             options = {"scaled": True, "backend": "triton", "device": "cuda"}
             check_msa(channels, heads, batch, tokens, dtype, with_cls=True, keep=keep, **options)
             check_ffn(channels, 3 * channels, batch, tokens, dtype, **options)
@@ -97,14 +97,14 @@ def test_blocks_are_bitwise_repeatable(half: str, batch: int) -> None:
     inputs = block_inputs(half, batch, torch.bfloat16)
     expected = block_results(half, *inputs)
     for _ in range(50):
-        for found, wanted in zip(block_results(half, *inputs), expected, strict=True):
-            assert torch.equal(found, wanted)
+        for actual, exact in zip(block_results(half, *inputs), expected, strict=True):
+            assert torch.equal(actual, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # cuBLAS is in float32's way
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # float32 uses cuBLAS
 @pytest.mark.parametrize("half", ["msa", "ffn"])
 def test_a_block_of_an_image_does_not_depend_on_its_batch(half: str, dtype: torch.dtype) -> None:
-    """Split kernels with small tiles for few rows, fused ones with large tiles: the same bits."""
+    """Split kernels with small tiles and fused ones with large tiles give the same bits."""
     x, weights = block_inputs(half, 60, dtype)
     whole = block_results(half, x, weights)[0]
     for part in (slice(0, 1), slice(31, 34), slice(20, 60)):

@@ -1,4 +1,4 @@
-"""masked_mean on a CPU: one product each way, and no copy of the tokens."""
+"""masked_mean on a CPU: one product each way, without copying the tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from masked_mean.reference import MaskedMeanInputs
 
 
 class Saved(NamedTuple):
-    """What forward keeps for backward."""
+    """What forward saves for backward."""
 
-    weights: Tensor  # [B, 1, N]: 1 / number of tokens that count, 0 for others
+    weights: Tensor  # [B, 1, N]: 1 / number of unmasked tokens, 0 for masked ones
 
 
 def why_not(inputs: MaskedMeanInputs) -> str | None:
@@ -33,7 +33,7 @@ def forward(inputs: MaskedMeanInputs, eps: float | None, keep: str) -> tuple[Ten
     if key_mask is None:
         key_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     else:
-        x = x.masked_fill(~key_mask.unsqueeze(-1), 0)  # whatever they hold reaches nothing
+        x = x.masked_fill(~key_mask.unsqueeze(-1), 0)  # their values have no effect
     weights = (key_mask / key_mask.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1).to(x.dtype)
     return torch.bmm(weights, x)[:, 0].clone(), Saved(weights) if keep else None
 

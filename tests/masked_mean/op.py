@@ -1,4 +1,4 @@
-"""masked_mean as torch sees it."""
+"""Declares the operation masked_mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""masked_mean in plain PyTorch: the mean of an image's tokens that a mask keeps, 0 without any."""
+"""masked_mean in plain PyTorch: the mean of an image's unmasked tokens, 0 if there are none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class MaskedMeanInputs(NamedTuple):
     """The arguments of ``masked_mean``."""
 
     x: Tensor  # [B, N, C]
-    key_mask: Tensor | None  # bool [B, N], True where a token counts
+    key_mask: Tensor | None  # bool [B, N], True for tokens to include
 
 
 def masked_mean(x: Tensor, key_mask: Tensor | None) -> Tensor:

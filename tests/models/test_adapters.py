@@ -48,10 +48,10 @@ def logits_and_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"logits": logits.detach(), **dict(zip(trained, gradients, strict=True))}
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -69,14 +69,14 @@ def test_lora_with_trained_heads(fused: bool) -> None:
         peft.get_peft_model(m, peft.LoraConfig(**config)).double().eval() for m in (ours, theirs)
     )
     ours.load_state_dict(theirs.state_dict())
-    found = logits_and_gradients(ours, x)
-    assert_equal(found, logits_and_gradients(theirs, x))
-    assert not torch.allclose(found["logits"], plain)
-    adapters = [gradient for name, gradient in found.items() if "lora" in name]
+    actual = logits_and_gradients(ours, x)
+    assert_equal(actual, logits_and_gradients(theirs, x))
+    assert not torch.allclose(actual["logits"], plain)
+    adapters = [gradient for name, gradient in actual.items() if "lora" in name]
     assert len(adapters) == 2 * 2 * (2 * 3 + 2) and all(g.any() for g in adapters)
     # Merged, they are the weights of plain layers.
     merged = ours.merge_and_unload()
-    torch.testing.assert_close(merged(x), found["logits"], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(merged(x), actual["logits"], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -91,7 +91,7 @@ def test_hooks_on_every_linear_layer_and_convolution(fused: bool) -> None:
 
 
 def test_frozen_weights(cpu_backend: str) -> None:
-    """Gradients of the heads alone, and of the image."""
+    """Gradients of the heads only, and of the image."""
     ours, theirs = pair(True)
     for model in (ours, theirs):
         model.requires_grad_(False).get_classifier().requires_grad_(True)
@@ -118,6 +118,6 @@ def test_attention_maps_keep_every_mode_and_see_adapters() -> None:
             changed.blocks[1].fusion[0].attn.wk,
         ):
             layer.weight.mul_(2), layer.bias.mul_(2)
-    found, expected = attention_maps(model, x), attention_maps(changed, x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found[1].fusion[0][0], plain[1].fusion[0][0], atol=1e-4)
+    actual, expected = attention_maps(model, x), attention_maps(changed, x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(actual[1].fusion[0][0], plain[1].fusion[0][0], atol=1e-4)

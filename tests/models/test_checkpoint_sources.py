@@ -157,8 +157,8 @@ def test_servers_that_are_not_there(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path):
-    """A hub that raises what a test sets; it says for which files."""
+def fake_hub(monkeypatch, tmp_path):
+    """A fake hub that raises a test's errors and records the requested files."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     names = []
 
@@ -179,7 +179,7 @@ def asked(monkeypatch, tmp_path):
 
 
 def http_error(kind: type[Exception], status: int) -> Exception:
-    """An error of huggingface_hub with the response that all of its versions ask for."""
+    """An error of huggingface_hub with the response that all its versions require."""
     error = kind.__new__(kind)
     Exception.__init__(error, f"{status} error")
     error.response = type("Response", (), {"status_code": status})()
@@ -205,35 +205,35 @@ def hub_errors() -> list:
 
 
 @pytest.mark.parametrize("case", range(10))
-def test_why_there_is_no_file(asked, case):
+def test_why_there_is_no_file(fake_hub, case):
     error, kind, message = hub_errors()[case]
-    asked.errors["model.safetensors"] = error
+    fake_hub.errors["model.safetensors"] = error
     with pytest.raises(kind, match=message) as raised:
         load_checkpoint(tiny(), ID)
-    assert asked.names == ["model.safetensors"]
+    assert fake_hub.names == ["model.safetensors"]
     assert "none of" not in str(raised.value)
     assert kind is OSError or ID in str(raised.value)
 
 
-def test_a_repository_without_weights(asked):
+def test_a_repository_without_weights(fake_hub):
     with pytest.raises(FileNotFoundError, match=r"has none of model\.safetensors, pytorch_model"):
         load_checkpoint(tiny(), ID)
-    # The network may go after the first answer.
+    # The network may fail after the first answer.
     errors = pytest.importorskip("huggingface_hub.errors")
-    asked.errors["pytorch_model.bin"] = errors.LocalEntryNotFoundError("check your connection")
+    fake_hub.errors["pytorch_model.bin"] = errors.LocalEntryNotFoundError("check your connection")
     with pytest.raises(ConnectionError):
         load_checkpoint(tiny(), ID)
 
 
-def test_a_sharded_repository(asked, tmp_path):
+def test_a_sharded_repository(fake_hub, tmp_path):
     model = tiny()
     save_shards(model, tmp_path)
     assert_loads(ID, model)
-    assert asked.names[-2:] == ["model-1.safetensors", "model-2.safetensors"]
+    assert fake_hub.names[-2:] == ["model-1.safetensors", "model-2.safetensors"]
 
 
-def test_the_cache_serves_without_a_network(asked, tmp_path, monkeypatch):
-    """Also a file that is not the first that is looked for."""
+def test_the_cache_serves_without_a_network(fake_hub, tmp_path, monkeypatch):
+    """Also for a file that is not the first choice."""
     model, path = tiny(), tmp_path / "cached.bin"
     torch.save(model.state_dict(), path)
     import huggingface_hub
@@ -242,12 +242,12 @@ def test_the_cache_serves_without_a_network(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(
         huggingface_hub, "try_to_load_from_cache", lambda repository, name: cached.get(name)
     )
-    asked.errors["model.safetensors"] = huggingface_hub.errors.LocalEntryNotFoundError("no")
+    fake_hub.errors["model.safetensors"] = huggingface_hub.errors.LocalEntryNotFoundError("no")
     assert_loads(ID, model)
 
 
 def test_without_a_network_nothing_is_tried_again(monkeypatch, tmp_path):
-    """huggingface_hub itself, which waits 24 s for each file where it is not kept from it."""
+    """The real huggingface_hub, which by default waits 24 s per file."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     from huggingface_hub import constants
 

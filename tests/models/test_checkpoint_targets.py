@@ -1,4 +1,4 @@
-"""Checkpoints into and from models that something wraps."""
+"""Loading into and saving from wrapped models."""
 
 from __future__ import annotations
 

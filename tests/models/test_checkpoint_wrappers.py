@@ -1,4 +1,4 @@
-"""What training scripts put around a state dict, and models inside of wrappers."""
+"""State dicts in containers of training scripts, and models inside wrappers."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def under(prefix: str, state: State) -> State:
     return {prefix + key: t for key, t in state.items()}
 
 
-def inside(part: str, state: State) -> State:
-    return {key.replace("blocks.0.", f"blocks.0.{part}."): t for key, t in state.items()}
+def inside(component: str, state: State) -> State:
+    return {key.replace("blocks.0.", f"blocks.0.{component}."): t for key, t in state.items()}
 
 
 def assert_loads(content, expected: CrossViT, **options) -> None:
-    """Into a model of the same sizes, every tensor."""
+    """Assert that every tensor loads into a model of the same sizes."""
     state = load_checkpoint(tiny(), content, **options).state_dict()
     assert state.keys() == expected.state_dict().keys()
     for key, t in expected.state_dict().items():
@@ -43,7 +43,7 @@ def assert_loads(content, expected: CrossViT, **options) -> None:
 
 
 def refusal(content, model: CrossViT | None = None, **options) -> str:
-    """The message, after a look whether the model is as it was."""
+    """The error message; also asserts that the model is unchanged."""
     model = tiny() if model is None else model
     before = {key: t.clone() for key, t in model.state_dict().items()}
     with pytest.raises(ValueError) as error:
@@ -58,7 +58,7 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-# Prefixes and names inside of keys
+# Prefixes, and names inside keys
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,14 @@ def test_prefixes(prefix, log, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part",
+    "component",
     ["_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module._orig_mod"],
 )
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_names_inside_of_keys(part, prefix, log):
+def test_names_inside_of_keys(component, prefix, log):
     model = tiny()
-    assert_loads(under(prefix, inside(part, model.state_dict())), model)
-    assert all(f"'{name}.'" in log.text for name in part.split("."))
+    assert_loads(under(prefix, inside(component, model.state_dict())), model)
+    assert all(f"'{name}.'" in log.text for name in component.split("."))
 
 
 def test_a_lightning_module_with_a_loss_and_metrics(log):
@@ -102,7 +102,7 @@ def test_a_lightning_module_with_a_loss_and_metrics(log):
     }
     assert_loads({"state_dict": state, "pytorch-lightning_version": "2.5"}, model)
     assert "left out, not the model's: loss.weight, train_acc.total" in log.text
-    # Below the prefix, they would be the model's.
+    # Under the prefix, they would be the model's.
     assert "unexpected: loss.weight" in refusal({**state, "model.loss.weight": torch.ones(5)})
     del state["model.norm.0.weight"]
     message = refusal(state)
@@ -111,7 +111,7 @@ def test_a_lightning_module_with_a_loss_and_metrics(log):
 
 
 def test_a_training_checkpoint_with_arguments_and_numbers(tmp_path):
-    """timm keeps its arguments as a namespace, the ImageNet example a tensor beside the weights."""
+    """timm saves its arguments as a namespace, the ImageNet example a tensor with the weights."""
     model = tiny()
     content = {
         "args": argparse.Namespace(lr=0.1),
@@ -144,7 +144,7 @@ def test_two_models_are_not_chosen_from_in_silence():
 
 
 def test_a_model_that_is_there_twice_is_no_question():
-    """As in a module that keeps a model and the same model compiled."""
+    """As in a module that holds a model and its compiled version."""
     model = tiny()
     state = model.state_dict()
     copies = {key: t.clone() for key, t in state.items()}
@@ -164,7 +164,7 @@ CONTAINERS = [
 
 @pytest.mark.parametrize(("trained", "averaged"), CONTAINERS)
 def test_averaged_weights_in_a_container(trained, averaged, log, tmp_path):
-    """The choice is timm's."""
+    """The same choice as timm's."""
     model, ema = tiny(), tiny()
     content = {trained: model.state_dict(), averaged: ema.state_dict()}
     assert_loads(content, ema)
@@ -199,7 +199,7 @@ def test_averaged_models_of_torch(log):
 
 
 def test_averaged_weights_beside_others_in_one_state_dict(log):
-    """As ema_pytorch and modules that keep an AveragedModel save them."""
+    """As saved by ema_pytorch and modules with an AveragedModel."""
     model, ema = tiny(), tiny()
     for names in (("online_model.", "ema_model."), ("model.", "ema.module."), ("", "ema.module.")):
         state = {
@@ -224,7 +224,7 @@ def test_the_average_of_lightnings_callback():
 
 
 def test_averaged_weights_of_a_callback() -> None:
-    """As Lightning's callbacks keep them."""
+    """As saved by Lightning's callbacks."""
     model, ema = tiny(), tiny()
     content = {
         "state_dict": under("model.", model.state_dict()),
@@ -248,7 +248,7 @@ def test_averaged_weights_alone():
 
 
 def wide() -> CrossViT:
-    """Patches in 2 x 8 and 1 x 9: as many as the square model's 4 x 4 and 3 x 3."""
+    """A model with 2 x 8 and 1 x 9 patches: as many as the square model's 4 x 4 and 3 x 3."""
     return tiny(img_size=((24, 96), (16, 144)))
 
 
@@ -287,7 +287,7 @@ def test_grids_that_may_be_either():
     assert "grid_sizes=[(2, 8), (1, 9)]" in message and "grid_sizes=[(4, 4), (3, 3)]" in message
     target = load_checkpoint(wide(), state, grid_sizes=[(2, 8), (1, 9)])
     assert torch.equal(target.pos_embed_0, state["pos_embed_0"])
-    # The other branch may tell: 6 patches are no square, so neither are these 16.
+    # The other branch decides: 6 patches are not square, so neither are these 16.
     long = tiny(img_size=((24, 96), (32, 48)))
     assert torch.equal(
         load_checkpoint(tiny(img_size=((24, 96), (32, 48))), dict(long.state_dict())).pos_embed_0,
@@ -310,7 +310,7 @@ def test_bad_grid_sizes(grids):
     assert "grid_sizes: expected (height, width)" in refusal(tiny().state_dict(), grid_sizes=grids)
 
 
-# What does not fit
+# Misfits
 
 
 def test_another_architecture_is_named_in_few_lines():
@@ -362,7 +362,7 @@ def test_other_precisions_become_the_models(dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "kind"),
     [
         (lambda t: t.to(torch.int8), "torch.int8"),
         (lambda t: t.to(torch.complex64), "torch.complex64"),
@@ -372,11 +372,11 @@ def test_other_precisions_become_the_models(dtype, tmp_path):
     ],
 )
 @pytest.mark.parametrize("key", ["norm.0.weight", "pos_embed_1"])
-def test_values_that_are_no_weights(change, found, key):
+def test_values_that_are_no_weights(change, kind, key):
     state = tiny().state_dict()
     state[key] = change(state[key].detach())
     message = refusal(state)
-    assert f"{key}: found" in message and found in message
+    assert f"{key}: found" in message and kind in message
 
 
 def test_a_model_on_meta_is_refused():

@@ -1,4 +1,4 @@
-"""Checkpoints in the three layouts, what does not fit, and files that are damaged."""
+"""Checkpoints in the three layouts, misfits, and damaged files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tiny(**changes) -> CrossViT:
 
 
 def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The names of the official release."""
+    """Convert to the names of the official release."""
     return {re.sub(r"^(pos_embed|cls_token)_", r"\1.", key): t for key, t in state.items()}
 
 
@@ -127,7 +127,7 @@ def test_url_and_hub_id(saved, monkeypatch, tmp_path):
 
 
 class BreaksOff(http.server.BaseHTTPRequestHandler):
-    """Sends half of what it announces."""
+    """Sends half of the announced length."""
 
     def do_GET(self):
         self.send_response(200)
@@ -247,7 +247,7 @@ def test_position_embeddings_are_resized(saved, tmp_path):
         )
         new = larger.get_parameter(f"pos_embed_{b}")[:, 1:].unflatten(1, (height, width))
         torch.testing.assert_close(new.permute(0, 3, 1, 2), expected)
-    # Not square to not square: our files and state dicts know their grid, others have to be told.
+    # Non-square to non-square: our files and state dicts record their grid, others need grid_sizes.
     save_checkpoint(larger, tmp_path / "larger.safetensors")
     turned = load_checkpoint(tiny(img_size=(72, 96)), tmp_path / "larger.safetensors")
     assert not torch.equal(turned.pos_embed_0, larger.pos_embed_0)
@@ -335,7 +335,7 @@ def test_agrees_with_timm(name, tmp_path):
     names = [name for name, _ in ours.named_parameters()]
     assert names == [name for name, _ in theirs.named_parameters()]
     typical = sorted(g.square().mean().sqrt().item() for g in gradients[1])[len(names) // 2]
-    for name, mine, other in zip(names, *gradients, strict=True):
-        # Two float32 computations, each some roundings off; zero by mathematics in a key's bias.
-        difference = (mine - other).square().mean().sqrt().item()
+    for name, ours, other in zip(names, *gradients, strict=True):
+        # Both are float32, with rounding errors; a key bias's exact gradient is zero.
+        difference = (ours - other).square().mean().sqrt().item()
         assert difference <= 1e-4 * other.square().mean().sqrt().item() + 1e-5 * typical, name

@@ -16,7 +16,7 @@ WIDTHS = ["tiny", "small", "base", "9", "15", "18", "9_dagger", "15_dagger", "18
 
 
 def randomised(model: CrossViT) -> CrossViT:
-    """Biases and norms away from 0 and 1, so that a term that is lost is seen."""
+    """Move biases and norms away from 0 and 1, so that a missing term shows."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p) if p.dim() == 1 else 0)
@@ -31,7 +31,7 @@ def run(
     autocast: bool,
     **choice: str | None,
 ) -> dict[str, Tensor]:
-    """Logits and gradients by name; every run draws the same drop path."""
+    """Return logits and gradients by name; every run draws the same drop path."""
     model = copy.deepcopy(model).to(x.device, dtype).set_fused(fused, **choice)
     torch.manual_seed(7)
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
@@ -44,7 +44,7 @@ def run(
 
 
 def without_zeros(name: str, gradient: Tensor) -> Tensor | None:
-    """What of a gradient is not zero by mathematics: softmax drops the bias of keys."""
+    """The entries of a gradient that are not exactly zero: softmax cancels key biases."""
     if name.endswith("wk.bias"):
         return None
     if name.endswith("qkv.bias"):
@@ -61,7 +61,7 @@ def compare(
     device: str = "cpu",
     **choice: str | None,
 ) -> None:
-    """choice: the backend of the fused run and what it keeps."""
+    """Compare with eager; choice: backend and keep of the fused run."""
     x = torch.randn(batch, 3, size, size).to(device)
     dtype = torch.bfloat16 if autocast else torch.float32
     exact = run(model, x, torch.float64, fused=False, autocast=False)
@@ -94,7 +94,7 @@ def test_whole_models(name: str, autocast: bool) -> None:
 @pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 def test_whole_model_on_triton(autocast: bool, triton_device: str) -> None:
-    """In the interpreter where there is no GPU: all of CrossViT-9 on a small image."""
+    """All of CrossViT-9 on a small image; in the interpreter if there is no GPU."""
     drop_path_rate, batch, keep = (0.2, 2, "lean") if autocast else (0.0, 1, "fast")
     model = create_model("crossvit_9", img_size=48, num_classes=10, drop_path_rate=drop_path_rate)
     choice = {"autocast": autocast, "device": triton_device, "backend": "triton", "keep": keep}
@@ -103,7 +103,7 @@ def test_whole_model_on_triton(autocast: bool, triton_device: str) -> None:
 
 
 def test_drop_path_draws_the_same_masks() -> None:
-    """Same seed, same images dropped: outputs differ by rounding alone."""
+    """Same seed, same dropped images: outputs differ only by rounding."""
     model = create_model(
         "crossvit_9", img_size=48, num_blocks=2, depths=(1, 2), drop_path_rate=0.5, num_classes=10
     )
@@ -118,7 +118,7 @@ def test_switching_leaves_no_trace() -> None:
     x = torch.randn(2, 3, 48, 48)
     eager = model(x)
     fused = model.set_fused()(x)
-    assert not torch.equal(eager, fused)  # other code ran
+    assert not torch.equal(eager, fused)  # different code ran
     assert torch.equal(model.set_fused(False)(x), eager)
 
 

@@ -1,4 +1,4 @@
-"""The model family: sizes of the paper, forms of input, settings."""
+"""The model family: sizes of the paper, kinds of input, settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crossvit import Config, CrossViT, attention_maps, count_macs, create_model,
 from crossvit.configs import branch_sizes, named_config
 from crossvit.embed import resize_position_embedding
 
-# Name: parameters, multiply-accumulates in G as the paper rounds them further.
+# Name: parameters, multiply-accumulates in G; the paper rounds both further.
 PAPER = {
     "crossvit_tiny_240": (7_014_800, 1.563),
     "crossvit_small_240": (26_856_272, 5.616),

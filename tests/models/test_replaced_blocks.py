@@ -1,4 +1,4 @@
-"""Blocks and layers of a model that are hooked or replaced: what plain torch would compute."""
+"""Hooked or replaced blocks and layers of a model: the results of plain torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def image() -> Tensor:
 
 
 class OnlyTokens(nn.Module):
-    """Another implementation in a block's place, which knows of tokens alone."""
+    """Replaces a block by a module that takes only tokens."""
 
     def __init__(self, block: TransformerBlock) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models in the hands of torch: exported, transformed, replicated, on other devices and dtypes."""
+"""Models in torch's tools: exported, transformed, replicated, on other devices and dtypes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def model(request: pytest.FixtureRequest) -> CrossViT:
     return CrossViT(TINY, use_fused=request.param, num_classes=7).eval()
 
 
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 # Exports
@@ -46,7 +46,7 @@ def test_export_with_a_dynamic_batch(model: CrossViT, dim: object, strict: bool)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_onnx_with_a_dynamic_batch(model: CrossViT, dynamo: bool) -> None:
-    """By the exporter on torch.export and by that on torch.jit.trace; torch's operators alone."""
+    """With the exporters on torch.export and on torch.jit.trace; only torch's operators."""
     onnx, reference = pytest.importorskip("onnx"), pytest.importorskip("onnx.reference")
     x = torch.randn(X)
     if dynamo:
@@ -91,10 +91,10 @@ def test_one_graph_for_every_batch(model: CrossViT) -> None:
 def test_functional_call(model: CrossViT) -> None:
     x = torch.randn(X)
     other = {name: p * 1.5 for name, p in model.named_parameters()}
-    found = torch.func.functional_call(model, other, (x,))
+    actual = torch.func.functional_call(model, other, (x,))
     expected = copy.deepcopy(model)
     expected.load_state_dict(other)
-    assert_same(found, expected(x))
+    assert_same(actual, expected(x))
 
 
 def test_an_ensemble(model: CrossViT) -> None:
@@ -106,8 +106,8 @@ def test_an_ensemble(model: CrossViT) -> None:
         return torch.func.functional_call(skeleton, (p, b), (x,))
 
     x = torch.randn(X)
-    found = torch.vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)
-    assert_same(found, torch.stack([m(x) for m in models]))
+    actual = torch.vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)
+    assert_same(actual, torch.stack([m(x) for m in models]))
 
 
 def test_gradients_of_each_image(model: CrossViT) -> None:
@@ -117,18 +117,18 @@ def test_gradients_of_each_image(model: CrossViT) -> None:
         return torch.func.functional_call(model, p, (image.unsqueeze(0),)).square().sum()
 
     x = torch.randn(X)
-    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    actual = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
     for i, image in enumerate(x):
         expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
         for name, gradient in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(found[name][i], gradient, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(actual[name][i], gradient, rtol=1e-4, atol=1e-4)
 
 
 # Copies
 
 
 def replica(module: nn.Module) -> nn.Module:
-    """As torch.nn.parallel.replicate makes one: parameters are plain tensors, and attributes."""
+    """A replica as by torch.nn.parallel.replicate: parameters are plain tensor attributes."""
     copied = module._replicate_for_data_parallel()
     for name, p in module._parameters.items():
         if p is None:
@@ -161,9 +161,9 @@ def test_a_model_on_the_meta_device(model: CrossViT) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(model: CrossViT, dtype: torch.dtype) -> None:
     x = torch.randn(X)
-    found = copy.deepcopy(model).to(dtype)(x.to(dtype))
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), model(x), rtol=0.05, atol=0.05)
+    actual = copy.deepcopy(model).to(dtype)(x.to(dtype))
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.float(), model(x), rtol=0.05, atol=0.05)
 
 
 def test_layouts_of_images(model: CrossViT) -> None:

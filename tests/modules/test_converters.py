@@ -1,4 +1,4 @@
-"""Modules made from those of timm and transformers: the same function, or a refusal."""
+"""Modules converted from timm's and transformers': the same function, or a refusal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BACKENDS = [None, "reference"]
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """In float64 and evaluation mode, no LayerNorm the identity."""
+    """Randomise parameters, LayerNorms included; float64 and evaluation mode."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -39,9 +39,9 @@ def tokens() -> Tensor:
 def assert_same_function(ours: nn.Module, theirs: nn.Module) -> None:
     x = tokens()
     assert not ours.training and next(ours.parameters()).dtype == torch.float64
-    found, expected = outcome(ours, x), outcome(theirs, x)
+    actual, expected = outcome(ours, x), outcome(theirs, x)
     keys = ("output", "input 0")
-    assert_agree({k: found[k] for k in keys}, {k: expected[k] for k in keys})
+    assert_agree({k: actual[k] for k in keys}, {k: expected[k] for k in keys})
 
 
 def timm_block(**options: Any) -> nn.Module:
@@ -93,7 +93,7 @@ def test_timm_blocks_of_other_functions_are_refused(options: Any, named: str) ->
 
 @pytest.mark.parametrize("path", ["", "attn", "attn.qkv", "norm1", "mlp.act"])
 def test_sources_that_run_something_else_are_refused(path: str) -> None:
-    """A hook may change what a layer gives, and would be left behind."""
+    """A hook may change a layer's output, and would be lost."""
     block = timm_block()
     layer = block.get_submodule(path)
     hook = layer.register_forward_hook(lambda module, args, output: 2 * output)
@@ -150,8 +150,8 @@ def test_timm_fusion(branch: int, backend: str | None) -> None:
     x = [torch.randn(B, N, 16).double(), tokens().detach()]
     encoded = [blocks(t) for blocks, t in zip(block.blocks, x, strict=True)]
     fusion = CrossAttentionFusion.from_timm(block, branch, backend)
-    found = fusion(encoded[branch][:, 0], encoded[1 - branch][:, 1:])
-    torch.testing.assert_close(found, block(x)[branch][:, 0], rtol=1e-10, atol=1e-10)
+    actual = fusion(encoded[branch][:, 0], encoded[1 - branch][:, 1:])
+    torch.testing.assert_close(actual, block(x)[branch][:, 0], rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="branch"):
         CrossAttentionFusion.from_timm(block, 2)
     block.projs[branch][1] = nn.ReLU()
@@ -184,16 +184,16 @@ def test_transformers_map_head_of_another_activation_is_refused() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_image_without_a_token(backend: str | None) -> None:
-    """SigLIP 2 in transformers gives it the mean of its values; "zeros" the projection's bias."""
+    """SigLIP 2 in transformers returns the mean of its values; "zeros" the projection's bias."""
     head = siglip_head("2")
     key_mask = torch.rand(B, N) < 0.5
     key_mask[0], key_mask[1] = True, False
     x = tokens()
     converted = MAPHead.from_transformers(head, backend)
     assert converted.empty == "mean"
-    found, expected = converted(x, key_mask), head(x, key_mask.long())
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
+    actual, expected = converted(x, key_mask), head(x, key_mask.long())
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (actual, expected)]
     # There scores that round to one number still have gradients; here a mean is a mean.
     torch.testing.assert_close(*(g[::2] for g in gradients), rtol=1e-9, atol=1e-9)
     assert torch.equal(gradients[0][1], gradients[0][1, :1].expand(N, C))
@@ -213,8 +213,8 @@ def test_transformers_probe(backend: str | None) -> None:
     config = vjepa2.VJEPA2Config(**sizes, num_pooler_layers=0)
     config._attn_implementation = "sdpa"
     pooler = randomised(vjepa2.VJEPA2AttentivePooler(config))
-    found, x = AttentiveProbe.from_transformers(pooler, backend), tokens()
-    torch.testing.assert_close(found(x)[:, 0], pooler(x), rtol=1e-10, atol=1e-10)
+    probe, x = AttentiveProbe.from_transformers(pooler, backend), tokens()
+    torch.testing.assert_close(probe(x)[:, 0], pooler(x), rtol=1e-10, atol=1e-10)
     config.num_pooler_layers = 1
     with pytest.raises(ValueError, match="1 self-attention layers"):
         AttentiveProbe.from_transformers(vjepa2.VJEPA2AttentivePooler(config))

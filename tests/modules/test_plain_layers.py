@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from eager_modules import C_OWN, HEADS, C
+from eager_modules import C_CLS, HEADS, C
 from module_cases import CASES, B, N, assert_agree, outcome, pair, random_inputs
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,7 +21,7 @@ from crossvit_kernels.modules import plain_layers
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 BACKENDS = [None, "reference"]
-#: Every Linear and LayerNorm of every module that its replica calls as a module, too.
+#: Every Linear and LayerNorm of every module that the replica also calls as a module.
 LAYERS = [
     (name, path)
     for name in ("fusion", "block", "MAP head", "class attention", "probe")
@@ -65,9 +65,9 @@ def test_a_hook_on_any_layer_is_called(name: str, path: str, backend: str | None
     plain = ours(*inputs)
     for module in (ours, eager):
         module.get_submodule(path).register_forward_hook(twice)
-    found = outcome(ours, *inputs)
-    assert_agree(found, outcome(eager, *inputs))
-    assert not torch.allclose(found["output"], plain)
+    actual = outcome(ours, *inputs)
+    assert_agree(actual, outcome(eager, *inputs))
+    assert not torch.allclose(actual["output"], plain)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,9 +80,9 @@ def test_every_layer_may_be_adapted(name: str, backend: str | None) -> None:
             replace(eager, path, adapter)
             replace(ours, path, copy.deepcopy(adapter))
     inputs = random_inputs(CASES[name])
-    found = outcome(ours, *inputs)
-    assert_agree(found, outcome(eager, *inputs))
-    assert all(t.any() for key, t in found.items() if ".up." in key and ".wk." not in key)
+    actual = outcome(ours, *inputs)
+    assert_agree(actual, outcome(eager, *inputs))
+    assert all(t.any() for key, t in actual.items() if ".up." in key and ".wk." not in key)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -128,7 +128,7 @@ def test_whole_parts_may_be_replaced_or_hooked(backend: str | None) -> None:
 
 @pytest.mark.parametrize("path", ["q_proj", "k_proj", "v_proj", "c_proj"])
 def test_hooks_in_the_pool_of_feature_maps(path: str) -> None:
-    """Its replica reads weights as CLIP's does: one that doubles them stands for the hook."""
+    """The replica reads weights, as CLIP's does: doubled weights stand for the hook."""
     ours, eager = pair(CASES["pool 2d"], None)
     ours.get_submodule(path).register_forward_hook(twice)
     with torch.no_grad():
@@ -179,17 +179,17 @@ def test_weights_that_wrap_other_tensors_are_not_read() -> None:
     ours, eager = pair(CASES["block"], None)
     weight = eager.attn.qkv.weight.detach()
     ours.attn.qkv.weight = nn.Parameter(TwoTensor(weight, weight.clone()))
-    found, reason = plain_layers.find(ours._modules, ())
-    assert not found and reason is None
+    layers, reason = plain_layers.find(ours._modules, ())
+    assert not layers and reason is None
     reason = plain_layers.why_not_tensors([ours.attn.qkv.weight])
     assert reason == "a parameter is a TwoTensor"
 
 
-# What is said, and what stays fused
+# What is reported, and what stays fused
 
 
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The fused halves of a block that run from now on."""
+    """Record the fused halves of a block that run."""
     from crossvit_kernels import functional
 
     ran: list[str] = []
@@ -252,18 +252,18 @@ def test_eager_mode_computes_a_parametrization_once_a_call() -> None:
 
 
 def test_global_hooks_see_all_layers() -> None:
-    fusion = modules.CrossAttentionFusion(C_OWN, C, HEADS)
+    fusion = modules.CrossAttentionFusion(C_CLS, C, HEADS)
     seen: list[nn.Module] = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(m))
     try:
-        fusion(torch.randn(B, C_OWN), torch.randn(B, N, C))
+        fusion(torch.randn(B, C_CLS), torch.randn(B, N, C))
     finally:
         handle.remove()
     assert {m for m in fusion.modules() if isinstance(m, nn.Linear)} <= set(seen)
 
 
 def test_weights_of_layers_with_hooks_are_not_handed_out() -> None:
-    fusion = modules.CrossAttentionFusion(C_OWN, C, HEADS)
+    fusion = modules.CrossAttentionFusion(C_CLS, C, HEADS)
     assert fusion.weights().k_weight is fusion.fusion.attn.wk.weight
     fusion.fusion.attn.wk.register_forward_hook(twice)
     with pytest.raises(ValueError, match=r"fusion\.attn\.wk has hooks"):
@@ -295,8 +295,8 @@ def test_forward_derivatives_and_traces(name: str) -> None:
     inputs = tuple(t.detach() for t in random_inputs(CASES[name]))
     tangents = tuple(torch.randn_like(t) for t in inputs)
     with sdpa_kernel(SDPBackend.MATH):  # the only one of torch's with forward derivatives
-        found, expected = (torch.func.jvp(module, inputs, tangents) for module in (ours, eager))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        actual, expected = (torch.func.jvp(module, inputs, tangents) for module in (ours, eager))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     with torch.no_grad():
         traced = torch.jit.trace(ours, inputs)
     other = [torch.randn(7, *t.shape[1:], dtype=t.dtype) for t in inputs]
@@ -305,7 +305,7 @@ def test_forward_derivatives_and_traces(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fusion", "block"])
 def test_layers_of_several_dtypes(name: str) -> None:
-    """LayerNorms in float32 beside linear layers in bfloat16: torch runs them on a CPU."""
+    """LayerNorms in float32 with linear layers in bfloat16: torch runs them on a CPU."""
     ours, eager = pair(CASES[name], None)
     for module in (ours, eager):
         module.bfloat16()
@@ -313,6 +313,6 @@ def test_layers_of_several_dtypes(name: str) -> None:
             if isinstance(layer, nn.LayerNorm):
                 layer.float()
     inputs = [t.detach().bfloat16() for t in random_inputs(CASES[name])]
-    found, expected = ours(*inputs), eager(*inputs)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    actual, expected = ours(*inputs), eager(*inputs)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)

@@ -1,4 +1,4 @@
-"""attention_core on the CPU kernel: the rule, gradcheck, and what a kernel can get wrong."""
+"""attention_core's CPU kernel: the accuracy rule, gradcheck, and possible mistakes of a kernel."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_gradcheck(norm_eps: float | None, shared: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_mean_small_spread(dtype: torch.dtype) -> None:
-    """Tokens with mean 100 and spread 1 keep their digits."""
+    """Tokens with mean 100 and spread 1 keep their precision."""
     inputs, mask = make(2, 70, 4, 192, dtype, mean=100.0)
     check_rule(inputs, mask, dtype)
 
@@ -227,7 +227,7 @@ def test_unknown_instruction_set_level() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_value_is_read_and_written_exactly(dtype: torch.dtype) -> None:
-    """A lone raw token is its own m; where u and x are 0, dx is dm."""
+    """m of a single raw token is that token; with u and x of 0, dx is dm."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     values = values[torch.isfinite(values)].reshape(-1, 1, 16)
     u = torch.zeros(len(values), 1, 16)
@@ -253,7 +253,7 @@ def test_rounding_to_16_bits_is_to_nearest_even(dtype: torch.dtype) -> None:
 
 
 def test_offsets_beyond_2_to_the_31_elements() -> None:
-    """Strides of a huge, never touched allocation: only the rows in use are backed by memory."""
+    """Strides of a huge allocation, of which only the rows in use are backed by memory."""
     stride = 2**31 + 64
     storage = torch.empty(2 * stride + 4096, dtype=torch.bfloat16)
     x = storage.as_strided((3, 5, 32), (stride, 32, 1))
@@ -286,7 +286,7 @@ class Pooled(torch.utils.data.Dataset):
 def test_data_loader_workers_after_fork() -> None:
     (u, x, _), _ = make(6, 300, 3, 32, shared=True)
     u, x = u.float(), x.float()
-    expected, _ = ck.attention_core(u, x, backend="cpu")  # the parent's threads have been used
+    expected, _ = ck.attention_core(u, x, backend="cpu")  # the parent has used its threads
     loader = torch.utils.data.DataLoader(
         Pooled(u, x), batch_size=3, num_workers=2, multiprocessing_context="fork", timeout=60
     )

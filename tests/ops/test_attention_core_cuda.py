@@ -1,4 +1,4 @@
-"""What is attention_core's in CUDA alone: clusters of blocks that share an image."""
+"""attention_core's clusters of blocks that share an image, in CUDA only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crossvit_kernels.ops.attention_core import cuda
     [
         ((2, 150, 6, 96), torch.float32),
         ((2, 150, 10, 416), torch.bfloat16),
-        ((1, 1100, 3, 48), torch.float16),  # two parts, one of fewer tiles than blocks
+        ((1, 1100, 3, 48), torch.float16),  # two splits, one with fewer tiles than blocks
     ],
     ids=str,
 )
@@ -27,7 +27,7 @@ def test_bits_do_not_tell_how_many_blocks_share_an_image(
         pytest.skip("a GPU without clusters")
     (u, x, extra), mask = make(*sizes, dtype, extra=True, masked=True)
     leaves = [t.to(cuda_device, dtype).requires_grad_() for t in (u, x, extra)]
-    mask[0, :40] = False  # tiles of which nothing is attended to
+    mask[0, :40] = False  # fully masked tiles
     mask = mask.to(cuda_device)
 
     def results(blocks: int) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""attention_core on Triton and CUDA: on a GPU, else in the interpreter and by the host shim."""
+"""attention_core in Triton and CUDA: on a GPU, else in the interpreter and on the host shim."""
 
 from __future__ import annotations
 
@@ -72,16 +72,16 @@ def test_fuzz(
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_ranges_of_tokens_are_merged(masked: bool, gpu: Gpu) -> None:
-    """More tokens than a program takes; a range may have nothing to attend to."""
-    part = 1024 if gpu.name == "cuda" else 32
-    small = configs.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, part=part)
+    """More tokens than a program handles; a split may be fully masked."""
+    split = 1024 if gpu.name == "cuda" else 32
+    small = configs.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, part=split)
     with configs.FORWARD.only(small), configs.BACKWARD.only(small):
-        inputs, mask = make(2, 2 * part + 11, 3, 16, extra=True, masked=masked)
+        inputs, mask = make(2, 2 * split + 11, 3, 16, extra=True, masked=masked)
         if mask is not None:
-            mask[:, part : 2 * part] = False
+            mask[:, split : 2 * split] = False
         check_rule(inputs, mask, torch.float32, 1e-6, gpu.name, gpu.device)
         if mask is not None:
-            inputs, mask = make(2, 2 * part + 11, 3, 16, masked=True)
+            inputs, mask = make(2, 2 * split + 11, 3, 16, masked=True)
             mask[1] = False
             check_nothing_attended(inputs, mask, gpu)
 
@@ -93,7 +93,7 @@ def test_many_tokens(gpu: Gpu) -> None:
 
 @pytest.mark.sanitizer
 def test_many_queries(gpu: Gpu) -> None:
-    """They take several launches, which add to dx."""
+    """Many queries need several launches, which add to dx."""
     inputs, mask = make(2, 18, 70, gpu.width(24), extra=True)
     check_rule(inputs, mask, torch.float32, 1e-6, gpu.name, gpu.device)
     check_rule(inputs, mask, torch.float16, 1e-6, gpu.name, gpu.device)
@@ -101,7 +101,7 @@ def test_many_queries(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("num_tokens, num_rows", [(18, 70), (1100, 3)])
 def test_frozen_tokens(num_tokens: int, num_rows: int, gpu: Gpu) -> None:
-    """Where dx is not wanted, the other gradients have the same bits."""
+    """Without dx, the other gradients have the same bits."""
     inputs, _ = make(2, num_tokens, num_rows, 16, extra=True)
     results = []
     for is_frozen in (False, True):
@@ -114,7 +114,7 @@ def test_frozen_tokens(num_tokens: int, num_rows: int, gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_mean_small_spread(dtype: torch.dtype, gpu: Gpu) -> None:
-    """Tokens with mean 100 and spread 1 keep their digits."""
+    """Tokens with mean 100 and spread 1 keep their precision."""
     inputs, mask = make(2, 40, 4, 192, dtype, mean=100.0)
     check_rule(inputs, mask, dtype, 1e-6, gpu.name, gpu.device)
 
@@ -130,7 +130,7 @@ def test_huge_scores_do_not_overflow(gpu: Gpu) -> None:
 
 
 def check_nothing_attended(inputs, mask, gpu: Gpu) -> None:
-    """Image 1 has no token to attend to."""
+    """Image 1 is fully masked."""
     leaves = [t.float().to(gpu.device).requires_grad_() for t in inputs[:2]]
     m, lse = ck.attention_core(*leaves, key_mask=mask.to(gpu.device), backend=gpu.name)
     assert (m[1] == 0).all() and (lse[1] == -torch.inf).all()
@@ -160,7 +160,7 @@ def test_masked_tokens_reach_nothing(gpu: Gpu) -> None:
 
 @pytest.mark.slow_on_cpu
 def test_an_image_depends_on_itself_alone(gpu: Gpu) -> None:
-    """Neither on its batch nor on a NaN in another image."""
+    """Not on its batch, nor on a NaN in another image."""
     (u, x, _), _ = make(4, 45, 5, 64)
     u, x = u.float().to(gpu.device), x.float().to(gpu.device)
     clean_m, clean_lse = ck.attention_core(u, x, backend=gpu.name)
@@ -178,7 +178,7 @@ def test_an_image_depends_on_itself_alone(gpu: Gpu) -> None:
 
 
 def layouts(x: torch.Tensor) -> list[torch.Tensor]:
-    """The values of x [B, N, C] in other memory, aligned and not, strides positive and zero."""
+    """The values of x [B, N, C] in other memory layouts: aligned or not, with zero strides."""
     batch, num_tokens, channels = x.shape
     padded = x.new_full((batch, num_tokens + 3, channels + 8), torch.nan)
     inside = padded[:, 2:-1, 8:]
@@ -218,12 +218,12 @@ def test_what_is_declined(gpu: Gpu) -> None:
     wide = torch.randn(1, 2, 1600, device=gpu.device)
     with pytest.raises(ValueError, match="1600 channels are more than"):
         ck.attention_core(wide, wide, backend=gpu.name)
-    assert ck.attention_core(u, x)[0].shape == u.shape  # something else runs it
+    assert ck.attention_core(u, x)[0].shape == u.shape  # another backend runs it
 
 
 @pytest.mark.parametrize("head", [MAPHead, ClassAttention])
 def test_pooling_heads(head: type, gpu: Gpu) -> None:
-    """They run on attention_core: the same as the reference's, gradients too."""
+    """Built on attention_core; outputs and gradients equal the reference's."""
     fused, eager = (head(48, 6, backend=b).to(gpu.device) for b in (gpu.name, "reference"))
     eager.load_state_dict(fused.state_dict())
     x = torch.randn(3, 20, 48, device=gpu.device)

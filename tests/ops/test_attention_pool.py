@@ -1,6 +1,6 @@
-"""attention_pool: the absorbed projections against materialised keys and values.
+"""attention_pool: absorbed projections against materialised keys and values.
 
-All of CASES are compared with the reference in float64, output and gradients.
+Outputs and gradients of all CASES are compared with the reference in float64.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def assert_equal_to_reference(case: Case) -> None:
-    """The cpu backend in float64: outputs, and gradients of all tensors, none of them missing."""
+    """Compare the cpu backend in float64: outputs and the gradients of all tensors."""
     inputs, mask, upstream = case.inputs(), case.key_mask(), case.upstream()
-    found, expected = (
+    actual, expected = (
         outputs_and_gradients(case.function(backend, mask), inputs, upstream, torch.float64)
         for backend in ("cpu", "reference")
     )
-    for name, a, b in zip(case.result_names(inputs), found, expected, strict=True):
+    for name, a, b in zip(case.result_names(inputs), actual, expected, strict=True):
         torch.testing.assert_close(
             a, b, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -88,7 +88,7 @@ def test_fuzz(case: Case, seed: int) -> None:
 
 
 def test_reference_is_multi_head_attention() -> None:
-    """The definition itself, against torch's."""
+    """The reference against torch's own."""
     case = replace(CASES["three queries per image"], value_width=36, out_width=36)
     query, tokens, w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, *_ = case.inputs()
     mask = replace(case, mask="random").key_mask()
@@ -104,10 +104,10 @@ def test_reference_is_multi_head_attention() -> None:
     )
     expected = F.linear(pooled.transpose(1, 2).flatten(2), w_o, b_o)
     weights = (w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o)
-    found = ck.attention_pool(
+    actual = ck.attention_pool(
         query, tokens, *weights, num_heads=case.heads, key_mask=mask, backend="reference"
     )
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 # Precision
@@ -132,14 +132,14 @@ def assert_rule(
     stored: torch.dtype,
     around: Callable[[Callable], Callable] = lambda f: f,
 ) -> None:
-    """The project's rule for results computed in dtype from tensors stored in another."""
+    """Check the accuracy rule for results computed in dtype from tensors stored in another."""
     inputs, mask, upstream = case.inputs(stored), case.key_mask(), case.upstream(dtype)
     kernel = around(case.function("cpu", mask))
     eager = around(case.function("reference", mask))
     exact = outputs_and_gradients(case.function("reference", mask), inputs, upstream, torch.float64)
-    found = outputs_and_gradients(kernel, inputs, upstream, stored)
+    actual = outputs_and_gradients(kernel, inputs, upstream, stored)
     in_eager = outputs_and_gradients(eager, inputs, upstream, eager_dtype(stored))
-    for name, a, e, x in zip(case.result_names(inputs), found, in_eager, exact, strict=True):
+    for name, a, e, x in zip(case.result_names(inputs), actual, in_eager, exact, strict=True):
         if name == "d b_k":
             assert not a.any()
             continue
@@ -174,12 +174,12 @@ def test_dtypes_under_autocast(name: str, token_dtype: torch.dtype) -> None:
     case, mask = CASES[name], CASES[name].key_mask()
     inputs = [None if t is None else t.float() for t in case.inputs()]
     inputs[1] = inputs[1].to(token_dtype)
-    found, expected = (
+    actual, expected = (
         under_autocast(case.function(backend, mask))(*inputs) for backend in ("cpu", "reference")
     )
     if not case.return_weights:
-        found, expected = [found], [expected]
-    assert [t.dtype for t in found] == [t.dtype for t in expected]
+        actual, expected = [actual], [expected]
+    assert [t.dtype for t in actual] == [t.dtype for t in expected]
 
 
 # Masks, weights, strides, empty batches
@@ -206,16 +206,16 @@ def test_masked_tokens_are_not_read(name: str) -> None:
     inputs, mask, upstream = case.inputs(), case.key_mask(), case.upstream()
     poisoned = list(inputs)
     poisoned[1] = inputs[1].masked_fill(~mask.unsqueeze(-1), torch.nan)
-    clean, found = (
+    clean, actual = (
         outputs_and_gradients(case.function("cpu", mask), tensors, upstream, torch.float64)
         for tensors in (inputs, poisoned)
     )
     results = case.result_names(inputs)
-    for result, a, b in zip(results, found, clean, strict=True):
+    for result, a, b in zip(results, actual, clean, strict=True):
         torch.testing.assert_close(
             a, b, rtol=1e-13, atol=1e-13, msg=lambda m, result=result: f"{result}: {m}"
         )
-    assert not found[results.index("d tokens")][~mask].any()
+    assert not actual[results.index("d tokens")][~mask].any()
 
 
 @pytest.mark.usefixtures("cpu_backend")
@@ -232,7 +232,7 @@ def test_weights_sum_to_one(name: str, dtype: torch.dtype) -> None:
     if case.mask == "one image empty" and not case.include_query:
         assert not total[1].any()
         total[1] = 1
-    # Scores are float32 or float64; each weight is then rounded to dtype by itself.
+    # Scores are float32 or float64; each weight is then rounded to dtype.
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     tolerance = torch.finfo(dtype).eps + 100 * torch.finfo(accumulated).eps
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=tolerance)
@@ -258,7 +258,7 @@ def test_strided_tokens(name: str, include_query: bool) -> None:
     inputs, upstream, view = case.inputs(), case.upstream(), STRIDED[name]
     function = case.function("cpu", None)
     assert not view(inputs[1]).is_contiguous()
-    found = outputs_and_gradients(
+    actual = outputs_and_gradients(
         lambda query, tokens, *rest: function(query, view(tokens), *rest),
         *(inputs, upstream, torch.float64),
     )
@@ -266,7 +266,7 @@ def test_strided_tokens(name: str, include_query: bool) -> None:
         lambda query, tokens, *rest: function(query, view(tokens).contiguous(), *rest),
         *(inputs, upstream, torch.float64),
     )
-    for result, a, b in zip(case.result_names(inputs), found, expected, strict=True):
+    for result, a, b in zip(case.result_names(inputs), actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13, msg=result)
 
 
@@ -287,7 +287,7 @@ def test_empty_batch(case: Case, backend: str) -> None:
         assert not result.any(), name
 
 
-# Which backend runs
+# Choice of the backend
 
 
 def ran_absorbed(monkeypatch: pytest.MonkeyPatch, case: Case, **options: Any) -> bool:

@@ -17,14 +17,16 @@ pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
-def test_named_widths(own: int, channels: int, heads: int, dtype: torch.dtype) -> None:
-    check_rule(own, channels, heads, batch=8, num_tokens=49, dtype=dtype, scaled=own > channels)
+@pytest.mark.parametrize("cls_dim, channels, heads", NAMED_WIDTHS)
+def test_named_widths(cls_dim: int, channels: int, heads: int, dtype: torch.dtype) -> None:
+    check_rule(
+        cls_dim, channels, heads, batch=8, num_tokens=49, dtype=dtype, scaled=cls_dim > channels
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_instruction_set_level(isa_level: str, dtype: torch.dtype) -> None:
-    """Also widths that are no multiple of a vector, an odd one, and odd heads."""
+    """Includes widths that are no multiple of a vector, odd widths, and odd head counts."""
     check_rule(40, 44, 4, batch=9, num_tokens=30, dtype=dtype)
     check_rule(31, 63, 9, batch=3, num_tokens=150, dtype=dtype, scaled=True, biases=False)
 
@@ -42,7 +44,7 @@ def test_large_mean_small_spread(dtype: torch.dtype) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    own=st.integers(2, 40).map(lambda i: 8 * i),
+    cls_dim=st.integers(2, 40).map(lambda i: 8 * i),
     head_dim=st.sampled_from([8, 16, 24, 32, 64]),
     heads=st.sampled_from([1, 2, 3, 6, 7, 22]),
     batch=st.integers(1, 5),
@@ -51,9 +53,9 @@ def test_large_mean_small_spread(dtype: torch.dtype) -> None:
     biases=st.booleans(),
     scaled=st.booleans(),
 )
-def test_fuzz(own, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
+def test_fuzz(cls_dim, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
     torch.manual_seed(2)
-    check_rule(own, head_dim * heads, heads, batch, num_tokens, dtype, biases, scaled)
+    check_rule(cls_dim, head_dim * heads, heads, batch, num_tokens, dtype, biases, scaled)
 
 
 def test_gradcheck() -> None:
@@ -99,7 +101,7 @@ def test_empty_batch(backend: str) -> None:
 
 
 def test_a_view_of_the_other_branch() -> None:
-    """x[:, 1:] of [B, 1 + N, C] needs no copy, and its gradient lands in the right rows."""
+    """x[:, 1:] of [B, 1 + N, C] is not copied, and its gradient is in the right rows."""
     weights = cast(make_weights(32, 48), torch.float32)
     cls, x = torch.randn(3, 32), torch.randn(3, 30, 48, requires_grad=True)
     out = ck.cross_attention_fusion(cls, x[:, 1:], weights, 6, backend="cpu")
@@ -157,7 +159,7 @@ def test_dropped_path_keeps_the_projected_cls() -> None:
 
 @pytest.mark.parametrize("tokens_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(tokens_dtype: torch.dtype) -> None:
-    """Same dtype as eager mode under autocast, no larger error, float32 weight gradients."""
+    """Same dtype as eager mode under autocast, no larger errors, float32 weight gradients."""
     weights = cast(make_weights(96, 192), torch.float32)
     cls, tokens = torch.randn(8, 96), torch.randn(8, 60, 192).to(tokens_dtype)
     upstream = torch.randn(8, 96)

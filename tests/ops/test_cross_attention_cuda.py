@@ -1,4 +1,4 @@
-"""cross_attention_fusion in CUDA: on a GPU where there is one, else by the host shim."""
+"""cross_attention_fusion in CUDA: on a GPU if there is one, else on the host shim."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from crossvit_kernels.ops.cross_attention.cuda import ClusterShape
 from crossvit_kernels.ops.operator import OPERATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DIVISIONS = tuple(ClusterShape(*of) for of in ((1, 8), (3, 8), (4, 2), (16, 8), (2, 1)))
+CLUSTER_SHAPES = tuple(ClusterShape(*shape) for shape in ((1, 8), (3, 8), (4, 2), (16, 8), (2, 1)))
 
 
-@pytest.fixture(params=DIVISIONS, ids=str)
-def division(request: pytest.FixtureRequest, monkeypatch) -> ClusterShape:
-    """Images and blocks of a cluster, whatever the batch."""
+@pytest.fixture(params=CLUSTER_SHAPES, ids=str)
+def cluster_shape(request: pytest.FixtureRequest, monkeypatch) -> ClusterShape:
+    """Fix the images and blocks per cluster for any batch."""
     choose(request.param, monkeypatch)
     return request.param
 
 
-def choose(division: ClusterShape, monkeypatch) -> None:
+def choose(cluster_shape: ClusterShape, monkeypatch) -> None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
-        division = ClusterShape(division.images, 1)
-    monkeypatch.setattr(cuda, "cluster_shape", lambda batch, chip: division)
+        cluster_shape = ClusterShape(cluster_shape.images, 1)
+    monkeypatch.setattr(cuda, "cluster_shape", lambda batch, sm: cluster_shape)
 
 
 def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -46,21 +46,22 @@ def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rule(division: ClusterShape, dtype: torch.dtype, cuda_device: str) -> None:
-    """Batches beyond a cluster's images, no biases, heads that are no power of two."""
+def test_rule(cluster_shape: ClusterShape, dtype: torch.dtype, cuda_device: str) -> None:
+    """Batches larger than a cluster's, no biases, head counts that are no power of two."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=cuda_device)
     check(128, 80, 10, 2, 33, dtype=dtype, biases=False, device=cuda_device)
 
 
-def test_frozen_tokens(division: ClusterShape, cuda_device: str) -> None:
+def test_frozen_tokens(cluster_shape: ClusterShape, cuda_device: str) -> None:
     check_frozen_tokens("cuda", cuda_device)
 
 
 @pytest.mark.slow_on_cpu
-@pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
-def test_named_widths(own: int, channels: int, heads: int, cuda_device: str) -> None:
-    dtype = DTYPES[own > channels]
-    check(own, channels, heads, 2, 17, dtype=dtype, scaled=own > channels, device=cuda_device)
+@pytest.mark.parametrize("cls_dim, channels, heads", NAMED_WIDTHS)
+def test_named_widths(cls_dim: int, channels: int, heads: int, cuda_device: str) -> None:
+    scaled = cls_dim > channels
+    sizes = cls_dim, channels, heads, 2, 17
+    check(*sizes, dtype=DTYPES[scaled], scaled=scaled, device=cuda_device)
 
 
 @pytest.mark.sanitizer
@@ -70,7 +71,7 @@ def test_few_tokens(num_tokens: int, cuda_device: str) -> None:
 
 
 def test_many_heads(cuda_device: str) -> None:
-    """They take several passes, which add to dx."""
+    """Many heads need several passes, which add to dx."""
     check(32, 384, 48, 2, 20, dtype=torch.bfloat16, device=cuda_device)
     check(32, 160, 20, 2, 20, device=cuda_device)
 
@@ -87,7 +88,7 @@ def test_wide(cuda_device: str) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    own=st.integers(1, 12).map(lambda i: 16 * i),
+    cls_dim=st.integers(1, 12).map(lambda i: 16 * i),
     head_dim=st.sampled_from([16, 24, 32, 64]),
     heads=st.sampled_from([1, 2, 3, 7]),
     batch=st.integers(0, 6),
@@ -96,10 +97,10 @@ def test_wide(cuda_device: str) -> None:
     biases=st.booleans(),
     scaled=st.booleans(),
 )
-def test_fuzz(cuda_device, own, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
+def test_fuzz(cuda_device, cls_dim, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
     torch.manual_seed(2)
     heads += heads * head_dim % 16 // 8  # widths are multiples of 16
-    sizes = (own, head_dim * heads, heads, batch, num_tokens)
+    sizes = (cls_dim, head_dim * heads, heads, batch, num_tokens)
     check(*sizes, dtype=dtype, biases=biases, scaled=scaled, device=cuda_device)
 
 
@@ -121,8 +122,8 @@ def fusion(
 def test_an_image_depends_on_itself_alone(
     channels: int, heads: int, dtype: torch.dtype, cuda_device: str, monkeypatch
 ) -> None:
-    """Not on its batch, nor on how clusters share the work, nor on a NaN in another image. Warps
-    have several tiles, one after the other.
+    """Not on its batch, nor on the cluster shape, nor on a NaN in another image. Warps process
+    several tiles.
     """
     weights = FusionWeights(*(w.to(cuda_device, dtype) for w in make_weights(48, channels)))
     cls = torch.randn(5, 48, device=cuda_device, dtype=dtype)
@@ -132,8 +133,8 @@ def test_an_image_depends_on_itself_alone(
     poisoned = tokens.clone()
     poisoned[2, 3, 5] = torch.nan
     others = [0, 1, 3, 4]
-    for division in DIVISIONS:
-        choose(division, monkeypatch)
+    for cluster_shape in CLUSTER_SHAPES:
+        choose(cluster_shape, monkeypatch)
         for batch in (slice(0, 5), slice(4, 5)):
             results = fusion(cls[batch], tokens[batch], weights, heads)
             for a, e in zip(results, expected, strict=True):
@@ -143,7 +144,7 @@ def test_an_image_depends_on_itself_alone(
 
 
 def test_strided_tokens_and_cls(cuda_device: str) -> None:
-    """As a model gives them: views of [B, 1 + N, C]; and rows at odd addresses."""
+    """As in a model: views of [B, 1 + N, C]; also rows at odd addresses."""
     weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(48, 96)))
     both = torch.randn(3, 22, 96, device=cuda_device), torch.randn(3, 5, 48, device=cuda_device)
     views = both[1][:, 0], both[0][:, 1:]
@@ -156,7 +157,7 @@ def test_strided_tokens_and_cls(cuda_device: str) -> None:
 
 
 def test_weights_at_odd_addresses(cuda_device: str) -> None:
-    """As pieces of one flat tensor are, which sharding makes of parameters."""
+    """As in slices of one flat tensor, which sharding makes of parameters."""
     weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(48, 96)))
     cls, tokens = torch.randn(2, 48, device=cuda_device), torch.randn(2, 9, 96, device=cuda_device)
     flat = torch.cat([cls.new_zeros(1), *(w.flatten() for w in weights)])
@@ -169,7 +170,7 @@ def test_weights_at_odd_addresses(cuda_device: str) -> None:
 
 @pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16, torch.float16])
 def test_parameters_of_other_dtypes(norms: torch.dtype, cuda_device: str) -> None:
-    """LayerNorms, biases and the CLS in float32 beside matrices in bfloat16, as autocast has."""
+    """LayerNorms, biases and the CLS in float32, matrices in bfloat16, as under autocast."""
     weights = make_weights(48, 96)
     mixed = FusionWeights(
         *(w.to(torch.bfloat16 if w.ndim == 2 else norms).to(cuda_device) for w in weights)
@@ -178,7 +179,7 @@ def test_parameters_of_other_dtypes(norms: torch.dtype, cuda_device: str) -> Non
     tokens = torch.randn(3, 9, 96, device=cuda_device).bfloat16()
     with torch.autocast(cuda_device, torch.bfloat16):
         actual = fusion(cls, tokens, mixed)
-        # Eager takes a LayerNorm of 16 bits on no float32 input: the same values in float32.
+        # Eager refuses a 16-bit LayerNorm on float32 input: use the same values in float32.
         widened = FusionWeights(*(w if w.ndim == 2 else w.float() for w in mixed))
         eager = fusion_and_gradients(cls, tokens, widened, 3, "reference")
     doubled = FusionWeights(*(w.double() for w in mixed))
@@ -189,16 +190,18 @@ def test_parameters_of_other_dtypes(norms: torch.dtype, cuda_device: str) -> Non
 
 
 def test_what_is_declined(cuda_device: str) -> None:
-    """Widths, and matrices of another type than the tokens; something else runs them."""
+    """Some widths, and matrices of another dtype than the tokens; another backend runs them."""
     cases = [
         (40, 96, torch.float32, "40 channels of the CLS are no multiple of 16"),
         (48, 72, torch.float32, "72 channels are no multiple of 16"),
         (1600, 96, torch.float32, "1600 channels of the CLS are more than 1536"),
         (48, 1536, torch.float32, "bytes of shared memory, of which a block there has"),
     ]
-    for own, channels, dtype, reason in cases:
-        weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(own, channels)))
-        cls = torch.randn(1, own, device=cuda_device)
+    for cls_dim, channels, dtype, reason in cases:
+        weights = FusionWeights(
+            *(w.float().to(cuda_device) for w in make_weights(cls_dim, channels))
+        )
+        cls = torch.randn(1, cls_dim, device=cuda_device)
         tokens = torch.randn(1, 2, channels, device=cuda_device).to(dtype)
         with pytest.raises(ValueError, match=f"cuda: .*{reason}"):
             ck.cross_attention_fusion(cls, tokens, weights, 3, backend="cuda")

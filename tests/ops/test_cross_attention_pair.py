@@ -13,7 +13,7 @@ from crossvit_kernels import FusionInputs, FusionWeights
 
 def make(
     batch: int,
-    own: int,
+    cls_dim: int,
     channels: int,
     heads: int,
     num_tokens: int,
@@ -22,17 +22,17 @@ def make(
     biases: bool = True,
     scaled: bool = False,
 ) -> FusionInputs:
-    """Views of [B, 1 + N, C], as a model gives them."""
-    found = make_weights(own, channels, biases)
-    weights = FusionWeights(*(None if t is None else t.to(device, dtype) for t in found))
-    cls = torch.randn(batch, 3, own).to(device, dtype)[:, 0]
+    """Make views of [B, 1 + N, C], as in a model."""
+    weights_float64 = make_weights(cls_dim, channels, biases)
+    weights = FusionWeights(*(None if t is None else t.to(device, dtype) for t in weights_float64))
+    cls = torch.randn(batch, 3, cls_dim).to(device, dtype)[:, 0]
     tokens = torch.randn(batch, 1 + num_tokens, channels).to(device, dtype)[:, 1:]
     scale = torch.rand(batch).to(device) if scaled else None
     return FusionInputs(cls, tokens, weights, heads, scale)
 
 
 def both(device: str, batch: int = 3, tokens: tuple[int, int] = (9, 5), **options):
-    """Of a block with branches of 32 and 48 channels."""
+    """Inputs of both fusions of a block with branches of 32 and 48 channels."""
     small, large = (batch, 32, 48, 3, tokens[0]), (batch, 48, 32, 2, tokens[1])
     return tuple(make(*sizes, device=device, **options) for sizes in (small, large))
 
@@ -46,11 +46,11 @@ def test_gradients_are_those_of_two_calls(backend: str, triton_device: str) -> N
     leaves = [t.requires_grad_() for x in pair for t in (x.cls, *x.weights)]
     together = ck.cross_attention_fusion_pair(*pair, backend=backend)
     apart = [ck.cross_attention_fusion(*x[:4], 1e-6, x[4], backend=backend) for x in pair]
-    found, expected = (
+    actual, expected = (
         torch.autograd.grad([y.square().sum() for y in new_cls], leaves)
         for new_cls in (together, apart)
     )
-    for a, e in zip((*together, *found), (*apart, *expected), strict=True):
+    for a, e in zip((*together, *actual), (*apart, *expected), strict=True):
         assert torch.equal(a, e)
 
 

@@ -1,4 +1,4 @@
-"""cross_attention_fusion on Triton: compiled where there is a GPU, else in the interpreter."""
+"""cross_attention_fusion in Triton: compiled if there is a GPU, else interpreted."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ FUSION = configs.fusion(configs.FORWARD, 90, 192)
 
 
 @pytest.fixture(params=["one kernel", "three kernels"])
-def form(request: pytest.FixtureRequest, monkeypatch) -> str:
-    """Which kernels a fusion takes, whatever its batch."""
-    choose_form(request.param, monkeypatch)
+def variant(request: pytest.FixtureRequest, monkeypatch) -> str:
+    """Fix the kernel variant of a fusion for any batch."""
+    choose_variant(request.param, monkeypatch)
     return request.param
 
 
-def choose_form(form: str, monkeypatch) -> None:
-    config = dataclasses.replace(FUSION, programs=2)  # so that images share them
+def choose_variant(variant: str, monkeypatch) -> None:
+    config = dataclasses.replace(FUSION, programs=2)  # so that images share programs
     monkeypatch.setattr(configs, "fusion", lambda *key: config)
-    monkeypatch.setattr(configs.FORMS, "asked_for", form.split()[0])
+    monkeypatch.setattr(configs.FORMS, "asked_for", variant.split()[0])
 
 
 def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -45,13 +45,13 @@ def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rule(form: str, dtype: torch.dtype, triton_device: str) -> None:
-    """Batches beyond a program's images, widths that are no multiple of a block, no biases."""
+def test_rule(variant: str, dtype: torch.dtype, triton_device: str) -> None:
+    """Batches larger than a program's, widths that are no multiple of a block, no biases."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=triton_device)
     check(120, 72, 9, 2, 33, dtype=dtype, biases=False, device=triton_device)
 
 
-def test_frozen_tokens(form: str, triton_device: str) -> None:
+def test_frozen_tokens(variant: str, triton_device: str) -> None:
     check_frozen_tokens("triton", triton_device)
 
 
@@ -60,15 +60,16 @@ def test_many_frozen_tokens(triton_device: str) -> None:
 
 
 @pytest.mark.slow_on_cpu
-@pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
-def test_named_widths(own: int, channels: int, heads: int, triton_device: str) -> None:
-    dtype = DTYPES[own > channels]
-    check(own, channels, heads, 2, 17, dtype=dtype, scaled=own > channels, device=triton_device)
+@pytest.mark.parametrize("cls_dim, channels, heads", NAMED_WIDTHS)
+def test_named_widths(cls_dim: int, channels: int, heads: int, triton_device: str) -> None:
+    scaled = cls_dim > channels
+    sizes = cls_dim, channels, heads, 2, 17
+    check(*sizes, dtype=DTYPES[scaled], scaled=scaled, device=triton_device)
 
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("num_tokens", [0, 1, 2])
-def test_few_tokens(form: str, num_tokens: int, triton_device: str) -> None:
+def test_few_tokens(variant: str, num_tokens: int, triton_device: str) -> None:
     check(32, 48, 3, 3, num_tokens, device=triton_device)
 
 
@@ -80,7 +81,7 @@ def test_few_tokens(form: str, num_tokens: int, triton_device: str) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    own=st.integers(1, 16).map(lambda i: 8 * i),
+    cls_dim=st.integers(1, 16).map(lambda i: 8 * i),
     head_dim=st.sampled_from([8, 16, 24, 32, 64]),
     heads=st.sampled_from([1, 2, 3, 7]),
     batch=st.integers(0, 6),
@@ -89,18 +90,20 @@ def test_few_tokens(form: str, num_tokens: int, triton_device: str) -> None:
     biases=st.booleans(),
     scaled=st.booleans(),
 )
-def test_fuzz(form, triton_device, own, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
+def test_fuzz(
+    variant, triton_device, cls_dim, head_dim, heads, batch, num_tokens, dtype, biases, scaled
+):
     torch.manual_seed(2)
-    sizes = (own, head_dim * heads, heads, batch, num_tokens)
+    sizes = (cls_dim, head_dim * heads, heads, batch, num_tokens)
     check(*sizes, dtype=dtype, biases=biases, scaled=scaled, device=triton_device)
 
 
-def test_large_mean_small_spread(form: str, triton_device: str) -> None:
+def test_large_mean_small_spread(variant: str, triton_device: str) -> None:
     check(64, 96, 3, 2, 50, mean=100.0, device=triton_device)
 
 
 def test_many_tokens(triton_device: str, monkeypatch) -> None:
-    """Several programs share an image: on a GPU with 5000 tokens, here with fewer."""
+    """Several programs share an image: on a GPU with 5000 tokens, else with fewer."""
     if triton_device == "cuda":
         return check(384, 192, 6, 3, 5000, dtype=torch.bfloat16, device=triton_device)
     monkeypatch.setattr(configs, "MANY_TOKENS", 30)
@@ -116,17 +119,17 @@ def fusion(
 
 @pytest.mark.slow_on_cpu
 def test_an_image_depends_on_itself_alone(triton_device: str, monkeypatch) -> None:
-    """Not on its batch, nor on how many kernels run, nor on a NaN in another image."""
+    """Not on its batch, nor on the kernel variant, nor on a NaN in another image."""
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(40, 48)))
     cls = torch.randn(7, 40, device=triton_device)
     tokens = torch.randn(7, 21, 48, device=triton_device)
-    choose_form("one kernel", monkeypatch)
+    choose_variant("one kernel", monkeypatch)
     expected = fusion(cls, tokens, weights)
     poisoned = tokens.clone()
     poisoned[2, 3, 5] = torch.nan
     others = [i for i in range(7) if i != 2]
-    for form in ("one kernel", "three kernels"):
-        choose_form(form, monkeypatch)
+    for variant in ("one kernel", "three kernels"):
+        choose_variant(variant, monkeypatch)
         for batch in (slice(0, 7), slice(5, 6)):
             for a, e in zip(fusion(cls[batch], tokens[batch], weights), expected, strict=True):
                 assert torch.equal(a, e[batch])
@@ -135,7 +138,7 @@ def test_an_image_depends_on_itself_alone(triton_device: str, monkeypatch) -> No
 
 
 def test_strided_tokens_and_cls(triton_device: str) -> None:
-    """As a model gives them: views of [B, 1 + N, C]."""
+    """As in a model: views of [B, 1 + N, C]."""
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(40, 48)))
     both = torch.randn(3, 22, 48, device=triton_device), torch.randn(3, 5, 40, device=triton_device)
     views = both[1][:, 0], both[0][:, 1:]
@@ -171,8 +174,8 @@ def test_the_form_can_be_chosen(triton_device: str, monkeypatch) -> None:
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(24, 24)))
     cls, tokens = torch.randn(1, 24).to(triton_device), torch.randn(1, 3, 24).to(triton_device)
     ran = launches(monkeypatch)
-    for form in ("one", "three", "auto"):
-        with configs.FORMS.choose(form):
+    for variant in ("one", "three", "auto"):
+        with configs.FORMS.choose(variant):
             fusion(cls, tokens, weights)
     ran = [name for name in ran if "backward" not in name]
     three = ["fusion_before", "attention_core_forward", "fusion_after"]

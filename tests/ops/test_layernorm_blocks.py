@@ -48,7 +48,7 @@ def test_msa_fuzz(head_dim, heads, batch, num_tokens, scaled, with_cls, bias):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     channels=st.integers(1, 30).map(lambda i: 8 * i),
-    hidden=st.integers(16, 300),  # of fewer, eager's error is a matter of luck
+    hidden=st.integers(16, 300),  # with fewer, eager's error is a matter of luck
     batch=st.integers(1, 4),
     num_tokens=st.integers(1, 70),
     scaled=st.booleans(),
@@ -84,7 +84,7 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_hidden_units(dtype: torch.dtype) -> None:
-    """All that is left of the update is the last bias."""
+    """Only the last bias is left of the update."""
     w = FfnWeights(*(t.to(dtype) for t in ffn_weights(24, 4)))
     w = w._replace(
         fc1_weight=w.fc1_weight[:0], fc1_bias=w.fc1_bias[:0], fc2_weight=w.fc2_weight[:, :0]
@@ -103,7 +103,7 @@ def test_no_channels() -> None:
 
 
 def test_inputs_are_left_alone() -> None:
-    """The fused CLS stands in for row 0 without being written there."""
+    """The fused CLS replaces row 0 without being written there."""
     x, cls = torch.randn(2, 9, 24).double(), torch.randn(2, 24).double()
     before = x.clone()
     y = ck.layernorm_msa(x, msa_weights(24), 3, cls=cls, backend="cpu")
@@ -162,7 +162,7 @@ def test_dropout_runs_the_reference() -> None:
 
 
 def blocks(channels: int = 40, heads: int = 5, hidden: int = 88):
-    """Both halves in float32, by name."""
+    """Make both halves in float32, by name."""
     msa = MsaWeights(*(w.float() for w in msa_weights(channels)))
     ffn = FfnWeights(*(w.float() for w in ffn_weights(channels, hidden)))
     return {

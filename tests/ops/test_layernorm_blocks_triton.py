@@ -1,4 +1,4 @@
-"""layernorm_msa and layernorm_ffn on Triton: compiled where there is a GPU, else interpreted."""
+"""layernorm_msa and layernorm_ffn in Triton: compiled if there is a GPU, else interpreted."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ NAMED_WIDTHS = [
 
 
 @pytest.fixture(params=["fused", "split", "library"])
-def form(request: pytest.FixtureRequest):
-    """Which kernels a block takes, whatever its rows."""
+def variant(request: pytest.FixtureRequest):
+    """Fix the kernel variant of a block for any number of rows."""
     with configs.FORMS.choose(request.param):
         yield request.param
 
@@ -44,14 +44,14 @@ def ffn(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep", ["fast", "lean"])
-def test_msa(form: str, keep: str, dtype: torch.dtype, triton_device: str) -> None:
+def test_msa(variant: str, keep: str, dtype: torch.dtype, triton_device: str) -> None:
     options = {"dtype": dtype, "keep": keep, "device": triton_device}
     msa(96, 3, 3, 37, scaled=True, with_cls=True, **options)
     msa(64, 4, 2, 21, bias=False, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ffn(form: str, dtype: torch.dtype, triton_device: str) -> None:
+def test_ffn(variant: str, dtype: torch.dtype, triton_device: str) -> None:
     ffn(96, 384, 3, 37, dtype=dtype, scaled=True, device=triton_device)
     ffn(40, 88, 2, 21, dtype=dtype, device=triton_device)
 
@@ -66,7 +66,7 @@ def test_named_widths(channels: int, heads: int, ratio: int, triton_device: str)
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("num_tokens", [1, 2, 70])
-def test_few_and_odd_tokens(form: str, num_tokens: int, triton_device: str) -> None:
+def test_few_and_odd_tokens(variant: str, num_tokens: int, triton_device: str) -> None:
     msa(32, 2, 3, num_tokens, scaled=True, with_cls=True, device=triton_device)
     ffn(32, 56, 3, num_tokens, scaled=True, device=triton_device)
 
@@ -89,7 +89,7 @@ def test_few_and_odd_tokens(form: str, num_tokens: int, triton_device: str) -> N
     keep=st.sampled_from(["fast", "lean"]),
 )
 def test_msa_fuzz(
-    form, triton_device, head_dim, heads, batch, num_tokens, dtype, scaled, with_cls, keep
+    variant, triton_device, head_dim, heads, batch, num_tokens, dtype, scaled, with_cls, keep
 ):
     torch.manual_seed(3)
     sizes = (head_dim * heads, heads, batch, num_tokens)
@@ -112,18 +112,18 @@ def test_msa_fuzz(
     dtype=st.sampled_from(DTYPES),
     scaled=st.booleans(),
 )
-def test_ffn_fuzz(form, triton_device, channels, hidden, batch, num_tokens, dtype, scaled):
+def test_ffn_fuzz(variant, triton_device, channels, hidden, batch, num_tokens, dtype, scaled):
     torch.manual_seed(4)
     ffn(channels, hidden, batch, num_tokens, dtype=dtype, scaled=scaled, device=triton_device)
 
 
-def test_large_mean_small_spread(form: str, triton_device: str) -> None:
+def test_large_mean_small_spread(variant: str, triton_device: str) -> None:
     msa(96, 3, 2, 50, mean=100.0, with_cls=True, device=triton_device)
     ffn(96, 288, 2, 50, mean=100.0, device=triton_device)
 
 
 def blocks(device: str, keep: str = "fast", channels: int = 48, hidden: int = 88):
-    """Both halves in float32, by name."""
+    """Make both halves in float32, by name."""
     msa = MsaWeights(*(w.float().to(device) for w in msa_weights(channels)))
     ffn = FfnWeights(*(w.float().to(device) for w in ffn_weights(channels, hidden)))
     options = {"backend": "triton"}
@@ -142,40 +142,40 @@ def with_gradient(function, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.slow_on_cpu
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value")  # numpy
 @pytest.mark.parametrize("half", ["msa", "ffn"])
-def test_an_image_depends_on_itself_alone(half: str, form: str, triton_device: str) -> None:
+def test_an_image_depends_on_itself_alone(half: str, variant: str, triton_device: str) -> None:
     """Not on its batch, nor on a NaN in another image."""
     function = blocks(triton_device)[half]
-    # numpy's products, in the interpreter, depend on where in a tile a row is: whole tiles.
+    # In the interpreter, NumPy's products depend on a row's place in its tile: use whole tiles.
     num_tokens = 37 if triton_device == "cuda" else 64
     x = torch.randn(3, num_tokens, 48, device=triton_device)
     expected = with_gradient(function, x)
     assert torch.equal(function(x), expected[0])
     one_by_one = [with_gradient(function, image[None]) for image in x]
-    for found, whole in zip(zip(*one_by_one, strict=True), expected, strict=True):
-        if form == "library" or (half == "msa" and whole is expected[1]):
-            torch.testing.assert_close(torch.cat(found), whole)  # products of torch's libraries
+    for actual, whole in zip(zip(*one_by_one, strict=True), expected, strict=True):
+        if variant == "library" or (half == "msa" and whole is expected[1]):
+            torch.testing.assert_close(torch.cat(actual), whole)  # products of torch's libraries
         else:
-            assert torch.equal(torch.cat(found), whole)
+            assert torch.equal(torch.cat(actual), whole)
     x[1, 4, 7] = torch.nan
-    for found, whole in zip(with_gradient(function, x), expected, strict=True):
-        assert torch.equal(found[[0, 2]], whole[[0, 2]])
-        assert found[1, 4].isnan().all()
-        assert half == "ffn" or found[1].isnan().any(dim=-1).all()
+    for actual, whole in zip(with_gradient(function, x), expected, strict=True):
+        assert torch.equal(actual[[0, 2]], whole[[0, 2]])
+        assert actual[1, 4].isnan().all()
+        assert half == "ffn" or actual[1].isnan().any(dim=-1).all()
 
 
 @pytest.mark.parametrize("half", ["msa", "ffn"])
-def test_strided_tokens(half: str, form: str, triton_device: str) -> None:
+def test_strided_tokens(half: str, variant: str, triton_device: str) -> None:
     function = blocks(triton_device)[half]
     x = torch.randn(10, 3, 48, device=triton_device).transpose(0, 1)
-    for found, expected in zip(
+    for actual, expected in zip(
         with_gradient(function, x), with_gradient(function, x.contiguous()), strict=True
     ):
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
     misaligned = torch.empty(3 * 10 * 48 + 1, device=triton_device)[1:].view(3, 10, 48).copy_(x)
     assert torch.equal(function(misaligned), function(x))
 
 
-def test_huge_scores_do_not_overflow(form: str, triton_device: str) -> None:
+def test_huge_scores_do_not_overflow(variant: str, triton_device: str) -> None:
     weights = MsaWeights(*(w.float().to(triton_device) for w in msa_weights(48)))
     weights = weights._replace(qkv_weight=weights.qkv_weight * 1e4)
     x = torch.randn(2, 30, 48, device=triton_device)
@@ -189,7 +189,7 @@ def test_lean_gives_what_fast_gives(triton_device: str) -> None:
     results = []
     for keep in ("fast", "lean"):
         torch.manual_seed(1)
-        with configs.FORMS.choose("split"):  # backward recomputes with the kernels of this form
+        with configs.FORMS.choose("split"):  # backward recomputes with the kernels of this variant
             results.append(with_gradient(blocks(triton_device, keep)["msa"], x))
     for fast, lean in zip(*results, strict=True):
         assert torch.equal(fast, lean)
@@ -253,23 +253,23 @@ def test_why_not(triton_device: str) -> None:
 @pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("keep, share", [("lean", 0.2), ("fast", 0.5)])
 def test_saved_bytes(keep: str, share: float, triton_device: str) -> None:
-    """What a block keeps, against eager mode's: CrossViT-15's L branch, in 16 bits."""
+    """Bytes that a block saves, against eager mode: CrossViT-15's L branch, in 16 bits."""
     block = TransformerBlock(384, 6, mlp_ratio=3, keep=keep).to(triton_device, torch.float16)
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
     x = torch.randn(1, 197, 384, device=triton_device, dtype=torch.float16, requires_grad=True)
     kept = {}
     for backend in ("triton", "reference"):
         block.backend = backend
-        found: dict[int, int] = {}
+        storages: dict[int, int] = {}
 
-        def pack(t: Tensor, found: dict[int, int] = found) -> Tensor:
+        def pack(t: Tensor, storages: dict[int, int] = storages) -> Tensor:
             storage = t.untyped_storage()
             if storage.data_ptr() not in parameters:
-                found[storage.data_ptr()] = storage.nbytes()
+                storages[storage.data_ptr()] = storage.nbytes()
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = block(x)  # alive, so that no storage takes the place of another
-        kept[backend] = sum(found.values())
+            y = block(x)  # kept alive, so that no storage is reused
+        kept[backend] = sum(storages.values())
         del y
     assert kept["triton"] <= share * kept["reference"], kept
