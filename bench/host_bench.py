@@ -38,7 +38,7 @@ from crossvit_kernels.gpu.tables import Candidates
 from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention import triton as fusion
 
-#: CrossViT-15 at 240 pixels: C_own, C and patches of the L branch's CLS, then of the S branch's.
+#: CrossViT-15 at 240 pixels: C_cls, C and patches of the L branch's CLS, then of the S branch's.
 SIZES = ((384, 192, 400), (192, 384, 196))
 HEADS = 6
 CPU = torch.device("cpu")

@@ -188,7 +188,7 @@ def cross_attention_fusion(
     LayerNorm -> GELU -> Linear.
 
     Args:
-        cls: CLS tokens [B, C_own].
+        cls: CLS tokens [B, C_cls].
         tokens: The other branch's patch tokens [B, N, C] without its CLS; any strides with unit
             last, so ``x[:, 1:]`` is fine. N = 0 is: the CLS then attends to itself.
         weights: ``FusionWeights``. The gradient of k_bias is exactly zero: softmax drops it.
@@ -199,7 +199,7 @@ def cross_attention_fusion(
         backend: Name of a backend, or None.
 
     Returns:
-        The new CLS tokens [B, C_own].
+        The new CLS tokens [B, C_cls].
 
     Raises:
         ValueError: A shape, stride, device, eps or head count does not fit, or the backend cannot
@@ -353,13 +353,13 @@ def _check_fusion(
     num_heads: int,
     residual_scale: Tensor | None,
 ) -> None:
-    checks.tensor("cls", cls, "B", "C_own")
+    checks.tensor("cls", cls, "B", "C_cls")
     batch, own = cls.shape
     checks.tensor("tokens", tokens, batch, "N", "C")
     channels = tokens.shape[2]
     checks.some_channels("tokens", tokens)
     checks.unit_stride("tokens", tokens)
-    checks.weights(weights, FusionWeights, FUSION_SHAPES, {"C": channels, "C_own": own}, cls)
+    checks.weights(weights, FusionWeights, FUSION_SHAPES, {"C": channels, "C_cls": own}, cls)
     checks.same_device_and_dtype("cls", cls, tokens=tokens)
     checks.heads(num_heads, C=channels)
     checks.residual_scale(residual_scale, batch, cls.device)

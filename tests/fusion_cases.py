@@ -10,7 +10,7 @@ import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
 from crossvit_kernels.gpu import launcher
 
-# (C_own, C, heads) of both fusions of CrossViT-Ti, S, B, 9, 15 and 18.
+# (C_cls, C, heads) of both fusions of CrossViT-Ti, S, B, 9, 15 and 18.
 NAMED_WIDTHS = [
     (own, other, heads)
     for small, heads in ((96, 3), (192, 6), (384, 12), (128, 4), (224, 7))

@@ -43,7 +43,7 @@ SIZES = 0, 1, 2, 8, 15, 16, 48, 2**31 - 1, 2**31, 2**31 + 16, 2**40
 def size(random):
     return random.choice(SIZES) if random.random() < 0.3 else random.choice(SIZES[:6])
 
-SHAPES = [Shape(3, 48, 16, 16, 16, part, True, "ieee") for part in (32, 64, 32)]
+SHAPES = [Shape(3, 48, 16, 16, 16, split_size, True, "ieee") for split_size in (32, 64, 32)]
 FUSIONS = [FusionShape(32, 48, 3, images, 64, 64, "ieee") for images in (1, 2, 1)]
 
 def check(kernel, *constants, sure=150):
@@ -216,9 +216,9 @@ kernel.add_pre_run_hook(lambda *args, **kwargs: hooked.append(1))
 call(), call()
 assert len(hooked) == 2
 _, found = next(iter(launcher._known.values()))
-assert launcher._starts_by_itself(found)
+assert launcher._can_launch_directly(found)
 found.metadata = found.metadata._replace(target=type(found.metadata.target)("hip", "gfx942", 64))
-assert not launcher._starts_by_itself(found) and not launcher._starts_by_itself(None)
+assert not launcher._can_launch_directly(found) and not launcher._can_launch_directly(None)
 """
 
 
@@ -270,7 +270,7 @@ spill(6)
 first = launched()
 assert first[0] == PROGRAMS[64] and len(warmups) == 2
 assert launched() == first and len(warmups) == 2  # remembered
-spill(0, 18)  # another form of the kernel has a choice of its own
+spill(0, 18)  # another specialization of the kernel has a choice of its own
 assert launched()[0] == PROGRAMS[128] and launched(save=False)[0] == PROGRAMS[64]
 assert launched()[0] == PROGRAMS[128] and len(warmups) == 3
 spill(9, 9, 9, 2, *[9] * 9)  # where all spill, the fewest

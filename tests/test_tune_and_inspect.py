@@ -167,13 +167,13 @@ KERNELS = {
 }
 
 
-# Those that need most registers, in the forms with most and with fewest tensors, in large tiles.
+# Those that need most registers, in the specializations with most and with fewest tensors, in large tiles.
 A_FEW = """
 import dataclasses, json
 from crossvit_kernels.inspect import ahead_of_time, compile_cases
 found = compile_cases.compile_cases(90, ["bf16"], [(192, 96, 3)], [(384, 6, 1152)], ["auto"])
 def size(case):
-    return len(case.absent), case.form.candidates[0].constants[0].rows
+    return len(case.absent), case.specialization.candidates[0].constants[0].rows
 chosen = []
 for name in ("ffn_forward", "ffn_hidden_backward", "norm_linear", "attention_core_forward"):
     alike = sorted((s for s in found if s.name == name), key=size)
@@ -193,13 +193,13 @@ def test_what_kernels_compile_to() -> None:
 
 
 def test_every_kernel_is_inspected() -> None:
-    """Every Triton kernel, in each form once, with the tensors of inference and of training."""
+    """Every Triton kernel, in each specialization once, with the tensors of inference and of training."""
     pytest.importorskip("triton")
     code = (
         "import json\n"
         "from crossvit_kernels.inspect import compile_cases\n"
         "found = compile_cases.compile_cases(90, ['bf16'])\n"
-        "assert len(found) == len({(s.name, *s.form[1:]) for s in found})\n"
+        "assert len(found) == len({(s.name, *s.specialization[1:]) for s in found})\n"
         "assert len(compile_cases.extremes(found)) < len(found) / 1.3\n"
         "print(json.dumps([(s.name, s.absent) for s in found]))\n"
     )
@@ -235,9 +235,9 @@ def test_what_models_compile_to(kernel: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("kernel", ["fusion_", "attention", "linear", "ffn"])
 def test_what_kernels_compile_to_at_all_widths(kernel: str, dtype: str, arch: str) -> None:
-    """In all forms in bfloat16 on sm_90, elsewhere in those with most and with fewest tensors."""
-    forms = () if (arch, dtype) == ("90", "bf16") else ("--quick",)
-    check_compiled("--arch", arch, "--dtype", dtype, "--kernel", kernel, *forms)
+    """In all specializations in bfloat16 on sm_90, elsewhere in those with most and with fewest tensors."""
+    quick = () if (arch, dtype) == ("90", "bf16") else ("--quick",)
+    check_compiled("--arch", arch, "--dtype", dtype, "--kernel", kernel, *quick)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from crossvit_kernels.inspect import ahead_of_time, extension_code, machine_code
 from crossvit_kernels.inspect.ahead_of_time import reports
 from crossvit_kernels.inspect.compile_cases import BLOCKS, WIDTHS, compile_cases, extremes
 from crossvit_kernels.inspect.machine_code import Report
-from crossvit_kernels.ops.common.configs import FORMS
+from crossvit_kernels.ops.common.configs import VARIANTS
 
 ARCHITECTURES = (80, 90, 100)
 _SECONDS_OF_SILENCE = 5
@@ -61,14 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = {*options.channels} if options.channels else {c for w in WIDTHS for c in w[:2]}
     widths = [w for w in WIDTHS if {*w[:2]} <= wanted]
     blocks = [b for b in BLOCKS if b[0] in wanted]
-    forms, some = (
-        FORMS.names if options.all else ("auto",),
+    variants, select = (
+        VARIANTS.names if options.all else ("auto",),
         extremes if options.quick else list,
     )
     found = [
         (case, arch)
         for arch in options.arch
-        for case in some(compile_cases(arch, options.dtype, widths, blocks, forms))
+        for case in select(compile_cases(arch, options.dtype, widths, blocks, variants))
         if options.kernel is None or options.kernel in case.name
     ]
     rows = []

@@ -1,4 +1,4 @@
-"""Triton kernels compiled without a GPU, in the forms that operations launch them in."""
+"""Triton kernels compiled without a GPU, in the specializations that operations launch them in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import launcher, tables
-from crossvit_kernels.gpu.launcher import Form, Usage, choose
+from crossvit_kernels.gpu.launcher import Specialization, Usage, choose
 from crossvit_kernels.gpu.tables import Candidate
 from crossvit_kernels.inspect import machine_code
 from crossvit_kernels.inspect.machine_code import Report
@@ -70,30 +70,34 @@ def empty_weights(
 
 @dataclasses.dataclass(frozen=True)
 class CompileCase:
-    """A kernel in a form, with the configurations that it may run in.
+    """A specialized kernel, with the configurations that it may run in.
 
     Attributes:
-        form: As it is launched.
+        specialization: As it is launched.
     """
 
-    form: Form
+    specialization: Specialization
 
     @property
     def name(self) -> str:
-        return str(self.form.kernel.__name__)
+        return str(self.specialization.kernel.__name__)
 
     @property
     def absent(self) -> tuple[str, ...]:
         """The optional tensors that are None."""
-        tensors = zip(self.form.kernel.params, self.form.tensors, strict=False)
+        tensors = zip(self.specialization.kernel.params, self.specialization.tensors, strict=False)
         names = [p.name.removesuffix("_ptr") for p, dtype in tensors if dtype is None]
-        for group in self.form.weights:
+        for group in self.specialization.weights:
             names += [name for name, dtype in group._asdict().items() if dtype is None]
         return tuple(names)
 
     def describe(self, candidate: Candidate) -> str:
         """A configuration, for a report."""
-        dtypes = [t for t in (*self.form.tensors, *sum(self.form.weights, ())) if t is not None]
+        dtypes = [
+            t
+            for t in (*self.specialization.tensors, *sum(self.specialization.weights, ()))
+            if t is not None
+        ]
         narrowest = min(dtypes, key=lambda t: t.itemsize if t.is_floating_point else 8)
         sizes = (c.describe() for c in candidate.constants if hasattr(c, "describe"))
         options = candidate.options
@@ -102,8 +106,8 @@ class CompileCase:
 
     def __reduce__(self) -> Any:
         """Triton's functions cannot be pickled, but found again."""
-        _, *rest = self.form
-        return _found_again, (self.form.kernel.__module__, self.name, *rest)
+        _, *rest = self.specialization
+        return _found_again, (self.specialization.kernel.__module__, self.name, *rest)
 
     def signature(
         self, candidate: Candidate
@@ -121,9 +125,9 @@ class CompileCase:
             attributes[path] = [["tt.divisibility", 16]]  # as torch's allocator gives memory
             return f"*{_NAMES[dtype]}"
 
-        tensors, weights = iter(self.form.tensors), iter(self.form.weights)
-        values = iter((*candidate.constants, *self.form.constants))
-        for index, parameter in enumerate(self.form.kernel.params):
+        tensors, weights = iter(self.specialization.tensors), iter(self.specialization.weights)
+        values = iter((*candidate.constants, *self.specialization.constants))
+        for index, parameter in enumerate(self.specialization.kernel.params):
             name = parameter.name
             if parameter.is_constexpr:
                 types[name], constants[name] = "constexpr", next(values)
@@ -157,11 +161,11 @@ def recorded(sm: int, runs: Iterable[Callable[[], object]]) -> list[CompileCase]
     with tables.as_if_on(sm), launcher.recording() as found:
         for run in runs:
             run()
-    return [CompileCase(form) for form in {(f.kernel.fn, *f[1:]): f for f in found}.values()]
+    return [CompileCase(s) for s in {(f.kernel.fn, *f[1:]): f for f in found}.values()]
 
 
 def _found_again(module: str, name: str, *rest: Any) -> CompileCase:
-    return CompileCase(Form(getattr(importlib.import_module(module), name), *rest))
+    return CompileCase(Specialization(getattr(importlib.import_module(module), name), *rest))
 
 
 def compile_for(
@@ -175,9 +179,9 @@ def compile_for(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    candidate = candidate or case.form.candidates[0]
+    candidate = candidate or case.specialization.candidates[0]
     types, constants, attributes = case.signature(candidate)
-    kernel = case.form.kernel
+    kernel = case.specialization.kernel
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
     return triton.compile(source, target=target, options=dict(candidate.options))
@@ -198,7 +202,7 @@ def _compiled(case: CompileCase, arch: int, candidate: Candidate) -> tuple[Any, 
 
 def inspect(case: CompileCase, arch: int) -> Report:
     """The report on a kernel as a launch would run it, and on what was passed over for that."""
-    items, found = case.form.candidates, {}
+    items, found = case.specialization.candidates, {}
 
     def usage_of(candidate: Candidate) -> Usage:
         found[id(candidate)] = _compiled(case, arch, candidate)

@@ -25,7 +25,7 @@ from crossvit_kernels.ops.layernorm_msa.reference import SHAPES as MSA_SHAPES
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
 from crossvit_kernels.ops.operator import Operation
 
-#: (C_own, C, heads) of all fusions of the named models: Ti, S, B, 9, 15, 18.
+#: (C_cls, C, heads) of all fusions of the named models: Ti, S, B, 9, 15, 18.
 WIDTHS = tuple(
     (own, channels, heads)
     for small, heads in ((96, 3), (192, 6), (384, 12), (128, 4), (224, 7))
@@ -53,16 +53,16 @@ def compile_cases(
     dtypes: Sequence[str],
     widths: Sequence[tuple[int, int, int]] = WIDTHS,
     blocks: Sequence[tuple[int, int, int]] = BLOCKS,
-    forms: Sequence[str] = configs.FORMS.names,
+    variants: Sequence[str] = configs.VARIANTS.names,
 ) -> list[CompileCase]:
-    """Every form in which kernels are launched, for tokens of these dtypes and widths.
+    """Every specialization that is launched, for tokens of these dtypes and widths.
 
     Args:
         sm: Compute capability, 90 for 9.0.
         dtypes: Names in ahead_of_time.DTYPES.
-        widths: (C_own, C, heads) of fusions.
+        widths: (C_cls, C, heads) of fusions.
         blocks: (C, heads, hidden units) of transformer blocks.
-        forms: Of blocks: the names in configs.FORMS.
+        variants: Those of blocks; names in configs.VARIANTS.
     """
 
     def runs() -> Iterator[Callable[[], object]]:
@@ -73,13 +73,13 @@ def compile_cases(
             for own, channels, heads in widths:
                 yield functools.partial(_fusion, dtype, own, channels, heads)
             for channels, heads in sorted({(c, h) for c, h, _ in blocks}):
-                yield from in_forms(functools.partial(_msa, dtype, channels, heads))
+                yield from in_variants(functools.partial(_msa, dtype, channels, heads))
             for channels, hidden in sorted({(c, f) for c, _, f in blocks}):
-                yield from in_forms(functools.partial(_ffn, dtype, channels, hidden))
+                yield from in_variants(functools.partial(_ffn, dtype, channels, hidden))
 
-    def in_forms(run: Callable[[], object]) -> Iterator[Callable[[], object]]:
-        for form in forms:
-            yield functools.partial(_in_form, form, run)
+    def in_variants(run: Callable[[], object]) -> Iterator[Callable[[], object]]:
+        for variant in variants:
+            yield functools.partial(_in_variant, variant, run)
 
     return ahead_of_time.recorded(sm, runs())
 
@@ -88,8 +88,10 @@ def extremes(found: Sequence[CompileCase]) -> list[CompileCase]:
     """Of a kernel's forms that differ in which tensors there are, those with most and fewest."""
     alike: dict[Hashable, list[CompileCase]] = {}
     for case in found:
-        form = case.form
-        alike.setdefault((case.name, form.candidates, form.constants), []).append(case)
+        specialization = case.specialization
+        alike.setdefault(
+            (case.name, specialization.candidates, specialization.constants), []
+        ).append(case)
     return [
         case
         for group in alike.values()
@@ -98,8 +100,8 @@ def extremes(found: Sequence[CompileCase]) -> list[CompileCase]:
     ]
 
 
-def _in_form(form: str, run: Callable[[], object]) -> None:
-    with configs.FORMS.choose(form):
+def _in_variant(variant: str, run: Callable[[], object]) -> None:
+    with configs.VARIANTS.choose(variant):
         run()
 
 
@@ -108,7 +110,7 @@ def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
 
     With LayerNorm in all variants; without it with and without a mask; and over a split image.
     """
-    x, many = (empty((1, n, channels), dtype) for n in (16, TokenPass.part + 1))
+    x, many = (empty((1, n, channels), dtype) for n in (16, TokenPass.split_size + 1))
     u, mask = empty((1, num_queries, channels), torch.float32), empty((1, 16), torch.bool)
     for extra in (None, x[:, 0]):
         for key_mask in (None, mask):
@@ -120,7 +122,7 @@ def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
 
 def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int) -> None:
     """With drop path and without; backward without also without the tokens' gradient."""
-    weights = _weights(FusionWeights, FUSION_SHAPES, {"C_own": cls_dim, "C": channels}, dtypes)
+    weights = _weights(FusionWeights, FUSION_SHAPES, {"C_cls": cls_dim, "C": channels}, dtypes)
     for batch in _BATCHES:
         cls = empty((batch, cls_dim), dtypes.tokens)
         x = empty((batch, 16, channels), dtypes.tokens)

@@ -74,8 +74,8 @@ class FusionLayers(NamedTuple):
 def fuse_layer_by_layer(
     cls: Tensor, tokens: Tensor, proj: nn.Module, fusion: nn.Module, revert_proj: nn.Module
 ) -> Tensor:
-    """Cls [B, C_own], tokens [B, N, C] -> new cls [B, C_own]; every layer is called."""
-    checks.tensor("cls", cls, "B", "C_own")
+    """Cls [B, C_cls], tokens [B, N, C] -> new cls [B, C_cls]; every layer is called."""
+    checks.tensor("cls", cls, "B", "C_cls")
     checks.tensor("tokens", tokens, cls.shape[0], "N", "C")
     checks.same_device_and_dtype("cls", cls, tokens=tokens)
     y = fusion(torch.cat([proj(cls).unsqueeze(1), tokens], dim=1))
@@ -131,7 +131,7 @@ class CrossAttentionFusion(FusedModule):
     ``revert_proj``.
 
     Args:
-        dim_own: C_own, the width of the branch that owns the CLS.
+        dim_own: C_cls, the width of the branch that owns the CLS.
         dim: C, the width of the other branch, at which attention runs. num_heads is that
             branch's, too. The other arguments are described in ``crossvit_kernels.modules``.
 
@@ -212,7 +212,7 @@ class CrossAttentionFusion(FusedModule):
         return found.weights
 
     def forward(self, cls: Tensor, tokens: Tensor) -> Tensor:
-        """Cls [B, C_own], tokens [B, N, C] without the other CLS -> new cls [B, C_own]."""
+        """Cls [B, C_cls], tokens [B, N, C] without the other CLS -> new cls [B, C_cls]."""
         layers = FusionLayers.find(self._modules, read=self.backend != "reference")
         if self._calls_layers(layers.reason):
             if layers.reason is None:

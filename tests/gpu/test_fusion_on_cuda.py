@@ -43,7 +43,7 @@ def test_fusions_of_crossvit_15(backend, batch, own, channels, heads, dtype) -> 
 
 @pytest.mark.parametrize("own, channels, heads", NAMED_WIDTHS)
 def test_fusions_of_named_widths(backend, own, channels, heads) -> None:
-    """In one form and dtype, as compiling them takes a minute."""
+    """In one variant and dtype, as compiling them takes a minute."""
     check_fusion(own, channels, heads, 3, 49, torch.bfloat16, backend=backend, device="cuda")
 
 

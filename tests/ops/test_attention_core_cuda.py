@@ -15,7 +15,7 @@ from crossvit_kernels.ops.attention_core import cuda
     [
         ((2, 150, 6, 96), torch.float32),
         ((2, 150, 10, 416), torch.bfloat16),
-        ((1, 1100, 3, 48), torch.float16),  # two parts, one of fewer tiles than blocks
+        ((1, 1100, 3, 48), torch.float16),  # two splits, one of fewer tiles than blocks
     ],
     ids=str,
 )

@@ -73,15 +73,15 @@ def test_fuzz(
 @pytest.mark.parametrize("masked", [False, True])
 def test_ranges_of_tokens_are_merged(masked: bool, gpu: Gpu) -> None:
     """More tokens than a program takes; a range may have nothing to attend to."""
-    part = 1024 if gpu.name == "cuda" else 32
-    small = configs.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, part=part)
+    split_size = 1024 if gpu.name == "cuda" else 32
+    small = configs.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, split_size=split_size)
     with configs.FORWARD.only(small), configs.BACKWARD.only(small):
-        inputs, mask = make(2, 2 * part + 11, 3, 16, extra=True, masked=masked)
+        inputs, mask = make(2, 2 * split_size + 11, 3, 16, extra=True, masked=masked)
         if mask is not None:
-            mask[:, part : 2 * part] = False
+            mask[:, split_size : 2 * split_size] = False
         check_rule(inputs, mask, torch.float32, 1e-6, gpu.name, gpu.device)
         if mask is not None:
-            inputs, mask = make(2, 2 * part + 11, 3, 16, masked=True)
+            inputs, mask = make(2, 2 * split_size + 11, 3, 16, masked=True)
             mask[1] = False
             check_nothing_attended(inputs, mask, gpu)
 

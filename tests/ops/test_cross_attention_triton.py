@@ -28,16 +28,16 @@ FUSION = configs.fusion(configs.FORWARD, 90, 192)
 
 
 @pytest.fixture(params=["one kernel", "three kernels"])
-def form(request: pytest.FixtureRequest, monkeypatch) -> str:
+def variant(request: pytest.FixtureRequest, monkeypatch) -> str:
     """Which kernels a fusion takes, whatever its batch."""
-    choose_form(request.param, monkeypatch)
+    choose_variant(request.param, monkeypatch)
     return request.param
 
 
-def choose_form(form: str, monkeypatch) -> None:
+def choose_variant(variant: str, monkeypatch) -> None:
     config = dataclasses.replace(FUSION, programs=2)  # so that images share them
     monkeypatch.setattr(configs, "fusion", lambda *key: config)
-    monkeypatch.setattr(configs.FORMS, "asked_for", form.split()[0])
+    monkeypatch.setattr(configs.VARIANTS, "asked_for", variant.split()[0])
 
 
 def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -45,13 +45,13 @@ def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rule(form: str, dtype: torch.dtype, triton_device: str) -> None:
+def test_rule(variant: str, dtype: torch.dtype, triton_device: str) -> None:
     """Batches beyond a program's images, widths that are no multiple of a block, no biases."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=triton_device)
     check(120, 72, 9, 2, 33, dtype=dtype, biases=False, device=triton_device)
 
 
-def test_frozen_tokens(form: str, triton_device: str) -> None:
+def test_frozen_tokens(variant: str, triton_device: str) -> None:
     check_frozen_tokens("triton", triton_device)
 
 
@@ -68,7 +68,7 @@ def test_named_widths(own: int, channels: int, heads: int, triton_device: str) -
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("num_tokens", [0, 1, 2])
-def test_few_tokens(form: str, num_tokens: int, triton_device: str) -> None:
+def test_few_tokens(variant: str, num_tokens: int, triton_device: str) -> None:
     check(32, 48, 3, 3, num_tokens, device=triton_device)
 
 
@@ -89,13 +89,15 @@ def test_few_tokens(form: str, num_tokens: int, triton_device: str) -> None:
     biases=st.booleans(),
     scaled=st.booleans(),
 )
-def test_fuzz(form, triton_device, own, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
+def test_fuzz(
+    variant, triton_device, own, head_dim, heads, batch, num_tokens, dtype, biases, scaled
+):
     torch.manual_seed(2)
     sizes = (own, head_dim * heads, heads, batch, num_tokens)
     check(*sizes, dtype=dtype, biases=biases, scaled=scaled, device=triton_device)
 
 
-def test_large_mean_small_spread(form: str, triton_device: str) -> None:
+def test_large_mean_small_spread(variant: str, triton_device: str) -> None:
     check(64, 96, 3, 2, 50, mean=100.0, device=triton_device)
 
 
@@ -120,13 +122,13 @@ def test_an_image_depends_on_itself_alone(triton_device: str, monkeypatch) -> No
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(40, 48)))
     cls = torch.randn(7, 40, device=triton_device)
     tokens = torch.randn(7, 21, 48, device=triton_device)
-    choose_form("one kernel", monkeypatch)
+    choose_variant("one kernel", monkeypatch)
     expected = fusion(cls, tokens, weights)
     poisoned = tokens.clone()
     poisoned[2, 3, 5] = torch.nan
     others = [i for i in range(7) if i != 2]
-    for form in ("one kernel", "three kernels"):
-        choose_form(form, monkeypatch)
+    for variant in ("one kernel", "three kernels"):
+        choose_variant(variant, monkeypatch)
         for batch in (slice(0, 7), slice(5, 6)):
             for a, e in zip(fusion(cls[batch], tokens[batch], weights), expected, strict=True):
                 assert torch.equal(a, e[batch])
@@ -167,15 +169,15 @@ def test_operators_are_what_they_say(triton_device: str) -> None:
     check_operators(OPERATIONS["cross_attention_fusion"], inputs, 1e-6, "triton")
 
 
-def test_the_form_can_be_chosen(triton_device: str, monkeypatch) -> None:
+def test_the_variant_can_be_chosen(triton_device: str, monkeypatch) -> None:
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(24, 24)))
     cls, tokens = torch.randn(1, 24).to(triton_device), torch.randn(1, 3, 24).to(triton_device)
     ran = launches(monkeypatch)
-    for form in ("one", "three", "auto"):
-        with configs.FORMS.choose(form):
+    for variant in ("one", "three", "auto"):
+        with configs.VARIANTS.choose(variant):
             fusion(cls, tokens, weights)
     ran = [name for name in ran if "backward" not in name]
     three = ["fusion_before", "attention_core_forward", "fusion_after"]
     assert ran == ["fusion_forward", *three, "fusion_forward"]
-    with pytest.raises(ValueError, match="form: expected one of"):
-        configs.FORMS.choose("two").__enter__()
+    with pytest.raises(ValueError, match="variant: expected one of"):
+        configs.VARIANTS.choose("two").__enter__()

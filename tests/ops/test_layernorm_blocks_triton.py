@@ -28,9 +28,9 @@ NAMED_WIDTHS = [
 
 
 @pytest.fixture(params=["fused", "split", "library"])
-def form(request: pytest.FixtureRequest):
+def variant(request: pytest.FixtureRequest):
     """Which kernels a block takes, whatever its rows."""
-    with configs.FORMS.choose(request.param):
+    with configs.VARIANTS.choose(request.param):
         yield request.param
 
 
@@ -44,14 +44,14 @@ def ffn(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep", ["fast", "lean"])
-def test_msa(form: str, keep: str, dtype: torch.dtype, triton_device: str) -> None:
+def test_msa(variant: str, keep: str, dtype: torch.dtype, triton_device: str) -> None:
     options = {"dtype": dtype, "keep": keep, "device": triton_device}
     msa(96, 3, 3, 37, scaled=True, with_cls=True, **options)
     msa(64, 4, 2, 21, bias=False, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ffn(form: str, dtype: torch.dtype, triton_device: str) -> None:
+def test_ffn(variant: str, dtype: torch.dtype, triton_device: str) -> None:
     ffn(96, 384, 3, 37, dtype=dtype, scaled=True, device=triton_device)
     ffn(40, 88, 2, 21, dtype=dtype, device=triton_device)
 
@@ -59,14 +59,14 @@ def test_ffn(form: str, dtype: torch.dtype, triton_device: str) -> None:
 @pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("channels, heads, ratio", NAMED_WIDTHS)
 def test_named_widths(channels: int, heads: int, ratio: int, triton_device: str) -> None:
-    with configs.FORMS.choose("fused"):  # where the width allows
+    with configs.VARIANTS.choose("fused"):  # where the width allows
         msa(channels, heads, 2, 17, with_cls=True, dtype=torch.float16, device=triton_device)
         ffn(channels, ratio * channels, 2, 17, dtype=torch.float16, device=triton_device)
 
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("num_tokens", [1, 2, 70])
-def test_few_and_odd_tokens(form: str, num_tokens: int, triton_device: str) -> None:
+def test_few_and_odd_tokens(variant: str, num_tokens: int, triton_device: str) -> None:
     msa(32, 2, 3, num_tokens, scaled=True, with_cls=True, device=triton_device)
     ffn(32, 56, 3, num_tokens, scaled=True, device=triton_device)
 
@@ -89,7 +89,7 @@ def test_few_and_odd_tokens(form: str, num_tokens: int, triton_device: str) -> N
     keep=st.sampled_from(["fast", "lean"]),
 )
 def test_msa_fuzz(
-    form, triton_device, head_dim, heads, batch, num_tokens, dtype, scaled, with_cls, keep
+    variant, triton_device, head_dim, heads, batch, num_tokens, dtype, scaled, with_cls, keep
 ):
     torch.manual_seed(3)
     sizes = (head_dim * heads, heads, batch, num_tokens)
@@ -112,12 +112,12 @@ def test_msa_fuzz(
     dtype=st.sampled_from(DTYPES),
     scaled=st.booleans(),
 )
-def test_ffn_fuzz(form, triton_device, channels, hidden, batch, num_tokens, dtype, scaled):
+def test_ffn_fuzz(variant, triton_device, channels, hidden, batch, num_tokens, dtype, scaled):
     torch.manual_seed(4)
     ffn(channels, hidden, batch, num_tokens, dtype=dtype, scaled=scaled, device=triton_device)
 
 
-def test_large_mean_small_spread(form: str, triton_device: str) -> None:
+def test_large_mean_small_spread(variant: str, triton_device: str) -> None:
     msa(96, 3, 2, 50, mean=100.0, with_cls=True, device=triton_device)
     ffn(96, 288, 2, 50, mean=100.0, device=triton_device)
 
@@ -142,7 +142,7 @@ def with_gradient(function, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.slow_on_cpu
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value")  # numpy
 @pytest.mark.parametrize("half", ["msa", "ffn"])
-def test_an_image_depends_on_itself_alone(half: str, form: str, triton_device: str) -> None:
+def test_an_image_depends_on_itself_alone(half: str, variant: str, triton_device: str) -> None:
     """Not on its batch, nor on a NaN in another image."""
     function = blocks(triton_device)[half]
     # numpy's products, in the interpreter, depend on where in a tile a row is: whole tiles.
@@ -152,7 +152,7 @@ def test_an_image_depends_on_itself_alone(half: str, form: str, triton_device: s
     assert torch.equal(function(x), expected[0])
     one_by_one = [with_gradient(function, image[None]) for image in x]
     for found, whole in zip(zip(*one_by_one, strict=True), expected, strict=True):
-        if form == "library" or (half == "msa" and whole is expected[1]):
+        if variant == "library" or (half == "msa" and whole is expected[1]):
             torch.testing.assert_close(torch.cat(found), whole)  # products of torch's libraries
         else:
             assert torch.equal(torch.cat(found), whole)
@@ -164,7 +164,7 @@ def test_an_image_depends_on_itself_alone(half: str, form: str, triton_device: s
 
 
 @pytest.mark.parametrize("half", ["msa", "ffn"])
-def test_strided_tokens(half: str, form: str, triton_device: str) -> None:
+def test_strided_tokens(half: str, variant: str, triton_device: str) -> None:
     function = blocks(triton_device)[half]
     x = torch.randn(10, 3, 48, device=triton_device).transpose(0, 1)
     for found, expected in zip(
@@ -175,7 +175,7 @@ def test_strided_tokens(half: str, form: str, triton_device: str) -> None:
     assert torch.equal(function(misaligned), function(x))
 
 
-def test_huge_scores_do_not_overflow(form: str, triton_device: str) -> None:
+def test_huge_scores_do_not_overflow(variant: str, triton_device: str) -> None:
     weights = MsaWeights(*(w.float().to(triton_device) for w in msa_weights(48)))
     weights = weights._replace(qkv_weight=weights.qkv_weight * 1e4)
     x = torch.randn(2, 30, 48, device=triton_device)
@@ -189,7 +189,9 @@ def test_lean_gives_what_fast_gives(triton_device: str) -> None:
     results = []
     for keep in ("fast", "lean"):
         torch.manual_seed(1)
-        with configs.FORMS.choose("split"):  # backward recomputes with the kernels of this form
+        with configs.VARIANTS.choose(
+            "split"
+        ):  # backward recomputes with the kernels of this variant
             results.append(with_gradient(blocks(triton_device, keep)["msa"], x))
     for fast, lean in zip(*results, strict=True):
         assert torch.equal(fast, lean)
@@ -246,7 +248,10 @@ def test_why_not(triton_device: str) -> None:
         ck.layernorm_msa(x, weights, 2, backend="triton")
     with pytest.raises(ValueError, match="there are no tokens"):
         ck.layernorm_msa(x[:0], weights, 3, backend="triton")
-    with pytest.raises(ValueError, match="form: expected one of"), configs.FORMS.choose("two"):
+    with (
+        pytest.raises(ValueError, match="variant: expected one of"),
+        configs.VARIANTS.choose("two"),
+    ):
         pass
 
 
