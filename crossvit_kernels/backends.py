@@ -213,8 +213,8 @@ def is_plain_eager(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-# Modes such as FakeTensorMode or a default device, and transforms such as vmap; if this torch cannot
-# report them, they are assumed to be active.
+# Modes such as FakeTensorMode or a default device, and transforms such as vmap; assumed active if
+# this torch cannot report them.
 _num_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _num_function_modes: Any = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 _transform: Any = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")

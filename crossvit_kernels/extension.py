@@ -29,7 +29,7 @@ _NOTHING = 0
 
 
 class CudaKernels(NamedTuple):
-    """Functions that launch CUDA kernels (csrc/bindings/cuda.cpp), and their tensors' device type."""
+    """The launchers of CUDA kernels (csrc/bindings/cuda.cpp), and the device type they take."""
 
     functions: Any
     device_type: str

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Up to this many images side_by_side uses two streams. A guess, not measured: at one image a kernel
-#: of CrossViT-15's L branch has 24 to 72 programs, and a GPU has more than 100 SMs.
+#: Up to this many images side_by_side uses two streams. A guess, not measured: on one image kernels
+#: of CrossViT-15's L branch have 24 to 72 programs, and a GPU has more than 100 SMs.
 FEW_IMAGES = 16
 
 

@@ -167,7 +167,7 @@ KERNELS = {
 }
 
 
-# Those that need most registers, in the specializations with most and with fewest tensors, in large tiles.
+# Kernels that need most registers, with most and with fewest tensors, in large tiles.
 A_FEW = """
 import dataclasses, json
 from crossvit_kernels.inspect import ahead_of_time, compile_cases
@@ -193,7 +193,7 @@ def test_what_kernels_compile_to() -> None:
 
 
 def test_every_kernel_is_inspected() -> None:
-    """Every Triton kernel, in each specialization once, with the tensors of inference and of training."""
+    """Every Triton kernel, each specialization once, for inference and for training."""
     pytest.importorskip("triton")
     code = (
         "import json\n"
@@ -235,7 +235,7 @@ def test_what_models_compile_to(kernel: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("kernel", ["fusion_", "attention", "linear", "ffn"])
 def test_what_kernels_compile_to_at_all_widths(kernel: str, dtype: str, arch: str) -> None:
-    """In all specializations in bfloat16 on sm_90, elsewhere in those with most and with fewest tensors."""
+    """All specializations in bfloat16 on sm_90, elsewhere those with most and fewest tensors."""
     quick = () if (arch, dtype) == ("90", "bf16") else ("--quick",)
     check_compiled("--arch", arch, "--dtype", dtype, "--kernel", kernel, *quick)
 

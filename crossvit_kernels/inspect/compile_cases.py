@@ -1,4 +1,4 @@
-"""Every way in which operations launch their Triton kernels, on tensors without memory."""
+"""Every specialization of the operations' Triton kernels, recorded on tensors without memory."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from crossvit_kernels.ops.operator import Operation
 
 #: (C_cls, C, heads) of all fusions of the named models: Ti, S, B, 9, 15, 18.
 WIDTHS = tuple(
-    (own, channels, heads)
+    (cls_dim, channels, heads)
     for small, heads in ((96, 3), (192, 6), (384, 12), (128, 4), (224, 7))
-    for own, channels in ((small, 2 * small), (2 * small, small))
+    for cls_dim, channels in ((small, 2 * small), (2 * small, small))
 )
 #: (C, heads, hidden units) of all their transformer blocks.
 BLOCKS = tuple(
@@ -44,7 +44,7 @@ BLOCKS = tuple(
 )
 
 _EPS = 1e-6
-#: Images that one kernel does; that three do, with as few and as many to a program as there are.
+#: Batches for one kernel, and for three with the fewest and the most images per program.
 _BATCHES = (1, 65, 1024)
 
 
@@ -55,14 +55,14 @@ def compile_cases(
     blocks: Sequence[tuple[int, int, int]] = BLOCKS,
     variants: Sequence[str] = configs.VARIANTS.names,
 ) -> list[CompileCase]:
-    """Every specialization that is launched, for tokens of these dtypes and widths.
+    """Return every specialization that is launched for tokens of these dtypes and widths.
 
     Args:
         sm: Compute capability, 90 for 9.0.
         dtypes: Names in ahead_of_time.DTYPES.
         widths: (C_cls, C, heads) of fusions.
         blocks: (C, heads, hidden units) of transformer blocks.
-        variants: Those of blocks; names in configs.VARIANTS.
+        variants: Variants of blocks: names in configs.VARIANTS.
     """
 
     def runs() -> Iterator[Callable[[], object]]:
@@ -70,8 +70,8 @@ def compile_cases(
             dtype = ahead_of_time.DTYPES[name]
             for channels, heads in sorted({(c, h) for _, c, h in widths}):
                 yield functools.partial(_core, dtype.tokens, channels, heads)
-            for own, channels, heads in widths:
-                yield functools.partial(_fusion, dtype, own, channels, heads)
+            for cls_dim, channels, heads in widths:
+                yield functools.partial(_fusion, dtype, cls_dim, channels, heads)
             for channels, heads in sorted({(c, h) for c, h, _ in blocks}):
                 yield from in_variants(functools.partial(_msa, dtype, channels, heads))
             for channels, hidden in sorted({(c, f) for c, _, f in blocks}):
@@ -84,10 +84,10 @@ def compile_cases(
     return ahead_of_time.recorded(sm, runs())
 
 
-def extremes(found: Sequence[CompileCase]) -> list[CompileCase]:
-    """Of a kernel's forms that differ in which tensors there are, those with most and fewest."""
+def extremes(cases: Sequence[CompileCase]) -> list[CompileCase]:
+    """Keep those with most and fewest tensors of the cases that differ only in these."""
     alike: dict[Hashable, list[CompileCase]] = {}
-    for case in found:
+    for case in cases:
         specialization = case.specialization
         alike.setdefault(
             (case.name, specialization.candidates, specialization.constants), []
@@ -108,7 +108,7 @@ def _in_variant(variant: str, run: Callable[[], object]) -> None:
 def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
     """Forward and backward, over tokens [1, N, C].
 
-    With LayerNorm in all variants; without it with and without a mask; and over a split image.
+    With LayerNorm in all combinations; without it, with and without a mask; and a split image.
     """
     x, many = (empty((1, n, channels), dtype) for n in (16, TokenPass.split_size + 1))
     u, mask = empty((1, num_queries, channels), torch.float32), empty((1, 16), torch.bool)
@@ -121,7 +121,7 @@ def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
 
 
 def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int) -> None:
-    """With drop path and without; backward without also without the tokens' gradient."""
+    """With drop path and without, the latter also without the tokens' gradient."""
     weights = _weights(FusionWeights, FUSION_SHAPES, {"C_cls": cls_dim, "C": channels}, dtypes)
     for batch in _BATCHES:
         cls = empty((batch, cls_dim), dtypes.tokens)
@@ -160,14 +160,14 @@ def _ffn(dtypes: Dtypes, channels: int, hidden: int) -> None:
 def both_ways(
     operation: Operation, inputs: Any, eps: float | None, keep: str = "fast", frozen: str = ""
 ) -> None:
-    """Run Triton forward and, where something is kept, backward, around autograd and dispatch.
+    """Run Triton forward and, unless keep is "", backward, bypassing autograd and dispatch.
 
     Args:
-        operation: Of the inputs.
+        operation: The operation.
         inputs: Its inputs.
         eps: LayerNorm's.
         keep: What forward keeps; "" for no backward.
-        frozen: A field; backward then also runs without its gradient.
+        frozen: A field; if given, backward also runs without its gradient.
     """
     triton = operation.backends["triton"]
     outputs, saved = triton.forward(inputs, eps, keep)

@@ -189,9 +189,7 @@ def test_lean_gives_what_fast_gives(triton_device: str) -> None:
     results = []
     for keep in ("fast", "lean"):
         torch.manual_seed(1)
-        with configs.VARIANTS.choose(
-            "split"
-        ):  # backward recomputes with the kernels of this variant
+        with configs.VARIANTS.choose("split"):  # backward recomputes with this variant's kernels
             results.append(with_gradient(blocks(triton_device, keep)["msa"], x))
     for fast, lean in zip(*results, strict=True):
         assert torch.equal(fast, lean)
