@@ -37,7 +37,7 @@ _orders: dict[str, Mapping[int, tuple[str, ...]]] = {}
 
 
 class Backends(dict[str, bool]):
-    """Backend name -> usable here; ``reasons`` says why the others are not."""
+    """Maps backend names to whether they are usable; ``reasons`` says why the others are not."""
 
     def __init__(self, reasons: Mapping[str, str | None]) -> None:
         super().__init__({name: reason is None for name, reason in reasons.items()})

@@ -43,7 +43,7 @@ def attention_core(
     return_weights: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """Attention of any queries over tokens that are LayerNorm-ed on the fly.
+    """Attention of arbitrary queries over tokens that are LayerNorm-ed on the fly.
 
     ``m_r = sum_n p_rn xhat_n`` with ``p_r = softmax_n(u_r . xhat_n)`` and ``xhat`` the tokens after
     a LayerNorm without affine parameters. Keys and values are never materialised: u holds queries

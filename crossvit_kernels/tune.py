@@ -329,7 +329,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=_DTYPES, default="bf16")
     add("--batch", type=int, default=256)
     add("--tokens", type=int, default=401)
-    add("--limit", type=int, help="try only so many candidates")
+    add("--limit", type=int, help="maximum number of candidates to try")
     add("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     if set(options.kernels) - set(KERNELS):

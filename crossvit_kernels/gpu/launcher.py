@@ -26,7 +26,7 @@ from crossvit_kernels.gpu.tables import ALIGN, Candidate, Candidates
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 1536
-_ALIGNMENT = 16  # bytes; pointers so aligned allow wide loads
+_ALIGNMENT = 16  # bytes, required for wide loads
 _INT32_MAX = 2**31 - 1
 
 Tensors = tuple[Tensor | None, ...]

@@ -106,7 +106,7 @@ def _in_variant(variant: str, run: Callable[[], object]) -> None:
 
 
 def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
-    """Forward and backward, over tokens [1, N, C].
+    """Run forward and backward over tokens [1, N, C].
 
     With LayerNorm in all combinations; without it, with and without a mask; and a split image.
     """
@@ -121,7 +121,7 @@ def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
 
 
 def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int) -> None:
-    """With drop path and without, the latter also without the tokens' gradient."""
+    """Run with and without drop path, the latter also without the tokens' gradient."""
     weights = _weights(FusionWeights, FUSION_SHAPES, {"C_cls": cls_dim, "C": channels}, dtypes)
     for batch in _BATCHES:
         cls = empty((batch, cls_dim), dtypes.tokens)
@@ -134,7 +134,7 @@ def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int) -> None:
 
 
 def _msa(dtypes: Dtypes, channels: int, heads: int) -> None:
-    """Inference, and training with drop path and without."""
+    """Run inference, and training with and without drop path."""
     weights = _weights(MsaWeights, MSA_SHAPES, {"C": channels}, dtypes)
     for num_rows in (16, configs.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)
@@ -148,7 +148,7 @@ def _msa(dtypes: Dtypes, channels: int, heads: int) -> None:
 
 
 def _ffn(dtypes: Dtypes, channels: int, hidden: int) -> None:
-    """Inference, and training with drop path and without."""
+    """Run inference, and training with and without drop path."""
     weights = _weights(FfnWeights, FFN_SHAPES, {"C": channels, "F": hidden}, dtypes)
     for num_rows in (16, configs.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)

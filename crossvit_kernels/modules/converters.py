@@ -28,7 +28,7 @@ def load(module: Module, state: dict[str, Tensor], source: nn.Module) -> Module:
 
 
 def timm_block(block: nn.Module) -> Converted:
-    """``vision_transformer.Block`` as a TransformerBlock; ``eps2`` is that of norm2."""
+    """Convert ``vision_transformer.Block`` to a TransformerBlock; ``eps2`` is that of norm2."""
     source = _Source(block, ("Block",), "vision_transformer")
     source.has_only("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
     attn = source.child("attn")
@@ -54,7 +54,7 @@ def timm_block(block: nn.Module) -> Converted:
 
 
 def timm_fusion(block: nn.Module, branch: int) -> Converted:
-    """One branch of ``crossvit.MultiScaleBlock`` as a CrossAttentionFusion."""
+    """Convert one branch of ``crossvit.MultiScaleBlock`` to a CrossAttentionFusion."""
     source = _Source(block, ("MultiScaleBlock",), "crossvit")
     if branch not in (0, 1):
         raise ValueError(f"branch: expected 0 or 1, found {branch!r}")
@@ -93,7 +93,7 @@ def timm_fusion(block: nn.Module, branch: int) -> Converted:
 
 
 def timm_class_attention(attention: nn.Module) -> Converted:
-    """``cait.ClassAttn`` as a ClassAttention."""
+    """Convert ``cait.ClassAttn`` to a ClassAttention."""
     source = _Source(attention, ("ClassAttn",), "cait")
     source.has_only("q", "k", "v", "proj", "attn_drop")
     state = {k: t for name in ("q", "k", "v") for k, t in source.linear(name).items()}
@@ -108,7 +108,7 @@ def timm_class_attention(attention: nn.Module) -> Converted:
 
 
 def timm_latent_pool(pool: nn.Module) -> Converted:
-    """``AttentionPoolLatent`` as a MAPHead."""
+    """Convert ``AttentionPoolLatent`` to a MAPHead."""
     source = _Source(pool, ("AttentionPoolLatent",), "attention_pool")
     source.has_only("q", "kv", "proj", "norm", "mlp")
     module = source.module
@@ -136,7 +136,7 @@ def timm_latent_pool(pool: nn.Module) -> Converted:
 
 
 def transformers_map_head(head: nn.Module) -> Converted:
-    """``Siglip[2]MultiheadAttentionPoolingHead`` as a MAPHead."""
+    """Convert ``Siglip[2]MultiheadAttentionPoolingHead`` to a MAPHead."""
     names = [f"Siglip{version}MultiheadAttentionPoolingHead" for version in ("", "2")]
     source = _Source(head, (*names, "SiglipVisionMultiheadAttentionPoolingHead"), "")
     source.has_only("attention", "layernorm", "mlp")
@@ -167,7 +167,7 @@ def transformers_map_head(head: nn.Module) -> Converted:
 
 
 def transformers_probe(pooler: nn.Module) -> Converted:
-    """``VJEPA2AttentivePooler`` without self-attention layers as an AttentiveProbe."""
+    """Convert ``VJEPA2AttentivePooler`` without self-attention layers to an AttentiveProbe."""
     source = _Source(pooler, ("VJEPA2AttentivePooler",), "")
     source.has_only("cross_attention_layer", "self_attention_layers")
     layers = len(source.module.self_attention_layers)

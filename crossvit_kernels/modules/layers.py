@@ -232,7 +232,7 @@ class ProbeAttention(Attention):
 
 
 class ProbeBlock(nn.Module):
-    """V-JEPA's ``CrossAttentionBlock``: the LayerNorm before attention is on the tokens alone."""
+    """V-JEPA's ``CrossAttentionBlock``: only the tokens are normalised before attention."""
 
     def __init__(
         self, dim: int, num_heads: int, hidden_dim: int, qkv_bias: bool, out_proj: bool, eps: float

@@ -272,7 +272,7 @@ class ClassAttention(FusedModule):
 
 
 class AttentionPool2d(FusedModule):
-    """CLIP's pooling of a feature map: the mean position attends to itself and all positions.
+    """CLIP's pooling of a feature map: the mean of all positions attends to itself and to them.
 
     Replaces ``AttentionPool2d`` in the ``ModifiedResNet`` of CLIP and open_clip.
 

@@ -46,7 +46,7 @@ class Shape(InChunks):
     align: int = tables.ALIGN
 
     def describe(self) -> str:
-        """For the report of ``crossvit_kernels.inspect``."""
+        """Describe it, for the report of ``crossvit_kernels.inspect``."""
         norm = "" if self.normalize else " as they are"
         return f"C {self.channels}{norm}, {self.num_rows} rows, {self.tokens}x{self.chunk}"
 

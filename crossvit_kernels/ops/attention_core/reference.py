@@ -1,4 +1,4 @@
-"""attention_core in plain PyTorch: the definition of correct.
+"""attention_core in plain PyTorch: the reference definition.
 
 xhat_n = (x_n - mean_n) / sqrt(var_n + eps)
 s_rn   = u_r . xhat_n

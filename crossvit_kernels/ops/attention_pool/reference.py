@@ -1,4 +1,4 @@
-"""attention_pool in plain PyTorch, with materialised keys and values: the definition of correct."""
+"""attention_pool in plain PyTorch, with materialised keys and values: the reference."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class LayerShape(InChunks):
     normalize: bool = True
 
     def describe(self) -> str:
-        """For the report of ``crossvit_kernels.inspect``."""
+        """Describe it, for the report of ``crossvit_kernels.inspect``."""
         return f"C {self.channels}, {self.inner}, {self.rows}x{self.columns}x{self.chunk}"
 
 

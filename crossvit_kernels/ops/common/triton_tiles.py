@@ -206,7 +206,7 @@ def load_residual_scale(
 
 @triton.jit
 def normal_distribution(x):
-    """Phi(x), of which gelu(x) = x Phi(x)."""
+    """Phi(x), the normal CDF: gelu(x) = x Phi(x)."""
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 

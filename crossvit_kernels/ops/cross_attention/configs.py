@@ -54,7 +54,7 @@ class FusionShape:
     precision: str
 
     def describe(self) -> str:
-        """For the report of ``crossvit_kernels.inspect``."""
+        """Describe it, for the report of ``crossvit_kernels.inspect``."""
         sizes = f"{self.images} images, {self.block_k}x{self.block_n}"
         return f"cls {self.cls_dim} of {self.channels}, {self.heads} heads, {sizes}"
 
@@ -182,7 +182,7 @@ def fusion(table: Table[TokenPass], sm: int, channels: int) -> Fusion:
     if table is BACKWARD and channels > 448:
         return _FUSION_IN_THREE
     if table is BACKWARD and channels > 384 and sm == 80:
-        return Fusion(block_n=32)  # an A100 again
+        return Fusion(block_n=32)  # A100
     return _FUSION
 
 

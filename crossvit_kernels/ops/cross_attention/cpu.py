@@ -118,7 +118,7 @@ def backward(
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, C] -> [h, B, d], a view."""
+    """View [B, C] as [h, B, d]."""
     return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(0, 1)
 
 
