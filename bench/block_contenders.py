@@ -134,7 +134,7 @@ def contenders(part: str, size: BlockSize, options: argparse.Namespace) -> list[
         call = ours(part, size, backend)
         variants = ("fused", "split", "library") if backend == "triton" else ("auto",)
         for variant in variants:
-            within = functools.partial(configs.FORMS.choose, variant)
+            within = functools.partial(configs.VARIANTS.choose, variant)
             shown = "" if variant == "auto" else variant
             candidates.append(our_contender(backend, call, options, shown, within=within))
         if backend == "triton" and part != "ffn":

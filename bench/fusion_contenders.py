@@ -252,8 +252,8 @@ def contenders(options: argparse.Namespace, shape: Shape) -> list[Contender]:
 
     candidates += [our_contender(backend, ours(backend), options) for backend in options.backends]
     if "triton" in options.backends and not shape.other:
-        for variant in configs.FORMS.names[1:]:  # the first is "auto"
-            within = functools.partial(configs.FORMS.choose, variant)
+        for variant in configs.VARIANTS.names[1:]:  # the first is "auto"
+            within = functools.partial(configs.VARIANTS.choose, variant)
             facts = {"within": within, "may_decline": True}
             candidates.append(our_contender("triton", ours("triton"), options, variant, **facts))
     return candidates

@@ -1,4 +1,4 @@
-"""``python -m crossvit_kernels``: what a bug report needs to say about this machine."""
+"""``python -m crossvit_kernels``: the information about this machine for a bug report."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _extension() -> str:
 
 
 def report() -> str:
-    """Versions, devices, and each backend with the reason where it is not usable."""
+    """Return versions, devices, and each backend with the reason if it is not usable."""
     environment = {
         name: value
         for name, value in os.environ.items()

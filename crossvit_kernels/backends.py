@@ -1,8 +1,7 @@
-"""Which backends exist here, which one runs a call, and which calls none of them may see.
+"""Which backends are usable here, which one runs a call, and which calls only the reference runs.
 
-Each operation names, per backend, a function that says why it cannot run an input, or None where
-it can (``BACKENDS`` in its op.py). The choice is the first that can, in the order below; the
-reference can run everything.
+Each operation has, per backend, a module whose ``why_not`` returns why it cannot run an input, or
+None. The first backend that can is chosen, in the order below; the reference can run everything.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from torch.autograd import forward_ad
 from crossvit_kernels import extension
 from crossvit_kernels.gpu import launcher
 
-#: "triton" runs on a CPU only where it is interpreted, at a snail's pace. "reference" is eager
-#: PyTorch, on any device.
+#: On a CPU "triton" runs only in its interpreter, very slowly. "reference" is eager PyTorch, on any
+#: device.
 NAMES = ("cuda", "cpu", "triton", "reference")
 
 _ON_A_CPU = ("cpu", "cuda", "triton")  # the last two for tests
@@ -28,17 +27,17 @@ _ON_A_GPU = {0: ("triton",), 80: ("cuda", "triton")}
 
 ENVIRONMENT_VARIABLE = "CROSSVIT_KERNELS_BACKEND"
 
-# What use_backend() asks for; None outside of it. A plain global rather than a context variable:
-# torch.compile guards on it, so that compiled functions follow a change.
+# The backend of use_backend(); None outside of it. A plain global rather than a context variable:
+# torch.compile guards on it, so compiled functions respect a change.
 _requested: str | None = None
 
-# operation -> backends that have kernels for it, and those to try on a GPU.
+# operation -> backends that have kernels for it; their order on a GPU.
 _operations: dict[str, tuple[str, ...]] = {}
 _orders: dict[str, Mapping[int, tuple[str, ...]]] = {}
 
 
 class Backends(dict[str, bool]):
-    """Backend name -> usable here; ``reasons`` says why the others are not."""
+    """Maps backend names to whether they are usable; ``reasons`` says why the others are not."""
 
     def __init__(self, reasons: Mapping[str, str | None]) -> None:
         super().__init__({name: reason is None for name, reason in reasons.items()})
@@ -53,12 +52,12 @@ class Backends(dict[str, bool]):
 
 
 def backends() -> Backends:
-    """The backends, whether each can be used on this machine, and why not.
+    """Return the backends, whether each is usable on this machine, and if not, why.
 
     Returns:
         A dict of name to bool, e.g. ``{"reference": True, "cpu": True, "cuda": False, "triton":
         False}``, whose attribute ``reasons`` maps each unusable backend to the reason. An
-        operation may still decline an input that its backend could run otherwise.
+        operation may still reject an input on a usable backend.
     """
     reasons = {
         "reference": None,
@@ -80,8 +79,8 @@ def register_operation(
     Args:
         operation: Its name.
         names: The backends that have kernels for it.
-        order: In which they are tried on a GPU, from a compute capability on, 90 for 9.0; by
-            default CUDA before Triton. Predicted (docs/cuda.md, docs/performance.md), not measured.
+        order: Their order on a GPU by minimum compute capability, 90 for 9.0; by default CUDA
+            before Triton. Predicted (docs/cuda.md, docs/performance.md), not measured.
     """
     _operations[operation] = names
     _orders[operation] = {**_ON_A_GPU, **(order or {})}
@@ -110,7 +109,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: One of ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``. The setting
-            is that of the process, not of a thread.
+            applies to the process, not to a thread.
 
     Raises:
         ValueError: ``name`` is no backend. A call in the block that the backend cannot run raises
@@ -131,7 +130,7 @@ def check_name(name: str) -> None:
 
 
 def order(operation: str, device: torch.device) -> tuple[str, ...]:
-    """The backends of an operation on a device, fastest first."""
+    """Return the backends of an operation on a device, fastest first."""
     if device.type != "cuda":
         return _ON_A_CPU
     capability = extension.compute_capability(device)
@@ -147,17 +146,16 @@ def choose(
     why_not: Callable[[Any], str | None],
     prefer_reference: bool = False,
 ) -> str:
-    """The backend that runs a call of ``operation``.
+    """Choose the backend that runs a call of ``operation``.
 
     Args:
         operation: Name, for messages.
         requested: The call's ``backend`` argument; None for that of ``use_backend`` or, outside
             of it, of the environment.
-        modules: For each backend with kernels, the module that runs it.
-        device: Where the call's tensors are.
-        why_not: Says of such a module why it cannot run this call; None where it can.
-        prefer_reference: Whether the reference is the faster one here; a named backend runs all
-            the same.
+        modules: The module of each backend with kernels.
+        device: The device of the call's tensors.
+        why_not: Returns why a module cannot run this call, or None.
+        prefer_reference: Whether the reference is faster here; a named backend takes precedence.
 
     Raises:
         ValueError: The backend is unknown, or was named and cannot run the call.
@@ -186,12 +184,12 @@ def choose(
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """The type of all arithmetic on tokens x: float64 for float64, else float32."""
+    """Return the dtype of arithmetic on tokens x: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives to matrix products on t's device; None where it is off."""
+    """Return autocast's dtype of matrix products on t's device; None if it is off."""
     device_type = t.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # meta has no autocast
         return None
@@ -202,7 +200,7 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def is_plain_eager(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the dispatcher can be bypassed: the kernel alone has to see the call."""
+    """Whether the dispatcher can be bypassed: only the kernel needs to see the call."""
     return not (
         torch.compiler.is_compiling()
         or _num_dispatch_modes()
@@ -215,12 +213,12 @@ def is_plain_eager(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-# Modes such as FakeTensorMode or a default device, and transforms such as vmap; a torch that does
-# not say whether one is on is taken to have it on.
+# Modes such as FakeTensorMode or a default device, and transforms such as vmap; assumed active if
+# this torch cannot report them.
 _num_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _num_function_modes: Any = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 _transform: Any = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
-# The vmap that torch.autograd.grad has of its own.
+# The internal vmap of torch.autograd.grad.
 _BATCHED_GRADIENTS = torch._C._dispatch_key_parse("VmapMode")
 
 
@@ -234,12 +232,12 @@ def why_not_fused(
     dropout_p: float = 0.0,
     residual_scale: Tensor | None = None,
 ) -> str | None:
-    """What only the reference does, on every backend.
+    """Return why only the reference can run a call, or None.
 
     Args:
-        *tensors: All tensors of the call; residual_scale may be among them.
+        *tensors: All tensors of the call; may include residual_scale.
         dropout_p: Attention dropout.
-        residual_scale: As the operations take it.
+        residual_scale: [B] or None.
     """
     if dropout_p > 0:
         return f"attention dropout is not fused (dropout_p={dropout_p})"
@@ -249,11 +247,11 @@ def why_not_fused(
 
 
 def why_no_kernel(tensors: Sequence[Tensor | None]) -> str | None:
-    """Why the memory of these tensors is not all that a call must see; None where it is.
+    """Return why kernels cannot handle these tensors by their memory alone, or None.
 
-    A kernel reads addresses. What torch attaches to its own operators (a trace, a tangent, a
-    batch dimension of vmap, the shards of a DTensor, a negation that is still to be done) it
-    neither reads nor passes on, but the reference does, as it is made of torch's operators.
+    A kernel reads addresses. It neither sees nor propagates what torch attaches to its operators (a
+    trace, a tangent, a batch dimension of vmap, the shards of a DTensor, a pending negation); the
+    reference does, as it consists of torch's operators.
     """
     if torch.compiler.is_compiling():
         return None
@@ -278,18 +276,18 @@ def why_no_kernel(tensors: Sequence[Tensor | None]) -> str | None:
 
 
 def overrides_functions(kind: type) -> bool:
-    """Whether a type of tensors says itself what torch's functions do with them."""
+    """Whether a tensor type overrides torch's functions."""
     function: Any = getattr(kind, "__torch_function__", None)
-    usual: Any = torch.Tensor.__torch_function__
+    default: Any = torch.Tensor.__torch_function__
     return (
         function is not torch._C._disabled_torch_function_impl
-        and getattr(function, "__func__", None) is not usual.__func__
+        and getattr(function, "__func__", None) is not default.__func__
     )
 
 
 def _is_wrapper(kind: type) -> bool:
-    """Whether tensors of a type run torch's operators in Python, in place of memory; those that
-    torch itself traces with take custom operators as they are.
+    """Whether tensors of a type implement torch's operators in Python instead of having memory.
+    The types that torch traces with do not count: they support custom operators.
     """
     dispatches = getattr(kind, "__torch_dispatch__", None)
     if dispatches is torch._C._disabled_torch_dispatch_impl:

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: they raise before any kernel starts."""
+"""Argument checks of the public functions, which raise before any kernel is launched."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def tensor(name: str, t: object, *shape: int | str) -> None:
-    """A floating-point tensor of a shape; letters stand for sizes that are free."""
+    """Check for a floating-point tensor of a shape; letters stand for arbitrary sizes."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a tensor, found {type(t).__name__}")
     if t.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, found {t.dtype}")
     if t.layout != torch.strided or t.is_nested:
-        found = "a nested tensor" if t.is_nested else t.layout
-        raise TypeError(f"{name}: expected a dense tensor (torch.strided), found {found}")
+        layout = "a nested tensor" if t.is_nested else t.layout
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), found {layout}")
     fits = t.dim() == len(shape) and all(
-        isinstance(size, str) or size == found for size, found in zip(shape, t.shape, strict=True)
+        isinstance(size, str) or size == actual for size, actual in zip(shape, t.shape, strict=True)
     )
     if not fits:
         raise ValueError(f"{name}: expected shape {_show(shape)}, found {_show(t.shape)}")
@@ -34,7 +34,7 @@ def optional_tensor(name: str, t: object, *shape: int | str) -> None:
 
 
 def unit_stride(name: str, t: Tensor) -> None:
-    """Rows must be contiguous: a kernel reads them in whole vectors."""
+    """Check that rows are contiguous: kernels use vector loads."""
     if t.shape[-1] > 1 and t.stride(-1) != 1:
         raise ValueError(
             f"{name}: expected unit stride in the last dimension, found strides {t.stride()}; "
@@ -43,7 +43,7 @@ def unit_stride(name: str, t: Tensor) -> None:
 
 
 def same_device_and_dtype(like_name: str, like: Tensor, **tensors: Tensor | None) -> None:
-    """One device for all and one dtype; autocast may mix all but float64."""
+    """Check for one device and one dtype; under autocast dtypes may mix, except float64."""
     for name, t in tensors.items():
         if t is None:
             continue
@@ -59,7 +59,7 @@ def same_device_and_dtype(like_name: str, like: Tensor, **tensors: Tensor | None
 
 
 def _autocast_is_on(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta has none
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta has no autocast
 
 
 def some_channels(name: str, t: Tensor) -> None:
@@ -100,7 +100,7 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def key_mask(mask: Tensor | None, tokens: Tensor) -> None:
-    """Bool [B, N] for tokens [B, N, C]."""
+    """Check for a bool mask [B, N] for tokens [B, N, C], or None."""
     if mask is None:
         return
     if not isinstance(mask, Tensor):
@@ -135,10 +135,10 @@ def weights(
     sizes: dict[str, int],
     like: Tensor,
 ) -> None:
-    """Every field of a NamedTuple of weights: shape, device, dtype."""
+    """Check every field of a NamedTuple of weights: shape, device, dtype."""
     if not isinstance(given, kind):
         raise TypeError(f"weights: expected {kind.__name__}, found {type(given).__name__}")
-    # Good weights are the rule and host time counts: only a mismatch is looked into.
+    # The fast path for valid weights, as host time matters; only a mismatch is examined.
     if not torch.compiler.is_compiling() and _fit(given, shapes, sizes, like):
         return
     for name, t in zip(given._fields, given, strict=True):
@@ -151,7 +151,7 @@ def weights(
 
 
 def _fit(given: Any, shapes: Shapes, sizes: dict[str, int], like: Tensor) -> bool:
-    """Whether all weights are there and as expected; loops in C."""
+    """Whether all weights are present and as expected; loops in C."""
     try:
         return (
             list(map(_shape, given)) == _expected(tuple(shapes.values()), tuple(sizes.items()))
@@ -159,7 +159,7 @@ def _fit(given: Any, shapes: Shapes, sizes: dict[str, int], like: Tensor) -> boo
             and set(map(_device, given)) == {like.device}
             and set(map(_layout, given)) == {torch.strided}
         )
-    except (AttributeError, TypeError):  # None, no tensor, a symbolic size
+    except (AttributeError, TypeError):  # None, not a tensor, a symbolic size
         return False
 
 

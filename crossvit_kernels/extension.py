@@ -1,6 +1,6 @@
-"""The compiled extension ``_C``: whether it is there, and tensors as it takes them.
+"""The compiled extension ``_C``: whether it is available, and its arguments.
 
-The extension knows nothing of torch: a tensor crosses as a tuple of its address, dtype code and
+The extension does not depend on torch: a tensor is passed as a tuple of its address, dtype code and
 strides in elements (csrc/bindings/).
 """
 
@@ -31,18 +31,18 @@ _NOTHING = 0
 
 
 class CudaKernels(NamedTuple):
-    """What starts CUDA kernels: functions (csrc/bindings/cuda.cpp), and whose tensors they take."""
+    """The launchers of CUDA kernels (csrc/bindings/cuda.cpp), and the device type they take."""
 
     functions: Any
     device_type: str
 
 
-#: None where the extension has none. The tests put a build of the same sources for the CPU here.
+#: None if the extension has none. Tests replace it by a build of the same sources for the CPU.
 cuda_kernels = CudaKernels(_C.cuda, "cuda") if _C and _C.cuda_architectures else None
 
 
 def why_not_cuda_kernels(x: Tensor) -> str | None:
-    """Why no CUDA kernel can take x; None where some can."""
+    """Return why no CUDA kernel can take x, or None."""
     if cuda_kernels is None:
         return missing or NO_CUDA
     if x.device.type != cuda_kernels.device_type:
@@ -57,7 +57,7 @@ def why_not_cuda_kernels(x: Tensor) -> str | None:
 
 
 def compute_capability(device: torch.device) -> int:
-    """90 for 9.0."""
+    """Return the compute capability, 90 for 9.0."""
     properties = torch.cuda.get_device_properties(device)
     return 10 * properties.major + properties.minor
 
@@ -124,7 +124,7 @@ def multiprocessors(device: torch.device) -> Multiprocessors:
 
 
 def shared_bytes_of_block(x: Tensor) -> int:
-    """Shared memory that a block of threads may have on x's device."""
+    """Return the maximum shared memory of a block on x's device."""
     if not x.is_cuda:
         return 227 * 1024
     properties = torch.cuda.get_device_properties(x.device)
@@ -132,13 +132,13 @@ def shared_bytes_of_block(x: Tensor) -> int:
 
 
 def place(x: Tensor) -> tuple[int, int]:
-    """Where a kernel on x runs: the device's index, the address of its current stream."""
+    """Return where a kernel on x runs: the device index and the current stream's address."""
     if not x.is_cuda:
         return 0, _NOTHING
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
-#: Why an extension without CUDA has none.
+#: Why the extension has no CUDA kernels.
 NO_CUDA = (
     "the extension was built without CUDA: no CUDA toolkit was found, or "
     "CROSSVIT_BUILD_CUDA=0 was set"
@@ -146,22 +146,22 @@ NO_CUDA = (
 
 
 def cuda_architectures() -> list[str]:
-    """Compute capabilities that the extension's CUDA code was compiled for; empty without CUDA."""
+    """Return the compute capabilities that the CUDA code was compiled for; [] without CUDA."""
     return _C.cuda_architectures.split(";") if _C and _C.cuda_architectures else []
 
 
 def location() -> str:
-    """The file of the extension."""
+    """Return the path of the extension."""
     return str(_C.__file__)
 
 
 def cpu_instruction_set() -> str:
-    """The level that the CPU kernels run at here: x86-64-v4 (AVX-512), x86-64-v3 or baseline."""
+    """Return the instruction set of the CPU kernels: x86-64-v4 (AVX-512), x86-64-v3 or baseline."""
     return str(_C.active_isa())
 
 
 def cuda_self_check(device: int) -> str:
-    """Runs a kernel of the extension on a device; returns "" or what went wrong."""
+    """Run a check kernel on a device; return "" or what went wrong."""
     failure: str = _C.cuda_self_check(device)
     return failure
 
@@ -169,7 +169,7 @@ def cuda_self_check(device: int) -> str:
 def core_problem(
     x: Tensor, extra: Tensor | None, num_rows: int, norm_eps: float | None
 ) -> tuple[int, int, int, int, bool, float]:
-    """The sizes of an attention_core over tokens x and, where given, one more an image."""
+    """Return the sizes of an attention_core over tokens x and, if given, an extra one per image."""
     batch, num_tokens, channels = x.shape
     num_tokens += extra is not None
     return batch, num_tokens, num_rows, channels, norm_eps is not None, norm_eps or 0.0
@@ -180,15 +180,15 @@ def all_float32(*tensors: Tensor | None) -> bool:
 
 
 def unit_stride(t: Tensor) -> Tensor:
-    """t, or a copy where its rows are not contiguous (a compiler may choose such a layout)."""
+    """Return t, or a copy if its rows are not contiguous (a compiler may choose such a layout)."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 class Arguments:
-    """Tensors of one call as the extension takes them; every address goes through ``pointer``.
+    """Converts the tensors of one call for the extension; all addresses come from ``pointer``.
 
     Args:
-        device: Where the kernel runs.
+        device: The device that the kernel runs on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -197,15 +197,15 @@ class Arguments:
     def pointer(
         self, t: Tensor | None, dtype: torch.dtype | None = None, rows: bool = False
     ) -> int:
-        """The address of a contiguous tensor, or of one whose rows are; of None it is null.
+        """Return the address of a tensor, contiguous or with contiguous rows; null for None.
 
         Args:
-            t: Must live until the kernel has been started: a copy goes into a variable first.
-            dtype: What the kernel takes it for; None where it is told the type, too.
-            rows: Whether the kernel knows all strides but the last, which is 1.
+            t: Must stay alive until the kernel is launched: keep a reference to a copy.
+            dtype: The dtype the kernel expects; None if the dtype is passed along.
+            rows: Whether the kernel takes all strides but the last, which is 1.
 
         Raises:
-            ValueError: A kernel would read or write other memory than the tensor's elements.
+            ValueError: A kernel would access memory outside of the tensor's elements.
         """
         if t is None:
             return _NOTHING
@@ -220,11 +220,11 @@ class Arguments:
         return t.data_ptr()
 
     def rows(self, t: Tensor, dtype: torch.dtype | None = None) -> tuple[int, int, int]:
-        """[B, R, C] with unit stride along C, of the type that ``accumulate_dtype`` names."""
+        """Convert [B, R, C] with unit stride along C, in the dtype of ``accumulate_dtype``."""
         return self.pointer(t, dtype, rows=True), t.stride(0), t.stride(1)
 
     def tokens(self, x: Tensor, extra: Tensor | None) -> tuple[int, int, int, int, int, int]:
-        """[B, N, C] and, where given, one more token [B, C] in front of each image's."""
+        """Convert [B, N, C] and, if given, one more token [B, C] in front of each image's."""
         return (
             self.pointer(x, rows=True),
             DTYPE_CODES[x.dtype],
@@ -236,7 +236,7 @@ class Arguments:
     def token_gradients(
         self, dx: Tensor | None, dextra: Tensor | None, dtype: torch.dtype
     ) -> tuple[int, int, int, int, int, int]:
-        """Those of ``tokens``, in their dtype; dx is None where it is not wanted."""
+        """Convert the gradients of ``tokens``, in their dtype; dx is None if not wanted."""
         if dx is None:
             return _NOTHING, DTYPE_CODES[dtype], 0, 0, *self._row(dextra, dtype)
         return self.tokens(dx, dextra)
@@ -244,16 +244,16 @@ class Arguments:
     def token_rows(
         self, x: Tensor, cls: Tensor | None
     ) -> tuple[int, int, int, int, int, int, int, int]:
-        """[B, N, C] of float32 and, in place of its row 0, cls [B, C]."""
+        """Convert float32 [B, N, C], with row 0 replaced by cls [B, C] if given."""
         address = self.pointer(x, torch.float32, rows=True)
         return address, *x.shape, x.stride(0), x.stride(1), *self._row(cls, x.dtype)
 
     def _row(self, t: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
-        """[B, C]."""
+        """Convert [B, C]."""
         return self.pointer(t, dtype, rows=True), 0 if t is None else t.stride(0)
 
     def mask(self, key_mask: Tensor | None) -> tuple[int, int, int]:
-        """Bool [B, N], any strides."""
+        """Convert a bool mask [B, N] of any strides."""
         if key_mask is None:
             return _NOTHING, 0, 0
         # The extension takes both strides.
@@ -261,18 +261,18 @@ class Arguments:
         return address, key_mask.stride(0), key_mask.stride(1)
 
     def parameter(self, t: Tensor | None) -> tuple[int, int]:
-        """A contiguous tensor of any shape, with its type."""
+        """Convert a contiguous tensor of any shape, with its dtype."""
         return self.pointer(t), 0 if t is None else DTYPE_CODES[t.dtype]
 
     def norm(
         self, weight: Tensor, bias: Tensor, eps: float, saved: Any
     ) -> tuple[int, int, float, int, int, int]:
-        """A LayerNorm; saved has normed, mean and rstd to write to, or is None."""
+        """Convert a LayerNorm; saved has normed, mean and rstd to write to, or is None."""
         out = (saved.normed, saved.mean, saved.rstd) if saved else (None, None, None)
         affine = self.linear(weight, bias)
         normed, mean, rstd = (self.pointer(t, torch.float32) for t in out)
         return *affine, eps, normed, mean, rstd
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-        """A weight [out, in] and its bias, in float32."""
+        """Convert a weight [out, in] and its bias, in float32."""
         return self.pointer(weight, torch.float32), self.pointer(bias, torch.float32)

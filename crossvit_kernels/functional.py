@@ -1,11 +1,11 @@
-"""The public functions: what they compute, what they take, what they raise.
+"""The public functions: what they compute, take and raise.
 
-Every function runs on the backend that ``backend`` names, or on the best that can where it is None
-or ``"auto"`` (see ``use_backend``). All of them support autograd (first derivatives),
+Every function runs on the backend that ``backend`` names, or on the fastest usable one if it is
+None or ``"auto"`` (see ``use_backend``). All of them support autograd (first derivatives),
 ``torch.compile(fullgraph=True)``, ``torch.export`` and autocast: under autocast linear layers run
-in autocast's dtype as in eager mode, while tokens are read in the precision they come in and
-statistics stay in float32. Attention dropout and a ``residual_scale`` that requires a gradient are
-not fused: the reference runs.
+in autocast's dtype as in eager mode, while tokens are read in their own precision and statistics
+stay in float32. Attention dropout and a ``residual_scale`` that requires a gradient are not fused:
+the reference runs.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ def attention_core(
     return_weights: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """Attention of any queries over tokens that are LayerNorm-ed on the fly.
+    """Attention of arbitrary queries over tokens that are LayerNorm-ed on the fly.
 
     ``m_r = sum_n p_rn xhat_n`` with ``p_r = softmax_n(u_r . xhat_n)`` and ``xhat`` the tokens after
-    a LayerNorm without affine part. Keys and values never exist: u holds queries times W_k, and
-    W_v can be applied to m. One pass over the tokens forward, one backward.
+    a LayerNorm without affine parameters. Keys and values are never materialised: u holds queries
+    times W_k, and W_v can be applied to m. One token pass forward, one backward.
 
     Args:
-        u: Score rows [B, R, C], or [1, R, C] shared by all images. R counts queries times heads.
-        x: Tokens [B, N, C], N >= 1, any strides with unit last; of u's dtype, or of lower
+        u: Queries [B, R, C], or [1, R, C] shared by all images. R is queries times heads.
+        x: Tokens [B, N, C], N >= 1, any strides with unit last; in u's dtype, or in a lower
             precision than a float32 u.
         norm_eps: LayerNorm's eps, or None to use the tokens as they are.
         key_mask: bool [B, N], True where a token is attended to. Masked tokens are never read.
         extra_token: [B, C]: one more token in front of each image's, always attended to.
-        return_weights: Also return p, formed after the fact at the cost of another pass.
+        return_weights: Also return p, computed afterwards in another pass.
         backend: Name of a backend, or None.
 
     Returns:
         m [B, R, C] in u's dtype; lse [B, R], the log-sum-exp of the scores, in float32 (float64
         for float64 tokens); with ``return_weights`` also p [B, R, N], or [B, R, 1 + N] with an
-        extra token. Where an image's mask is all False, m is 0 and lse is -inf.
+        extra token. If an image's mask is all False, m is 0 and lse is -inf.
 
     Raises:
         ValueError: A shape, stride, device or eps does not fit, N is 0, or the backend cannot run.
@@ -122,13 +122,13 @@ def attention_pool(
 
     The general single- or few-query head: SigLIP's MAP head, CaiT's class attention, CLIP's
     AttentionPool2d, V-JEPA's attentive probe (see ``crossvit_kernels.modules``). From head_dim
-    queries on, on a CPU from 0.4 head_dim, keys and values are cheaper and the reference forms
+    queries on (on a CPU from 0.4 head_dim), keys and values are cheaper and the reference computes
     them, unless a backend is named.
 
     Args:
         query: [B, Q, C_q], or [1, Q, C_q] shared by all images (a parameter).
         tokens: [B, N, C], any strides with unit last.
-        w_q: [D, C_q], or None where the query is projected already (then D = C_q).
+        w_q: [D, C_q], or None if the query is already projected (then D = C_q).
         b_q: [D] or None.
         w_k: [D, C].
         b_k: [D] or None. Its gradient is exactly zero: softmax drops it.
@@ -137,13 +137,13 @@ def attention_pool(
         w_o: [C_out, D_v], or None for no output projection.
         b_o: [C_out] or None.
         num_heads: h; divides D and D_v.
-        scale: Of the scores; None for 1 / sqrt(D / h).
-        include_query: Also attend to the query rows themselves, in front of the tokens (needs
-            C_q = C). One query joins without a copy of the tokens.
+        scale: Factor of the scores; None for 1 / sqrt(D / h).
+        include_query: Also attend to the query rows themselves, in front of the tokens (requires
+            C_q = C). A single query needs no copy of the tokens.
         key_mask: bool [B, N], True where a token is attended to. Query rows always are.
         query_norm: (weight, bias) of a LayerNorm on the query before w_q; either may be None.
         token_norm: Likewise on the tokens (and the included query rows) before w_k and w_v.
-        norm_eps: Of both LayerNorms.
+        norm_eps: The eps of both LayerNorms.
         dropout_p: Attention dropout; above 0 the reference runs.
         return_weights: Also return the attention weights.
         backend: Name of a backend, or None.
@@ -183,28 +183,28 @@ def cross_attention_fusion(
 ) -> Tensor:
     """The fusion of one CrossViT branch: f, LayerNorm, cross-attention, residual, g.
 
-    The CLS of one branch, lifted to the other branch's width by f, queries itself and the other
-    branch's patch tokens; the result is added to f(cls) and brought back by g. f and g are
+    The CLS of one branch, projected to the other branch's width by f, attends to itself and the
+    other branch's patch tokens; the result is added to f(cls) and projected back by g. f and g are
     LayerNorm -> GELU -> Linear.
 
     Args:
-        cls: CLS tokens [B, C_own].
+        cls: CLS tokens [B, C_cls].
         tokens: The other branch's patch tokens [B, N, C] without its CLS; any strides with unit
-            last, so ``x[:, 1:]`` is fine. N = 0 is: the CLS then attends to itself.
+            last, so ``x[:, 1:]`` is fine. N may be 0; the CLS then attends only to itself.
         weights: ``FusionWeights``. The gradient of k_bias is exactly zero: softmax drops it.
         num_heads: h; divides C.
-        eps: Of all three LayerNorms.
+        eps: The eps of all three LayerNorms.
         residual_scale: [B]: factor of each image's attention update (drop path), or None.
         dropout_p: Attention dropout; above 0 the reference runs.
         backend: Name of a backend, or None.
 
     Returns:
-        The new CLS tokens [B, C_own].
+        The new CLS tokens [B, C_cls].
 
     Raises:
         ValueError: A shape, stride, device, eps or head count does not fit, or the backend cannot
             run the call.
-        TypeError: A dtype does not fit, or weights is no FusionWeights.
+        TypeError: A dtype does not fit, or weights is not a FusionWeights.
 
     Source: CrossViT (ICCV 2021), Eq. 5-7 and Figure 4.
     """
@@ -222,15 +222,15 @@ def cross_attention_fusion_pair(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both fusions of a multi-scale block, or any two that do not depend on each other.
+    """Both fusions of a multi-scale block, or any two independent ones.
 
     The results are those of two calls of ``cross_attention_fusion``. In a CUDA graph of few images
-    both run side by side (``make_graphed``).
+    both run concurrently (``make_graphed``).
 
     Args:
         first: ``FusionInputs``: cls, tokens, weights, num_heads and residual_scale of one fusion.
         second: Those of the other.
-        eps: Of all LayerNorms.
+        eps: The eps of all LayerNorms.
         dropout_p: Attention dropout; above 0 the reference runs.
         backend: Name of a backend, or None.
 
@@ -238,7 +238,8 @@ def cross_attention_fusion_pair(
         The new CLS tokens of the first and of the second.
 
     Raises:
-        ValueError, TypeError: As there, the argument's name behind ``first.`` or ``second.``.
+        ValueError, TypeError: As there, with the argument's name prefixed by ``first.`` or
+            ``second.``.
     """
     for name, inputs in (("first", first), ("second", second)):
         if not isinstance(inputs, FusionInputs):
@@ -276,10 +277,10 @@ def layernorm_msa(
         num_heads: h; divides C.
         eps: LayerNorm's.
         residual_scale: [B]: factor of each image's update (drop path), or None.
-        cls: [B, C]: stands in for row 0 of x, so that a fused CLS costs no copy of its tokens.
+        cls: [B, C]: replaces row 0 of x, so that a fused CLS needs no copy of the tokens.
         dropout_p: Attention dropout; above 0 the reference runs.
         keep: What is kept for backward besides x, on a GPU: "fast" keeps q, k, v and attention's
-            output (4 B N C elements), "lean" statistics alone, and computes the rest again.
+            output (4 B N C elements), "lean" only statistics, and recomputes the rest.
         backend: Name of a backend, or None.
 
     Returns:
@@ -288,7 +289,7 @@ def layernorm_msa(
     Raises:
         ValueError: A shape, stride, device, eps, head count or keep does not fit, or the backend
             cannot run the call.
-        TypeError: A dtype does not fit, or weights is no MsaWeights.
+        TypeError: A dtype does not fit, or weights is not an MsaWeights.
 
     Source: CrossViT (ICCV 2021), Eq. 1.
     """
@@ -331,7 +332,7 @@ def layernorm_ffn(
 
     Raises:
         ValueError: A shape, stride, device or eps does not fit, or the backend cannot run the call.
-        TypeError: A dtype does not fit, or weights is no FfnWeights.
+        TypeError: A dtype does not fit, or weights is not an FfnWeights.
 
     Source: CrossViT (ICCV 2021), Eq. 1.
     """
@@ -353,13 +354,13 @@ def _check_fusion(
     num_heads: int,
     residual_scale: Tensor | None,
 ) -> None:
-    checks.tensor("cls", cls, "B", "C_own")
-    batch, own = cls.shape
+    checks.tensor("cls", cls, "B", "C_cls")
+    batch, cls_dim = cls.shape
     checks.tensor("tokens", tokens, batch, "N", "C")
     channels = tokens.shape[2]
     checks.some_channels("tokens", tokens)
     checks.unit_stride("tokens", tokens)
-    checks.weights(weights, FusionWeights, FUSION_SHAPES, {"C": channels, "C_own": own}, cls)
+    checks.weights(weights, FusionWeights, FUSION_SHAPES, {"C": channels, "C_cls": cls_dim}, cls)
     checks.same_device_and_dtype("cls", cls, tokens=tokens)
     checks.heads(num_heads, C=channels)
     checks.residual_scale(residual_scale, batch, cls.device)
@@ -368,7 +369,7 @@ def _check_fusion(
 def _check_pool(
     query: Tensor, tokens: Tensor, p: PoolParameters, num_heads: int, include_query: bool
 ) -> None:
-    """attention_pool's tensors: shapes that fit each other, devices, dtypes."""
+    """Check attention_pool's tensors: matching shapes, devices, dtypes."""
     checks.tensor("tokens", tokens, "B", "N", "C")
     batch, num_tokens, channels = tokens.shape
     checks.tensor("query", query, "B", "Q", "C_q")

@@ -1,4 +1,4 @@
-"""CUDA graphs for serving: small batches take the host longer to launch than the GPU to compute."""
+"""CUDA graphs for serving: small batches take longer to launch than to compute."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Up to so many images side_by_side uses two streams. A guess, not measured: at one image a kernel
-#: of CrossViT-15's L branch makes 24 to 72 programs, and a GPU has more than 100 multiprocessors.
+#: Up to this many images side_by_side uses two streams. A guess, not measured: on one image kernels
+#: of CrossViT-15's L branch have 24 to 72 programs, and a GPU has more than 100 SMs.
 FEW_IMAGES = 16
 
 
 def make_graphed(
     module: nn.Module | Callable[..., Any], example: Tensor | Sequence[Tensor], warmup: int = 3
 ) -> Callable[..., Any]:
-    """A module's inference as one CUDA graph.
+    """Capture a module's inference as one CUDA graph.
 
     Args:
-        module: What to run, in eval mode. Its parameters are read where they lie now: new values
-            in place count, moving them does not.
-        example: Its argument or arguments, CUDA tensors. Calls take the same shapes, strides aside,
-            and dtypes.
+        module: What to run, in eval mode. Its parameters are read at their current addresses:
+            in-place updates take effect, moving them does not.
+        example: Its argument or arguments, CUDA tensors. Calls must use the same shapes and dtypes;
+            strides may differ.
         warmup: Calls before the capture, in which kernels are compiled and tuned.
 
     Returns:
-        A function of the same arguments. What it returns is overwritten by its next call: clone
-        what must live longer. Calls from several streams or threads at a time are not supported.
+        A function of the same arguments. Its next call overwrites the results: clone what must live
+        longer. Concurrent calls from several streams or threads are not supported.
 
     Raises:
-        TypeError: An example is no tensor.
+        TypeError: An example is not a tensor.
         ValueError: An example is not on a CUDA device, or warmup is below 1; in a call, the number
             of arguments, a shape, dtype or device differs from the example's.
     """
@@ -57,7 +57,7 @@ def make_graphed(
             for _ in range(warmup):
                 module(*inputs)
         torch.cuda.current_stream().wait_stream(side)
-        _side_stream(device)  # is not to be made while capturing
+        _side_stream(device)  # cannot be created while capturing
         with torch.cuda.graph(graph):
             outputs = module(*inputs)
 
@@ -65,12 +65,12 @@ def make_graphed(
         if len(arguments) != len(inputs):
             raise ValueError(f"expected {len(inputs)} tensors, found {len(arguments)}")
         with torch.inference_mode():
-            for i, (to, t) in enumerate(zip(inputs, arguments, strict=True)):
-                if t.shape != to.shape or t.dtype != to.dtype or t.device != to.device:
+            for i, (static, t) in enumerate(zip(inputs, arguments, strict=True)):
+                if (t.shape, t.dtype, t.device) != (static.shape, static.dtype, static.device):
                     raise ValueError(
-                        f"argument {i}: expected {_show(to)} as the example, found {_show(t)}"
+                        f"argument {i}: expected {_show(static)} as the example, found {_show(t)}"
                     )
-                to.copy_(t)
+                static.copy_(t)
             graph.replay()
         return outputs
 
@@ -92,11 +92,11 @@ def one_stream() -> Iterator[None]:
 
 
 def side_by_side(first: Callable[[], Any], second: Callable[[], Any], like: Tensor) -> list[Any]:
-    """The results of two functions that do not depend on each other.
+    """Return the results of two independent functions.
 
-    While a CUDA graph of inference on few images is captured, the second goes to a stream of its
-    own, so that both run at the same time in the graph: kernels of few images leave most of a GPU
-    idle. Otherwise they run one after another.
+    While a CUDA graph of inference on few images is captured, the second runs on its own stream, so
+    that the graph runs both concurrently: kernels on few images leave most of a GPU idle. Otherwise
+    they run one after another.
 
     Args:
         first: Runs on the current stream.
@@ -115,13 +115,13 @@ def side_by_side(first: Callable[[], Any], second: Callable[[], Any], like: Tens
     if side == current:
         return [first(), second()]
     side.wait_stream(current)
-    # The second is issued first: memory that it frees is taken again by kernels of its own stream,
-    # and what the current stream then allocates and frees is its own.
+    # The second is issued first: memory it frees is reused on its own stream only, and what the
+    # current stream allocates and frees afterwards stays on that one.
     with torch.cuda.stream(side):
-        of_second = second()
-    of_first = first()
+        second_result = second()
+    first_result = first()
     current.wait_stream(side)
-    return [of_first, of_second]
+    return [first_result, second_result]
 
 
 @functools.cache

@@ -1,10 +1,10 @@
 """Measure the Triton kernels' configurations on this GPU: ``python -m crossvit_kernels.tune``.
 
-Every candidate is timed on the sizes given, and the fastest of each kernel, width and element size
-is written to a JSON file, under the device's name. The library loads that file when it first runs a
+Times every candidate on the given sizes and writes the fastest for each kernel, width and element
+size to a JSON file, under the device's name. The library loads that file when it first runs a
 kernel: the one that CROSSVIT_KERNELS_TUNED names, else crossvit_kernels/tuned.json in the user's
-cache. What a file holds already for other widths and devices stays. Results keep within the same
-error bounds, but not bit for bit, when a configuration changes.
+cache. Existing entries for other widths and devices are kept. When a configuration changes, results
+stay within the same error bounds but are not bitwise the same.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
 from crossvit_kernels.ops.layernorm_msa import configs as msa
 from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
 
-#: A run: launches the kernel once.
+#: Launches the kernel once.
 Run = Callable[[], object]
 Config = TokenPass | RowTile
 
 
 class InBlock(NamedTuple):
-    """Where a kernel of a transformer block runs."""
+    """How to run a kernel of a transformer block."""
 
     table: RowTable
     half: str
-    form: str
+    variant: str
     is_backward: bool
 
 
@@ -72,7 +72,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def candidates(table: Table[Any], sm: int, width: int, element_size: int) -> list[Config]:
-    """The table's configuration first; of row tiles, then those that differ from it least."""
+    """Return the table's configuration first; row tiles then by how little they differ from it."""
     preferred = table.preferred(sm, width, element_size)
     if isinstance(preferred, RowTile):
         return _row_tiles(preferred)
@@ -109,21 +109,21 @@ def _row_tiles(table: RowTile) -> list[Config]:
 def main(
     arguments: Sequence[str] | None = None, measure: Callable[[Run], float] | None = None
 ) -> int:
-    """measure: seconds that a run takes; by default on the GPU, with rotated inputs."""
+    """Tune; measure returns the seconds of a run, by default on the GPU with rotated inputs."""
     options = _parse(arguments)
     reason = launcher.missing()
     if reason:
         print(f"tune: {reason}", file=sys.stderr)
         return 1
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = options.output or tuned.file()
     for channels in options.channels:
         for kernel in options.kernels:
             width = width_of(kernel, channels, options.heads)
             if width > table_of(kernel).widest(_DTYPES[options.dtype].itemsize):
                 continue
-            found = _tune(kernel, channels, options, place, measure or _seconds)
-            _add(path, found)
+            entry = _tune(kernel, channels, options, device, measure or _seconds)
+            _add(path, entry)
     print(f"written to {path}")
     return 0
 
@@ -132,23 +132,23 @@ def _tune(
     kernel: str,
     channels: int,
     options: argparse.Namespace,
-    place: torch.device,
+    device: torch.device,
     measure: Callable[[Run], float],
 ) -> tuple[str, Config]:
-    """The key and fastest configuration of a kernel."""
+    """Return the key and fastest configuration of a kernel."""
     dtype = _DTYPES[options.dtype]
     heads = heads_of(channels, options.heads)
     batch, tokens = options.batch, options.tokens
     table, width = table_of(kernel), width_of(kernel, channels, options.heads)
     if kernel in BLOCK_KERNELS:
-        run = _block(BLOCK_KERNELS[kernel], batch, tokens, channels, heads, dtype, place)
+        run = _block(BLOCK_KERNELS[kernel], batch, tokens, channels, heads, dtype, device)
         table = BLOCK_KERNELS[kernel].table.for_rows(batch * tokens, dtype.itemsize)
     else:
-        run = _pass(kernel, batch, tokens, channels, heads, dtype, place)
+        run = _pass(kernel, batch, tokens, channels, heads, dtype, device)
     name = table.name
-    found = candidates(table, tables.sm(place), width, dtype.itemsize)
+    configs = candidates(table, tables.sm(device), width, dtype.itemsize)
     tried: list[tuple[float, Config]] = []
-    for config in found[: options.limit]:
+    for config in configs[: options.limit]:
         with table.only(config):
             try:
                 seconds = measure(run)
@@ -162,28 +162,28 @@ def _tune(
         raise RuntimeError(f"{name}, C {channels}: no configuration runs")
     seconds, best = min(tried, key=lambda pair: pair[0])
     print(f"{name}, C {channels}: {tried[0][0] / seconds:.2f}x the table's: {best}", flush=True)
-    return tuned.key(name, tables.device_name(place), width, dtype.itemsize), best
+    return tuned.key(name, tables.device_name(device), width, dtype.itemsize), best
 
 
 def table_of(kernel: str) -> Table[Any]:
-    """The table of a kernel's name."""
+    """Return the table of a kernel by name."""
     return PASSES[kernel] if kernel in PASSES else BLOCK_KERNELS[kernel].table
 
 
 def heads_of(channels: int, heads: int | None) -> int:
-    """As asked for, or one for every 64 channels."""
+    """Return the requested heads, or one for every 64 channels."""
     return heads or max(channels // 64, 1)
 
 
 def width_of(kernel: str, channels: int, heads: int | None) -> int:
-    """What the kernel's table goes by: C, or a head's channels."""
+    """Return the width that keys the kernel's table: C, or the head dimension."""
     alone = kernel in ("attention", "attention backward")
     return channels // heads_of(channels, heads) if alone else channels
 
 
-def _input_sets(bytes_of_tokens: int, place: torch.device) -> int:
-    """Inputs to take in turns, together larger than any L2."""
-    return max(1, min(16, 2**28 // bytes_of_tokens)) if place.type == "cuda" else 1
+def _input_sets(bytes_of_tokens: int, device: torch.device) -> int:
+    """Return how many inputs to rotate, together larger than any L2."""
+    return max(1, min(16, 2**28 // bytes_of_tokens)) if device.type == "cuda" else 1
 
 
 def _block(
@@ -193,12 +193,12 @@ def _block(
     channels: int,
     heads: int,
     dtype: torch.dtype,
-    place: torch.device,
+    device: torch.device,
 ) -> Run:
-    """Half a transformer block, forward or backward."""
+    """Return a run of half a transformer block, forward or backward."""
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=place, dtype=dtype)
+        return torch.randn(shape, device=device, dtype=dtype)
 
     c, hidden = channels, 3 * channels
     kind: Any = MsaWeights if where.half == "msa" else FfnWeights
@@ -211,15 +211,15 @@ def _block(
             return functional.layernorm_msa(x, weights, heads, backend="triton")
         return functional.layernorm_ffn(x, weights, backend="triton")
 
-    count = _input_sets(batch * tokens * channels * dtype.itemsize, place)
+    count = _input_sets(batch * tokens * channels * dtype.itemsize, device)
     xs = [random(batch, tokens, channels).requires_grad_(where.is_backward) for _ in range(count)]
     run = _rotate([functools.partial(call, x) for x in xs], where.is_backward)
 
-    def in_form() -> object:
-        with layers.FORMS.choose(where.form):
+    def in_variant() -> object:
+        with layers.VARIANTS.choose(where.variant):
             return run()
 
-    return in_form
+    return in_variant
 
 
 def _pass(
@@ -229,12 +229,12 @@ def _pass(
     channels: int,
     heads: int,
     dtype: torch.dtype,
-    place: torch.device,
+    device: torch.device,
 ) -> Run:
-    """attention_core or a fusion, forward or backward."""
+    """Return a run of attention_core or a fusion, forward or backward."""
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=place, dtype=dtype)
+        return torch.randn(shape, device=device, dtype=dtype)
 
     is_fusion = PASSES[kernel] in (fusion.FORWARD, fusion.BACKWARD)
     is_backward = PASSES[kernel] in (core.BACKWARD, fusion.BACKWARD)
@@ -247,7 +247,7 @@ def _pass(
     )
     calls: list[Callable[[], torch.Tensor]] = []
     call = functional.cross_attention_fusion
-    for _ in range(_input_sets(batch * tokens * channels * dtype.itemsize, place)):
+    for _ in range(_input_sets(batch * tokens * channels * dtype.itemsize, device)):
         x = random(batch, tokens, channels).requires_grad_(is_backward)
         u = random(batch, *(vector if is_fusion else (heads, channels))).requires_grad_(is_backward)
 
@@ -264,7 +264,7 @@ def _core(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _rotate(calls: list[Callable[[], torch.Tensor]], is_backward: bool) -> Run:
     if is_backward:
-        # Graphs are kept: what is measured is backward alone, whatever forward ran in.
+        # Graphs are kept: only backward is measured, and forward may have run in any configuration.
         results: list[torch.Tensor] = []
 
         def backward(i: int) -> None:
@@ -275,8 +275,8 @@ def _rotate(calls: list[Callable[[], torch.Tensor]], is_backward: bool) -> Run:
         runs: list[Run] = [lambda i=i: backward(i) for i in range(len(calls))]  # type: ignore[misc]
     else:
         runs = list(calls)
-    turns = _cycle(runs)
-    return lambda: next(turns)()
+    rotation = _cycle(runs)
+    return lambda: next(rotation)()
 
 
 def _cycle(runs: list[Run]) -> Iterator[Run]:
@@ -285,7 +285,7 @@ def _cycle(runs: list[Run]) -> Iterator[Run]:
 
 
 def _seconds(run: Run, repeats: int = 30) -> float:
-    """Median of events around runs, after the compilation and a few more."""
+    """Return the median time of a run, after a few warm-up runs that compile."""
     for _ in range(5):
         run()
     if not torch.cuda.is_available():
@@ -301,9 +301,9 @@ def _seconds(run: Run, repeats: int = 30) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in pairs) * 1e-3
 
 
-def _add(path: Path, found: tuple[str, Config]) -> None:
-    """To the file, which is replaced as a whole or not at all."""
-    key, config = found
+def _add(path: Path, entry: tuple[str, Config]) -> None:
+    """Add an entry to the file, which is replaced atomically."""
+    key, config = entry
     entries = json.loads(path.read_text()) if path.exists() else {}
     entries[key] = dataclasses.asdict(config)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -320,7 +320,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
 
     def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
+        return [int(number) for number in text.split(",")]
 
     add = parser.add_argument
     add("--channels", type=numbers, default=[96, 128, 192, 224, 256, 384, 448, 768])
@@ -329,7 +329,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=_DTYPES, default="bf16")
     add("--batch", type=int, default=256)
     add("--tokens", type=int, default=401)
-    add("--limit", type=int, help="try only so many candidates")
+    add("--limit", type=int, help="maximum number of candidates to try")
     add("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     if set(options.kernels) - set(KERNELS):

@@ -226,10 +226,10 @@ kernel.add_pre_run_hook(lambda *args, **kwargs: hooked.append(1))
 call(), call()
 assert len(hooked) == 2
 _, compiled = next(iter(launcher._known.values()))
-assert launcher._starts_by_itself(compiled)
+assert launcher._can_launch_directly(compiled)
 amd = type(compiled.metadata.target)("hip", "gfx942", 64)
 compiled.metadata = compiled.metadata._replace(target=amd)
-assert not launcher._starts_by_itself(compiled) and not launcher._starts_by_itself(None)
+assert not launcher._can_launch_directly(compiled) and not launcher._can_launch_directly(None)
 """
 
 

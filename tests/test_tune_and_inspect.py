@@ -173,7 +173,7 @@ import dataclasses, json
 from crossvit_kernels.inspect import ahead_of_time, compile_cases
 cases = compile_cases.compile_cases(90, ["bf16"], [(192, 96, 3)], [(384, 6, 1152)], ["auto"])
 def size(case):
-    return len(case.absent), case.form.candidates[0].constants[0].rows
+    return len(case.absent), case.specialization.candidates[0].constants[0].rows
 chosen = []
 for name in ("ffn_forward", "ffn_hidden_backward", "norm_linear", "attention_core_forward"):
     alike = sorted((s for s in cases if s.name == name), key=size)
@@ -199,7 +199,7 @@ def test_every_kernel_is_inspected() -> None:
         "import json\n"
         "from crossvit_kernels.inspect import compile_cases\n"
         "found = compile_cases.compile_cases(90, ['bf16'])\n"
-        "assert len(found) == len({(s.name, *s.form[1:]) for s in found})\n"
+        "assert len(found) == len({(s.name, *s.specialization[1:]) for s in found})\n"
         "assert len(compile_cases.extremes(found)) < len(found) / 1.3\n"
         "print(json.dumps([(s.name, s.absent) for s in found]))\n"
     )

@@ -1,1 +1,1 @@
-"""What every Triton operation shares: configurations, launches, compilation ahead of time."""
+"""Shared by all Triton operations: configuration tables, measured configurations, launches."""

@@ -1,11 +1,10 @@
-"""Launches of Triton kernels, most of them without Triton's look at every argument.
+"""Launches of Triton kernels that usually bypass Triton's own argument processing.
 
-``kernel[grid](...)`` finds the type and the alignment of each argument and looks up the compiled
-kernel that fits them, which takes the host longer than a small kernel takes the GPU. It returns
-what it found, and ``compiled[grid](...)`` launches that as it is. So compiled kernels are
-remembered here, under all that Triton tells them apart by and that our calls vary; with them the
-configuration that was chosen for them. On a Triton that this is not tested with (supported.py),
-every launch is Triton's own.
+``kernel[grid](...)`` inspects the type and alignment of every argument and looks up the matching
+compiled kernel, which takes the host longer than a small kernel takes the GPU. It returns the
+compiled kernel, which ``compiled[grid](...)`` launches directly. Compiled kernels are therefore
+cached here, with the configuration chosen for each, under the part of Triton's key that our calls
+vary. On a Triton version that is not tested (supported.py), every launch goes through Triton.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from crossvit_kernels.gpu.tables import ALIGN, Candidate, Candidates
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 1536
-_ALIGNMENT = 16  # bytes, of a pointer that loads may be wide at
+_ALIGNMENT = 16  # bytes, required for wide loads
 _INT32_MAX = 2**31 - 1
 
 Tensors = tuple[Tensor | None, ...]
@@ -35,14 +34,14 @@ Grid = tuple[int, int, int]
 
 _address: Any = Tensor.data_ptr
 _dtype = operator.attrgetter("dtype")
-# The chosen candidate, and the compiled kernel where it may be launched as it is.
+# The chosen candidate, and the compiled kernel if it can be launched directly.
 _known: dict[tuple[Any, ...], tuple[Candidate, Any]] = {}
 
-# Found once: torch.compile traces why_not, and looks neither for files nor into caches.
+# Evaluated once: torch.compile traces why_not, and can trace neither file nor cache look-ups.
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
-#: Triton's interpreter computes nonsense in bfloat16; who puts that right may say so here.
+#: Triton's interpreter gets bfloat16 wrong; set to True by code that fixes it.
 interpreter_has_bfloat16 = False
 
 
@@ -51,12 +50,12 @@ def installed() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on a CPU (TRITON_INTERPRET=1 at the start)."""
+    """Whether kernels run in Triton's interpreter, on a CPU (TRITON_INTERPRET=1 at import)."""
     return _INTERPRETING
 
 
 def missing() -> str | None:
-    """Why no Triton kernel can run here; None where one can."""
+    """Return why no Triton kernel can run here, or None."""
     if not installed():
         return "triton is not installed"
     if interpreting() or torch.cuda.is_available():
@@ -65,7 +64,7 @@ def missing() -> str | None:
 
 
 def why_not(x: Tensor) -> str | None:
-    """Why kernels over tokens x [B, N, C] cannot run; None where they can."""
+    """Return why kernels cannot run on tokens x [B, N, C], or None."""
     if not installed():
         return "triton is not installed"
     if not x.is_cuda and not (interpreting() and x.is_cpu):
@@ -82,7 +81,7 @@ def why_not(x: Tensor) -> str | None:
 
 
 def aligned_rows(t: Tensor) -> Tensor:
-    """t [..., C], or a copy of it where its rows are not contiguous or not aligned."""
+    """Return t [..., C], or a copy if its rows are not contiguous or not aligned."""
     *outer, last = t.stride()
     if last == 1 and not t.data_ptr() % (ALIGN * t.element_size()):
         for stride in outer:
@@ -94,9 +93,9 @@ def aligned_rows(t: Tensor) -> Tensor:
 
 
 def contiguous(parameters: Any) -> Any:
-    """A NamedTuple of tensors or None, copies in place of those that are not contiguous."""
+    """Return a NamedTuple of tensors or None with non-contiguous tensors copied."""
     try:
-        if all(map(Tensor.is_contiguous, parameters)):  # in C: there are many, and host time counts
+        if all(map(Tensor.is_contiguous, parameters)):  # in C: there are many
             return parameters
     except TypeError:  # None
         pass
@@ -104,12 +103,12 @@ def contiguous(parameters: Any) -> Any:
 
 
 class Programs(NamedTuple):
-    """What of a launch depends on the configuration.
+    """The arguments of a launch that depend on the configuration.
 
     Attributes:
-        grid: Programs.
-        tensors: Memory that the kernel writes, new and in float32; after the other tensors.
-        sizes: Integers of 32 bits, after the other sizes.
+        grid: Number of programs.
+        tensors: New float32 buffers that the kernel writes; passed after the other tensors.
+        sizes: 32-bit integers, passed after the other sizes.
     """
 
     grid: Grid
@@ -117,15 +116,15 @@ class Programs(NamedTuple):
     sizes: tuple[int, ...] = ()
 
 
-class Form(NamedTuple):
-    """A kernel and all that a launch compiles it for, but for one of the candidates.
+class Specialization(NamedTuple):
+    """A kernel and everything it is compiled for, except the choice among the candidates.
 
     Attributes:
         kernel: A ``triton.jit`` function.
-        tensors: Their dtypes, or None for none.
+        tensors: Dtypes of the tensors; None for an absent one.
         weights: NamedTuples of dtypes.
-        candidates: Of which one runs.
-        constants: The others.
+        candidates: The configurations, one of which runs.
+        constants: The remaining constants.
     """
 
     kernel: Any
@@ -145,20 +144,20 @@ def start(
     weights: tuple[Tensors, ...] = (),
     eps: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """Start a kernel whose parameters are, in this order, tensors, weights, sizes, eps, constants.
+    """Launch a kernel whose parameters are, in order, tensors, weights, sizes, eps, constants.
 
     Args:
         kernel: A ``triton.jit`` function.
-        grid: Programs; where they depend on the configuration, a function of its constants.
+        grid: Number of programs, or a function from the configuration's constants to Programs.
         tensors: All on one device; the first is not None.
-        sizes: Integers from 0 upward, of which the kernel specialises on none.
-        candidates: The configurations that it may run in.
-        constants: Hashable; they follow those of the configuration.
-        weights: NamedTuples of tensors, which follow the tensors.
-        eps: Follows the sizes, if given.
+        sizes: Non-negative integers, none of which the kernel specialises on.
+        candidates: The configurations it may run in.
+        constants: Hashable; passed after the configuration's constants.
+        weights: NamedTuples of tensors, passed after the tensors.
+        eps: Passed after the sizes, if given.
 
     Returns:
-        The tensors that the grid's function made.
+        The tensors allocated by the grid function.
     """
     if _record is not None:
         return _recorded(kernel, grid, tensors, candidates, constants, weights)
@@ -182,7 +181,7 @@ def start(
     if callable(grid):
         grid, made, counts = grid(*candidate.constants)
         sizes = *sizes, *counts
-    # An integer in its place would be another type.
+    # As an int it would have another type.
     numbers = sizes if eps is None else (*sizes, float(eps))
     constants = *candidate.constants, *constants
     if compiled is not None and not _changes_kernels(kernel):
@@ -190,9 +189,9 @@ def start(
             pointers[len(tensors) : len(tensors)] = map(_address, made)
         compiled[grid](*pointers, *numbers, *constants)
         return made
-    found = kernel[grid](*tensors, *made, *weights, *numbers, *constants, **candidate.options)
-    if _starts_by_itself(found) and not _changes_kernels(kernel):
-        _known[key] = candidate, found
+    compiled = kernel[grid](*tensors, *made, *weights, *numbers, *constants, **candidate.options)
+    if _can_launch_directly(compiled) and not _changes_kernels(kernel):
+        _known[key] = candidate, compiled
     return made
 
 
@@ -205,31 +204,31 @@ def _key(
     constants: tuple[Any, ...],
     weights: tuple[Tensors, ...],
 ) -> tuple[tuple[Any, ...], list[Any]]:
-    """What tells compiled kernels apart; and the addresses of tensors and weights, 0 for None.
+    """Return the cache key, and the addresses of tensors and weights, 0 for None.
 
-    Triton's own key has, for a tensor its dtype and whether its address is a multiple of 16, for an
-    integer that it does not specialise on whether it takes 32 bits, for a float nothing; constants
-    and options, here those of one of the candidates; and it is kept for each device.
+    Triton's own key holds, for a tensor, its dtype and whether its address is a multiple of 16; for
+    an integer it does not specialise on, whether it fits in 32 bits; nothing for a float; and the
+    constants and options, which here are those of one of the candidates. There is one per device.
     """
     pointers: list[Any] = [0 if t is None else t.data_ptr() for t in tensors]
     dtypes = [None if t is None else t.dtype for t in tensors]
     addresses = pointers
     for group in weights:
-        try:  # loops in C, where none is None
-            found, of_group = list(map(_address, group)), list(map(_dtype, group))
+        try:  # loops in C, if none is None
+            group_addresses, group_dtypes = list(map(_address, group)), list(map(_dtype, group))
         except (AttributeError, TypeError):
-            found = [0 if t is None else t.data_ptr() for t in group]
-            of_group = [None if t is None else t.dtype for t in group]
-        addresses = addresses + found
-        pointers.append(tuple(found))
-        dtypes += of_group
+            group_addresses = [0 if t is None else t.data_ptr() for t in group]
+            group_dtypes = [None if t is None else t.dtype for t in group]
+        addresses = addresses + group_addresses
+        pointers.append(tuple(group_addresses))
+        dtypes += group_dtypes
     aligned: Any = not functools.reduce(operator.or_, addresses) % _ALIGNMENT
     if not aligned:
         aligned = tuple(not address % _ALIGNMENT for address in addresses)
     narrow: Any = max(sizes) <= _INT32_MAX
     if not narrow:
         narrow = tuple(size <= _INT32_MAX for size in sizes)
-    # kernel.fn: the function itself, whose hash costs nothing.
+    # kernel.fn, the plain function, is cheap to hash.
     key = kernel.fn, candidates, *constants, index, *dtypes, aligned, narrow
     return key, pointers
 
@@ -245,7 +244,7 @@ def _numbers(
 
 
 def _chosen(candidates: Candidates, usage_of: Callable[[Candidate], Usage | None]) -> Candidate:
-    """The candidate to launch. A single one is not compiled to see: it runs whatever it takes."""
+    """Return the candidate to launch. A single candidate runs without a trial compilation."""
     if len(candidates) == 1 or interpreting():
         return candidates[0]
     return candidates[choose(candidates, usage_of).index]
@@ -253,13 +252,13 @@ def _chosen(candidates: Candidates, usage_of: Callable[[Candidate], Usage | None
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes.
+    """The resources of a compiled kernel.
 
     Attributes:
-        registers: Of a thread; 0 where it was not loaded, as it does not fit.
-        spills: Words of a thread in local memory.
-        shared_bytes: Shared memory of a program.
-        fits: Whether the chip has as much of everything.
+        registers: Registers per thread; 0 if it was not loaded because it does not fit.
+        spills: Spilled words per thread.
+        shared_bytes: Shared memory per program.
+        fits: Whether it fits on the GPU.
     """
 
     registers: int
@@ -269,7 +268,7 @@ class Usage:
 
     @property
     def objection(self) -> str:
-        """Why to pass over the configuration; "" where nothing is wrong."""
+        """Why to reject the configuration, or ""."""
         if not self.fits:
             return f"{self.shared_bytes} bytes of shared memory do not fit"
         return f"{self.spills} words spilled" if self.spills else ""
@@ -280,8 +279,8 @@ class Choice:
     """The candidate that runs.
 
     Attributes:
-        index: Its place among the candidates.
-        objections: Why each of those that were tried and not taken was passed over, in their order.
+        index: Its index among the candidates.
+        objections: Why each candidate that was tried and rejected was, in order.
     """
 
     index: int
@@ -289,12 +288,12 @@ class Choice:
 
 
 def choose(candidates: Candidates, usage_of: Callable[[Candidate], Usage | None]) -> Choice:
-    """The first candidate to which there is no objection; else that with the fewest spills.
+    """Choose the first candidate without objections, else the one with the fewest spills.
 
     Args:
-        candidates: Tried in their order, as far as needed.
-        usage_of: Compiles one. None where it cannot be told what it takes: it is taken as it is.
-            What it raises is an objection.
+        candidates: Tried in order, as far as needed.
+        usage_of: Compiles a candidate. None if its usage is unknown: the candidate is accepted. An
+            exception counts as an objection.
     """
     objections: list[str] = []
     spills: dict[int, int] = {}
@@ -311,7 +310,7 @@ def choose(candidates: Candidates, usage_of: Callable[[Candidate], Usage | None]
         objections.append(usage.objection)
         if usage.fits:
             spills[index] = usage.spills
-    # If none can run, the first says so when it is launched.
+    # If none can run, launching the first reports why.
     return Choice(min(spills, key=lambda index: spills[index]) if spills else 0, tuple(objections))
 
 
@@ -322,9 +321,9 @@ def _usage(
     candidate: Candidate,
     constants: tuple[Any, ...],
 ) -> Usage | None:
-    """Compile and load a kernel without a launch; None where Triton does not say what it takes.
+    """Compile and load a kernel without launching it; None if Triton does not report its usage.
 
-    Triton itself keeps what it compiled, so that the launch finds it.
+    Triton caches the result, so the launch does not compile again.
     """
     constants = *candidate.constants, *constants
     compiled = kernel.warmup(*arguments, *constants, grid=grid, **candidate.options)
@@ -335,21 +334,21 @@ def _usage(
         except _triton().runtime.errors.OutOfResources:
             return Usage(0, 0, shared_bytes, fits=False)
         return Usage(int(compiled.n_regs), int(compiled.n_spills), shared_bytes, fits=True)
-    except Exception:  # whatever it is, the launch is not to fail of the look
+    except Exception:  # a failed query must not fail the launch
         return None
 
 
-_record: Callable[[Form], None] | None = None
+_record: Callable[[Specialization], None] | None = None
 
 
 @contextmanager
-def recording() -> Iterator[list[Form]]:
-    """Note the form of every launch, and launch nothing: for tensors on the meta device."""
+def recording() -> Iterator[list[Specialization]]:
+    """Record specializations instead of launching kernels: for tensors on the meta device."""
     global _record
-    forms: list[Form] = []
-    previous, _record = _record, forms.append
+    specializations: list[Specialization] = []
+    previous, _record = _record, specializations.append
     try:
-        yield forms
+        yield specializations
     finally:
         _record = previous
 
@@ -368,13 +367,17 @@ def _recorded(
         return [None if t is None else t.dtype for t in group]
 
     assert _record is not None
-    of_weights = tuple(type(group)(*dtypes(group)) for group in weights)
-    _record(Form(kernel, tuple(dtypes((*tensors, *made))), of_weights, candidates, constants))
+    weight_dtypes = tuple(type(group)(*dtypes(group)) for group in weights)
+    _record(
+        Specialization(
+            kernel, tuple(dtypes((*tensors, *made))), weight_dtypes, candidates, constants
+        )
+    )
     return made
 
 
 def _changes_kernels(kernel: Any) -> bool:
-    """Whether settings are in force that Triton must look at: they are part of its key, too."""
+    """Whether settings are active that are part of Triton's key as well."""
     knobs = _triton().knobs
     return bool(
         kernel.pre_run_hooks
@@ -384,19 +387,20 @@ def _changes_kernels(kernel: Any) -> bool:
     )
 
 
-def _starts_by_itself(found: Any) -> bool:
-    """Whether ``found[grid]`` can be relied on: nothing is in the interpreter or in a Triton that
-    is not tested, and for AMD's GPUs Triton also looks at the size of a tensor's memory.
+def _can_launch_directly(compiled: Any) -> bool:
+    """Whether ``compiled[grid]`` is reliable: not in the interpreter, nor in an untested Triton,
+    nor on AMD GPUs, where Triton also specialises on the size of a tensor's storage.
     """
     if not supported.triton_is_tested():
         return False
     compiler = _triton().compiler
-    return isinstance(found, compiler.CompiledKernel) and found.metadata.target.backend == "cuda"
+    is_compiled = isinstance(compiled, compiler.CompiledKernel)
+    return is_compiled and compiled.metadata.target.backend == "cuda"
 
 
 @functools.cache
 def _triton() -> Any:
-    """Imported where first used: it is slow to import and not everywhere."""
+    """Import Triton on first use: it is slow to import and may be missing."""
     import triton
 
     return triton

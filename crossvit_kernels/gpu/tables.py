@@ -1,9 +1,9 @@
-"""Tables of configurations: which ones a kernel may run in, by width, element size and GPU.
+"""Tables of the configurations a kernel may run in, by width, element size and GPU.
 
-Nothing is measured on a call's way: there are tables, and gpu/tuned.py goes before them. What a
-configuration compiles to depends on the version of Triton, on the sm, and on which of the kernel's
-optional tensors there are. So a table gives candidates in order of preference, of which
-gpu/launcher.py takes the first that spills no registers and fits.
+Nothing is measured during a call: configurations come from gpu/tuned.py or else from tables. What a
+configuration compiles to depends on the Triton version, on the sm, and on which of the kernel's
+optional tensors are present. So a table lists candidates in order of preference, and
+gpu/launcher.py takes the first that fits without spilling registers.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from crossvit_kernels.gpu import tuned
 
 Config = TypeVar("Config")
-#: (widest, configuration), narrowest first.
+#: (largest width, configuration), narrowest first.
 Rows = tuple[tuple[int, Config], ...]
 
-#: In place of a width that has no bound.
+#: An unbounded width.
 ANY = 1 << 30
 
-#: Rows begin at multiples of so many elements: 16-byte loads of 16-bit tokens.
+#: Rows start at multiples of this many elements: 16-byte loads of 16-bit tokens.
 ALIGN = 8
 
 _tables: list[Table[object]] = []
@@ -35,11 +35,11 @@ class Table(Generic[Config]):
     """The configurations of one kernel.
 
     Args:
-        name: In the file of measurements.
-        rows: By bytes of an element.
-        alternatives: The preferred configuration and what to try where it does not fit.
-        on_sm: (compute capability, bytes of an element) -> what differs there, by the row's widest;
-            90 for 9.0.
+        name: The kernel's name in the file of measurements.
+        rows: Configurations by element size in bytes.
+        alternatives: Maps the preferred configuration to itself and its fallbacks.
+        on_sm: (compute capability, 90 for 9.0; element size) -> the rows that differ there, by
+            their largest width.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Table(Generic[Config]):
     def candidates(
         self, device: str, sm: int, width: int, element_size: int
     ) -> tuple[tuple[Config, ...], bool]:
-        """The configurations to try, in order, and whether the first was measured.
+        """Return the configurations to try, in order, and whether the first was measured.
 
         Args:
-            device: The device's name, as torch gives it.
+            device: The device's name, as torch reports it.
             sm: Its compute capability, 90 for 9.0.
-            width: C; that of a head, where attention is alone.
-            element_size: Bytes of an element of the products.
+            width: C, or the head dimension for attention alone.
+            element_size: Element size of the products in bytes.
 
         Raises:
-            ValueError: The file of measurements cannot be read or holds something else, or no
-                configuration is as wide.
+            ValueError: The file of measurements is unreadable or invalid, or no configuration is
+                wide enough.
         """
         if self._only is not None:
             return (self._only,), False
@@ -84,20 +84,20 @@ class Table(Generic[Config]):
         return (table, False) if measured is None else ((measured, *table), True)
 
     def preferred(self, sm: int, width: int, element_size: int) -> Config:
-        """The configuration where nothing was measured."""
-        differs = self.on_sm.get((sm, element_size), {})
+        """Return the configuration to use if nothing was measured."""
+        overrides = self.on_sm.get((sm, element_size), {})
         for widest, config in self._rows[element_size]:
             if width <= widest:
-                return differs.get(widest, config)
+                return overrides.get(widest, config)
         raise ValueError(f"{self.name}: {width} channels are more than any configuration takes")
 
     def widest(self, element_size: int) -> int:
-        """The widest that any configuration takes."""
+        """Return the largest width that any configuration supports."""
         return self._rows[element_size][-1][0]
 
     @contextmanager
     def only(self, config: Config) -> Iterator[None]:
-        """Run the kernel in one configuration, whatever tables and measurements say."""
+        """Run the kernel in this configuration, regardless of tables and measurements."""
         previous, self._only = self._only, config
         try:
             yield
@@ -106,14 +106,14 @@ class Table(Generic[Config]):
 
 
 def forget() -> None:
-    """Read the file of measurements again when it is next needed."""
+    """Drop all cached configurations; the file of measurements is read again on next use."""
     tuned.forget()
     for table in _tables:
         table._candidates.cache_clear()
 
 
-class Forms:
-    """Names of kernel variants, "auto" among them, and the one that is asked for.
+class Variants:
+    """Names of kernel variants, including "auto", and the one requested.
 
     Args:
         *names: All but "auto".
@@ -124,15 +124,15 @@ class Forms:
         self.asked_for = "auto"
 
     @contextmanager
-    def choose(self, form: str) -> Iterator[None]:
-        """Run one variant in the block wherever that is possible: for tests and benchmarks.
+    def choose(self, variant: str) -> Iterator[None]:
+        """Run one variant in the block where possible: for tests and benchmarks.
 
         Raises:
-            ValueError: form is none of the names.
+            ValueError: variant is none of the names.
         """
-        if form not in self.names:
-            raise ValueError(f"form: expected one of {self.names}, found {form!r}")
-        previous, self.asked_for = self.asked_for, form
+        if variant not in self.names:
+            raise ValueError(f"variant: expected one of {self.names}, found {variant!r}")
+        previous, self.asked_for = self.asked_for, variant
         try:
             yield
         finally:
@@ -140,10 +140,10 @@ class Forms:
 
 
 class Candidate(NamedTuple):
-    """A configuration as a launch takes it.
+    """A configuration in the form that a launch takes.
 
     Attributes:
-        constants: Values of the kernel's first constants.
+        constants: Values of the kernel's first constexpr parameters.
         options: num_warps and num_stages.
     """
 
@@ -154,11 +154,11 @@ class Candidate(NamedTuple):
 class Candidates:
     """Configurations of a kernel, the preferred one first.
 
-    They are part of the key under which launches are remembered, so their hash is found once.
+    They are part of the key under which launches are cached, so the hash is computed once.
 
     Args:
         items: At least one.
-        measured: The first is what tune.py measured: it runs wherever it fits.
+        measured: Whether the first was measured by tune.py: it then runs wherever it fits.
     """
 
     __slots__ = ("_hash", "items", "measured")
@@ -189,7 +189,7 @@ class Candidates:
 
     @property
     def options(self) -> dict[str, int]:
-        """Those of the preferred one."""
+        """The options of the preferred configuration."""
         return self.items[0].options
 
     def __reduce__(self) -> Any:
@@ -198,19 +198,19 @@ class Candidates:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """As torch gives it; "interpreter" on a CPU, "meta" where there is no memory."""
+    """Return the name torch reports; "interpreter" for a CPU, "meta" for the meta device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return "meta" if device.type == "meta" else "interpreter"
 
 
-# What tensors without memory stand for.
+# The compute capability that tensors on the meta device stand for.
 _sm_of_meta = 0
 
 
 @contextmanager
 def as_if_on(sm_of_meta: int) -> Iterator[None]:
-    """Take tensors on the meta device for tensors on a sm, 90 for 9.0."""
+    """Treat tensors on the meta device as tensors on this sm, 90 for 9.0."""
     global _sm_of_meta
     previous, _sm_of_meta = _sm_of_meta, sm_of_meta
     sm.cache_clear()
@@ -223,7 +223,7 @@ def as_if_on(sm_of_meta: int) -> Iterator[None]:
 
 @functools.cache
 def sm(device: torch.device) -> int:
-    """Compute capability, 90 for 9.0; on others than NVIDIA's the tables' default."""
+    """Return the compute capability, 90 for 9.0; 0, the tables' default, if not NVIDIA's."""
     if device.type == "meta":
         return _sm_of_meta
     if device.type != "cuda" or torch.version.hip:
@@ -264,7 +264,7 @@ class InChunks(Constants):
 
     @property
     def num_chunks(self) -> int:
-        """The last one may reach beyond the last channel."""
+        """Chunks of a row; the last may extend past the last channel."""
         return -(-self.channels // self.chunk)
 
 

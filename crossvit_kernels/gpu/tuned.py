@@ -1,6 +1,6 @@
-"""What ``crossvit_kernels.tune`` measured: a JSON file that goes before the tables.
+"""Configurations measured by ``crossvit_kernels.tune``: a JSON file that overrides the tables.
 
-Keys name a device, a kernel, a width and the bytes of an element. The file is that of the
+Keys name a device, a kernel, a width and an element size. The file is the one named by the
 environment variable, else the one in the user's cache.
 """
 
@@ -18,7 +18,7 @@ Config = TypeVar("Config")
 
 
 def file() -> Path:
-    """Where measurements are looked for, and written to."""
+    """Return the path that measurements are read from and written to."""
     if os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(os.environ[ENVIRONMENT_VARIABLE])
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -30,10 +30,10 @@ def key(kernel: str, device: str, width: int, element_size: int) -> str:
 
 
 def configuration(kind: type[Config], key: str) -> Config | None:
-    """What was measured to be fastest, if anything was.
+    """Return the fastest measured configuration, or None.
 
     Raises:
-        ValueError: The file cannot be read or holds something else.
+        ValueError: The file is unreadable or invalid.
     """
     fields = _entries().get(key)
     if fields is None:
@@ -45,7 +45,7 @@ def configuration(kind: type[Config], key: str) -> Config | None:
 
 
 def forget() -> None:
-    """Read the file again when it is next needed."""
+    """Drop the cached file; it is read again on next use."""
     _entries.cache_clear()
 
 
@@ -55,8 +55,8 @@ def _entries() -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text())
-        return {key: dict(fields) for key, fields in found.items()}
+        entries = json.loads(path.read_text())
+        return {key: dict(fields) for key, fields in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _unexpected(error) from error
 

@@ -1,15 +1,15 @@
 """What the GPU kernels compile to, without a GPU: ``python -m crossvit_kernels.inspect``.
 
-Compiles Triton's kernels for NVIDIA GPUs, in every form in which inference and training launch
-them, and in the configuration that is chosen on the installed Triton: the first candidate of the
-table that spills no registers and has enough shared memory. Shown are registers and spilled words
-of a thread, shared memory of a program, the share of a multiprocessor's threads that can be
-resident, tensor-core instructions and 16-byte loads; which tensors a form goes without; and, below
-a kernel, the candidates that were passed over, with the reason. What is compiled goes to Triton's
-cache, where the first calls of a program find it.
+Compiles the Triton kernels for NVIDIA GPUs, in every specialization that inference and training
+launch, and in the configuration that the installed Triton would get: the table's first candidate
+that fits in shared memory without spilling registers. Shows registers and spilled words per thread,
+shared memory per program, the share of an SM's threads that can be resident, tensor-core
+instructions and 16-byte loads; the tensors that a specialization omits; and, below a kernel, the
+rejected candidates, with the reason. Compiled kernels go to Triton's cache, where the first calls
+of a program find them.
 
-The CUDA kernels' code is read from the extension. One is for all tokens up to a width; its shared
-memory and occupancy are those of tokens of that width.
+The CUDA kernels' code is read from the extension. Each handles all tokens up to a width; its shared
+memory and occupancy are given for that width.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from crossvit_kernels.inspect import ahead_of_time, extension_code, machine_code
 from crossvit_kernels.inspect.ahead_of_time import reports
 from crossvit_kernels.inspect.compile_cases import BLOCKS, WIDTHS, compile_cases, extremes
 from crossvit_kernels.inspect.machine_code import Report
-from crossvit_kernels.ops.common.configs import FORMS
+from crossvit_kernels.ops.common.configs import VARIANTS
 
 ARCHITECTURES = (80, 90, 100)
 _SECONDS_OF_SILENCE = 5
 
 
 def extension_reports(options: argparse.Namespace) -> Iterator[Report]:
-    """Reports on the CUDA kernels, for the architectures that the extension was built for."""
+    """Report on the CUDA kernels, for the architectures that the extension was built for."""
     if not extension.cuda_kernels:
         reason = extension.missing or extension.NO_CUDA
         print(f"inspect: no CUDA kernels: {reason}", file=sys.stderr)
@@ -56,26 +56,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if launcher.interpreting():
         print("inspect: TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
         return 1
-    # What Triton's default was up to 3.9, and what a GPU would run.
+    # Triton's default up to 3.9, and what a GPU would run.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    wanted = {*options.channels} if options.channels else {c for w in WIDTHS for c in w[:2]}
-    widths = [w for w in WIDTHS if {*w[:2]} <= wanted]
-    blocks = [b for b in BLOCKS if b[0] in wanted]
-    forms, some = (
-        FORMS.names if options.all else ("auto",),
+    channels = {*options.channels} if options.channels else {c for w in WIDTHS for c in w[:2]}
+    widths = [w for w in WIDTHS if {*w[:2]} <= channels]
+    blocks = [b for b in BLOCKS if b[0] in channels]
+    variants, select = (
+        VARIANTS.names if options.all else ("auto",),
         extremes if options.quick else list,
     )
-    found = [
+    cases = [
         (case, arch)
         for arch in options.arch
-        for case in some(compile_cases(arch, options.dtype, widths, blocks, forms))
+        for case in select(compile_cases(arch, options.dtype, widths, blocks, variants))
         if options.kernel is None or options.kernel in case.name
     ]
     rows = []
     if not options.json:
         print(_HEADER, flush=True)
     for report in itertools.chain(
-        _with_progress(reports(found, options.processes), len(found)), extension_reports(options)
+        _with_progress(reports(cases, options.processes), len(cases)), extension_reports(options)
     ):
         rows.append(report)
         if not options.json:
@@ -85,12 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _with_progress(found: Iterator[Report], total: int) -> Iterator[Report]:
-    """The same, with a line to stderr at the start and every few seconds."""
+def _with_progress(rows: Iterator[Report], total: int) -> Iterator[Report]:
+    """Yield the reports, with a line to stderr at the start and every few seconds."""
     version, start = supported.installed_version("triton"), time.monotonic()
     print(f"inspect: {total} kernels on Triton {version}", file=sys.stderr, flush=True)
     last = start
-    for done, report in enumerate(found, 1):
+    for done, report in enumerate(rows, 1):
         now = time.monotonic()
         if now - last > _SECONDS_OF_SILENCE or done == total:
             last = now
@@ -105,7 +105,7 @@ _HEADER = (
 
 
 def _row(r: Report) -> str:
-    """A line, and one for each candidate that was passed over."""
+    """Format a report as a line, and one for each rejected candidate."""
     line = (
         f"{r.kernel:31} {r.config:62} {r.arch:4} {r.registers:9} {r.spills:6} {r.shared_bytes:8} "
         f"{r.occupancy:9.0%} {r.tensor_core_instructions:6} {r.wide_loads:5}  {' '.join(r.absent)}"
@@ -121,7 +121,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
 
     def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
+        return [int(number) for number in text.split(",")]
 
     def dtypes(text: str) -> list[str]:
         names = tuple(ahead_of_time.DTYPES)
@@ -138,7 +138,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--channels", type=numbers, help="only these widths, e.g. 192,384")
     add("--kernel", metavar="NAME", help="only kernels whose name contains this")
     add("--json", action="store_true", help="a JSON list of objects instead of a table")
-    add("--quick", action="store_true", help="of a kernel's forms the fullest and the barest")
+    add(
+        "--quick",
+        action="store_true",
+        help="only each kernel's variants with most and fewest tensors",
+    )
     add(
         "--all",
         action="store_true",

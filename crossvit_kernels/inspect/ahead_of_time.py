@@ -1,4 +1,4 @@
-"""Triton kernels compiled without a GPU, in the forms that operations launch them in."""
+"""Compiles Triton kernels without a GPU, in the specializations that operations launch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import launcher, tables
-from crossvit_kernels.gpu.launcher import Form, Usage, choose
+from crossvit_kernels.gpu.launcher import Specialization, Usage, choose
 from crossvit_kernels.gpu.tables import Candidate
 from crossvit_kernels.inspect import machine_code
 from crossvit_kernels.inspect.machine_code import Report
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1"}
 
-# In PTX: products on tensor cores, and loads of 16 bytes from global memory.
+# In PTX: tensor-core products, and 16-byte loads from global memory.
 _TENSOR_CORES = re.compile(r"^\s*(?:@\S+\s+)?(?:mma|wgmma|tcgen05)\.(?:sync|mma)", re.MULTILINE)
 _WIDE_LOADS = re.compile(
     r"ld\.global\S*\.v(?:4\.[bfu]32|2\.[bfu]64|8\.b16)|cp\.async\.c[ag]\.\S+ [^;]*, (?:0x10|16)\b"
@@ -34,13 +34,13 @@ _WIDE_LOADS = re.compile(
 
 
 class Dtypes(NamedTuple):
-    """Of an operation's tensors: tokens and LayerNorms, and linear layers."""
+    """The dtypes of an operation's tokens and LayerNorms, and of its linear layers."""
 
     tokens: torch.dtype
     linears: torch.dtype
 
 
-#: By the names of ``crossvit_kernels.inspect``.
+#: By their names in ``crossvit_kernels.inspect``.
 DTYPES = {
     "bf16": Dtypes(torch.bfloat16, torch.bfloat16),
     "fp16": Dtypes(torch.float16, torch.float16),
@@ -50,17 +50,17 @@ DTYPES = {
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor without memory."""
+    """Return a tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def empty_weights(
     shapes: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], dtypes: Dtypes
 ) -> list[Tensor]:
-    """An operation's weights, from its shapes in letters ("3 C") and what these stand for."""
+    """Return an operation's weights from symbolic shapes ("3 C") and the letters' sizes."""
 
     def size(letters: str) -> int:
-        return math.prod(sizes.get(part) or int(part) for part in letters.split())
+        return math.prod(sizes.get(factor) or int(factor) for factor in letters.split())
 
     return [
         empty(tuple(map(size, shape)), dtypes.tokens if "norm" in name else dtypes.linears)
@@ -70,30 +70,34 @@ def empty_weights(
 
 @dataclasses.dataclass(frozen=True)
 class CompileCase:
-    """A kernel in a form, with the configurations that it may run in.
+    """A specialized kernel, to be compiled in any of its configurations.
 
     Attributes:
-        form: As it is launched.
+        specialization: What a launch compiles it for.
     """
 
-    form: Form
+    specialization: Specialization
 
     @property
     def name(self) -> str:
-        return str(self.form.kernel.__name__)
+        return str(self.specialization.kernel.__name__)
 
     @property
     def absent(self) -> tuple[str, ...]:
         """The optional tensors that are None."""
-        tensors = zip(self.form.kernel.params, self.form.tensors, strict=False)
+        tensors = zip(self.specialization.kernel.params, self.specialization.tensors, strict=False)
         names = [p.name.removesuffix("_ptr") for p, dtype in tensors if dtype is None]
-        for group in self.form.weights:
+        for group in self.specialization.weights:
             names += [name for name, dtype in group._asdict().items() if dtype is None]
         return tuple(names)
 
     def describe(self, candidate: Candidate) -> str:
-        """A configuration, for a report."""
-        dtypes = [t for t in (*self.form.tensors, *sum(self.form.weights, ())) if t is not None]
+        """Describe a configuration, for a report."""
+        dtypes = [
+            t
+            for t in (*self.specialization.tensors, *sum(self.specialization.weights, ()))
+            if t is not None
+        ]
         narrowest = min(dtypes, key=lambda t: t.itemsize if t.is_floating_point else 8)
         sizes = (c.describe() for c in candidate.constants if hasattr(c, "describe"))
         options = candidate.options
@@ -101,14 +105,14 @@ class CompileCase:
         return "; ".join((f"{_NAMES[narrowest]} {', '.join(sizes)}", how))
 
     def __reduce__(self) -> Any:
-        """Triton's functions cannot be pickled, but found again."""
-        _, *rest = self.form
-        return _found_again, (self.form.kernel.__module__, self.name, *rest)
+        """Triton's functions cannot be pickled, but can be looked up by name."""
+        _, *rest = self.specialization
+        return _restored, (self.specialization.kernel.__module__, self.name, *rest)
 
     def signature(
         self, candidate: Candidate
     ) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], Any]]:
-        """Types, constants and attributes of the parameters, as the launcher would find them."""
+        """Return types, constants and attributes of the parameters, as at a launch."""
         types: dict[str, Any] = {}
         constants: dict[Any, Any] = {}
         attributes: dict[tuple[int, ...], Any] = {}
@@ -118,12 +122,12 @@ class CompileCase:
                 constants[path] = None
                 attributes.update(_attributes_of_constant(path))
                 return "constexpr"
-            attributes[path] = [["tt.divisibility", 16]]  # as torch's allocator gives memory
+            attributes[path] = [["tt.divisibility", 16]]  # as torch's allocator aligns memory
             return f"*{_NAMES[dtype]}"
 
-        tensors, weights = iter(self.form.tensors), iter(self.form.weights)
-        values = iter((*candidate.constants, *self.form.constants))
-        for index, parameter in enumerate(self.form.kernel.params):
+        tensors, weights = iter(self.specialization.tensors), iter(self.specialization.weights)
+        values = iter((*candidate.constants, *self.specialization.constants))
+        for index, parameter in enumerate(self.specialization.kernel.params):
             name = parameter.name
             if parameter.is_constexpr:
                 types[name], constants[name] = "constexpr", next(values)
@@ -140,7 +144,7 @@ class CompileCase:
 
 
 def _attributes_of_constant(path: tuple[int, ...]) -> dict[tuple[int, ...], Any]:
-    """As a launch has them, so that it finds in Triton's cache what was compiled here."""
+    """Return those of a launch, so that it finds the result in Triton's cache."""
     import triton
 
     major, minor = map(int, triton.__version__.split(".")[:2])
@@ -148,43 +152,43 @@ def _attributes_of_constant(path: tuple[int, ...]) -> dict[tuple[int, ...], Any]
 
 
 def recorded(sm: int, runs: Iterable[Callable[[], object]]) -> list[CompileCase]:
-    """The forms in which functions launch kernels on a GPU, each once.
+    """Return every specialization that functions launch on a GPU, once.
 
     Args:
         sm: Compute capability, 90 for 9.0.
-        runs: They call operations on tensors without memory.
+        runs: Functions that call operations on tensors without memory.
     """
-    with tables.as_if_on(sm), launcher.recording() as found:
+    with tables.as_if_on(sm), launcher.recording() as specializations:
         for run in runs:
             run()
-    return [CompileCase(form) for form in {(f.kernel.fn, *f[1:]): f for f in found}.values()]
+    return [CompileCase(s) for s in {(s.kernel.fn, *s[1:]): s for s in specializations}.values()]
 
 
-def _found_again(module: str, name: str, *rest: Any) -> CompileCase:
-    return CompileCase(Form(getattr(importlib.import_module(module), name), *rest))
+def _restored(module: str, name: str, *rest: Any) -> CompileCase:
+    return CompileCase(Specialization(getattr(importlib.import_module(module), name), *rest))
 
 
 def compile_for(
     case: CompileCase, backend: str, arch: int | str, candidate: Candidate | None = None
 ) -> Any:
-    """Triton's compiled kernel for ("cuda", 90) or ("hip", "gfx942"), say.
+    """Return Triton's compiled kernel for, say, ("cuda", 90) or ("hip", "gfx942").
 
-    Of the preferred candidate, if no other is given.
+    Uses the preferred candidate, if none is given.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    candidate = candidate or case.form.candidates[0]
+    candidate = candidate or case.specialization.candidates[0]
     types, constants, attributes = case.signature(candidate)
-    kernel = case.form.kernel
+    kernel = case.specialization.kernel
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
     return triton.compile(source, target=target, options=dict(candidate.options))
 
 
 def _compiled(case: CompileCase, arch: int, candidate: Candidate) -> tuple[Any, Usage]:
-    # Triton prints all of a program that it cannot compile.
+    # Triton prints the whole of a program that it fails to compile.
     with contextlib.redirect_stderr(io.StringIO()):
         compiled = compile_for(case, "cuda", arch, candidate)
     with tempfile.TemporaryDirectory() as folder:
@@ -197,16 +201,16 @@ def _compiled(case: CompileCase, arch: int, candidate: Candidate) -> tuple[Any, 
 
 
 def inspect(case: CompileCase, arch: int) -> Report:
-    """The report on a kernel as a launch would run it, and on what was passed over for that."""
-    items, found = case.form.candidates, {}
+    """Report on a kernel as a launch would run it, and on the rejected candidates."""
+    candidates, results = case.specialization.candidates, {}
 
     def usage_of(candidate: Candidate) -> Usage:
-        found[id(candidate)] = _compiled(case, arch, candidate)
-        return found[id(candidate)][1]
+        results[id(candidate)] = _compiled(case, arch, candidate)
+        return results[id(candidate)][1]
 
-    choice = choose(items, usage_of)
-    candidate = items[choice.index]
-    compiled, usage = found.get(id(candidate)) or _compiled(case, arch, candidate)
+    choice = choose(candidates, usage_of)
+    candidate = candidates[choice.index]
+    compiled, usage = results.get(id(candidate)) or _compiled(case, arch, candidate)
     ptx = compiled.asm["ptx"]
     num_warps = candidate.options["num_warps"]
     return Report(
@@ -222,18 +226,18 @@ def inspect(case: CompileCase, arch: int) -> Report:
         absent=case.absent,
         candidate=choice.index,
         passed_over=tuple(
-            f"{case.describe(items[index])}: {objection}"
+            f"{case.describe(candidates[index])}: {objection}"
             for index, objection in enumerate(choice.objections)
             if index != choice.index
         ),
     )
 
 
-def reports(found: Sequence[tuple[CompileCase, int]], processes: int) -> Iterator[Report]:
-    """Reports on (case, architecture) in order, compiled by several processes."""
-    if processes == 1 or len(found) < 2:
-        for case, arch in found:
+def reports(cases: Sequence[tuple[CompileCase, int]], processes: int) -> Iterator[Report]:
+    """Report on pairs (case, architecture) in order, compiling in several processes."""
+    if processes == 1 or len(cases) < 2:
+        for case, arch in cases:
             yield inspect(case, arch)
         return
-    with ProcessPoolExecutor(min(processes, len(found))) as pool:
-        yield from pool.map(inspect, *zip(*found, strict=True))
+    with ProcessPoolExecutor(min(processes, len(cases))) as pool:
+        yield from pool.map(inspect, *zip(*cases, strict=True))

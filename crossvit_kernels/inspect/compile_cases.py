@@ -1,4 +1,4 @@
-"""Every way in which operations launch their Triton kernels, on tensors without memory."""
+"""Every specialization of the operations' Triton kernels, recorded on tensors without memory."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from crossvit_kernels.ops.layernorm_msa.reference import SHAPES as MSA_SHAPES
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
 from crossvit_kernels.ops.operator import Operation
 
-#: (C_own, C, heads) of all fusions of the named models: Ti, S, B, 9, 15, 18.
+#: (C_cls, C, heads) of all fusions of the named models: Ti, S, B, 9, 15, 18.
 WIDTHS = tuple(
-    (own, channels, heads)
+    (cls_dim, channels, heads)
     for small, heads in ((96, 3), (192, 6), (384, 12), (128, 4), (224, 7))
-    for own, channels in ((small, 2 * small), (2 * small, small))
+    for cls_dim, channels in ((small, 2 * small), (2 * small, small))
 )
 #: (C, heads, hidden units) of all their transformer blocks.
 BLOCKS = tuple(
@@ -44,7 +44,7 @@ BLOCKS = tuple(
 )
 
 _EPS = 1e-6
-#: Images that one kernel does; that three do, with as few and as many to a program as there are.
+#: Batches for one kernel, and for three with the fewest and the most images per program.
 _BATCHES = (1, 65, 1024)
 
 
@@ -53,16 +53,16 @@ def compile_cases(
     dtypes: Sequence[str],
     widths: Sequence[tuple[int, int, int]] = WIDTHS,
     blocks: Sequence[tuple[int, int, int]] = BLOCKS,
-    forms: Sequence[str] = configs.FORMS.names,
+    variants: Sequence[str] = configs.VARIANTS.names,
 ) -> list[CompileCase]:
-    """Every form in which kernels are launched, for tokens of these dtypes and widths.
+    """Return every specialization that is launched for tokens of these dtypes and widths.
 
     Args:
         sm: Compute capability, 90 for 9.0.
         dtypes: Names in ahead_of_time.DTYPES.
-        widths: (C_own, C, heads) of fusions.
+        widths: (C_cls, C, heads) of fusions.
         blocks: (C, heads, hidden units) of transformer blocks.
-        forms: Of blocks: the names in configs.FORMS.
+        variants: Variants of blocks: names in configs.VARIANTS.
     """
 
     def runs() -> Iterator[Callable[[], object]]:
@@ -70,26 +70,28 @@ def compile_cases(
             dtype = ahead_of_time.DTYPES[name]
             for channels, heads in sorted({(c, h) for _, c, h in widths}):
                 yield functools.partial(_core, dtype.tokens, channels, heads)
-            for own, channels, heads in widths:
-                yield functools.partial(_fusion, dtype, own, channels, heads)
+            for cls_dim, channels, heads in widths:
+                yield functools.partial(_fusion, dtype, cls_dim, channels, heads)
             for channels, heads in sorted({(c, h) for c, h, _ in blocks}):
-                yield from in_forms(functools.partial(_msa, dtype, channels, heads))
+                yield from in_variants(functools.partial(_msa, dtype, channels, heads))
             for channels, hidden in sorted({(c, f) for c, _, f in blocks}):
-                yield from in_forms(functools.partial(_ffn, dtype, channels, hidden))
+                yield from in_variants(functools.partial(_ffn, dtype, channels, hidden))
 
-    def in_forms(run: Callable[[], object]) -> Iterator[Callable[[], object]]:
-        for form in forms:
-            yield functools.partial(_in_form, form, run)
+    def in_variants(run: Callable[[], object]) -> Iterator[Callable[[], object]]:
+        for variant in variants:
+            yield functools.partial(_in_variant, variant, run)
 
     return ahead_of_time.recorded(sm, runs())
 
 
-def extremes(found: Sequence[CompileCase]) -> list[CompileCase]:
-    """Of a kernel's forms that differ in which tensors there are, those with most and fewest."""
+def extremes(cases: Sequence[CompileCase]) -> list[CompileCase]:
+    """Keep those with most and fewest tensors of the cases that differ only in these."""
     alike: dict[Hashable, list[CompileCase]] = {}
-    for case in found:
-        form = case.form
-        alike.setdefault((case.name, form.candidates, form.constants), []).append(case)
+    for case in cases:
+        specialization = case.specialization
+        alike.setdefault(
+            (case.name, specialization.candidates, specialization.constants), []
+        ).append(case)
     return [
         case
         for group in alike.values()
@@ -98,17 +100,17 @@ def extremes(found: Sequence[CompileCase]) -> list[CompileCase]:
     ]
 
 
-def _in_form(form: str, run: Callable[[], object]) -> None:
-    with configs.FORMS.choose(form):
+def _in_variant(variant: str, run: Callable[[], object]) -> None:
+    with configs.VARIANTS.choose(variant):
         run()
 
 
 def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
-    """Forward and backward, over tokens [1, N, C].
+    """Run forward and backward over tokens [1, N, C].
 
-    With LayerNorm in all variants; without it with and without a mask; and over a split image.
+    With LayerNorm in all combinations; without it, with and without a mask; and a split image.
     """
-    x, many = (empty((1, n, channels), dtype) for n in (16, TokenPass.part + 1))
+    x, many = (empty((1, n, channels), dtype) for n in (16, TokenPass.split_size + 1))
     u, mask = empty((1, num_queries, channels), torch.float32), empty((1, 16), torch.bool)
     for extra in (None, x[:, 0]):
         for key_mask in (None, mask):
@@ -119,8 +121,8 @@ def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
 
 
 def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int) -> None:
-    """With drop path and without; backward without also without the tokens' gradient."""
-    weights = _weights(FusionWeights, FUSION_SHAPES, {"C_own": cls_dim, "C": channels}, dtypes)
+    """Run with and without drop path, the latter also without the tokens' gradient."""
+    weights = _weights(FusionWeights, FUSION_SHAPES, {"C_cls": cls_dim, "C": channels}, dtypes)
     for batch in _BATCHES:
         cls = empty((batch, cls_dim), dtypes.tokens)
         x = empty((batch, 16, channels), dtypes.tokens)
@@ -132,7 +134,7 @@ def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int) -> None:
 
 
 def _msa(dtypes: Dtypes, channels: int, heads: int) -> None:
-    """Inference, and training with drop path and without."""
+    """Run inference, and training with and without drop path."""
     weights = _weights(MsaWeights, MSA_SHAPES, {"C": channels}, dtypes)
     for num_rows in (16, configs.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)
@@ -146,7 +148,7 @@ def _msa(dtypes: Dtypes, channels: int, heads: int) -> None:
 
 
 def _ffn(dtypes: Dtypes, channels: int, hidden: int) -> None:
-    """Inference, and training with drop path and without."""
+    """Run inference, and training with and without drop path."""
     weights = _weights(FfnWeights, FFN_SHAPES, {"C": channels, "F": hidden}, dtypes)
     for num_rows in (16, configs.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)
@@ -158,14 +160,14 @@ def _ffn(dtypes: Dtypes, channels: int, hidden: int) -> None:
 def both_ways(
     operation: Operation, inputs: Any, eps: float | None, keep: str = "fast", frozen: str = ""
 ) -> None:
-    """Run Triton forward and, where something is kept, backward, around autograd and dispatch.
+    """Run Triton forward and, unless keep is "", backward, bypassing autograd and dispatch.
 
     Args:
-        operation: Of the inputs.
+        operation: The operation.
         inputs: Its inputs.
         eps: LayerNorm's.
         keep: What forward keeps; "" for no backward.
-        frozen: A field; backward then also runs without its gradient.
+        frozen: A field; if given, backward also runs without its gradient.
     """
     triton = operation.backends["triton"]
     outputs, saved = triton.forward(inputs, eps, keep)

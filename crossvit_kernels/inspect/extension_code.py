@@ -1,4 +1,4 @@
-"""What the extension's CUDA kernels compiled to, read from the extension itself."""
+"""Reports on the extension's CUDA kernels, read from its binary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = tuple(
     for way in ("forward", "backward")
 )
 
-# Name<Plan<element, units of 16 channels a warp, groups of 8 rows, least and most warps of a tile,
+# Name<Plan<element, units of 16 channels per warp, groups of 8 rows, min and max warps per tile,
 # ...>>
 _MANGLED = re.compile(
     rf"\d({'|'.join(NAMES)})I\w*?PlanI(f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)ELi\d+ELi(\d+)E"
@@ -29,13 +29,13 @@ _TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel as the extension has it for some tokens.
+    """A kernel of the extension, compiled for certain tokens.
 
     Attributes:
-        name: Without what it is compiled for.
-        dtype: Of the tokens: "bf16", "fp16" or "fp32".
+        name: Its name without template arguments.
+        dtype: The tokens' dtype: "bf16", "fp16" or "fp32".
         widest: Channels of the widest tokens.
-        rows: Score rows of a pass over the tokens: at most so many are computed in one.
+        rows: Maximum queries per token pass.
     """
 
     name: str
@@ -44,47 +44,47 @@ class Kernel:
     rows: int
 
     def block(self, arch: int, channels: int) -> tuple[int, int]:
-        """Threads, and bytes of shared memory, that tokens of a width take; a CLS as wide."""
+        """Return threads and bytes of shared memory for tokens of a width, and a CLS as wide."""
         assert extension.cuda_kernels is not None
         functions = extension.cuda_kernels.functions
         code = extension.DTYPE_CODES[_TORCH_DTYPES[self.dtype]]
         if self.name.startswith("attention_core"):
             blocks = functions.attention_core_blocks(code, self.rows, channels)
         else:
-            most = machine_code.SHARED_BYTES_OF_PROGRAM[arch]
-            blocks = functions.cross_attention_blocks(code, channels, channels, self.rows, most)
+            limit = machine_code.SHARED_BYTES_OF_PROGRAM[arch]
+            blocks = functions.cross_attention_blocks(code, channels, channels, self.rows, limit)
         threads, shared_bytes = blocks[self.name.endswith("backward")]
         return threads, shared_bytes
 
 
 def kernel_of(mangled: str) -> Kernel | None:
-    """The kernel of a name in the binary; None for those that are for all tokens."""
-    found = _MANGLED.search(mangled)
-    if not found:
+    """Parse a kernel's name in the binary; None for kernels not compiled per token type."""
+    match = _MANGLED.search(mangled)
+    if not match:
         return None
-    units, groups, split = map(int, found.groups()[2:])
-    return Kernel(found[1], _DTYPES[found[2]], 16 * units * split, 8 * groups)
+    units, groups, warps = map(int, match.groups()[2:])
+    return Kernel(match[1], _DTYPES[match[2]], 16 * units * warps, 8 * groups)
 
 
 def targets() -> dict[int, str]:
-    """The compute capabilities, 90 for 9.0, that the extension has machine code for; with its name
-    in the binary.
+    """Return the compute capabilities, 90 for 9.0, that the extension has machine code for, and
+    their names in the binary.
     """
     return {int(a.rstrip("af")): f"sm_{a}" for a in extension.cuda_architectures()}
 
 
 def read(arch: int) -> dict[Kernel, Code]:
-    """The code of the kernels that are for some tokens, for a compute capability."""
-    found = machine_code.read(extension.location(), targets()[arch])
-    return {kernel: code for name, code in found.items() if (kernel := kernel_of(name))}
+    """Read the code of the kernels compiled per token type, for a compute capability."""
+    codes = machine_code.read(extension.location(), targets()[arch])
+    return {kernel: code for name, code in codes.items() if (kernel := kernel_of(name))}
 
 
 def reports(
     arch: int, dtypes: Collection[str], channels: Collection[int] | None, name: str
 ) -> Iterator[Report]:
-    """Reports on the kernels for tokens of these dtypes and widths (None: of all) whose name
-    contains `name`. Of a kernel's tokens, shared memory and occupancy are those of the widest
-    that a block of the chip has enough shared memory for; the configuration says which.
+    """Report on the kernels for tokens of these dtypes and widths (None: all) whose name contains
+    `name`. Shared memory and occupancy are given for the kernel's widest tokens that fit in a
+    block's shared memory; the configuration says which.
     """
     if not any(name in known for known in NAMES):
         return

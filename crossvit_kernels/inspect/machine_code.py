@@ -1,4 +1,4 @@
-"""Machine code of NVIDIA GPUs: what a kernel takes of a multiprocessor, and its instructions."""
+"""Machine code of NVIDIA GPUs: a kernel's resources, occupancy and instructions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-#: Limits of a streaming multiprocessor: registers, threads, programs, bytes of shared memory in all
-#: and for one program (CUDA C++ Programming Guide, compute capabilities).
+#: Limits of an SM: registers, programs, threads, bytes of shared memory in total and per program
+#: (CUDA C++ Programming Guide, compute capabilities).
 REGISTERS, MAX_PROGRAMS = 65536, 32
 MAX_THREADS = 2048
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 SHARED_BYTES_OF_PROGRAM = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-_RESERVED_SHARED_BYTES = 1024  # of each program
-_REGISTER_UNIT = 256  # in which a warp's registers are handed out
+_RESERVED_SHARED_BYTES = 1024  # per program
+_REGISTER_UNIT = 256  # allocation granularity of a warp's registers
 
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
 _TENSOR_CORES = re.compile(r"\w*(?:HMMA|HGMMA|UTCHMMA|QGMMA)\b")
@@ -31,9 +31,9 @@ class Code:
     """A kernel's machine code.
 
     Attributes:
-        registers: Of a thread.
-        stack_bytes: Local memory of a thread.
-        instructions: How often each occurs, by its name in full (``HMMA.16816.F32.BF16``).
+        registers: Registers per thread.
+        stack_bytes: Local memory per thread.
+        instructions: Count of each, by its full name (``HMMA.16816.F32.BF16``).
     """
 
     registers: int
@@ -41,32 +41,32 @@ class Code:
     instructions: Mapping[str, int]
 
     def count(self, pattern: str | re.Pattern[str]) -> int:
-        """Instructions whose names begin as a regular expression says."""
+        """Count the instructions whose names start with a match of a regular expression."""
         return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
 
     @property
     def spills(self) -> int:
-        """Words of a thread in local memory, and instructions that go there."""
+        """Words of local memory per thread, plus the instructions that access it."""
         return self.stack_bytes // 4 + self.count(_LOCAL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a compiled kernel takes of a streaming multiprocessor, and which instructions it has.
+    """A compiled kernel's resources on an SM, and its instructions.
 
     Attributes:
         kernel: Its name.
         config: What it was compiled for.
         arch: Compute capability, 90 for 9.0.
-        registers: Of a thread.
-        spills: Words of a thread in local memory.
-        shared_bytes: Shared memory of a program.
-        occupancy: Resident threads, as a share of a multiprocessor's most.
-        tensor_core_instructions: Of its code.
-        wide_loads: Of 16 bytes.
-        absent: Optional tensors that this form of the kernel goes without.
-        candidate: Place of its configuration among those of the table.
-        passed_over: Those that were tried and not chosen, each with the reason.
+        registers: Registers per thread.
+        spills: Spilled words per thread.
+        shared_bytes: Shared memory per program.
+        occupancy: Resident threads, as a fraction of an SM's maximum.
+        tensor_core_instructions: Tensor-core instructions in its code.
+        wide_loads: 16-byte loads in its code.
+        absent: Optional tensors that this specialization omits.
+        candidate: Index of its configuration among the table's candidates.
+        passed_over: The rejected candidates, each with the reason.
     """
 
     kernel: str
@@ -86,7 +86,7 @@ class Report:
 def report(
     kernel: str, config: str, arch: int, code: Code, shared_bytes: int, num_warps: int
 ) -> Report:
-    """The report on a kernel whose programs are launched with so many warps and shared memory."""
+    """Report on a kernel launched with this many warps and this much shared memory."""
     return Report(
         kernel=kernel,
         config=config,
@@ -101,9 +101,9 @@ def report(
 
 
 def occupancy(registers: int, shared_bytes: int, num_warps: int, arch: int) -> float:
-    """Resident threads of a streaming multiprocessor, as a share of its most."""
-    of_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
-    by_registers = REGISTERS // (of_warp * num_warps)
+    """Return the resident threads of an SM, as a fraction of its maximum."""
+    warp_registers = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+    by_registers = REGISTERS // (warp_registers * num_warps)
     by_shared = SHARED_BYTES[arch] // (shared_bytes + _RESERVED_SHARED_BYTES)
     by_threads = MAX_THREADS // (32 * num_warps)
     programs = min(by_registers, by_shared, by_threads, MAX_PROGRAMS)
@@ -111,28 +111,28 @@ def occupancy(registers: int, shared_bytes: int, num_warps: int, arch: int) -> f
 
 
 def usage(binary: str | Path, target: str | None = None) -> dict[str, tuple[int, int]]:
-    """Registers and bytes of stack of every kernel of a binary, by its name there.
+    """Return registers and stack bytes of every kernel of a binary, by its name there.
 
     Args:
-        binary: A cubin, or what holds several: an object file or a library.
-        target: Which of them to read, "sm_90a" for one.
+        binary: A cubin, or an object file or library with several.
+        target: Which one to read, such as "sm_90a".
     """
-    kernel, found = "", {}
+    kernel, usages = "", {}
     for line in _cuobjdump("-res-usage", binary, target):
         if name := re.match(r"\s*Function (\S+):", line):
             kernel = name[1]
         elif numbers := re.search(r"REG:(\d+) STACK:(\d+)", line):
-            found[kernel] = int(numbers[1]), int(numbers[2])
-    return found
+            usages[kernel] = int(numbers[1]), int(numbers[2])
+    return usages
 
 
 def read(binary: str | Path, target: str | None = None) -> dict[str, Code]:
-    """The code of every kernel of a binary, as for usage()."""
+    """Return the code of every kernel of a binary; arguments as for usage()."""
     instructions: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     kernel = ""
     for line in _cuobjdump("-sass", binary, target):
-        if found := _INSTRUCTION.match(line):
-            instructions[kernel][found[1]] += 1
+        if instruction := _INSTRUCTION.match(line):
+            instructions[kernel][instruction[1]] += 1
         elif name := re.match(r"\s*Function : (\S+)", line):
             kernel = name[1]
     return {
@@ -141,9 +141,9 @@ def read(binary: str | Path, target: str | None = None) -> dict[str, Code]:
     }
 
 
-def _cuobjdump(what: str, binary: str | Path, target: str | None) -> Iterator[str]:
-    """Line by line: a library's code is hundreds of megabytes of text."""
-    command = [disassembler(), what, *(["-arch", target] if target else []), str(binary)]
+def _cuobjdump(flag: str, binary: str | Path, target: str | None) -> Iterator[str]:
+    """Yield lines one by one: a library's code is hundreds of megabytes of text."""
+    command = [disassembler(), flag, *(["-arch", target] if target else []), str(binary)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         yield from process.stdout
@@ -153,10 +153,10 @@ def _cuobjdump(what: str, binary: str | Path, target: str | None) -> Iterator[st
 
 @functools.cache
 def disassembler() -> str:
-    """The path of NVIDIA's cuobjdump, which Triton brings with it.
+    """Return the path of NVIDIA's cuobjdump, which Triton ships.
 
     Raises:
-        FileNotFoundError: It does not.
+        FileNotFoundError: This Triton does not.
     """
     import triton
 

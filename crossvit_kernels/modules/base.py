@@ -1,4 +1,4 @@
-"""What the modules share: settings, and the choice between a fused call and their layers."""
+"""Shared by the modules: settings, and the choice between a fused call and their layers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def calls_layers(owner: nn.Module, backend: str | None, reason: str | None) -> b
     """Whether a call goes through the layers rather than to a fused operation.
 
     Args:
-        owner: The module that is called, for the message.
+        owner: The called module, for the message.
         backend: Its backend.
-        reason: Why its layers' parameters do not say what they compute; None if they do.
+        reason: Why its layers' parameters do not determine what they compute; None if they do.
 
     Raises:
         ValueError: There is no such backend.
@@ -34,9 +34,9 @@ def calls_layers(owner: nn.Module, backend: str | None, reason: str | None) -> b
 
 
 def check_layers(name: str, x: Tensor, layers: list[Any]) -> None:
-    """X has the device and dtype of the parameters of plain layers.
+    """Check that x has the device and dtype of the parameters of plain layers.
 
-    Parametrized ones are left out: each look at their weights would compute them.
+    Parametrized ones are skipped: reading their weights would compute them.
     """
     owned = {
         f"{type(layer).__name__}.{key}": p
@@ -47,13 +47,13 @@ def check_layers(name: str, x: Tensor, layers: list[Any]) -> None:
 
 
 def unit_stride(x: Any) -> Any:
-    """Tokens as operations take them: ``map.flatten(2).transpose(1, 2)`` has channels apart."""
+    """Return tokens with contiguous channels, unlike ``map.flatten(2).transpose(1, 2)``."""
     strided = isinstance(x, Tensor) and x.layout == torch.strided and x.dim() == 3
     return x.contiguous() if strided and x.stride(-1) != 1 else x
 
 
 class FusedModule(nn.Module):
-    """The settings that modules share."""
+    """Base class with the settings that the modules share."""
 
     attn_drop = drop_path = 0.0
 

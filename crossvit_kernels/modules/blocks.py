@@ -40,10 +40,9 @@ class TransformerBlock(FusedModule):
         mlp_ratio: Hidden units of the feed-forward network per channel.
         keep: What training keeps for backward on a GPU, "fast" or "lean": see
             ``functional.layernorm_msa``.
-        act: What is between the two linear layers: "gelu", its approximation "gelu_tanh", or
-            CLIP's "quick_gelu". Kernels exist for "gelu"; with the others that half runs layer by
-            layer. The other arguments are described in ``crossvit_kernels.modules``; drop_path
-            applies to either half by itself.
+        act: The activation: "gelu", its approximation "gelu_tanh", or CLIP's "quick_gelu". Kernels
+            exist for "gelu"; with the others that half runs layer by layer. The other arguments are
+            described in ``crossvit_kernels.modules``; drop_path applies to each half separately.
 
     Raises:
         ValueError: num_heads does not divide dim, a rate is not in [0, 1), or act is unknown.
@@ -78,13 +77,13 @@ class TransformerBlock(FusedModule):
         """Convert timm's ``vision_transformer.Block``, weights, activation and eps included.
 
         Args:
-            block: The block, as it is: its mode, dtype and device are taken over.
+            block: The block; its mode, dtype and device are kept.
             backend: Name of a backend, or None.
 
         Raises:
             ValueError: The block computes what this one cannot: layer scale, a norm of queries and
                 keys, another activation, dropout of features.
-            TypeError: block is no such module.
+            TypeError: block is not such a module.
         """
         options, state = converters.timm_block(block)
         eps2 = options.pop("eps2")
@@ -102,20 +101,20 @@ class TransformerBlock(FusedModule):
         self.attn.attn_drop = rate
 
     def forward(self, x: Tensor, cls: Tensor | None = None) -> Tensor:
-        """X [B, N, C] -> y [B, N, C]; cls [B, C], if given, stands in for row 0 of x."""
+        """Map x [B, N, C] to y [B, N, C]; cls [B, C], if given, replaces row 0 of x."""
         return self._ffn(self._msa(x, cls))
 
     def _msa(self, x: Tensor, cls: Tensor | None) -> Tensor:
-        found, reason = plain_layers.find(self._modules, _MSA_LAYERS)
+        layers, reason = plain_layers.find(self._modules, _MSA_LAYERS)
         weights = None
         if reason is None and self.backend != "reference":
-            norm, attn, qkv, proj = found
+            norm, attn, qkv, proj = layers
             weights = MsaWeights(*plain_layers.parameters(norm, qkv, proj))
             reason = plain_layers.why_not_weights(weights)
             if reason is None and weights.qkv_weight.shape[0] != 3 * self.dim:
                 reason = f"attn.qkv has {weights.qkv_weight.shape[0]} features"
         if self._calls_layers(reason):
-            self._check(x, cls, found if reason is None else [])
+            self._check(x, cls, layers if reason is None else [])
             scale = self._residual_scale(x)
             if cls is not None:
                 x = torch.cat([cls.unsqueeze(1).to(x.dtype), x[:, 1:]], dim=1)
@@ -134,10 +133,10 @@ class TransformerBlock(FusedModule):
         )
 
     def _ffn(self, x: Tensor) -> Tensor:
-        found, reason = plain_layers.find(self._modules, _FFN_LAYERS)
+        layers, reason = plain_layers.find(self._modules, _FFN_LAYERS)
         weights = None
         if reason is None and self.backend != "reference":
-            norm, _, fc1, _, fc2 = found
+            norm, _, fc1, _, fc2 = layers
             weights = FfnWeights(*plain_layers.parameters(norm, fc1, fc2))
             reason = plain_layers.why_not_weights(weights)
         scale = self._residual_scale(x)

@@ -1,7 +1,7 @@
-"""What modules of timm and transformers compute, as options and weights of ours.
+"""Converts modules of timm and transformers to options and weights of ours.
 
-State dicts say nothing of an activation, an eps or a scale. Each function here looks at the module
-itself, and refuses one that computes what ours does not. Neither library is imported.
+State dicts do not contain activations, eps or scales. Each function here inspects the module
+itself, and rejects one that computes what ours does not. Neither library is imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def load(module: Module, state: dict[str, Tensor], source: nn.Module) -> Module:
-    """The module with the state, and with the dtype, device and mode of the source."""
+    """Load the state into the module, with the dtype, device and mode of the source."""
     like = next(source.parameters())
     module.to(like.device, like.dtype)
     module.load_state_dict(state, strict=True)
@@ -28,7 +28,7 @@ def load(module: Module, state: dict[str, Tensor], source: nn.Module) -> Module:
 
 
 def timm_block(block: nn.Module) -> Converted:
-    """``vision_transformer.Block`` as a TransformerBlock; ``eps2`` is that of norm2."""
+    """Convert ``vision_transformer.Block`` to a TransformerBlock; ``eps2`` is that of norm2."""
     source = _Source(block, ("Block",), "vision_transformer")
     source.has_only("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
     attn = source.child("attn")
@@ -54,7 +54,7 @@ def timm_block(block: nn.Module) -> Converted:
 
 
 def timm_fusion(block: nn.Module, branch: int) -> Converted:
-    """One branch of ``crossvit.MultiScaleBlock`` as a CrossAttentionFusion."""
+    """Convert one branch of ``crossvit.MultiScaleBlock`` to a CrossAttentionFusion."""
     source = _Source(block, ("MultiScaleBlock",), "crossvit")
     if branch not in (0, 1):
         raise ValueError(f"branch: expected 0 or 1, found {branch!r}")
@@ -78,9 +78,9 @@ def timm_fusion(block: nn.Module, branch: int) -> Converted:
     eps.add(norm_eps)
     source.require(len(eps) == 1, f"has LayerNorms of different eps, {eps}")
     projections = {k: t for name in ("wq", "wk", "wv") for k, t in attn.linear(name).items()}
-    dim, own = state["proj.2.weight"].shape
+    dim, cls_dim = state["proj.2.weight"].shape
     options = {
-        "dim_own": own,
+        "dim_own": cls_dim,
         "dim": dim,
         "num_heads": attn.heads(dim),
         "qkv_bias": "wq.bias" in projections,
@@ -93,7 +93,7 @@ def timm_fusion(block: nn.Module, branch: int) -> Converted:
 
 
 def timm_class_attention(attention: nn.Module) -> Converted:
-    """``cait.ClassAttn`` as a ClassAttention."""
+    """Convert ``cait.ClassAttn`` to a ClassAttention."""
     source = _Source(attention, ("ClassAttn",), "cait")
     source.has_only("q", "k", "v", "proj", "attn_drop")
     state = {k: t for name in ("q", "k", "v") for k, t in source.linear(name).items()}
@@ -108,7 +108,7 @@ def timm_class_attention(attention: nn.Module) -> Converted:
 
 
 def timm_latent_pool(pool: nn.Module) -> Converted:
-    """``AttentionPoolLatent`` as a MAPHead."""
+    """Convert ``AttentionPoolLatent`` to a MAPHead."""
     source = _Source(pool, ("AttentionPoolLatent",), "attention_pool")
     source.has_only("q", "kv", "proj", "norm", "mlp")
     module = source.module
@@ -136,7 +136,7 @@ def timm_latent_pool(pool: nn.Module) -> Converted:
 
 
 def transformers_map_head(head: nn.Module) -> Converted:
-    """``Siglip[2]MultiheadAttentionPoolingHead`` as a MAPHead."""
+    """Convert ``Siglip[2]MultiheadAttentionPoolingHead`` to a MAPHead."""
     names = [f"Siglip{version}MultiheadAttentionPoolingHead" for version in ("", "2")]
     source = _Source(head, (*names, "SiglipVisionMultiheadAttentionPoolingHead"), "")
     source.has_only("attention", "layernorm", "mlp")
@@ -167,7 +167,7 @@ def transformers_map_head(head: nn.Module) -> Converted:
 
 
 def transformers_probe(pooler: nn.Module) -> Converted:
-    """``VJEPA2AttentivePooler`` without self-attention layers as an AttentiveProbe."""
+    """Convert ``VJEPA2AttentivePooler`` without self-attention layers to an AttentiveProbe."""
     source = _Source(pooler, ("VJEPA2AttentivePooler",), "")
     source.has_only("cross_attention_layer", "self_attention_layers")
     layers = len(source.module.self_attention_layers)
@@ -205,22 +205,22 @@ def transformers_probe(pooler: nn.Module) -> Converted:
 
 
 class _Source:
-    """A module that is looked at, with its path for messages."""
+    """An inspected module, with its path for messages."""
 
     def __init__(self, module: Any, names: Iterable[str], file: str, path: str = "") -> None:
-        found = type(module)
+        kind = type(module)
         expected = [*names]
-        if expected and (found.__name__ not in expected or not found.__module__.endswith(file)):
+        if expected and (kind.__name__ not in expected or not kind.__module__.endswith(file)):
             where = f" of a module {file}" if file else ""
             raise TypeError(
-                f"expected a {' or '.join(expected)}{where}, found {found.__module__}."
-                f"{found.__name__}"
+                f"expected a {' or '.join(expected)}{where}, found {kind.__module__}."
+                f"{kind.__name__}"
             )
-        self.module, self.path = module, path or found.__name__
+        self.module, self.path = module, path or kind.__name__
         if not path:
-            self._runs_as_its_types_say()
+            self._require_plain_calls()
 
-    def _runs_as_its_types_say(self) -> None:
+    def _require_plain_calls(self) -> None:
         for name, module in self.module.named_modules():
             if reason := plain_layers.why_not_called_plainly(module):
                 raise ValueError(f"{'.'.join(filter(None, (self.path, name)))} {reason}")
@@ -235,7 +235,7 @@ class _Source:
             raise ValueError(f"{self.path}: {what}, which the module here cannot compute")
 
     def has_only(self, *known: str) -> None:
-        """Nothing acts besides the known children."""
+        """Require that no other children than these are active."""
         for name, child in self.module._modules.items():
             idle = (
                 child is None
@@ -245,7 +245,7 @@ class _Source:
             self.require(name in known or idle, f"has {name} = {child}")
 
     def norm(self, name: str) -> tuple[float, dict[str, Tensor]]:
-        """(eps, state) of a LayerNorm with weight and bias; timm has one of its own."""
+        """Return (eps, state) of a LayerNorm with weight and bias; timm has its own class."""
         norm = self.module._modules.get(name)
         known = isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm"
         if not known or norm is None or norm.weight is None or norm.bias is None:
@@ -253,7 +253,7 @@ class _Source:
         return float(norm.eps), _under(name, _parameters(norm))
 
     def linear(self, name: str, bias: bool = False) -> dict[str, Tensor]:
-        """State of a Linear; bias: whether it must have one."""
+        """Return the state of a Linear; bias: whether it must have one."""
         layer = self.module._modules.get(name)
         if not isinstance(layer, nn.Linear) or not type(layer).__module__.startswith("torch.nn"):
             raise ValueError(f"{self.path}.{name}: expected an nn.Linear, found {layer}")
@@ -263,8 +263,8 @@ class _Source:
     def heads(self, dim: int) -> int:
         num_heads: int = self.module.num_heads
         scale = (dim // num_heads) ** -0.5
-        found = getattr(self.module, "scale", scale)
-        self.require(abs(found - scale) < 1e-12, f"has scale={found} and not {scale}")
+        actual = getattr(self.module, "scale", scale)
+        self.require(abs(actual - scale) < 1e-12, f"has scale={actual} and not {scale}")
         width = getattr(self.module, "head_dim", dim // num_heads)
         self.require(width * num_heads == dim, f"has {num_heads} heads of width {width}")
         return num_heads
@@ -284,7 +284,7 @@ class _Source:
 
 
 def _mlp(source: _Source, act: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """({act, hidden_dim}, state) of Linear, activation, Linear."""
+    """Return ({act, hidden_dim}, state) of Linear, activation, Linear."""
     source.has_only("fc1", act, "fc2")
     fc1, fc2 = source.linear("fc1", bias=True), source.linear("fc2", bias=True)
     activation = getattr(source.module, act, None)
@@ -301,12 +301,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _activation(activation: Any) -> str | None:
-    """Which of our activations one is, by what it computes: each has many names."""
+    """Identify an activation by its values, as each has many names; None if it is not ours."""
     x = torch.linspace(-6, 6, 241, dtype=torch.float64, device="cpu")
     try:
         with torch.no_grad():
             y = activation(x.clone())
-    except Exception:  # of any kind: the activation is anyone's
+    except Exception:  # third-party code may raise anything
         return None
     for name, ours in _ACTIVATIONS.items():
         if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, ours(x), 0, 1e-12):
@@ -315,8 +315,8 @@ def _activation(activation: Any) -> str | None:
 
 
 def _parameters(layer: Any) -> dict[str, Tensor]:
-    found = {"weight": layer.weight, "bias": layer.bias}
-    return {key: t.detach() for key, t in found.items() if t is not None}
+    tensors = {"weight": layer.weight, "bias": layer.bias}
+    return {key: t.detach() for key, t in tensors.items() if t is not None}
 
 
 def _under(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

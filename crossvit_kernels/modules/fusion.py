@@ -39,7 +39,7 @@ _FUSION_LAYERS = plain_layers.layers(
 
 
 class FusionLayers(NamedTuple):
-    """The layers of one fusion as a fused operation sees them."""
+    """The layers of one fusion, as a fused operation uses them."""
 
     weights: FusionWeights | None
     eps: float
@@ -50,32 +50,32 @@ class FusionLayers(NamedTuple):
 
     @classmethod
     def find(cls, children: Mapping[str, nn.Module | None], read: bool = True) -> FusionLayers:
-        """Look through ``proj``, ``fusion`` and ``revert_proj``.
+        """Find the layers in ``proj``, ``fusion`` and ``revert_proj``.
 
         Args:
             children: The three, by these names.
             read: Whether to read the parameters, which computes those that are parametrized.
         """
-        found, reason = plain_layers.find(children, _FUSION_LAYERS)
+        layers, reason = plain_layers.find(children, _FUSION_LAYERS)
         if reason is not None:
-            return cls(None, 0.0, 1, 0.0, reason, found)
-        _, norm_own, _, linear_own, _, norm, attn, wq, wk, wv, out, _, norm_back, _, back = found
+            return cls(None, 0.0, 1, 0.0, reason, layers)
+        _, norm_cls, _, linear_cls, _, norm, attn, wq, wk, wv, out, _, norm_back, _, back = layers
         eps = norm.eps
-        if norm_own.eps != eps or norm_back.eps != eps:
-            return cls(None, 0.0, 1, 0.0, "its LayerNorms have different eps", found)
+        if norm_cls.eps != eps or norm_back.eps != eps:
+            return cls(None, 0.0, 1, 0.0, "its LayerNorms have different eps", layers)
         weights = None
         if read:
-            layers = (norm_own, linear_own, norm, wq, wk, wv, out, norm_back, back)
-            weights = FusionWeights(*plain_layers.parameters(*layers))
+            read_layers = (norm_cls, linear_cls, norm, wq, wk, wv, out, norm_back, back)
+            weights = FusionWeights(*plain_layers.parameters(*read_layers))
             reason = plain_layers.why_not_weights(weights)
-        return cls(weights, eps, attn.num_heads, attn.dropout_p, reason, found)
+        return cls(weights, eps, attn.num_heads, attn.dropout_p, reason, layers)
 
 
 def fuse_layer_by_layer(
     cls: Tensor, tokens: Tensor, proj: nn.Module, fusion: nn.Module, revert_proj: nn.Module
 ) -> Tensor:
-    """Cls [B, C_own], tokens [B, N, C] -> new cls [B, C_own]; every layer is called."""
-    checks.tensor("cls", cls, "B", "C_own")
+    """Map cls [B, C_cls] and tokens [B, N, C] to the new CLS [B, C_cls], calling every layer."""
+    checks.tensor("cls", cls, "B", "C_cls")
     checks.tensor("tokens", tokens, cls.shape[0], "N", "C")
     checks.same_device_and_dtype("cls", cls, tokens=tokens)
     y = fusion(torch.cat([proj(cls).unsqueeze(1), tokens], dim=1))
@@ -86,21 +86,21 @@ def fuse_layer_by_layer(
 def attend_to_patches(
     y: Tensor, patches: Tensor, block: CrossAttentionBlock, backend: str | None
 ) -> Tensor:
-    """``y + CA(LN([y || patches]))``, in one operation where the block's layers are plain.
+    """Return ``y + CA(LN([y || patches]))``, in one operation if the block's layers are plain.
 
     Args:
         y: [B, 1, C].
         patches: [B, N, C].
-        block: What computes it.
+        block: The block that computes it.
         backend: Name of a backend, or None.
 
     Returns:
         [B, 1, C].
     """
-    found, reason = plain_layers.find({"fusion": block}, _CROSS_ATTENTION_LAYERS)
+    layers, reason = plain_layers.find({"fusion": block}, _CROSS_ATTENTION_LAYERS)
     if calls_layers(block, backend, reason):
         return block(torch.cat([y, patches], dim=1))
-    _, norm, attn, *projections = found
+    _, norm, attn, *projections = layers
     affine = (norm.weight, norm.bias)
     scale = block_drop_path(block, y)
     update: Any = functional.attention_pool(
@@ -119,7 +119,7 @@ def attend_to_patches(
 
 
 def block_drop_path(block: CrossAttentionBlock, like: Tensor) -> Tensor | None:
-    """The factors [B] of the block's update, or None; like [B, ...]."""
+    """Return the factors [B] of the block's update, or None; like [B, ...]."""
     return drop_path_scale(like.shape[0], block.drop_path, block.training, like=like)
 
 
@@ -131,9 +131,9 @@ class CrossAttentionFusion(FusedModule):
     ``revert_proj``.
 
     Args:
-        dim_own: C_own, the width of the branch that owns the CLS.
-        dim: C, the width of the other branch, at which attention runs. num_heads is that
-            branch's, too. The other arguments are described in ``crossvit_kernels.modules``.
+        dim_own: C_cls, the width of the branch that owns the CLS.
+        dim: C, the width of the other branch, at which attention runs. num_heads is also that
+            branch's. The other arguments are described in ``crossvit_kernels.modules``.
 
     Raises:
         ValueError: num_heads does not divide dim, or a rate is not in [0, 1).
@@ -169,12 +169,12 @@ class CrossAttentionFusion(FusedModule):
 
         Args:
             block: The MultiScaleBlock.
-            branch: Which branch's CLS the fusion renews, 0 or 1.
+            branch: The branch whose CLS the fusion updates, 0 or 1.
             backend: Name of a backend, or None.
 
         Raises:
             ValueError: The source computes what this module cannot, e.g. with another activation.
-            TypeError: block is no such module.
+            TypeError: block is not such a module.
         """
         options, state = converters.timm_fusion(block, branch)
         return converters.load(cls(**options, backend=backend), state, block)
@@ -201,18 +201,18 @@ class CrossAttentionFusion(FusedModule):
         return f"dim_own={self.dim_own}, {super().extra_repr()}"
 
     def weights(self) -> FusionWeights:
-        """The parameters as ``functional.cross_attention_fusion`` takes them.
+        """Return the parameters as ``functional.cross_attention_fusion`` takes them.
 
         Raises:
-            ValueError: They alone do not say what the layers compute, e.g. as one has hooks.
+            ValueError: They do not determine what the layers compute, e.g. if one has hooks.
         """
-        found = FusionLayers.find(self._modules)
-        if found.weights is None or found.reason is not None:
-            raise ValueError(f"weights: {found.reason}")
-        return found.weights
+        layers = FusionLayers.find(self._modules)
+        if layers.weights is None or layers.reason is not None:
+            raise ValueError(f"weights: {layers.reason}")
+        return layers.weights
 
     def forward(self, cls: Tensor, tokens: Tensor) -> Tensor:
-        """Cls [B, C_own], tokens [B, N, C] without the other CLS -> new cls [B, C_own]."""
+        """Map cls [B, C_cls] and tokens [B, N, C], without their CLS, to the new CLS [B, C_cls]."""
         layers = FusionLayers.find(self._modules, read=self.backend != "reference")
         if self._calls_layers(layers.reason):
             if layers.reason is None:

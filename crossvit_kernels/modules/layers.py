@@ -1,7 +1,7 @@
-"""The layers that modules own, as modules that can be called: eager PyTorch.
+"""The layers that the modules own, as callable modules in eager PyTorch.
 
-This is what runs where ``backend`` is "reference", and where kernels may not read the parameters
-(see ``plain_layers``). Hooks, adapters and replaced layers work, as every layer is called.
+They run if ``backend`` is "reference", and if kernels may not read the parameters (see
+``plain_layers``). Hooks, adapters and replaced layers work, as every layer is called.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from crossvit_kernels import checks
 
 
 class QuickGELU(nn.Module):
-    """``x * sigmoid(1.702 x)``: the GELU of CLIP's first models."""
+    """``x * sigmoid(1.702 x)``: the GELU of the first CLIP models."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X of any shape -> y of the same."""
+        """Return the activation of x, of any shape."""
         return x * torch.sigmoid(1.702 * x)
 
 
-#: By the name that modules take as ``act``.
+#: By the names of the modules' ``act``.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
@@ -47,10 +47,10 @@ def attend(
         k: [B, N, D].
         v: [B, N, D_v].
         num_heads: h.
-        scale: Of the scores; a number that torch.jit.trace does not make float32 of, as it does
-            of one computed from a shape.
-        dropout_p: Of the weights.
-        mask: bool [B, N], True where a key is attended to; an image without any pools to 0.
+        scale: Factor of the scores; a plain number, as torch.jit.trace turns one computed from a
+            shape into float32.
+        dropout_p: Dropout of the weights.
+        mask: bool [B, N], True where a key is attended to; a fully masked image pools to 0.
 
     Returns:
         [B, Q, D_v].
@@ -67,22 +67,22 @@ def attend(
 
 
 def attention_weights(q: Tensor, k: Tensor, num_heads: int, scale: float) -> Tensor:
-    """The weights of ``attend``, [B, h, Q, N], in attention without dropout and mask."""
+    """Return the weights of ``attend``, [B, h, Q, N], without dropout and mask."""
     q, k = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k))
     return (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)
 
 
 def drop_path_scale(batch: int, drop_path: float, training: bool, like: Tensor) -> Tensor | None:
-    """The factor of each image's residual update: drop path (stochastic depth).
+    """Return the factor of each image's residual update: drop path (stochastic depth).
 
     Args:
         batch: B.
         drop_path: Probability that an image's update is dropped, in [0, 1).
         training: Whether updates are dropped at all.
-        like: A tensor of the dtype and device that the factors take.
+        like: A tensor with the dtype and device of the factors.
 
     Returns:
-        [B], each 0 or 1 / (1 - drop_path), from torch's generator; None where all are 1.
+        [B], each 0 or 1 / (1 - drop_path), from torch's generator; None if all are 1.
 
     Raises:
         ValueError: drop_path is not in [0, 1).
@@ -95,12 +95,12 @@ def drop_path_scale(batch: int, drop_path: float, training: bool, like: Tensor) 
 
 
 def add_update(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
-    """``x + scale * update``: both [B, N, C], scale [B] or None."""
+    """Return ``x + scale * update``: both [B, N, C], scale [B] or None."""
     return x + (update if scale is None else update * scale.to(update.dtype).view(-1, 1, 1))
 
 
 class Attention(nn.Module):
-    """What attention modules share: heads, and dropout of the weights in training."""
+    """Base class of attention modules: heads, and dropout of the weights in training."""
 
     def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
     @property
     def dropout_p(self) -> float:
-        """The rate at which weights are dropped now."""
+        """The current dropout rate of the weights."""
         return self.attn_drop if self.training else 0.0
 
 
@@ -124,7 +124,7 @@ class SelfAttention(Attention):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B, N, C] -> [B, N, C]."""
+        """Map x [B, N, C] to [B, N, C]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         out: Tensor = self.proj(attend(q, k, v, self.num_heads, self.scale, self.dropout_p))
         return out
@@ -134,7 +134,7 @@ class Mlp(nn.Module):
     """Linear, activation, Linear.
 
     Args:
-        dim: C, of input and output.
+        dim: C, the width of input and output.
         hidden_dim: Hidden units.
         act: A key of ``ACTIVATIONS``.
 
@@ -150,7 +150,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [..., C] -> [..., C]."""
+        """Map x [..., C] to [..., C]."""
         out: Tensor = self.fc2(self.act(self.fc1(x)))
         return out
 
@@ -166,7 +166,7 @@ class CrossAttention(Attention):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B, 1 + N, C] -> [B, 1, C]."""
+        """Map x [B, 1 + N, C] to [B, 1, C]."""
         q, k, v = self.wq(x[:, :1]), self.wk(x), self.wv(x)
         out: Tensor = self.proj(attend(q, k, v, self.num_heads, self.scale, self.dropout_p))
         return out
@@ -203,13 +203,13 @@ class CrossAttentionBlock(nn.Module):
         self.attn = CrossAttention(dim, num_heads, qkv_bias, attn_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B, 1 + N, C] -> row 0 anew, [B, 1, C]."""
+        """Map x [B, 1 + N, C] to the updated row 0, [B, 1, C]."""
         scale = drop_path_scale(x.shape[0], self.drop_path, self.training, like=x)
         return add_update(x[:, :1], self.attn(self.norm1(x)), scale)
 
 
 def lift(dim_in: int, dim_out: int, eps: float = 1e-6) -> nn.Sequential:
-    """The f or g of a fusion: LayerNorm, GELU, Linear."""
+    """Return the f or g of a fusion: LayerNorm, GELU, Linear."""
     return nn.Sequential(nn.LayerNorm(dim_in, eps=eps), nn.GELU(), nn.Linear(dim_in, dim_out))
 
 
@@ -225,14 +225,14 @@ class ProbeAttention(Attention):
         self.proj = nn.Linear(dim, dim) if out_proj else None
 
     def forward(self, queries: Tensor, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Queries [B, Q, C], x [B, N, C], key_mask bool [B, N] -> [B, Q, C]."""
+        """Map queries [B, Q, C], x [B, N, C], key_mask bool [B, N] to [B, Q, C]."""
         k, v = self.kv(x).chunk(2, dim=-1)
         out = attend(self.q(queries), k, v, self.num_heads, self.scale, self.dropout_p, key_mask)
         return out if self.proj is None else self.proj(out)
 
 
 class ProbeBlock(nn.Module):
-    """V-JEPA's ``CrossAttentionBlock``: the LayerNorm before attention is on the tokens alone."""
+    """V-JEPA's ``CrossAttentionBlock``: only the tokens are normalised before attention."""
 
     def __init__(
         self, dim: int, num_heads: int, hidden_dim: int, qkv_bias: bool, out_proj: bool, eps: float
@@ -244,7 +244,7 @@ class ProbeBlock(nn.Module):
         self.mlp = Mlp(dim, hidden_dim)
 
     def forward(self, queries: Tensor, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Queries [B, Q, C], x [B, N, C], key_mask bool [B, N] -> [B, Q, C]."""
+        """Map queries [B, Q, C], x [B, N, C], key_mask bool [B, N] to [B, Q, C]."""
         mask = () if key_mask is None else (key_mask,)
         queries = queries + self.xattn(queries, self.norm1(x), *mask)
         out: Tensor = queries + self.mlp(self.norm2(queries))
@@ -252,7 +252,7 @@ class ProbeBlock(nn.Module):
 
 
 def init_linears(module: nn.Module) -> None:
-    """The initialisation of vision transformers; a LayerNorm begins as the identity by itself."""
+    """Initialise linear layers as vision transformers do; LayerNorms already start as identity."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)

@@ -1,9 +1,9 @@
-"""Whether layers are plainly what their types say, so that a kernel may read their parameters.
+"""Whether layers are plain, so that a kernel may read their parameters instead of calling them.
 
-A fused operation takes weights and calls no layer. That is the same function only where nobody has
-put something between a layer's parameters and its answer: another class (an adapter, a quantised
-layer, a wrapper), a hook (pruning and the older weight_norm are hooks), a forward on the instance,
-a weight that is a tensor subclass. Parametrizations are fine: reading the weight computes them.
+A fused operation takes weights and calls no layer. This is equivalent only if nothing intervenes
+between a layer's parameters and its output: another class (an adapter, a quantised layer, a
+wrapper), a hook (pruning and the older weight_norm are hooks), a forward on the instance, a weight
+that is a tensor subclass. Parametrizations are fine: reading the weight computes them.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from crossvit_kernels.backends import overrides_functions
 _LOG = logging.getLogger("crossvit_kernels")
 
 _PLAIN_TENSORS = {Tensor, nn.Parameter}
-#: Fields of weights that an operation takes as None.
+#: Fields of weights that may be None.
 _OPTIONAL = {"q_bias", "k_bias", "v_bias", "qkv_bias"}
 
-# Transforms such as vmap and grad; None where there is none.
+# Returns the active transforms such as vmap and grad, or None.
 _transform: Any = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 
 
 class Layer(NamedTuple):
-    """Where a layer is, from what owns it, and the type that it plainly is."""
+    """The path of a layer from its owner, and its expected type."""
 
     path: str
-    parent: int  # position of its parent among the layers before it; -1: it is the owner's child
+    parent: int  # index of its parent among the preceding layers; -1: a child of the owner
     name: str
     kind: type[nn.Module]
-    children: int  # of a Sequential, which runs whatever it holds
+    children: int  # expected number in a Sequential, which runs all of them
 
 
 def layers(kinds: dict[str, type[nn.Module]]) -> tuple[Layer, ...]:
-    """Layers by their paths from an owner; a parent comes before its children."""
+    """Return layers by their paths from an owner; parents precede their children."""
     parents = [path.rpartition(".")[0] for path in kinds]
     return tuple(
         Layer(
@@ -58,19 +58,19 @@ def layers(kinds: dict[str, type[nn.Module]]) -> tuple[Layer, ...]:
 def find(
     children: Mapping[str, nn.Module | None], expected: tuple[Layer, ...]
 ) -> tuple[list[Any], str | None]:
-    """The expected layers, and why their parameters alone do not say what they compute.
+    """Find the expected layers, and why their parameters alone do not determine what they compute.
 
     Args:
-        children: What is looked through, ``module._modules`` for example.
+        children: The modules to search, ``module._modules`` for example.
         expected: From ``layers``.
 
     Returns:
-        All layers and None, or those before the first that is not plain and what is the matter.
+        All layers and None, or the layers before the first that is not plain and the reason.
     """
-    found: list[Any] = []
+    plain: list[Any] = []
     for path, parent, name, kind, size in expected:
-        among: Any = children if parent < 0 else found[parent]._modules
-        layer = among.get(name)
+        siblings: Any = children if parent < 0 else plain[parent]._modules
+        layer = siblings.get(name)
         if (
             type(layer) is not kind
             or layer._forward_hooks
@@ -84,18 +84,18 @@ def find(
         ):
             reason = why_not_plain(layer, kind, size)
             if reason is not None:
-                return found, f"{path} {reason}"
-        found.append(layer)
-    return found, "there are global module hooks" if _has_any_global_hook() else None
+                return plain, f"{path} {reason}"
+        plain.append(layer)
+    return plain, "there are global module hooks" if _has_any_global_hook() else None
 
 
 def parameters(*owners: nn.Module) -> list[Any]:
-    """Weight and bias of each layer, one after another; a bias may be None."""
+    """Return weight and bias of each layer in turn; a bias may be None."""
     return [p for layer in owners for p in (layer.weight, layer.bias)]
 
 
 def why_not_weights(weights: Any) -> str | None:
-    """What of a NamedTuple of weights no operation can be given."""
+    """Return why operations cannot take a NamedTuple of weights, or None."""
     if (
         not torch.compiler.is_compiling()
         and _PLAIN_TENSORS.issuperset(map(type, weights))
@@ -113,7 +113,7 @@ def why_not_weights(weights: Any) -> str | None:
 
 
 def why_not_tensors(tensors: Iterable[Tensor | None]) -> str | None:
-    """Why kernels cannot read some of the tensors: it is more than rows in memory."""
+    """Return why kernels cannot read one of the tensors from its memory, or None."""
     for t in tensors:
         if t is None:
             continue
@@ -129,9 +129,9 @@ def why_not_tensors(tensors: Iterable[Tensor | None]) -> str | None:
 
 
 def is_transformed() -> bool:
-    """Whether the call is transformed or written down by what knows torch's own operators alone.
+    """Whether the call is transformed or traced by something that supports only torch's operators.
 
-    Those are torch.func's transforms, torch.jit.trace and the ONNX exporters.
+    These are torch.func's transforms, torch.jit.trace and the ONNX exporters.
     """
     if torch.compiler.is_compiling():
         return bool(torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
@@ -139,14 +139,14 @@ def is_transformed() -> bool:
 
 
 def report(owner: nn.Module, reason: str) -> None:
-    """Say once for an owner and a reason that its layers are called one by one."""
+    """Log, once per owner and reason, that its layers are called one by one."""
     message = f"{type(owner).__name__}: {reason}; its layers run one by one, not fused"
     if torch.compiler.is_compiling():
         _report_while_tracing(message)
         return
-    said: set[str] = owner.__dict__.setdefault("_reported", set())
-    if message not in said:
-        said.add(message)
+    reported: set[str] = owner.__dict__.setdefault("_reported", set())
+    if message not in reported:
+        reported.add(message)
         _LOG.warning(message)
 
 
@@ -155,7 +155,7 @@ _reported_while_tracing: set[str] = set()
 
 @torch.compiler.assume_constant_result
 def _report_while_tracing(message: str) -> bool:
-    """Runs while a graph is made, and leaves nothing in it."""
+    """Log while a graph is traced, without adding to it."""
     if message not in _reported_while_tracing:
         _reported_while_tracing.add(message)
         _LOG.warning(message)
@@ -163,14 +163,14 @@ def _report_while_tracing(message: str) -> bool:
 
 
 def why_not_plain(layer: nn.Module | None, kind: type[nn.Module], size: int = 0) -> str | None:
-    """What is between a layer and what a ``kind`` computes; size: children of a Sequential."""
+    """Return why a layer is not a plain ``kind``, or None; size: children of a Sequential."""
     if layer is None:
         return "is missing"
-    found: type[Any] = type(layer)
+    actual: type[Any] = type(layer)
     if parametrize.is_parametrized(layer):
-        found = found.__bases__[0]
-    if found is not kind:
-        return f"is a {found.__module__}.{found.__qualname__}"
+        actual = actual.__bases__[0]
+    if actual is not kind:
+        return f"is a {actual.__module__}.{actual.__qualname__}"
     if reason := why_not_called_plainly(layer):
         return reason
     if layer.__dict__.get("scale") != layer.__dict__.get("_scale"):
@@ -183,7 +183,7 @@ def why_not_plain(layer: nn.Module | None, kind: type[nn.Module], size: int = 0)
 
 
 def why_not_called_plainly(module: nn.Module) -> str | None:
-    """What else than its class's forward runs when a module is called."""
+    """Return what runs besides its class's forward when a module is called, or None."""
     if (
         module._forward_hooks
         or module._forward_pre_hooks

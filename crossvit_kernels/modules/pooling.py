@@ -56,10 +56,10 @@ class MAPHead(FusedModule):
         hidden_dim: Hidden units of the MLP; None for 4 C.
         act: The MLP's activation: SigLIP's "gelu_tanh", or "gelu", which is timm's default, or
             "quick_gelu".
-        empty: What an image pools whose mask is all False: "zeros", so that the projection's bias
-            alone goes on, or the "mean" of the values of all its tokens, which SigLIP 2 computes
-            in transformers. "mean" costs a copy of the tokens where there is a mask. The other
-            arguments are described in ``crossvit_kernels.modules``.
+        empty: What a fully masked image pools to: "zeros", so that only the projection's bias is
+            left, or the "mean" of the values of all its tokens, as SigLIP 2 in transformers. "mean"
+            costs a copy of the tokens if there is a mask. The other arguments are described in
+            ``crossvit_kernels.modules``.
 
     Raises:
         ValueError: num_heads does not divide dim, or act or empty is unknown.
@@ -81,12 +81,12 @@ class MAPHead(FusedModule):
         checks.one_of("empty", empty, ("zeros", "mean"))
         self.empty = empty
         self.probe = nn.Parameter(torch.empty(1, 1, dim))
-        # It initialises its in_proj itself.
+        # Initialises its own in_proj.
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.layernorm = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, 4 * dim if hidden_dim is None else hidden_dim, act)
         nn.init.xavier_uniform_(self.probe)
-        std = dim**-0.5 / 0.8796  # a cut at two deviations makes the deviation 0.8796 of itself
+        std = dim**-0.5 / 0.8796  # truncation at 2 std reduces the std to 0.8796 std
         nn.init.trunc_normal_(self.attention.out_proj.weight, std=std, a=-2 * std, b=2 * std)
         for layer in (self.mlp.fc1, self.mlp.fc2):
             nn.init.xavier_uniform_(layer.weight)
@@ -97,13 +97,13 @@ class MAPHead(FusedModule):
         """Convert timm's ``AttentionPoolLatent``, weights, activation and eps included.
 
         Args:
-            pool: The pool, as it is: its mode, dtype and device are taken over.
+            pool: The pool; its mode, dtype and device are kept.
             backend: Name of a backend, or None.
 
         Raises:
             ValueError: The pool computes what this head cannot: several latents, a position
                 embedding, a norm of queries and keys, no norm before the MLP, other widths.
-            TypeError: pool is no such module.
+            TypeError: pool is not such a module.
         """
         options, state = converters.timm_latent_pool(pool)
         return converters.load(cls(**options, backend=backend), state, pool)
@@ -115,12 +115,12 @@ class MAPHead(FusedModule):
         ``empty`` becomes "mean" for SigLIP 2's, which takes a mask.
 
         Args:
-            head: The head, as it is: its mode, dtype and device are taken over.
+            head: The head; its mode, dtype and device are kept.
             backend: Name of a backend, or None.
 
         Raises:
             ValueError: Its activation is none of ours.
-            TypeError: head is no such module.
+            TypeError: head is not such a module.
         """
         options, state = converters.transformers_map_head(head)
         return converters.load(cls(**options, backend=backend), state, head)
@@ -129,7 +129,7 @@ class MAPHead(FusedModule):
         return f"{super().extra_repr()}, empty={self.empty!r}"
 
     def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Tokens [B, N, C], key_mask bool [B, N] (True = attend) -> [B, C]."""
+        """Map tokens [B, N, C], key_mask bool [B, N] (True = attend) to [B, C]."""
         if key_mask is not None and self.empty == "mean":
             tokens, key_mask = self._means_of_empty(tokens, key_mask)
         x = self._attend(tokens, key_mask)
@@ -137,43 +137,43 @@ class MAPHead(FusedModule):
         return x + update
 
     def _means_of_empty(self, tokens: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """An image without a key attends to its mean token: any weights give the mean value."""
+        """Let a fully masked image attend to its mean token: any weights give the mean value."""
         self._check(tokens, key_mask)
         empty = ~key_mask.any(dim=1, keepdim=True)
         mean = tokens.mean(dim=1, keepdim=True)
         return torch.where(empty.unsqueeze(-1), mean, tokens), key_mask | empty
 
     def _attend(self, tokens: Tensor, key_mask: Tensor | None) -> Tensor:
-        """[B, C]: what the probe attends to, projected."""
-        found, reason = plain_layers.find(self._modules, _MAP_LAYERS)
+        """Return what the probe attends to, projected, [B, C]."""
+        layers, reason = plain_layers.find(self._modules, _MAP_LAYERS)
         if reason is None:
-            reason = _why_not_simple(found[0], self.num_heads)
+            reason = _why_not_simple(layers[0], self.num_heads)
         weights: list[Any] = []
         if reason is None and self.backend != "reference":
-            weights = _attention_weights(*found)
+            weights = _attention_weights(*layers)
             reason = plain_layers.why_not_tensors(weights)
         if self._calls_layers(reason):
             self._check(tokens, key_mask)
             if reason is None:
-                check_layers("tokens", tokens, [found[0]])
+                check_layers("tokens", tokens, [layers[0]])
             return self._attend_by_layers(tokens, key_mask)
         return self._pool(self.probe, tokens, weights, key_mask=key_mask)[:, 0]
 
     def _attend_by_layers(self, tokens: Tensor, key_mask: Tensor | None) -> Tensor:
-        if tokens.shape[0] == 0:  # which torch's attention does not take
+        if tokens.shape[0] == 0:  # not supported by torch's attention
             tokens = torch.cat([tokens, tokens.new_zeros(1, *tokens.shape[1:])])
             return self._attend_by_layers(tokens, None)[:0]
         probe = self.probe.expand(tokens.shape[0], -1, -1)
         if key_mask is None:
             pooled, _ = self.attention(probe, tokens, tokens)
             return cast(Tensor, pooled)[:, 0]
-        tokens = tokens.masked_fill(~key_mask.unsqueeze(-1), 0)  # whatever they hold
+        tokens = tokens.masked_fill(~key_mask.unsqueeze(-1), 0)  # even NaN
         empty = ~key_mask.any(dim=1, keepdim=True)
-        ignored = ~(key_mask | empty)  # softmax of no key at all is NaN
+        ignored = ~(key_mask | empty)  # softmax over no keys is NaN
         pooled, _ = self.attention(probe, tokens, tokens, key_padding_mask=ignored)
-        nothing = getattr(getattr(self.attention, "out_proj", None), "bias", None)
-        nothing = pooled.new_zeros(()) if nothing is None else nothing.to(pooled.dtype)
-        return torch.where(empty, nothing, cast(Tensor, pooled)[:, 0])
+        bias = getattr(getattr(self.attention, "out_proj", None), "bias", None)
+        bias = pooled.new_zeros(()) if bias is None else bias.to(pooled.dtype)
+        return torch.where(empty, bias, cast(Tensor, pooled)[:, 0])
 
     def _check(self, tokens: Tensor, key_mask: Tensor | None) -> None:
         checks.tensor("tokens", tokens, "B", "N", self.dim)
@@ -183,7 +183,7 @@ class MAPHead(FusedModule):
 
 
 def _attention_weights(attention: nn.MultiheadAttention, out_proj: nn.Module) -> list[Any]:
-    """As attention_pool takes them, and views of the same type as what they are views of."""
+    """Return the weights as attention_pool takes them; views keep the type of their base."""
     assert attention.in_proj_weight is not None
     w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
     b_q = b_k = b_v = None
@@ -193,7 +193,7 @@ def _attention_weights(attention: nn.MultiheadAttention, out_proj: nn.Module) ->
 
 
 def _why_not_simple(attention: nn.MultiheadAttention, num_heads: int) -> str | None:
-    """What torch's attention does beside projections and softmax."""
+    """Return what torch's attention does besides projections and softmax, or None."""
     if attention.num_heads != num_heads:
         return f"attention has {attention.num_heads} heads"
     if attention.in_proj_weight is None:
@@ -206,7 +206,7 @@ def _why_not_simple(attention: nn.MultiheadAttention, num_heads: int) -> str | N
 
 
 class ClassAttention(FusedModule):
-    """CaiT's class attention: row 0 attends to all rows, itself among them.
+    """CaiT's class attention: row 0 attends to all rows, including itself.
 
     Replaces timm's ``cait.ClassAttn``. The arguments are described in
     ``crossvit_kernels.modules``.
@@ -235,24 +235,24 @@ class ClassAttention(FusedModule):
         """Convert timm's ``cait.ClassAttn``, weights included.
 
         Args:
-            attention: The module, as it is: its mode, dtype and device are taken over.
+            attention: The module; its mode, dtype and device are kept.
             backend: Name of a backend, or None.
 
         Raises:
             ValueError: It drops features after its projection, or has another scale.
-            TypeError: attention is no such module.
+            TypeError: attention is not such a module.
         """
         options, state = converters.timm_class_attention(attention)
         return converters.load(cls(**options, backend=backend), state, attention)
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """X [B, 1 + N, C] -> [B, 1, C]; norm, if given, is a LayerNorm of x to be fused."""
-        found, reason = plain_layers.find(self._modules, _CLASS_LAYERS)
+        """Map x [B, 1 + N, C] to [B, 1, C]; norm, if given, is a LayerNorm of x to fuse."""
+        layers, reason = plain_layers.find(self._modules, _CLASS_LAYERS)
         if reason is None and norm is not None:
             _, reason = plain_layers.find({"norm": norm}, _NORM_LAYERS)
         weights: list[Any] = []
         if reason is None and self.backend != "reference":
-            weights = plain_layers.parameters(*found)
+            weights = plain_layers.parameters(*layers)
             reason = plain_layers.why_not_tensors(weights)
         dropout_p = self.attn_drop if self.training else 0.0
         if self._calls_layers(reason):
@@ -260,7 +260,7 @@ class ClassAttention(FusedModule):
             if x.shape[1] == 0:
                 raise ValueError("x: expected row 0, found no rows")
             if reason is None:
-                check_layers("x", x, found)
+                check_layers("x", x, layers)
             x = x if norm is None else norm(x)
             q, k, v = self.q(x[:, :1]), self.k(x), self.v(x)
             out: Tensor = self.proj(attend(q, k, v, self.num_heads, self.scale, dropout_p))
@@ -272,7 +272,7 @@ class ClassAttention(FusedModule):
 
 
 class AttentionPool2d(FusedModule):
-    """CLIP's pooling of a feature map: the mean position attends to itself and all positions.
+    """CLIP's pooling of a feature map: the mean of all positions attends to itself and to them.
 
     Replaces ``AttentionPool2d`` in the ``ModifiedResNet`` of CLIP and open_clip.
 
@@ -308,20 +308,20 @@ class AttentionPool2d(FusedModule):
         return f"size={self.size}, {super().extra_repr()}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B, C, H, W], best in channels_last memory format -> [B, C_out]."""
+        """Map x [B, C, H, W], preferably in channels_last format, to [B, C_out]."""
         checks.tensor("x", x, "B", self.dim, *self.size)
         embedding = self.positional_embedding.to(x.dtype)
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
         query = tokens.mean(dim=1, keepdim=True) + embedding[:1]
         tokens = tokens + embedding[1:]
-        found, reason = plain_layers.find(self._modules, _POOL_2D_LAYERS)
+        layers, reason = plain_layers.find(self._modules, _POOL_2D_LAYERS)
         weights: list[Any] = []
         if reason is None and self.backend != "reference":
-            weights = plain_layers.parameters(*found)
+            weights = plain_layers.parameters(*layers)
             reason = plain_layers.why_not_tensors(weights)
         if self._calls_layers(reason):
             if reason is None:
-                check_layers("x", x, found)
+                check_layers("x", x, layers)
             rows = torch.cat([query, tokens], dim=1)
             q, k, v = self.q_proj(query), self.k_proj(rows), self.v_proj(rows)
             out: Tensor = self.c_proj(attend(q, k, v, self.num_heads, self.scale))
@@ -330,7 +330,7 @@ class AttentionPool2d(FusedModule):
 
 
 class AttentiveProbe(FusedModule):
-    """V-JEPA's attentive pooler: one cross-attention block whose queries are learned.
+    """V-JEPA's attentive pooler: one cross-attention block with learned queries.
 
     Replaces ``AttentivePooler(depth=1)`` of V-JEPA and, with ``out_proj=False``, of V-JEPA 2. The
     LayerNorm before attention is on the tokens alone; both residuals come from the queries.
@@ -374,30 +374,30 @@ class AttentiveProbe(FusedModule):
         """Convert the cross-attention of transformers' ``VJEPA2AttentivePooler``.
 
         Args:
-            pooler: The pooler, as it is: its mode, dtype and device are taken over. This probe
+            pooler: The pooler; its mode, dtype and device are kept. This probe
                 returns [B, 1, C] where the pooler returns [B, C].
             backend: Name of a backend, or None.
 
         Raises:
             ValueError: It has self-attention layers, another activation or attention dropout.
-            TypeError: pooler is no such module.
+            TypeError: pooler is not such a module.
         """
         options, state = converters.transformers_probe(pooler)
         return converters.load(cls(**options, backend=backend), state, pooler)
 
     def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Tokens [B, N, C], key_mask bool [B, N] (True = attend) -> [B, Q, C]."""
+        """Map tokens [B, N, C], key_mask bool [B, N] (True = attend) to [B, Q, C]."""
         block = self.cross_attention_block
         projected = getattr(getattr(block, "xattn", None), "proj", None) is not None
         expected = _PROBE_LAYERS_WITH_PROJECTION if projected else _PROBE_LAYERS
-        found, reason = plain_layers.find(self._modules, expected)
+        layers, reason = plain_layers.find(self._modules, expected)
         ffn_weights = None
         if reason is None and self.backend != "reference":
-            _, norm1, attention, q, kv, norm2, _, fc1, _, fc2, *proj = found
+            _, norm1, attention, q, kv, norm2, _, fc1, _, fc2, *proj = layers
             ffn_weights = FfnWeights(*plain_layers.parameters(norm2, fc1, fc2))
             reason = plain_layers.why_not_weights(ffn_weights)
         if self._calls_layers(reason):
-            return self._call_layers(tokens, key_mask, found if reason is None else [])
+            return self._call_layers(tokens, key_mask, layers if reason is None else [])
         assert ffn_weights is not None
         w_k, w_v = kv.weight.chunk(2)
         b_k, b_v = (None, None) if kv.bias is None else kv.bias.chunk(2)
@@ -423,5 +423,5 @@ class AttentiveProbe(FusedModule):
         queries = self.query_tokens.expand(tokens.shape[0], -1, -1)
         if key_mask is None:
             return cast(Tensor, self.cross_attention_block(queries, tokens))
-        tokens = tokens.masked_fill(~key_mask.unsqueeze(-1), 0)  # whatever they hold
+        tokens = tokens.masked_fill(~key_mask.unsqueeze(-1), 0)  # even NaN
         return cast(Tensor, self.cross_attention_block(queries, tokens, key_mask))

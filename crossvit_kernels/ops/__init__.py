@@ -1,1 +1,1 @@
-"""One folder an operation: its reference, its kernels, its operators and its dispatch."""
+"""One folder per operation: its reference, kernels, operators and dispatch."""

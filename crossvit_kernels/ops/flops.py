@@ -1,8 +1,8 @@
 """Floating-point operations of operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-As there, matrix products alone count, two operations a multiply-add, and it is the kernels' own
-arithmetic that is counted: of a fusion, no keys and values (docs/derivation.md). Of a backward pass
-those products count whose results are wanted, or lead to some that are.
+As there, only matrix products count, two operations per multiply-add, and only those that the
+kernels compute: a fusion has no keys and values (docs/derivation.md). A backward pass counts the
+products needed for the wanted gradients.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Flops(NamedTuple):
     """The formulas of an operation.
 
     Attributes:
-        forward: Of its inputs, whose tensors are shapes.
-        backward: Of such inputs, and of which gradients are wanted.
+        forward: Takes the inputs, with shapes in place of tensors.
+        backward: Takes the same, and which gradients are wanted.
     """
 
     forward: Callable[[Any], int]
@@ -27,10 +27,10 @@ class Flops(NamedTuple):
 
 
 def tell_counters(formulas: Mapping[Any, Callable[..., int]]) -> None:
-    """Register the formulas of operators with torch's counter, where a program has imported it.
+    """Register the operators' formulas with torch's counter, if a program has imported it.
 
-    It is slow to import, and imports Triton. A counter copies torch's formulas when it is made, so
-    those that are counting are told as well.
+    It is slow to import, and imports Triton. A counter copies torch's formulas when it is created,
+    so active counters are updated as well.
     """
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:

@@ -1,18 +1,18 @@
-"""An operation as torch sees it: two operators, and one autograd Function for all operations.
+"""Operations as torch operators, two each, with one autograd Function for all operations.
 
 An operation is a folder. Its ``reference.py`` defines it and its inputs; its backends (``cpu.py``,
 ``cuda.py``, ``triton.py``) compute it; its ``op.py`` declares an ``Operation``. A backend is a
 module with
 
     Saved                                             NamedTuple: what backward needs
-    why_not(inputs) -> str | None                     why it cannot take them; None where it can
-    empty_saved(inputs, keep) -> Saved                memory for it
-    forward(inputs, eps, keep) -> outputs, saved      saved is None where keep is ""
+    why_not(inputs) -> str | None                     why it cannot take them, or None
+    empty_saved(inputs, keep) -> Saved                allocates it
+    forward(inputs, eps, keep) -> outputs, saved      saved is None if keep is ""
     backward(douts, inputs, saved, eps, wanted) -> gradients
 
-Inputs are a NamedTuple of tensors or None. Two fields are special: ``weights`` is a NamedTuple of
-tensors itself, ``num_heads`` an int. ``wanted`` and the gradients have the same structure: bools,
-and tensors or None. keep says what forward keeps for backward, "" where none follows.
+Inputs are a NamedTuple of tensors or None. Two fields are special: ``weights`` is itself a
+NamedTuple of tensors, ``num_heads`` an int. ``wanted`` (bools) and the gradients (tensors or None)
+have the same structure. keep says what forward keeps for backward; "" if there is no backward.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from crossvit_kernels.backends import (
 )
 from crossvit_kernels.ops.flops import Flops, tell_counters
 
-#: By name, for the autograd Function: a compiler traces a name more easily than an object.
+#: By name, for the autograd Function: a name is easier to trace than an object.
 OPERATIONS: dict[str, Operation] = {}
 
 _LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
@@ -48,16 +48,16 @@ class Operation:
     """The operators ``<name>_forward`` and ``<name>_backward``, their autograd and dispatch.
 
     Args:
-        name: In the namespace ``crossvit_kernels``.
-        inputs: Their NamedTuple.
-        implementations: Backend name -> module, in the order of ``order`` where that says nothing.
+        name: Its name in the namespace ``crossvit_kernels``.
+        inputs: The NamedTuple of its inputs.
+        implementations: Backend name -> module.
         reference: (inputs, eps, dropout_p) -> output, or a tuple of them.
-        empty_outputs: Of inputs, for tracing: the outputs' shapes, dtypes and devices.
-        flops: For ``FlopCounterMode``.
-        weights: NamedTuple of the field ``weights``; None where there is none.
+        empty_outputs: Allocates outputs for inputs, for tracing: shapes, dtypes and devices.
+        flops: Formulas for ``FlopCounterMode``.
+        weights: NamedTuple of the field ``weights``; None without that field.
         norms: Weights ``<layer>_weight`` and ``<layer>_bias`` that autocast leaves alone.
-        tokens: The field whose device decides.
-        num_outputs: How many there are.
+        tokens: The field whose device selects the backends.
+        num_outputs: Number of outputs.
         order: See ``backends.register_operation``.
     """
 
@@ -82,9 +82,9 @@ class Operation:
         self._empty_outputs = empty_outputs
         special = ("weights", "num_heads")
         self._names = tuple(field for field in inputs._fields if field not in special)
-        self._at = tuple(map(inputs._fields.index, self._names))
-        self._weights_at = inputs._fields.index("weights") if weights else -1
-        self._tokens_at = inputs._fields.index(tokens)
+        self._tensor_indices = tuple(map(inputs._fields.index, self._names))
+        self._weights_index = inputs._fields.index("weights") if weights else -1
+        self._tokens_index = inputs._fields.index(tokens)
         self._has_heads = "num_heads" in inputs._fields
         self._forward_operator = _register(
             f"{name}_forward(Tensor?[] tensors, int num_heads, float? eps, str keep, str backend) "
@@ -110,17 +110,17 @@ class Operation:
         dropout_p: float = 0.0,
         backend: str | None = None,
     ) -> Any:
-        """The output, or a tuple of them, on the backend that is named or comes first."""
+        """Return the output, or a tuple of them, on the named or the first usable backend."""
         chosen = self.choose(inputs, dropout_p, backend)
         if chosen == "reference":
             return self.reference(inputs, eps, dropout_p)
         return self.run(self.autocast(inputs), eps, keep, chosen)
 
     def choose(self, inputs: Any, dropout_p: float, backend: str | None) -> str:
-        """The backend of a call.
+        """Choose the backend of a call.
 
         Raises:
-            ValueError: The one that is named cannot run it.
+            ValueError: The named backend cannot run it.
         """
         not_fused = why_not_fused(
             *self.flat(inputs),
@@ -131,12 +131,12 @@ class Operation:
             self.name,
             backend,
             self.backends,
-            inputs[self._tokens_at].device,
+            inputs[self._tokens_index].device,
             lambda module: not_fused or module.why_not(inputs),
         )
 
     def run(self, inputs: Any, eps: float | None, keep: str, backend: str) -> Any:
-        """The outputs on one backend, differentiable where a tensor requires it."""
+        """Compute the outputs on one backend, with autograd if a tensor requires grad."""
         tensors = self.flat(inputs)
         num_heads = inputs.num_heads if self._has_heads else 0
         if needs_grad(*tensors):
@@ -147,22 +147,22 @@ class Operation:
         return outputs[0] if self.num_outputs == 1 else tuple(outputs)
 
     def autocast(self, inputs: Any) -> Any:
-        """Inputs with the weights of linear layers in autocast's dtype."""
+        """Return inputs with the weights of linear layers in autocast's dtype."""
         if not self._make_weights:
             return inputs
-        like = inputs[self._tokens_at]
+        like = inputs[self._tokens_index]
         if autocast_dtype(like) is None:
             return inputs
         weights = _autocast_linears(inputs.weights, like, self._norms)
         return inputs._replace(weights=weights)
 
     def flat(self, inputs: Any) -> list[Any]:
-        """The tensors, those of the weights last; or what stands in their places."""
-        tensors = [inputs[i] for i in self._at]
-        return [*tensors, *inputs[self._weights_at]] if self._make_weights else tensors
+        """Flatten inputs, or values of the same structure; the weights come last."""
+        tensors = [inputs[i] for i in self._tensor_indices]
+        return [*tensors, *inputs[self._weights_index]] if self._make_weights else tensors
 
     def inputs(self, flat: Sequence[Any], num_heads: Any = None) -> Any:
-        """The counterpart of ``flat``."""
+        """Invert ``flat``."""
         count = len(self._names)
         fields = dict(zip(self._names, flat, strict=False))
         if self._make_weights:
@@ -174,7 +174,7 @@ class Operation:
     def forward(
         self, tensors: Tensors, num_heads: int, eps: float | None, keep: str, backend: str
     ) -> list[Tensor]:
-        """The outputs, then what is kept for backward."""
+        """Return the outputs, then what is kept for backward."""
         operator: Any = self._forward
         if not is_plain_eager(tensors):
             operator = self._forward_operator
@@ -191,13 +191,13 @@ class Operation:
         eps: float | None,
         backend: str,
     ) -> list[Tensor | None]:
-        """The gradients that are wanted, None for the others."""
+        """Return the wanted gradients, None for the others."""
         operator: Any = self._backward
         if not is_plain_eager([*douts, *tensors, *saved]):
             operator = self._backward_operator
             self._count_flops()
-        found = operator(list(douts), [*tensors], list(saved), wanted, num_heads, eps, backend)
-        return [g if want else None for g, want in zip(found, wanted, strict=True)]
+        gradients = operator(list(douts), [*tensors], list(saved), wanted, num_heads, eps, backend)
+        return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
 
     def _count_flops(self) -> None:
         if torch.compiler.is_compiling():
@@ -241,9 +241,9 @@ class Operation:
     ) -> list[Tensor]:
         module = self.backends[backend]
         inputs, wants = self.inputs(tensors, num_heads), self.inputs(wanted)
-        found = self.flat(module.backward(douts, inputs, module.Saved(*saved), eps, wants))
-        like = inputs[self._tokens_at]
-        return [g if want else like.new_empty(0) for g, want in zip(found, wanted, strict=True)]
+        gradients = self.flat(module.backward(douts, inputs, module.Saved(*saved), eps, wants))
+        like = inputs[self._tokens_index]
+        return [g if want else like.new_empty(0) for g, want in zip(gradients, wanted, strict=True)]
 
     def _backward_fake(
         self,
@@ -255,7 +255,7 @@ class Operation:
         eps: float | None,
         backend: str,
     ) -> list[Tensor]:
-        like = self.inputs(tensors, num_heads)[self._tokens_at]
+        like = self.inputs(tensors, num_heads)[self._tokens_index]
         return _empty_gradients(tensors, wanted, like)
 
 
@@ -295,14 +295,14 @@ class _Function(torch.autograd.Function):
 
 
 def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The operator of a schema, for CPU and CUDA tensors.
+    """Register the operator of a schema, for CPU and CUDA tensors.
 
     Operators are functional (no argument is written to) and carry no autograd formula.
 
     Args:
         schema: ``name(arguments) -> results`` without the namespace.
-        kernel: Runs it on tensors.
-        fake: Makes empty results of the right shapes, dtypes and devices, for tracing.
+        kernel: The implementation.
+        fake: Returns empty results of the right shapes, dtypes and devices, for tracing.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -313,7 +313,7 @@ def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
 
 
 def _without_autocast(kernel: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """Kernels compute in the dtypes they are given: ``Operation.autocast`` has cast the weights."""
+    """Run without autocast: ``Operation.autocast`` has already cast the weights."""
 
     @functools.wraps(kernel)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -330,27 +330,27 @@ def _save(ctx: Any, inputs: Tensors, results: list[Tensor], count: int = 1) -> A
 
     Args:
         ctx: The Function's context.
-        inputs: Of the operation, in the order of its reference.
-        results: What the forward operator gave: outputs, then what backward needs; where that is
-            nothing, it needs the outputs.
-        count: Outputs.
+        inputs: The operation's inputs, flattened.
+        results: The forward operator's results: outputs, then what backward needs; if that is
+            nothing, the outputs themselves are saved.
+        count: Number of outputs.
     """
-    found = [_owned(t) for t in results[:count]]
-    kept = results[count:] or found
+    outputs = [_owned(t) for t in results[:count]]
+    kept = results[count:] or outputs
     ctx.save_for_backward(*inputs, *kept)
     ctx.strides = [t.stride() for t in kept]
-    ctx.autocast = autocast_dtype(found[0])
-    return found[0] if count == 1 else tuple(found)
+    ctx.autocast = autocast_dtype(outputs[0])
+    return outputs[0] if count == 1 else tuple(outputs)
 
 
 def _owned(t: Tensor) -> Tensor:
-    """t, not as a view of what a kernel computed: users may write to an output in place."""
+    """Return t, but not as a view: users may write to an output in place."""
     return t if t._base is None else torch.ops.aten._unsafe_view.default(t, t.shape)
 
 
 def _saved(ctx: Any, num_inputs: int) -> tuple[Tensors, list[Tensor]]:
-    """The inputs, and what forward kept, with the strides that it had: a hook on saved tensors may
-    have laid it out anew, and kernels take its layout for granted.
+    """Return the inputs, and what forward kept, with its original strides: a saved-tensor hook may
+    have changed its layout, which kernels rely on.
     """
     tensors = ctx.saved_tensors
     kept = [
@@ -361,9 +361,9 @@ def _saved(ctx: Any, num_inputs: int) -> tuple[Tensors, list[Tensor]]:
 
 
 def _needs_reference(douts: Tensors) -> bool:
-    """Whether backward must be made of torch's operators.
+    """Whether backward must consist of torch's operators.
 
-    So that it can be differentiated again (``create_graph=True``), or because the gradients are no
+    It must if it may be differentiated again (``create_graph=True``), or if the gradients are not
     plain tensors: batched ones (``is_grads_batched=True``) or wrappers.
     """
     if torch.compiler.is_compiling():  # compiled backward passes have no second derivatives
@@ -374,13 +374,13 @@ def _needs_reference(douts: Tensors) -> bool:
 def _by_reference(
     ctx: Any, reference: Callable[..., Any], inputs: Tensors, wanted: Sequence[bool], douts: Tensors
 ) -> list[Tensor | None]:
-    """The gradients of a reference's inputs; differentiable where grad mode is on.
+    """Compute the gradients of a reference's inputs; differentiable if grad mode is on.
 
     Args:
         ctx: The Function's context.
-        reference: Takes the inputs and gives one output, or several.
-        inputs: As saved.
-        wanted: Whether the gradient of each input is.
+        reference: Maps the inputs to one output or a tuple of them.
+        inputs: The saved inputs.
+        wanted: Whether each input's gradient is wanted.
         douts: The gradients of the outputs.
     """
     create_graph = torch.is_grad_enabled()
@@ -389,7 +389,7 @@ def _by_reference(
     if ctx.autocast is not None:
         autocast = torch.autocast(device, dtype=ctx.autocast, cache_enabled=False)
     with torch.enable_grad(), autocast:
-        # An alias each: one input may have been computed from another.
+        # Aliases, as one input may have been computed from another.
         aliases = [
             t if t is None or not want else t.view_as(t) if create_graph else t.detach()
             for t, want in zip(inputs, wanted, strict=True)
@@ -397,11 +397,11 @@ def _by_reference(
         roots = [t for t, want in zip(aliases, wanted, strict=True) if t is not None and want]
         for t in roots:
             t.requires_grad_()
-        found = reference(*aliases)
+        outputs = reference(*aliases)
         pairs = [
             (out, dout.to(out.dtype))
             for out, dout in zip(
-                found if isinstance(found, tuple) else (found,), douts, strict=True
+                outputs if isinstance(outputs, tuple) else (outputs,), douts, strict=True
             )
             if dout is not None and out.requires_grad
         ]
@@ -416,7 +416,7 @@ def _by_reference(
 
 
 def _empty_gradients(inputs: Tensors, wanted: Sequence[bool], like: Tensor) -> list[Tensor]:
-    """Memory for the gradients of inputs, of no element for those that are not wanted."""
+    """Allocate gradients of the inputs, without elements for those not wanted."""
     return [
         t.new_empty(t.shape) if want and t is not None else like.new_empty(0)
         for t, want in zip(inputs, wanted, strict=True)
@@ -424,13 +424,13 @@ def _empty_gradients(inputs: Tensors, wanted: Sequence[bool], like: Tensor) -> l
 
 
 def _autocast_linears(weights: Any, like: Tensor, norms: tuple[str, ...]) -> Any:
-    """The weights of a NamedTuple, those of its linear layers in autocast's dtype.
+    """Return the weights, with those of linear layers in autocast's dtype.
 
     Like autocast itself, it leaves float64 alone.
 
     Args:
         weights: NamedTuple whose fields are ``<layer>_weight`` and ``<layer>_bias``.
-        like: A tensor on the device whose autocast counts.
+        like: A tensor on the device whose autocast setting applies.
         norms: The layers that are LayerNorms, which autocast leaves alone.
     """
     dtype = autocast_dtype(like)

@@ -58,7 +58,7 @@ def test_both_fusions_of_a_block(c_s, c_l, heads, dtype) -> None:
 def test_blocks_of_crossvit_15(channels, heads, tokens, keep, dtype) -> None:
     """Few rows in split kernels, then many in fused ones."""
     for batch, variant in ((2, "split"), (50, "auto")):
-        with configs.FORMS.choose(variant):
+        with configs.VARIANTS.choose(variant):
             options = {"scaled": True, "backend": "triton", "device": "cuda"}
             check_msa(channels, heads, batch, tokens, dtype, with_cls=True, keep=keep, **options)
             check_ffn(channels, 3 * channels, batch, tokens, dtype, **options)

@@ -98,7 +98,7 @@ def test_whole_model_on_triton(autocast: bool, triton_device: str) -> None:
     drop_path_rate, batch, keep = (0.2, 2, "lean") if autocast else (0.0, 1, "fast")
     model = create_model("crossvit_9", img_size=48, num_classes=10, drop_path_rate=drop_path_rate)
     choice = {"autocast": autocast, "device": triton_device, "backend": "triton", "keep": keep}
-    with configs.FORMS.choose("auto" if autocast else "fused"):
+    with configs.VARIANTS.choose("auto" if autocast else "fused"):
         compare(randomised(model).train(), 48, batch=batch, **choice)
 
 

@@ -74,7 +74,7 @@ def test_fuzz(
 def test_ranges_of_tokens_are_merged(masked: bool, gpu: Gpu) -> None:
     """More tokens than a program handles; a split may be fully masked."""
     split = 1024 if gpu.name == "cuda" else 32
-    small = configs.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, part=split)
+    small = configs.TokenPass(chunk=16, tokens=16, num_warps=4, num_stages=2, split_size=split)
     with configs.FORWARD.only(small), configs.BACKWARD.only(small):
         inputs, mask = make(2, 2 * split + 11, 3, 16, extra=True, masked=masked)
         if mask is not None:

@@ -37,7 +37,7 @@ def variant(request: pytest.FixtureRequest, monkeypatch) -> str:
 def choose_variant(variant: str, monkeypatch) -> None:
     config = dataclasses.replace(FUSION, programs=2)  # so that images share programs
     monkeypatch.setattr(configs, "fusion", lambda *key: config)
-    monkeypatch.setattr(configs.FORMS, "asked_for", variant.split()[0])
+    monkeypatch.setattr(configs.VARIANTS, "asked_for", variant.split()[0])
 
 
 def check(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
@@ -170,15 +170,15 @@ def test_operators_are_what_they_say(triton_device: str) -> None:
     check_operators(OPERATIONS["cross_attention_fusion"], inputs, 1e-6, "triton")
 
 
-def test_the_form_can_be_chosen(triton_device: str, monkeypatch) -> None:
+def test_the_variant_can_be_chosen(triton_device: str, monkeypatch) -> None:
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(24, 24)))
     cls, tokens = torch.randn(1, 24).to(triton_device), torch.randn(1, 3, 24).to(triton_device)
     ran = launches(monkeypatch)
     for variant in ("one", "three", "auto"):
-        with configs.FORMS.choose(variant):
+        with configs.VARIANTS.choose(variant):
             fusion(cls, tokens, weights)
     ran = [name for name in ran if "backward" not in name]
     three = ["fusion_before", "attention_core_forward", "fusion_after"]
     assert ran == ["fusion_forward", *three, "fusion_forward"]
-    with pytest.raises(ValueError, match="form: expected one of"):
-        configs.FORMS.choose("two").__enter__()
+    with pytest.raises(ValueError, match="variant: expected one of"):
+        configs.VARIANTS.choose("two").__enter__()

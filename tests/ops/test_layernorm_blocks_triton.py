@@ -30,7 +30,7 @@ NAMED_WIDTHS = [
 @pytest.fixture(params=["fused", "split", "library"])
 def variant(request: pytest.FixtureRequest):
     """Fix the kernel variant of a block for any number of rows."""
-    with configs.FORMS.choose(request.param):
+    with configs.VARIANTS.choose(request.param):
         yield request.param
 
 
@@ -59,7 +59,7 @@ def test_ffn(variant: str, dtype: torch.dtype, triton_device: str) -> None:
 @pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("channels, heads, ratio", NAMED_WIDTHS)
 def test_named_widths(channels: int, heads: int, ratio: int, triton_device: str) -> None:
-    with configs.FORMS.choose("fused"):  # where the width allows
+    with configs.VARIANTS.choose("fused"):  # where the width allows
         msa(channels, heads, 2, 17, with_cls=True, dtype=torch.float16, device=triton_device)
         ffn(channels, ratio * channels, 2, 17, dtype=torch.float16, device=triton_device)
 
@@ -189,7 +189,7 @@ def test_lean_gives_what_fast_gives(triton_device: str) -> None:
     results = []
     for keep in ("fast", "lean"):
         torch.manual_seed(1)
-        with configs.FORMS.choose("split"):  # backward recomputes with the kernels of this variant
+        with configs.VARIANTS.choose("split"):  # backward recomputes with this variant
             results.append(with_gradient(blocks(triton_device, keep)["msa"], x))
     for fast, lean in zip(*results, strict=True):
         assert torch.equal(fast, lean)
@@ -246,7 +246,10 @@ def test_why_not(triton_device: str) -> None:
         ck.layernorm_msa(x, weights, 2, backend="triton")
     with pytest.raises(ValueError, match="there are no tokens"):
         ck.layernorm_msa(x[:0], weights, 3, backend="triton")
-    with pytest.raises(ValueError, match="form: expected one of"), configs.FORMS.choose("two"):
+    with (
+        pytest.raises(ValueError, match="variant: expected one of"),
+        configs.VARIANTS.choose("two"),
+    ):
         pass
 
 

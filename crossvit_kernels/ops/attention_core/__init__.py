@@ -1,1 +1,1 @@
-"""Attention of any queries u over tokens that are LayerNorm-ed on the fly."""
+"""Attention of arbitrary queries u over tokens that are LayerNorm-ed on the fly."""

@@ -1,4 +1,4 @@
-"""What attention_core's Triton kernels are compiled for: sizes, and tables of launches."""
+"""Compile-time sizes of attention_core's Triton kernels, and the tables of their launches."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _MAX_ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Shape(InChunks):
-    """Constants of a pass over the tokens, called S in the kernels.
+    """Constants of a token pass, called S in the kernels.
 
     Attributes:
-        num_rows: R, queries.
+        num_rows: R, the number of queries.
         channels: C.
-        rows: queries of a program, padded to those of a tensor-core tile.
-        chunk: Channels that are loaded together.
-        tokens: Tokens of a step.
-        part: Tokens of a program.
+        rows: Queries per program, padded to a tensor-core tile.
+        chunk: Channels loaded together.
+        tokens: Tokens per step.
+        split_size: Tokens per program.
         normalize: Whether tokens are LayerNorm-ed.
         precision: Triton's ``input_precision`` of float32 products.
-        align: Strides between rows are multiples of it.
+        align: Row strides are multiples of it.
     """
 
     num_rows: int
@@ -40,19 +40,19 @@ class Shape(InChunks):
     rows: int
     chunk: int
     tokens: int
-    part: int
+    split_size: int
     normalize: bool
     precision: str
     align: int = tables.ALIGN
 
     def describe(self) -> str:
-        """For the report of ``crossvit_kernels.inspect``."""
+        """Describe it, for the report of ``crossvit_kernels.inspect``."""
         norm = "" if self.normalize else " as they are"
         return f"C {self.channels}{norm}, {self.num_rows} rows, {self.tokens}x{self.chunk}"
 
-    def parts(self, num_tokens: int) -> int:
-        """Programs that share an image's tokens: not a matter of the batch."""
-        return max(-(-num_tokens // self.part), 1)
+    def num_splits(self, num_tokens: int) -> int:
+        """Return how many programs share an image's tokens; independent of the batch."""
+        return max(-(-num_tokens // self.split_size), 1)
 
 
 def padded_rows(num_rows: int) -> int:
@@ -61,29 +61,29 @@ def padded_rows(num_rows: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class TokenPass:
-    """A pass over the tokens.
+    """The configuration of a token pass.
 
     Attributes:
-        chunk: Channels that are loaded together.
-        tokens: Tokens of a step.
-        num_warps: Warps of a program.
+        chunk: Channels loaded together.
+        tokens: Tokens per step.
+        num_warps: Warps per program.
         num_stages: Steps whose loads are in flight.
-        part: Tokens of a program. It does not follow the batch, so that neither does a result.
+        split_size: Tokens per program; independent of the batch, so that results are too.
     """
 
     chunk: int
     tokens: int
     num_warps: int
     num_stages: int
-    part: int = 1024
+    split_size: int = 1024
 
     def and_fewer_stages(self) -> tuple[TokenPass, ...]:
-        """Itself and what to try where it does not fit; the bits of a result stay."""
+        """Return it and its fallbacks with fewer stages, which give bitwise the same results."""
         return tuple(dataclasses.replace(self, num_stages=n) for n in range(self.num_stages, 0, -1))
 
     def and_smaller(self) -> tuple[TokenPass, ...]:
-        """The same, then more warps, fewer tokens and channels, with which results are rounded
-        otherwise.
+        """Return it and its fallbacks: fewer stages, then more warps, then fewer tokens and
+        channels, which round differently.
         """
         warps, fewer = max(self.num_warps, 8), max(self.tokens // 2, 16)
         return tuple(
@@ -98,23 +98,25 @@ class TokenPass:
         )
 
     def candidate(
-        self, num_rows: int, channels: int, normalize: bool, precision: str, part: int
+        self, num_rows: int, channels: int, normalize: bool, precision: str, split_size: int
     ) -> Candidate:
-        """As a launch takes it; the constant is a Shape."""
-        sizes = num_rows, channels, padded_rows(num_rows), self.chunk, self.tokens, part
+        """Return it in the form that a launch takes; the constant is a Shape."""
+        sizes = num_rows, channels, padded_rows(num_rows), self.chunk, self.tokens, split_size
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return Candidate((Shape(*sizes, normalize, precision),), options)
 
 
 class PassTable(Table[TokenPass]):
-    """The configurations of a pass over the tokens. All candidates split an image alike."""
+    """The configurations of a token pass. All candidates split an image alike."""
 
     def _measured_or_from_table(
         self, device: str, sm: int, width: int, element_size: int
     ) -> tuple[tuple[TokenPass, ...], bool]:
-        found, measured = super()._measured_or_from_table(device, sm, width, element_size)
-        part = found[0].part
-        return tuple(dataclasses.replace(config, part=part) for config in found), measured
+        configs, measured = super()._measured_or_from_table(device, sm, width, element_size)
+        split_size = configs[0].split_size
+        return tuple(
+            dataclasses.replace(config, split_size=split_size) for config in configs
+        ), measured
 
 
 FORWARD = PassTable(
@@ -164,20 +166,26 @@ BACKWARD = PassTable(
 
 
 def candidates(
-    table: Table[TokenPass], x: Tensor, num_rows: int, normalize: bool, part: int | None = None
+    table: Table[TokenPass],
+    x: Tensor,
+    num_rows: int,
+    normalize: bool,
+    split_size: int | None = None,
 ) -> Candidates:
-    """Of a pass over tokens x; the constant is a Shape.
+    """Return the candidates of a pass over tokens x; the constant is a Shape.
 
     Args:
-        table: FORWARD, BACKWARD or a fusion's.
+        table: FORWARD, BACKWARD or that of a fusion.
         x: [B, N, C].
-        num_rows: R, rows of u.
+        num_rows: R, the number of queries.
         normalize: Whether tokens are LayerNorm-ed.
-        part: Tokens of a program, if not the configuration's.
+        split_size: Tokens per program, if not the configuration's.
     """
     name, sm, channels = tables.device_name(x.device), tables.sm(x.device), x.shape[2]
-    found = table.candidates(name, sm, channels, x.element_size())
-    return _candidates(*found, channels, num_rows, normalize, tables.precision(x.dtype), part)
+    configs, measured = table.candidates(name, sm, channels, x.element_size())
+    return _candidates(
+        configs, measured, channels, num_rows, normalize, tables.precision(x.dtype), split_size
+    )
 
 
 @functools.cache
@@ -188,9 +196,9 @@ def _candidates(
     num_rows: int,
     normalize: bool,
     precision: str,
-    part: int | None,
+    split_size: int | None,
 ) -> Candidates:
-    """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
+    """Cached: one object per shape, as it is part of the key of a compiled kernel."""
     sizes = num_rows, channels, normalize, precision
-    items = (config.candidate(*sizes, part or config.part) for config in configs)
+    items = (config.candidate(*sizes, split_size or config.split_size) for config in configs)
     return Candidates(tuple(items), measured)

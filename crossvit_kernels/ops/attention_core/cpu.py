@@ -1,4 +1,4 @@
-"""attention_core on the compiled extension: one pass over the tokens each way, on a CPU."""
+"""attention_core on the CPU kernels of the extension: one token pass per direction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def why_not(inputs: CoreInputs) -> str | None:
 
 
 def why_not_tokens(x: Tensor) -> str | None:
-    """Why the CPU kernel cannot take tokens x; None where it can."""
+    """Return why the CPU kernel cannot take tokens x, or None."""
     if extension.missing:
         return extension.missing
     if x.device.type != "cpu":
@@ -36,23 +36,23 @@ def forward_pass(
     norm_eps: float | None,
     m_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(m, lse) as in reference.py; u, m and lse in ``accumulate_dtype(x)``.
+    """Return (m, lse) as in reference.py; u, m and lse in ``accumulate_dtype(x)``.
 
-    m_out: memory for m, [B, R, C] with any strides that end in 1.
+    m_out: memory for m, [B, R, C], with unit stride along C.
     """
     batch, num_rows, channels = x.shape[0], u.shape[1], x.shape[2]
     u, x, extra_token = _unit_strides(u, x, extra_token)
     m = u.new_empty(batch, num_rows, channels) if m_out is None else m_out
     lse = u.new_empty(batch, num_rows)
     if m.numel():
-        at, dtype = extension.Arguments(x.device), accumulate_dtype(x)
+        args, dtype = extension.Arguments(x.device), accumulate_dtype(x)
         _C.attention_core_forward(
             problem=extension.core_problem(x, extra_token, num_rows, norm_eps),
-            x=at.tokens(x, extra_token),
-            u=at.rows(u.expand(batch, -1, -1), dtype),
-            mask=at.mask(key_mask),
-            m=at.rows(m, dtype),
-            lse=at.pointer(lse, dtype),
+            x=args.tokens(x, extra_token),
+            u=args.rows(u.expand(batch, -1, -1), dtype),
+            mask=args.mask(key_mask),
+            m=args.rows(m, dtype),
+            lse=args.pointer(lse, dtype),
         )
     return m, lse
 
@@ -70,7 +70,7 @@ def backward_pass(
     wants_dx: bool = True,
     du_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared."""
+    """Return (du, dx, dextra_token); du is per image, [B, R, C], even if u is shared."""
     batch, num_rows, channels = m.shape
     u, x, dm, m, extra_token = _unit_strides(u, x, dm, m, extra_token)
     lse = lse.contiguous()
@@ -79,18 +79,18 @@ def backward_pass(
     dx = x.new_empty(x.shape) if wants_dx else None
     dextra = None if extra_token is None else x.new_empty(batch, channels)
     if m.numel():
-        at, dtype = extension.Arguments(x.device), accumulate_dtype(x)
+        args, dtype = extension.Arguments(x.device), accumulate_dtype(x)
         _C.attention_core_backward(
             problem=extension.core_problem(x, extra_token, num_rows, norm_eps),
-            x=at.tokens(x, extra_token),
-            u=at.rows(u.expand(batch, -1, -1), dtype),
-            mask=at.mask(key_mask),
-            m=at.rows(m, dtype),
-            lse=at.pointer(lse, dtype),
-            dm=at.rows(dm, dtype),
-            dlse=at.pointer(dlse, dtype),
-            du=at.rows(du, dtype),
-            dx=at.token_gradients(dx, dextra, x.dtype),
+            x=args.tokens(x, extra_token),
+            u=args.rows(u.expand(batch, -1, -1), dtype),
+            mask=args.mask(key_mask),
+            m=args.rows(m, dtype),
+            lse=args.pointer(lse, dtype),
+            dm=args.rows(dm, dtype),
+            dlse=args.pointer(dlse, dtype),
+            du=args.rows(du, dtype),
+            dx=args.token_gradients(dx, dextra, x.dtype),
         )
     return du, dx, dextra
 

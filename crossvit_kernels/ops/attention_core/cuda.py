@@ -1,4 +1,4 @@
-"""attention_core on the CUDA kernels of the extension: one pass over the tokens each way."""
+"""attention_core on the CUDA kernels of the extension: one token pass per direction."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def why_not(inputs: CoreInputs) -> str | None:
     if reason := why_not_tokens(x):
         return reason
     assert extension.cuda_kernels is not None
-    of_widths = extension.cuda_kernels.functions.attention_core_shared_bytes
-    needed = of_widths[extension.DTYPE_CODES[x.dtype]][x.shape[-1] // 16 - 1]
+    shared_bytes = extension.cuda_kernels.functions.attention_core_shared_bytes
+    needed = shared_bytes[extension.DTYPE_CODES[x.dtype]][x.shape[-1] // 16 - 1]
     return why_not_shared_bytes(needed, x)
 
 
 def why_not_tokens(x: Tensor) -> str | None:
-    """Why no CUDA kernel around a pass over tokens can take x, however much memory there is."""
+    """Return why no CUDA kernel with a token pass can take x, shared memory aside, or None."""
     if reason := extension.why_not_cuda_kernels(x):
         return reason
     channels = x.shape[-1]
@@ -37,11 +37,11 @@ WIDEST = 1536
 
 
 def why_not_shared_bytes(needed: int, x: Tensor) -> str | None:
-    """Why a block on x's device cannot have so many bytes of shared memory; None where it can."""
-    most = extension.shared_bytes_of_block(x)
-    if needed <= most:
+    """Return why a block on x's device cannot have this much shared memory, or None."""
+    available = extension.shared_bytes_of_block(x)
+    if needed <= available:
         return None
-    return f"it needs {needed} bytes of shared memory, of which a block there has {most}"
+    return f"it needs {needed} bytes of shared memory, of which a block there has {available}"
 
 
 def blocks_of_image(batch: int, num_tokens: int, sms: Multiprocessors) -> int:
@@ -65,7 +65,7 @@ def forward_pass(
     extra_token: Tensor | None,
     norm_eps: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(m, lse) as in reference.py, both in float32; u in float32."""
+    """Return (m, lse) as in reference.py, both in float32; u in float32."""
     batch, num_rows, channels = x.shape[0], u.shape[1], x.shape[2]
     m, lse = u.new_empty(batch, num_rows, channels), u.new_empty(batch, num_rows)
     if m.numel():
@@ -76,16 +76,16 @@ def forward_pass(
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
         blocks = blocks_of_image(batch, x.shape[1], extension.multiprocessors(x.device))
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[0])
-        at, float32 = extension.Arguments(x.device), torch.float32
+        args, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_forward(
             problem=problem,
-            x=at.tokens(x, extra_token),
-            u=at.rows(u.expand(batch, -1, -1), float32),
-            mask=at.mask(key_mask),
-            m=at.rows(m, float32),
-            lse=at.pointer(lse, float32),
+            x=args.tokens(x, extra_token),
+            u=args.rows(u.expand(batch, -1, -1), float32),
+            mask=args.mask(key_mask),
+            m=args.rows(m, float32),
+            lse=args.pointer(lse, float32),
             blocks=blocks,
-            workspace=at.pointer(workspace, float32),
+            workspace=args.pointer(workspace, float32),
             place=extension.place(x),
         )
     return m, lse
@@ -103,7 +103,7 @@ def backward_pass(
     norm_eps: float | None,
     wants_dx: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared."""
+    """Return (du, dx, dextra_token); du is per image, [B, R, C], even if u is shared."""
     batch, num_rows, channels = m.shape
     du, dx = torch.empty_like(m), x.new_empty(x.shape) if wants_dx else None
     dextra = None if extra_token is None else x.new_empty(batch, channels)
@@ -113,25 +113,25 @@ def backward_pass(
         u, x, dm = extension.unit_stride(u), launcher.aligned_rows(x), extension.unit_stride(dm)
         extra_token = None if extra_token is None else launcher.aligned_rows(extra_token)
         m = extension.unit_stride(m)
-        # Alive until the kernel has been started.
+        # Must stay alive until the kernel is launched.
         dlse = None if dlse is None else dlse.contiguous()
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
         blocks = blocks_of_image(batch, x.shape[1], extension.multiprocessors(x.device))
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[1])
-        at, float32 = extension.Arguments(x.device), torch.float32
+        args, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_backward(
             problem=problem,
-            x=at.tokens(x, extra_token),
-            u=at.rows(u.expand(batch, -1, -1), float32),
-            mask=at.mask(key_mask),
-            m=at.rows(m, float32),
-            lse=at.pointer(lse, float32),
-            dm=at.rows(dm, float32),
-            dlse=at.pointer(dlse, float32),
-            du=at.rows(du, float32),
-            dx=at.token_gradients(dx, dextra, x.dtype),
+            x=args.tokens(x, extra_token),
+            u=args.rows(u.expand(batch, -1, -1), float32),
+            mask=args.mask(key_mask),
+            m=args.rows(m, float32),
+            lse=args.pointer(lse, float32),
+            dm=args.rows(dm, float32),
+            dlse=args.pointer(dlse, float32),
+            du=args.rows(du, float32),
+            dx=args.token_gradients(dx, dextra, x.dtype),
             blocks=blocks,
-            workspace=at.pointer(workspace, float32),
+            workspace=args.pointer(workspace, float32),
             place=extension.place(x),
         )
     return du, dx, dextra

@@ -1,4 +1,4 @@
-"""attention_core as torch sees it."""
+"""attention_core as a torch operator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crossvit_kernels.ops.operator import Operation
 def attention_core(
     inputs: CoreInputs, norm_eps: float | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """(m, lse) on the chosen backend; see functional.attention_core."""
+    """Return (m, lse) on the chosen backend; see functional.attention_core."""
     chosen = OPERATION.choose(inputs, 0.0, backend)
     if chosen == "reference":
         return _reference(inputs, norm_eps, 0.0)
@@ -39,14 +39,14 @@ def _empty_outputs(inputs: CoreInputs) -> tuple[Tensor, Tensor]:
 
 
 def _flops_forward(shapes: Any) -> int:
-    """Scores and their sums: R queries over N tokens of C channels, each image."""
+    """Scores and weighted sums: R queries over N tokens of C channels per image."""
     (batch, num_tokens, channels), num_queries = shapes.x, shapes.u[1]
     num_tokens += shapes.extra_token is not None
     return int(4 * batch * num_queries * num_tokens * channels)
 
 
 def _flops_backward(shapes: Any, wanted: Any) -> int:
-    """Scores again, dp, du and two products for dx."""
+    """Recomputed scores, dp, du, and two products for dx."""
     return (3 + 2 * wanted.x) * _flops_forward(shapes) // 2
 
 

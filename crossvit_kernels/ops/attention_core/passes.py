@@ -1,6 +1,6 @@
-"""A backend of attention_core around its two passes over the tokens.
+"""Adapts the two token passes of a module to the backend interface of attention_core.
 
-A fusion calls the passes themselves: ``forward_pass`` and ``backward_pass`` of cpu, cuda, triton.
+A fusion calls the passes directly: ``forward_pass`` and ``backward_pass`` of cpu, cuda, triton.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from crossvit_kernels.ops.attention_core.reference import CoreInputs
 
 
 class Passes:
-    """What ops/operator.py asks of a backend.
+    """The backend interface of ops/operator.py.
 
     Args:
-        module: Has why_not, forward_pass and backward_pass.
+        module: Defines why_not, forward_pass and backward_pass.
     """
 
     class Saved(NamedTuple):
@@ -36,7 +36,7 @@ class Passes:
         return reason
 
     def empty_saved(self, inputs: CoreInputs, keep: str) -> tuple[Tensor, ...]:
-        """Nothing besides the outputs."""
+        """Return nothing: only the outputs are saved."""
         return ()
 
     def forward(
@@ -53,7 +53,7 @@ class Passes:
         wanted: Any,
     ) -> CoreInputs:
         du, dx, dextra = self._module.backward_pass(*douts, *inputs, *saved, eps, wants_dx=wanted.x)
-        if not du.numel():  # without a query tokens reach nothing
+        if not du.numel():  # without queries the gradients are zero
             dx, dextra = (None if t is None else torch.zeros_like(t) for t in (dx, dextra))
         if inputs.u.shape[0] != du.shape[0]:  # one u for all images
             du = du.sum(dim=0, keepdim=True)

@@ -1,4 +1,4 @@
-"""attention_core in plain PyTorch: the definition of correct.
+"""attention_core in plain PyTorch: the reference definition.
 
 xhat_n = (x_n - mean_n) / sqrt(var_n + eps)
 s_rn   = u_r . xhat_n
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class CoreInputs(NamedTuple):
-    """The arguments of ``attention_core`` but for norm_eps."""
+    """The arguments of ``attention_core`` except norm_eps."""
 
     u: Tensor  # [B, R, C] or [1, R, C], in accumulate_dtype of x
     x: Tensor  # [B, N, C]
@@ -25,19 +25,19 @@ class CoreInputs(NamedTuple):
 
 
 def normalized_tokens(x: Tensor, extra_token: Tensor | None, norm_eps: float | None) -> Tensor:
-    """Xhat [B, N, C], or [B, 1 + N, C] with the extra token first."""
+    """Return xhat [B, N, C], or [B, 1 + N, C] with the extra token first."""
     if extra_token is not None:
         x = torch.cat([extra_token.unsqueeze(1), x], dim=1)
     return x if norm_eps is None else F.layer_norm(x, x.shape[-1:], eps=norm_eps)
 
 
 def without_masked(x: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Zeros in place of masked tokens: whatever they hold (NaN, say) must reach nothing."""
+    """Return x with masked tokens zeroed: their contents, even NaN, must not propagate."""
     return x if key_mask is None else x.masked_fill(~key_mask.unsqueeze(-1), 0)
 
 
 def full_mask(key_mask: Tensor | None, extra_token: Tensor | None) -> Tensor | None:
-    """The mask [B, 1 + N] that also covers the extra token, which is always attended to."""
+    """Return the mask [B, 1 + N] including the extra token, which is always attended to."""
     if key_mask is None or extra_token is None:
         return key_mask
     return F.pad(key_mask, (1, 0), value=True)
@@ -50,9 +50,9 @@ def attention_core(
     key_mask: Tensor | None = None,
     extra_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(m, lse): u [B or 1, R, C], x [B, N, C] -> m [B, R, C], lse [B, R].
+    """Return (m, lse): u [B or 1, R, C], x [B, N, C] -> m [B, R, C], lse [B, R].
 
-    Where the mask leaves a row nothing to attend to, m is 0 and lse is -inf.
+    If the mask leaves a query nothing to attend to, m is 0 and lse is -inf.
     """
     x, mask = without_masked(x, key_mask), full_mask(key_mask, extra_token)
     xhat = normalized_tokens(x, extra_token, norm_eps)
@@ -62,7 +62,7 @@ def attention_core(
         lse = torch.logsumexp(_in_statistics_dtype(scores), dim=-1)
     else:
         attended = mask.unsqueeze(1)
-        # finfo.min rather than -inf: a row without any key must not become NaN in backward.
+        # finfo.min rather than -inf: a fully masked row must not give NaN in backward.
         scores = scores.masked_fill(~attended, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1) * attended
         lse = torch.logsumexp(_in_statistics_dtype(scores), dim=-1)
@@ -78,9 +78,9 @@ def attention_weights(
     key_mask: Tensor | None = None,
     extra_token: Tensor | None = None,
 ) -> Tensor:
-    """p [B, R, N] (1 + N with an extra token) from the lse that attention_core returned.
+    """Return p [B, R, N] (1 + N with an extra token) from the lse that attention_core returned.
 
-    Scores are formed in the precision of lse, whatever autocast says: its exp takes no less.
+    Scores are computed in the precision of lse, regardless of autocast: exp needs it.
     """
     x, mask = without_masked(x, key_mask), full_mask(key_mask, extra_token)
     if extra_token is not None:

@@ -1,4 +1,4 @@
-"""attention_core on Triton: shapes and strides to launches."""
+"""attention_core on Triton: launches of its kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def why_not(inputs: CoreInputs) -> str | None:
 
 
 def kernels() -> ModuleType:
-    """Imported where first used: Triton is slow to import and not everywhere."""
+    """Import on first use: Triton is slow to import and may be missing."""
     from crossvit_kernels.ops.attention_core import triton_kernels
 
     return triton_kernels
@@ -38,13 +38,13 @@ def forward_pass(
     *,
     gain: Tensor | None = None,
     table: Table[TokenPass] = configs.FORWARD,
-    part: int | None = None,
+    split_size: int | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(m, lse) as in reference.py, both in float32; u in float32.
+    """Return (m, lse) as in reference.py, both in float32; u in float32.
 
-    gain [C] multiplies u; part is the number of tokens of a program, if not the table's; out is
-    memory for m, whose rows are aligned, and lse.
+    gain [C] multiplies u; split_size is the number of tokens per program, if not the table's; out
+    is memory for m, with aligned rows, and lse.
     """
     batch, num_tokens, channels = x.shape
     num_rows = u.shape[1]
@@ -53,17 +53,18 @@ def forward_pass(
         return m, lse
     u, x = launcher.aligned_rows(u), launcher.aligned_rows(x)
     extra = None if extra_token is None else launcher.aligned_rows(extra_token)
-    found = candidates(table, x, num_rows, norm_eps is not None, part)
-    shape = _shape_of(found)
-    rows, parts = shape.rows, shape.parts(x.shape[1])
+    launch_configs = candidates(table, x, num_rows, norm_eps is not None, split_size)
+    shape = _shape_of(launch_configs)
+    rows, num_splits = shape.rows, shape.num_splits(x.shape[1])
     m_out, sums, peaks = m, lse, None
-    if parts > 1:
-        m_out = m.new_empty(batch * parts, num_rows, channels)
-        sums, peaks = m.new_empty(batch, parts, num_rows), m.new_empty(batch, parts, num_rows)
+    if num_splits > 1:
+        m_out = m.new_empty(batch * num_splits, num_rows, channels)
+        sums = m.new_empty(batch, num_splits, num_rows)
+        peaks = m.new_empty(batch, num_splits, num_rows)
     blocks = -(-num_rows // rows)
     launcher.start(
         kernels().attention_core_forward,
-        (batch, parts, blocks),
+        (batch, num_splits, blocks),
         (u, gain, x, extra, key_mask, m_out, sums, peaks),
         (
             num_tokens,
@@ -76,23 +77,23 @@ def forward_pass(
             m_out.stride(0),
             m_out.stride(1),
         ),
-        found,
+        launch_configs,
         eps=norm_eps or 0.0,
     )
-    if parts > 1:
+    if num_splits > 1:
         launcher.start(
             kernels().attention_core_merge,
             (batch, shape.num_chunks, blocks),
             (m_out, sums, peaks, m, lse),
-            (parts, m.stride(0), m.stride(1)),
+            (num_splits, m.stride(0), m.stride(1)),
             _merge(shape),
         )
     return m, lse
 
 
-def _shape_of(found: Candidates) -> Shape:
-    """The preferred one. In rows and parts all candidates are the same, in chunks too."""
-    shape: Shape = found[0].constants[0]
+def _shape_of(configs: Candidates) -> Shape:
+    """Return the preferred shape; rows, splits and chunks are the same for all candidates."""
+    shape: Shape = configs[0].constants[0]
     return shape
 
 
@@ -115,21 +116,21 @@ def backward_pass(
     wants_dx: bool = True,
     gain: Tensor | None = None,
     table: Table[TokenPass] = configs.BACKWARD,
-    part: int | None = None,
+    split_size: int | None = None,
     out: tuple[Tensor, Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(du, dx, dextra_token); du is per image, [B, R, C], also where u is shared.
+    """Return (du, dx, dextra_token); du is per image, [B, R, C], even if u is shared.
 
-    gain and part are those of forward_pass; out is memory for du and dextra, in float32, and for
-    dx, contiguous or None where it is not wanted.
+    gain and split_size as in forward_pass; out is memory for du and dextra, in float32, and for dx,
+    contiguous, or None if dx is not wanted.
     """
     batch, num_rows, channels = m.shape
     du_out, dx_out, dextra_out = out or (None, None, None)
     wants_dx = wants_dx if out is None else dx_out is not None
-    found = candidates(table, x, num_rows, norm_eps is not None, part)
-    shape = _shape_of(found)
-    rows, parts = shape.rows, shape.parts(x.shape[1])
-    # Where queries take several launches, these add up in float32.
+    launch_configs = candidates(table, x, num_rows, norm_eps is not None, split_size)
+    shape = _shape_of(launch_configs)
+    rows, num_splits = shape.rows, shape.num_splits(x.shape[1])
+    # If the queries take several launches, dx accumulates in float32.
     dtype = x.dtype if num_rows <= rows else torch.float32
     dx = None
     if wants_dx:
@@ -138,8 +139,8 @@ def backward_pass(
     dextra = dextra_out
     if dextra is None and extra_token is not None:
         dextra = m.new_empty(batch, channels)
-    if parts > 1 or du_out is None:
-        du = m.new_empty(batch, parts, num_rows, channels)
+    if num_splits > 1 or du_out is None:
+        du = m.new_empty(batch, num_splits, num_rows, channels)
     else:
         du = du_out.unsqueeze(1)
     if m.numel():
@@ -149,7 +150,7 @@ def backward_pass(
         for row in range(0, num_rows, rows):
             launcher.start(
                 kernels().attention_core_backward,
-                (batch, parts, 1),
+                (batch, num_splits, 1),
                 (u, dm, gain, m, lse, dlse, x, extra, key_mask, du, dx, dextra),
                 (
                     x.shape[1],
@@ -169,7 +170,7 @@ def backward_pass(
                     *((0, 0) if dx is None else dx.stride()[:2]),
                     0 if dextra is None else dextra.stride(0),
                 ),
-                found,
+                launch_configs,
                 (row > 0,),
                 eps=norm_eps or 0.0,
             )
@@ -177,5 +178,5 @@ def backward_pass(
         dx = dx_out.copy_(dx)
     if extra_token is not None and dextra is not None:
         dextra = dextra.to(extra_token.dtype)
-    total = du[:, 0] if parts == 1 else torch.sum(du, dim=1, out=du_out)
+    total = du[:, 0] if num_splits == 1 else torch.sum(du, dim=1, out=du_out)
     return total, None if dx is None else dx.to(x.dtype), dextra

@@ -1,4 +1,4 @@
-"""The kernels of attention_core: a grid over images, ranges of tokens and blocks of queries."""
+"""The kernels of attention_core: a grid over images, splits of tokens and blocks of queries."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import triton.language as tl
 from crossvit_kernels.ops.attention_core.triton_passes import backward_pass, forward_pass
 from crossvit_kernels.ops.common.triton_tiles import LOG2E, aligned
 
-# Never 1 or a multiple of 16 to the compiler: a kernel is compiled once whatever they are.
+# Not specialised on: a kernel is compiled once, whether or not they are 1 or multiples of 16.
 SIZES = (
     "num_tokens",
-    "num_parts",
+    "num_splits",
     "row",
     "u_batch_stride",
     "u_row_stride",
@@ -55,21 +55,21 @@ def attention_core_forward(
     eps,
     S: tl.constexpr,
 ):
-    """m and lse; with peak_ptr parts of them, for attention_core_merge, [B, parts, ...].
+    """Computes m and lse; with peak_ptr, partial results [B, splits, ...] for attention_core_merge.
 
-    Grid: images, parts of the tokens, blocks of queries.
+    Grid: images, splits of the tokens, blocks of queries.
     """
     R: tl.constexpr = S.num_rows
     ROWS: tl.constexpr = S.rows
-    PART: tl.constexpr = S.part
+    SPLIT_SIZE: tl.constexpr = S.split_size
     ALIGN: tl.constexpr = S.align
     image = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    split = tl.program_id(1)
     row = tl.program_id(2) * ROWS
-    place = image
+    index = image
     if peak_ptr is not None:
-        place = image * tl.num_programs(1) + part
-        peak_ptr += place * R
+        index = image * tl.num_programs(1) + split
+        peak_ptr += index * R
     if extra_ptr is not None:
         extra_ptr += image * extra_batch_stride
     if mask_ptr is not None:
@@ -83,12 +83,12 @@ def attention_core_forward(
         extra_ptr,
         mask_ptr,
         mask_token_stride,
-        m_ptr + place * aligned(m_batch_stride, ALIGN),
+        m_ptr + index * aligned(m_batch_stride, ALIGN),
         aligned(m_row_stride, ALIGN),
-        lse_ptr + place * R,
+        lse_ptr + index * R,
         peak_ptr,
-        part * PART,
-        tl.minimum(num_tokens, part * PART + PART),
+        split * SPLIT_SIZE,
+        tl.minimum(num_tokens, split * SPLIT_SIZE + SPLIT_SIZE),
         row,
         eps,
         S,
@@ -97,17 +97,17 @@ def attention_core_forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_core_merge(
-    part_ptr,  # [B, splits, R, C]
+    partial_ptr,  # [B, splits, R, C]
     total_ptr,  # [B, splits, R]
     peak_ptr,  # [B, splits, R]
     m_ptr,  # [B, R, C]
     lse_ptr,  # [B, R]
-    num_parts,
+    num_splits,
     m_batch_stride,
     m_row_stride,
     S: tl.constexpr,
 ):
-    """m and lse from their parts [B, num_parts, R, C] and [B, num_parts, R], in order.
+    """Merges the splits' partial results into m and lse, in order.
 
     Grid: images, chunks of channels, blocks of queries.
     """
@@ -122,29 +122,29 @@ def attention_core_merge(
     used = rows < R
     c = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = used[:, None] & (c < C)[None, :]
-    at = rows[:, None] * C + c[None, :]
-    m_at = rows[:, None] * aligned(m_row_stride, ALIGN) + c[None, :]
+    offsets = rows[:, None] * C + c[None, :]
+    m_offsets = rows[:, None] * aligned(m_row_stride, ALIGN) + c[None, :]
 
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, CHUNK), tl.float32)
-    place = image * num_parts
-    for _ in range(num_parts):
-        part_peak = tl.load(peak_ptr + place * R + rows, mask=used, other=float("-inf"))
-        part_total = tl.load(total_ptr + place * R + rows, mask=used, other=0.0)
-        new_peak = tl.maximum(peak, part_peak)
+    index = image * num_splits
+    for _ in range(num_splits):
+        split_peak = tl.load(peak_ptr + index * R + rows, mask=used, other=float("-inf"))
+        split_total = tl.load(total_ptr + index * R + rows, mask=used, other=0.0)
+        new_peak = tl.maximum(peak, split_peak)
         finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         decay = tl.exp2(peak - finite)
-        weight = tl.exp2(part_peak - finite)
-        total = total * decay + part_total * weight
-        part = tl.load(part_ptr + place * R * C + at, mask=inside, other=0.0)
-        acc = acc * decay[:, None] + part * weight[:, None]
+        weight = tl.exp2(split_peak - finite)
+        total = total * decay + split_total * weight
+        partial = tl.load(partial_ptr + index * R * C + offsets, mask=inside, other=0.0)
+        acc = acc * decay[:, None] + partial * weight[:, None]
         peak = new_peak
-        place += 1
+        index += 1
     total = tl.where(total == 0.0, 1.0, total)
     m = acc / total[:, None]
     m_ptr += image * aligned(m_batch_stride, ALIGN)
-    tl.store(m_ptr + m_at, m, mask=inside)
+    tl.store(m_ptr + m_offsets, m, mask=inside)
     if chunk == 0:
         tl.store(lse_ptr + image * R + rows, (peak + tl.log2(total)) / LOG2E, mask=used)
 
@@ -185,16 +185,16 @@ def attention_core_backward(
     S: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """dx, dextra and du, or its parts [B, parts, R, C].
+    """Computes dx, dextra and du, or the partial du [B, splits, R, C].
 
-    Grid: images, parts of the tokens. Score rows from `row` on.
+    Grid: images, splits of the tokens. Queries from `row` on.
     """
     R: tl.constexpr = S.num_rows
     C: tl.constexpr = S.channels
-    PART: tl.constexpr = S.part
+    SPLIT_SIZE: tl.constexpr = S.split_size
     ALIGN: tl.constexpr = S.align
     image = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    split = tl.program_id(1)
     if extra_ptr is not None:
         extra_ptr += image * extra_batch_stride
         dextra_ptr += image * dextra_batch_stride
@@ -219,13 +219,13 @@ def attention_core_backward(
         extra_ptr,
         mask_ptr,
         mask_token_stride,
-        du_ptr + image * aligned(du_batch_stride, ALIGN) + part * (R * C),
+        du_ptr + image * aligned(du_batch_stride, ALIGN) + split * (R * C),
         aligned(du_row_stride, ALIGN),
         dx_ptr,
         aligned(dx_token_stride, ALIGN),
         dextra_ptr,
-        part * PART,
-        tl.minimum(num_tokens, part * PART + PART),
+        split * SPLIT_SIZE,
+        tl.minimum(num_tokens, split * SPLIT_SIZE + SPLIT_SIZE),
         row,
         eps,
         S,

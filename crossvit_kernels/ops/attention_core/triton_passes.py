@@ -1,16 +1,15 @@
 """attention_core in Triton: one pass over the tokens each way. Symbols as in docs/derivation.md.
 
-A program takes a range of an image's tokens and a block of its queries. Channels come in chunks
-of CHUNK columns, held as tuples: widths such as 192, 224 or 448 are not padded to powers of two.
-Queries are padded to ROWS, the rows of a tensor-core tile.
+A program handles a range of an image's tokens and a block of its queries. Channels are processed in
+chunks of CHUNK columns, held as tuples: widths such as 192, 224 or 448 are not padded to powers of
+two. Queries are padded to ROWS, the rows of a tensor-core tile.
 
-16-bit tokens go to the tensor cores as they lie in memory, u, dm and the weights rounded to their
-dtype; what is subtracted again (the means of tokens times sums of u, of dm or of weights) is formed
-from the rounded values, so that tokens with a mean far above their spread keep their digits. Tokens
-in float32, with no precision to spare, are centred first. Everything else is in float32.
+16-bit tokens go to the tensor cores unmodified, with u, dm and the weights rounded to their dtype.
+The corrections subtracted afterwards (token means times sums of u, dm or weights) are computed from
+the rounded values, so that tokens with a mean far above their spread do not lose precision. float32
+tokens are centred first. Everything else is in float32.
 
-``forward_pass`` and ``backward_pass`` are the passes over one range of one image, for kernels that
-do more around them.
+``forward_pass`` and ``backward_pass`` process one range of one image; other kernels inline them.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def load_queries(
     C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """A chunk of u or dm in float32; in a fusion the rows of kt or dz times LayerNorm's gain."""
+    """Loads a chunk of u or dm in float32; in a fusion, of kt or dz times LayerNorm's gain."""
     value = load_tile(ptr, rows * stride, used, index * CHUNK, C, CHUNK).to(tl.float32)
     if gain_ptr is not None:
         value = value * load_vector(gain_ptr, index * CHUNK, C, CHUNK)[None, :]
@@ -52,7 +51,7 @@ def load_one_token(
     eps,
     S: tl.constexpr,
 ):
-    """xhat of a single token in chunks [1, CHUNK], and its rstd [1]."""
+    """Loads one token; returns its xhat in chunks [1, CHUNK] and its rstd [1]."""
     C: tl.constexpr = S.channels
     CHUNK: tl.constexpr = S.chunk
     NUM: tl.constexpr = S.num_chunks
@@ -79,8 +78,8 @@ def weight_unit_of(
 ):
     """A power of two that weights in float16 are multiplied by, and sums over tokens divided by.
 
-    1 / standard deviation is up to 1 / sqrt(eps), which may be more than float16 can hold. 1 down to
-    an eps of 2^-30.
+    1 / standard deviation is up to 1 / sqrt(eps), which may be more than float16 can hold. It is 1
+    down to an eps of 2^-30.
     """
     NORMALIZE: tl.constexpr = S.normalize
     if NORMALIZE and x_ptr.dtype.element_ty == tl.float16:
@@ -130,11 +129,10 @@ def forward_pass(
     eps,
     S: tl.constexpr,
 ):
-    """m and lse of one image over its tokens [first, last), queries [row, row + ROWS).
+    """Computes m and lse of one image's tokens [first, last) and queries [row, row + ROWS).
 
-    extra_ptr, where there is one, is a token in front of token 0. With peak_ptr what is written is
-    a part of the result: sums of unnormalised weights in place of lse, their peaks (base 2), m not
-    divided.
+    extra_ptr, if given, is a token in front of token 0. With peak_ptr the result is partial: lse
+    gets the sums of unnormalised weights, peak their maxima (base 2), and m is not divided.
     """
     R: tl.constexpr = S.num_rows
     C: tl.constexpr = S.channels
@@ -204,7 +202,7 @@ def forward_pass(
 
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         finite = new_peak
-        if mask_ptr is not None:  # a range may have nothing to attend to
+        if mask_ptr is not None:  # all tokens of a range may be masked
             finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         decay = tl.exp2(peak - finite)
         p = tl.exp2(scores - finite[:, None])
@@ -223,7 +221,7 @@ def forward_pass(
         tl.store(lse_ptr + rows, total, mask=used)
         scale = tl.full((ROWS,), 1.0, tl.float32)
     else:
-        total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: the peak is -inf
+        total = tl.where(total == 0.0, 1.0, total)  # no token attended to: the peak is -inf
         tl.store(lse_ptr + rows, (peak + tl.log2(total)) / LOG2E, mask=used)
         scale = 1.0 / total
     if dtype == tl.float16:
@@ -261,10 +259,10 @@ def backward_pass(
     S: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """du of one image from its tokens [first, last), and, where dx_ptr is not None, their dx.
+    """Computes du of one image from its tokens [first, last) and, unless dx_ptr is None, their dx.
 
-    gain_ptr, where there is one, applies to both u and dm. ADD: add to dx and dextra, which hold
-    what other queries gave.
+    gain_ptr, if given, applies to both u and dm. ADD: accumulate into dx and dextra, which hold the
+    contributions of other queries.
     """
     R: tl.constexpr = S.num_rows
     C: tl.constexpr = S.channels
@@ -297,19 +295,19 @@ def backward_pass(
         du = du + (tl.zeros((ROWS, CHUNK), tl.float32),)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + rows, mask=used, other=0.0)
-    # Rows that do not exist, and those with nothing to attend to, have no weights.
+    # Padding rows, and rows with nothing to attend to, have zero weights.
     lse = tl.load(lse_ptr + rows, mask=used, other=float("inf")) * LOG2E
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
 
+    weight_unit = weight_unit_of(x_ptr, eps, S)
     if extra_ptr is not None:
         du = extra_token_backward(
             us, dms, du, delta, lse, first, extra_ptr, dextra_ptr, eps, S, ADD
         )
         if dtype == tl.float16:
-            for i in tl.static_range(NUM):
-                du = du[1:] + (du[0] * weight_unit_of(x_ptr, eps, S),)
+            for _ in tl.static_range(NUM):
+                du = du[1:] + (du[0] * weight_unit,)
 
-    weight_unit = weight_unit_of(x_ptr, eps, S)
     weighted_mean = tl.zeros((ROWS,), tl.float32)
     t = tl.arange(0, TOKENS)
     x_ptr += first.to(tl.int64) * x_token_stride
@@ -395,7 +393,7 @@ def extra_token_backward(
     S: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """du with the part of the token in front, in the first range; its gradient is written."""
+    """Adds the extra token's contribution to du, in the first range, and writes its gradient."""
     C: tl.constexpr = S.channels
     CHUNK: tl.constexpr = S.chunk
     NORMALIZE: tl.constexpr = S.normalize

@@ -2,7 +2,7 @@
 
     u_qh = gamma * (W_k,h^T q_qh)       o_qh = W_v,h (gamma * m_qh + beta) + b_v,h
 
-b_k, and the beta part of the keys, shift all scores of a row alike: softmax drops them.
+b_k and beta's term in the keys shift all scores of a query alike: softmax drops them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def attention_pool(
     key_mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """As reference.attention_pool, on a backend of attention_core."""
+    """Compute reference.attention_pool on a backend of attention_core."""
     p = parameters
     batch, channels = tokens.shape[0], tokens.shape[2]
     num_queries, num_heads = query.shape[1], call.num_heads
@@ -48,11 +48,11 @@ def attention_pool(
     o = torch.einsum("bqhc,hdc->bqhd", z, p.w_v.unflatten(0, (num_heads, -1)).to(z.dtype))
     if p.b_v is not None:
         o = o + p.b_v.view(num_heads, -1).to(o.dtype)
-    if key_mask is not None:  # an image without any key pools to 0
+    if key_mask is not None:  # a fully masked image pools to 0
         o = o * (lse > -torch.inf).view(batch, num_queries, num_heads, 1)
     pooled = o.flatten(2)
     if p.b_k is not None:
-        # b_k's gradient is zero, not missing: distributed training waits for every gradient.
+        # b_k's gradient is zero rather than None: distributed training waits for every gradient.
         pooled = pooled + p.b_k.sum() * 0
     out = project_out(pooled, p)
     if not call.return_weights:
@@ -64,7 +64,7 @@ def attention_pool(
 def _keys(
     query: Tensor, tokens: Tensor, key_mask: Tensor | None, include_query: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(tokens, key_mask, extra_token): one query rides along as the extra token, uncopied."""
+    """Return (tokens, key_mask, extra_token); a single query becomes the extra token, uncopied."""
     if not include_query:
         return tokens, key_mask, None
     query = query.expand(tokens.shape[0], -1, -1)

@@ -1,4 +1,4 @@
-"""attention_pool: dispatch. Its kernels are those of attention_core, and so is its autograd."""
+"""The dispatch of attention_pool. Kernels and autograd are those of attention_core."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def attention_pool(
     key_mask: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, weights or None) on the chosen backend; see functional.attention_pool."""
+    """Return (out, weights or None) on the chosen backend; see functional.attention_pool."""
     not_fused = why_not_fused(
         query,
         tokens,
@@ -45,9 +45,9 @@ def attention_pool(
 
 
 def _keys_are_cheaper(num_queries: int, head_dim: int, device: torch.device) -> bool:
-    """Whether keys and values cost less than a query for each query and head.
+    """Whether computing keys and values is cheaper than one row of u per query and head.
 
-    A row costs C multiply-adds a token, so that head_dim queries need as many as keys and values
-    do. On a CPU torch's matrix products run at 2.5 times the rate of a pass over the tokens.
+    A row costs C multiply-adds per token, so head_dim queries cost as much as keys and values. On a
+    CPU torch's matrix products run at 2.5 times the rate of a token pass.
     """
     return num_queries >= head_dim * (0.4 if device.type == "cpu" else 1.0)

@@ -13,7 +13,7 @@ Norm = tuple[Tensor | None, Tensor | None]
 class PoolParameters(NamedTuple):
     """Projections and norms of ``attention_pool``. Linear weights are [out, in]."""
 
-    w_q: Tensor | None  # [D, C_q]; None: the query is projected already, D = C_q
+    w_q: Tensor | None  # [D, C_q]; None: the query is already projected, D = C_q
     b_q: Tensor | None
     w_k: Tensor  # [D, C]
     b_k: Tensor | None
@@ -26,13 +26,13 @@ class PoolParameters(NamedTuple):
     norm_eps: float
 
     def tensors(self) -> list[Tensor | None]:
-        """All of them."""
+        """Return all tensors."""
         norms = [t for norm in (self.query_norm, self.token_norm) if norm for t in norm]
         return [*self[:8], *norms]
 
 
 class PoolCall(NamedTuple):
-    """What else decides how the tokens are pooled."""
+    """The remaining options of a call."""
 
     num_heads: int
     scale: float

@@ -1,4 +1,4 @@
-"""attention_pool in plain PyTorch, with materialised keys and values: the definition of correct."""
+"""attention_pool in plain PyTorch, with materialised keys and values: the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def attention_pool(
     call: PoolCall,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out [B, Q, C_out], weights [B, Q, h, keys] or None); query [B or 1, Q, C_q]."""
+    """Return (out [B, Q, C_out], weights [B, Q, h, keys] or None); query [B or 1, Q, C_q]."""
     p = parameters
     query = query.expand(tokens.shape[0], -1, -1)
     keys = tokens = without_masked(tokens, key_mask)
@@ -34,7 +34,7 @@ def attention_pool(
         weights = scores.softmax(dim=-1)
     else:
         attended = key_mask[:, None, None]
-        # finfo.min rather than -inf: an image without any key pools to 0, not to NaN.
+        # finfo.min rather than -inf: a fully masked image pools to 0, not to NaN.
         scores = scores.masked_fill(~attended, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1) * attended
     pooled = (F.dropout(weights, call.dropout_p) @ v).transpose(1, 2).flatten(2)
@@ -56,5 +56,5 @@ def project_out(pooled: Tensor, p: PoolParameters) -> Tensor:
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, N, D] -> [B, h, N, D / h]."""
+    """Split [B, N, D] into heads [B, h, N, D / h]."""
     return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)

@@ -1,1 +1,1 @@
-"""What LayerNorm-MSA and LayerNorm-FFN share on a GPU: LayerNorm and linear layers over tokens."""
+"""Shared by layernorm_msa and layernorm_ffn: LayerNorm and linear layers over tokens."""

@@ -1,4 +1,4 @@
-"""What Triton's kernels over rows of tokens are compiled for: sizes, tables, variants."""
+"""Compile-time sizes, configuration tables and variants of the kernels over rows of tokens."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from crossvit_kernels.gpu import tables
-from crossvit_kernels.gpu.tables import ANY, Candidate, Candidates, Forms, InChunks, Rows, Table
+from crossvit_kernels.gpu.tables import ANY, Candidate, Candidates, InChunks, Rows, Table, Variants
 
-#: What runs every block that can: "fused" or "split" kernels, or split and torch's "library" for
-#: the steps that it has; rather than what rows and widths suggest.
-FORMS = Forms("fused", "split", "library")
+#: Overrides the choice by rows and widths: "fused" or "split" kernels, or "library": split, with
+#: torch's libraries for the steps they support.
+VARIANTS = Variants("fused", "split", "library")
 
-#: Up to so many rows the largest tiles would leave most of a GPU's multiprocessors without any.
+#: With this many rows or fewer, the largest tiles would leave most of a GPU's SMs idle.
 FEW_ROWS = 8192
 
-#: Programs among which a linear layer's columns are divided, where its rows do not make as many.
+#: Target number of programs; a linear layer's columns are divided if its rows give fewer.
 PROGRAMS = 264
 
 
@@ -28,13 +28,13 @@ class LayerShape(InChunks):
 
     Attributes:
         channels: C, the width of the rows that LayerNorm sees.
-        inner: The other width: columns of a linear layer, its terms, or hidden units.
-        rows: Rows of a program.
-        columns: Step along ``inner``, or keys of a step.
-        chunk: Channels that are loaded together.
+        inner: The other width: output columns or inputs of a linear layer, or hidden units.
+        rows: Rows per program.
+        columns: Step along ``inner``, or keys per step.
+        chunk: Channels loaded together.
         precision: Triton's ``input_precision`` of float32 products.
-        align: Strides between rows are multiples of it.
-        normalize: LayerNorm is applied.
+        align: Row strides are multiples of it.
+        normalize: Whether LayerNorm is applied.
     """
 
     channels: int
@@ -47,19 +47,19 @@ class LayerShape(InChunks):
     normalize: bool = True
 
     def describe(self) -> str:
-        """For the report of ``crossvit_kernels.inspect``."""
+        """Describe it, for the report of ``crossvit_kernels.inspect``."""
         return f"C {self.channels}, {self.inner}, {self.rows}x{self.columns}x{self.chunk}"
 
 
 @dataclasses.dataclass(frozen=True)
 class RowTile:
-    """A kernel over tiles of token rows.
+    """The configuration of a kernel over tiles of token rows.
 
     Attributes:
-        rows: Rows of a program.
-        columns: Columns, terms, hidden units or keys of a step.
-        chunk: Channels that are loaded together.
-        num_warps: Warps of a program.
+        rows: Rows per program.
+        columns: Columns, inputs, hidden units or keys per step.
+        chunk: Channels loaded together.
+        num_warps: Warps per program.
         num_stages: Steps whose loads are in flight.
     """
 
@@ -70,16 +70,16 @@ class RowTile:
     num_stages: int
 
     def and_smaller(self) -> tuple[RowTile, ...]:
-        """Itself and what to try where it does not fit, in this order.
+        """Return it and its fallbacks, in order.
 
-        They have fewer rows or stages. Neither changes the bits of a result, which steps along the
-        other sizes would do.
+        They have fewer rows or stages, which leaves results bitwise unchanged; smaller steps along
+        the other sizes would not.
         """
         fewer = max(self.num_stages - 1, 1)
-        tried = ((1, self.num_stages), (2, self.num_stages), (1, fewer), (2, fewer), (4, fewer))
+        steps = ((1, self.num_stages), (2, self.num_stages), (1, fewer), (2, fewer), (4, fewer))
         return tuple(
             dataclasses.replace(self, rows=max(self.rows // share, 16), num_stages=stages)
-            for share, stages in (*tried, (2, 1), (4, 1))
+            for share, stages in (*steps, (2, 1), (4, 1))
         )
 
 
@@ -87,16 +87,16 @@ class RowTable(Table[RowTile]):
     """The configurations of one kernel over rows of tokens, and whether it runs at all.
 
     Args:
-        name, rows, on_sm: As a Table has them.
-        few: In place of rows, for FEW_ROWS rows of tokens or fewer.
-        second: By bytes of an element: what to try before smaller ones.
+        name, rows, on_sm: See Table.
+        few: Replaces rows for FEW_ROWS rows of tokens or fewer.
+        second: First fallback by element size, tried before smaller tiles.
         fused_up_to: The width up to which one kernel is predicted to be faster than two
-            (docs/performance.md): wider ones leave room for tiles of 64 rows alone, and read
-            weights, keys and values too often.
+            (docs/performance.md): beyond it only tiles of 64 rows fit, which read weights, keys and
+            values too often.
         library_from: The width from which torch's libraries do the step: tiles that hold whole rows
-            get too small there.
-        library_in_float32: Whether they do it in float32 at any width: there are no tensor cores
-            for it, and our products are plain loops.
+            become too small.
+        library_in_float32: Whether they do it in float32 at any width: float32 has no tensor cores,
+            and our products are plain loops.
     """
 
     def __init__(
@@ -119,38 +119,38 @@ class RowTable(Table[RowTile]):
         self._library_in_float32 = library_in_float32
 
     def for_rows(self, num_rows: int, element_size: int) -> RowTable:
-        """The table for so many rows of tokens."""
+        """Return the table for this many rows of tokens."""
         few = self._few if num_rows <= FEW_ROWS and element_size in self._few_sizes else None
         return few or self
 
     def _measured_or_from_table(
         self, device: str, sm: int, width: int, element_size: int
     ) -> tuple[tuple[RowTile, ...], bool]:
-        found, measured = super()._measured_or_from_table(device, sm, width, element_size)
+        configs, measured = super()._measured_or_from_table(device, sm, width, element_size)
         second = self._second.get(element_size)
         if second is not None:
-            found = (*found[: 1 + measured], second, *found[1 + measured :])
-        return found, measured
+            configs = (*configs[: 1 + measured], second, *configs[1 + measured :])
+        return configs, measured
 
     def fused(self, num_rows: int, channels: int, element_size: int) -> bool:
-        """Whether this one kernel does what two could.
+        """Whether to run this fused kernel in place of two.
 
-        It saves the memory traffic between them, but has no columns to divide among multiprocessors
-        when rows are few.
+        It saves the memory traffic between them, but cannot divide columns among SMs when rows are
+        few.
         """
-        form = FORMS.asked_for
-        if channels > self.widest(element_size) or form in ("split", "library"):
+        variant = VARIANTS.asked_for
+        if channels > self.widest(element_size) or variant in ("split", "library"):
             return False
-        if form == "fused":
+        if variant == "fused":
             return True
         return num_rows > FEW_ROWS and channels <= self._fused_up_to and element_size == 2
 
     def by_library(self, width: int, element_size: int) -> bool:
         """Whether torch's libraries do this step of a split block."""
-        form = FORMS.asked_for
-        if form == "library" or (self._library_from is not None and width >= self._library_from):
+        variant = VARIANTS.asked_for
+        if variant == "library" or (self._library_from is not None and width >= self._library_from):
             return True
-        return form == "auto" and element_size == 4 and self._library_in_float32
+        return variant == "auto" and element_size == 4 and self._library_in_float32
 
 
 NORM_LINEAR = RowTable(
@@ -244,19 +244,19 @@ def candidates(
     inner: int,
     width: int | None = None,
 ) -> Candidates:
-    """The configurations that a kernel may run in; the constant is a LayerShape.
+    """Return the configurations that a kernel may run in; the constant is a LayerShape.
 
     Args:
-        table: The kernel's.
-        like: A tensor on the device, of the dtype of the products.
-        num_rows: All images' tokens.
+        table: The kernel's table.
+        like: A tensor on the device, in the dtype of the products.
+        num_rows: Tokens of all images.
         channels: C.
         inner: See LayerShape.
-        width: What the table goes by, if not by C.
+        width: The table's key, if not C.
     """
     name, sm, size = tables.device_name(like.device), tables.sm(like.device), like.element_size()
-    found = table.for_rows(num_rows, size).candidates(name, sm, width or channels, size)
-    return _candidates(*found, channels, inner, tables.precision(like.dtype))
+    configs = table.for_rows(num_rows, size).candidates(name, sm, width or channels, size)
+    return _candidates(*configs, channels, inner, tables.precision(like.dtype))
 
 
 @functools.cache
@@ -267,7 +267,7 @@ def _candidates(
     inner: int,
     precision: str,
 ) -> Candidates:
-    """One object a shape: it is part of the key under which Triton finds a compiled kernel."""
+    """Cached: one object per shape, as it is part of the key of a compiled kernel."""
     items = []
     for config in configs:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -1,4 +1,4 @@
-"""LayerNorm and the residual by torch, as compositions of its kernels need them."""
+"""LayerNorm and the residual in torch, for operations composed from torch's kernels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def backward(
     rstd: Tensor,
     wanted: Sequence[bool] = (True, True, True),
 ) -> tuple[Any, Any, Any]:
-    """(dx in x's dtype, dweight, dbias); None for those that are not wanted."""
+    """Return (dx in x's dtype, dweight, dbias); None for those not wanted."""
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dout.to(weight.dtype),
         x.to(weight.dtype),
@@ -51,9 +51,9 @@ def backward(
 def add_residual(
     x: Tensor, update: Tensor, residual_scale: Tensor | None, cls: Tensor | None = None
 ) -> Tensor:
-    """X + residual_scale * update, in update's memory where dtypes allow.
+    """Return x + residual_scale * update, in update's memory if dtypes allow.
 
-    residual_scale [B] or None; cls [B, C], if given, stands in for row 0 of x.
+    residual_scale [B] or None; cls [B, C], if given, replaces row 0 of x.
     """
     if residual_scale is not None:
         update = update.mul_(residual_scale.to(update.dtype).view(-1, 1, 1))
@@ -65,6 +65,6 @@ def add_residual(
 
 
 def scale_update(dy: Tensor, residual_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The gradient of ``update`` in add_residual, in the dtype of the GEMMs."""
+    """Return the gradient of ``update`` in add_residual, in the dtype of the GEMMs."""
     dy = dy.to(dtype)
     return dy if residual_scale is None else dy * residual_scale.to(dtype).view(-1, 1, 1)

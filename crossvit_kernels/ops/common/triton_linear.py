@@ -1,4 +1,4 @@
-"""Linear layers over tokens on Triton, each with the LayerNorm or the residual beside it."""
+"""Linear layers over tokens on Triton, fused with an adjacent LayerNorm or residual."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crossvit_kernels.ops.common.configs import LayerShape
 
 
 class Tokens(NamedTuple):
-    """Tokens as kernels read them: aligned rows, and a CLS that stands in for row 0, or None."""
+    """Tokens as kernels read them: aligned rows, and a CLS that replaces row 0, or None."""
 
     x: Tensor  # [B, N, C]
     cls: Tensor | None  # [B, C]
@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
 
     @property
     def strides(self) -> tuple[int, int, int]:
-        """Of x between images and tokens, and of cls between images."""
+        """The batch and token strides of x, and the batch stride of cls."""
         return self.x.stride(0), self.x.stride(1), 0 if self.cls is None else self.cls.stride(0)
 
 
@@ -44,7 +44,7 @@ def norm_linear(
     statistics: tuple[Tensor, Tensor] | None = None,
     gelu: bool = False,
 ) -> Tensor:
-    """LN(x) W^T + b or its GELU [B, N, W's rows]; mean and rstd [B, N] are written if given."""
+    """Return LN(x) W^T + b or its GELU [B, N, W's rows]; writes mean and rstd [B, N] if given."""
     from crossvit_kernels.ops.common import triton_linear_kernels as kernels
 
     x, cls = tokens
@@ -82,16 +82,16 @@ def _norm_then_linear(
     statistics: tuple[Tensor, Tensor] | None,
     gelu: bool,
 ) -> Tensor:
-    """The same in two steps, of torch's LayerNorm and a product."""
+    """norm_linear in two steps: torch's LayerNorm and a matrix product."""
     x, cls = tokens
-    normed, *found = layer_norm.forward(x, *norm, eps)
+    normed, *computed = layer_norm.forward(x, *norm, eps)
     if cls is not None:
-        of_cls, *found_cls = layer_norm.forward(cls, *norm, eps)
-        normed[:, 0] = of_cls
-        for all_rows, row_0 in zip(found, found_cls, strict=True):
+        normed_cls, *cls_statistics = layer_norm.forward(cls, *norm, eps)
+        normed[:, 0] = normed_cls
+        for all_rows, row_0 in zip(computed, cls_statistics, strict=True):
             all_rows[:, 0] = row_0
-    for to, values in zip(statistics or (), found, strict=False):
-        to.copy_(values.squeeze(-1))
+    for out, values in zip(statistics or (), computed, strict=False):
+        out.copy_(values.squeeze(-1))
     normed = normed.to(weight.dtype)
     if gelu and bias is not None:
         return linear_gelu(normed, weight, bias)
@@ -99,7 +99,7 @@ def _norm_then_linear(
 
 
 def linear_gelu(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(a W^T + b) [B, N, W's rows], from a [B, N, W's columns]."""
+    """Return gelu(a W^T + b) [B, N, W's rows] for a [B, N, W's columns]."""
     out = a.new_empty(*a.shape[:2], weight.shape[0])
     _linear(a, weight, bias, None, None, out)
     return out
@@ -112,7 +112,7 @@ def linear_residual(
     tokens: Tokens,
     residual_scale: Tensor | None,
 ) -> Tensor:
-    """X + residual_scale * (a W^T + b) [B, N, C], from a [B, N, W's columns]."""
+    """Return x + residual_scale * (a W^T + b) [B, N, C] for a [B, N, W's columns]."""
     if configs.LINEAR.by_library(weight.shape[0], weight.element_size()):
         update = F.linear(a, weight, bias)
         return layer_norm.add_residual(tokens.x, update, residual_scale, tokens.cls)
@@ -148,19 +148,19 @@ def _linear(
 
 
 def empty_result(x: Tensor, weight: Tensor) -> Tensor:
-    """Memory for x plus an update in the dtype of weight."""
+    """Allocate x plus an update in the dtype of weight."""
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
 
 
 class Gradients(NamedTuple):
-    """What linear_norm_backward gives."""
+    """The results of linear_norm_backward."""
 
     dx: Tensor  # [B, N, C]
     dcls: Tensor | None  # [B, C]
     normed: Tensor  # LN(x) [B, N, C], in the dtype of the products
     d_norm_weight: Tensor  # [C]
     d_norm_bias: Tensor
-    sum_dy: Tensor  # [C]: of residual_scale * dy
+    sum_dy: Tensor  # [C]: sum of residual_scale * dy
 
 
 def linear_norm_backward(
@@ -172,9 +172,9 @@ def linear_norm_backward(
     norm: tuple[Tensor, Tensor],
     statistics: tuple[Tensor, Tensor],
 ) -> Gradients:
-    """From d [B, N, W's rows], the gradient of LN(x) W^T; dy [B, N, C] is added to dx.
+    """Backward from d [B, N, W's rows], the gradient of LN(x) W^T; adds dy [B, N, C] to dx.
 
-    Both are contiguous.
+    d and dy are contiguous.
     """
     from crossvit_kernels.ops.common import triton_linear_kernels as kernels
 
@@ -207,5 +207,5 @@ def linear_norm_backward(
 
 
 def weight_gradient(d: Tensor, rows: Tensor, wanted: bool) -> Any:
-    """d^T rows, from a layer's gradient d [B N, out] and its input [..., in]; or None."""
+    """Return d^T rows for a layer's gradient d [B N, out] and its input rows [..., in]; or None."""
     return d.t() @ rows.view(d.shape[0], -1) if wanted else None

@@ -1,4 +1,4 @@
-"""Kernels of a transformer block's linear layers, each with what stands before or after it."""
+"""Kernels of a transformer block's linear layers, fused with their prologue or epilogue."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def norm_linear(
 ):
     """out = LN(x) W^T + b, or its GELU; W [inner, C]. Grid: tiles of rows x groups of columns.
 
-    Rows are normalised once a program, which then passes over its columns of the weights.
+    A program normalises its rows once and then loops over its columns of the weights.
     """
     C: tl.constexpr = L.channels
     OUT: tl.constexpr = L.inner
@@ -58,13 +58,23 @@ def norm_linear(
     tile = tl.program_id(0) // num_groups
     group = tl.program_id(0) - tile * num_groups
     row, used, image, token = rows_of(tile, num_rows, num_tokens, ROWS)
-    at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
-    cls_at = image.to(tl.int64) * aligned(cls_stride, ALIGN)
+    offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+    cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)
     dtype = weight_ptr.dtype.element_ty
     normed, mean, rstd = normalized_rows(
-        x_ptr, at, cls_ptr, cls_at, token, used, norm_weight_ptr, norm_bias_ptr, eps, dtype, L
+        x_ptr,
+        offsets,
+        cls_ptr,
+        cls_offsets,
+        token,
+        used,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        eps,
+        dtype,
+        L,
     )
-    if mean_ptr is not None:  # noqa: SIM102 (decided while compiling)
+    if mean_ptr is not None:  # noqa: SIM102 (compile-time condition)
         if group == 0:
             tl.store(mean_ptr + row, mean, mask=used)
             tl.store(rstd_ptr + row, rstd, mask=used)
@@ -99,7 +109,7 @@ def linear(
     cls_stride,
     L: tl.constexpr,
 ):
-    """y = x + r (a W^T + b), or without x gelu(a W^T + b). Grid: tiles of rows x of columns.
+    """y = x + r (a W^T + b), or gelu(a W^T + b) without x. Grid: tiles of rows x of columns.
 
     a [rows, inner], W [channels, inner].
     """
@@ -123,9 +133,9 @@ def linear(
         y = tl.dot(a, tl.trans(w), y, input_precision=PRECISION)
     y += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
     if x_ptr is not None:
-        at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
-        cls_at = image.to(tl.int64) * aligned(cls_stride, ALIGN)
-        x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, n, C, COLUMNS)
+        offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+        cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)
+        x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, n, C, COLUMNS)
         y = x.to(tl.float32) + y * load_residual_scale(scale_ptr, image, used)[:, None]
     else:
         y = gelu(y)
@@ -156,11 +166,11 @@ def linear_norm_backward(
     L: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    """dx = dy + the backward of LayerNorm at d W; d [rows, inner], W [inner, C]. Grid: tiles.
+    """dx = dy + LayerNorm's backward of d W; d [rows, inner], W [inner, C]. Grid: tiles.
 
-    Without PRODUCT d [rows, C] is that product itself. LN(x), which the weights' gradient needs, is
-    written as well, and each tile's share of three sums: the gradients of LayerNorm's weight and
-    bias, and r dy, which is that of the bias of the update.
+    Without PRODUCT, d [rows, C] is that product itself. Also writes LN(x), which the weights'
+    gradient needs, and each tile's share of three sums: the gradients of LayerNorm's weight and
+    bias, and r dy, the gradient of the update's bias.
     """
     C: tl.constexpr = L.channels
     TERMS: tl.constexpr = L.inner
@@ -188,8 +198,8 @@ def linear_norm_backward(
             d = load_tile(d_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32)
             dnormed = dnormed + (d,)
 
-    at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
-    cls_at = image.to(tl.int64) * aligned(cls_stride, ALIGN)
+    offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+    cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)
     is_cls = token == 0
     mean = tl.load(mean_ptr + row, mask=used, other=0.0)[:, None]
     rstd = tl.load(rstd_ptr + row, mask=used, other=0.0)[:, None]
@@ -197,7 +207,7 @@ def linear_norm_backward(
     a = tl.zeros((ROWS,), tl.float32)
     b = tl.zeros((ROWS,), tl.float32)
     for i in tl.static_range(NUM):
-        x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
+        x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
         xhat = centred(x, mean, i * CHUNK, C, CHUNK) * rstd
         weight = load_vector(norm_weight_ptr, i * CHUNK, C, CHUNK)[None, :]
         normed = xhat * weight + load_vector(norm_bias_ptr, i * CHUNK, C, CHUNK)[None, :]
@@ -210,8 +220,8 @@ def linear_norm_backward(
         b += tl.sum(dnormed[i] * weight * xhat, axis=1)
     for i in tl.static_range(NUM):
         weight = load_vector(norm_weight_ptr, i * CHUNK, C, CHUNK)[None, :]
-        # Read again, out of L1: to keep it would take too many registers.
-        x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
+        # Reloaded, from L1: keeping x would take too many registers.
+        x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
         xhat = centred(x, mean, i * CHUNK, C, CHUNK) * rstd
         dy = load_tile(dy_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32)
         c = i * CHUNK + tl.arange(0, CHUNK)
@@ -219,7 +229,7 @@ def linear_norm_backward(
         tl.store(share, tl.sum(dy * scale, axis=0), mask=c < C)
         dx = (dnormed[i] * weight - a[:, None] / C - xhat * (b[:, None] / C)) * rstd + dy
         if dcls_ptr is not None:
-            cls_at_dx = image.to(tl.int64) * C
-            store_tile(dcls_ptr, cls_at_dx, used & is_cls, dx, i * CHUNK, C, CHUNK)
+            dcls_offsets = image.to(tl.int64) * C
+            store_tile(dcls_ptr, dcls_offsets, used & is_cls, dx, i * CHUNK, C, CHUNK)
             dx = tl.where(is_cls[:, None], 0.0, dx)
         store_tile(dx_ptr, row * C, used, dx, i * CHUNK, C, CHUNK)

@@ -1,13 +1,13 @@
-"""The pieces of Triton kernels: tiles of rows in and out of memory, LayerNorm, GELU, layers.
+"""Building blocks of Triton kernels: loads and stores of tiles, LayerNorm, GELU, linear layers.
 
-A tile is a few rows by CHUNK columns. Rows wider than that are held in chunks, as tuples: widths
-such as 192, 224 or 448 are not padded to powers of two. Rows of tokens are those of all images one
-after another; a CLS that stands in for an image's row 0 is read from its own tensor.
+A tile is a few rows by CHUNK columns. Wider rows are held in chunks, as tuples: widths such as 192,
+224 or 448 are not padded to powers of two. Token rows are those of all images, concatenated; a CLS
+that replaces an image's row 0 is read from its own tensor.
 
-Vectors of images are few rows, up to IMAGES a program. Each step writes them to memory and the next
-reads them, after a barrier of the program: they are a few KB, which stay in L1 and L2, and most of
-them are what backward needs. They are in float32; products are formed in the weights' dtype with
-float32 sums.
+Per-image vectors are few rows, up to IMAGES per program. Each step writes them to memory and the
+next reads them after a barrier: they are a few KB, which stay in L1 and L2, and backward needs most
+of them anyway. They are in float32; products are computed in the weights' dtype and accumulated in
+float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # Rows of a tensor-core tile.
 IMAGES: tl.constexpr = tl.constexpr(16)
 
-# Never 1 or a multiple of 16 to the compiler: a kernel is compiled once whatever they are.
+# Not specialised on: a kernel is compiled once, whether or not they are 1 or multiples of 16.
 SIZES = (
     "num_rows",
     "num_tokens",
@@ -35,46 +35,46 @@ SIZES = (
 
 @triton.jit
 def aligned(stride, ALIGN: tl.constexpr):
-    """A stride between rows in 64 bits, known to be a multiple of ALIGN elements."""
+    """Converts a row stride to 64 bits and marks it as a multiple of ALIGN elements."""
     return tl.multiple_of(stride.to(tl.int64), ALIGN)
 
 
 @triton.jit
 def load_tile(
     ptr,  # [..., C]
-    at,
+    offsets,
     used,
     first,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Columns [first, first + CHUNK) of the rows that begin at offsets ``at``: [len(at), CHUNK].
+    """Loads columns [first, first + CHUNK) of the rows that start at ``offsets``.
 
-    Zeros where a row is not used and behind column C.
+    Zeros in rows that are not used and past column C.
     """
     c = first + tl.arange(0, CHUNK)
     mask = used[:, None]
     if C % CHUNK != 0:
         mask = mask & (c < C)[None, :]
-    return tl.load(ptr + at[:, None] + c[None, :], mask=mask, other=0.0)
+    return tl.load(ptr + offsets[:, None] + c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def store_tile(
     ptr,  # [..., C]
-    at,
+    offsets,
     used,
     value,
     first,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Writes what load_tile would read, in the pointer's dtype."""
+    """Stores the tile that load_tile would read, in the pointer's dtype."""
     c = first + tl.arange(0, CHUNK)
     mask = used[:, None]
     if C % CHUNK != 0:
         mask = mask & (c < C)[None, :]
-    tl.store(ptr + at[:, None] + c[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + offsets[:, None] + c[None, :], value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -84,14 +84,14 @@ def load_vector(
     C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Columns [first, first + CHUNK) of a vector [C] in float32; zeros behind the last."""
+    """Loads columns [first, first + CHUNK) of a vector [C] in float32; zeros past the last."""
     c = first + tl.arange(0, CHUNK)
     return tl.load(ptr + c, mask=c < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def centred(x, mean, first, C: tl.constexpr, CHUNK: tl.constexpr):
-    """A tile minus the mean of its rows, in float32; zero in columns that do not exist."""
+    """Subtracts the row means from a tile, in float32; zero in padding columns."""
     x = x.to(tl.float32) - mean
     if C % CHUNK != 0:
         c = first + tl.arange(0, CHUNK)
@@ -122,7 +122,7 @@ def statistics(xs, total, eps, S: tl.constexpr):
 
 @triton.jit
 def rows_of(tile, num_rows, num_tokens, ROWS: tl.constexpr):
-    """Rows of a tile, which of them exist, their images and which are an image's row 0."""
+    """The rows of a tile, which of them exist, their images and token indices."""
     row = tile * ROWS + tl.arange(0, ROWS)
     image = row // num_tokens
     return row.to(tl.int64), row < num_rows, image, row - image * num_tokens
@@ -130,39 +130,39 @@ def rows_of(tile, num_rows, num_tokens, ROWS: tl.constexpr):
 
 @triton.jit
 def offsets_of(image, token, batch_stride, token_stride, ALIGN: tl.constexpr):
-    """Where rows of x [B, N, C] begin, in elements."""
-    at = image.to(tl.int64) * aligned(batch_stride, ALIGN)
-    return at + token.to(tl.int64) * aligned(token_stride, ALIGN)
+    """Offsets of rows of x [B, N, C], in elements."""
+    offsets = image.to(tl.int64) * aligned(batch_stride, ALIGN)
+    return offsets + token.to(tl.int64) * aligned(token_stride, ALIGN)
 
 
 @triton.jit
 def load_tokens(
     x_ptr,  # [B, N, C]
-    at,
+    offsets,
     cls_ptr,  # [B, C] or None
-    cls_at,
+    cls_offsets,
     token,
     used,
     first,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Columns of tokens; those of an image's token 0 from cls, where there is one."""
+    """Loads columns of tokens, taking each image's token 0 from cls, if given."""
     if cls_ptr is not None:
-        x = load_tile(x_ptr, at, used & (token != 0), first, C, CHUNK)
-        cls = load_tile(cls_ptr, cls_at, used & (token == 0), first, C, CHUNK)
+        x = load_tile(x_ptr, offsets, used & (token != 0), first, C, CHUNK)
+        cls = load_tile(cls_ptr, cls_offsets, used & (token == 0), first, C, CHUNK)
         x = tl.where((token == 0)[:, None], cls, x)
     else:
-        x = load_tile(x_ptr, at, used, first, C, CHUNK)
+        x = load_tile(x_ptr, offsets, used, first, C, CHUNK)
     return x
 
 
 @triton.jit
 def normalized_rows(
     x_ptr,  # [B, N, C]
-    at,
+    offsets,
     cls_ptr,  # [B, C] or None
-    cls_at,
+    cls_offsets,
     token,
     used,
     weight_ptr,  # [C]
@@ -171,7 +171,7 @@ def normalized_rows(
     dtype,
     L: tl.constexpr,
 ):
-    """LN(x) of a tile in chunks of dtype, and its rows' mean and 1 / standard deviation."""
+    """LN(x) of a tile in chunks of dtype, and the mean and 1 / standard deviation of its rows."""
     C: tl.constexpr = L.channels
     CHUNK: tl.constexpr = L.chunk
     NUM: tl.constexpr = L.num_chunks
@@ -179,7 +179,7 @@ def normalized_rows(
     xs = ()
     total = tl.zeros((ROWS,), tl.float32)
     for i in tl.static_range(NUM):
-        x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
+        x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
         total += tl.sum(x.to(tl.float32), axis=1)
         xs = xs + (x,)
     mean, _, rstd = statistics(xs, total, eps, L)
@@ -198,7 +198,7 @@ def load_residual_scale(
     image,
     used,
 ):
-    """r of each row's image; 1 without a pointer."""
+    """Loads r of each row's image; 1 without a pointer."""
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + image, mask=used, other=0.0).to(tl.float32)
     else:
@@ -208,7 +208,7 @@ def load_residual_scale(
 
 @triton.jit
 def normal_distribution(x):
-    """Phi(x), of which gelu(x) = x Phi(x)."""
+    """Phi(x), the normal CDF: gelu(x) = x Phi(x)."""
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
@@ -247,8 +247,8 @@ def linear(
 ):
     """out = residual + scale * (a W^T + bias), a [IMAGES, K] and W [N, K]; TRANSPOSED: W is [K, N].
 
-    gain and shift, vectors, apply to a first. scale is one number or that of each row; residual
-    lies as out does.
+    The vectors gain and shift are applied to a first. scale is one number or one per row; residual
+    has the layout of out.
     """
     dtype = weight_ptr.dtype.element_ty
     row = tl.arange(0, IMAGES)
@@ -264,9 +264,9 @@ def linear(
                 a = a + load_vector(shift_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
             if TRANSPOSED:
                 k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-                at = k[:, None] * N + column[None, :]
+                offsets = k[:, None] * N + column[None, :]
                 mask = (k < K)[:, None] & exists[None, :]
-                w = tl.load(weight_ptr + at, mask=mask, other=0.0)
+                w = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
             else:
                 w = tl.trans(load_tile(weight_ptr, column * K, exists, i * BLOCK_K, K, BLOCK_K))
             total = tl.dot(a.to(dtype), w, total, input_precision=PRECISION)
@@ -274,11 +274,11 @@ def linear(
             total += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
         if scale is not None:
             total = total * scale
-        at = row[:, None] * out_stride + column[None, :]
+        offsets = row[:, None] * out_stride + column[None, :]
         mask = used[:, None] & exists[None, :]
         if residual_ptr is not None:
-            total += tl.load(residual_ptr + at, mask=mask, other=0.0)
-        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+            total += tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+        tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -289,9 +289,9 @@ def load_rows(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Whole rows [IMAGES, PADDED] in float32."""
-    at = tl.arange(0, IMAGES) * stride
-    return load_tile(ptr, at, used, 0, WIDTH, PADDED).to(tl.float32)
+    """Loads whole rows [IMAGES, PADDED] in float32."""
+    offsets = tl.arange(0, IMAGES) * stride
+    return load_tile(ptr, offsets, used, 0, WIDTH, PADDED).to(tl.float32)
 
 
 @triton.jit
@@ -303,7 +303,7 @@ def store_rows(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Writes whole rows."""
+    """Stores whole rows."""
     store_tile(ptr, tl.arange(0, IMAGES) * stride, used, value, 0, WIDTH, PADDED)
 
 
@@ -371,8 +371,8 @@ def norm_gelu_backward(
 ):
     """dx [IMAGES, PADDED] of gelu(LayerNorm(x)).
 
-    dbias holds the gradient of the GELU's output at first. Both it and dweight then get this
-    image's share.
+    On entry dbias holds the gradient of the GELU's output. dbias and dweight get this image's
+    share.
     """
     xhat, rstd = normalized(load_rows(x_ptr, x_stride, used, WIDTH, PADDED), eps, WIDTH, PADDED)
     weight = load_vector(weight_ptr, 0, WIDTH, PADDED)[None, :]

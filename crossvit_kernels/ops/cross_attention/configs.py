@@ -1,4 +1,4 @@
-"""What a fusion's Triton kernels are compiled for: sizes, and the tables of their launches."""
+"""Compile-time sizes of a fusion's Triton kernels, and the tables of their launches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from crossvit_kernels.gpu.tables import (
     Candidate,
     Candidates,
     Constants,
-    Forms,
     Table,
+    Variants,
     device_name,
     next_power_of_2,
     precision,
@@ -24,11 +24,11 @@ from crossvit_kernels.gpu.tables import (
 )
 from crossvit_kernels.ops.attention_core.configs import PassTable, TokenPass
 
-#: "one" or "three" kernels for every fusion that can, rather than what its batch suggests.
-FORMS = Forms("one", "three")
+#: Overrides the choice by batch: "one" or "three" kernels, where possible.
+VARIANTS = Variants("one", "three")
 
-#: Up to so many tokens of an image, a program of a fusion takes all of them; more would keep it
-#: waiting for long, and attention_core splits them.
+#: Up to this many tokens, one program of a fusion processes all of an image; beyond that it would
+#: take too long, and attention_core splits them.
 MANY_TOKENS = 4096
 
 
@@ -37,12 +37,12 @@ class FusionShape(Constants):
     """Constants of the CLS path, called F in the kernels.
 
     Attributes:
-        cls_dim: C_own.
+        cls_dim: C_cls.
         channels: C.
         heads: h.
-        images: Images of a program, at most the 16 rows of a tensor-core tile.
-        block_k: Columns of a weight matrix that are loaded together, along the sum.
-        block_n: And along the result.
+        images: Images per program, at most the 16 rows of a tensor-core tile.
+        block_k: Block of a weight matrix loaded together, along the reduction.
+        block_n: And along the output.
         precision: Triton's ``input_precision`` of float32 products.
     """
 
@@ -55,7 +55,7 @@ class FusionShape(Constants):
     precision: str
 
     def describe(self) -> str:
-        """For the report of ``crossvit_kernels.inspect``."""
+        """Describe it, for the report of ``crossvit_kernels.inspect``."""
         sizes = f"{self.images} images, {self.block_k}x{self.block_n}"
         return f"cls {self.cls_dim} of {self.channels}, {self.heads} heads, {sizes}"
 
@@ -77,11 +77,11 @@ class FusionShape(Constants):
 
     @property
     def gradient_size(self) -> int:
-        """Floats of an image's row of gradients: see layout.Gradients."""
+        """Floats in an image's row of gradients: see layout.Gradients."""
         return 3 * self.cls_dim + 8 * self.channels
 
 
-# One kernel or three run by the batch, on which the bits must not depend: stages alone differ.
+# The batch decides between one kernel and three, and must not change the bits: only stages differ.
 FORWARD = PassTable(
     "fusion forward",
     {
@@ -143,14 +143,14 @@ BACKWARD = PassTable(
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """How a fusion's kernels run. Whichever form runs, a result's bits are the same.
+    """How a fusion's kernels run. All variants give bitwise the same results.
 
     Attributes:
-        block_k: Columns of a weight matrix that are loaded together, along the sum.
-        block_n: And along the result.
-        one_kernel_up_to: The largest batch that one kernel does in all; above it three do.
-        programs: Images share a program, and its pass over the weights, once there are more.
-        most_images: Of a program: no more than the 16 rows of a tensor-core tile.
+        block_k: Block of a weight matrix loaded together, along the reduction.
+        block_n: And along the output.
+        one_kernel_up_to: The largest batch that runs in one kernel; larger ones take three.
+        programs: Images share a program, and its pass over the weights, beyond this many.
+        most_images: Maximum images per program: at most the 16 rows of a tensor-core tile.
     """
 
     block_k: int = 64
@@ -160,54 +160,54 @@ class Fusion:
     most_images: int = 16
 
     def images(self, batch: int) -> int:
-        """Images of a program: a power of two."""
+        """Return the images per program: a power of two."""
         return min(self.most_images, next_power_of_2(-(-batch // self.programs)))
 
     def in_one_kernel(self, batch: int) -> bool:
-        """Whether one kernel does it all, as FORMS asks, else by the batch."""
-        form = FORMS.asked_for
-        if form == "auto" or not self.one_kernel_up_to:
+        """Whether one kernel does it all: as VARIANTS requests, else by the batch."""
+        variant = VARIANTS.asked_for
+        if variant == "auto" or not self.one_kernel_up_to:
             return batch <= self.one_kernel_up_to
-        return form == "one"
+        return variant == "one"
 
 
-# Which form, and from which batch on, is predicted (docs/performance.md), not measured.
+# The variant and its batch threshold are predicted (docs/performance.md), not measured.
 _FUSION = Fusion()
-# Backward in one kernel runs out of registers, and so do whole rows of 16 images.
+# Backward in one kernel runs out of registers, as do whole rows of 16 images.
 _FUSION_IN_THREE = Fusion(one_kernel_up_to=0, most_images=8)
 
 
 @functools.cache
 def fusion(table: Table[TokenPass], sm: int, channels: int) -> Fusion:
-    """The configuration around FORWARD's or BACKWARD's pass."""
+    """Return the configuration around FORWARD's or BACKWARD's pass."""
     if table is BACKWARD and channels > 448:
         return _FUSION_IN_THREE
     if table is BACKWARD and channels > 384 and sm == 80:
-        return Fusion(block_n=32)  # an A100 again
+        return Fusion(block_n=32)  # A100
     return _FUSION
 
 
 class Variant(NamedTuple):
-    """How a call runs, and the configurations of its kernels, by the constants they take."""
+    """A call's variant, and the candidates of its kernels by the constants they take."""
 
     shape: FusionShape
     in_one_kernel: bool
-    whole: Candidates  # Shape, FusionShape: all in one kernel
-    aligned: Candidates  # ALIGN, FusionShape: those with rows of CLS
+    whole: Candidates  # Shape, FusionShape: the single kernel
+    aligned: Candidates  # ALIGN, FusionShape: kernels that read CLS rows
     vectors: Candidates  # FusionShape
 
 
 def variant(
     table: PassTable, x: Tensor, cls_dim: int, num_heads: int, dtype: torch.dtype
 ) -> Variant:
-    """The variant of a call.
+    """Return the variant of a call.
 
     Args:
         table: FORWARD or BACKWARD.
         x: Tokens [B, N, C].
         cls_dim: C_cls.
         num_heads: h.
-        dtype: Of the weight matrices.
+        dtype: The dtype of the weight matrices.
     """
     batch, num_tokens, channels = x.shape
     gpu = sm(x.device)
@@ -233,9 +233,9 @@ def _candidates(
     block_n: int,
     weights_precision: str,
 ) -> tuple[FusionShape, Candidates, Candidates, Candidates]:
-    """One object a shape: it is part of the key under which Triton finds a compiled kernel.
+    """Cached: one object per shape, as it is part of the key of a compiled kernel.
 
-    Weight matrices are read in narrower blocks where no token pass fits. The bits of a result stay.
+    If no token pass fits, weight matrices are read in narrower blocks, with bitwise equal results.
     """
     shapes = [
         FusionShape(cls_dim, channels, num_heads, images, block_k, n, weights_precision)

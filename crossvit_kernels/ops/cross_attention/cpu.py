@@ -1,4 +1,4 @@
-"""The fusion on a CPU: forward in one C++ call, backward as GEMMs of torch around one C++ pass.
+"""The fusion on a CPU: forward in one C++ call, backward as torch GEMMs around one C++ pass.
 
 Keys and values never exist (docs/derivation.md): with one query per head,
 
@@ -6,7 +6,7 @@ Keys and values never exist (docs/derivation.md): with one query per head,
     z_h  = gamma * m_h + beta                           o_h = W_v,h z_h + b_v,h
 
 Per-head vectors are stored [h, B, C], as batched GEMMs want them; the token pass reads and writes
-them through strides. Nothing of the tokens' size is allocated but their gradient.
+them through strides. Nothing as large as the tokens is allocated except their gradient.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
     parameters = [None if p is None else p.contiguous() for p in w]
     y0_token = None if tokens.dtype == dtype else tokens.new_empty(batch, channels)
     if batch:
-        at = extension.Arguments(tokens.device)
+        args = extension.Arguments(tokens.device)
         tokens = extension.unit_stride(tokens)  # alive until the kernel returns
         _C.cross_attention_forward(
             problem=(batch, num_tokens, channels, cls.shape[1], num_heads, eps),
-            cls=at.parameter(cls),
-            tokens=at.tokens(tokens, None),
-            weights=[at.parameter(p) for p in parameters],
-            residual_scale=at.parameter(residual_scale),
-            vectors=at.pointer(saved.vectors, dtype),
-            y0_token=at.pointer(y0_token),
-            new_cls=at.parameter(new_cls),
+            cls=args.parameter(cls),
+            tokens=args.tokens(tokens, None),
+            weights=[args.parameter(p) for p in parameters],
+            residual_scale=args.parameter(residual_scale),
+            vectors=args.pointer(saved.vectors, dtype),
+            y0_token=args.pointer(y0_token),
+            new_cls=args.parameter(new_cls),
         )
     return new_cls, saved
 
@@ -62,8 +62,8 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
 def backward(
     douts: Sequence[Tensor], inputs: FusionInputs, saved: Saved, eps: float, wanted: Any
 ) -> FusionInputs:
-    # In the precision of the token pass throughout: casting the weights costs less than small GEMMs
-    # in 16 bits do.
+    # All in the precision of the token pass: casting the weights is cheaper than 16-bit GEMMs as
+    # small as these.
     (d_new_cls,), (cls, tokens, weights, num_heads, residual_scale) = douts, inputs
     dtype = accumulate_dtype(tokens)
     w = FusionWeights(*(None if t is None else t.to(dtype) for t in weights))  # type: ignore[arg-type]
@@ -118,12 +118,12 @@ def backward(
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, C] -> [h, B, d], a view."""
+    """View [B, C] as [h, B, d]."""
     return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(0, 1)
 
 
 def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, statistics: Sequence[Tensor]) -> Tensor:
-    """dx of a LayerNorm from its xhat, mean and 1 / standard deviation."""
+    """Return dx of a LayerNorm from its xhat, mean and 1 / standard deviation."""
     _, mean, rstd = statistics
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
         dy, x, x.shape[-1:], mean, rstd, weight, None, [True, False, False]
@@ -134,7 +134,7 @@ def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, statistics: Sequence[T
 def _norm_gelu_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx of gelu(LayerNorm(x)), and each image's share of weight's and bias's gradients."""
+    """Return dx of gelu(LayerNorm(x)), and each image's share of the affine gradients."""
     statistics = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
     d = torch.ops.aten.gelu_backward(dout, torch.addcmul(bias, statistics[0], weight))
     return _norm_backward(d, x, weight, statistics), d * statistics[0], d

@@ -1,6 +1,6 @@
-"""The fusion on the CUDA kernels of the extension: one kernel each way.
+"""The fusion on the CUDA kernels of the extension: one kernel per direction.
 
-The weight matrices' gradients are products over the batch of vectors that the kernels leave.
+The gradients of weight matrices are products over the batch of vectors that the kernels store.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
 @dataclasses.dataclass(frozen=True)
 class ClusterShape:
-    """How a cluster of blocks shares the work; a result's bits do not depend on it.
+    """How a cluster of blocks shares the work; results are bitwise independent of it.
 
     Attributes:
-        images: Images of a cluster, at most the 16 rows of a tensor-core tile. They share one
-            reading of the weights.
-        blocks: Blocks of a cluster. They share the columns of every linear layer, and the images'
-            tokens: blocks / images of them an image's where the images are fewer.
+        images: Images per cluster, at most the 16 rows of a tensor-core tile. They share the loads
+            of the weights.
+        blocks: Blocks per cluster. They divide the columns of every linear layer, and the tokens:
+            with fewer images than blocks, blocks / images of them share an image.
     """
 
     images: int
@@ -62,7 +62,7 @@ def why_not(inputs: FusionInputs) -> str | None:
         return f"{cls_dim} channels of the CLS are no multiple of 16"
     if channels // num_heads % 8:
         return f"{channels // num_heads} channels of a head are no multiple of 8"
-    # Outside of autocast all have one dtype; in it float64 mixes with no other.
+    # Without autocast all have one dtype; with it float64 does not mix with others.
     dtype = autocast_dtype(tokens) or weights.q_weight.dtype
     if dtype != tokens.dtype and (tokens.dtype != torch.float32 or dtype == torch.float64):
         return f"the matrices are in {dtype}, the tokens in {tokens.dtype}"
@@ -73,14 +73,14 @@ def why_not(inputs: FusionInputs) -> str | None:
 
 
 def _shared_bytes(cls_dim: int, channels: int, num_heads: int, dtype: torch.dtype) -> int:
-    """What a block needs at least: csrc/cross_attention/cuda/block.h has the layout."""
+    """Return a block's minimum: csrc/cross_attention/cuda/block.h has the layout."""
     assert extension.cuda_kernels is not None
     functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[dtype]
-    of_rows = functions.cross_attention_row_bytes[code]
-    of_pass = functions.cross_attention_pass_bytes[code][channels // 16 - 1]
-    operand, floats = of_rows[max(cls_dim, channels) // 16 - 1]
-    narrow, _ = of_rows[channels // 16 - 1]
-    return int(operand + max(floats + narrow, of_pass[num_heads > 8]))
+    row_bytes = functions.cross_attention_row_bytes[code]
+    pass_bytes = functions.cross_attention_pass_bytes[code][channels // 16 - 1]
+    operand, floats = row_bytes[max(cls_dim, channels) // 16 - 1]
+    narrow, _ = row_bytes[channels // 16 - 1]
+    return int(operand + max(floats + narrow, pass_bytes[num_heads > 8]))
 
 
 def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]:
@@ -91,21 +91,21 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
     if batch:
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
-        _alive, of_weights = _weights(w, tokens)
+        _alive, weight_args = _weights(w, tokens)
         cls = _readable(cls, x).contiguous()
         shape = cluster_shape(batch, extension.multiprocessors(x.device))
         problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
         states = _states(problem, shape, saved.vectors)
-        at, float32 = extension.Arguments(x.device), torch.float32
+        args, float32 = extension.Arguments(x.device), torch.float32
         extension.cuda_kernels.functions.cross_attention_forward(
             problem=problem,
-            cls=at.parameter(cls),
-            tokens=at.tokens(x, None),
-            weights=of_weights,
-            residual_scale=at.pointer(scale, float32),
-            new_cls=at.pointer(new_cls),
-            vectors=at.pointer(saved.vectors, float32),
-            states=at.pointer(states, float32),
+            cls=args.parameter(cls),
+            tokens=args.tokens(x, None),
+            weights=weight_args,
+            residual_scale=args.pointer(scale, float32),
+            new_cls=args.pointer(new_cls),
+            vectors=args.pointer(saved.vectors, float32),
+            states=args.pointer(states, float32),
             cluster_shape=(shape.images, shape.blocks),
             place=extension.place(x),
         )
@@ -124,28 +124,28 @@ def backward(
     if batch:
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
-        _alive, of_weights = _weights(weights, tokens)
+        _alive, weight_args = _weights(weights, tokens)
         shape = cluster_shape(batch, extension.multiprocessors(x.device))
         problem = batch, num_tokens, channels, cls_dim, num_heads, eps
         states = _states(problem, shape, rows)
         scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)
-        of_cls, d_new_cls = (_readable(t, x).contiguous() for t in (cls, d_new_cls))
-        at, float32 = extension.Arguments(x.device), torch.float32
+        readable_cls, d_new_cls = (_readable(t, x).contiguous() for t in (cls, d_new_cls))
+        args, float32 = extension.Arguments(x.device), torch.float32
         extension.cuda_kernels.functions.cross_attention_backward(
             problem=problem,
-            dnew_cls=at.parameter(d_new_cls),
-            cls=at.parameter(of_cls),
-            tokens=at.tokens(x, None),
-            weights=of_weights,
-            residual_scale=at.pointer(scale, float32),
-            vectors=at.pointer(saved.vectors, float32),
-            dcls=at.pointer(dcls),
-            dx=at.token_gradients(dx, None, x.dtype),
-            gradients=at.pointer(rows, float32),
-            dz=at.pointer(dz, float32),
-            du=at.pointer(du, float32),
-            scratch=at.pointer(scratch, float32),
-            states=at.pointer(states, float32),
+            dnew_cls=args.parameter(d_new_cls),
+            cls=args.parameter(readable_cls),
+            tokens=args.tokens(x, None),
+            weights=weight_args,
+            residual_scale=args.pointer(scale, float32),
+            vectors=args.pointer(saved.vectors, float32),
+            dcls=args.pointer(dcls),
+            dx=args.token_gradients(dx, None, x.dtype),
+            gradients=args.pointer(rows, float32),
+            dz=args.pointer(dz, float32),
+            du=args.pointer(du, float32),
+            scratch=args.pointer(scratch, float32),
+            states=args.pointer(states, float32),
             cluster_shape=(shape.images, shape.blocks),
             place=extension.place(x),
         )
@@ -156,7 +156,7 @@ def backward(
 def _states(
     problem: tuple[int, int, int, int, int, float], shape: ClusterShape, floats: Tensor
 ) -> Tensor | None:
-    """What blocks that share an image leave for each other, beside `floats`."""
+    """Allocate what blocks that share an image exchange, on the device of `floats`."""
     if shape.images >= shape.blocks:
         return None
     assert extension.cuda_kernels is not None
@@ -165,17 +165,17 @@ def _states(
 
 
 def _aligned(tokens: Tensor, residual_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """As kernels read them: rows of tokens at multiples of 16 bytes."""
+    """Return both as kernels read them: token rows at multiples of 16 bytes."""
     scale = None if residual_scale is None else residual_scale.float().contiguous()
     return launcher.aligned_rows(tokens), scale
 
 
-Arguments = list[tuple[int, int]]
+WeightArgs = list[tuple[int, int]]
 
 
-def _weights(w: FusionWeights, tokens: Tensor) -> tuple[FusionWeights, Arguments]:
-    """The weights as kernels read them, to be kept alive, and as the extension takes them."""
-    try:  # loops in C, as there are many and host time counts; none of them takes None
+def _weights(w: FusionWeights, tokens: Tensor) -> tuple[FusionWeights, WeightArgs]:
+    """Return the weights as kernels read them, to be kept alive, and as extension arguments."""
+    try:  # loops in C: there are many; None raises
         addresses, dtypes = list(map(_address, w)), list(map(_dtype, w))
         if (
             all(map(_is_contiguous, w))
@@ -188,8 +188,8 @@ def _weights(w: FusionWeights, tokens: Tensor) -> tuple[FusionWeights, Arguments
     except (AttributeError, TypeError):
         pass
     readable = launcher.contiguous(FusionWeights(*(_readable_weight(p, tokens) for p in w)))
-    at = extension.Arguments(tokens.device)
-    return readable, [at.parameter(p) for p in readable]
+    args = extension.Arguments(tokens.device)
+    return readable, [args.parameter(p) for p in readable]
 
 
 _ALIGNMENT = 16  # bytes
@@ -211,5 +211,5 @@ def _readable_weight(p: Tensor | None, tokens: Tensor) -> Any:
 
 
 def _readable(t: Tensor, tokens: Tensor) -> Tensor:
-    """t where it is of the tokens' dtype or float32, as kernels take it; else in float32."""
+    """Return t if it has the tokens' dtype or float32, as kernels require; else t.float()."""
     return t if t.dtype in (tokens.dtype, torch.float32) else t.float()

@@ -1,6 +1,6 @@
-"""What a fusion saves and what its backward pass stores, on every backend: the one layout of both.
+"""The layout of what a fusion saves and of what its backward pass stores, on every backend.
 
-Kernels see the same names: in Triton as pointers of one image, in C++ in
+Kernels use the same names: in Triton for pointers of one image, in C++ in
 csrc/cross_attention/layout.h.
 """
 
@@ -17,18 +17,18 @@ from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionW
 
 
 class Saved(NamedTuple):
-    """What forward keeps for backward: O(h C) an image, whatever the number of tokens.
+    """What forward keeps for backward: O(h C) per image, independent of the number of tokens.
 
     One tensor, as several allocations would take longer than a small kernel.
     """
 
-    vectors: Tensor  # the fields of Vectors one after another, in accumulate_dtype of the tokens
+    vectors: Tensor  # the fields of Vectors, concatenated, in accumulate_dtype of the tokens
 
 
 class Vectors(NamedTuple):
-    """The parts of Saved.vectors."""
+    """The vectors in Saved.vectors."""
 
-    activated: Any  # [B, C_own]: gelu(LN_f(cls))
+    activated: Any  # [B, C_cls]: gelu(LN_f(cls))
     y0: Any  # [B, C]: f(cls)
     normed: Any  # [B, C]: LN(y0)
     q: Any  # [B, C], before the scale 1 / sqrt(d)
@@ -42,14 +42,14 @@ class Vectors(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The parts of an image's row of gradients [B, gradient_size].
+    """The fields of an image's row of gradients [B, gradient_size].
 
-    Those named after a vector parameter are an image's share of its gradient; the others are the
-    gradients of a layer's output, whose sum is that of its bias.
+    Fields named after a vector parameter are an image's share of its gradient; the others are
+    gradients of a layer's output, whose sums are those of its bias.
     """
 
-    proj_norm_weight: Any  # C_own
-    proj_norm_bias: Any  # C_own
+    proj_norm_weight: Any  # C_cls
+    proj_norm_bias: Any  # C_cls
     y0: Any  # C, and of f's bias
     norm_weight: Any  # C
     norm_bias: Any  # C
@@ -58,23 +58,25 @@ class Gradients(NamedTuple):
     update: Any  # C, and of b_o
     back_norm_weight: Any  # C
     back_norm_bias: Any  # C
-    new_cls: Any  # C_own, and of g's bias
+    new_cls: Any  # C_cls, and of g's bias
 
 
 def vectors(saved: Saved, inputs: FusionInputs) -> Vectors:
-    """Views of the saved tensor."""
+    """Return views of the saved tensor."""
     shapes = _shapes(inputs)
-    parts = saved.vectors.split_with_sizes([math.prod(shape) for shape in shapes])
-    views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    flat = saved.vectors.split_with_sizes([math.prod(shape) for shape in shapes])
+    views = [vector.view(shape) for vector, shape in zip(flat, shapes, strict=True)]
     return Vectors._make([*views, math.prod(shapes[1])])
 
 
 def empty_saved(inputs: FusionInputs, keep: str) -> Saved:
-    """Memory for what forward saves."""
+    """Allocate what forward saves."""
     tokens = inputs.tokens
     size = sum(math.prod(shape) for shape in _shapes(inputs))
     return Saved(
-        torch.empty(size, dtype=accumulate_dtype(tokens), device=tokens.device)  # symbols, traced
+        torch.empty(
+            size, dtype=accumulate_dtype(tokens), device=tokens.device
+        )  # size may be symbolic
     )
 
 
@@ -85,13 +87,13 @@ def _shapes(inputs: FusionInputs) -> list[tuple[int, ...]]:
 
 
 def empty_gradients(inputs: FusionInputs) -> Tensor:
-    """Memory for the rows of gradients."""
+    """Allocate the rows of gradients."""
     tokens, size = inputs.tokens, sum(_gradient_sizes(inputs))
     return tokens.new_empty(tokens.shape[0], size, dtype=accumulate_dtype(tokens))
 
 
 def gradients(rows: Tensor, inputs: FusionInputs) -> Gradients:
-    """Views of rows of gradients."""
+    """Return views of rows of gradients."""
     return Gradients._make(rows.split_with_sizes(_gradient_sizes(inputs), dim=1))
 
 
@@ -109,13 +111,13 @@ def input_gradients(
     dcls: Tensor,
     dtokens: Tensor | None,
 ) -> FusionInputs:
-    """What a backend's backward returns: gradients of the inputs, None for those not wanted.
+    """Return a backend's result of backward: gradients of the inputs, None if not wanted.
 
     Args:
-        inputs: Of forward.
+        inputs: The inputs of forward.
         wanted: A bool for each tensor.
-        v: As saved.
-        g: Of all images.
+        v: The saved vectors.
+        g: The gradients of all images.
         du: [h, B, C].
         dcls: [B, C_cls].
         dtokens: [B, N, C], or None.
@@ -125,10 +127,10 @@ def input_gradients(
     scale = (channels // heads) ** -0.5
     gamma, beta = weights.norm_weight.to(du.dtype), weights.norm_bias.to(du.dtype)
 
-    def of_heads(x: Tensor) -> Tensor:
+    def heads_first(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, channels // heads)).permute(1, 2, 0)
 
-    found: dict[str, Any] = {
+    formulas: dict[str, Any] = {
         "proj_norm_weight": lambda: g.proj_norm_weight.sum(dim=0),
         "proj_norm_bias": lambda: g.proj_norm_bias.sum(dim=0),
         "proj_weight": lambda: g.y0.t() @ v.activated,
@@ -137,9 +139,11 @@ def input_gradients(
         "norm_bias": lambda: g.norm_bias.sum(dim=0),
         "q_weight": lambda: g.q.t() @ v.normed,
         "q_bias": lambda: g.q.sum(dim=0),
-        "k_weight": lambda: torch.bmm(of_heads(v.q), du).mul_(gamma * scale).flatten(0, 1),
+        "k_weight": lambda: torch.bmm(heads_first(v.q), du).mul_(gamma * scale).flatten(0, 1),
         "k_bias": lambda: torch.zeros_like(gamma),  # softmax drops it
-        "v_weight": lambda: torch.bmm(of_heads(g.o), torch.addcmul(beta, v.m, gamma)).flatten(0, 1),
+        "v_weight": lambda: torch.bmm(heads_first(g.o), torch.addcmul(beta, v.m, gamma)).flatten(
+            0, 1
+        ),
         "v_bias": lambda: g.o.sum(dim=0),
         "out_weight": lambda: g.update.t() @ v.o,
         "out_bias": lambda: g.update.sum(dim=0),
@@ -150,6 +154,7 @@ def input_gradients(
     }
     pairs = zip(weights._asdict().items(), wanted.weights, strict=True)
     d_weights = FusionWeights._make(
-        found[name]().to(w.dtype) if want and w is not None else None for (name, w), want in pairs
+        formulas[name]().to(w.dtype) if want and w is not None else None
+        for (name, w), want in pairs
     )
     return FusionInputs(dcls.to(inputs.cls.dtype), cast(Tensor, dtokens), d_weights, 0)

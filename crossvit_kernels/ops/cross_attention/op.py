@@ -1,4 +1,4 @@
-"""cross_attention_fusion as torch sees it."""
+"""cross_attention_fusion as a torch operator."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def _empty_outputs(inputs: FusionInputs) -> tuple[Tensor]:
 
 
 def _flops_forward(shapes: Any) -> int:
-    lift, square, core = _flops_of_parts(shapes)
+    lift, square, core = _flops_of_steps(shapes)
     return 2 * lift + 4 * square + core
 
 
 def _flops_backward(shapes: Any, wanted: Any) -> int:
-    """Gradients of the inputs of all layers, the token pass, and the weights' that are wanted."""
-    lift, square, core = _flops_of_parts(shapes)
+    """Input gradients of all layers, the token pass, and the wanted weight gradients."""
+    lift, square, core = _flops_of_steps(shapes)
     w = wanted.weights
     lifts = 2 + w.proj_weight + w.back_weight
     squares = 4 + w.q_weight + w.k_weight + w.v_weight + w.out_weight
     return lifts * lift + squares * square + (3 + 2 * wanted.tokens) * core // 2
 
 
-def _flops_of_parts(shapes: Any) -> tuple[int, int, int]:
-    """f or g; one of W_q, W_k, W_v and W_o, for a row an image; the pass over the tokens."""
+def _flops_of_steps(shapes: Any) -> tuple[int, int, int]:
+    """f or g; one of W_q, W_k, W_v and W_o for one row per image; the token pass."""
     (batch, cls_dim), (_, num_tokens, channels) = shapes.cls, shapes.tokens
     core = 4 * batch * shapes.num_heads * (num_tokens + 1) * channels
     return 2 * batch * cls_dim * channels, 2 * batch * channels * channels, core
@@ -55,6 +55,6 @@ cross_attention_fusion = Operation(
     weights=FusionWeights,
     norms=("proj_norm", "norm", "back_norm"),
     tokens="tokens",
-    # Before sm_90 no cluster shares the reading of weights; Triton has a variant of three kernels.
+    # Before sm_90 there are no clusters to share weight loads; Triton can run three kernels.
     order={80: ("triton", "cuda"), 90: ("cuda", "triton")},
 )

@@ -1,7 +1,7 @@
 """The fusion of one branch in plain PyTorch, with materialised keys and values: the definition.
 
-The letters are those of the paper (CrossViT, ICCV 2021), Eq. 5-7, for the branch that owns ``cls``.
-Its f and g are LayerNorm -> GELU -> Linear.
+Notation as in the paper (CrossViT, ICCV 2021), Eq. 5-7, for the branch that owns ``cls``. f and g
+are LayerNorm -> GELU -> Linear.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 
 
 class FusionWeights(NamedTuple):
-    """Parameters of ``cross_attention_fusion``, for a CLS of width C_own and tokens of width C.
+    """Parameters of ``cross_attention_fusion``, for a CLS of width C_cls and tokens of width C.
 
     Linear weights are [out, in] as in ``torch.nn.Linear``. The biases of q, k and v may be None.
     """
 
-    proj_norm_weight: Tensor  # f: LayerNorm [C_own], GELU, Linear C_own -> C
+    proj_norm_weight: Tensor  # f: LayerNorm [C_cls], GELU, Linear C_cls -> C
     proj_norm_bias: Tensor
     proj_weight: Tensor
     proj_bias: Tensor
     norm_weight: Tensor  # LayerNorm [C] of the CLS and the tokens together
     norm_bias: Tensor
-    q_weight: Tensor  # [C, C] each, the heads one after another along the rows
+    q_weight: Tensor  # [C, C] each, heads concatenated along the rows
     q_bias: Tensor | None
     k_weight: Tensor
     k_bias: Tensor | None
@@ -33,7 +33,7 @@ class FusionWeights(NamedTuple):
     v_bias: Tensor | None
     out_weight: Tensor
     out_bias: Tensor
-    back_norm_weight: Tensor  # g: LayerNorm [C], GELU, Linear C -> C_own
+    back_norm_weight: Tensor  # g: LayerNorm [C], GELU, Linear C -> C_cls
     back_norm_bias: Tensor
     back_weight: Tensor
     back_bias: Tensor
@@ -41,9 +41,9 @@ class FusionWeights(NamedTuple):
 
 #: Sizes by letter, for checks.weights.
 SHAPES = {
-    "proj_norm_weight": ("C_own",),
-    "proj_norm_bias": ("C_own",),
-    "proj_weight": ("C", "C_own"),
+    "proj_norm_weight": ("C_cls",),
+    "proj_norm_bias": ("C_cls",),
+    "proj_weight": ("C", "C_cls"),
     "proj_bias": ("C",),
     "norm_weight": ("C",),
     "norm_bias": ("C",),
@@ -57,15 +57,15 @@ SHAPES = {
     "out_bias": ("C",),
     "back_norm_weight": ("C",),
     "back_norm_bias": ("C",),
-    "back_weight": ("C_own", "C"),
-    "back_bias": ("C_own",),
+    "back_weight": ("C_cls", "C"),
+    "back_bias": ("C_cls",),
 }
 
 
 class FusionInputs(NamedTuple):
     """The arguments of one fusion, for ``cross_attention_fusion_pair``."""
 
-    cls: Tensor  # [B, C_own]
+    cls: Tensor  # [B, C_cls]
     tokens: Tensor  # [B, N, C]: the other branch's patches
     weights: FusionWeights
     num_heads: int
@@ -81,7 +81,7 @@ def cross_attention_fusion(
     residual_scale: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Cls [B, C_own], tokens [B, N, C] -> new cls [B, C_own]."""
+    """Return the new CLS [B, C_cls] of cls [B, C_cls] and tokens [B, N, C]."""
     w = weights
     batch, _, channels = tokens.shape
 

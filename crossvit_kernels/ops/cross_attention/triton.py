@@ -1,6 +1,6 @@
-"""The fusion on Triton: one kernel each way, or its CLS path around attention_core's pass.
+"""The fusion on Triton: one kernel per direction, or the CLS path around attention_core's pass.
 
-The weight matrices' gradients are products over the batch of vectors that the kernels store.
+The gradients of weight matrices are products over the batch of vectors that the kernels store.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def why_not(inputs: FusionInputs) -> str | None:
 
 @functools.cache
 def _kernels() -> tuple[ModuleType, ModuleType]:
-    """Those of forward and of backward, imported where first used: Triton is slow to import and
-    not everywhere.
+    """Import the kernels of forward and backward on first use: Triton is slow to import and may
+    be missing.
     """
     from crossvit_kernels.ops.cross_attention import triton_backward, triton_forward
 
@@ -150,7 +150,7 @@ def _launch_backward(
 
 
 class _Call(NamedTuple):
-    """The inputs as kernels read them, rows aligned and parameters contiguous, and a variant."""
+    """The inputs as kernels read them, rows aligned and parameters contiguous; the variant."""
 
     cls: Tensor
     x: Tensor
@@ -160,16 +160,16 @@ class _Call(NamedTuple):
 
 
 def _prepared(inputs: FusionInputs, table: PassTable) -> _Call:
-    """Of a pass whose table is configs.FORWARD or BACKWARD."""
+    """Prepare a call; table is configs.FORWARD or BACKWARD."""
     cls, x = launcher.aligned_rows(inputs.cls), launcher.aligned_rows(inputs.tokens)
     w = launcher.contiguous(inputs.weights)
     scale = None if inputs.residual_scale is None else inputs.residual_scale.contiguous()
-    found = configs.variant(table, x, cls.shape[1], inputs.num_heads, w.q_weight.dtype)
-    return _Call(cls, x, w, scale, found)
+    variant = configs.variant(table, x, cls.shape[1], inputs.num_heads, w.q_weight.dtype)
+    return _Call(cls, x, w, scale, variant)
 
 
 def _pass_between(table: PassTable, num_tokens: int) -> dict[str, Any]:
-    """Options of the pass between two kernels; up to MANY_TOKENS it has the bits of all in one."""
+    """Return options of the separate token pass; up to MANY_TOKENS it matches the fused bits."""
     if num_tokens > configs.MANY_TOKENS:
         return {}
-    return {"table": table, "part": configs.MANY_TOKENS}
+    return {"table": table, "split_size": configs.MANY_TOKENS}

@@ -1,7 +1,7 @@
-"""The backward kernels of a fusion: all of it in one, or its CLS path and token pass apart.
+"""The backward kernels of a fusion: one for everything, or separate CLS path and token pass.
 
-The weight matrices' gradients are products over the batch of what these store: an image's row of
-gradients, whose sums over images are the gradients of all vectors, and du.
+The gradients of weight matrices are products over the batch of what these kernels store: du, and
+each image's row of gradients, whose sums over images are the gradients of all vectors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
 from crossvit_kernels.ops.cross_attention.layout import Gradients
 from crossvit_kernels.ops.cross_attention.triton_forward import images_of, vectors_of
 
-# Not compiled into a kernel.
+# Not specialised on.
 SIZES = ("batch", "num_tokens", "cls_stride", "dout_stride", "x_batch_stride", "x_token_stride")
 
 
@@ -36,7 +36,7 @@ def gradients_of(
     first,
     F: tl.constexpr,
 ):
-    """Pointers into the row of gradients of image `first`; ptr [B, F.gradient_size]."""
+    """Pointers into the row of gradients of image `first`."""
     CLS_DIM: tl.constexpr = F.cls_dim
     C: tl.constexpr = F.channels
     SIZE: tl.constexpr = F.gradient_size
@@ -59,7 +59,7 @@ def gradients_of(
 
 @triton.jit
 def before_tokens(
-    dout_ptr,  # [B, C_own]
+    dout_ptr,  # [B, C_cls]
     dout_stride,
     scale_ptr,  # [B] or None
     w,
@@ -154,8 +154,8 @@ def tokens_of_image(
     S: tl.constexpr,
     F: tl.constexpr,
 ):
-    """du of the image-th of the images whose vectors these are, dy0 as token 0 and, where dx_ptr is
-    not None, dx.
+    """Computes du of a program's image-th image, y0's gradient as a token and, unless dx_ptr is
+    None, dx.
     """
     C: tl.constexpr = S.channels
     H: tl.constexpr = S.num_rows
@@ -182,7 +182,7 @@ def tokens_of_image(
         v.head_stride,
         dx_ptr,
         C,
-        g.norm_weight + image * SIZE,  # of y0 as a token, until after_tokens
+        g.norm_weight + image * SIZE,  # y0's gradient as a token, until after_tokens
         image * 0,
         num_tokens,
         0,
@@ -194,9 +194,9 @@ def tokens_of_image(
 
 @triton.jit
 def after_tokens(
-    cls_ptr,  # [B, C_own]
+    cls_ptr,  # [B, C_cls]
     cls_stride,
-    dcls_ptr,  # [B, C_own]
+    dcls_ptr,  # [B, C_cls]
     w,
     v,
     g,
@@ -217,7 +217,7 @@ def after_tokens(
     HEAD: tl.constexpr = F.padded_head
     PADDED_CLS: tl.constexpr = F.padded_cls
     PADDED: tl.constexpr = F.padded
-    PART: tl.constexpr = min(F.padded, 256)
+    BLOCK: tl.constexpr = min(F.padded, 256)
     PRECISION: tl.constexpr = F.precision
     for head in range(H):
         linear(
@@ -237,7 +237,7 @@ def after_tokens(
             scale=D**-0.5,
         )
     tl.debug_barrier()
-    # g.norm_bias holds dLN(y0) for now, g.norm_weight y0's gradient as a token.
+    # For now g.norm_bias holds dLN(y0) and g.norm_weight y0's gradient as a token.
     linear(
         g.q, SIZE, w.q_weight, None, g.norm_bias, SIZE, used, C, C, K, N, PRECISION, TRANSPOSED=True
     )
@@ -251,18 +251,18 @@ def after_tokens(
     store_rows(g.norm_weight, SIZE, used, dn * xhat, C, PADDED)
     tl.debug_barrier()
     row = tl.arange(0, IMAGES)
-    for i in tl.static_range((C + PART - 1) // PART):  # registers hold six such parts, not rows
-        dgain = load_tile(g.norm_weight, row * SIZE, used, i * PART, C, PART)
-        dshift = load_tile(g.norm_bias, row * SIZE, used, i * PART, C, PART)
+    for i in tl.static_range((C + BLOCK - 1) // BLOCK):  # six whole rows would not fit in registers
+        dgain = load_tile(g.norm_weight, row * SIZE, used, i * BLOCK, C, BLOCK)
+        dshift = load_tile(g.norm_bias, row * SIZE, used, i * BLOCK, C, BLOCK)
         for head in range(H):
-            at = head * v.head_stride
-            dz = load_tile(dz_ptr + at, row * C, used, i * PART, C, PART)
-            dgain += dz * load_tile(v.m + at, row * C, used, i * PART, C, PART)
-            du = load_tile(du_ptr + at, row * C, used, i * PART, C, PART)
-            dgain += du * load_tile(v.kt + at, row * C, used, i * PART, C, PART)
+            offset = head * v.head_stride
+            dz = load_tile(dz_ptr + offset, row * C, used, i * BLOCK, C, BLOCK)
+            dgain += dz * load_tile(v.m + offset, row * C, used, i * BLOCK, C, BLOCK)
+            du = load_tile(du_ptr + offset, row * C, used, i * BLOCK, C, BLOCK)
+            dgain += du * load_tile(v.kt + offset, row * C, used, i * BLOCK, C, BLOCK)
             dshift += dz
-        store_tile(g.norm_weight, row * SIZE, used, dgain, i * PART, C, PART)
-        store_tile(g.norm_bias, row * SIZE, used, dshift, i * PART, C, PART)
+        store_tile(g.norm_weight, row * SIZE, used, dgain, i * BLOCK, C, BLOCK)
+        store_tile(g.norm_bias, row * SIZE, used, dshift, i * BLOCK, C, BLOCK)
     tl.debug_barrier()
     weight = w.proj_weight
     linear(
@@ -300,12 +300,12 @@ def after_tokens(
 
 @triton.jit(do_not_specialize=SIZES)
 def fusion_backward(
-    dout_ptr,  # [B, C_own]
-    cls_ptr,  # [B, C_own]
+    dout_ptr,  # [B, C_cls]
+    cls_ptr,  # [B, C_cls]
     x_ptr,  # [B, N, C]
     scale_ptr,  # [B] or None
     vectors_ptr,  # layout.Vectors of all images
-    dcls_ptr,  # [B, C_own]
+    dcls_ptr,  # [B, C_cls]
     dx_ptr,  # [B, N, C] or None
     gradients_ptr,  # [B, F.gradient_size]
     dz_ptr,  # [h, B, C]
@@ -321,22 +321,22 @@ def fusion_backward(
     S: tl.constexpr,
     F: tl.constexpr,
 ):
-    """All of it for F.images images. Grid: groups of images."""
+    """The whole backward of F.images images. Grid: groups of images."""
     C: tl.constexpr = S.channels
     ALIGN: tl.constexpr = S.align
     COUNT: tl.constexpr = F.images
     CLS_DIM: tl.constexpr = F.cls_dim
     first, used = images_of(tl.program_id(0), batch, F)
-    at = first.to(tl.int64)
+    first_image = first.to(tl.int64)
     vectors = vectors_of(vectors_ptr, batch, first, F)
     gradients = gradients_of(gradients_ptr, first, F)
-    dz_ptr += at * C
-    du_ptr += at * C
+    dz_ptr += first_image * C
+    du_ptr += first_image * C
     if dx_ptr is not None:
-        dx_ptr += at * num_tokens * C
+        dx_ptr += first_image * num_tokens * C
     dout_stride = aligned(dout_stride, ALIGN)
     before_tokens(
-        dout_ptr + at * dout_stride,
+        dout_ptr + first_image * dout_stride,
         dout_stride,
         scale_ptr,
         w,
@@ -352,7 +352,7 @@ def fusion_backward(
     for image in range(tl.minimum(batch - first, COUNT)):
         tokens_of_image(
             first * 0 + image,
-            x_ptr + at * aligned(x_batch_stride, ALIGN),
+            x_ptr + first_image * aligned(x_batch_stride, ALIGN),
             x_batch_stride,
             x_token_stride,
             dx_ptr,
@@ -368,14 +368,14 @@ def fusion_backward(
         )
     tl.debug_barrier()
     cls_stride = aligned(cls_stride, ALIGN)
-    cls_ptr += at * cls_stride
-    dcls_ptr += at * CLS_DIM
+    cls_ptr += first_image * cls_stride
+    dcls_ptr += first_image * CLS_DIM
     after_tokens(cls_ptr, cls_stride, dcls_ptr, w, vectors, gradients, dz_ptr, du_ptr, used, eps, F)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def fusion_backward_before(
-    dout_ptr,  # [B, C_own]
+    dout_ptr,  # [B, C_cls]
     scale_ptr,  # [B] or None
     vectors_ptr,  # layout.Vectors of all images
     gradients_ptr,  # [B, F.gradient_size]
@@ -387,7 +387,7 @@ def fusion_backward_before(
     ALIGN: tl.constexpr,
     F: tl.constexpr,
 ):
-    """What comes before the token pass. Grid: groups of images."""
+    """Everything before the token pass. Grid: groups of images."""
     C: tl.constexpr = F.channels
     first, used = images_of(tl.program_id(0), batch, F)
     dout_stride = aligned(dout_stride, ALIGN)
@@ -408,9 +408,9 @@ def fusion_backward_before(
 
 @triton.jit(do_not_specialize=SIZES)
 def fusion_backward_after(
-    cls_ptr,  # [B, C_own]
+    cls_ptr,  # [B, C_cls]
     vectors_ptr,  # layout.Vectors of all images
-    dcls_ptr,  # [B, C_own]
+    dcls_ptr,  # [B, C_cls]
     gradients_ptr,  # [B, F.gradient_size]
     dz_ptr,  # [h, B, C]
     du_ptr,  # [h, B, C]
@@ -421,21 +421,21 @@ def fusion_backward_after(
     ALIGN: tl.constexpr,
     F: tl.constexpr,
 ):
-    """What comes after the token pass. Grid: groups of images."""
+    """Everything after the token pass. Grid: groups of images."""
     C: tl.constexpr = F.channels
     CLS_DIM: tl.constexpr = F.cls_dim
     first, used = images_of(tl.program_id(0), batch, F)
-    at = first.to(tl.int64)
+    first_image = first.to(tl.int64)
     cls_stride = aligned(cls_stride, ALIGN)
     after_tokens(
-        cls_ptr + at * cls_stride,
+        cls_ptr + first_image * cls_stride,
         cls_stride,
-        dcls_ptr + at * CLS_DIM,
+        dcls_ptr + first_image * CLS_DIM,
         w,
         vectors_of(vectors_ptr, batch, first, F),
         gradients_of(gradients_ptr, first, F),
-        dz_ptr + at * C,
-        du_ptr + at * C,
+        dz_ptr + first_image * C,
+        du_ptr + first_image * C,
         used,
         eps,
         F,

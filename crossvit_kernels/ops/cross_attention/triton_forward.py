@@ -1,4 +1,4 @@
-"""The forward kernels of a fusion: all of it in one, or its CLS path and token pass apart."""
+"""The forward kernels of a fusion: one for everything, or separate CLS path and token pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
 )
 from crossvit_kernels.ops.cross_attention.layout import Vectors
 
-# Not compiled into a kernel.
+# Not specialised on.
 SIZES = ("batch", "num_tokens", "cls_stride", "x_batch_stride", "x_token_stride")
 
 
@@ -26,7 +26,7 @@ def vectors_of(
     first,
     F: tl.constexpr,
 ):
-    """Pointers to the vectors of image `first`; ptr [vectors of all images, see layout.py]."""
+    """Pointers to the vectors of image `first`."""
     CLS_DIM: tl.constexpr = F.cls_dim
     C: tl.constexpr = F.channels
     H: tl.constexpr = F.heads
@@ -51,7 +51,7 @@ def vectors_of(
 
 @triton.jit
 def images_of(program, batch, F: tl.constexpr):
-    """The first image of a program, and which of IMAGES rows it has."""
+    """A program's first image, and which of the IMAGES rows it uses."""
     count: tl.constexpr = F.images
     first = program * count
     row = tl.arange(0, IMAGES)
@@ -60,7 +60,7 @@ def images_of(program, batch, F: tl.constexpr):
 
 @triton.jit
 def before_tokens(
-    cls_ptr,  # [B, C_own]
+    cls_ptr,  # [B, C_cls]
     cls_stride,
     w,
     v,
@@ -133,7 +133,7 @@ def tokens_of_image(
     eps,
     S: tl.constexpr,
 ):
-    """m and lse of the image-th of the images whose vectors these are."""
+    """Computes m and lse of a program's image-th image."""
     C: tl.constexpr = S.channels
     H: tl.constexpr = S.num_rows
     ALIGN: tl.constexpr = S.align
@@ -161,7 +161,7 @@ def tokens_of_image(
 @triton.jit
 def after_tokens(
     scale_ptr,  # [B] or None
-    out_ptr,  # [B, C_own]
+    out_ptr,  # [B, C_cls]
     w,
     v,
     first,
@@ -240,10 +240,10 @@ def after_tokens(
 
 @triton.jit(do_not_specialize=SIZES)
 def fusion_forward(
-    cls_ptr,  # [B, C_own]
+    cls_ptr,  # [B, C_cls]
     x_ptr,  # [B, N, C]
     scale_ptr,  # [B] or None
-    out_ptr,  # [B, C_own]
+    out_ptr,  # [B, C_cls]
     vectors_ptr,  # layout.Vectors of all images
     w,
     batch,
@@ -276,7 +276,7 @@ def fusion_forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def fusion_before(
-    cls_ptr,  # [B, C_own]
+    cls_ptr,  # [B, C_cls]
     vectors_ptr,  # layout.Vectors of all images
     w,
     batch,
@@ -285,7 +285,7 @@ def fusion_before(
     ALIGN: tl.constexpr,
     F: tl.constexpr,
 ):
-    """What comes before the token pass. Grid: groups of images."""
+    """Everything before the token pass. Grid: groups of images."""
     first, used = images_of(tl.program_id(0), batch, F)
     vectors = vectors_of(vectors_ptr, batch, first, F)
     cls_stride = aligned(cls_stride, ALIGN)
@@ -295,14 +295,14 @@ def fusion_before(
 @triton.jit(do_not_specialize=SIZES)
 def fusion_after(
     vectors_ptr,  # layout.Vectors of all images
-    out_ptr,  # [B, C_own]
+    out_ptr,  # [B, C_cls]
     scale_ptr,  # [B] or None
     w,
     batch,
     eps,
     F: tl.constexpr,
 ):
-    """What comes after the token pass. Grid: groups of images."""
+    """Everything after the token pass. Grid: groups of images."""
     CLS_DIM: tl.constexpr = F.cls_dim
     first, used = images_of(tl.program_id(0), batch, F)
     vectors = vectors_of(vectors_ptr, batch, first, F)

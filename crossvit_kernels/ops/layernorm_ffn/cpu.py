@@ -1,6 +1,6 @@
-"""layernorm_ffn on a CPU, composed from torch's own kernels with as few passes as they allow.
+"""layernorm_ffn on a CPU, composed from torch's own kernels in as few passes as possible.
 
-oneDNN's and MKL's GEMMs are the time. Without gradients GELU works in place.
+Time is dominated by oneDNN's and MKL's GEMMs. Without gradients GELU works in place.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
     x = extension.unit_stride(x)
     w = FfnWeights(*(t.contiguous() for t in w))
     scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
-    at = extension.Arguments(x.device)
+    args = extension.Arguments(x.device)
     _C.layernorm_ffn_forward(
-        x=at.token_rows(x, None),
-        norm=at.norm(w.norm_weight, w.norm_bias, eps, saved),
-        fc1=at.linear(w.fc1_weight, w.fc1_bias),
-        fc2=at.linear(w.fc2_weight, w.fc2_bias),
+        x=args.token_rows(x, None),
+        norm=args.norm(w.norm_weight, w.norm_bias, eps, saved),
+        fc1=args.linear(w.fc1_weight, w.fc1_bias),
+        fc2=args.linear(w.fc2_weight, w.fc2_bias),
         hidden_width=w.fc1_weight.shape[0],
-        residual_scale=at.pointer(scale, torch.float32),
-        hidden=at.pointer(saved and saved.hidden, torch.float32),
-        activated=at.pointer(saved and saved.activated, torch.float32),
-        y=at.pointer(y, torch.float32),
+        residual_scale=args.pointer(scale, torch.float32),
+        hidden=args.pointer(saved and saved.hidden, torch.float32),
+        activated=args.pointer(saved and saved.activated, torch.float32),
+        y=args.pointer(y, torch.float32),
     )
     return y, saved
 
@@ -90,20 +90,20 @@ def backward(
     (dy,), (x, w, residual_scale) = douts, inputs
     wants_x, wants = wanted.x, wanted.weights
     dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).flatten(0, 1)
-    dx, found = None, dict[str, Any]()
+    dx, d_weights = None, dict[str, Any]()
     if wants.fc2_weight:
-        found["fc2_weight"] = dupdate.t() @ saved.activated.flatten(0, 1)
+        d_weights["fc2_weight"] = dupdate.t() @ saved.activated.flatten(0, 1)
     if wants.fc2_bias:
-        found["fc2_bias"] = dupdate.sum(dim=0)
+        d_weights["fc2_bias"] = dupdate.sum(dim=0)
     if wants_x or any(wants[:4]):
         hidden = saved.hidden.flatten(0, 1)
         dhidden = torch.ops.aten.gelu_backward(dupdate @ w.fc2_weight, hidden)
         if wants.fc1_weight:
-            found["fc1_weight"] = dhidden.t() @ saved.normed.flatten(0, 1)
+            d_weights["fc1_weight"] = dhidden.t() @ saved.normed.flatten(0, 1)
         if wants.fc1_bias:
-            found["fc1_bias"] = dhidden.sum(dim=0)
+            d_weights["fc1_bias"] = dhidden.sum(dim=0)
         if wants_x or any(wants[:2]):
-            dx, found["norm_weight"], found["norm_bias"] = norm.backward(
+            dx, d_weights["norm_weight"], d_weights["norm_bias"] = norm.backward(
                 (dhidden @ w.fc1_weight).view(x.shape),
                 x,
                 w.norm_weight,
@@ -113,4 +113,4 @@ def backward(
                 (wants_x, *wants[:2]),
             )
             dx = dx.add_(dy) if wants_x else None
-    return gradients(dx, FfnWeights._make(map(found.get, FfnWeights._fields)))
+    return gradients(dx, FfnWeights._make(map(d_weights.get, FfnWeights._fields)))

@@ -1,4 +1,4 @@
-"""layernorm_ffn as torch sees it."""
+"""layernorm_ffn as a torch operator."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class FfnWeights(NamedTuple):
 
 
 class FfnInputs(NamedTuple):
-    """The arguments of ``layernorm_ffn`` but for eps."""
+    """The arguments of ``layernorm_ffn`` except eps."""
 
     x: Tensor  # [B, N, C]
     weights: FfnWeights
@@ -28,7 +28,7 @@ class FfnInputs(NamedTuple):
 
 
 def gradients(dx: Tensor | None, d_weights: FfnWeights) -> FfnInputs:
-    """As backends return them; None in place of those that are not wanted."""
+    """Return gradients in the structure of the inputs; None for those not wanted."""
     return FfnInputs(cast(Tensor, dx), d_weights, None)
 
 
@@ -46,7 +46,7 @@ SHAPES = {
 def layernorm_ffn(
     x: Tensor, weights: FfnWeights, eps: float, residual_scale: Tensor | None = None
 ) -> Tensor:
-    """X [B, N, C] -> y [B, N, C]."""
+    """Return y [B, N, C] for x [B, N, C]."""
     w = weights
     normed = F.layer_norm(x, x.shape[-1:], w.norm_weight, w.norm_bias, eps)
     hidden = F.gelu(F.linear(normed, w.fc1_weight, w.fc1_bias))

@@ -1,6 +1,6 @@
 """layernorm_ffn on Triton: forward in one kernel or two; backward recomputes the hidden units.
 
-Weight gradients are products over all tokens, which torch's libraries form.
+Weight gradients are products over all tokens, computed by torch's libraries.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
 def backward(
     douts: Sequence[Tensor], inputs: FfnInputs, saved: Saved, eps: float, wanted: Any
 ) -> FfnInputs:
-    """Forms the gradients; products that are not wanted are None."""
+    """Compute the gradients; products that are not wanted are None."""
     (dy,), (x, w, residual_scale), wants = douts, inputs, wanted.weights
     dy, tokens, w = dy.contiguous(), layers.prepared(x), launcher.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
@@ -64,16 +64,16 @@ def backward(
     dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype).view(-1, channels)
     activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, tokens, w, saved)
     affine = w.norm_weight, w.norm_bias
-    found = layers.linear_norm_backward(dhidden, w.fc1_weight, dy, scale, tokens, affine, saved)
+    grads = layers.linear_norm_backward(dhidden, w.fc1_weight, dy, scale, tokens, affine, saved)
     d_weights = FfnWeights(
-        norm_weight=found.d_norm_weight,
-        norm_bias=found.d_norm_bias,
-        fc1_weight=layers.weight_gradient(dhidden, found.normed, wants.fc1_weight),
+        norm_weight=grads.d_norm_weight,
+        norm_bias=grads.d_norm_bias,
+        fc1_weight=layers.weight_gradient(dhidden, grads.normed, wants.fc1_weight),
         fc1_bias=d_fc1_bias,
         fc2_weight=layers.weight_gradient(dupdate, activated, wants.fc2_weight),
-        fc2_bias=found.sum_dy,
+        fc2_bias=grads.sum_dy,
     )
-    return gradients(found.dx, d_weights)
+    return gradients(grads.dx, d_weights)
 
 
 def _in_one_kernel(
@@ -98,7 +98,7 @@ def _in_one_kernel(
 def _hidden_backward(
     dupdate: Tensor, tokens: Tokens, w: FfnWeights, saved: Saved
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The hidden units after GELU, their gradient before it [B N, F], and fc1_bias's."""
+    """Return the activated hidden units, the gradient before GELU [B N, F], and fc1_bias's."""
     from crossvit_kernels.ops.layernorm_ffn import triton_kernels as kernels
 
     x, (hidden, channels) = tokens.x, w.fc1_weight.shape

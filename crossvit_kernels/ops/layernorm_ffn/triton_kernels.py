@@ -1,4 +1,4 @@
-"""The feed-forward network in Triton: whole forward, and backward up to its hidden units."""
+"""The feed-forward network in Triton: forward in one kernel, backward of the hidden units."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def ffn_forward(
     PRECISION: tl.constexpr = L.precision
     ALIGN: tl.constexpr = L.align
     row, used, image, token = rows_of(tl.program_id(0), num_rows, num_tokens, ROWS)
-    at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+    offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
     dtype = fc1_weight_ptr.dtype.element_ty
     normed, mean, rstd = normalized_rows(
-        x_ptr, at, None, at, token, used, norm_weight_ptr, norm_bias_ptr, eps, dtype, L
+        x_ptr, offsets, None, offsets, token, used, norm_weight_ptr, norm_bias_ptr, eps, dtype, L
     )
     if mean_ptr is not None:
         tl.store(mean_ptr + row, mean, mask=used)
@@ -78,7 +78,7 @@ def ffn_forward(
             ys = ys[1:] + (y,)
     scale = load_residual_scale(scale_ptr, image, used)[:, None]
     for i in tl.static_range(NUM):
-        x = load_tokens(x_ptr, at, None, at, token, used, i * CHUNK, C, CHUNK)
+        x = load_tokens(x_ptr, offsets, None, offsets, token, used, i * CHUNK, C, CHUNK)
         y = (
             x.to(tl.float32)
             + (ys[i] + load_vector(fc2_bias_ptr, i * CHUNK, C, CHUNK)[None, :]) * scale
@@ -108,7 +108,7 @@ def ffn_hidden_backward(
 ):
     """gelu(h) and dh of h = LN(x) W_1^T + b_1, from dupdate [rows, C]. Grid: tiles x hidden blocks.
 
-    Both products run over the channels together; each tile's share of b_1's gradient is written.
+    Both products share one loop over the channels. Also writes each tile's share of b_1's gradient.
     """
     C: tl.constexpr = L.channels
     HIDDEN: tl.constexpr = L.inner
@@ -121,7 +121,7 @@ def ffn_hidden_backward(
     tile = tl.program_id(0) // BLOCKS
     n = (tl.program_id(0) - tile * BLOCKS) * COLUMNS
     row, used, image, token = rows_of(tile, num_rows, num_tokens, ROWS)
-    at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+    offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
     dtype = fc1_weight_ptr.dtype.element_ty
     unit = n + tl.arange(0, COLUMNS)
     exists = unit < HIDDEN
@@ -131,7 +131,7 @@ def ffn_hidden_backward(
     dactivated = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, C, STEP):
         c = k + tl.arange(0, STEP)
-        x = load_tile(x_ptr, at, used, k, C, STEP).to(tl.float32)
+        x = load_tile(x_ptr, offsets, used, k, C, STEP).to(tl.float32)
         weight = tl.load(norm_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         bias = tl.load(norm_bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         normed = ((x - mean) * rstd * weight + bias).to(dtype)
@@ -142,7 +142,7 @@ def ffn_hidden_backward(
         dactivated = tl.dot(dupdate, w, dactivated, input_precision=PRECISION)
     hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
     distribution = normal_distribution(hidden)
-    activated = (hidden * distribution).to(dtype)  # before the rest is begun: registers are few
+    activated = (hidden * distribution).to(dtype)  # stored early, to free registers
     store_tile(activated_ptr, row * HIDDEN, used, activated, n, HIDDEN, COLUMNS)
     dhidden = (dactivated * gelu_slope(hidden, distribution)).to(dtype)
     store_tile(dhidden_ptr, row * HIDDEN, used, dhidden, n, HIDDEN, COLUMNS)

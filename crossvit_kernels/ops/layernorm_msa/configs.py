@@ -1,4 +1,4 @@
-"""The tables of attention's Triton kernels; the width is a head's where attention is alone."""
+"""The tables of attention's Triton kernels; for attention alone the width is the head dimension."""
 
 from __future__ import annotations
 

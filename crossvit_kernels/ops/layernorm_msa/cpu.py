@@ -1,8 +1,8 @@
-"""layernorm_msa on a CPU, composed from torch's own kernels with as few passes as they allow.
+"""layernorm_msa on a CPU, composed from torch's own kernels in as few passes as possible.
 
-q, k and v are views of the one projection and the heads' outputs land where the output projection
-reads them. A CLS that stands in for row 0 is normalised into the row that is its own: the tokens
-are not copied for it.
+q, k and v are views of one projection, and the heads' outputs are stored where the output
+projection reads them. A CLS that replaces row 0 is normalised into that row of the output, without
+a copy of the tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Saved(NamedTuple):
     """What forward keeps for backward: no N x N matrix."""
 
     normed: Tensor  # [B, N, C]
-    mean: Tensor  # [B, N, 1], of x whatever stands in for its row 0
+    mean: Tensor  # [B, N, 1], of x itself, even with a cls
     rstd: Tensor  # [B, N, 1]
     qkv: Tensor  # [B, N, 3 C]
     heads: Tensor  # [B, h, N, d]: the attention's output
@@ -72,18 +72,18 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
     x, cls = extension.unit_stride(x), None if cls is None else extension.unit_stride(cls)
     w = MsaWeights(*(None if t is None else t.contiguous() for t in w))  # type: ignore[arg-type]
     scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
-    at = extension.Arguments(x.device)
+    args = extension.Arguments(x.device)
     _C.layernorm_msa_forward(
-        x=at.token_rows(x, cls),
-        norm=at.norm(w.norm_weight, w.norm_bias, eps, saved),
-        qkv=at.linear(w.qkv_weight, w.qkv_bias),
-        out=at.linear(w.out_weight, w.out_bias),
+        x=args.token_rows(x, cls),
+        norm=args.norm(w.norm_weight, w.norm_bias, eps, saved),
+        qkv=args.linear(w.qkv_weight, w.qkv_bias),
+        out=args.linear(w.out_weight, w.out_bias),
         num_heads=num_heads,
-        residual_scale=at.pointer(scale, torch.float32),
-        qkv_rows=at.pointer(qkv, torch.float32),
-        heads=at.pointer(heads, torch.float32),
-        lse=at.pointer(saved and saved.lse.transpose(1, 2), torch.float32),
-        y=at.pointer(y, torch.float32),
+        residual_scale=args.pointer(scale, torch.float32),
+        qkv_rows=args.pointer(qkv, torch.float32),
+        heads=args.pointer(heads, torch.float32),
+        lse=args.pointer(saved and saved.lse.transpose(1, 2), torch.float32),
+        y=args.pointer(y, torch.float32),
     )
     return y, saved
 
@@ -108,26 +108,26 @@ def backward(
     wants, wants_rows = wanted.weights, wanted.x or wanted.cls
     channels = x.shape[-1]
     dupdate = norm.scale_update(dy, residual_scale, w.out_weight.dtype).reshape(-1, channels)
-    dx, dcls, found = None, None, dict[str, Any]()
+    dx, dcls, d_weights = None, None, dict[str, Any]()
     if wants.out_weight:
-        found["out_weight"] = dupdate.t() @ _joined(saved.heads).view(-1, channels)
+        d_weights["out_weight"] = dupdate.t() @ _joined(saved.heads).view(-1, channels)
     if wants.out_bias:
-        found["out_bias"] = dupdate.sum(dim=0)
+        d_weights["out_bias"] = dupdate.sum(dim=0)
     if wants_rows or any(wants[:4]):
         dqkv = _qkv_backward(dupdate @ w.out_weight, saved, num_heads)
         if wants.qkv_weight:
-            found["qkv_weight"] = dqkv.t() @ saved.normed.view(-1, channels)
+            d_weights["qkv_weight"] = dqkv.t() @ saved.normed.view(-1, channels)
         if wants.qkv_bias:
-            found["qkv_bias"] = dqkv.sum(dim=0)
+            d_weights["qkv_bias"] = dqkv.sum(dim=0)
         if wants_rows or any(wants[:2]):
-            dx, dcls, found["norm_weight"], found["norm_bias"] = _norm_backward(
+            dx, dcls, d_weights["norm_weight"], d_weights["norm_bias"] = _norm_backward(
                 (dqkv @ w.qkv_weight).view(x.shape), dy, inputs, saved, eps, wanted
             )
-    return gradients(dx, dcls, MsaWeights._make(map(found.get, MsaWeights._fields)))
+    return gradients(dx, dcls, MsaWeights._make(map(d_weights.get, MsaWeights._fields)))
 
 
 def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int) -> Tensor:
-    """The gradient of q, k and v [B N, 3 C] from that of attention's output [B N, C]."""
+    """Return the gradient of qkv [B N, 3 C] from that of attention's output [B N, C]."""
     qkv, heads = saved.qkv, saved.heads
     dheads = dheads.view(*qkv.shape[:2], num_heads, -1).transpose(1, 2)
     gradients = _attention_backward(
@@ -144,23 +144,21 @@ def _norm_backward(
     eps: float,
     wanted: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dcls, gradients of LayerNorm's weight and bias), residual included; cls is row 0."""
+    """Return (dx, dcls, gradients of LayerNorm's weight and bias), residual included."""
     x, w, _, _, cls = inputs
     wants_x, wants_cls, wants_affine = wanted.x, wanted.cls, wanted.weights[:2]
     affine, dcls = (w.norm_weight, w.norm_bias), None
-    mean_of_x, rstd_of_x = saved.mean, saved.rstd
+    x_mean, x_rstd = saved.mean, saved.rstd
     if cls is not None:
-        # Row 0 belongs to cls: with its gradient taken out, x's own row 0 contributes nothing.
+        # Row 0 belongs to cls: with dnormed zeroed there, x's own row 0 contributes nothing.
         _, mean, rstd = norm.forward(cls, *affine, eps)
         dcls, *d_affine_cls = norm.backward(
             dnormed[:, 0], cls, *affine, mean, rstd, (wants_cls, *wants_affine)
         )
         dnormed[:, 0] = 0
-        if not x[:, 0].isfinite().all():  # nor does a NaN there, times 0
-            x, mean_of_x, rstd_of_x = map(_without_row_0, (x, mean_of_x, rstd_of_x))
-    dx, *d_affine = norm.backward(
-        dnormed, x, *affine, mean_of_x, rstd_of_x, (wants_x, *wants_affine)
-    )
+        if not x[:, 0].isfinite().all():  # 0 * NaN would
+            x, x_mean, x_rstd = map(_without_row_0, (x, x_mean, x_rstd))
+    dx, *d_affine = norm.backward(dnormed, x, *affine, x_mean, x_rstd, (wants_x, *wants_affine))
     if wants_x:
         dx.add_(dy)
     if cls is not None:
@@ -168,9 +166,9 @@ def _norm_backward(
             dx[:, 0] = 0
         if dcls is not None:
             dcls += dy[:, 0]
-        for total, of_cls in zip(d_affine, d_affine_cls, strict=True):
+        for total, share in zip(d_affine, d_affine_cls, strict=True):
             if total is not None:
-                total += of_cls
+                total += share
     return dx, dcls, d_affine[0], d_affine[1]
 
 
@@ -179,11 +177,11 @@ def _without_row_0(t: Tensor) -> Tensor:
 
 
 def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, N, 3 C] -> q, k, v [B, h, N, d], views."""
+    """Split [B, N, 3 C] into views q, k, v [B, h, N, d]."""
     q, k, v = qkv.view(*qkv.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 
 def _joined(heads: Tensor) -> Tensor:
-    """[B, h, N, d] -> [B, N, C], a view of how the attention kernel stores its output."""
+    """View heads [B, h, N, d] as [B, N, C], the layout in which attention stores them."""
     return heads.transpose(1, 2).flatten(2)

@@ -1,4 +1,4 @@
-"""layernorm_msa as torch sees it."""
+"""layernorm_msa as a torch operator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crossvit_kernels.ops.layernorm_msa import cpu, reference, triton
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
 from crossvit_kernels.ops.operator import Operation
 
-#: What forward may be told to keep for backward.
+#: Choices of what forward keeps for backward.
 KEEP = ("fast", "lean")
 
 
@@ -27,12 +27,12 @@ def _empty_outputs(inputs: MsaInputs) -> tuple[Tensor]:
 
 
 def _flops_forward(shapes: Any) -> int:
-    projection, attention = _flops_of_parts(shapes)
+    projection, attention = _flops_of_steps(shapes)
     return 4 * projection + attention
 
 
 def _flops_backward(shapes: Any, wanted: Any) -> int:
-    projection, attention = _flops_of_parts(shapes)
+    projection, attention = _flops_of_steps(shapes)
     w = wanted.weights
     before_qkv = wanted.x or wanted.cls or w.norm_weight or w.norm_bias
     through_attention = before_qkv or w.qkv_weight or w.qkv_bias
@@ -40,8 +40,8 @@ def _flops_backward(shapes: Any, wanted: Any) -> int:
     return projections * projection + through_attention * 5 * attention // 2
 
 
-def _flops_of_parts(shapes: Any) -> tuple[int, int]:
-    """A projection, C^2 a token; scores and their sums, 2 N C a token."""
+def _flops_of_steps(shapes: Any) -> tuple[int, int]:
+    """One projection, C^2 per token; scores and weighted sums, 2 N C per token."""
     batch, num_tokens, channels = shapes.x
     projection = 2 * batch * num_tokens * channels * channels
     return projection, 4 * batch * num_tokens * num_tokens * channels

@@ -14,14 +14,14 @@ class MsaWeights(NamedTuple):
 
     norm_weight: Tensor  # [C]
     norm_bias: Tensor
-    qkv_weight: Tensor  # [3 C, C]: q, k, v one after another, each head after head
+    qkv_weight: Tensor  # [3 C, C]: q, k, v concatenated, each by heads
     qkv_bias: Tensor | None
     out_weight: Tensor  # [C, C]
     out_bias: Tensor
 
 
 class MsaInputs(NamedTuple):
-    """The arguments of ``layernorm_msa`` but for eps."""
+    """The arguments of ``layernorm_msa`` except eps."""
 
     x: Tensor  # [B, N, C]
     weights: MsaWeights
@@ -31,7 +31,7 @@ class MsaInputs(NamedTuple):
 
 
 def gradients(dx: Tensor | None, dcls: Tensor | None, d_weights: MsaWeights) -> MsaInputs:
-    """As backends return them; None in place of those that are not wanted."""
+    """Return gradients in the structure of the inputs; None for those not wanted."""
     return MsaInputs(cast(Tensor, dx), d_weights, 0, None, dcls)
 
 
@@ -55,7 +55,7 @@ def layernorm_msa(
     cls: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """X [B, N, C] -> y [B, N, C]; cls [B, C], if given, stands in for row 0 of x."""
+    """Return y [B, N, C] for x [B, N, C]; cls [B, C], if given, replaces row 0 of x."""
     w = weights
     if cls is not None:
         x = torch.cat([cls.unsqueeze(1).to(x.dtype), x[:, 1:]], dim=1)

@@ -1,6 +1,6 @@
-"""layernorm_msa on Triton: LayerNorm and projection; attention with or without what follows it.
+"""layernorm_msa on Triton: LayerNorm and projection; attention with or without its projection.
 
-Weight gradients are products over all tokens, which torch's libraries form.
+Weight gradients are products over all tokens, computed by torch's libraries.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
 def backward(
     douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
 ) -> MsaInputs:
-    """Forms the gradients; products that are not wanted are None."""
+    """Compute the gradients; products that are not wanted are None."""
     (dy,), (x, w, num_heads, residual_scale, cls), wants = douts, inputs, wanted.weights
     dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), launcher.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
@@ -88,24 +88,24 @@ def backward(
         heads = _attention(qkv, None, num_heads)
     dupdate = norm.scale_update(dy, scale, w.out_weight.dtype).view(-1, channels)
     dqkv, sums = _attention_backward(qkv, heads, dupdate @ w.out_weight, lse, num_heads)
-    found = layers.linear_norm_backward(dqkv, w.qkv_weight, dy, scale, tokens, affine, (mean, rstd))
+    grads = layers.linear_norm_backward(dqkv, w.qkv_weight, dy, scale, tokens, affine, (mean, rstd))
     dqkv = dqkv.view(-1, 3 * channels)
     return gradients(
-        found.dx,
-        found.dcls,
+        grads.dx,
+        grads.dcls,
         MsaWeights(
-            norm_weight=found.d_norm_weight,
-            norm_bias=found.d_norm_bias,
-            qkv_weight=layers.weight_gradient(dqkv, found.normed, wants.qkv_weight),
+            norm_weight=grads.d_norm_weight,
+            norm_bias=grads.d_norm_bias,
+            qkv_weight=layers.weight_gradient(dqkv, grads.normed, wants.qkv_weight),
             qkv_bias=None if w.qkv_bias is None else sums.to(w.qkv_bias.dtype),
             out_weight=layers.weight_gradient(dupdate, heads, wants.out_weight),
-            out_bias=found.sum_dy,
+            out_bias=grads.sum_dy,
         ),
     )
 
 
 def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
-    """Heads side by side [B, N, C] of qkv [B, N, 3 C]; lse [B, h, N] is written if given."""
+    """Return the concatenated heads [B, N, C] of qkv [B, N, 3 C]; writes lse [B, h, N] if given."""
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
 
     batch, num_tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
@@ -113,7 +113,7 @@ def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
     if by_library and (qkv.is_cpu or qkv.element_size() == 2):
         return _flash_attention(qkv, lse, num_heads)
     heads = qkv.new_empty(batch, num_tokens, channels)
-    found = candidates(
+    attention_configs = candidates(
         configs.ATTENTION, qkv, batch * num_tokens, channels, 0, width=channels // num_heads
     )
 
@@ -122,20 +122,22 @@ def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
         return Programs((batch * num_heads * tiles, 1, 1), sizes=(tiles,))
 
     tensors = qkv, heads, lse
-    launcher.start(kernels.attention, programs, tensors, (num_tokens,), found, (num_heads,))
+    launcher.start(
+        kernels.attention, programs, tensors, (num_tokens,), attention_configs, (num_heads,)
+    )
     return heads
 
 
 def _flash_attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
-    """The same by torch, which has it for 16 bits."""
+    """_attention by torch, which supports it on GPUs in 16 bits."""
     q, k, v = qkv.view(*qkv.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     aten = torch.ops.aten
     if qkv.is_cuda:
-        heads, found, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
+        heads, computed_lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
     else:
-        heads, found = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        heads, computed_lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     if lse is not None:
-        lse.copy_(found)
+        lse.copy_(computed_lse)
     return heads.transpose(1, 2).reshape(*qkv.shape[:2], -1)
 
 
@@ -148,7 +150,7 @@ def _attention_projection(
     residual_scale: Tensor | None,
     num_heads: int,
 ) -> Tensor:
-    """The block's result from qkv; heads and lse are written if given."""
+    """Return the block's result for qkv; writes heads and lse if given."""
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
 
     x, cls = tokens
@@ -173,12 +175,12 @@ def _attention_projection(
 def _attention_backward(
     qkv: Tensor, heads: Tensor, dheads: Tensor, lse: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of qkv [B, N, 3 C] from that of heads [B, N, C], and its sum over tokens."""
+    """Return the gradient of qkv [B, N, 3 C] from that of heads, and its sum over tokens."""
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
 
     batch, num_tokens, channels = heads.shape
     dqkv = torch.empty_like(qkv)
-    found = candidates(
+    attention_configs = candidates(
         configs.ATTENTION_BACKWARD,
         qkv,
         batch * num_tokens,
@@ -194,6 +196,11 @@ def _attention_backward(
 
     tensors = qkv, heads, dheads, lse, dqkv
     (shares,) = launcher.start(
-        kernels.attention_backward, programs, tensors, (num_tokens,), found, (num_heads,)
+        kernels.attention_backward,
+        programs,
+        tensors,
+        (num_tokens,),
+        attention_configs,
+        (num_heads,),
     )
     return dqkv, shares.sum(dim=0)

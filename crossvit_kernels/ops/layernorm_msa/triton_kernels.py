@@ -1,6 +1,6 @@
-"""Self-attention in Triton, from q, k and v as their projection leaves them: [B, N, 3 C].
+"""Self-attention in Triton, from q, k and v as their projection stores them: [B, N, 3 C].
 
-Scores are in base 2 and in float32. No N x N matrix and no transposed head goes to memory.
+Scores are in base 2 and in float32. No N x N matrix and no transposed head is written to memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attend(
     D: tl.constexpr,
     A: tl.constexpr,
 ):
-    """Rows of one head of one image's attention [ROWS, D], and their log-sum-exp."""
+    """Attention of ROWS queries in one head of one image [ROWS, D], and their log-sum-exp."""
     ROWS: tl.constexpr = A.rows
     KEYS: tl.constexpr = A.columns
     PRECISION: tl.constexpr = A.precision
@@ -45,8 +45,8 @@ def attend(
     for n in range(0, num_tokens, KEYS):
         key = n + tl.arange(0, KEYS)
         exists = key < num_tokens
-        at = key.to(tl.int64) * (3 * C)
-        k = load_tile(q_ptr + C, at, exists, 0, D, D)
+        offsets = key.to(tl.int64) * (3 * C)
+        k = load_tile(q_ptr + C, offsets, exists, 0, D, D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (LOG2E * D**-0.5)
         s = tl.where(exists[None, :], s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, axis=1))
@@ -54,7 +54,7 @@ def attend(
         p = tl.exp2(s - new_peak[:, None])
         total = total * decay + tl.sum(p, axis=1)
         peak = new_peak
-        v = load_tile(q_ptr + 2 * C, at, exists, 0, D, D)
+        v = load_tile(q_ptr + 2 * C, offsets, exists, 0, D, D)
         acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return acc / total[:, None], (peak + tl.log2(total)) / LOG2E
 
@@ -69,7 +69,7 @@ def attention(
     A: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Heads side by side [B, N, C], lse [B, h, N]. Grid: images x heads x tiles of queries."""
+    """Concatenated heads [B, N, C], lse [B, h, N]. Grid: images x heads x tiles of queries."""
     C: tl.constexpr = A.channels
     D: tl.constexpr = A.channels // HEADS
     ROWS: tl.constexpr = A.rows
@@ -134,11 +134,11 @@ def attention_projection(
             w = load_tile(weight_ptr + head * D, c * C, c < C, 0, D, D)
             y = tl.dot(o, tl.trans(w), ys[0], input_precision=PRECISION)
             ys = ys[1:] + (y,)
-    at = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
-    cls_at = (image + token * 0) * aligned(cls_stride, ALIGN)
+    offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+    cls_offsets = (image + token * 0) * aligned(cls_stride, ALIGN)
     scale = load_residual_scale(scale_ptr, image + token * 0, used)[:, None]
     for i in tl.static_range(NUM):
-        x = load_tokens(x_ptr, at, cls_ptr, cls_at, token, used, i * CHUNK, C, CHUNK)
+        x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
         y = x.to(tl.float32) + (ys[i] + load_vector(bias_ptr, i * CHUNK, C, CHUNK)[None, :]) * scale
         store_tile(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
 
@@ -151,7 +151,7 @@ def rows_at(
     used,
     D: tl.constexpr,
 ):
-    """Rows of one head."""
+    """Loads rows of one head."""
     return load_tile(ptr, row.to(tl.int64) * stride, used, 0, D, D)
 
 
@@ -169,7 +169,7 @@ def keys_backward(
     D: tl.constexpr,
     A: tl.constexpr,
 ):
-    """dk and dv of ROWS keys, summed over all queries; and their sums over these keys."""
+    """Computes dk and dv of ROWS keys, summed over all queries, and their sums over these keys."""
     C: tl.constexpr = A.channels
     ROWS: tl.constexpr = A.rows
     STEP: tl.constexpr = A.columns
@@ -193,11 +193,11 @@ def keys_backward(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
-    at = tile_rows.to(tl.int64) * (3 * C)
+    offsets = tile_rows.to(tl.int64) * (3 * C)
     dk = dk * D**-0.5
-    store_tile(dq_ptr + C, at, used, dk, 0, D, D)
-    store_tile(dq_ptr + 2 * C, at, used, dv, 0, D, D)
-    # Keys that do not exist have the gradients of a k and a v of zeros.
+    store_tile(dq_ptr + C, offsets, used, dk, 0, D, D)
+    store_tile(dq_ptr + 2 * C, offsets, used, dv, 0, D, D)
+    # Padding keys have gradients too: those of k = v = 0.
     c = tl.arange(0, D)
     tl.store(share_ptr + C + c, tl.sum(tl.where(used[:, None], dk, 0.0), axis=0))
     tl.store(share_ptr + 2 * C + c, tl.sum(tl.where(used[:, None], dv, 0.0), axis=0))
@@ -217,7 +217,7 @@ def queries_backward(
     D: tl.constexpr,
     A: tl.constexpr,
 ):
-    """dq of ROWS queries, summed over all keys; and its sum over these queries."""
+    """Computes dq of ROWS queries, summed over all keys, and its sum over these queries."""
     C: tl.constexpr = A.channels
     ROWS: tl.constexpr = A.rows
     STEP: tl.constexpr = A.columns
@@ -259,8 +259,8 @@ def attention_backward(
 ):
     """dq, dk and dv [B, N, 3 C], and each tile's sum of them. Grid: images x heads x tiles.
 
-    A program has a tile's rows first as keys, then as queries: no two add to the same sum, so that
-    there are no atomics and a result is the same from run to run.
+    A program processes a tile's rows first as keys, then as queries: no two add to the same sum, so
+    there are no atomics and results are reproducible.
     """
     C: tl.constexpr = A.channels
     D: tl.constexpr = A.channels // HEADS
