@@ -96,8 +96,9 @@ def sm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_what_attention_core_declines_does_not_fit(dtype: torch.dtype, sm: int) -> None:
     functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[dtype]
     for channels in WIDTHS:
-        blocks = functions.attention_core_blocks(code, 8, channels)
-        fits = all(b <= machine_code.SHARED_BYTES_OF_PROGRAM[sm] for _, b in blocks)
+        most = machine_code.SHARED_BYTES_OF_PROGRAM[sm]
+        blocks = functions.attention_core_blocks(code, 8, channels, most)
+        fits = all(b <= most for _, b in blocks)
         x = torch.empty(1, 1, channels, dtype=dtype)
         reason = core.why_not(CoreInputs(x, x, None, None))
         assert (reason is None) == fits, (channels, reason, blocks)

@@ -85,7 +85,8 @@ class Table(Generic[Config]):
 
     def preferred(self, sm: int, width: int, element_size: int) -> Config:
         """Return the configuration to use if nothing was measured."""
-        overrides = self.on_sm.get((sm, element_size), {})
+        family = sm // 10 * 10  # sm_86 has sm_80's exceptions, sm_103 those of sm_100
+        overrides = self.on_sm.get((sm, element_size)) or self.on_sm.get((family, element_size), {})
         for widest, config in self._rows[element_size]:
             if width <= widest:
                 return overrides.get(widest, config)

@@ -131,7 +131,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         return text.split(",")
 
     add = parser.add_argument
-    add("--arch", type=numbers, default=list(ARCHITECTURES), help="80,90,100 by default")
+    add(
+        "--arch",
+        type=numbers,
+        default=list(ARCHITECTURES),
+        help="80,90,100 by default; also 86,89,103,120",
+    )
     add(
         "--dtype", type=dtypes, default=["bf16"], help="of bf16,fp16,fp32,autocast; bf16 by default"
     )
@@ -150,9 +155,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--processes", type=int, default=os.cpu_count(), help="one for each core by default")
     options = parser.parse_args(arguments)
-    unknown = set(options.arch) - set(machine_code.SHARED_BYTES)
+    unknown = set(options.arch) - set(machine_code.LIMITS)
     if unknown:
-        parser.error(f"--arch: {sorted(unknown)}: expected some of {ARCHITECTURES}")
+        parser.error(f"--arch: {sorted(unknown)}: expected some of {sorted(machine_code.LIMITS)}")
     return options
 
 

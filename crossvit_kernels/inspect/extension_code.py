@@ -48,10 +48,10 @@ class Kernel:
         assert extension.cuda_kernels is not None
         functions = extension.cuda_kernels.functions
         code = extension.DTYPE_CODES[_TORCH_DTYPES[self.dtype]]
+        limit = machine_code.SHARED_BYTES_OF_PROGRAM[arch]
         if self.name.startswith("attention_core"):
-            blocks = functions.attention_core_blocks(code, self.rows, channels)
+            blocks = functions.attention_core_blocks(code, self.rows, channels, limit)
         else:
-            limit = machine_code.SHARED_BYTES_OF_PROGRAM[arch]
             blocks = functions.cross_attention_blocks(code, channels, channels, self.rows, limit)
         threads, shared_bytes = blocks[self.name.endswith("backward")]
         return threads, shared_bytes

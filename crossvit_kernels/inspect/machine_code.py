@@ -10,13 +10,29 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-#: Limits of an SM: registers, programs, threads, bytes of shared memory in total and per program
-#: (CUDA C++ Programming Guide, compute capabilities).
-REGISTERS, MAX_PROGRAMS = 65536, 32
-MAX_THREADS = 2048
-SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-SHARED_BYTES_OF_PROGRAM = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+class Limits(NamedTuple):
+    """Limits of a streaming multiprocessor (CUDA C++ Programming Guide, compute capabilities)."""
+
+    shared_kib: int  # a program may have 1 KiB less
+    threads: int
+    programs: int
+
+
+LIMITS = {
+    80: Limits(164, 2048, 32),
+    86: Limits(100, 1536, 16),
+    89: Limits(100, 1536, 24),
+    90: Limits(228, 2048, 32),
+    100: Limits(228, 2048, 32),
+    103: Limits(228, 2048, 32),
+    120: Limits(100, 1536, 24),
+}
+#: For one program, in bytes.
+SHARED_BYTES_OF_PROGRAM = {sm: (limits.shared_kib - 1) * 1024 for sm, limits in LIMITS.items()}
+REGISTERS = 65536
 _RESERVED_SHARED_BYTES = 1024  # per program
 _REGISTER_UNIT = 256  # allocation granularity of a warp's registers
 
@@ -104,10 +120,11 @@ def occupancy(registers: int, shared_bytes: int, num_warps: int, arch: int) -> f
     """Return the resident threads of an SM, as a fraction of its maximum."""
     warp_registers = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
     by_registers = REGISTERS // (warp_registers * num_warps)
-    by_shared = SHARED_BYTES[arch] // (shared_bytes + _RESERVED_SHARED_BYTES)
-    by_threads = MAX_THREADS // (32 * num_warps)
-    programs = min(by_registers, by_shared, by_threads, MAX_PROGRAMS)
-    return programs * 32 * num_warps / MAX_THREADS
+    limits = LIMITS[arch]
+    by_shared = limits.shared_kib * 1024 // (shared_bytes + _RESERVED_SHARED_BYTES)
+    by_threads = limits.threads // (32 * num_warps)
+    programs = min(by_registers, by_shared, by_threads, limits.programs)
+    return programs * 32 * num_warps / limits.threads
 
 
 def usage(binary: str | Path, target: str | None = None) -> dict[str, tuple[int, int]]:

@@ -62,9 +62,10 @@ void define_cuda(py::module_& m) {
   });
 
   // Launch shapes of forward and backward, for reports that launch nothing.
-  m.def("attention_core_blocks", [](int dtype, int rows, int channels) {
-    return std::tuple(to_tuple(core::cuda::forward_block(DType(dtype), rows, channels)),
-                      to_tuple(core::cuda::backward_block(DType(dtype), rows, channels)));
+  m.def("attention_core_blocks", [](int dtype, int rows, int channels, int max_bytes) {
+    return std::tuple(
+        to_tuple(core::cuda::forward_block(DType(dtype), rows, channels, max_bytes)),
+        to_tuple(core::cuda::backward_block(DType(dtype), rows, channels, max_bytes)));
   });
   m.def("cross_attention_blocks", [](int dtype, int cls_channels, int channels, int heads,
                                      int max_bytes) {

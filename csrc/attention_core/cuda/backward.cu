@@ -126,8 +126,8 @@ int64_t backward_workspace(const Problem& problem, int blocks) {
   return split_floats + tile_floats(problem, blocks, rows);
 }
 
-BlockSize backward_block(DType dtype, int64_t rows, int64_t channels) {
-  return block_of<BackwardPass, true>(dtype, rows, channels);
+BlockSize backward_block(DType dtype, int64_t rows, int64_t channels, int max_bytes) {
+  return block_of<BackwardPass, true>(dtype, rows, channels, max_bytes);
 }
 
 void backward(const BackwardParams& params, int blocks, float* workspace, const Place& place) {

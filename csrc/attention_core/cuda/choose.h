@@ -82,8 +82,8 @@ void with_element(DType dtype, Run&& run) {
 }
 
 // Rows per pass: 16, or 8 if those are enough or 16 do not fit.
-inline int64_t rows_of_pass(int64_t num_rows, int bytes_of_16, int device) {
-  return num_rows <= 8 || bytes_of_16 > shared_bytes_of_block(device) ? 8 : 16;
+inline int64_t rows_of_pass(int64_t num_rows, int bytes_of_16, int max_bytes) {
+  return num_rows <= 8 || bytes_of_16 > max_bytes ? 8 : 16;
 }
 
 template <class P>
@@ -101,14 +101,16 @@ inline void check(cudaError_t error, const std::string& kernel) {
                            cudaGetErrorString(error));
 }
 
-// Launch shape of the kernel with this pass, for up to `rows` rows per pass.
+// Launch shape of the kernel with this pass, for up to `rows` rows per pass: the plan's warp
+// groups, or as many as fit into `max_bytes` of shared memory, at least one.
 template <template <class> class Pass, bool kBackward>
-BlockSize block_of(DType dtype, int64_t rows, int64_t channels) {
+BlockSize block_of(DType dtype, int64_t rows, int64_t channels, int max_bytes) {
   BlockSize block = {};
   with_element(dtype, [&](auto element) {
     with_plan<decltype(element), kBackward>(rows, channels, [&](auto plan, int warp_groups) {
       using P = decltype(plan);
       const int width = static_cast<int>(channels);
+      while (warp_groups > 1 && Pass<P>::bytes(width, warp_groups) > max_bytes) --warp_groups;
       block = {P::threads(width, warp_groups), Pass<P>::bytes(width, warp_groups)};
     });
   });
@@ -121,9 +123,10 @@ void start(const char* name, const Problem& problem, DType dtype, int blocks, co
            Run run) {
   const DeviceGuard guard(place.device);
   check(guard.status, name);
-  const int bytes = block_of<Pass, kBackward>(dtype, 16, problem.channels).shared_bytes;
-  const int64_t rows = rows_of_pass(problem.num_rows, bytes, place.device);
-  const BlockSize block = block_of<Pass, kBackward>(dtype, rows, problem.channels);
+  const int max_bytes = shared_bytes_of_block(place.device);
+  const int bytes = block_of<Pass, kBackward>(dtype, 16, problem.channels, max_bytes).shared_bytes;
+  const int64_t rows = rows_of_pass(problem.num_rows, bytes, max_bytes);
+  const BlockSize block = block_of<Pass, kBackward>(dtype, rows, problem.channels, max_bytes);
   LaunchConfig config;
   config.cluster = blocks;
   config.block = dim3(static_cast<unsigned>(block.threads));

@@ -104,12 +104,12 @@ int64_t forward_workspace(const Problem& problem, int blocks) {
 }
 
 int shared_bytes(DType dtype, int64_t channels) {
-  return maximum(forward_block(dtype, 8, channels).shared_bytes,
-                 backward_block(dtype, 8, channels).shared_bytes);
+  return maximum(forward_block(dtype, 8, channels, 0).shared_bytes,
+                 backward_block(dtype, 8, channels, 0).shared_bytes);
 }
 
-BlockSize forward_block(DType dtype, int64_t rows, int64_t channels) {
-  return block_of<ForwardPass, false>(dtype, rows, channels);
+BlockSize forward_block(DType dtype, int64_t rows, int64_t channels, int max_bytes) {
+  return block_of<ForwardPass, false>(dtype, rows, channels, max_bytes);
 }
 
 void forward(const ForwardParams& params, int blocks, float* workspace, const Place& place) {

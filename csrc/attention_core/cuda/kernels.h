@@ -32,9 +32,10 @@ struct BlockSize {
   int shared_bytes;
 };
 
-// Launch shape of a token pass with up to `rows` queries, and of the kernels that merge splits.
-BlockSize forward_block(DType dtype, int64_t rows, int64_t channels);
-BlockSize backward_block(DType dtype, int64_t rows, int64_t channels);
+// Launch shape of a token pass with up to `rows` queries, whose blocks may have up to `max_bytes`
+// of shared memory, and of the kernels that merge splits.
+BlockSize forward_block(DType dtype, int64_t rows, int64_t channels, int max_bytes);
+BlockSize backward_block(DType dtype, int64_t rows, int64_t channels, int max_bytes);
 constexpr int kMergeThreads = 128;
 
 // The minimum shared memory of a block, in bytes, for tokens of a width.

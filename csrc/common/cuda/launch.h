@@ -87,7 +87,7 @@ cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... argu
 
 #else
 
-inline int shared_bytes_of_block(int) { return testing::kMaxSharedBytes; }
+inline int shared_bytes_of_block(int) { return testing::max_shared_bytes(); }
 
 // Runs the kernel to completion. A fault throws std::runtime_error with the block and the cause.
 template <class... P, class... A>

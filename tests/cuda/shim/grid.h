@@ -38,7 +38,13 @@ inline cudaError_t cudaSetDevice(int device) {
 namespace crossvit::testing {
 
 constexpr std::size_t kStackBytes = 128 << 10;
-constexpr int kMaxThreads = 1024, kMaxSharedBytes = 227 << 10, kMaxClusterSize = 8;
+constexpr int kMaxThreads = 1024, kMaxClusterSize = 8;
+
+// Of a block: an sm_90's, or CROSSVIT_SHIM_SHARED_BYTES.
+inline int max_shared_bytes() {
+  const char* const bytes = std::getenv("CROSSVIT_SHIM_SHARED_BYTES");
+  return bytes ? std::atoi(bytes) : 227 << 10;
+}
 
 // ThreadSanitizer regards the accesses of one fiber as ordered, so successive clusters must run on
 // different fibers for a race between them to be seen. Fibers are expensive; an odd number of sets
@@ -144,7 +150,7 @@ inline cudaError_t check(const Shape& shape) {
       !within(grid, kMaxInX, kMaxInYZ, kMaxInYZ)) {
     return cudaErrorInvalidConfiguration;
   }
-  if (shared_bytes < 0 || shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  if (shared_bytes < 0 || shared_bytes > max_shared_bytes()) return cudaErrorInvalidValue;
   constexpr int kMaxBlocks = __CUDA_ARCH__ < 900 ? 1 : kMaxClusterSize;
   if (cluster_blocks < 1 || cluster_blocks > kMaxBlocks) return cudaErrorInvalidValue;
   if (grid.x % cluster_blocks) return cudaErrorInvalidConfiguration;
