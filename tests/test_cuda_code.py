@@ -81,7 +81,7 @@ def test_instructions_on_other_sms(arch: int) -> None:
 WIDTHS = (16, 96, 192, 208, 384, 400, 768, 784, 1024, 1152, 1408, 1536)
 
 
-@pytest.fixture(params=[80, 90, 100])
+@pytest.fixture(params=[80, 89, 90, 100])
 def sm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Treat CPU tensors as a GPU's, whose blocks may use all its shared memory."""
     functions = extension.cuda_kernels.functions
@@ -103,6 +103,16 @@ def test_what_attention_core_declines_does_not_fit(dtype: torch.dtype, sm: int) 
         reason = core.why_not(CoreInputs(x, x, None, None))
         assert (reason is None) == fits, (channels, reason, blocks)
         assert fits or "shared memory" in reason
+
+
+@needs_cuda_code
+def test_99_kb_are_enough_for_the_named_models() -> None:
+    """sm_86, 89 and 120: RTX 4090 and 5090, L4, A10."""
+    most = machine_code.SHARED_BYTES_OF_PROGRAM[89]
+    needed = extension.cuda_kernels.functions.attention_core_shared_bytes
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for channels in (96, 128, 192, 224, 256, 384, 448, 768):
+            assert needed[extension.DTYPE_CODES[dtype]][channels // 16 - 1] <= most, channels
 
 
 @needs_cuda_code

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_cases import make
+from core_cases import check_rule, make
 
 import crossvit_kernels as ck
+from crossvit_kernels import extension
 from crossvit_kernels.extension import Multiprocessors
 from crossvit_kernels.ops.attention_core import cuda
 
@@ -62,3 +63,15 @@ def test_how_many_blocks_share_an_image(
     batch: int, num_tokens: int, sms: Multiprocessors, blocks: int, cuda_device: str
 ) -> None:
     assert cuda.blocks_of_image(batch, num_tokens, sms) == blocks
+
+
+@pytest.mark.parametrize("channels, dtype", [(384, torch.bfloat16), (192, torch.float32)])
+def test_blocks_with_99_kb_of_shared_memory(
+    channels: int, dtype: torch.dtype, cuda_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cuda_device != "cpu":
+        pytest.skip("a device has the memory that it has")
+    monkeypatch.setenv("CROSSVIT_SHIM_SHARED_BYTES", str(99 * 1024))
+    monkeypatch.setattr(extension, "shared_bytes_of_block", lambda x: 99 * 1024)
+    inputs, mask = make(2, 70, 6, channels, dtype=dtype, extra=True)
+    check_rule(inputs, mask, dtype, 1e-6, "cuda", cuda_device)
