@@ -166,9 +166,11 @@ def cuda_self_check(device: int) -> str:
     return failure
 
 
-def core_problem(
-    x: Tensor, extra: Tensor | None, num_rows: int, norm_eps: float | None
-) -> tuple[int, int, int, int, bool, float]:
+#: Images, tokens with the extra one, rows of u, channels, whether tokens are LayerNorm-ed, eps.
+Problem = tuple[int, int, int, int, bool, float]
+
+
+def core_problem(x: Tensor, extra: Tensor | None, num_rows: int, norm_eps: float | None) -> Problem:
     """Return the sizes of an attention_core over tokens x and, if given, an extra one per image."""
     batch, num_tokens, channels = x.shape
     num_tokens += extra is not None

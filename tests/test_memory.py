@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import crossvit_kernels as ck
-from crossvit_kernels import FusionInputs, FusionWeights
+from crossvit_kernels import FusionInputs, FusionWeights, extension
+from crossvit_kernels.ops.attention_core import cuda as core_on_cuda
 from crossvit_kernels.ops.cross_attention import cpu
+from crossvit_kernels.ops.cross_attention import cuda as fusion_on_cuda
 from crossvit_kernels.ops.operator import OPERATIONS
 
 
@@ -100,3 +102,21 @@ def saved_elements(backend: str, num_tokens: int) -> int:
 def test_what_is_kept_does_not_grow_with_the_tokens(backend: str) -> None:
     few, many = saved_elements(backend, 50), saved_elements(backend, 700)
     assert few == many <= BATCH * (2 * HEADS * C + HEADS + 6 * C + C_CLS)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+@pytest.mark.parametrize("num_tokens", [400, 10_000, 1_000_000])
+def test_partials_of_shared_images_are_bounded(batch, num_tokens, cuda_device: str) -> None:
+    """On CUDA, blocks of a cluster that share an image exchange partials through memory."""
+    functions, sms = extension.cuda_kernels.functions, extension.Multiprocessors(132, True)
+    problem = batch, num_tokens, 384, 192, 6, 1e-6
+    shape = fusion_on_cuda.cluster_shape(problem, sms)
+    partials = functions.cross_attention_states(problem, (shape.images, shape.blocks))
+    assert 4 * partials <= core_on_cuda.MOST_SHARED_PARTIALS
+    problem = batch, num_tokens, 6, 384, True, 1e-6
+    for backward in (False, True):
+        blocks = core_on_cuda.blocks_of_image(problem, sms, backward)
+        alone, shared = (
+            functions.attention_core_workspaces(problem, b)[backward] for b in (1, blocks)
+        )
+        assert 4 * (shared - alone) <= core_on_cuda.MOST_SHARED_PARTIALS

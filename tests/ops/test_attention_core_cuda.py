@@ -32,7 +32,7 @@ def test_bits_do_not_tell_how_many_blocks_share_an_image(
     mask = mask.to(cuda_device)
 
     def results(blocks: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(cuda, "blocks_of_image", lambda *sizes: blocks)
+        monkeypatch.setattr(cuda, "blocks_of_image", lambda *_, **__: blocks)
         u, x, extra = leaves
         m, lse = ck.attention_core(u, x, 1e-6, mask, extra, backend="cuda")
         loss = m.square().sum() + lse.sum()
@@ -62,7 +62,8 @@ A100, H200 = Multiprocessors(108, False), Multiprocessors(132, True)
 def test_how_many_blocks_share_an_image(
     batch: int, num_tokens: int, sms: Multiprocessors, blocks: int, cuda_device: str
 ) -> None:
-    assert cuda.blocks_of_image(batch, num_tokens, sms) == blocks
+    problem = batch, num_tokens, 6, 192, True, 1e-6
+    assert cuda.blocks_of_image(problem, sms) == cuda.blocks_of_image(problem, sms, True) == blocks
 
 
 @pytest.mark.parametrize("channels, dtype", [(384, torch.bfloat16), (192, torch.float32)])

@@ -266,11 +266,16 @@ def test_operators_are_what_they_say(cuda_device: str) -> None:
     check_operators(OPERATIONS["cross_attention_fusion"], inputs, 1e-6, "cuda")
 
 
-def test_clusters_share_the_weights_where_images_fill_the_chip() -> None:
+def test_clusters_share_the_weights_where_images_fill_the_sms(cuda_device: str) -> None:
     h200, b200, a100 = (Multiprocessors(*of) for of in ((132, True), (148, True), (108, False)))
-    assert cuda.cluster_shape(1, h200) == ClusterShape(1, 8)
-    assert cuda.cluster_shape(64, h200) == ClusterShape(4, 8)
-    assert cuda.cluster_shape(256, h200) == ClusterShape(16, 8)
-    assert cuda.cluster_shape(100_000, b200) == ClusterShape(16, 8)
-    assert cuda.cluster_shape(64, a100) == ClusterShape(1, 1)
-    assert cuda.cluster_shape(1024, a100) == ClusterShape(16, 1)
+
+    def shape(batch: int, sms: Multiprocessors, num_tokens: int = 196) -> ClusterShape:
+        return cuda.cluster_shape((batch, num_tokens, 384, 192, 6, 1e-6), sms)
+
+    assert shape(1, h200) == ClusterShape(1, 8)
+    assert shape(64, h200) == ClusterShape(4, 8)
+    assert shape(256, h200) == ClusterShape(16, 8)
+    assert shape(100_000, b200) == ClusterShape(16, 8)
+    assert shape(64, a100) == ClusterShape(1, 1)
+    assert shape(1024, a100) == ClusterShape(16, 1)
+    assert shape(1, h200, 100_000) == ClusterShape(8, 8)  # partials would need too much memory

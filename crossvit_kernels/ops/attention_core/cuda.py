@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import extension
-from crossvit_kernels.extension import Multiprocessors
+from crossvit_kernels.extension import Multiprocessors, Problem
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 
@@ -44,18 +44,26 @@ def why_not_shared_bytes(needed: int, x: Tensor) -> str | None:
     return f"it needs {needed} bytes of shared memory, of which a block there has {available}"
 
 
-def blocks_of_image(batch: int, num_tokens: int, sms: Multiprocessors) -> int:
-    """Return how many blocks of a cluster share an image's tokens: as many as leave no
-    multiprocessor idle, predicted, not measured. The bits of a result do not depend on it.
+#: Bytes of workspace in which blocks that share an image may store partials: 8 rows times C floats
+#: per 16 tokens. Where that is not enough, no blocks share an image.
+MOST_SHARED_PARTIALS = 16 << 20
+
+
+def blocks_of_image(problem: Problem, sms: Multiprocessors, backward: bool = False) -> int:
+    """Return how many blocks of a cluster share an image's tokens: as many as run at once;
+    predicted, not measured. Results are bitwise independent of it.
     """
     if not sms.have_clusters:
         return 1
     assert extension.cuda_kernels is not None
-    splits = -(-num_tokens // extension.cuda_kernels.functions.attention_core_split_tokens)
+    functions = extension.cuda_kernels.functions
+    batch, num_tokens = problem[:2]
+    splits = -(-num_tokens // functions.attention_core_split_tokens)
     blocks = 1
     while blocks < 8 and 32 * blocks <= num_tokens and 2 * blocks * splits * batch <= sms.number:
         blocks *= 2
-    return blocks
+    alone, shared = (functions.attention_core_workspaces(problem, b)[backward] for b in (1, blocks))
+    return blocks if 4 * (shared - alone) <= MOST_SHARED_PARTIALS else 1
 
 
 def forward_pass(
@@ -74,7 +82,7 @@ def forward_pass(
         u, x = extension.unit_stride(u), launcher.aligned_rows(x)
         extra_token = None if extra_token is None else launcher.aligned_rows(extra_token)
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
-        blocks = blocks_of_image(batch, x.shape[1], extension.multiprocessors(x.device))
+        blocks = blocks_of_image(problem, extension.multiprocessors(x.device))
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[0])
         args, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_forward(
@@ -116,7 +124,7 @@ def backward_pass(
         # Must stay alive until the kernel is launched.
         dlse = None if dlse is None else dlse.contiguous()
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
-        blocks = blocks_of_image(batch, x.shape[1], extension.multiprocessors(x.device))
+        blocks = blocks_of_image(problem, extension.multiprocessors(x.device), backward=True)
         workspace = m.new_empty(functions.attention_core_workspaces(problem, blocks)[1])
         args, float32 = extension.Arguments(x.device), torch.float32
         functions.attention_core_backward(

@@ -44,11 +44,19 @@ class ClusterShape:
     blocks: int
 
 
-def cluster_shape(batch: int, sms: Multiprocessors) -> ClusterShape:
-    """Give a cluster as many images as leave no multiprocessor idle: predicted, not measured."""
+#: Images, tokens, channels, those of the CLS, heads, eps.
+Problem = tuple[int, int, int, int, int, float]
+
+
+def cluster_shape(problem: Problem, sms: Multiprocessors) -> ClusterShape:
+    """Choose the fewest images per cluster with which all blocks run at once; not measured."""
+    assert extension.cuda_kernels is not None
+    floats = extension.cuda_kernels.functions.cross_attention_states
     blocks = 8 if sms.have_clusters else 1
     images = 1
-    while images < 16 and -(-batch // images) * blocks > sms.number:
+    while images < 16 and -(-problem[0] // images) * blocks > sms.number:
+        images *= 2
+    while images < blocks and 4 * floats(problem, (images, blocks)) > core.MOST_SHARED_PARTIALS:
         images *= 2
     return ClusterShape(images, blocks)
 
@@ -93,8 +101,8 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
         x, scale = _aligned(tokens, residual_scale)
         _alive, weight_args = _weights(w, tokens)
         cls = _readable(cls, x).contiguous()
-        shape = cluster_shape(batch, extension.multiprocessors(x.device))
         problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
+        shape = cluster_shape(problem, extension.multiprocessors(x.device))
         states = _states(problem, shape, saved.vectors)
         args, float32 = extension.Arguments(x.device), torch.float32
         extension.cuda_kernels.functions.cross_attention_forward(
@@ -125,8 +133,8 @@ def backward(
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
         _alive, weight_args = _weights(weights, tokens)
-        shape = cluster_shape(batch, extension.multiprocessors(x.device))
         problem = batch, num_tokens, channels, cls_dim, num_heads, eps
+        shape = cluster_shape(problem, extension.multiprocessors(x.device))
         states = _states(problem, shape, rows)
         scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)
         readable_cls, d_new_cls = (_readable(t, x).contiguous() for t in (cls, d_new_cls))
@@ -153,9 +161,7 @@ def backward(
     return layout.input_gradients(inputs, wanted, v, g, du, dcls, dx)
 
 
-def _states(
-    problem: tuple[int, int, int, int, int, float], shape: ClusterShape, floats: Tensor
-) -> Tensor | None:
+def _states(problem: Problem, shape: ClusterShape, floats: Tensor) -> Tensor | None:
     """Allocate what blocks that share an image exchange, on the device of `floats`."""
     if shape.images >= shape.blocks:
         return None

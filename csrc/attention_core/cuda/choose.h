@@ -24,8 +24,8 @@ __device__ inline Range range_of_split(const Problem& problem, int split) {
           cluster_rank(), cluster_size()};
 }
 
-// Rounds up to whole passes, of 8 rows or of 16.
-inline int64_t padded_rows(int64_t rows) { return round_up(rows, 16); }
+// Rounds up to whole passes: one of 8 rows, or several, of 8 rows or of 16.
+inline int64_t padded_rows(int64_t rows) { return rows <= 8 ? 8 : round_up(rows, 16); }
 
 // The maximum number of tiles per split.
 __host__ __device__ inline int64_t tiles_of_split(const Problem& problem) {
