@@ -135,6 +135,22 @@ class Form(NamedTuple):
     constants: tuple[Any, ...]
 
 
+class Launch(NamedTuple):
+    """A launch as it was asked for, with the arguments of ``start``.
+
+    Attributes:
+        form: What it is compiled for.
+        grid: Programs, or the function of the configuration's constants that gives them.
+    """
+
+    form: Form
+    grid: Grid | Callable[..., Programs]
+    tensors: Tensors
+    weights: tuple[Any, ...]
+    sizes: tuple[int, ...]
+    eps: float | None
+
+
 def start(
     kernel: Any,
     grid: Grid | Callable[..., Programs],
@@ -161,7 +177,7 @@ def start(
         The tensors that the grid's function made.
     """
     if _record is not None:
-        return _recorded(kernel, grid, tensors, candidates, constants, weights)
+        return _recorded(kernel, grid, tensors, sizes, candidates, constants, weights, eps)
     index = tensors[0].get_device()  # type: ignore[union-attr]
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
@@ -339,17 +355,31 @@ def _usage(
         return None
 
 
-_record: Callable[[Form], None] | None = None
+_record: Callable[[Launch], None] | None = None
 
 
 @contextmanager
 def recording() -> Iterator[list[Form]]:
     """Note the form of every launch, and launch nothing: for tensors on the meta device."""
-    global _record
     forms: list[Form] = []
-    previous, _record = _record, forms.append
-    try:
+    with _recording_to(lambda launch: forms.append(launch.form)):
         yield forms
+
+
+@contextmanager
+def recording_launches() -> Iterator[list[Launch]]:
+    """Note every launch with its arguments, and launch nothing: as recording()."""
+    launches: list[Launch] = []
+    with _recording_to(launches.append):
+        yield launches
+
+
+@contextmanager
+def _recording_to(record: Callable[[Launch], None]) -> Iterator[None]:
+    global _record
+    previous, _record = _record, record
+    try:
+        yield
     finally:
         _record = previous
 
@@ -358,9 +388,11 @@ def _recorded(
     kernel: Any,
     grid: Grid | Callable[..., Programs],
     tensors: Tensors,
+    sizes: tuple[int, ...],
     candidates: Candidates,
     constants: tuple[Any, ...],
     weights: tuple[Any, ...],
+    eps: float | None,
 ) -> tuple[Tensor, ...]:
     made = _programs(grid, candidates[0]).tensors
 
@@ -369,7 +401,8 @@ def _recorded(
 
     assert _record is not None
     of_weights = tuple(type(group)(*dtypes(group)) for group in weights)
-    _record(Form(kernel, tuple(dtypes((*tensors, *made))), of_weights, candidates, constants))
+    form = Form(kernel, tuple(dtypes((*tensors, *made))), of_weights, candidates, constants)
+    _record(Launch(form, grid, tensors, weights, sizes, eps))
     return made
 
 

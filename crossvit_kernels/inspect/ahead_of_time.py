@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import launcher, tables
-from crossvit_kernels.gpu.launcher import Form, Usage, choose
+from crossvit_kernels.gpu.launcher import Choice, Form, Usage, choose
 from crossvit_kernels.gpu.tables import Candidate
 from crossvit_kernels.inspect import machine_code
 from crossvit_kernels.inspect.machine_code import Report
@@ -196,8 +196,8 @@ def _compiled(case: CompileCase, arch: int, candidate: Candidate) -> tuple[Any, 
     return compiled, Usage(registers, stack_bytes // 4, shared_bytes, fits)
 
 
-def inspect(case: CompileCase, arch: int) -> Report:
-    """The report on a kernel as a launch would run it, and on what was passed over for that."""
+def chosen(case: CompileCase, arch: int) -> tuple[Choice, Any, Usage]:
+    """The choice among a kernel's candidates, Triton's compiled kernel of it, and what it takes."""
     items, found = case.form.candidates, {}
 
     def usage_of(candidate: Candidate) -> Usage:
@@ -206,7 +206,14 @@ def inspect(case: CompileCase, arch: int) -> Report:
 
     choice = choose(items, usage_of)
     candidate = items[choice.index]
-    compiled, usage = found.get(id(candidate)) or _compiled(case, arch, candidate)
+    return choice, *(found.get(id(candidate)) or _compiled(case, arch, candidate))
+
+
+def inspect(case: CompileCase, arch: int) -> Report:
+    """The report on a kernel as a launch would run it, and on what was passed over for that."""
+    items = case.form.candidates
+    choice, compiled, usage = chosen(case, arch)
+    candidate = items[choice.index]
     ptx = compiled.asm["ptx"]
     num_warps = candidate.options["num_warps"]
     return Report(
