@@ -10,6 +10,9 @@ cache, where the first calls of a program find it.
 
 The CUDA kernels' code is read from the extension. One is for all tokens up to a width; its shared
 memory and occupancy are those of tokens of that width.
+
+With --model: how long Triton's kernels take at the sizes of models, by a cycle model of their
+machine code (docs/cycle_model.md). It is never a measurement.
 """
 
 from __future__ import annotations
@@ -61,6 +64,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = {*options.channels} if options.channels else {c for w in WIDTHS for c in w[:2]}
     widths = [w for w in WIDTHS if {*w[:2]} <= wanted]
     blocks = [b for b in BLOCKS if b[0] in wanted]
+    if options.model:
+        from crossvit_kernels.inspect.model import report  # emulates: not needed otherwise
+        from crossvit_kernels.inspect.model.gpus import GPUS
+
+        gpu, name = GPUS[options.gpu], options.kernel or ""
+        found_rows = (
+            row
+            for dtype in options.dtype
+            for row in report.rows(
+                gpu, dtype, widths, blocks, options.batch, name, options.processes
+            )
+        )
+        report.show(gpu, found_rows, options.json)
+        return 0
     forms, some = (
         FORMS.names if options.all else ("auto",),
         extremes if options.quick else list,
@@ -144,6 +161,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="also variants of blocks that are never the default",
     )
+    add("--model", action="store_true", help="modelled microseconds of launches instead")
+    add("--gpu", choices=("A100", "H100", "H200"), default="H200", help="of the model")
+    add("--batch", type=numbers, default=[1, 64, 256], help="of the model: 1,64,256 by default")
     add("--processes", type=int, default=os.cpu_count(), help="one for each core by default")
     options = parser.parse_args(arguments)
     unknown = set(options.arch) - set(machine_code.SHARED_BYTES)

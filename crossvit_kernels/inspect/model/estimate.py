@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
 
 from crossvit_kernels.inspect import machine_code
 from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES
-from crossvit_kernels.inspect.model.emulator import Emulator, Step
+from crossvit_kernels.inspect.model.emulator import SHARED, Emulator, Step
 from crossvit_kernels.inspect.model.gpus import Gpu
 from crossvit_kernels.inspect.model.launch import Launch
 from crossvit_kernels.inspect.model.multiprocessor import Memory, Multiprocessor, Run
@@ -32,7 +31,10 @@ class Estimate:
         stalls: Share of the warps' waiting, by what for.
         blocks_per_sm: Resident at a time.
         waves: Blocks of the busiest SM over those.
-        instructions: Of a thread block's warps, by class.
+        dram_megabytes: That must move.
+        instructions: Of all warps, by the pipe they take.
+        bank_conflicts: Share of the shared-memory pipe's passes that conflicts add.
+        conflicts_at: Where most of them are.
         unknown_branches: By source: their directions are a guess.
     """
 
@@ -46,6 +48,8 @@ class Estimate:
     waves: float
     dram_megabytes: float
     instructions: dict[str, int]
+    bank_conflicts: float
+    conflicts_at: str
     unknown_branches: dict[str, int]
 
     @property
@@ -79,6 +83,7 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     cycles = run.cycles + (busiest - simulated) * _cycles_of_another(run, resident)
     work = _work(launch, gpu, trace.warps, scale)
     floor_by, floor = max(work.items(), key=lambda item: item[1])
+    conflicts, conflicts_at = _conflicts(launch, trace.warps)
     waited = max(sum(run.stalls.values()), 1)
     return Estimate(
         microseconds=cycles / gpu.clock * 1e6,
@@ -90,7 +95,9 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
         blocks_per_sm=resident,
         waves=busiest / resident,
         dram_megabytes=work["DRAM"] * gpu.dram_bytes_per_second * gpu.achievable_dram / 1e12,
-        instructions=_classes(launch, gpu, trace.warps[0]),
+        instructions=_classes(launch, gpu, trace.warps, scale),
+        bank_conflicts=conflicts,
+        conflicts_at=conflicts_at,
         unknown_branches=dict(trace.unknown_branches),
     )
 
@@ -170,10 +177,29 @@ def _bound_by(run: Run) -> str:
     return f"latency: {waits[0][0]}" if waits else name
 
 
-def _classes(launch: Launch, gpu: Gpu, block: Sequence[Sequence[Step]]) -> dict[str, int]:
-    """Instructions of a block by the pipe that they take."""
+def _classes(
+    launch: Launch, gpu: Gpu, warps: list[list[list[Step]]], scale: float
+) -> dict[str, int]:
+    """Instructions of all warps by the pipe that they take."""
     names = [timing(i, gpu).pipe.name.lower() for i in launch.kernel.instructions]
     found: collections.Counter[str] = collections.Counter()
-    for path in block:
-        found.update(names[step.index] for step in path)
-    return dict(found.most_common())
+    for block in warps:
+        for path in block:
+            found.update(names[step.index] for step in path)
+    return {name: round(n * scale) for name, n in found.most_common()}
+
+
+def _conflicts(launch: Launch, warps: list[list[list[Step]]]) -> tuple[float, str]:
+    """The share of shared memory's passes that bank conflicts add, and where most of them are."""
+    instructions, total = launch.kernel.instructions, 0
+    added: collections.Counter[str] = collections.Counter()
+    for path in warps[0]:
+        for step in path:
+            i = instructions[step.index]
+            if i.opcode in SHARED or i.opcode == "LDGSTS":
+                total += step.wavefronts
+                least = max(i.access_bytes // 4, 1)
+                if step.wavefronts > least:
+                    added[f"{i.opcode} {i.source}"] += step.wavefronts - least
+    worst = added.most_common(1)
+    return sum(added.values()) / max(total, 1), worst[0][0] if worst else ""

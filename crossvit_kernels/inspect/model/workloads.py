@@ -1,0 +1,128 @@
+"""List what to model: the operations of a CrossViT at the sizes that models run them at."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from crossvit_kernels.gpu import launcher, tables
+from crossvit_kernels.inspect.ahead_of_time import Dtypes, empty, empty_weights
+from crossvit_kernels.inspect.compile_cases import CORE
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
+from crossvit_kernels.ops.cross_attention.op import cross_attention_fusion
+from crossvit_kernels.ops.cross_attention.reference import SHAPES as FUSION_SHAPES
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
+from crossvit_kernels.ops.layernorm_ffn.op import layernorm_ffn
+from crossvit_kernels.ops.layernorm_ffn.reference import SHAPES as FFN_SHAPES
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
+from crossvit_kernels.ops.layernorm_msa.op import layernorm_msa
+from crossvit_kernels.ops.layernorm_msa.reference import SHAPES as MSA_SHAPES
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
+from crossvit_kernels.ops.operator import Operation
+
+_EPS = 1e-6
+#: Patches and a CLS of 240 pixels in patches of 12, and of 224 in patches of 16.
+SMALL_TOKENS, LARGE_TOKENS = 20 * 20 + 1, 14 * 14 + 1
+
+
+class Workload(NamedTuple):
+    """A pass of an operation.
+
+    Attributes:
+        operation: The operation.
+        direction: "forward", as inference runs it, or "backward".
+        batch: Images.
+        tokens: Of an image.
+        channels: Of a token.
+        inputs: Makes its inputs, tensors without memory.
+    """
+
+    operation: Operation
+    direction: str
+    batch: int
+    tokens: int
+    channels: int
+    inputs: Callable[[], Any]
+
+    def launches(self, compute_capability: int) -> list[launcher.Launch]:
+        """What it launches on a GPU."""
+        operation, inputs = self.operation, self.inputs()
+        triton, training = operation.backends["triton"], self.direction == "backward"
+        with tables.as_if_on(compute_capability), launcher.recording_launches() as found:
+            outputs, saved = triton.forward(inputs, _EPS, "fast" if training else "")
+            if not training:
+                return found
+            of_forward = len(found)
+            douts = outputs if isinstance(outputs, tuple) else (outputs,)
+            wanted = operation.inputs([t is not None for t in operation.flat(inputs)])
+            triton.backward(douts, inputs, saved or triton.Saved(*douts), _EPS, wanted)
+        return found[of_forward:]
+
+
+def workloads(
+    dtypes: Dtypes,
+    widths: Sequence[tuple[int, int, int]],
+    blocks: Sequence[tuple[int, int, int]],
+    batches: Sequence[int],
+    narrower: Container[int],
+) -> Iterator[Workload]:
+    """Every operation in both directions.
+
+    Args:
+        dtypes: Of tokens and of linear layers.
+        widths: (C_own, C, heads) of fusions, as in compile_cases.WIDTHS.
+        blocks: (C, heads, hidden units) of transformer blocks.
+        batches: Images.
+        narrower: Widths of models' narrower branches, which have more tokens.
+    """
+    for batch in batches:
+        for own, channels, heads in widths:
+            size = batch, _tokens(channels, narrower), channels
+            yield from _both(CORE, size, functools.partial(_core, dtypes, heads, size))
+            inputs = functools.partial(_fusion, dtypes, own, heads, size)
+            yield from _both(cross_attention_fusion, size, inputs)
+        for channels, heads, hidden in blocks:
+            size = batch, _tokens(channels, narrower), channels
+            yield from _both(layernorm_msa, size, functools.partial(_msa, dtypes, heads, size))
+            yield from _both(layernorm_ffn, size, functools.partial(_ffn, dtypes, hidden, size))
+
+
+def _tokens(channels: int, narrower: Container[int]) -> int:
+    return SMALL_TOKENS if channels in narrower else LARGE_TOKENS
+
+
+def _both(
+    operation: Operation, size: tuple[int, int, int], inputs: Callable[[], Any]
+) -> Iterator[Workload]:
+    for direction in ("forward", "backward"):
+        yield Workload(operation, direction, *size, inputs)
+
+
+def _core(dtypes: Dtypes, queries: int, size: tuple[int, int, int]) -> CoreInputs:
+    u = empty((size[0], queries, size[2]), torch.float32)
+    return CoreInputs(u, _patches(dtypes, size), None, None)
+
+
+def _fusion(dtypes: Dtypes, own: int, heads: int, size: tuple[int, int, int]) -> FusionInputs:
+    weights = empty_weights(FUSION_SHAPES, {"C_own": own, "C": size[2]}, dtypes)
+    cls = empty((size[0], own), dtypes.tokens)
+    return FusionInputs(cls, _patches(dtypes, size), FusionWeights(*weights), heads, None)
+
+
+def _patches(dtypes: Dtypes, size: tuple[int, int, int]) -> torch.Tensor:
+    """Without the CLS before them."""
+    return empty(size, dtypes.tokens)[:, 1:]
+
+
+def _msa(dtypes: Dtypes, heads: int, size: tuple[int, int, int]) -> MsaInputs:
+    weights = MsaWeights(*empty_weights(MSA_SHAPES, {"C": size[2]}, dtypes))
+    return MsaInputs(empty(size, dtypes.tokens), weights, heads, None, None)
+
+
+def _ffn(dtypes: Dtypes, hidden: int, size: tuple[int, int, int]) -> FfnInputs:
+    weights = FfnWeights(*empty_weights(FFN_SHAPES, {"C": size[2], "F": hidden}, dtypes))
+    return FfnInputs(empty(size, dtypes.tokens), weights, None)
+
