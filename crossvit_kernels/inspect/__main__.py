@@ -68,15 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from crossvit_kernels.inspect.model import report  # emulates: not needed otherwise
         from crossvit_kernels.inspect.model.gpus import GPUS
 
-        gpu, name = GPUS[options.gpu], options.kernel or ""
-        found_rows = (
-            row
-            for dtype in options.dtype
-            for row in report.rows(
-                gpu, dtype, widths, blocks, options.batch, name, options.processes
-            )
+        gpu = GPUS[options.gpu]
+        jobs = report.jobs(
+            gpu,
+            options.model,
+            options.dtype,
+            options.batch,
+            options.channels,
+            options.kernel or "",
         )
-        report.show(gpu, found_rows, options.json)
+        report.show(gpu, report.rows(jobs, options.processes), options.json)
         return 0
     forms, some = (
         FORMS.names if options.all else ("auto",),
@@ -161,7 +162,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="also variants of blocks that are never the default",
     )
-    add("--model", action="store_true", help="modelled microseconds of launches instead")
+    models = ("tiny", "small", "base", "9", "15", "18")
+    add("--model", nargs="?", const="15", choices=models, help="of a CrossViT, by default 15")
     add("--gpu", choices=("A100", "H100", "H200"), default="H200", help="of the model")
     add("--batch", type=numbers, default=[1, 64, 256], help="of the model: 1,64,256 by default")
     add("--processes", type=int, default=os.cpu_count(), help="one for each core by default")

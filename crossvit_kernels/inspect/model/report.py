@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,18 +17,6 @@ from crossvit_kernels.inspect.model.estimate import Estimate, estimate
 from crossvit_kernels.inspect.model.gpus import GPUS, Gpu
 from crossvit_kernels.inspect.model.launch import recorded_launch
 from crossvit_kernels.inspect.model.workloads import Workload, workloads
-
-
-class Pass(NamedTuple):
-    """A workload as it can be sent to another process and found there."""
-
-    gpu: str
-    dtype: str
-    width: tuple[int, int, int] | None
-    block: tuple[int, int, int] | None
-    all_widths: tuple[tuple[int, int, int], ...]
-    batch: int
-    kernel: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,47 +52,72 @@ class Row:
         return {name: n / tokens for name, n in self.modelled.instructions.items()}
 
 
-def rows(
-    gpu: Gpu,
-    dtype: str,
-    widths: Sequence[tuple[int, int, int]],
-    blocks: Sequence[tuple[int, int, int]],
-    batches: Sequence[int],
-    kernel: str = "",
-    processes: int = 1,
-) -> Iterator[Row]:
-    """Model the launches of operations whose kernels' names contain a text, in order."""
-    common = tuple(widths)
-    passes = [
-        Pass(gpu.name, dtype, width, block, common, batch, kernel)
-        for batch in batches
-        for width, block in (*((w, None) for w in widths), *((None, b) for b in blocks))
-    ]
-    if processes == 1 or len(passes) < 2:
-        for each in passes:
-            yield from _rows_of(each)
-        return
-    with ProcessPoolExecutor(min(processes, len(passes))) as pool:
-        for found in pool.map(_rows_of, passes):
-            yield from found
+class Job(NamedTuple):
+    """A pass of an operation, as another process finds it.
 
+    Attributes:
+        gpu: The GPU's name.
+        model: The model's name.
+        dtype: As on the command line.
+        batch: Images.
+        index: Of the workload.
+        kernel: What the kernels' names contain.
+    """
 
-def _rows_of(each: Pass) -> list[Row]:
-    gpu, found = GPUS[each.gpu], []
-    for workload in workloads(
-        DTYPES[each.dtype],
-        [each.width] if each.width else [],
-        [each.block] if each.block else [],
-        [each.batch],
-        {min(width[:2]) for width in each.all_widths},
-    ):
+    gpu: str
+    model: str
+    dtype: str
+    batch: int
+    index: int
+    kernel: str
+
+    def rows(self) -> list[Row]:
+        gpu, found = GPUS[self.gpu], []
+        workload = [*workloads(self.model, DTYPES[self.dtype], self.batch)][self.index]
         for recorded in workload.launches(gpu.compute_capability):
-            if each.kernel not in recorded.form.kernel.__name__:
-                continue
-            launch, config = recorded_launch(recorded, gpu.compute_capability)
-            modelled = estimate(launch, gpu)
-            found.append(_row(workload, each.dtype, launch.kernel.name, config, modelled))
-    return found
+            if self.kernel in recorded.form.kernel.__name__:
+                launch, config = recorded_launch(recorded, gpu.compute_capability)
+                modelled = estimate(launch, gpu)
+                found.append(_row(workload, self.dtype, launch.kernel.name, config, modelled))
+        return found
+
+
+def jobs(
+    gpu: Gpu,
+    model: str,
+    dtypes: Sequence[str],
+    batches: Sequence[int],
+    channels: Container[int] | None = None,
+    kernel: str = "",
+) -> list[Job]:
+    """All passes of a model's operations.
+
+    Args:
+        gpu: The GPU.
+        model: The model's name.
+        dtypes: As on the command line.
+        batches: Images.
+        channels: Only tokens of these widths.
+        kernel: Only kernels whose names contain this.
+    """
+    return [
+        Job(gpu.name, model, dtype, batch, index, kernel)
+        for dtype in dtypes
+        for batch in batches
+        for index, workload in enumerate(workloads(model, DTYPES[dtype], batch))
+        if channels is None or workload.channels in channels
+    ]
+
+
+def rows(found: Sequence[Job], processes: int) -> Iterator[Row]:
+    """Their rows in order, by several processes."""
+    if processes == 1 or len(found) < 2:
+        for job in found:
+            yield from job.rows()
+        return
+    with ProcessPoolExecutor(min(processes, len(found))) as pool:
+        for of_job in pool.map(Job.rows, found):
+            yield from of_job
 
 
 def _row(workload: Workload, dtype: str, kernel: str, config: str, modelled: Estimate) -> Row:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -62,36 +62,43 @@ class Workload(NamedTuple):
         return found[of_forward:]
 
 
-def workloads(
-    dtypes: Dtypes,
-    widths: Sequence[tuple[int, int, int]],
-    blocks: Sequence[tuple[int, int, int]],
-    batches: Sequence[int],
-    narrower: Container[int],
-) -> Iterator[Workload]:
-    """Every operation in both directions.
+class Model(NamedTuple):
+    """A CrossViT's sizes: the larger branch has twice the channels of the smaller."""
+
+    channels: int
+    heads: int
+    hidden_ratio: int
+
+
+#: As crossvit/configs.py has them.
+MODELS = {
+    "tiny": Model(96, 3, 4),
+    "small": Model(192, 6, 4),
+    "base": Model(384, 12, 4),
+    "9": Model(128, 4, 3),
+    "15": Model(192, 6, 3),
+    "18": Model(224, 7, 3),
+}
+
+
+def workloads(name: str, dtypes: Dtypes, batch: int) -> Iterator[Workload]:
+    """Every operation in both directions, for both branches of a model.
 
     Args:
+        name: Of the model.
         dtypes: Of tokens and of linear layers.
-        widths: (C_own, C, heads) of fusions, as in compile_cases.WIDTHS.
-        blocks: (C, heads, hidden units) of transformer blocks.
-        batches: Images.
-        narrower: Widths of models' narrower branches, which have more tokens.
+        batch: Images.
     """
-    for batch in batches:
-        for own, channels, heads in widths:
-            size = batch, _tokens(channels, narrower), channels
-            yield from _both(CORE, size, functools.partial(_core, dtypes, heads, size))
-            inputs = functools.partial(_fusion, dtypes, own, heads, size)
-            yield from _both(cross_attention_fusion, size, inputs)
-        for channels, heads, hidden in blocks:
-            size = batch, _tokens(channels, narrower), channels
-            yield from _both(layernorm_msa, size, functools.partial(_msa, dtypes, heads, size))
-            yield from _both(layernorm_ffn, size, functools.partial(_ffn, dtypes, hidden, size))
-
-
-def _tokens(channels: int, narrower: Container[int]) -> int:
-    return SMALL_TOKENS if channels in narrower else LARGE_TOKENS
+    model = MODELS[name]
+    small, large = model.channels, 2 * model.channels
+    for channels, own, tokens in ((small, large, SMALL_TOKENS), (large, small, LARGE_TOKENS)):
+        size = batch, tokens, channels
+        heads, hidden = model.heads, model.hidden_ratio * channels
+        yield from _both(CORE, size, functools.partial(_core, dtypes, heads, size))
+        fusion = functools.partial(_fusion, dtypes, own, heads, size)
+        yield from _both(cross_attention_fusion, size, fusion)
+        yield from _both(layernorm_msa, size, functools.partial(_msa, dtypes, heads, size))
+        yield from _both(layernorm_ffn, size, functools.partial(_ffn, dtypes, hidden, size))
 
 
 def _both(
