@@ -9,16 +9,12 @@ them, and prints what was measured elsewhere beside that. Nothing here is measur
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
-import io
 import json
-import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,10 +28,6 @@ from crossvit_kernels.inspect import machine_code
 from crossvit_kernels.inspect.model.estimate import estimate
 from crossvit_kernels.inspect.model.gpus import A100, H100, H200, Gpu
 from crossvit_kernels.inspect.model.launch import Launch, launch_of
-
-EXPECTED = {
-    "*bf16": torch.bfloat16,
-}
 
 
 @triton.jit
@@ -92,3 +84,178 @@ def attention_kernel(
         v_at += BN * D
     acc = acc / total[:, None]
     tl.store(o_ptr + base + rows[:, None] * D + d[None, :], acc.to(tl.bfloat16))
+
+
+class Case(NamedTuple):
+    """A kernel with what is published of it, or of one as fast.
+
+    Attributes:
+        name: What it does, and how.
+        gpu: Where.
+        launch: The launch.
+        work: Operations, or bytes.
+        unit: Of the work in 1e12 a second.
+        published: From, to.
+        source: Where.
+    """
+
+    name: str
+    gpu: Gpu
+    launch: Launch
+    work: float
+    unit: str
+    published: tuple[float, float]
+    source: str
+
+
+_FA2 = "Dao 2023 (FlashAttention-2), CUDA: up to 73 % of the A100's peak"
+_FA3 = "Shah et al. 2024 (FlashAttention-3), figure 5: Triton, 16k tokens, no mask"
+_CUBLAS = "cuBLAS and Triton's tutorial at this size, as commonly reported"
+
+
+def copy(gpu: Gpu) -> Case:
+    """256 Mi elements of 2 bytes."""
+    size, block = 1 << 28, 4096
+    launch = compiled(
+        gpu, copy_kernel, [_empty(size), _empty(size), size], [block], (size // block,), 8, 2
+    )
+    published = {"A100": (1.74, 1.83), "H100": (2.95, 3.05), "H200": (4.1, 4.4)}[gpu.name]
+    source = "copies by BabelStream and torch, 86 to 91 % of the data sheet's bandwidth"
+    return Case("copy", gpu, launch, 4 * size, "TB/s", published, source)
+
+
+def matmul(gpu: Gpu, size: int = 8192) -> Case:
+    """In tiles of 128 x 256 x 64, 8 warps, 3 stages."""
+    tensors = [_empty(size, size) for _ in range(3)]
+    launch = compiled(
+        gpu,
+        matmul_kernel,
+        [*tensors, size, size, size],
+        [128, 256, 64, 8],
+        (size // 128 * (size // 256),),
+        8,
+        3,
+    )
+    published = (240.0, 270.0) if gpu is A100 else (600.0, 750.0)
+    name = f"matrix product of {size}"
+    return Case(name, gpu, launch, 2 * size**3, "TFLOP/s", published, _CUBLAS)
+
+
+def attention(gpu: Gpu, head_dim: int, tokens: int = 16384) -> Case:
+    """Of 2048 channels in all, as FlashAttention's benchmarks have it."""
+    heads = 2048 // head_dim
+    if gpu is A100:
+        rows, columns, num_warps, stages = 128, 64, 4 if head_dim == 64 else 8, 3
+    else:
+        rows, columns, num_warps, stages = 128, 128, 8, 3 if head_dim == 64 else 2
+    tensors = [_empty(heads, tokens, head_dim) for _ in range(4)]
+    launch = compiled(
+        gpu,
+        attention_kernel,
+        [*tensors, tokens, 0.125],
+        [rows, columns, head_dim],
+        (tokens // rows, heads),
+        num_warps,
+        stages,
+    )
+    work = 4 * heads * tokens**2 * head_dim
+    if gpu is A100:
+        published, source = (170.0, 228.0), _FA2
+    else:
+        published, source = (403.0, 403.0) if head_dim == 64 else (395.0, 395.0), _FA3
+    return Case(f"attention, D = {head_dim}", gpu, launch, work, "TFLOP/s", published, source)
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def compiled(
+    gpu: Gpu,
+    kernel: Any,
+    parameters: list[Any],
+    constants: list[int],
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+) -> Launch:
+    """A launch of a kernel whose constants follow its other parameters."""
+    types = {p.name: "constexpr" for p in kernel.params}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, (parameter, value) in enumerate(zip(kernel.params, parameters, strict=False)):
+        kind = {torch.Tensor: "*bf16", float: "fp32", int: "i32"}[type(value)]
+        types[parameter.name] = kind
+        if kind == "*bf16" or (kind == "i32" and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    at = range(len(parameters), len(kernel.params))
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(i,): value for i, value in zip(at, constants, strict=True)},
+        attrs=attributes,
+    )
+    found = triton.compile(
+        source,
+        target=GPUTarget("cuda", gpu.compute_capability, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(found.asm["cubin"])
+        ((registers, stack_bytes),) = machine_code.usage(cubin).values()
+    usage = Usage(registers, stack_bytes // 4, int(found.metadata.shared), fits=True)
+    return launch_of(found, usage, grid, num_warps, parameters)
+
+
+def deviation(modelled: float, published: tuple[float, float]) -> float:
+    """From the nearer end of the range; 0 within it."""
+    low, high = published
+    return min(modelled / low - 1, 0) if modelled < low else max(modelled / high - 1, 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="a file for the results")
+    options = parser.parse_args()
+    print(f"{'kernel':26} {'GPU':5} {'modelled':>9} {'published':>13} {'deviation':>9}  bound by")
+    rows = []
+    for gpu in (A100, H100, H200):
+        cases = [copy(gpu), matmul(gpu)]
+        if gpu is not H200:  # not published
+            cases += [attention(gpu, head_dim) for head_dim in (64, 128)]
+        for case in cases:
+            found = estimate(case.launch, gpu)
+            rate = case.work / found.microseconds / 1e6
+            off = deviation(rate, case.published)
+            low, high = case.published
+            span = f"{low:g}-{high:g}" if low != high else f"{low:g}"
+            print(
+                f"{case.name:26} {gpu.name:5} {rate:9.4g} {span:>13} {off:+9.1%}  "
+                f"{found.bound_by} ({case.unit}; {case.source})",
+                flush=True,
+            )
+            rows.append(
+                {
+                    "kernel": case.name,
+                    "gpu": gpu.name,
+                    "modelled": float(f"{rate:.4g}"),
+                    "unit": case.unit,
+                    "published": case.published,
+                    "deviation": round(off, 4),
+                    "source": case.source,
+                    "bound_by": found.bound_by,
+                }
+            )
+    if options.json:
+        result = {
+            "what": "a model of machine code beside published measurements",
+            "date": datetime.date.today().isoformat(),
+            "versions": {name: supported.installed_version(name) for name in ("torch", "triton")},
+            "gpus": [dataclasses.asdict(gpu) for gpu in (A100, H100, H200)],
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

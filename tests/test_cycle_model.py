@@ -42,7 +42,7 @@ def path_of(kernel: sass.Kernel, constants: dict[int, int] | None = None) -> lis
     """Indices of what the first warp executes."""
     trace = Emulator(kernel, constants or {}).run([Block(0, 0, 0)], 1)
     assert not trace.unknown_branches
-    return [step.index for step in trace.warps[0][0]]
+    return [step.instruction for step in trace.warps[0][0]]
 
 
 def cycles_of(path: list[int], kernel: sass.Kernel, warps: int = 1) -> float:
@@ -149,7 +149,7 @@ def test_warps_and_lanes_go_their_own_ways() -> None:
         "EXIT",
     )
     trace = Emulator(kernel, {}).run([Block(0, 0, 0)], 3)
-    paths = [[step.index for step in warp] for warp in trace.warps[0]]
+    paths = [[step.instruction for step in warp] for warp in trace.warps[0]]
     labels = {i.opcode: i.index for i in kernel.instructions}
     below, above = labels["NOP"], labels["MOV"]
     assert [(below in path, above in path) for path in paths] == [
@@ -199,8 +199,7 @@ def test_sectors_of_a_load_and_hits_of_its_repetition() -> None:
         "EXIT",
     )
     trace = Emulator(kernel, {}).run([Block(0, 0, 0)], 1)
-    found = [step for step in trace.warps[0][0] if kernel.instructions[step.index].opcode != "MOV"]
-    moved = [tuple(step[1:]) for step in found if step.wavefronts]
+    moved = [tuple(step[1:]) for step in trace.warps[0][0] if step.wavefronts]
     assert moved == [(4, 16, 0), (4, 0, 0), (32, 32, 0)]
 
 

@@ -65,19 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     widths = [w for w in WIDTHS if {*w[:2]} <= wanted]
     blocks = [b for b in BLOCKS if b[0] in wanted]
     if options.model:
-        from crossvit_kernels.inspect.model import report  # emulates: not needed otherwise
-        from crossvit_kernels.inspect.model.gpus import GPUS
-
-        gpu = GPUS[options.gpu]
-        jobs = report.jobs(
-            gpu,
-            options.model,
-            options.dtype,
-            options.batch,
-            options.channels,
-            options.kernel or "",
-        )
-        report.show(gpu, report.rows(jobs, options.processes), options.json)
+        _model(options)
         return 0
     forms, some = (
         FORMS.names if options.all else ("auto",),
@@ -101,6 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     return 0
+
+
+def _model(options: argparse.Namespace) -> None:
+    """Print modelled times of the launches of a model's operations."""
+    from crossvit_kernels.inspect.model import report
+    from crossvit_kernels.inspect.model.gpus import GPUS
+
+    gpu, kernel = GPUS[options.gpu], options.kernel or ""
+    jobs = report.jobs(gpu, options.model, options.dtype, options.batch, options.channels, kernel)
+    report.show(gpu, report.rows(jobs, options.processes), options.json)
 
 
 def _with_progress(found: Iterator[Report], total: int) -> Iterator[Report]:

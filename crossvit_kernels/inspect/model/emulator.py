@@ -48,9 +48,9 @@ class Block(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An instruction that a warp executed, and what it accessed if it accessed memory."""
+    """The index of an instruction that a warp executed; and the access, if it is one to memory."""
 
-    index: int
+    instruction: int
     wavefronts: int = 0
     sectors: int = 0
     tensor: int = -1
@@ -247,10 +247,8 @@ class Emulator:
         if where is False:
             return Access(nothing, nothing, -1)
         shared_at, global_at, applies = self._addresses[index]
-        if applies is not None:  # of a copy: zeros are written where it does not hold
-            condition = applies(group.registers)
-        else:
-            condition = True
+        # A copy writes zeros where its predicate does not hold.
+        condition = True if applies is None else applies(group.registers)
         active = _lanes(True if where is None else where, count)
         width = i.access_bytes
         wavefronts = [max(width // 4, 1)] * count
@@ -371,16 +369,14 @@ def _finish(group: _Group, done: dict[int, list[Step]]) -> None:
     alike: dict[Any, list[Step]] = {}
     segments = [*group.history, (group.steps, list(range(len(group.warps))))]
     for row, warp in enumerate(group.warps):
-        path = []
+        path: list[tuple[int, ...]] = []
         for steps, rows in segments:
             at = rows[row]
             for index, access in steps:
                 if access is None:
                     path.append((index,))
                 else:
-                    path.append(
-                        (index, access.wavefronts[at], access.sectors[at], access.tensor)
-                    )
+                    path.append((index, access.wavefronts[at], access.sectors[at], access.tensor))
         key = tuple(path)
         if key not in alike:
             alike[key] = [Step(*step) for step in path]

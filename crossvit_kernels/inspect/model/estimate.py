@@ -129,7 +129,7 @@ def _memory(
             for path in block:
                 for step in path:
                     if step.sectors:
-                        store = launch.kernel.instructions[step.index].opcode in ("STG", "ST")
+                        store = launch.kernel.instructions[step.instruction].opcode in ("STG", "ST")
                         if store == (opcodes is not None):
                             moved[step.tensor] += SECTOR_BYTES * step.sectors
         of_tensor = dict(enumerate(launch.tensor_bytes))
@@ -150,7 +150,7 @@ def _work(
     for block in warps:
         for path in block:
             for step in path:
-                i, how = instructions[step.index], timings[step.index]
+                i, how = instructions[step.instruction], timings[step.instruction]
                 if step.sectors:
                     store = how.kind is Kind.STORE
                     seen[step.tensor, store] += SECTOR_BYTES * step.sectors
@@ -185,7 +185,7 @@ def _classes(
     found: collections.Counter[str] = collections.Counter()
     for block in warps:
         for path in block:
-            found.update(names[step.index] for step in path)
+            found.update(names[step.instruction] for step in path)
     return {name: round(n * scale) for name, n in found.most_common()}
 
 
@@ -195,7 +195,7 @@ def _conflicts(launch: Launch, warps: list[list[list[Step]]]) -> tuple[float, st
     added: collections.Counter[str] = collections.Counter()
     for path in warps[0]:
         for step in path:
-            i = instructions[step.index]
+            i = instructions[step.instruction]
             if i.opcode in SHARED or i.opcode == "LDGSTS":
                 total += step.wavefronts
                 least = max(i.access_bytes // 4, 1)

@@ -138,12 +138,11 @@ class Translator:
         found = _ADDRESS.match(operand)
         if not found:
             return lambda _: None
-        terms = []
+        terms: list[Reader] = []
         for term in found[1].replace("+-", "+_").split("+"):
             name = term.replace("_", "-")
             if name.startswith("-0x"):
-                offset = int(name, 16)
-                terms.append(lambda _, offset=offset: offset)
+                terms.append(functools.partial(_constant, int(name, 16)))
             elif name.endswith(".64"):
                 terms.append(self.pair(name.removesuffix(".64")))
             else:
@@ -162,6 +161,10 @@ class Translator:
         builder = _BUILDERS.get(plain)
         built = builder(self, instruction, instruction.operands) if builder else None
         return built or _forget(instruction)
+
+
+def _constant(value: int, _: Registers) -> Value:
+    return value
 
 
 def _next(register: str) -> str:
@@ -216,8 +219,10 @@ def names_a_register(names: Sequence[str]) -> bool:
 
 
 _WITHOUT_RESULT = frozenset(
-    ("STG", "STS", "STL", "ST", "STSM", "BAR", "EXIT", "BRA", "LDGSTS", "RED", "NOP", "STTM")
-    + ("BSSY", "BSYNC", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "MEMBAR", "FENCE", "ERRBAR", "CCTL")
+    (
+        *("STG", "STS", "STL", "ST", "STSM", "STTM", "RED", "LDGSTS", "LDGDEPBAR", "DEPBAR"),
+        *("BAR", "WARPSYNC", "MEMBAR", "FENCE", "ERRBAR", "CCTL", "BSSY", "BSYNC", "NOP"),
+    )
 )
 
 

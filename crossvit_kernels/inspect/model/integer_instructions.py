@@ -39,8 +39,9 @@ def _move(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | 
     if source.startswith("SR_"):
         return words_of(lambda value: value, destination, lambda r: r.special.get(source))
     if i.opcode == "R2UR":
-        return words_of(_first_lane, operands[-2] if len(operands) > 2 else destination,
-                        t.reader(operands[-1]))
+        return words_of(
+            _first_lane, operands[-2] if len(operands) > 2 else destination, t.reader(operands[-1])
+        )
     return words_of(lambda value: value, destination, t.reader(source))
 
 
@@ -54,10 +55,20 @@ def _load_constant(t: Translator, i: Instruction, operands: Sequence[str]) -> Fu
         return None
     count = i.access_bytes // 4
     if count > 2:
-        low = words_of(lanes_pair, operands[0], t.reader(operands[1]),
-                       t.reader(_beyond(operands[1], 4)), count=2)
-        high = words_of(lanes_pair, _beyond(operands[0], 2), t.reader(_beyond(operands[1], 8)),
-                        t.reader(_beyond(operands[1], 12)), count=2)
+        low = words_of(
+            lanes_pair,
+            operands[0],
+            t.reader(operands[1]),
+            t.reader(_beyond(operands[1], 4)),
+            count=2,
+        )
+        high = words_of(
+            lanes_pair,
+            _beyond(operands[0], 2),
+            t.reader(_beyond(operands[1], 8)),
+            t.reader(_beyond(operands[1], 12)),
+            count=2,
+        )
         return lambda registers, where: (low(registers, where), high(registers, where))[0]
     if count == 2:
         return words_of(lambda value: value, operands[0], t.pair(operands[1]), count=2)
@@ -90,10 +101,8 @@ def _add(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | N
         if where is False:
             return
         read = [reader(registers) for reader in (*values, *carried)]
-        if any(value is None for value in read):
-            total = None
-        else:
-            total = sum(value * 1 for value in read)
+        known = all(value is not None for value in read)
+        total = sum(value * 1 for value in read) if known else None
         write(registers, destination, None if total is None else total & WORD, where)
         for number, name in enumerate(carries, 1):
             write(registers, name, None if total is None else total >> 32 >= number, where)
@@ -201,7 +210,9 @@ def _lookup_predicates(t: Translator, operands: Sequence[str]) -> Function:
             return
         read = [reader(registers) for reader in readers]
         for name, table in zip(operands[:2], tables, strict=False):
-            used = [v if _depends(table, b) else False for v, b in zip(read, (4, 2, 1), strict=True)]
+            used = [
+                v if _depends(table, b) else False for v, b in zip(read, (4, 2, 1), strict=True)
+            ]
             known = all(value is not None for value in used)
             write(registers, name, lanes.lookup_predicates(table, *used) if known else None, where)
 

@@ -112,10 +112,8 @@ def scaled_add(
     """LEA before it is cut: (a << amount) + b, or its upper word for HI with c above a."""
     if "HI" not in modifiers:
         return (a << amount & WORD) + b
-    if "SX32" in modifiers:
-        upper = (signed(a) << amount) >> 32
-    else:
-        upper = a >> (32 - amount) | c << amount
+    whole = signed(a) if "SX32" in modifiers else pair(a, c)
+    upper = logical_right(whole << amount, 32)
     return (upper & WORD) + b + carry
 
 

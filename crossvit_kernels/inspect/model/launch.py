@@ -98,11 +98,8 @@ def recorded_launch(recorded: launcher.Launch, compute_capability: int) -> tuple
     case = CompileCase(recorded.form)
     choice, compiled, usage = ahead_of_time.chosen(case, compute_capability)
     candidate: Candidate = recorded.form.candidates[choice.index]
-    programs = recorded.grid
-    if callable(programs):
-        programs = programs(*candidate.constants)
-    else:
-        programs = launcher.Programs(programs)
+    grid = recorded.grid
+    programs = grid(*candidate.constants) if callable(grid) else launcher.Programs(grid)
     return (
         launch_of(
             compiled,

@@ -64,9 +64,7 @@ class Memory:
     stores: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, gpu: Gpu, active: int, loads: dict[int, float], stores: dict[int, float]
-    ) -> Memory:
+    def of(cls, gpu: Gpu, active: int, loads: dict[int, float], stores: dict[int, float]) -> Memory:
         """Of a GPU of which so many SMs are active."""
         return cls(
             min(gpu.l2_bytes_per_cycle / active, _SM_L2_BYTES),
@@ -180,21 +178,18 @@ class Multiprocessor:
             self._number += 1
             heapq.heappush(self._heap, (now, warp.number, warp))
 
-    def _earliest(
-        self, warp: _Warp, waits_for: tuple[int, ...], how: Timing
-    ) -> tuple[float, str]:
+    def _earliest(self, warp: _Warp, waits_for: tuple[int, ...], how: Timing) -> tuple[float, str]:
         """When a warp's next instruction can issue as far as it and its pipe are concerned."""
         at, reason = warp.ready, "stall count"
         for place in waits_for:
             if warp.released[place] > at:
                 at, reason = warp.released[place], warp.reasons[place]
         kind, pipe = how.kind, how.pipe
-        if kind is Kind.WAIT and len(warp.groups) > how.count:
-            if warp.groups[-1 - how.count] > at:
-                at, reason = warp.groups[-1 - how.count], "global memory"
-        elif kind is Kind.MATRIX_WAIT and len(warp.matrices) > how.count:
-            if warp.matrices[-1 - how.count] > at:
-                at, reason = warp.matrices[-1 - how.count], "tensor cores"
+        if kind is Kind.WAIT or kind is Kind.MATRIX_WAIT:
+            groups = warp.groups if kind is Kind.WAIT else warp.matrices
+            if len(groups) > how.count and groups[-1 - how.count] > at:
+                at = groups[-1 - how.count]
+                reason = "global memory" if kind is Kind.WAIT else "tensor cores"
         if pipe is Pipe.SHARED:
             room = self._shared - _SHARED_QUEUE
         elif pipe is Pipe.FMA_ANY:
@@ -249,8 +244,9 @@ class Multiprocessor:
         kind = how.kind
         if kind is Kind.PLAIN:
             return started, started + cycles + how.latency
-        arrived = self._transfer(step, started, self._memory.stores if kind is Kind.STORE else
-                                 self._memory.loads)
+        arrived = self._transfer(
+            step, started, self._memory.stores if kind is Kind.STORE else self._memory.loads
+        )
         if kind is Kind.COPY:
             warp.copies = max(warp.copies, arrived)
         if kind is Kind.STORE:

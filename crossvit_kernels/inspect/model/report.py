@@ -60,7 +60,7 @@ class Job(NamedTuple):
         model: The model's name.
         dtype: As on the command line.
         batch: Images.
-        index: Of the workload.
+        place: Of the workload among the model's.
         kernel: What the kernels' names contain.
     """
 
@@ -68,12 +68,12 @@ class Job(NamedTuple):
     model: str
     dtype: str
     batch: int
-    index: int
+    place: int
     kernel: str
 
     def rows(self) -> list[Row]:
         gpu, found = GPUS[self.gpu], []
-        workload = [*workloads(self.model, DTYPES[self.dtype], self.batch)][self.index]
+        workload = [*workloads(self.model, DTYPES[self.dtype], self.batch)][self.place]
         for recorded in workload.launches(gpu.compute_capability):
             if self.kernel in recorded.form.kernel.__name__:
                 launch, config = recorded_launch(recorded, gpu.compute_capability)
@@ -101,10 +101,10 @@ def jobs(
         kernel: Only kernels whose names contain this.
     """
     return [
-        Job(gpu.name, model, dtype, batch, index, kernel)
+        Job(gpu.name, model, dtype, batch, place, kernel)
         for dtype in dtypes
         for batch in batches
-        for index, workload in enumerate(workloads(model, DTYPES[dtype], batch))
+        for place, workload in enumerate(workloads(model, DTYPES[dtype], batch))
         if channels is None or workload.channels in channels
     ]
 

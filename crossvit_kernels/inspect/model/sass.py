@@ -139,21 +139,25 @@ def _instructions(section: str) -> Iterator[Instruction]:
             found.append((match, int(upper[1], 16), source))
         elif label := _LABEL.match(line):
             labels[label[1]] = len(found)
-        elif position := _SOURCE.match(line):
-            if "inlined at" not in position[3]:
-                source = f"{Path(position[1]).name}:{position[2]}"
-    for index, (match, upper, source) in enumerate(found):
+        elif (position := _SOURCE.match(line)) and "inlined at" not in position[3]:
+            source = f"{Path(position[1]).name}:{position[2]}"
+    for index, (match, upper_half, source) in enumerate(found):
         _, guard, name, operands, _ = match.groups()
         opcode, *modifiers = name.split(".")
+        # 4 bits of stall count, 1 of yield, 3 each of the write and the read scoreboard, 6 to wait.
+        control = upper_half >> 41
         yield Instruction(
             index=index,
             guard=guard or "",
             opcode=opcode,
             modifiers=tuple(modifiers),
             operands=tuple(_operands(operands)),
+            stall=max(control & 15, 1),
+            write_scoreboard=_scoreboard(control >> 5 & 7),
+            read_scoreboard=_scoreboard(control >> 8 & 7),
+            waits_for=tuple(i for i in range(6) if control >> 11 + i & 1),
             target=_target(opcode, operands, labels),
             source=source,
-            **_control(upper >> 41),
         )
 
 
@@ -162,15 +166,8 @@ def _operands(text: str) -> list[str]:
     return text.replace(".reuse", "").split(", ") if text else []
 
 
-def _control(word: int) -> dict[str, int | None | tuple[int, ...]]:
-    """Bits: 4 stall count, 1 yield, 3 write and 3 read scoreboard (7 for none), 6 to wait for."""
-    write, read, wait = word >> 5 & 7, word >> 8 & 7, word >> 11 & 63
-    return {
-        "stall": max(word & 15, 1),
-        "write_scoreboard": None if write == 7 else write,
-        "read_scoreboard": None if read == 7 else read,
-        "waits_for": tuple(i for i in range(6) if wait >> i & 1),
-    }
+def _scoreboard(number: int) -> int | None:
+    return None if number == 7 else number
 
 
 def _target(opcode: str, operands: str, labels: dict[str, int]) -> int | None:

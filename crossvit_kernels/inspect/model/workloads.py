@@ -10,7 +10,7 @@ import torch
 
 from crossvit_kernels.gpu import launcher, tables
 from crossvit_kernels.inspect.ahead_of_time import Dtypes, empty, empty_weights
-from crossvit_kernels.inspect.compile_cases import CORE
+from crossvit_kernels.ops.attention_core.op import OPERATION as CORE
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.cross_attention.op import cross_attention_fusion
 from crossvit_kernels.ops.cross_attention.reference import SHAPES as FUSION_SHAPES
@@ -132,4 +132,3 @@ def _msa(dtypes: Dtypes, heads: int, size: tuple[int, int, int]) -> MsaInputs:
 def _ffn(dtypes: Dtypes, hidden: int, size: tuple[int, int, int]) -> FfnInputs:
     weights = FfnWeights(*empty_weights(FFN_SHAPES, {"C": size[2], "F": hidden}, dtypes))
     return FfnInputs(empty(size, dtypes.tokens), weights, None)
-
