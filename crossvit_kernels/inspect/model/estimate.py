@@ -29,6 +29,7 @@ class Estimate:
         bound_by: The busiest resource, or what warps wait for if none is busy.
         busy: Share of the time that each resource is in use.
         stalls: Share of the warps' waiting, by what for.
+        waits_at: Share of it at the lines where most of it is.
         blocks_per_sm: Resident at a time.
         waves: Blocks of the busiest SM over those.
         dram_megabytes: That must move.
@@ -44,6 +45,7 @@ class Estimate:
     bound_by: str
     busy: dict[str, float]
     stalls: dict[str, float]
+    waits_at: dict[str, float]
     blocks_per_sm: int
     waves: float
     dram_megabytes: float
@@ -92,6 +94,7 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
         bound_by=_bound_by(run),
         busy=run.busy,
         stalls={reason: n / waited for reason, n in run.stalls.most_common()},
+        waits_at=_lines(launch, run),
         blocks_per_sm=resident,
         waves=busiest / resident,
         dram_megabytes=work["DRAM"] * gpu.dram_bytes_per_second * gpu.achievable_dram / 1e12,
@@ -167,6 +170,15 @@ def _work(
         "tensor cores": macs * per_sub_partition,
         "special functions": special * per_sub_partition,
     }
+
+
+def _lines(launch: Launch, run: Run) -> dict[str, float]:
+    """The three lines of source at which warps wait longest, as shares of all that they wait."""
+    by_line: collections.Counter[str] = collections.Counter()
+    for index, cycles in run.waits.items():
+        by_line[launch.kernel.instructions[index].source or "?"] += cycles
+    total = max(sum(by_line.values()), 1)
+    return {line: cycles / total for line, cycles in by_line.most_common(3)}
 
 
 def _bound_by(run: Run) -> str:

@@ -38,6 +38,7 @@ class Run:
         issued: Instructions of warps.
         busy: Share of the cycles that a resource was in use, by name.
         stalls: Cycles that warps waited, by what for.
+        waits: Cycles that warps waited to issue an instruction, by its index.
     """
 
     cycles: float
@@ -45,6 +46,7 @@ class Run:
     issued: int
     busy: dict[str, float]
     stalls: collections.Counter[str]
+    waits: collections.Counter[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +86,13 @@ class _Block:
 class _Warp:
     __slots__ = (
         "at", "block", "copies", "groups", "matrices", "number", "path", "ready", "reasons",
-        "released", "scheduler", "waited",
+        "released", "scheduler",
     )  # fmt: skip
 
     def __init__(self, number: int, path: Sequence[Step], block: _Block, ready: float) -> None:
         self.number, self.path, self.block = number, path, block
         self.scheduler = number % SUB_PARTITIONS
-        self.at, self.ready, self.waited = 0, ready, ready
+        self.at, self.ready = 0, ready
         self.released = [0.0] * 6
         self.reasons = [""] * 6
         self.copies = 0.0  # when those of the open group have arrived
@@ -128,6 +130,7 @@ class Multiprocessor:
         self._shared = 0.0
         self._busy = [0.0] * len(Pipe)
         self._stalls: collections.Counter[str] = collections.Counter()
+        self._waits: collections.Counter[int] = collections.Counter()
         self._next, self._number, self._blocks = 0, 0, blocks
         ends: list[float] = []
         issued, now = 0, 0.0
@@ -143,7 +146,8 @@ class Multiprocessor:
             if free[warp.scheduler] > at:
                 at, reason = free[warp.scheduler], "issue"
             if at > now:
-                self._stalls[reason] += int(at - max(now, warp.waited))
+                self._stalls[reason] += int(at - now)
+                self._waits[step[0]] += int(at - now)
                 heapq.heappush(heap, (at, warp.number, warp))
                 continue
             free[warp.scheduler] = now + 1
@@ -164,10 +168,11 @@ class Multiprocessor:
                 self._exit(warp, now, ends)
             elif how.kind is not Kind.BARRIER:
                 heapq.heappush(heap, (warp.ready, warp.number, warp))
-            elif not self._barrier(warp, how, now):
-                warp.waited = now
+            else:
+                self._barrier(warp, how, now)
         cycles = max(now + 1, self._l2, self._dram)
-        return Run(cycles, ends, issued, self._shares(cycles, issued), self._stalls)
+        shares = self._shares(cycles, issued)
+        return Run(cycles, ends, issued, shares, self._stalls, self._waits)
 
     def _start(self, now: float) -> None:
         warps = self._blocks[self._next]
@@ -275,21 +280,20 @@ class Multiprocessor:
 
     def _barrier(
         self, warp: _Warp | None, how: Timing, now: float, block: _Block | None = None
-    ) -> bool:
+    ) -> None:
         """Arrive, and let all go on if all have arrived."""
         block = block or (warp.block if warp else None)
         assert block is not None
         block.arrived[how.barrier] += 1
         if warp is not None:
             block.waiting[how.barrier].append((now, warp))
-        if block.arrived[how.barrier] < (how.count or block.live):
-            return False
-        self._release(block, how.barrier, now)
-        return True
+        if block.arrived[how.barrier] >= (how.count or block.live):
+            self._release(block, how.barrier, now)
 
     def _release(self, block: _Block, barrier: str, now: float) -> None:
         for since, warp in block.waiting.pop(barrier, []):
             self._stalls["barrier"] += int(now - since)
+            self._waits[warp.path[warp.at - 1].instruction] += int(now - since)
             warp.ready = max(warp.ready, now + _BARRIER)
             heapq.heappush(self._heap, (warp.ready, warp.number, warp))
         block.arrived[barrier] = 0

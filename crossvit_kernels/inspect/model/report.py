@@ -200,6 +200,8 @@ def _line(row: Row) -> str:
     if m.bank_conflicts > 0.05:
         line += f"\n    bank conflicts: {m.bank_conflicts:.0%} of shared memory's passes, "
         line += f"most at {m.conflicts_at}"
+    waits = ", ".join(f"{share:.0%} at {at}" for at, share in m.waits_at.items())
+    line += f"\n    waits: {waits}"
     for source, times in m.unknown_branches.items():
         line += f"\n    guessed: the branch at {source}, {times} times"
     return line
