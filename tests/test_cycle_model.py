@@ -16,10 +16,12 @@ pytest.importorskip("triton")
 
 from crossvit_kernels import supported
 from crossvit_kernels.inspect.model import accesses, lanes, sass
-from crossvit_kernels.inspect.model.emulator import Block, Emulator, Step, _Group, pointer
+from crossvit_kernels.inspect.model.emulator import Block, Emulator
 from crossvit_kernels.inspect.model.gpus import A100, GPUS, H200
 from crossvit_kernels.inspect.model.integer_code import Registers
-from crossvit_kernels.inspect.model.multiprocessor import Memory, Multiprocessor
+from crossvit_kernels.inspect.model.memory import pointer
+from crossvit_kernels.inspect.model.multiprocessor import MemoryShare, Multiprocessor
+from crossvit_kernels.inspect.model.paths import Group, Step
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,7 +52,7 @@ def path_of(kernel: sass.Kernel, constants: dict[int, int] | None = None) -> lis
 
 def cycles_of(path: list[int], kernel: sass.Kernel, warps: int = 1) -> float:
     steps = [Step(index) for index in path]
-    run = Multiprocessor(H200, kernel, Memory.of(H200, 132, {}, {})).run([[steps] * warps], 1)
+    run = Multiprocessor(H200, kernel, MemoryShare.of(H200, 132, {}, {})).run([[steps] * warps], 1)
     return run.cycles
 
 
@@ -127,8 +129,8 @@ def test_numbers_of_64_bits_and_their_carries() -> None:
         "EXIT",
     )
     emulator = Emulator(kernel, {})
-    group = _Group(Registers({}), [0], [])
-    emulator._block_of, emulator._loaded = [0], {0: set()}
+    group = Group(Registers({}), [0], [])
+    emulator._memory.start([0])
     emulator._run(group, {})
     bank = group.registers.banks["R"]
     assert bank[2:10] == [1, 1, 0, 0, 1 << 31, bank[7], 16, 16]
@@ -228,7 +230,7 @@ def test_a_scoreboard_holds_back_what_waits_for_it() -> None:
     load = dataclasses.replace(load, write_scoreboard=0)
     kernel = sass.Kernel("made", (load, waits, made.instructions[2]))
     steps = [Step(0, 1), Step(1), Step(2)]
-    run = Multiprocessor(H200, kernel, Memory.of(H200, 132, {}, {})).run([[steps]], 1)
+    run = Multiprocessor(H200, kernel, MemoryShare.of(H200, 132, {}, {})).run([[steps]], 1)
     assert 29 <= run.cycles <= 35
     assert run.stalls.most_common(1)[0][0] == "shared memory"
 
@@ -236,7 +238,7 @@ def test_a_scoreboard_holds_back_what_waits_for_it() -> None:
 def test_a_barrier_waits_for_all_warps() -> None:
     kernel = code("BAR.SYNC.DEFER_BLOCKING 0x0", *["NOP"] * 50, "EXIT")
     early, late = [Step(0), Step(51)], [*(Step(n) for n in range(1, 51)), Step(0), Step(51)]
-    run = Multiprocessor(H200, kernel, Memory.of(H200, 132, {}, {})).run([[early, late]], 1)
+    run = Multiprocessor(H200, kernel, MemoryShare.of(H200, 132, {}, {})).run([[early, late]], 1)
     assert run.cycles > 50 and run.stalls["barrier"] >= 49
 
 

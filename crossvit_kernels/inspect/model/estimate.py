@@ -7,10 +7,12 @@ import dataclasses
 
 from crossvit_kernels.inspect import machine_code
 from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES
-from crossvit_kernels.inspect.model.emulator import SHARED, Emulator, Step
+from crossvit_kernels.inspect.model.emulator import Emulator
 from crossvit_kernels.inspect.model.gpus import Gpu
 from crossvit_kernels.inspect.model.launch import Launch
-from crossvit_kernels.inspect.model.multiprocessor import Memory, Multiprocessor, Run
+from crossvit_kernels.inspect.model.memory import SHARED
+from crossvit_kernels.inspect.model.multiprocessor import MemoryShare, Multiprocessor, Run
+from crossvit_kernels.inspect.model.paths import Step
 from crossvit_kernels.inspect.model.pipes import Kind, Pipe, timing
 
 _STEPS = 400_000  # of warps, that are run on the SM
@@ -123,23 +125,20 @@ def _cycles_of_another(run: Run, resident: int) -> float:
 
 def _memory(
     launch: Launch, gpu: Gpu, warps: list[list[list[Step]]], scale: float, active: int
-) -> Memory:
+) -> MemoryShare:
     """Each byte of a tensor comes from DRAM once, and goes there once, however often it is used."""
-    shares = []
-    for opcodes in (("STG", "ST"), None):
-        moved: collections.Counter[int] = collections.Counter()
-        for block in warps:
-            for path in block:
-                for step in path:
-                    if step.sectors:
-                        store = launch.kernel.instructions[step.instruction].opcode in ("STG", "ST")
-                        if store == (opcodes is not None):
-                            moved[step.tensor] += SECTOR_BYTES * step.sectors
-        of_tensor = dict(enumerate(launch.tensor_bytes))
-        shares.append(
-            {n: min(of_tensor.get(n, 0) / (size * scale), 1.0) for n, size in moved.items()}
-        )
-    return Memory.of(gpu, active, shares[1], shares[0])
+    moved: collections.Counter[tuple[bool, int]] = collections.Counter()
+    stores = [timing(i, gpu).kind is Kind.STORE for i in launch.kernel.instructions]
+    for block in warps:
+        for path in block:
+            for step in path:
+                if step.sectors:
+                    moved[stores[step.instruction], step.tensor] += SECTOR_BYTES * step.sectors
+    of_tensor = dict(enumerate(launch.tensor_bytes))
+    shares: tuple[dict[int, float], dict[int, float]] = ({}, {})
+    for (is_store, tensor), size in moved.items():
+        shares[is_store][tensor] = min(of_tensor.get(tensor, 0) / (size * scale), 1.0)
+    return MemoryShare.of(gpu, active, *shares)
 
 
 def _work(

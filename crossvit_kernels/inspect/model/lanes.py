@@ -30,6 +30,11 @@ def select(condition: Value, a: Value, b: Value) -> Value:
     return np.where(condition, a, b)
 
 
+def of_lanes(value: Value, warps: int) -> Any:
+    """A known value as an array [warps, 32]."""
+    return np.broadcast_to(np.asarray(value), (warps, 32))
+
+
 def invert(predicate: Value) -> Value:
     if predicate is None:
         return None

@@ -15,7 +15,8 @@ from crossvit_kernels.gpu.tables import Candidate
 from crossvit_kernels.inspect import ahead_of_time
 from crossvit_kernels.inspect.ahead_of_time import CompileCase
 from crossvit_kernels.inspect.model import sass
-from crossvit_kernels.inspect.model.emulator import Block, pointer
+from crossvit_kernels.inspect.model.emulator import Block
+from crossvit_kernels.inspect.model.memory import pointer
 from crossvit_kernels.inspect.model.sass import Kernel
 
 

@@ -13,8 +13,8 @@ import heapq
 from collections.abc import Sequence
 
 from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES
-from crossvit_kernels.inspect.model.emulator import Step
 from crossvit_kernels.inspect.model.gpus import Gpu
+from crossvit_kernels.inspect.model.paths import Step
 from crossvit_kernels.inspect.model.pipes import Kind, Pipe, Timing, timing
 from crossvit_kernels.inspect.model.sass import Kernel
 
@@ -50,7 +50,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class MemoryShare:
     """An SM's share of the memory behind it.
 
     Attributes:
@@ -66,7 +66,9 @@ class Memory:
     stores: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, gpu: Gpu, active: int, loads: dict[int, float], stores: dict[int, float]) -> Memory:
+    def of(
+        cls, gpu: Gpu, active: int, loads: dict[int, float], stores: dict[int, float]
+    ) -> MemoryShare:
         """Of a GPU of which so many SMs are active."""
         return cls(
             min(gpu.l2_bytes_per_cycle / active, _SM_L2_BYTES),
@@ -109,7 +111,7 @@ class Multiprocessor:
         memory: Its share of the L2 and of DRAM.
     """
 
-    def __init__(self, gpu: Gpu, kernel: Kernel, memory: Memory) -> None:
+    def __init__(self, gpu: Gpu, kernel: Kernel, memory: MemoryShare) -> None:
         self._gpu, self._memory = gpu, memory
         self._instructions = kernel.instructions
         self._timings = [timing(i, gpu) for i in kernel.instructions]

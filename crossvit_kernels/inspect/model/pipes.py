@@ -13,8 +13,8 @@ import dataclasses
 import enum
 import re
 
-from crossvit_kernels.inspect.model.emulator import GLOBAL
 from crossvit_kernels.inspect.model.gpus import Gpu
+from crossvit_kernels.inspect.model.memory import GLOBAL
 from crossvit_kernels.inspect.model.sass import Instruction
 
 
