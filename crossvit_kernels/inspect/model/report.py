@@ -171,13 +171,13 @@ def show(gpu: Gpu, found: Iterable[Row], as_json: bool) -> None:
     sums: dict[tuple[Any, ...], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for row in found:
         print(_line(row), flush=True)
-        key = row.operation, row.direction, row.channels, row.batch
+        key = row.operation, row.direction, row.channels, row.dtype, row.batch
         sums[key][0] += row.modelled.microseconds
         sums[key][1] += row.modelled.floor
-    print(f"\n{'pass':44} {'images':>6} {'us':>9} {'floor':>8} {'share':>6}")
-    for (operation, direction, channels, batch), (total, floor) in sums.items():
-        name = f"{operation} {direction}, C = {channels}"
-        print(f"{name:44} {batch:6} {total:9.1f} {floor:8.1f} {floor / total:6.0%}")
+    print(f"\n{'pass':50} {'images':>6} {'us':>9} {'floor':>8} {'share':>6}")
+    for (operation, direction, channels, dtype, batch), (total, floor) in sums.items():
+        name = f"{operation} {direction}, C = {channels}, {dtype}"
+        print(f"{name:50} {batch:6} {total:9.1f} {floor:8.1f} {floor / total:6.0%}")
     sys.stdout.flush()
 
 

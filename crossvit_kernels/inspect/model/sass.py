@@ -21,7 +21,7 @@ from pathlib import Path
 INSTRUCTION_BYTES = 16
 
 _LABEL = re.compile(r"(\.\w+):")
-_SOURCE = re.compile(r'\s*//## File "([^"]+)", line (\d+)(.*)')
+_SOURCE = re.compile(r'\s*//## File "([^"]+)", line (\d+)(?: inlined at "([^"]+)", line (\d+))?')
 _INSTRUCTION = re.compile(
     r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;"
     r"\s+/\* 0x([0-9a-f]{16}) \*/"
@@ -45,7 +45,8 @@ class Instruction:
         read_scoreboard: Released when the operands have been read; None for none.
         waits_for: Scoreboards that must have been released.
         target: Index of the instruction that it branches to; None where it does not.
-        source: File and line, ``triton_tiles.py:59``; "" where they are not known.
+        source: File and line, ``triton_kernels.py:91``, and where that is inlined,
+            ``triton_tiles.py:59 < triton_passes.py:125``; "" where they are not known.
     """
 
     index: int
@@ -115,13 +116,13 @@ def disassemble(cubin: bytes) -> dict[str, Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [disassembler(), "-hex", "-c", "-g", str(path)]
+        command = [disassembler(), "-hex", "-c", "-gi", str(path)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {kernel.name: kernel for kernel in parse(printed)}
 
 
 def parse(printed: str) -> Iterator[Kernel]:
-    """The kernels in what ``nvdisasm -hex -c -g`` printed."""
+    """The kernels in what ``nvdisasm -hex -c -gi`` printed."""
     sections = re.split(r"^\.text\.([\w$.]+):$", printed, flags=re.MULTILINE)
     for name, section in zip(sections[1::2], sections[2::2], strict=True):
         yield Kernel(name, tuple(_instructions(section)))
@@ -130,17 +131,18 @@ def parse(printed: str) -> Iterator[Kernel]:
 def _instructions(section: str) -> Iterator[Instruction]:
     labels: dict[str, int] = {}
     found: list[tuple[re.Match[str], int, str]] = []
-    source, lines = "", iter(section.splitlines())
+    source, begins, lines = "", True, iter(section.splitlines())
     for line in lines:
         if match := _INSTRUCTION.match(line):
             upper = _SECOND_HALF.match(next(lines))
             if upper is None:
                 raise ValueError(f"an instruction's second half is missing below {line!r}")
             found.append((match, int(upper[1], 16), source))
+            begins = True
         elif label := _LABEL.match(line):
             labels[label[1]] = len(found)
-        elif (position := _SOURCE.match(line)) and "inlined at" not in position[3]:
-            source = f"{Path(position[1]).name}:{position[2]}"
+        elif begins and (position := _SOURCE.match(line)):  # the callers' callers follow
+            source, begins = _place(*position.groups()), False
     for index, (match, upper_half, source) in enumerate(found):
         _, guard, name, operands, _ = match.groups()
         opcode, *modifiers = name.split(".")
@@ -159,6 +161,11 @@ def _instructions(section: str) -> Iterator[Instruction]:
             target=_target(opcode, operands, labels),
             source=source,
         )
+
+
+def _place(file: str, line: str, caller: str | None, called_at: str | None) -> str:
+    place = f"{Path(file).name}:{line}"
+    return f"{place} < {Path(caller).name}:{called_at}" if caller else place
 
 
 def _operands(text: str) -> list[str]:
