@@ -134,6 +134,22 @@ class Specialization(NamedTuple):
     constants: tuple[Any, ...]
 
 
+class Launch(NamedTuple):
+    """A launch as it was asked for, with the arguments of ``start``.
+
+    Attributes:
+        specialization: What it is compiled for.
+        grid: Programs, or the function of the configuration's constants that gives them.
+    """
+
+    specialization: Specialization
+    grid: Grid | Callable[..., Programs]
+    tensors: Tensors
+    weights: tuple[Any, ...]
+    sizes: tuple[int, ...]
+    eps: float | None
+
+
 def start(
     kernel: Any,
     grid: Grid | Callable[..., Programs],
@@ -160,7 +176,7 @@ def start(
         The tensors allocated by the grid function.
     """
     if _record is not None:
-        return _recorded(kernel, grid, tensors, candidates, constants, weights)
+        return _recorded(kernel, grid, tensors, sizes, candidates, constants, weights, eps)
     index = tensors[0].get_device()  # type: ignore[union-attr]
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
@@ -338,17 +354,31 @@ def _usage(
         return None
 
 
-_record: Callable[[Specialization], None] | None = None
+_record: Callable[[Launch], None] | None = None
 
 
 @contextmanager
 def recording() -> Iterator[list[Specialization]]:
     """Record specializations instead of launching kernels: for tensors on the meta device."""
-    global _record
     specializations: list[Specialization] = []
-    previous, _record = _record, specializations.append
-    try:
+    with _recording_to(lambda launch: specializations.append(launch.specialization)):
         yield specializations
+
+
+@contextmanager
+def recording_launches() -> Iterator[list[Launch]]:
+    """Record launches with their arguments instead of launching kernels, as recording()."""
+    launches: list[Launch] = []
+    with _recording_to(launches.append):
+        yield launches
+
+
+@contextmanager
+def _recording_to(record: Callable[[Launch], None]) -> Iterator[None]:
+    global _record
+    previous, _record = _record, record
+    try:
+        yield
     finally:
         _record = previous
 
@@ -357,9 +387,11 @@ def _recorded(
     kernel: Any,
     grid: Grid | Callable[..., Programs],
     tensors: Tensors,
+    sizes: tuple[int, ...],
     candidates: Candidates,
     constants: tuple[Any, ...],
     weights: tuple[Any, ...],
+    eps: float | None,
 ) -> tuple[Tensor, ...]:
     made = _programs(grid, candidates[0]).tensors
 
@@ -368,11 +400,10 @@ def _recorded(
 
     assert _record is not None
     weight_dtypes = tuple(type(group)(*dtypes(group)) for group in weights)
-    _record(
-        Specialization(
-            kernel, tuple(dtypes((*tensors, *made))), weight_dtypes, candidates, constants
-        )
+    specialization = Specialization(
+        kernel, tuple(dtypes((*tensors, *made))), weight_dtypes, candidates, constants
     )
+    _record(Launch(specialization, grid, tensors, weights, sizes, eps))
     return made
 
 

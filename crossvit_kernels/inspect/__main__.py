@@ -10,6 +10,9 @@ of a program find them.
 
 The CUDA kernels' code is read from the extension. Each handles all tokens up to a width; its shared
 memory and occupancy are given for that width.
+
+With --model: how long Triton's kernels take at the sizes of models, by a cycle model of their
+machine code (docs/cycle_model.md). It is never a measurement.
 """
 
 from __future__ import annotations
@@ -61,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     channels = {*options.channels} if options.channels else {c for w in WIDTHS for c in w[:2]}
     widths = [w for w in WIDTHS if {*w[:2]} <= channels]
     blocks = [b for b in BLOCKS if b[0] in channels]
+    if options.model:
+        _model(options)
+        return 0
     variants, select = (
         VARIANTS.names if options.all else ("auto",),
         extremes if options.quick else list,
@@ -83,6 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     return 0
+
+
+def _model(options: argparse.Namespace) -> None:
+    """Print modelled times of the launches of a model's operations."""
+    from crossvit_kernels.inspect.model import report
+    from crossvit_kernels.inspect.model.gpus import GPUS
+
+    gpu, kernel = GPUS[options.gpu], options.kernel or ""
+    jobs = report.jobs(gpu, options.model, options.dtype, options.batch, options.channels, kernel)
+    report.show(gpu, report.rows(jobs, options.processes), options.json)
 
 
 def _with_progress(rows: Iterator[Report], total: int) -> Iterator[Report]:
@@ -153,6 +169,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="also variants of blocks that are never the default",
     )
+    models = ("tiny", "small", "base", "9", "15", "18")
+    add("--model", nargs="?", const="15", choices=models, help="of a CrossViT, by default 15")
+    add("--gpu", choices=("A100", "H100", "H200"), default="H200", help="of the model")
+    add("--batch", type=numbers, default=[1, 64, 256], help="of the model: 1,64,256 by default")
     add("--processes", type=int, default=os.cpu_count(), help="one for each core by default")
     options = parser.parse_args(arguments)
     unknown = set(options.arch) - set(machine_code.LIMITS)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import launcher, tables
-from crossvit_kernels.gpu.launcher import Specialization, Usage, choose
+from crossvit_kernels.gpu.launcher import Choice, Specialization, Usage, choose
 from crossvit_kernels.gpu.tables import Candidate
 from crossvit_kernels.inspect import machine_code
 from crossvit_kernels.inspect.machine_code import Report
@@ -200,8 +200,8 @@ def _compiled(case: CompileCase, arch: int, candidate: Candidate) -> tuple[Any, 
     return compiled, Usage(registers, stack_bytes // 4, shared_bytes, fits)
 
 
-def inspect(case: CompileCase, arch: int) -> Report:
-    """Report on a kernel as a launch would run it, and on the rejected candidates."""
+def chosen(case: CompileCase, arch: int) -> tuple[Choice, Any, Usage]:
+    """Return the choice among a kernel's candidates, the compiled kernel, and what it takes."""
     candidates, results = case.specialization.candidates, {}
 
     def usage_of(candidate: Candidate) -> Usage:
@@ -210,7 +210,14 @@ def inspect(case: CompileCase, arch: int) -> Report:
 
     choice = choose(candidates, usage_of)
     candidate = candidates[choice.index]
-    compiled, usage = results.get(id(candidate)) or _compiled(case, arch, candidate)
+    return choice, *(results.get(id(candidate)) or _compiled(case, arch, candidate))
+
+
+def inspect(case: CompileCase, arch: int) -> Report:
+    """Report on a kernel as a launch would run it, and on the rejected candidates."""
+    candidates = case.specialization.candidates
+    choice, compiled, usage = chosen(case, arch)
+    candidate = candidates[choice.index]
     ptx = compiled.asm["ptx"]
     num_warps = candidate.options["num_warps"]
     return Report(

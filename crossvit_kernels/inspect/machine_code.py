@@ -116,15 +116,20 @@ def report(
     )
 
 
-def occupancy(registers: int, shared_bytes: int, num_warps: int, arch: int) -> float:
-    """Return the resident threads of an SM, as a fraction of its maximum."""
+def resident_programs(registers: int, shared_bytes: int, num_warps: int, arch: int) -> int:
+    """Return how many programs a streaming multiprocessor holds at a time."""
+    limits = LIMITS[arch]
     warp_registers = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
     by_registers = REGISTERS // (warp_registers * num_warps)
-    limits = LIMITS[arch]
     by_shared = limits.shared_kib * 1024 // (shared_bytes + _RESERVED_SHARED_BYTES)
     by_threads = limits.threads // (32 * num_warps)
-    programs = min(by_registers, by_shared, by_threads, limits.programs)
-    return programs * 32 * num_warps / limits.threads
+    return min(by_registers, by_shared, by_threads, limits.programs)
+
+
+def occupancy(registers: int, shared_bytes: int, num_warps: int, arch: int) -> float:
+    """Return the resident threads of an SM as a share of its maximum."""
+    programs = resident_programs(registers, shared_bytes, num_warps, arch)
+    return programs * 32 * num_warps / LIMITS[arch].threads
 
 
 def usage(binary: str | Path, target: str | None = None) -> dict[str, tuple[int, int]]:

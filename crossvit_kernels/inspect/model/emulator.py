@@ -1,0 +1,172 @@
+"""Execute the integer part of a kernel to find the path and the addresses of each warp.
+
+No trip count is written by hand: parameters, sizes and special registers are those of a launch, so
+that branches go where they would on a GPU, and a recompiled kernel needs nothing new. Warps whose
+branches agree execute together, as rows of arrays.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from crossvit_kernels.inspect.model import integer_instructions, other_instructions
+from crossvit_kernels.inspect.model.integer_code import Registers, Translator, is_predicate
+from crossvit_kernels.inspect.model.lanes import Value
+from crossvit_kernels.inspect.model.memory import Memory
+from crossvit_kernels.inspect.model.paths import Group, Meeting, Step
+from crossvit_kernels.inspect.model.sass import INSTRUCTION_BYTES, Instruction, Kernel
+
+assert integer_instructions and other_instructions  # they declare what Translator knows
+
+_CONTROL = frozenset(("BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET"))
+_MOST_STEPS = 2_000_000
+
+
+class Block(NamedTuple):
+    """A thread block of a launch: its place in the grid."""
+
+    x: int
+    y: int
+    z: int
+
+
+@dataclasses.dataclass
+class Trace:
+    """What the warps of some blocks executed.
+
+    Attributes:
+        warps: The steps of each warp, [block][warp]. Warps that did the same share a list.
+        unknown_branches: By source, how often a branch depended on a value that is not known.
+    """
+
+    warps: list[list[list[Step]]]
+    unknown_branches: collections.Counter[str]
+
+
+class Emulator:
+    """Executes a kernel.
+
+    Args:
+        kernel: Its machine code.
+        constants: Words of the constant bank by their place in bytes: parameters and grid.
+    """
+
+    def __init__(self, kernel: Kernel, constants: Mapping[int, int]) -> None:
+        translator = Translator(constants)
+        self._kernel = kernel
+        self._guards = [i.guard for i in kernel.instructions]
+        self._control = [i.opcode in _CONTROL for i in kernel.instructions]
+        self._functions = [
+            None if i.opcode in _CONTROL else translator.function(i) for i in kernel.instructions
+        ]
+        self._returns = [
+            translator.pair(i.operands[0]) if i.opcode == "RET" else None
+            for i in kernel.instructions
+        ]
+        self._memory = Memory(translator, kernel.instructions)
+        self._unknown: collections.Counter[str] = collections.Counter()
+
+    def run(self, blocks: Sequence[Block], num_warps: int) -> Trace:
+        """Execute blocks of so many warps."""
+        count = len(blocks) * num_warps
+        self._unknown.clear()
+        self._memory.start([warp // num_warps for warp in range(count)])
+        lane = np.broadcast_to(np.arange(32), (count, 32)).astype(np.int64)
+        warp = np.arange(count)[:, None] % num_warps
+
+        def of_block(numbers: list[int]) -> Value:
+            return np.repeat(np.array(numbers, np.int64), num_warps)[:, None]
+
+        special = {
+            "SR_TID.X": lane + 32 * warp,
+            "SR_TID.Y": 0,
+            "SR_TID.Z": 0,
+            "SR_LANEID": lane,
+            "SR_CTAID.X": of_block([b.x for b in blocks]),
+            "SR_CTAID.Y": of_block([b.y for b in blocks]),
+            "SR_CTAID.Z": of_block([b.z for b in blocks]),
+            "SR_CgaCtaId": 0,
+        }
+        done: dict[int, list[Step]] = {}
+        groups = [Group(Registers(special), list(range(count)), [])]
+        while groups:
+            groups += self._run(groups.pop(), done)
+        warps = [[done[b * num_warps + w] for w in range(num_warps)] for b in range(len(blocks))]
+        return Trace(warps, self._unknown.copy())
+
+    def _run(self, group: Group, done: dict[int, list[Step]]) -> list[Group]:
+        """Execute a group up to its end, or until it falls into several, which are returned."""
+        functions, guards, control = self._functions, self._guards, self._control
+        registers, steps, memory = group.registers, group.steps, self._memory
+        while len(steps) < _MOST_STEPS:
+            pc = group.pc
+            guard = guards[pc]
+            where = registers.predicate(guard) if guard else True
+            if control[pc]:
+                steps.append((pc, None))
+                parts = self._branch(group, self._kernel.instructions[pc], where)
+                if parts is not None:
+                    for finished in (part for part in parts if part.pc < 0):
+                        finished.finish(done)
+                    return [part for part in parts if part.pc >= 0]
+                continue
+            if group.active is not True:
+                where = None if where is None else where & group.active
+            if pc in memory:
+                i = self._kernel.instructions[pc]
+                steps.append((pc, memory.access(i, registers, group.warps, where)))
+            else:
+                steps.append((pc, None))
+            function = functions[pc]
+            if function is not None:
+                function(registers, where)
+            group.pc = pc + 1
+        raise RuntimeError(f"{self._kernel.name}: more than {_MOST_STEPS} steps of a warp")
+
+    def _branch(self, group: Group, i: Instruction, where: Value) -> list[Group] | None:
+        """Where the warps go on; None if all of them do so together, in group itself."""
+        group.pc = i.index + 1
+        if i.opcode == "BSSY":
+            group.meetings.append(Meeting(i.operands[0], group.active, []))
+            return None
+        if i.opcode == "BSYNC":
+            group.meet(i.operands[0])
+            return None
+        if i.opcode == "RET":
+            read = self._returns[i.index]
+            address = read(group.registers) if read else None
+            if not isinstance(address, int):
+                address = int(np.asarray(0 if address is None else address).flat[0])
+            group.pc = address // INSTRUCTION_BYTES
+            return None
+        if "DIV" in i.modifiers:  # where lanes have diverged: the code for that is slow
+            return None
+        for operand in i.operands[:-1]:  # BRA P0, target; BRA.U UP0, target
+            if where is not None and is_predicate(operand):
+                other = group.registers.predicate(operand)
+                where = None if other is None else where & other
+        target = -1 if i.opcode == "EXIT" else i.target
+        if target is None:
+            raise ValueError(f"{self._kernel.name}: cannot follow {i.name} {i.operands}")
+        if where is None:
+            self._unknown[i.source or str(i.index)] += len(group.warps)
+            where = self._likely(i)
+        if not isinstance(where, np.ndarray):
+            if not where:
+                return None
+            if group.active is True or target >= 0:
+                group.pc = target
+                return [group] if target < 0 else None
+        return group.diverge(where, target)
+
+    def _likely(self, i: Instruction) -> bool:
+        """Whether to take a branch on something that is not known: only around a slow path."""
+        if i.target is None or i.target <= i.index:
+            return False
+        skipped = self._kernel.instructions[i.index + 1 : i.target]
+        return any(s.opcode == "CALL" for s in skipped)

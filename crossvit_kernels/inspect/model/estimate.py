@@ -1,0 +1,216 @@
+"""Estimate how long a launch takes: waves of blocks, what binds them, and the floor."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+from crossvit_kernels.inspect import machine_code
+from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES
+from crossvit_kernels.inspect.model.emulator import Emulator
+from crossvit_kernels.inspect.model.gpus import Gpu
+from crossvit_kernels.inspect.model.launch import Launch
+from crossvit_kernels.inspect.model.memory import SHARED
+from crossvit_kernels.inspect.model.multiprocessor import MemoryShare, Multiprocessor, Run
+from crossvit_kernels.inspect.model.paths import Step
+from crossvit_kernels.inspect.model.pipes import Kind, Pipe, timing
+
+_STEPS = 400_000  # of warps, that are run on the SM
+_BLOCKS = 48  # that are executed
+_BOUND = 0.6  # of the cycles, from which on a resource is what binds a kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What the model says of a launch: never a measurement.
+
+    Attributes:
+        microseconds: From the first instruction to the last byte; starting the kernel is not in it.
+        floor: The least that its bytes, products and exponentials allow, in microseconds.
+        floor_by: Which of them.
+        bound_by: The busiest resource, or what warps wait for if none is busy.
+        busy: Share of the time that each resource is in use.
+        stalls: Share of the warps' waiting, by what for.
+        waits_at: Share of it at the lines where most of it is.
+        blocks_per_sm: Resident at a time.
+        waves: Blocks of the busiest SM over those.
+        dram_megabytes: That must move.
+        instructions: Of all warps, by the pipe they take.
+        bank_conflicts: Share of the shared-memory pipe's passes that conflicts add.
+        conflicts_at: Where most of them are.
+        unknown_branches: By source: their directions are a guess.
+    """
+
+    microseconds: float
+    floor: float
+    floor_by: str
+    bound_by: str
+    busy: dict[str, float]
+    stalls: dict[str, float]
+    waits_at: dict[str, float]
+    blocks_per_sm: int
+    waves: float
+    dram_megabytes: float
+    instructions: dict[str, int]
+    bank_conflicts: float
+    conflicts_at: str
+    unknown_branches: dict[str, int]
+
+    @property
+    def share_of_floor(self) -> float:
+        return self.floor / self.microseconds
+
+
+def resident_blocks(launch: Launch, compute_capability: int) -> int:
+    """Blocks of an SM at a time."""
+    programs = machine_code.resident_programs(
+        launch.registers, launch.shared_bytes, launch.num_warps, compute_capability
+    )
+    return max(programs, 1)
+
+
+def estimate(launch: Launch, gpu: Gpu) -> Estimate:
+    """Model a launch on a GPU whose caches hold nothing of it."""
+    blocks, active = launch.num_blocks, min(launch.num_blocks, gpu.multiprocessors)
+    busiest = -(-blocks // gpu.multiprocessors)
+    resident = resident_blocks(launch, gpu.compute_capability)
+    emulator = Emulator(launch.kernel, launch.constants(gpu.compute_capability))
+    first = emulator.run([launch.block(0)], launch.num_warps)
+    steps = sum(map(len, first.warps[0]))
+    simulated = min(busiest, max(min(3 * resident, _STEPS // steps), resident), _BLOCKS)
+    trace = emulator.run(
+        [launch.block(n) for n in _spread(blocks, busiest, simulated, gpu)], launch.num_warps
+    )
+    scale = blocks / simulated
+    memory = _memory(launch, gpu, trace.warps, scale, active)
+    run = Multiprocessor(gpu, launch.kernel, memory).run(trace.warps, resident)
+    cycles = run.cycles + (busiest - simulated) * _cycles_of_another(run, resident)
+    work = _work(launch, gpu, trace.warps, scale)
+    floor_by, floor = max(work.items(), key=lambda item: item[1])
+    conflicts, conflicts_at = _conflicts(launch, trace.warps)
+    waited = max(sum(run.stalls.values()), 1)
+    return Estimate(
+        microseconds=cycles / gpu.clock * 1e6,
+        floor=floor,
+        floor_by=floor_by,
+        bound_by=_bound_by(run),
+        busy=run.busy,
+        stalls={reason: n / waited for reason, n in run.stalls.most_common()},
+        waits_at=_lines(launch, run),
+        blocks_per_sm=resident,
+        waves=busiest / resident,
+        dram_megabytes=work["DRAM"] * gpu.dram_bytes_per_second * gpu.achievable_dram / 1e12,
+        instructions=_classes(launch, gpu, trace.warps, scale),
+        bank_conflicts=conflicts,
+        conflicts_at=conflicts_at,
+        unknown_branches=dict(trace.unknown_branches),
+    )
+
+
+def _spread(blocks: int, busiest: int, simulated: int, gpu: Gpu) -> list[int]:
+    """The blocks to run: an SM's own where they are few, else some from all over the grid."""
+    if simulated == busiest:
+        return [min(n * gpu.multiprocessors, blocks - 1) for n in range(simulated)]
+    stride = int(blocks * 0.618) | 1
+    return [n * stride % blocks for n in range(simulated)]
+
+
+def _cycles_of_another(run: Run, resident: int) -> float:
+    """What a block more takes once the SM is full."""
+    ends = run.ends
+    if len(ends) > resident:
+        return (ends[-1] - ends[resident - 1]) / (len(ends) - resident)
+    return ends[-1] / len(ends)
+
+
+def _memory(
+    launch: Launch, gpu: Gpu, warps: list[list[list[Step]]], scale: float, active: int
+) -> MemoryShare:
+    """Each byte of a tensor comes from DRAM once, and goes there once, however often it is used."""
+    moved: collections.Counter[tuple[bool, int]] = collections.Counter()
+    stores = [timing(i, gpu).kind is Kind.STORE for i in launch.kernel.instructions]
+    for block in warps:
+        for path in block:
+            for step in path:
+                if step.sectors:
+                    moved[stores[step.instruction], step.tensor] += SECTOR_BYTES * step.sectors
+    of_tensor = dict(enumerate(launch.tensor_bytes))
+    shares: tuple[dict[int, float], dict[int, float]] = ({}, {})
+    for (is_store, tensor), size in moved.items():
+        shares[is_store][tensor] = min(of_tensor.get(tensor, 0) / (size * scale), 1.0)
+    return MemoryShare.of(gpu, active, *shares)
+
+
+def _work(
+    launch: Launch, gpu: Gpu, warps: list[list[list[Step]]], scale: float
+) -> dict[str, float]:
+    """Microseconds of a launch's bytes, products and special functions at the GPU's rates."""
+    seen: collections.Counter[tuple[int, bool]] = collections.Counter()
+    macs = special = 0.0
+    instructions = launch.kernel.instructions
+    timings = [timing(i, gpu) for i in instructions]
+    for block in warps:
+        for path in block:
+            for step in path:
+                i, how = instructions[step.instruction], timings[step.instruction]
+                if step.sectors:
+                    store = how.kind is Kind.STORE
+                    seen[step.tensor, store] += SECTOR_BYTES * step.sectors
+                elif how.pipe is Pipe.TENSOR:
+                    share = gpu.mma_share if i.opcode == "HMMA" else 1.0
+                    macs += how.cycles * share
+                elif i.opcode == "MUFU":
+                    special += 8
+    of_tensor = dict(enumerate(launch.tensor_bytes))
+    moved = sum(min(n * scale, of_tensor.get(tensor, 0)) for (tensor, _), n in seen.items())
+    per_sub_partition = scale / (4 * gpu.multiprocessors * gpu.clock) * 1e6
+    return {
+        "DRAM": moved / (gpu.dram_bytes_per_second * gpu.achievable_dram) * 1e6,
+        "tensor cores": macs * per_sub_partition,
+        "special functions": special * per_sub_partition,
+    }
+
+
+def _lines(launch: Launch, run: Run) -> dict[str, float]:
+    """The three lines of source at which warps wait longest, as shares of all that they wait."""
+    by_line: collections.Counter[str] = collections.Counter()
+    for index, cycles in run.waits.items():
+        by_line[launch.kernel.instructions[index].source or "?"] += cycles
+    total = max(sum(by_line.values()), 1)
+    return {line: cycles / total for line, cycles in by_line.most_common(3)}
+
+
+def _bound_by(run: Run) -> str:
+    name, share = max(run.busy.items(), key=lambda item: item[1])
+    if share >= _BOUND or not run.stalls:
+        return name
+    waits = [(r, n) for r, n in run.stalls.most_common() if r not in ("issue",)]
+    return f"latency: {waits[0][0]}" if waits else name
+
+
+def _classes(
+    launch: Launch, gpu: Gpu, warps: list[list[list[Step]]], scale: float
+) -> dict[str, int]:
+    """Instructions of all warps by the pipe that they take."""
+    names = [timing(i, gpu).pipe.name.lower() for i in launch.kernel.instructions]
+    found: collections.Counter[str] = collections.Counter()
+    for block in warps:
+        for path in block:
+            found.update(names[step.instruction] for step in path)
+    return {name: round(n * scale) for name, n in found.most_common()}
+
+
+def _conflicts(launch: Launch, warps: list[list[list[Step]]]) -> tuple[float, str]:
+    """The share of shared memory's passes that bank conflicts add, and where most of them are."""
+    instructions, total = launch.kernel.instructions, 0
+    added: collections.Counter[str] = collections.Counter()
+    for path in warps[0]:
+        for step in path:
+            i = instructions[step.instruction]
+            if i.opcode in SHARED or i.opcode == "LDGSTS":
+                total += step.wavefronts
+                least = max(i.access_bytes // 4, 1)
+                if step.wavefronts > least:
+                    added[f"{i.opcode} {i.source}"] += step.wavefronts - least
+    worst = added.most_common(1)
+    return sum(added.values()) / max(total, 1), worst[0][0] if worst else ""

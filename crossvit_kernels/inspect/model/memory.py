@@ -1,0 +1,121 @@
+"""Count each execution of a load, store or copy by what it costs, from the lanes' addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from crossvit_kernels.inspect.model import accesses
+from crossvit_kernels.inspect.model.accesses import Access
+from crossvit_kernels.inspect.model.integer_code import Reader, Registers, Translator
+from crossvit_kernels.inspect.model.lanes import Value, of_lanes
+from crossvit_kernels.inspect.model.sass import Instruction
+
+#: Tensors lie so far apart in the addresses that kernels are given.
+TENSOR_BYTES = 1 << 40
+
+GLOBAL = frozenset(("LDG", "LD", "LDGSTS", "STG", "ST", "RED", "ATOM", "ATOMG"))
+SHARED = frozenset(("LDS", "STS", "LDSM", "STSM", "ATOMS"))
+
+
+def pointer(number: int) -> int:
+    """The address that a kernel is given for a tensor."""
+    return (number + 1) * TENSOR_BYTES
+
+
+class Memory:
+    """The accesses of blocks that are executed, and what their L1 holds.
+
+    Args:
+        translator: Of the kernel's operands.
+        instructions: The kernel's.
+    """
+
+    def __init__(self, translator: Translator, instructions: Sequence[Instruction]) -> None:
+        self._addresses = {
+            i.index: _readers(translator, i)
+            for i in instructions
+            if i.opcode in GLOBAL or i.opcode in SHARED
+        }
+        self._costs: dict[Any, list[int]] = {}  # of shared memory: a loop's steps repeat them
+        self.start([])
+
+    def start(self, block_of_warp: Sequence[int]) -> None:
+        """Forget what was loaded: other blocks run, of which each warp belongs to one."""
+        self._block_of = block_of_warp
+        self._loaded: dict[int, set[int]] = {block: set() for block in block_of_warp}
+
+    def __contains__(self, index: int) -> bool:
+        """Whether an instruction accesses memory."""
+        return index in self._addresses
+
+    def access(
+        self, i: Instruction, registers: Registers, warps: Sequence[int], where: Value
+    ) -> Access:
+        """What an execution by some warps costs, in the lanes where a condition holds."""
+        count = len(warps)
+        nothing = [0] * count
+        if where is False:
+            return Access(nothing, nothing, -1)
+        shared_at, global_at, applies = self._addresses[i.index]
+        # A copy writes zeros where its predicate does not hold.
+        condition = True if applies is None else applies(registers)
+        active = of_lanes(True if where is None else where, count)
+        width = i.access_bytes
+        wavefronts = [max(width // 4, 1)] * count
+        if shared_at is not None:
+            address = shared_at(registers)
+            if address is not None:
+                wavefronts = self._shared(of_lanes(address, count), width, active, i)
+        if global_at is None:
+            return Access(wavefronts, nothing, -1)
+        active = active & of_lanes(True if condition is None else condition, count)
+        address = global_at(registers)
+        if address is None:
+            sectors = (active.sum(axis=1) * width + 31) // 32
+            return Access(wavefronts, sectors.tolist(), -1)
+        address = of_lanes(address, count)
+        if shared_at is None:
+            wavefronts = accesses.global_wavefronts(address, width, active).tolist()
+        found, distinct = accesses.sectors(address, width, active)
+        cached = i.opcode in ("LDG", "LD") or (i.opcode == "LDGSTS" and "BYPASS" not in i.modifiers)
+        tensor = -1
+        if distinct.any():
+            tensor = int(found[distinct][0] * accesses.SECTOR_BYTES // TENSOR_BYTES) - 1
+        if not cached:
+            return Access(wavefronts, distinct.sum(axis=1).tolist(), tensor)
+        misses = []
+        for row, warp in enumerate(warps):
+            seen = self._loaded[self._block_of[warp]]
+            wanted = found[row][distinct[row]].tolist()
+            misses.append(sum(sector not in seen for sector in wanted))
+            seen.update(wanted)
+        return Access(wavefronts, misses, tensor)
+
+    def _shared(self, address: Any, width: int, active: Any, i: Instruction) -> list[int]:
+        if i.opcode in ("LDSM", "STSM"):  # addresses of rows of 16 bytes, in the first lanes
+            active = active & (np.arange(32) < 2 * width)
+            width = 16
+        key = address.tobytes(), active.tobytes(), width
+        found = self._costs.get(key)
+        if found is None:
+            found = accesses.shared_wavefronts(address, width, active).tolist()
+            self._costs[key] = found
+        return found
+
+
+def _readers(
+    translator: Translator, i: Instruction
+) -> tuple[Reader | None, Reader | None, Reader | None]:
+    """Of the addresses in shared and in global memory, and of the predicate of a copy."""
+    at = [operand for operand in i.operands if "[" in operand and not operand.startswith("c[")]
+    readers = [translator.address(operand) for operand in at]
+    if i.opcode == "LDGSTS":
+        last = i.operands[-1]
+        applies = translator.reader(last) if "[" not in last else None
+        return readers[0], readers[1], applies
+    if not readers:
+        readers = [lambda _: None]
+    return (readers[0], None, None) if i.opcode in SHARED else (None, readers[0], None)

@@ -1,0 +1,343 @@
+"""Run the traces of thread blocks on one streaming multiprocessor, cycle by cycle.
+
+Each of four sub-partitions issues at most one instruction a cycle, the oldest warp's that can go:
+its stall count has passed, the scoreboards it waits for are released, and its pipe has room. The
+SM's share of the L2 and of DRAM is a rate and a latency.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import heapq
+from collections.abc import Sequence
+
+from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES
+from crossvit_kernels.inspect.model.gpus import Gpu
+from crossvit_kernels.inspect.model.paths import Step
+from crossvit_kernels.inspect.model.pipes import Kind, Pipe, Timing, timing
+from crossvit_kernels.inspect.model.sass import Kernel
+
+SUB_PARTITIONS = 4
+_BLOCK_START = 200  # cycles from a block's end to the first instruction of the one in its place
+_BARRIER = 20
+_BRANCH = 8
+_OPERANDS_READ = 16  # cycles until a load or store has read its registers
+_SHARED_QUEUE = 32  # cycles of work that may wait for the shared-memory pipe
+_TENSOR_QUEUE = 128  # and of wgmma for the tensor cores
+_SM_L2_BYTES = 64  # a cycle, of one SM, if others leave it as much
+
+
+@dataclasses.dataclass
+class Run:
+    """What became of some blocks on one SM.
+
+    Attributes:
+        cycles: Until everything has arrived.
+        ends: When each block ended, in order.
+        issued: Instructions of warps.
+        busy: Share of the cycles that a resource was in use, by name.
+        stalls: Cycles that warps waited, by what for.
+        waits: Cycles that warps waited to issue an instruction, by its index.
+    """
+
+    cycles: float
+    ends: list[float]
+    issued: int
+    busy: dict[str, float]
+    stalls: collections.Counter[str]
+    waits: collections.Counter[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryShare:
+    """An SM's share of the memory behind it.
+
+    Attributes:
+        l2_rate: Bytes a cycle.
+        dram_rate: Bytes a cycle.
+        loads: Share of a tensor's loads that go to DRAM, by its number.
+        stores: Share of its stores that do.
+    """
+
+    l2_rate: float
+    dram_rate: float
+    loads: dict[int, float] = dataclasses.field(default_factory=dict)
+    stores: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, gpu: Gpu, active: int, loads: dict[int, float], stores: dict[int, float]
+    ) -> MemoryShare:
+        """Of a GPU of which so many SMs are active."""
+        return cls(
+            min(gpu.l2_bytes_per_cycle / active, _SM_L2_BYTES),
+            min(gpu.dram_bytes_per_cycle / active, _SM_L2_BYTES),
+            loads,
+            stores,
+        )
+
+
+class _Block:
+    def __init__(self, warps: int) -> None:
+        self.live = warps
+        self.waiting: dict[str, list[tuple[float, _Warp]]] = collections.defaultdict(list)
+        self.arrived: collections.Counter[str] = collections.Counter()
+
+
+class _Warp:
+    __slots__ = (
+        "at", "block", "copies", "groups", "matrices", "number", "path", "ready", "reasons",
+        "released", "scheduler",
+    )  # fmt: skip
+
+    def __init__(self, number: int, path: Sequence[Step], block: _Block, ready: float) -> None:
+        self.number, self.path, self.block = number, path, block
+        self.scheduler = number % SUB_PARTITIONS
+        self.at, self.ready = 0, ready
+        self.released = [0.0] * 6
+        self.reasons = [""] * 6
+        self.copies = 0.0  # when those of the open group have arrived
+        self.groups: list[float] = []
+        self.matrices: list[float] = []
+
+
+class Multiprocessor:
+    """One SM.
+
+    Args:
+        gpu: The GPU.
+        kernel: What runs on it.
+        memory: Its share of the L2 and of DRAM.
+    """
+
+    def __init__(self, gpu: Gpu, kernel: Kernel, memory: MemoryShare) -> None:
+        self._gpu, self._memory = gpu, memory
+        self._instructions = kernel.instructions
+        self._timings = [timing(i, gpu) for i in kernel.instructions]
+        self._l2 = self._dram = 0.0  # when they are free again
+        self._l2_bytes = self._dram_bytes = 0.0
+        self._owed: dict[int, float] = collections.defaultdict(float)
+
+    def run(self, blocks: Sequence[Sequence[Sequence[Step]]], resident: int) -> Run:
+        """Run blocks in order, so many at a time.
+
+        Args:
+            blocks: The steps of each warp, [block][warp].
+            resident: Blocks that fit.
+        """
+        self._heap: list[tuple[float, int, _Warp]] = []
+        self._pipes = [[0.0] * len(Pipe) for _ in range(SUB_PARTITIONS)]
+        self._other_fma = [0.0] * SUB_PARTITIONS
+        self._shared = 0.0
+        self._busy = [0.0] * len(Pipe)
+        self._stalls: collections.Counter[str] = collections.Counter()
+        self._waits: collections.Counter[int] = collections.Counter()
+        self._next, self._number, self._blocks = 0, 0, blocks
+        ends: list[float] = []
+        issued, now = 0, 0.0
+        free = [0.0] * SUB_PARTITIONS
+        for _ in range(min(resident, len(blocks))):
+            self._start(0.0)
+        heap, timings, instructions = self._heap, self._timings, self._instructions
+        while heap:
+            now, _, warp = heapq.heappop(heap)
+            step = warp.path[warp.at]
+            i, how = instructions[step[0]], timings[step[0]]
+            at, reason = self._earliest(warp, i.waits_for, how)
+            if free[warp.scheduler] > at:
+                at, reason = free[warp.scheduler], "issue"
+            if at > now:
+                self._stalls[reason] += int(at - now)
+                self._waits[step[0]] += int(at - now)
+                heapq.heappush(heap, (at, warp.number, warp))
+                continue
+            free[warp.scheduler] = now + 1
+            issued += 1
+            warp.at += 1
+            warp.ready = now + i.stall
+            started, finished = self._execute(warp, step, how, now)
+            if i.write_scoreboard is not None:
+                place = i.write_scoreboard
+                if finished > warp.released[place]:
+                    warp.released[place], warp.reasons[place] = finished, _reason(how, i.opcode)
+            if i.read_scoreboard is not None:
+                read = max(started, now) + _OPERANDS_READ
+                if read > warp.released[i.read_scoreboard]:
+                    warp.released[i.read_scoreboard] = read
+                    warp.reasons[i.read_scoreboard] = "operands"
+            if how.kind is Kind.EXIT and warp.at == len(warp.path):
+                self._exit(warp, now, ends)
+            elif how.kind is not Kind.BARRIER:
+                heapq.heappush(heap, (warp.ready, warp.number, warp))
+            else:
+                self._barrier(warp, how, now)
+        cycles = max(now + 1, self._l2, self._dram)
+        shares = self._shares(cycles, issued)
+        return Run(cycles, ends, issued, shares, self._stalls, self._waits)
+
+    def _start(self, now: float) -> None:
+        warps = self._blocks[self._next]
+        self._next += 1
+        block = _Block(len(warps))
+        for path in warps:
+            warp = _Warp(self._number, path, block, now)
+            self._number += 1
+            heapq.heappush(self._heap, (now, warp.number, warp))
+
+    def _earliest(self, warp: _Warp, waits_for: tuple[int, ...], how: Timing) -> tuple[float, str]:
+        """When a warp's next instruction can issue as far as it and its pipe are concerned."""
+        at, reason = warp.ready, "stall count"
+        for place in waits_for:
+            if warp.released[place] > at:
+                at, reason = warp.released[place], warp.reasons[place]
+        kind, pipe = how.kind, how.pipe
+        if kind is Kind.WAIT or kind is Kind.MATRIX_WAIT:
+            groups = warp.groups if kind is Kind.WAIT else warp.matrices
+            if len(groups) > how.count and groups[-1 - how.count] > at:
+                at = groups[-1 - how.count]
+                reason = "global memory" if kind is Kind.WAIT else "tensor cores"
+        if pipe is Pipe.SHARED:
+            room = self._shared - _SHARED_QUEUE
+        elif pipe is Pipe.FMA_ANY:
+            room = min(self._pipes[warp.scheduler][Pipe.FMA], self._other_fma[warp.scheduler])
+        elif pipe is Pipe.NONE:
+            return at, reason
+        else:
+            room = self._pipes[warp.scheduler][pipe]
+            if kind is Kind.MATRIX:
+                room -= _TENSOR_QUEUE
+        return (room, _PIPE_NAMES[pipe]) if room > at else (at, reason)
+
+    def _execute(self, warp: _Warp, step: Step, how: Timing, now: float) -> tuple[float, float]:
+        """Take the resources of an instruction: when it starts, and when its result is there."""
+        kind, pipe = how.kind, how.pipe
+        if pipe is Pipe.SHARED:
+            return self._access(warp, step, how, now)
+        started = now
+        if pipe is not Pipe.NONE:
+            pipes = self._pipes[warp.scheduler]
+            if pipe is Pipe.FMA_ANY:
+                other = self._other_fma[warp.scheduler]
+                if other <= pipes[Pipe.FMA]:
+                    self._other_fma[warp.scheduler] = max(other, now) + how.cycles
+                else:
+                    pipes[Pipe.FMA] = max(pipes[Pipe.FMA], now) + how.cycles
+            else:
+                started = max(pipes[pipe], now)
+                pipes[pipe] = started + how.cycles
+            self._busy[pipe] += how.cycles
+        if kind is Kind.MATRIX:
+            self._shared = max(self._shared, now) + how.shared_cycles
+            self._busy[Pipe.SHARED] += how.shared_cycles
+            pipes[pipe] = max(pipes[pipe], self._shared)
+            if how.commits:
+                warp.matrices.append(pipes[pipe] + how.latency)
+        elif kind is Kind.COMMIT:
+            last = warp.groups[-1] if warp.groups else 0.0
+            warp.groups.append(max(last, warp.copies))
+            return now, warp.groups[-1]
+        elif kind is Kind.BRANCH:
+            warp.ready = max(warp.ready, now + _BRANCH)
+        elif kind is Kind.ARRIVE:
+            self._barrier(None, how, now, warp.block)
+        return started, started + how.latency
+
+    def _access(self, warp: _Warp, step: Step, how: Timing, now: float) -> tuple[float, float]:
+        cycles = how.cycles or step.wavefronts
+        started = max(self._shared, now)
+        self._shared = started + cycles
+        self._busy[Pipe.SHARED] += cycles
+        kind = how.kind
+        if kind is Kind.PLAIN:
+            return started, started + cycles + how.latency
+        arrived = self._transfer(
+            step, started, self._memory.stores if kind is Kind.STORE else self._memory.loads
+        )
+        if kind is Kind.COPY:
+            warp.copies = max(warp.copies, arrived)
+        if kind is Kind.STORE:
+            return started, started + how.latency
+        return started, max(arrived, started + cycles + self._gpu.l1_latency)
+
+    def _transfer(self, step: Step, started: float, from_dram: dict[int, float]) -> float:
+        """Move an access's sectors: when they are there."""
+        if not step.sectors:
+            return started
+        moved = SECTOR_BYTES * step.sectors
+        memory, gpu = self._memory, self._gpu
+        self._l2 = max(self._l2, started) + moved / memory.l2_rate
+        self._l2_bytes += moved
+        share = from_dram.get(step.tensor, 0.0)
+        arrived = self._l2 + gpu.l2_latency
+        if share:
+            self._dram = max(self._dram, started) + moved * share / memory.dram_rate
+            self._dram_bytes += moved * share
+            # Of many loads of the same, those whose turn it is miss the L2: the first to begin.
+            self._owed[step.tensor] -= moved * share
+            if self._owed[step.tensor] < 0:
+                self._owed[step.tensor] += moved
+                arrived = max(self._l2, self._dram) + gpu.dram_latency
+        return arrived
+
+    def _barrier(
+        self, warp: _Warp | None, how: Timing, now: float, block: _Block | None = None
+    ) -> None:
+        """Arrive, and let all go on if all have arrived."""
+        block = block or (warp.block if warp else None)
+        assert block is not None
+        block.arrived[how.barrier] += 1
+        if warp is not None:
+            block.waiting[how.barrier].append((now, warp))
+        if block.arrived[how.barrier] >= (how.count or block.live):
+            self._release(block, how.barrier, now)
+
+    def _release(self, block: _Block, barrier: str, now: float) -> None:
+        for since, warp in block.waiting.pop(barrier, []):
+            self._stalls["barrier"] += int(now - since)
+            self._waits[warp.path[warp.at - 1].instruction] += int(now - since)
+            warp.ready = max(warp.ready, now + _BARRIER)
+            heapq.heappush(self._heap, (warp.ready, warp.number, warp))
+        block.arrived[barrier] = 0
+
+    def _exit(self, warp: _Warp, now: float, ends: list[float]) -> None:
+        block = warp.block
+        block.live -= 1
+        for barrier in [b for b, n in block.arrived.items() if n and n >= block.live]:
+            self._release(block, barrier, now)
+        if not block.live:
+            ends.append(now)
+            if self._next < len(self._blocks):
+                self._start(now + _BLOCK_START)
+
+    def _shares(self, cycles: float, issued: int) -> dict[str, float]:
+        both = self._gpu.fp32_lanes == 32
+        fma = self._busy[Pipe.FMA] + self._busy[Pipe.FMA_ANY]
+        per = cycles * SUB_PARTITIONS
+        return {
+            "issue": issued / per,
+            "fma": fma / (2 * per if both else per),
+            "alu": self._busy[Pipe.ALU] / per,
+            "special functions": self._busy[Pipe.XU] / per,
+            "tensor cores": self._busy[Pipe.TENSOR] / per,
+            "shared memory": self._busy[Pipe.SHARED] / cycles,
+            "L2": self._l2_bytes / self._memory.l2_rate / cycles,
+            "DRAM": self._dram_bytes / self._memory.dram_rate / cycles,
+        }
+
+
+_PIPE_NAMES = {
+    Pipe.FMA: "fma",
+    Pipe.FMA_ANY: "fma",
+    Pipe.ALU: "alu",
+    Pipe.XU: "special functions",
+    Pipe.TENSOR: "tensor cores",
+    Pipe.UNIFORM: "uniform",
+    Pipe.SHARED: "shared memory",
+}
+
+
+def _reason(how: Timing, opcode: str) -> str:
+    if how.kind in (Kind.LOAD, Kind.COPY, Kind.COMMIT):
+        return "global memory"
+    return _PIPE_NAMES.get(how.pipe, opcode)

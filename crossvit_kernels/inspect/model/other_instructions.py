@@ -1,0 +1,210 @@
+"""Translate moves, comparisons, conversions and what else decides trip counts and addresses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from crossvit_kernels.inspect.model import lanes
+from crossvit_kernels.inspect.model.integer_code import (
+    Function,
+    Registers,
+    Translator,
+    builds,
+    is_predicate,
+    words_of,
+    write,
+)
+from crossvit_kernels.inspect.model.lanes import WORD, Value
+from crossvit_kernels.inspect.model.sass import Instruction
+
+
+@builds("MOV", "R2UR", "S2R", "S2UR", "CS2R")
+def _move(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    destination, source = operands[0], operands[1]
+    if source == "SRZ":
+        return words_of(lambda: 0, destination, count=1 if "32" in i.modifiers else 2)
+    if source.startswith("SR_"):
+        return words_of(lambda value: value, destination, lambda r: r.special.get(source))
+    if i.opcode == "R2UR":
+        return words_of(
+            _first_lane, operands[-2] if len(operands) > 2 else destination, t.reader(operands[-1])
+        )
+    return words_of(lambda value: value, destination, t.reader(source))
+
+
+def _first_lane(value: Value) -> Value:
+    return value[:, :1] if isinstance(value, np.ndarray) else value
+
+
+@builds("LDC", "LDCU")
+def _load_constant(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    if "R" in operands[1].removeprefix("c"):
+        return None
+    count = i.access_bytes // 4
+    if count > 2:
+        low = words_of(
+            lanes_pair,
+            operands[0],
+            t.reader(operands[1]),
+            t.reader(_beyond(operands[1], 4)),
+            count=2,
+        )
+        high = words_of(
+            lanes_pair,
+            _beyond(operands[0], 2),
+            t.reader(_beyond(operands[1], 8)),
+            t.reader(_beyond(operands[1], 12)),
+            count=2,
+        )
+        return lambda registers, where: (low(registers, where), high(registers, where))[0]
+    if count == 2:
+        return words_of(lambda value: value, operands[0], t.pair(operands[1]), count=2)
+    return words_of(lambda value: value, operands[0], t.reader(operands[1]))
+
+
+def lanes_pair(low: Value, high: Value) -> Value:
+    return lanes.pair(low, high)
+
+
+def _beyond(operand: str, distance: int) -> str:
+    """The constant so many bytes, or the register so many registers, further on."""
+    head, number, tail = re.fullmatch(r"(.*?)(0x\w+|\d+)(\]?)", operand).groups()  # type: ignore
+    if tail:
+        return f"{head}{int(number, 16) + distance:#x}]"
+    return f"{head}{int(number) + distance}"
+
+
+@builds("ISETP")
+def _compare(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    readers = [t.reader(operand) for operand in operands[2:]]
+    if len(readers) == 3:
+        readers.append(lambda _: False)
+
+    def run(registers: Registers, where: Value) -> None:
+        if where is False:
+            return
+        a, b, other, of_low = (reader(registers) for reader in readers)
+        known = all(value is not None for value in (a, b, other, of_low))
+        found = lanes.compare(i.modifiers, a, b, of_low) if known else None
+        for name, value in zip(operands[:2], (found, lanes.invert(found)), strict=True):
+            combined = None if value is None else lanes.combine(i.modifiers, value, other)
+            write(registers, name, combined, where)
+
+    return run
+
+
+@builds("SEL")
+def _select(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    a, b, condition = (t.reader(operand) for operand in operands[1:4])
+
+    def run(registers: Registers, where: Value) -> None:
+        if where is False:
+            return
+        chosen = condition(registers)
+        value = None if chosen is None else lanes.select(chosen, a(registers), b(registers))
+        write(registers, operands[0], value, where)
+
+    return run
+
+
+@builds("VIMNMX", "IMNMX", "VIADDMNMX")
+def _least_or_most(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    *values, least = operands[1:]
+    if not is_predicate(least) or len(values) != (3 if i.opcode == "VIADDMNMX" else 2):
+        return None
+    readers = [t.reader(operand) for operand in values]
+    chooses = t.reader(least)
+
+    def run(registers: Registers, where: Value) -> None:
+        if where is False:
+            return
+        read = [reader(registers) for reader in (*readers, chooses)]
+        if any(value is None for value in read):
+            value = None
+        else:
+            *added, b, smaller = read
+            value = lanes.least_or_most(i.modifiers, sum(added) & WORD, b, bool(smaller))
+        write(registers, operands[0], value, where)
+
+    return run
+
+
+@builds("I2F", "I2FP")
+def _to_float(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    return words_of(lambda a: lanes.to_float(i.modifiers, a), operands[0], t.reader(operands[1]))
+
+
+@builds("F2I")
+def _from_float(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    return words_of(lambda a: lanes.from_float(i.modifiers, a), operands[0], t.reader(operands[1]))
+
+
+@builds("MUFU")
+def _reciprocal(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    if i.modifiers != ("RCP",):
+        return None
+    return words_of(lanes.reciprocal, operands[0], t.reader(operands[1]))
+
+
+@builds("HFMA2")
+def _halves(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    """A constant that is moved on the pipe of 16-bit arithmetic: two halves times zero."""
+    if operands[1].lstrip("-") != "RZ" or operands[2] != "RZ" or len(operands) != 5:
+        return None
+    upper, lower = (int(np.float16(float(o)).view(np.uint16)) for o in operands[3:5])
+    return words_of(lambda: upper << 16 | lower, operands[0])
+
+
+@builds("P2R")
+def _pack_predicates(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    if i.modifiers or not operands[3].startswith("0x"):
+        return None
+    mask, base = int(operands[3], 16), t.reader(operands[2])
+
+    def run(registers: Registers, where: Value) -> None:
+        if where is False:
+            return
+        bits = [registers.banks["P"][n] for n in range(7)]
+        value: Value = base(registers)
+        for number, bit in enumerate(bits):
+            if mask >> number & 1:
+                known = value is not None and bit is not None
+                value = (value & ~(1 << number)) | (bit * 1) << number if known else None
+        write(registers, operands[0], value, where)
+
+    return run
+
+
+@builds("SHFL")
+def _shuffle(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    """Of one lane to all, which leaves what is the same in all lanes as it is."""
+    if i.modifiers != ("IDX",) or not is_predicate(operands[0]):
+        return None
+    source, lane = t.reader(operands[2]), t.reader(operands[3])
+
+    def run(registers: Registers, where: Value) -> None:
+        value, index = source(registers), lane(registers)
+        if isinstance(value, np.ndarray) and value.shape[1] > 1:
+            value = value[:, index : index + 1] if isinstance(index, int) else None
+        write(registers, operands[0], None if value is None else True, where)
+        write(registers, operands[1], value, where)
+
+    return run
+
+
+@builds("ELECT")
+def _elect(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    return lambda registers, where: write(
+        registers, operands[0], registers.special["SR_LANEID"] == 0, where
+    )
+
+
+@builds("SYNCS")
+def _try_wait(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    """A wait for a barrier in shared memory succeeds: the timing says when."""
+    if "TRYWAIT" not in i.modifiers:
+        return None
+    return lambda registers, where: write(registers, operands[0], True, where)

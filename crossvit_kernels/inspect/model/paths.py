@@ -1,0 +1,134 @@
+"""Follow warps: together while their branches agree, apart from where they do not.
+
+Where lanes of a warp disagree, one side runs after the other, up to where the compiler lets them
+meet again (BSSY, BSYNC).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crossvit_kernels.inspect.model.accesses import Access
+from crossvit_kernels.inspect.model.integer_code import Registers
+from crossvit_kernels.inspect.model.lanes import Value, of_lanes
+
+
+class Step(NamedTuple):
+    """The index of an instruction that a warp executed; and the access, if it is one to memory."""
+
+    instruction: int
+    wavefronts: int = 0
+    sectors: int = 0
+    tensor: int = -1
+
+
+@dataclasses.dataclass
+class Meeting:
+    """Where lanes that went different ways meet again."""
+
+    barrier: str
+    lanes: Value
+    waiting: list[tuple[int, Value]]
+
+
+class Group:
+    """Warps that execute together."""
+
+    def __init__(self, registers: Registers, warps: list[int], history: list[Any]) -> None:
+        self.registers, self.warps, self.history = registers, warps, history
+        self.pc = 0
+        self.active: Value = True
+        self.meetings: list[Meeting] = []
+        self.steps: list[tuple[int, Access | None]] = []
+
+    def part(self, rows: Any) -> Group:
+        """Some of the warps, which go on from here by themselves."""
+        earlier = [(steps, [of[row] for row in rows]) for steps, of in self.history]
+        group = Group(
+            self.registers.of(rows),
+            [self.warps[row] for row in rows],
+            [*earlier, (self.steps, list(rows))],
+        )
+        group.pc = self.pc
+
+        def some(value: Value) -> Value:
+            return value[rows] if isinstance(value, np.ndarray) else value
+
+        group.active = some(self.active)
+        group.meetings = [
+            Meeting(m.barrier, some(m.lanes), [(pc, some(mask)) for pc, mask in m.waiting])
+            for m in self.meetings
+        ]
+        return group
+
+    def meet(self, barrier: str) -> None:
+        """Go on with lanes that wait for their turn, or behind the meeting with all."""
+        meeting = next((m for m in reversed(self.meetings) if m.barrier == barrier), None)
+        if meeting is None:
+            return
+        while self.meetings[-1] is not meeting:
+            self.meetings.pop()
+        if meeting.waiting:
+            self.pc, self.active = meeting.waiting.pop()
+        else:
+            self.active = meeting.lanes
+            self.meetings.pop()
+
+    def diverge(self, where: Value, target: int) -> list[Group] | None:
+        """Split warps by whether all of their lanes, none or some take a branch; -1 is the end."""
+        count = len(self.warps)
+        active = of_lanes(self.active, count)
+        taken = of_lanes(where, count) & active
+        everywhere, somewhere = (taken == active).all(axis=1), taken.any(axis=1)
+        kinds = (
+            (np.flatnonzero(everywhere & somewhere), True),
+            (np.flatnonzero(~somewhere), False),
+            (np.flatnonzero(somewhere & ~everywhere), None),
+        )
+        alone = any(len(rows) == count for rows, _ in kinds)
+        groups = []
+        for rows, goes in kinds:
+            if not len(rows):
+                continue
+            part = self if alone else self.part(rows)
+            if goes is None:
+                part.active = active[rows] & ~taken[rows]
+                if target < 0:
+                    for meeting in part.meetings:
+                        meeting.lanes = of_lanes(meeting.lanes, len(rows)) & ~taken[rows]
+                elif part.meetings:
+                    part.meetings[-1].waiting.append((target, taken[rows]))
+            elif goes:
+                if target >= 0:
+                    part.pc = target
+                elif any(m.waiting for m in part.meetings):
+                    while not part.meetings[-1].waiting:
+                        part.meetings.pop()
+                    part.pc, part.active = part.meetings[-1].waiting.pop()
+                else:
+                    part.pc = -1
+            groups.append(part)
+        return None if alone and groups[0].pc >= 0 else groups
+
+    def finish(self, done: dict[int, list[Step]]) -> None:
+        """Note the steps of each warp from the start."""
+        alike: dict[Any, list[Step]] = {}
+        segments = [*self.history, (self.steps, list(range(len(self.warps))))]
+        for row, warp in enumerate(self.warps):
+            path: list[tuple[int, ...]] = []
+            for steps, rows in segments:
+                at = rows[row]
+                for index, access in steps:
+                    if access is None:
+                        path.append((index,))
+                    else:
+                        path.append(
+                            (index, access.wavefronts[at], access.sectors[at], access.tensor)
+                        )
+            key = tuple(path)
+            if key not in alike:
+                alike[key] = [Step(*step) for step in path]
+            done[warp] = alike[key]

@@ -1,0 +1,154 @@
+"""State which pipe an instruction takes, for how long, and when its result is there.
+
+A sub-partition (a quarter of an SM) issues an instruction a cycle, for 32 lanes. A pipe of 16 lanes
+is busy with it for 2 cycles. Loads, stores, copies, shuffles and matrices from shared memory go
+through one pipe of the SM, 128 bytes a cycle. Rates: CUDA C++ Programming Guide, "Throughput of
+Native Arithmetic Instructions". Results of fixed latency need no rule: the compiler's stall counts
+hold them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+
+from crossvit_kernels.inspect.model.gpus import Gpu
+from crossvit_kernels.inspect.model.memory import GLOBAL
+from crossvit_kernels.inspect.model.sass import Instruction
+
+
+class Pipe(enum.IntEnum):
+    """What an instruction occupies; SHARED belongs to the SM, the others to a sub-partition."""
+
+    NONE = 0
+    FMA = 1  # the half of the FP32 lanes that also multiplies integers
+    FMA_ANY = 2  # either half
+    ALU = 3
+    XU = 4  # special functions and conversions
+    TENSOR = 5
+    UNIFORM = 6
+    SHARED = 7
+
+
+class Kind(enum.IntEnum):
+    """What else there is to an instruction."""
+
+    PLAIN = 0
+    LOAD = 1  # from global memory
+    COPY = 2  # from global to shared memory, cp.async
+    STORE = 3  # to global memory
+    COMMIT = 4  # closes a group of copies
+    WAIT = 5  # for groups of copies
+    BARRIER = 6
+    ARRIVE = 7  # at a barrier, without waiting
+    MATRIX = 8  # wgmma
+    MATRIX_WAIT = 9
+    EXIT = 10
+    BRANCH = 11
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How an instruction runs.
+
+    Attributes:
+        cycles: That it occupies its pipe; where wavefronts say it, 0.
+        latency: From its start in the pipe to the release of its write scoreboard.
+        shared_cycles: Of the shared-memory pipe, for a matrix from there.
+        commits: Whether it closes a group of wgmma.
+        count: Groups that may be left open, or warps that a barrier is for (0: all).
+        barrier: Its name.
+    """
+
+    kind: Kind
+    pipe: Pipe
+    cycles: float
+    latency: int
+    shared_cycles: float = 0
+    commits: bool = False
+    count: int = 0
+    barrier: str = ""
+
+
+_FMA = frozenset(("FFMA", "FADD", "FMUL", "HADD2", "HFMA2", "HMUL2", "FFMA2", "FADD2", "FMUL2"))
+_XU = frozenset(("MUFU", "F2F", "I2F", "F2I", "POPC", "FLO", "BREV", "FRND"))
+_MEMORY = {"LDS": 29, "LDSM": 33, "STS": 20, "STSM": 24, "SHFL": 24, "LDL": 41, "STL": 20}
+_NO_PIPE = frozenset(
+    ("NOP", "BSSY", "BSYNC", "WARPSYNC", "CS2R", "MEMBAR", "FENCE", "DEPBAR", "RET", "CALL")
+)
+#: Of results with a scoreboard that no rule here is for: constants, special registers, votes.
+_OTHER_LATENCY = 30
+_XU_LATENCY = 24
+_MATRIX_LATENCY = 24  # from the last multiply-add of a wgmma to its result
+
+
+def timing(i: Instruction, gpu: Gpu) -> Timing:
+    """How an instruction runs on a GPU."""
+    opcode = i.opcode
+    if opcode in ("LDGSTS", "LDG", "LD", "ATOM", "ATOMG"):
+        return Timing(Kind.COPY if opcode == "LDGSTS" else Kind.LOAD, Pipe.SHARED, 0, 0)
+    if opcode in GLOBAL:
+        return Timing(Kind.STORE, Pipe.SHARED, 0, 20)
+    if opcode in _MEMORY:
+        return Timing(Kind.PLAIN, Pipe.SHARED, 1 if opcode == "SHFL" else 0, _MEMORY[opcode])
+    if opcode in ("HMMA", "HGMMA"):
+        return _matrix(i, gpu)
+    if opcode == "LDGDEPBAR":
+        return Timing(Kind.COMMIT, Pipe.NONE, 0, 0)
+    if opcode == "DEPBAR":
+        return Timing(Kind.WAIT, Pipe.NONE, 0, 0, count=int(i.operands[1], 16))
+    if opcode == "WARPGROUP" and "DEPBAR" in i.modifiers:
+        return Timing(Kind.MATRIX_WAIT, Pipe.NONE, 0, 0, count=int(i.operands[1], 16))
+    if opcode == "BAR":
+        threads = i.operands[1] if len(i.operands) > 1 else ""
+        count = int(threads, 16) // 32 if threads.startswith("0x") else 0
+        kind = Kind.ARRIVE if "ARV" in i.modifiers else Kind.BARRIER
+        return Timing(kind, Pipe.NONE, 0, 0, count=count, barrier=i.operands[0])
+    if opcode == "EXIT":
+        return Timing(Kind.EXIT, Pipe.NONE, 0, 0)
+    if opcode == "BRA":
+        return Timing(Kind.BRANCH, Pipe.NONE, 0, 0)
+    return Timing(Kind.PLAIN, *_arithmetic(i, gpu))
+
+
+def _arithmetic(i: Instruction, gpu: Gpu) -> tuple[Pipe, float, int]:
+    opcode = i.opcode
+    if opcode in _FMA:
+        return (Pipe.FMA_ANY, 2, 0) if gpu.fp32_lanes == 32 else (Pipe.FMA, 2, 0)
+    if opcode == "IMAD":
+        return Pipe.FMA, 2, 0
+    if opcode in _XU:
+        return Pipe.XU, 8, _XU_LATENCY
+    if opcode in _NO_PIPE:
+        return Pipe.NONE, 0, 0
+    latency = _OTHER_LATENCY if i.write_scoreboard is not None else 0
+    if opcode.startswith("U"):
+        return Pipe.UNIFORM, 2, latency
+    if i.write_scoreboard is not None:
+        return Pipe.NONE, 0, latency
+    return Pipe.ALU, 2, 0
+
+
+def _matrix(i: Instruction, gpu: Gpu) -> Timing:
+    """mma.sync (HMMA) and wgmma (HGMMA), for one warp."""
+    tf32 = 2 if "TF32" in i.modifiers else 1
+    macs = gpu.tensor_macs / 4 / tf32
+    if i.opcode == "HMMA":
+        depth = int(i.modifiers[0][3:])  # 16816: 16 x 8 x 16
+        cycles = 16 * 8 * depth / (macs * gpu.mma_share)
+        return Timing(Kind.PLAIN, Pipe.TENSOR, cycles, 33)
+    columns, depth = map(int, i.modifiers[0].split("x")[1:])
+    both_shared = i.operands[1].startswith("gdesc") or i.operands[0].startswith("gdesc")
+    element_bytes = 4 if tf32 == 2 else 2
+    # Four warps share the columns' matrix, and each may read its own 16 rows of the other.
+    read = columns * depth * element_bytes / 4
+    read += 16 * depth * element_bytes if both_shared else 0
+    return Timing(
+        Kind.MATRIX,
+        Pipe.TENSOR,
+        16 * columns * depth / macs,
+        _MATRIX_LATENCY,
+        shared_cycles=read / 128,
+        commits=any(re.match("gsb", operand) for operand in i.operands),
+    )
