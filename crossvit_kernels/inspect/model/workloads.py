@@ -114,7 +114,7 @@ def _core(dtypes: Dtypes, queries: int, size: tuple[int, int, int]) -> CoreInput
 
 
 def _fusion(dtypes: Dtypes, own: int, heads: int, size: tuple[int, int, int]) -> FusionInputs:
-    weights = empty_weights(FUSION_SHAPES, {"C_own": own, "C": size[2]}, dtypes)
+    weights = empty_weights(FUSION_SHAPES, {"C_cls": own, "C": size[2]}, dtypes)
     cls = empty((size[0], own), dtypes.tokens)
     return FusionInputs(cls, _patches(dtypes, size), FusionWeights(*weights), heads, None)
 

@@ -78,7 +78,7 @@ def norm_linear(
         if group == 0:
             tl.store(mean_ptr + row, mean, mask=used)
             tl.store(rstd_ptr + row, rstd, mask=used)
-    first = group * group_columns
+    first = tl.multiple_of(group * group_columns, COLUMNS)  # so that stores are wide
     for n in range(first, tl.minimum(first + group_columns, OUT), COLUMNS):
         column = n + tl.arange(0, COLUMNS)
         exists = column < OUT
