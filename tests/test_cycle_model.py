@@ -245,6 +245,13 @@ def test_a_barrier_waits_for_all_warps() -> None:
     assert run.cycles > 50 and run.stalls["barrier"] >= 49
 
 
+def test_a_barrier_that_waits_for_ever_is_an_error() -> None:
+    kernel = code("BAR.SYNC.DEFER_BLOCKING 0x1, 0x80", "EXIT")
+    one = [[[Step(0), Step(1)]]]
+    with pytest.raises(RuntimeError, match="barrier"):
+        Multiprocessor(H200, kernel, MemoryShare.of(H200, 132, {}, {})).run(one, 1)
+
+
 def test_matrix_products_reach_the_tensor_cores_rate() -> None:
     """Two groups of four warps, each its wgmma one after the other, as of a 128 x 256 tile."""
     kernel = code(*["HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24, gsb0"] * 40, "EXIT")

@@ -125,6 +125,9 @@ class Multiprocessor:
         Args:
             blocks: The steps of each warp, [block][warp].
             resident: Blocks that fit.
+
+        Raises:
+            RuntimeError: A barrier waits for warps that do not come.
         """
         self._heap: list[tuple[float, int, _Warp]] = []
         self._pipes = [[0.0] * len(Pipe) for _ in range(SUB_PARTITIONS)]
@@ -172,6 +175,8 @@ class Multiprocessor:
                 heapq.heappush(heap, (warp.ready, warp.number, warp))
             else:
                 self._barrier(warp, how, now)
+        if len(ends) < len(blocks):
+            raise RuntimeError("warps wait at a barrier that not all of their block reach")
         cycles = max(now + 1, self._l2, self._dram)
         shares = self._shares(cycles, issued)
         return Run(cycles, ends, issued, shares, self._stalls, self._waits)
