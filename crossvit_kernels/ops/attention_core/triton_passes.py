@@ -58,12 +58,9 @@ def load_one_token(
     row = tl.arange(0, 1)
     used = row < 1
     xs = ()
-    total = tl.zeros((1,), tl.float32)
     for i in tl.static_range(NUM):
-        x = load_tile(ptr, row * 0, used, i * CHUNK, C, CHUNK).to(tl.float32)
-        total += tl.sum(x, axis=1)
-        xs = xs + (x,)
-    mean, _, rstd = statistics(xs, total, eps, S)
+        xs = xs + (load_tile(ptr, row * 0, used, i * CHUNK, C, CHUNK).to(tl.float32),)
+    mean, _, rstd = statistics(xs, eps, S)
     normed = ()
     for i in tl.static_range(NUM):
         normed = normed + (centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK) * rstd[:, None],)
@@ -107,6 +104,28 @@ def weight_factor(
     if NORMALIZE and x_ptr.dtype.element_ty != tl.float32:
         rstd = tl.where(variance > mean * mean * 2.0**-40, rstd * unit, 0.0)
     return rstd
+
+
+@triton.jit
+def load_for_statistics(
+    x,
+    ptr,  # [..., C]
+    offsets,
+    used,
+    first,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CENTRE: tl.constexpr,
+):
+    """The tile x once more, from L1 or L2, for all but products.
+
+    A tile that products and other code read lies in shared memory without a swizzle, and products
+    then read it with 8-way bank conflicts. The other policy keeps the compiler from merging both
+    loads. Centred tiles are made in registers, where there is nothing to gain.
+    """
+    if not CENTRE:
+        x = load_tile(ptr, offsets, used, first, C, CHUNK, POLICY="evict_last")
+    return x
 
 
 @triton.jit
@@ -182,15 +201,19 @@ def forward_pass(
                 != 0
             )
         xs = ()
-        x_sum = tl.zeros((TOKENS,), tl.float32)
+        raw = ()
         scores = tl.zeros((ROWS, TOKENS), tl.float32)
         for i in tl.static_range(NUM):
             x = load_tile(x_ptr, t * x_token_stride, present, i * CHUNK, C, CHUNK)
-            x_sum += tl.sum(x.to(tl.float32), axis=1)
+            raw = raw + (
+                load_for_statistics(
+                    x, x_ptr, t * x_token_stride, present, i * CHUNK, C, CHUNK, CENTRE
+                ),
+            )
             if not CENTRE:
                 scores = tl.dot(us[i], tl.trans(x), scores, input_precision=PRECISION)
             xs = xs + (x,)
-        mean, variance, rstd = statistics(xs, x_sum, eps, S)
+        mean, variance, rstd = statistics(raw, eps, S)
         factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)
         if CENTRE:
             for i in tl.static_range(NUM):
@@ -322,17 +345,15 @@ def backward_pass(
                 != 0
             )
         xs = ()
-        x_sum = tl.zeros((TOKENS,), tl.float32)
         s = tl.zeros((ROWS, TOKENS), tl.float32)
         dp = tl.zeros((ROWS, TOKENS), tl.float32)
         for i in tl.static_range(NUM):
             x = load_tile(x_ptr, t * x_token_stride, present, i * CHUNK, C, CHUNK)
-            x_sum += tl.sum(x.to(tl.float32), axis=1)
             if not CENTRE:
                 s = tl.dot(us[i], tl.trans(x), s, input_precision=PRECISION)
                 dp = tl.dot(dms[i], tl.trans(x), dp, input_precision=PRECISION)
             xs = xs + (x,)
-        mean, variance, rstd = statistics(xs, x_sum, eps, S)
+        mean, variance, rstd = statistics(xs, eps, S)
         factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)
         if CENTRE:
             for i in tl.static_range(NUM):

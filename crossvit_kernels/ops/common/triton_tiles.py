@@ -47,6 +47,7 @@ def load_tile(
     first,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
+    POLICY: tl.constexpr = "",
 ):
     """Loads columns [first, first + CHUNK) of the rows that start at ``offsets``.
 
@@ -56,7 +57,8 @@ def load_tile(
     mask = used[:, None]
     if C % CHUNK != 0:
         mask = mask & (c < C)[None, :]
-    return tl.load(ptr + offsets[:, None] + c[None, :], mask=mask, other=0.0)
+    pointers = ptr + offsets[:, None] + c[None, :]
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -100,23 +102,30 @@ def centred(x, mean, first, C: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def statistics(xs, total, eps, S: tl.constexpr):
-    """Mean, variance and 1 / standard deviation of rows held in chunks, whose sums are in total."""
+def statistics(xs, eps, S: tl.constexpr):
+    """Mean, variance and 1 / standard deviation of rows held in chunks.
+
+    Chunks are added up before the lanes of a row are: one reduction for each statistic.
+    """
     C: tl.constexpr = S.channels
     CHUNK: tl.constexpr = S.chunk
     NORMALIZE: tl.constexpr = S.normalize
     NUM: tl.constexpr = S.num_chunks
-    mean = tl.zeros_like(total)
-    variance = mean
-    rstd = mean + 1.0
+    total = xs[0].to(tl.float32)
     if NORMALIZE:
-        mean = total / C
+        for i in tl.static_range(1, NUM):
+            total += xs[i].to(tl.float32)
+        mean = tl.sum(total, axis=1) / C
         squares = tl.zeros_like(total)
         for i in tl.static_range(NUM):
             d = centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK)
-            squares += tl.sum(d * d, axis=1)
-        variance = squares / C
+            squares += d * d
+        variance = tl.sum(squares, axis=1) / C
         rstd = 1.0 / tl.sqrt(variance + eps)
+    else:
+        mean = tl.zeros((total.shape[0],), tl.float32)
+        variance = mean
+        rstd = mean + 1.0
     return mean, variance, rstd
 
 
@@ -177,12 +186,10 @@ def normalized_rows(
     NUM: tl.constexpr = L.num_chunks
     ROWS: tl.constexpr = L.rows
     xs = ()
-    total = tl.zeros((ROWS,), tl.float32)
     for i in tl.static_range(NUM):
         x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
-        total += tl.sum(x.to(tl.float32), axis=1)
         xs = xs + (x,)
-    mean, _, rstd = statistics(xs, total, eps, L)
+    mean, _, rstd = statistics(xs, eps, L)
     normed = ()
     for i in tl.static_range(NUM):
         xhat = centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK) * rstd[:, None]

@@ -88,10 +88,10 @@ FORWARD = PassTable(
         2: (
             (96, TokenPass(32, 64, 8, 2)),
             (128, TokenPass(128, 64, 8, 2)),
-            (192, TokenPass(64, 64, 8, 2)),
+            (192, TokenPass(64, 64, 4, 3)),
             (224, TokenPass(32, 64, 8, 2)),
             (256, TokenPass(128, 64, 8, 2)),
-            (384, TokenPass(128, 32, 8, 2)),
+            (384, TokenPass(64, 32, 4, 3)),
             (448, TokenPass(64, 32, 8, 2)),
             (768, TokenPass(128, 32, 8, 2)),
             (1536, TokenPass(128, 16, 8, 2)),
@@ -116,7 +116,7 @@ BACKWARD = PassTable(
         2: (
             (96, TokenPass(32, 16, 8, 2)),
             (128, TokenPass(128, 32, 8, 2)),
-            (192, TokenPass(64, 16, 8, 2)),
+            (192, TokenPass(64, 32, 4, 3)),
             (384, TokenPass(128, 16, 8, 2)),
             (448, TokenPass(64, 16, 8, 2)),
             (768, TokenPass(128, 16, 8, 2)),
@@ -243,7 +243,7 @@ def _candidates(
         if n <= block_n
     ]
     sizes = num_heads, channels, True, tokens_precision, MANY_TOKENS
-    pairs = [(shape, config.candidate(*sizes)) for shape in shapes for config in passes]
+    pairs = [(shape, config.candidate(*sizes)) for config in passes for shape in shapes]
 
     def candidates(constants: Callable[[FusionShape, Candidate], tuple[Any, ...]]) -> Candidates:
         items = (Candidate(constants(f, s), s.options) for f, s in pairs)

@@ -8,6 +8,7 @@ ATTENTION = RowTable(
     "attention",
     {
         2: (
+            (32, RowTile(64, 64, 16, 4, 3)),
             (64, RowTile(128, 64, 16, 8, 3)),
             (128, RowTile(128, 64, 16, 8, 2)),
         ),
@@ -40,7 +41,7 @@ ATTENTION_PROJECTION = RowTable(
             448: RowTile(32, 64, 64, 8, 2),
         },
     },
-    fused_up_to=192,
+    fused_up_to=128,
 )
 
 ATTENTION_BACKWARD = RowTable(
