@@ -184,7 +184,6 @@ def normalized_rows(
     C: tl.constexpr = L.channels
     CHUNK: tl.constexpr = L.chunk
     NUM: tl.constexpr = L.num_chunks
-    ROWS: tl.constexpr = L.rows
     xs = ()
     for i in tl.static_range(NUM):
         x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
