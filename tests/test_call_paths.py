@@ -77,5 +77,5 @@ def _no_triton() -> str | None:
 def _is_listed(name: str) -> bool:
     """Whether the section names a file, by its path or the end of it."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    section = text[text.index("## What a call goes through") : text.index("## Adding an operation")]
+    section = text[text.index("## The path of a call") : text.index("## Adding an operation")]
     return any(f"/{name}".endswith(f"/{listed}") for listed in re.findall(r"`([\w/]+)`", section))

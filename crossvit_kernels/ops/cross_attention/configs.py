@@ -88,7 +88,7 @@ FORWARD = PassTable(
         2: (
             (96, TokenPass(32, 64, 8, 2)),
             (128, TokenPass(128, 64, 8, 2)),
-            (192, TokenPass(64, 64, 4, 3)),
+            (192, TokenPass(64, 32, 4, 3)),
             (224, TokenPass(32, 64, 8, 2)),
             (256, TokenPass(128, 64, 8, 2)),
             (384, TokenPass(64, 32, 4, 3)),
