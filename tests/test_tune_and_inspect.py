@@ -171,7 +171,8 @@ KERNELS = {
 A_FEW = """
 import dataclasses, json
 from crossvit_kernels.inspect import ahead_of_time, compile_cases
-cases = compile_cases.compile_cases(90, ["bf16"], [(192, 96, 3)], [(384, 6, 1152)], ["auto"])
+BLOCKS = (192, 6, 576), (384, 6, 1152)
+cases = compile_cases.compile_cases(90, ["bf16"], [(192, 96, 3)], BLOCKS, ["auto"])
 def size(case):
     return len(case.absent), case.specialization.candidates[0].constants[0].rows
 chosen = []
@@ -196,8 +197,9 @@ def test_what_kernels_compile_to() -> None:
 SMALL_SHARED_MEMORY = """
 import dataclasses, json, sys
 from crossvit_kernels.inspect import ahead_of_time, compile_cases
+BLOCKS = (192, 6, 576), (384, 6, 1152)
 sm = int(sys.argv[1])
-cases = compile_cases.compile_cases(sm, ["bf16"], [(192, 384, 6)], [(384, 6, 1152)], ["auto"])
+cases = compile_cases.compile_cases(sm, ["bf16"], [(192, 384, 6)], BLOCKS, ["auto"])
 names = "ffn_forward", "norm_linear", "attention_core_backward", "fusion_forward"
 cases = [next(case for case in cases if case.name == name) for name in names]
 reports = ahead_of_time.reports([(case, sm) for case in cases], 2)

@@ -31,7 +31,7 @@ FFN = RowTable(
             384: RowTile(64, 32, 64, 8, 2),
         },
     },
-    fused_up_to=448,
+    fused_up_to=256,
 )
 
 FFN_HIDDEN_BACKWARD = RowTable(
