@@ -63,7 +63,7 @@ def compute_capability(device: torch.device) -> int:
 
 
 def architecture_for(architectures: Sequence[str], capability: int) -> int:
-    """Which of these architectures' code a device of a compute capability loads; 0 for none.
+    """Return which of these architectures' code a compute capability loads; 0 for none.
 
     Machine code runs on its own capability and, without an "a", on later ones with the same major
     number. PTX of the last, as if without its "a", serves all that come after it.
@@ -86,9 +86,9 @@ def _self_check(index: int) -> str:
 
 
 def failure_on(device: torch.device) -> str:
-    """Why kernels of the extension do not run on a device, an old driver for one; "" if they do.
+    """Return why kernels of the extension do not run on a device, such as an old driver, or "".
 
-    A check kernel runs there once.
+    Runs a check kernel on the device once.
     """
     if device.type != "cuda":
         return ""
@@ -101,7 +101,7 @@ failure_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Multiprocessors(NamedTuple):
-    """What of a device decides how a kernel's work is divided.
+    """The properties of a device by which a kernel's work is divided.
 
     Attributes:
         number: Streaming multiprocessors.
@@ -115,7 +115,7 @@ class Multiprocessors(NamedTuple):
 
 @functools.cache
 def multiprocessors(device: torch.device) -> Multiprocessors:
-    """Those of a device; where tests run the kernels on a CPU, those of an H200."""
+    """Return those of a device; on a CPU, where tests run the kernels, those of an H200."""
     if device.type != "cuda":
         return Multiprocessors(132, True)
     architecture = architecture_for(cuda_architectures(), compute_capability(device))

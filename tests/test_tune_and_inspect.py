@@ -92,6 +92,14 @@ def test_a_file_that_is_no_measurement(content: str, tuned_file, triton_device) 
         ck.attention_core(x, x, backend="triton")
 
 
+def test_later_sms_of_a_family_have_its_exceptions() -> None:
+    from crossvit_kernels.ops.layernorm_ffn.configs import FFN
+
+    assert FFN.preferred(86, 192, 2) == FFN.preferred(89, 192, 2) == FFN.preferred(80, 192, 2)
+    assert FFN.preferred(103, 384, 2) == FFN.preferred(100, 384, 2)
+    assert len({FFN.preferred(sm, 384, 2) for sm in (80, 90, 100)}) == 3
+
+
 def inspect(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "crossvit_kernels.inspect", *arguments],

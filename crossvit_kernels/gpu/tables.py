@@ -234,7 +234,7 @@ def sm(device: torch.device) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are formed: as torch is told to, by the old setting or the new one.
+    """Return Triton's ``input_precision`` of float32 products, following torch's settings.
 
     ``allow_tf32`` cannot be read once ``fp32_precision`` was set; this is what both set.
     """

@@ -62,6 +62,8 @@ def blocks_of_image(problem: Problem, sms: Multiprocessors, backward: bool = Fal
     blocks = 1
     while blocks < 8 and 32 * blocks <= num_tokens and 2 * blocks * splits * batch <= sms.number:
         blocks *= 2
+    if blocks == 1:  # most batches: two calls of the extension less
+        return 1
     alone, shared = (functions.attention_core_workspaces(problem, b)[backward] for b in (1, blocks))
     return blocks if 4 * (shared - alone) <= MOST_SHARED_PARTIALS else 1
 
