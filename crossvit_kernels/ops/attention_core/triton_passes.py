@@ -98,10 +98,11 @@ def weight_factor(
 ):
     """1 / standard deviation as a factor of weights in the tokens' dtype, in units of weight_unit.
 
-    0 for constant tokens of 16 bits, whose xhat is 0: others vary by 2^-11 of their mean at least.
+    0 for constant tokens in float16, whose xhat is 0: others vary by 2^-11 of their mean at least.
+    Other types hold 1 / sqrt(eps).
     """
     NORMALIZE: tl.constexpr = S.normalize
-    if NORMALIZE and x_ptr.dtype.element_ty != tl.float32:
+    if NORMALIZE and x_ptr.dtype.element_ty == tl.float16:
         rstd = tl.where(variance > mean * mean * 2.0**-40, rstd * unit, 0.0)
     return rstd
 
