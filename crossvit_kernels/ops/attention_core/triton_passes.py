@@ -125,7 +125,7 @@ def load_for_statistics(
     loads. Centred tiles are made in registers, where there is nothing to gain.
     """
     if not CENTRE:
-        x = load_tile(ptr, offsets, used, first, C, CHUNK, POLICY="evict_last")
+        x = load_tile(ptr, offsets, used, first, C, CHUNK, KEEP=True)
     return x
 
 

@@ -47,12 +47,14 @@ def load_tile(
     first,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
-    POLICY: tl.constexpr = "",
+    KEEP: tl.constexpr = False,
 ):
     """Loads columns [first, first + CHUNK) of the rows that start at ``offsets``.
 
-    Zeros in rows that are not used and past column C.
+    Zeros in rows that are not used and past column C. KEEP: the tile is read again soon, so caches
+    drop it last.
     """
+    POLICY: tl.constexpr = "evict_last" if KEEP else ""
     c = first + tl.arange(0, CHUNK)
     mask = used[:, None]
     if C % CHUNK != 0:
