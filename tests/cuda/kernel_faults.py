@@ -70,15 +70,12 @@ FUSION, FUSION_ALIASED, FUSION_WIDE, FUSION_SHARED = (
 @dataclasses.dataclass(frozen=True)
 class Build:
     sanitizer: str | None = None
-    bulk_copies: bool = True  # and clusters; before sm_90, copies of 16 bytes
 
     def __str__(self) -> str:
-        return (self.sanitizer or "plain") + ("" if self.bulk_copies else ", small copies")
+        return self.sanitizer or "plain"
 
 
-PLAIN, THREAD, ADDRESS = Build(), Build("thread"), Build("address")
-SMALL_COPIES = Build("thread", bulk_copies=False)
-BUILDS = PLAIN, THREAD, ADDRESS, SMALL_COPIES
+BUILDS = PLAIN, THREAD, ADDRESS = Build(), Build("thread"), Build("address")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +88,8 @@ class Fault:
     build: Build = PLAIN
 
 
-def race(case: str, *changes: Change, build: Build = THREAD) -> Fault:
-    return Fault(changes, case, RACE, build)
+def race(case: str, *changes: Change) -> Fault:
+    return Fault(changes, case, RACE, THREAD)
 
 
 def overflow(case: str, *changes: Change) -> Fault:
@@ -144,13 +141,9 @@ def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Faul
         "results read early": race(
             CORE_WIDE, no_barrier(file, f"{STORE_PARTIALS}\n    {BARRIER}\n  }}")
         ),
-        "tile not waited for": Fault(
-            [left_out(file, "ring_.wait(iteration);")],
-            CORE,
-            "more arrivals than an mbarrier was initialised for",
-        ),
+        "tile not waited for": race(CORE, left_out(file, "ring_.wait();")),
         "a row of results too many": overflow(
-            CORE_WIDE, (file, "share(count, range", "share(count + FAULT, range")
+            CORE_WIDE, (file, "row < count;", "row < count + FAULT;")
         ),
         "tiles of other blocks not there": race(
             CORE_SHARED,
@@ -159,7 +152,7 @@ def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Faul
             ),
         ),
         "gathered sums not seen": race(
-            CORE_SHARED, no_barrier(file, f"add_tiles);\n    {BARRIER}")
+            CORE_SHARED, no_barrier(file, f"{BARRIER}\n  }}\n\n  // After run() or gather()")
         ),
         "a tile too many": wrong(
             CORE_SHARED, result, (file, "< num_tiles;", "< num_tiles + FAULT;")
@@ -171,26 +164,25 @@ def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Faul
 # The context of each cluster barrier of a fusion, by what precedes it.
 CLUSTER_BARRIERS = {
     FUSION_FORWARD: {
-        "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start",
+        "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start, and",
         "y0": f"{CLUSTER_BARRIER}\n\n  clear_rows(rows, count, channels);\n  const int pitch",
         "q": f"{CLUSTER_BARRIER}\n\n  // kt_h",
-        "kt": f"{CLUSTER_BARRIER}\n\n  const auto run",
+        "kt": f"{CLUSTER_BARRIER}\n\n  const Elements<T> gains",
         "o": f"{CLUSTER_BARRIER}\n\n  // y = y0",
         "y": f"{CLUSTER_BARRIER}\n\n  clear_rows(rows, count, channels);\n  normalize_rows<T, t",
     },
     FUSION_BACKWARD: {
-        "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start",
+        "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start, and",
         "g": f"{CLUSTER_BARRIER}\n\n  // dy of",
         "do": f"{CLUSTER_BARRIER}\n  // dz_h",
         "dz": f"{CLUSTER_BARRIER}\n\n  const auto run",
         "dq": f"{CLUSTER_BARRIER}\n  // The gradient of LN",
         "the query": f"{CLUSTER_BARRIER}\n\n  // dy0 sums",
         "reading floats": f"{CLUSTER_BARRIER}  // waits until no block",
-        "f": f"{CLUSTER_BARRIER}\n  normalize_rows_backward<T, true>(\n      rank",
+        "f": f"{CLUSTER_BARRIER}\n  const Elements<T> cls",
     },
 }
 GROUP_BARRIER = "barrier_of_warps(1 + warp_group(channels), 32 * group_warps(channels));"
-SWAPPED_SIDES = "FAULT ? 2 * side : side", "FAULT ? 2 * side + 1 : side + 2"
 
 FAULTS: dict[str, Fault] = {
     **of_a_pass("forward", FORWARD_PASS, "m", CORE_WIDE),
@@ -209,22 +201,13 @@ FAULTS: dict[str, Fault] = {
     ),
     # The tiles of tokens and their scores.
     "a token too many": overflow(CORE, (PLAN, "token >= last)", "token >= last + FAULT)")),
-    "a row's bytes not expected": Fault(
-        [(PLAN, "__popc(rows) * row_bytes", "(__popc(rows) - FAULT) * row_bytes")],
-        CORE,
-        "more bytes than were expected",
+    "copies not waited for": Fault(
+        [left_out(PLAN, "copy_async_wait<P::kStages - 1>();")], CORE, "wrong result"
     ),
-    "small copies not waited for": Fault(
-        [left_out(PLAN, "copy_async_wait<P::kStages - 1>();")], CORE, "wrong result", SMALL_COPIES
+    "copies of other lanes not seen": race(
+        CORE, no_warp_barrier(PLAN, f"copy_async_wait<0>();\n    }}\n    {WARP_BARRIER}")
     ),
-    "small copies of other lanes not seen": race(
-        CORE,
-        no_warp_barrier(PLAN, f"copy_async_wait<0>();\n      }}\n      {WARP_BARRIER}"),
-        build=SMALL_COPIES,
-    ),
-    "small copies of no group": race(
-        CORE, left_out(PLAN, "copy_async_commit();"), build=SMALL_COPIES
-    ),
+    "copies of no group": race(CORE, left_out(PLAN, "copy_async_commit();")),
     "extra token not seen": race(
         CORE, no_warp_barrier(PLAN, f"to[c] = extra[slice_.first + c];\n    {WARP_BARRIER}")
     ),
@@ -246,10 +229,19 @@ FAULTS: dict[str, Fault] = {
             "(warp * kBuffers + !FAULT * iteration %",
         ),
     ),
-    "a sum of a row too many": Fault(
-        [(SCORES, "(channels_) * kSums;", "(channels_) * kSums + FAULT;")],
+    "a sum of a row too many": overflow(
+        CORE, (SCORES, "(channels_) * kSums;", "(channels_) * kSums + FAULT;")
+    ),
+    "a sum from another lane": wrong(
+        CORE, "m", (SCORES, "% 4 * 9 + (i & 1) * 4", "% 4 * 9 + (i & 1) * 4 * !FAULT")
+    ),
+    "a group of units too many": overflow(
         CORE,
-        "an mbarrier that is not initialised, or was overwritten",
+        (
+            FORWARD_PASS,
+            "if (first >= slice_.units) break;",
+            "if (first >= slice_.units && !FAULT) break;",
+        ),
     ),
     # The tensor cores' operands.
     "columns of B swapped": wrong(
@@ -257,8 +249,27 @@ FAULTS: dict[str, Fault] = {
         "m",
         (
             FRAGMENTS,
-            "{a.pair[side], a.pair[side + 2]}",
-            f"{{a.pair[{SWAPPED_SIDES[0]}], a.pair[{SWAPPED_SIDES[1]}]}}",
+            "return {{{pairs[0], pairs[1]}, {pairs[2], pairs[3]}}};\n  } else {\n    const FragmentA<T> a = load_rows",
+            "return {{{pairs[0], pairs[FAULT ? 2 : 1]}, {pairs[FAULT ? 1 : 2], pairs[3]}}};\n"
+            "  } else {\n    const FragmentA<T> a = load_rows",
+        ),
+    ),
+    "columns of dx swapped": wrong(
+        CORE,
+        "dx",
+        (
+            FRAGMENTS,
+            "lane % 16 * pitch + lane / 16 * 8",
+            "lane % 16 * pitch + lane / 16 * 8 * !FAULT",
+        ),
+    ),
+    "deviations of A swapped": wrong(
+        CORE,
+        "m",
+        (
+            FRAGMENTS,
+            "{side[0].pair[0], side[1].pair[0], ",
+            "{side[0].pair[0], side[FAULT ? 0 : 1].pair[0], ",
         ),
     ),
     "transposed the wrong way": wrong(
@@ -266,8 +277,8 @@ FAULTS: dict[str, Fault] = {
         "m",
         (
             FRAGMENTS,
-            "(lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8",
-            "(FAULT ? lane % 16 : lane % 8 + lane / 16 * 8) * pitch + "
+            "transposed(a.pair, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8",
+            "transposed(a.pair, tile + (FAULT ? lane % 16 : lane % 8 + lane / 16 * 8) * pitch + "
             "(FAULT ? lane / 16 : lane / 8 % 2) * 8",
         ),
     ),
@@ -288,13 +299,31 @@ FAULTS: dict[str, Fault] = {
         FUSION, (BLOCK, "i < heads * column_blocks;", "i < heads * column_blocks + FAULT;")
     ),
     "a head's rows not seen": race(
-        FUSION_ALIASED, no_barrier(BLOCK, f"stage(head);\n    {BARRIER}")
+        FUSION_ALIASED, no_barrier(BLOCK, f"    }}\n    {BARRIER}\n    linear(rows")
     ),
     "a head's rows overwrite others in use": race(
         FUSION_ALIASED, no_barrier(BLOCK, f"write);\n    {BARRIER}\n    begin")
     ),
     "fusion forward: rows of q not seen": race(
         FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  // Writes to the queries")
+    ),
+    "fusion forward: the CLS not seen": race(
+        FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"cls_channels);\n  {BARRIER}\n  normalize_rows")
+    ),
+    "fusion backward: dnew_cls not seen": race(
+        FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"cls_channels);\n  {BARRIER}\n#pragma")
+    ),
+    "statistics not seen": race(
+        FUSION_ALIASED, no_barrier(ROWS, f"width, eps, x);\n  {BARRIER}\n  for_each_element")
+    ),
+    "backward: statistics not seen": race(
+        FUSION_ALIASED, no_barrier(ROWS, f"width, eps, x);\n  {BARRIER}\n  if (kGelu)")
+    ),
+    "slopes not seen": race(
+        FUSION_ALIASED, no_barrier(ROWS, f"multiply_by_slope);\n    {BARRIER}")
+    ),
+    "means not seen": race(
+        FUSION_ALIASED, no_barrier(ROWS, f"  }}\n  {BARRIER}\n  for_each_element<T>(begin")
     ),
     "fusion forward: rows of g not seen": race(
         FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  const Share back")

@@ -25,7 +25,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
   using Memory = BackwardMemory<P>;
   using Base = typename Memory::Base;
   using Base::channels_, Base::ring_, Base::rows_, Base::scores_, Base::slice_, Base::sums_;
-  using Base::group_sums, Base::weight_unit_;
+  using Base::group_sums, Base::weight_unit_, Base::inverse_unit_;
   static constexpr int kRows = P::kRows, kWeightPitch = Memory::kWeightPitch;
 
  public:
@@ -59,7 +59,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
     __syncthreads();
     for (int iteration = 0, token; (token = P::token_of(channels_, range, iteration)) < range.last;
          ++iteration) {
-      ring_.wait(iteration);
+      ring_.wait();
       const bool extra = token == 0 && x.has_extra;
       if (extra) ring_.write_extra(iteration, x.extra);
       add_tile(iteration, x.attended_bits(token, range.last), dx || extra);
@@ -82,17 +82,21 @@ class BackwardPass : public BackwardMemory<P>::Base {
   // See forward_pass.h.
   __device__ void gather(const TilePartials<P>& tiles, const Range& range) {
     const int warp_groups = P::warp_groups(channels_), num_tiles = P::tiles_of(range);
-    const auto add_tiles = [&](int index, int channel, int) {
-      const int warp_group = index / kRows, row = index % kRows;
-      float sum = 0, mean = 0;
+    const int first = this->first_in_share(range), last = this->last_in_share(range);
+#pragma unroll 1
+    for (int i = warp_index(); i < warp_groups * kRows; i += block_warps()) {
+      const int warp_group = i / kRows, row = i % kRows;
+#pragma unroll 1
+      for (int channel = first + lane_index(); channel < last; channel += 32) {
+        float sum = 0, mean = 0;
 #pragma unroll 4  // loads in flight
-      for (int tile = warp_group; tile < num_tiles; tile += warp_groups) {
-        sum += tiles.sum(tile, row, channel);
-        mean += tiles.mean(tile, row, channel);
+        for (int tile = warp_group; tile < num_tiles; tile += warp_groups) {
+          sum += tiles.sum(tile, row, channel);
+          mean += tiles.mean(tile, row, channel);
+        }
+        group_sums(warp_group)[row * P::row_pitch(channels_) + channel] = sum - mean;
       }
-      group_sums(warp_group)[row * P::row_pitch(channels_) + channel] = sum - mean;
-    };
-    this->for_each_in_share(warp_groups * kRows, range, add_tiles);
+    }
     __syncthreads();
   }
 
@@ -100,14 +104,19 @@ class BackwardPass : public BackwardMemory<P>::Base {
   // write(row, channel, du).
   template <class Write>
   __device__ void results(int count, const Range& range, Write write) const {
-    this->for_each_in_share(count, range, [&](int row, int channel, int) {
-      float sum = 0;
-#pragma unroll 2
-      for (int warp_group = 0; warp_group < P::warp_groups(channels_); ++warp_group) {
-        sum += group_sums(warp_group)[row * P::row_pitch(channels_) + channel];
+    const int first = this->first_in_share(range), last = this->last_in_share(range);
+#pragma unroll 1
+    for (int row = warp_index(); row < count; row += block_warps()) {
+#pragma unroll 1
+      for (int channel = first + lane_index(); channel < last; channel += 32) {
+        float sum = 0;
+#pragma unroll 4
+        for (int i = 0; i < P::warp_groups(channels_); ++i) {
+          sum += group_sums(i)[row * P::row_pitch(channels_) + channel];
+        }
+        write(row, channel, sum * inverse_unit_);
       }
-      write(row, channel, sum / weight_unit_);
-    });
+    }
   }
 
  private:
@@ -133,14 +142,21 @@ class BackwardPass : public BackwardMemory<P>::Base {
       weights[group] = softmax_gradient(group, attended, scores[0][group], scores[1][group], stats);
     }
 #pragma unroll
-    for (int unit = 0; unit < P::kUnits; ++unit) {
-      if (unit >= slice_.units) break;
-      const FragmentA<T> x = channels_by_tokens(tile + unit * 16, ring_.pitch(), stats);
+    for (int first = 0; first < P::kUnits; first += P::kUnitGroup) {
+      if (first >= slice_.units) break;
+      FragmentA<T> x[P::kUnitGroup];
 #pragma unroll
-      for (int group = 0; group < P::kRowGroups; ++group) {
-        float du[4] = {};
-        multiply(du, x, weights[group]);
-        for (int i = 0; i < 4; ++i) sums_.sums[unit][group][i] += du[i];
+      for (int i = 0; i < P::kUnitGroup; ++i) {
+        x[i] = channels_by_tokens(tile + (first + i) * 16, ring_.pitch(), stats);
+      }
+#pragma unroll
+      for (int unit = 0; unit < P::kUnitGroup; ++unit) {
+#pragma unroll
+        for (int group = 0; group < P::kRowGroups; ++group) {
+          float du[4] = {};
+          multiply(du, x[unit], weights[group]);
+          for (int i = 0; i < 4; ++i) sums_.sums[first + unit][group][i] += du[i];
+        }
       }
     }
     __syncwarp();
@@ -155,7 +171,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
     for (int i = 0; i < 4; ++i) {
       const int token = nth_token(i);
       const bool is_attended = attended >> token & 1;
-      const float p = is_attended ? exp2f((s[i] - lse()[row]) * kLog2e) : 0.0f;
+      const float p = is_attended ? exp2_approx((s[i] - lse()[row]) * kLog2e) : 0.0f;
       const float ds = p * (dp[i] - delta()[row]);
       weights[i] = rounded<T>(ds * stats.factor(i) * weight_unit_);
       mean += weights[i] * (stats.mean[i] - stats.centre[i]);
@@ -187,41 +203,54 @@ class BackwardPass : public BackwardMemory<P>::Base {
         const float* token_moments = moments() + (g + 8 * i) * kRows + row;
         b[i] += token_moments[0] + token_moments[1];
       }
-      // Lane 4 g + t has token g among its four if 2 t or 2 t + 1 is g (mod 8).
-      const int source = lane_index() / 8 % 4 + (lane_index() & ~3);
-      const float even_mean = __shfl_sync(~0u, stats.mean[2 * i], source);
-      const float odd_mean = __shfl_sync(~0u, stats.mean[2 * i + 1], source);
-      const float even_rstd = __shfl_sync(~0u, stats.rstd[2 * i], source);
-      const float odd_rstd = __shfl_sync(~0u, stats.rstd[2 * i + 1], source);
+      const int owner = (lane_index() & ~3) + lane_index() / 8;
+      const float even_mean = __shfl_sync(~0u, stats.mean[2 * i], owner);
+      const float odd_mean = __shfl_sync(~0u, stats.mean[2 * i + 1], owner);
+      const float even_rstd = __shfl_sync(~0u, stats.rstd(2 * i), owner);
+      const float odd_rstd = __shfl_sync(~0u, stats.rstd(2 * i + 1), owner);
       mean[i] = g & 1 ? odd_mean : even_mean;
       rstd[i] = g & 1 ? odd_rstd : even_rstd;
       a[i] = normalize_ ? sum_of_row(a[i]) / channels_ : 0.0f;
       b[i] = normalize_ ? sum_of_row(b[i]) / channels_ * rstd[i] : 0.0f;
     }
-    const int row_pitch = P::row_pitch(channels_), pitch = ring_.pitch();
-#pragma unroll P::kUnroll
-    for (int unit = 0; unit < slice_.units; ++unit) {
-      float dx[2][4] = {};
-#pragma unroll
-      for (int step = 0; step < P::kRowGroups; ++step) {
-        const FragmentA<T> rows =
-            load_transposed(rows_ + step * 16 * row_pitch + slice_.first + unit * 16, row_pitch);
-        multiply(dx[0], weights[step], to_b(rows, 0));
-        multiply(dx[1], weights[step], to_b(rows, 1));
-      }
-      T* corner = tile + unit * 16 + g * pitch + 2 * t;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = i & 1, side = i >> 1;
-        T* pair = corner + token * 8 * pitch + side * 8;
-        const float2 x = unpack<T>(load_pair(pair));
-        const auto gradient = [&](float x, float dxhat) {
-          return (dxhat - a[token] - (x - mean[token]) * b[token]) * rstd[token];
-        };
-        store_pair(pair, pack<T>(gradient(x.x, dx[side][2 * token]),
-                                 gradient(x.y, dx[side][2 * token + 1])));
-      }
+    // dx = rstd dxhat + slope (x - shift) + offset
+    float slope[2], offset[2], shift[2];
+    for (int i = 0; i < 2; ++i) {
+      slope[i] = -b[i] * rstd[i];
+      shift[i] = sizeof(T) == 4 ? mean[i] : 0.0f;  // 16 bits have more error than float's products
+      offset[i] = -a[i] * rstd[i] - slope[i] * (mean[i] - shift[i]);
     }
+    const int row_pitch = P::row_pitch(channels_), pitch = ring_.pitch();
+    slice_.template for_each_group<P::kUnroll>([&](int first, auto count) {
+      constexpr int kCount = count();
+      FragmentA<T> x[kCount];
+      float dxhat[kCount][2][4] = {};
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int unit = first + i;
+        x[i] = load_rows(tile + unit * 16, pitch);
+#pragma unroll
+        for (int step = 0; step < P::kRowGroups; ++step) {
+          const T* rows = rows_ + step * 16 * row_pitch + slice_.first + unit * 16;
+          const ColumnsOfB<T> columns = load_transposed_columns(rows, row_pitch);
+          for (int side = 0; side < 2; ++side) {
+            multiply(dxhat[i][side], weights[step], columns.side[side]);
+          }
+        }
+      }
+      T* corner = tile + first * 16 + g * pitch + 2 * t;
+#pragma unroll
+      for (int i = 0; i < 4 * kCount; ++i) {
+        const int unit = i / 4, side = i / 2 % 2, token = i % 2;
+        const auto gradient = [&](float x, float dxhat) {
+          return fmaf(x - shift[token], slope[token], fmaf(dxhat, rstd[token], offset[token]));
+        };
+        const float2 pair = unpack<T>(x[unit].pair[i % 4]);
+        const float* pair_dxhat = dxhat[unit][side] + 2 * token;
+        store_pair(corner + token * 8 * pitch + unit * 16 + side * 8,
+                   pack<T>(gradient(pair.x, pair_dxhat[0]), gradient(pair.y, pair_dxhat[1])));
+      }
+    });
   }
 
   template <class WriteExtra>
@@ -236,24 +265,34 @@ class BackwardPass : public BackwardMemory<P>::Base {
   // Stores the tile, now dx, to memory. Eight lanes store a row.
   __device__ void store(int iteration, const Image<T>& x, T* dx, int64_t stride, int token,
                         int last, bool add) const {
-    constexpr int kChunk = TileRing<P>::kChunk;
-    const int lane = lane_index();
+    constexpr int kChunk = TileRing<P>::kChunk, kColumns = 8 * kChunk;
+    constexpr int kChunks = ceil_div(P::kUnits * 16, kColumns);
+    const int column = lane_index() % 8 * kChunk, width = slice_.units * 16 - column;
 #pragma unroll 1
-    for (int row = lane / 8; row < P::kTokens; row += 4) {
+    for (int row = lane_index() / 8; row < P::kTokens; row += 4) {
       if (token + row >= last || token + row < x.has_extra) continue;
-      T* to = dx + (token + row - x.has_extra) * stride + slice_.first;
-      T* from = ring_.tile(iteration) + row * ring_.pitch();
-      if (add) {
-#pragma unroll 1
-        for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
-          for (int i = 0; i < kChunk; ++i) {
-            from[c + i] = from_float<T>(to_float(from[c + i]) + to_float(to[c + i]));
-          }
-        }
+      T* to = dx + (token + row - x.has_extra) * stride + slice_.first + column;
+      T* from = ring_.tile(iteration) + row * ring_.pitch() + column;
+      if (add) add_row(from, to, width);
+      uint4 chunks[kChunks];
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        if (i * kColumns < width) chunks[i] = *reinterpret_cast<const uint4*>(from + i * kColumns);
       }
-#pragma unroll 2
-      for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
-        *reinterpret_cast<uint4*>(to + c) = *reinterpret_cast<const uint4*>(from + c);
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        if (i * kColumns < width) *reinterpret_cast<uint4*>(to + i * kColumns) = chunks[i];
+      }
+    }
+  }
+
+  // Adds a lane's part of a row in memory to one in shared memory.
+  __device__ static void add_row(T* row, const T* other, int width) {
+    constexpr int kChunk = TileRing<P>::kChunk;
+#pragma unroll 1
+    for (int c = 0; c < width; c += 8 * kChunk) {
+      for (int i = 0; i < kChunk; ++i) {
+        row[c + i] = from_float<T>(to_float(row[c + i]) + to_float(other[c + i]));
       }
     }
   }

@@ -40,18 +40,17 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   if (gridDim.y > 1) {
     const int64_t first = (image * gridDim.y + split) * num_rows + begin;
-    pass.results(count, range, [&](int row, int channel, float sum, const SoftmaxState& state) {
+    pass.results(count, range, [&](int row, int channel, float sum, const RowTotal& total) {
       partials.sums[(first + row) * channels + channel] = sum;
-      if (channel == 0) partials.states[first + row] = state;
+      if (channel == 0) partials.states[first + row] = total.state;
     });
     return;
   }
   float* m = static_cast<float*>(a.m.data) + image * a.m.batch_stride;
   float* lse = static_cast<float*>(a.lse) + image * num_rows;
-  pass.results(count, range, [&](int row, int channel, float sum, SoftmaxState state) {
-    if (state.total == 0) state.total = 1;  // nothing attended to: lse is -inf
-    m[(begin + row) * a.m.row_stride + channel] = sum / state.total;
-    if (channel == 0) lse[begin + row] = log_of_total(state);
+  pass.results(count, range, [&](int row, int channel, float sum, const RowTotal& total) {
+    m[(begin + row) * a.m.row_stride + channel] = sum * total.inverse;
+    if (channel == 0) lse[begin + row] = log_of_total(total.state);
   });
 }
 
@@ -70,8 +69,7 @@ __global__ void __launch_bounds__(kMergeThreads)
       const Scales scales = join(state, partials.states[index]);
       sum = scales.join(sum, partials.sums[index * channels + c]);
     }
-    if (state.total == 0) state.total = 1;
-    m[c] = sum / state.total;
+    m[c] = sum * RowTotal::of(state).inverse;
     if (c == 0) static_cast<float*>(a.lse)[image * num_rows + row] = log_of_total(state);
   }
 }

@@ -19,7 +19,7 @@ template <class P>
 class ForwardPass : public ForwardBase<P> {
   using Base = ForwardBase<P>;
   using Base::channels_, Base::ring_, Base::scores_, Base::slice_, Base::sums_;
-  using Base::group_sums, Base::weight_unit_;
+  using Base::group_sums, Base::weight_unit_, Base::inverse_unit_;
 
  public:
   using typename Base::T;
@@ -36,7 +36,7 @@ class ForwardPass : public ForwardBase<P> {
     __syncthreads();
     for (int iteration = 0, token; (token = P::token_of(channels_, range, iteration)) < range.last;
          ++iteration) {
-      ring_.wait(iteration);
+      ring_.wait();
       if (token == 0 && x.has_extra) ring_.write_extra(iteration, x.extra);
       add_tile(iteration, x.attended_bits(token, range.last));
       __syncwarp();
@@ -58,37 +58,51 @@ class ForwardPass : public ForwardBase<P> {
   // would have stored, for this block's share of the channels. Called by all threads.
   __device__ void gather(const TilePartials<P>& tiles, const Range& range) {
     const int warp_groups = P::warp_groups(channels_), num_tiles = P::tiles_of(range);
-    const auto add_tiles = [&](int index, int channel, int first) {
-      const int warp_group = index / P::kRows, row = index % P::kRows;
-      SoftmaxState state;
-      float sum = 0, mean = 0;
+    const int first = this->first_in_share(range), last = this->last_in_share(range);
+#pragma unroll 1
+    for (int i = warp_index(); i < warp_groups * P::kRows; i += block_warps()) {
+      const int warp_group = i / P::kRows, row = i % P::kRows;
+#pragma unroll 1
+      for (int channel = first + lane_index(); channel < last; channel += 32) {
+        SoftmaxState state;
+        float sum = 0, mean = 0;
 #pragma unroll 4  // loads in flight
-      for (int tile = warp_group; tile < num_tiles; tile += warp_groups) {
-        const Scales scales = join(state, tiles.state(tile, row));
-        sum = scales.join(sum, tiles.sum(tile, row, channel));
-        mean = scales.join(mean, tiles.mean(tile, row, channel));
+        for (int tile = warp_group; tile < num_tiles; tile += warp_groups) {
+          const Scales scales = join(state, tiles.state(tile, row));
+          sum = scales.join(sum, tiles.sum(tile, row, channel));
+          mean = scales.join(mean, tiles.mean(tile, row, channel));
+        }
+        group_sums(warp_group)[row * P::row_pitch(channels_) + channel] = sum - mean;
+        if (channel == first) *group_state(warp_group, row) = state;
       }
-      group_sums(warp_group)[row * P::row_pitch(channels_) + channel] = sum - mean;
-      if (channel == first) *group_state(warp_group, row) = state;
-    };
-    this->for_each_in_share(warp_groups * P::kRows, range, add_tiles);
+    }
     __syncthreads();
   }
 
   // After run() or gather(), for rows [0, count) and this block's share of the channels: calls
-  // write(row, channel, m, state), with m not yet divided by the total.
+  // write(row, channel, sum, total), where m is the sum times the total's inverse.
   template <class Write>
   __device__ void results(int count, const Range& range, Write write) const {
-    this->for_each_in_share(count, range, [&](int row, int channel, int) {
+    const int warp_groups = P::warp_groups(channels_);
+    const int first = this->first_in_share(range), last = this->last_in_share(range);
+#pragma unroll 1
+    for (int row = warp_index(); row < count; row += block_warps()) {
       SoftmaxState state;
-      float sum = 0;
-#pragma unroll 2
-      for (int warp_group = 0; warp_group < P::warp_groups(channels_); ++warp_group) {
-        const Scales scales = join(state, *group_state(warp_group, row));
-        sum = scales.join(sum, group_sums(warp_group)[row * P::row_pitch(channels_) + channel]);
+#pragma unroll 1
+      for (int i = 0; i < warp_groups; ++i) join(state, *group_state(i, row));
+      const RowTotal total = RowTotal::of(state);
+      const float finite = finite_or_zero(state.peak);
+#pragma unroll 1
+      for (int channel = first + lane_index(); channel < last; channel += 32) {
+        float sum = 0;
+#pragma unroll 4
+        for (int i = 0; i < warp_groups; ++i) {
+          const float decay = exp2_approx(group_state(i, row)->peak - finite);
+          sum = fmaf(group_sums(i)[row * P::row_pitch(channels_) + channel], decay, sum);
+        }
+        write(row, channel, sum * inverse_unit_, total);
       }
-      write(row, channel, sum / weight_unit_, state);
-    });
+    }
   }
 
  private:
@@ -114,16 +128,23 @@ class ForwardPass : public ForwardBase<P> {
       weights[group] = softmax_weights(group, attended, scores[0][group], stats, added[group]);
     }
 #pragma unroll
-    for (int unit = 0; unit < P::kUnits; ++unit) {
-      if (unit >= slice_.units) break;
-      const FragmentA<T> x = channels_by_tokens(tile + unit * 16, ring_.pitch(), stats);
+    for (int first = 0; first < P::kUnits; first += P::kUnitGroup) {
+      if (first >= slice_.units) break;
+      FragmentA<T> x[P::kUnitGroup];
 #pragma unroll
-      for (int group = 0; group < P::kRowGroups; ++group) {
-        float products[4] = {};
-        multiply(products, x, weights[group]);
-        for (int i = 0; i < 4; ++i) {
-          float& sum = sums_.sums[unit][group][i];
-          sum = fmaf(products[i], added[group][i & 1], sum);
+      for (int i = 0; i < P::kUnitGroup; ++i) {
+        x[i] = channels_by_tokens(tile + (first + i) * 16, ring_.pitch(), stats);
+      }
+#pragma unroll
+      for (int unit = 0; unit < P::kUnitGroup; ++unit) {
+#pragma unroll
+        for (int group = 0; group < P::kRowGroups; ++group) {
+          float products[4] = {};
+          multiply(products, x[unit], weights[group]);
+          for (int i = 0; i < 4; ++i) {
+            float& sum = sums_.sums[first + unit][group][i];
+            sum = fmaf(products[i], added[group][i & 1], sum);
+          }
         }
       }
     }
@@ -143,7 +164,7 @@ class ForwardPass : public ForwardBase<P> {
     const float finite = finite_or_zero(tile.peak);
     float total = 0, mean = 0, weights[4];
     for (int i = 0; i < 4; ++i) {
-      const float p = exp2f(s[i] - finite);
+      const float p = exp2_approx(s[i] - finite);
       total += p;
       weights[i] = rounded<T>(p * stats.factor(i) * weight_unit_);
       mean += weights[i] * (stats.mean[i] - stats.centre[i]);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "attention_core/cuda/scores.h"
+#include "common/cuda/math.h"
 
 // Sums over an image's tokens: of a warp, of a block, and of blocks that share the image.
 //
@@ -29,11 +30,22 @@ struct Scales {
 __device__ inline Scales join(SoftmaxState& state, const SoftmaxState& other) {
   const float peak = fmaxf(state.peak, other.peak);
   const float finite = finite_or_zero(peak);
-  const Scales scales = {exp2f(state.peak - finite), exp2f(other.peak - finite)};
+  const Scales scales = {exp2_approx(state.peak - finite), exp2_approx(other.peak - finite)};
   state.total = scales.join(state.total, other.total);
   state.peak = peak;
   return scales;
 }
+
+// A row's softmax over all tokens of a block, and what divides its sums: 1 if nothing is attended
+// to.
+struct RowTotal {
+  SoftmaxState state;
+  float inverse;
+
+  __device__ static RowTotal of(const SoftmaxState& state) {
+    return {state, state.total == 0 ? 1.0f : reciprocal(state.total)};
+  }
+};
 
 // A warp's sums over its tokens, for each unit's channels [g, g + 8] and a row group's rows
 // [2 t, 2 t + 1].
@@ -159,7 +171,7 @@ class TokenPass {
   // Shared memory, as byte offsets. Rows and rings come first; at the end the warp groups' partials
   // overwrite them.
   struct Layout {
-    int rings, scores, block_data, warp_data, barriers, end;
+    int rings, scores, block_data, warp_data, end;
 
     __host__ __device__ static Layout of(int channels, int warp_groups) {
       const int warps = warp_groups * P::group_warps(channels);
@@ -169,8 +181,7 @@ class TokenPass {
       layout.scores = maximum(layout.rings + warps * TileRing<P>::bytes(channels), partials);
       layout.block_data = layout.scores + TileScores<P, kSets>::bytes(channels, warp_groups);
       layout.warp_data = layout.block_data + kBlockBytes;
-      layout.barriers = layout.warp_data + warps * kWarpBytes;
-      layout.end = layout.barriers + warps * TileRing<P>::barrier_bytes();
+      layout.end = layout.warp_data + warps * kWarpBytes;
       return layout;
     }
   };
@@ -180,11 +191,11 @@ class TokenPass {
       : rows_(reinterpret_cast<T*>(memory)),
         channels_(channels),
         slice_(Slice::of(channels, P::group_lane(channels), P::log2_group_warps(channels))),
-        ring_(memory + layout.rings + warp_index() * TileRing<P>::bytes(channels),
-              memory + layout.barriers + warp_index() * TileRing<P>::barrier_bytes(), channels,
+        ring_(memory + layout.rings + warp_index() * TileRing<P>::bytes(channels), channels,
               slice_),
         scores_(memory + layout.scores, rows_, channels, slice_, eps, normalize),
-        weight_unit_(weight_unit<T>(normalize ? eps : 1.0f)) {}
+        weight_unit_(weight_unit<T>(normalize ? eps : 1.0f)),
+        inverse_unit_(1.0f / weight_unit_) {}
 
   __device__ static Layout layout_of(int channels) {
     return Layout::of(channels, P::warp_groups(channels));
@@ -198,15 +209,12 @@ class TokenPass {
     return reinterpret_cast<float*>(rows_) + warp_group * group_floats(channels_);
   }
 
-  // Calls visit(row, channel, first) for rows [0, count) and this block's share of the channels,
-  // where `first` is the share's first channel. Called by all threads.
-  template <class Visit>
-  __device__ void for_each_in_share(int count, const Range& range, Visit visit) const {
-    const int first = channels_ * range.rank / range.ranks;
-    const int width = channels_ * (range.rank + 1) / range.ranks - first;
-    for (int i = thread_index(); i < count * width; i += block_threads()) {
-      visit(i / width, first + i % width, first);
-    }
+  // This block's share of the channels.
+  __device__ int first_in_share(const Range& range) const {
+    return channels_ * range.rank / range.ranks;
+  }
+  __device__ int last_in_share(const Range& range) const {
+    return channels_ * (range.rank + 1) / range.ranks;
   }
 
   T* rows_;
@@ -214,7 +222,8 @@ class TokenPass {
   Slice slice_;
   TileRing<P> ring_;
   TileScores<P, kSets> scores_;
-  float weight_unit_;
+  float weight_unit_;  // a power of two
+  float inverse_unit_;
   WarpSums<P> sums_;
 };
 

@@ -46,9 +46,12 @@ struct Plan {
   static constexpr int kTokens = kTileTokens;
   static constexpr int kRows = 8 * kRowGroups;
   static constexpr int kMaxThreads = 256;
-  // Units per iteration of loops whose results are not in registers; the widest plans spill with
-  // more.
-  static constexpr int kUnroll = 2;
+  // Units per iteration of loops whose results are not in registers.
+  static constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
+  // Units whose loads are in flight together where results are in registers. Tiles are padded to
+  // whole groups: what is read of the padding goes to sums that no one reads.
+  static constexpr int kUnitGroup = sizeof(T) == 4 ? 2 : kUnits % 4 == 0 ? 4 : 3;
+  static_assert(kUnits % kUnitGroup == 0);
   static constexpr int kMaxChannels = 16 * kUnits * kMaxGroupWarps;
 
   __host__ __device__ static int group_warps(int channels) {
@@ -106,7 +109,7 @@ struct Plan {
   // Row pitch of a tile, in elements: 16 bytes of padding put 8 rows in different banks.
   __host__ __device__ static int tile_pitch(int channels) {
     const int units = (channels / 16 + group_warps(channels) - 1) >> log2_group_warps(channels);
-    return units * 16 + static_cast<int>(16 / sizeof(T));
+    return round_up(units, kUnitGroup) * 16 + static_cast<int>(16 / sizeof(T));
   }
   // The same for rows of all channels.
   __host__ __device__ static int row_pitch(int channels) {
@@ -126,6 +129,30 @@ struct Slice {
   __device__ static Slice of(int channels, int group_lane, int log2_group_warps) {
     const int total = channels / 16, begin = total * group_lane >> log2_group_warps;
     return {begin * 16, (total * (group_lane + 1) >> log2_group_warps) - begin};
+  }
+
+  // Calls visit(first, count) for groups of kCount units, and for the rest one at a time; count is
+  // a constant. No branch keeps a group's loads apart.
+  template <int kCount, class Visit>
+  __device__ __forceinline__ void for_each_group(Visit visit) const {
+    int unit = 0;
+#pragma unroll 1
+    for (; unit + kCount <= units; unit += kCount) {
+      visit(unit, std::integral_constant<int, kCount>());
+    }
+    if constexpr (kCount > 1) {
+#pragma unroll 1
+      for (; unit < units; ++unit) visit(unit, std::integral_constant<int, 1>());
+    }
+  }
+
+  // Calls visit(unit) in the same way.
+  template <int kCount, class Visit>
+  __device__ __forceinline__ void for_each_unit(Visit visit) const {
+    for_each_group<kCount>([&](int first, auto count) {
+#pragma unroll
+      for (int i = 0; i < count(); ++i) visit(first + i);
+    });
   }
 
   // The group lane of the warp that has a channel.
@@ -154,6 +181,7 @@ struct Image {
 
   // A bit for each of the 16 tokens from `token` on, set if attended to; the same in all lanes.
   __device__ uint32_t attended_bits(int token, int last) const {
+    if (!mask) return token + kTileTokens <= last ? 0xffffu : (1u << (last - token)) - 1;
     const int lane = lane_index();
     return __ballot_sync(~0u, lane < 16 && is_attended(token + lane, last));
   }
@@ -169,14 +197,6 @@ __device__ Image<T> image_of(const Tokens& x, const Mask& mask, int64_t image) {
           static_cast<const T*>(x.extra) + image * x.extra_batch_stride};
 }
 
-// Bulk copies load a tile row by row and cost a warp few instructions; older devices copy 16 bytes
-// at a time.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kBulkCopies = true;
-#else
-constexpr bool kBulkCopies = false;
-#endif
-
 // One warp's tiles, of its slice of the channels. Each copy of a tile must be waited for once.
 template <class P>
 class TileRing {
@@ -188,14 +208,9 @@ class TileRing {
   __host__ __device__ static int bytes(int channels) {
     return P::stages(channels) * P::kTokens * P::tile_pitch(channels) * static_cast<int>(sizeof(T));
   }
-  __host__ __device__ static constexpr int barrier_bytes() {
-    return round_up(P::kStages, 2) * static_cast<int>(sizeof(uint64_t));
-  }
 
-  // `memory` may hold other data while it holds no tile; `barriers` may not, from fill() on.
-  __device__ TileRing(char* memory, char* barriers, int channels, Slice slice)
+  __device__ TileRing(char* memory, int channels, Slice slice)
       : memory_(reinterpret_cast<T*>(memory)),
-        barriers_(reinterpret_cast<uint64_t*>(barriers)),
         channels_(channels),
         pitch_(P::tile_pitch(channels)),
         slice_(slice) {}
@@ -207,7 +222,6 @@ class TileRing {
 
   // Starts the copies of the warp group's first tiles.
   __device__ void fill(const Image<T>& x, const Range& range) {
-    if (!is_open_) open();
 #pragma unroll 1
     for (int iteration = 0; iteration < P::stages(channels_); ++iteration) {
       copy(x, range, iteration);
@@ -222,34 +236,22 @@ class TileRing {
   // Starts the copy of a tile, with zeros where a token is not attended to.
   __device__ void copy(const Image<T>& x, const Range& range, int iteration) {
     const int token = P::token_of(channels_, range, iteration);
-    if constexpr (kBulkCopies) {
-      if (token < range.last) copy_bulk_rows(x, iteration, token, range.last);
-    } else {
-      if (token < range.last) copy_chunks(x, iteration, token, range.last);
-      copy_async_commit();
-    }
+    if (token < range.last) copy_rows(x, iteration, token, range.last);
+    copy_async_commit();
   }
 
   // Waits for the oldest in-flight tile, which must be this iteration's.
-  __device__ void wait(int iteration) {
-    if constexpr (kBulkCopies) {
-      const int stage = stage_of(iteration);
-      barrier_wait(barriers_ + stage, parities_ >> stage & 1);
-      parities_ ^= 1u << stage;
+  __device__ void wait() {
+    if (P::stages(channels_) == P::kStages) {
+      copy_async_wait<P::kStages - 1>();
     } else {
-      if (P::stages(channels_) == P::kStages) {
-        copy_async_wait<P::kStages - 1>();
-      } else {
-        copy_async_wait<0>();
-      }
-      __syncwarp();
+      copy_async_wait<0>();
     }
+    __syncwarp();
   }
 
   // Must be called after the last tile.
-  __device__ void drain() {
-    if constexpr (!kBulkCopies) copy_async_wait<0>();
-  }
+  __device__ void drain() { copy_async_wait<0>(); }
 
   // Writes the extra token to the first row of its tile.
   __device__ void write_extra(int iteration, const T* extra) {
@@ -265,66 +267,31 @@ class TileRing {
     return P::stages(channels_) == P::kStages ? iteration % P::kStages : 0;
   }
 
-  __device__ void open() {
-    is_open_ = true;
-    if constexpr (kBulkCopies) {
-      if (lane_index() == 0) {
-        for (int stage = 0; stage < P::kStages; ++stage) barrier_init(barriers_ + stage, 1);
-        barrier_init_visible();
-      }
-      __syncwarp();
-    }
-  }
-
   // Eight lanes copy a row.
-  __device__ void copy_chunks(const Image<T>& x, int iteration, int token, int last) {
-    const uint32_t attended = x.attended_bits(token, last);
-    const int lane = lane_index();
-    T* to = tile(iteration);
-#pragma unroll 1
-    for (int row = lane / 8; row < P::kTokens; row += 4) {
-      const bool read = (attended >> row & 1) && token + row >= x.has_extra;
-      const T* from = read ? x.row(token + row) + slice_.first : x.data;
-      T* to_row = to + row * pitch_;
-#pragma unroll 2
-      for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
-        copy_async_16(to_row + c, read ? from + c : from, read ? 16 : 0);
+  __device__ void copy_rows(const Image<T>& x, int iteration, int token, int last) {
+    constexpr int kLanes = 8, kRows = 32 / kLanes, kColumns = kLanes * kChunk;
+    const uint32_t read = x.attended_bits(token, last) & ~(token < x.has_extra ? 1u : 0u);
+    const int row = lane_index() / kLanes, column = lane_index() % kLanes * kChunk;
+    const int width = slice_.units * 16 - column;
+    T* to = tile(iteration) + row * pitch_ + column;
+    const T* from = x.row(token + row) + slice_.first + column;
+#pragma unroll
+    for (int first = 0; first < P::kTokens; first += kRows) {
+      const bool is_read = read >> (first + row) & 1;
+      const T* from_row = is_read ? from : x.data;
+#pragma unroll
+      for (int c = 0; c < P::kUnits * 16; c += kColumns) {
+        if (c < width) copy_async_16(to + c, from_row + c, is_read ? 16 : 0);
       }
-    }
-  }
-
-  // One lane copies a row.
-  __device__ void copy_bulk_rows(const Image<T>& x, int iteration, int token, int last) {
-    const uint32_t extra = token < x.has_extra ? 1u : 0u;
-    const uint32_t rows = x.attended_bits(token, last) & ~extra;
-    const int row_bytes = slice_.units * 16 * static_cast<int>(sizeof(T)), lane = lane_index();
-    uint64_t* barrier = barriers_ + stage_of(iteration);
-    T* to = tile(iteration);
-    if (rows != 0xffffu) {
-#pragma unroll 1
-      for (int row = lane / 8; row < P::kTokens; row += 4) {
-        if (rows >> row & 1) continue;
-#pragma unroll 1
-        for (int c = lane % 8 * kChunk; c < slice_.units * 16; c += 8 * kChunk) {
-          *reinterpret_cast<uint4*>(to + row * pitch_ + c) = make_uint4(0, 0, 0, 0);
-        }
-      }
-    }
-    fence_async_proxy();  // orders earlier accesses to the stage before the copies
-    if (lane == 0) barrier_expect_bytes(barrier, __popc(rows) * row_bytes);
-    __syncwarp();
-    if (lane < P::kTokens && rows >> lane & 1) {
-      copy_bulk(to + lane * pitch_, x.row(token + lane) + slice_.first, row_bytes, barrier);
+      to += kRows * pitch_;
+      from += kRows * x.token_stride;
     }
   }
 
   T* memory_;
-  uint64_t* barriers_;  // one per stage
   int channels_;
   int pitch_;
   Slice slice_;
-  bool is_open_ = false;
-  uint32_t parities_ = 0;  // a bit per stage: the parity of the phase that its next copy completes
 };
 
 }  // namespace crossvit::attention_core

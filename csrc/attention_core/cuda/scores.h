@@ -9,32 +9,42 @@ constexpr float kLog2e = 1.4426950408889634f;
 // Statistics of a lane's four tokens of a tile: 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
 struct TokenStatistics {
   float mean[4];
-  float rstd[4];
-  float centre[4];
-  uint32_t constant;  // bit i: all channels of token i are the same, so that its xhat is 0
+  float signed_rstd[4];  // negative if a token's channels are all the same, 0 if it is unattended
+  float centre[4];       // what float tokens are relative to in products
 
-  // rstd as a factor of weights, which a half cannot hold for most constant tokens.
-  __device__ float factor(int i) const { return constant >> i & 1 ? 0.0f : rstd[i]; }
+  __device__ float rstd(int i) const { return fabsf(signed_rstd[i]); }
+
+  // rstd as a factor of weights. A half cannot hold that of most constant tokens, but their xhat,
+  // which it multiplies, is 0.
+  __device__ float factor(int i) const { return fmaxf(signed_rstd[i], 0.0f); }
 };
 
 __device__ __forceinline__ int nth_token(int i) {
   return lane_index() % 4 * 2 + (i & 1) + (i >> 1) * 8;
 }
 
-// Sums over a warp's slice of tokens g and g + 8, relative to each token's first channel there. A
-// mean far above the spread then costs no precision: the variance's relative error is at most about
-// C times float's eps, whatever that channel holds.
-struct TokenSums {
+// Statistics of tokens g and g + 8 over a warp's slice of the channels: the mean, the sum of
+// squared deviations from it, and the centre that the sums were relative to. Token g's owner, the
+// lane that has it among its four, knows them.
+struct SliceStatistics {
+  float mean[2];
+  float squares[2];
   float centre[2];
-  float sum[2] = {0, 0};
-  float squares[2] = {0, 0};
 
-  __device__ void add(int token, float2 x) {
-    const float first = x.x - centre[token], second = x.y - centre[token];
-    sum[token] += first + second;
-    squares[token] += first * first + second * second;
+  __device__ static bool is_owner() { return lane_index() / 8 == lane_index() % 4; }
+
+  // From sums of deviations from the centre, and of their squares.
+  __device__ void set(int i, float offset, float sum_of_squares, float centre_, int width) {
+    centre[i] = centre_;
+    mean[i] = centre_ + offset;
+    squares[i] = fmaxf(sum_of_squares - offset * offset * width, 0.0f);
   }
 };
+
+// Gives each lane the value of its i-th token, from the lane that owns it.
+__device__ __forceinline__ float from_owner(const float (&values)[2], int i) {
+  return __shfl_sync(~0u, values[i >> 1], lane_index() % 4 * 9 + (i & 1) * 4);
+}
 
 // Writes rows [0, count) as tensor-core operands, and zeros to the others. Called by all threads.
 template <class P>
@@ -55,7 +65,8 @@ __device__ void write_rows(typename P::Element* to, const float* from, int64_t s
 }
 
 // Scores of a tile's tokens against kSets matrices of rows (u, or dm and u), with the statistics of
-// LayerNorm from the same read.
+// LayerNorm from the same read. Sums over a token's channels are relative to one of its own: a mean
+// far above the spread then costs no precision.
 template <class P, int kSets>
 class TileScores {
  public:
@@ -65,10 +76,9 @@ class TileScores {
   static constexpr bool kCentre = sizeof(T) == 4;
   static constexpr int kRows = P::kRows;
   static constexpr int kSums = kSets * kRows;
-  // One warp's partials of a tile: three floats per token, and scores where warps share tiles.
-  static constexpr int kScores = P::kWarpsShareTiles ? kSums * P::kTokens : 0;
-  static constexpr int kFloats = 3 * P::kTokens + kScores;
-  static constexpr int kBuffers = P::kWarpsShareTiles ? 2 : 1;
+  // One warp's partials of a tile where warps share it: three floats and the scores per token.
+  static constexpr int kFloats = P::kWarpsShareTiles ? (3 + kSums) * P::kTokens : 0;
+  static constexpr int kBuffers = 2;
 
   __host__ __device__ static int bytes(int channels, int warp_groups) {
     const int floats = (warp_groups * kBuffers * kFloats + kSums) * P::group_warps(channels);
@@ -83,6 +93,8 @@ class TileScores {
         rows_(rows),
         channels_(channels),
         slice_(slice),
+        inverse_channels_(1.0f / channels),
+        inverse_width_(1.0f / (slice.units * 16)),
         eps_(eps),
         normalize_(normalize) {}
 
@@ -114,10 +126,19 @@ class TileScores {
   __device__ void compute(const T* tile, int iteration, uint32_t attended,
                           float (&scores)[kSets][P::kRowGroups][4], TokenStatistics& stats) {
     float products[kSets][2][4] = {};  // of tokens 0 to 7 and 8 to 15
-    const TokenSums sums = products_of_slice(tile, products);
-    store_partials(partials_of(warp_index(), iteration), sums, products);
-    P::sync_warp_group(channels_);
-    combine_partials(iteration, attended, products, scores, stats);
+    SliceStatistics slice;
+    if constexpr (kCentre) {
+      slice = multiply_floats(tile, products);
+    } else {
+      slice = multiply_pairs(tile, products);
+    }
+    if constexpr (P::kWarpsShareTiles) {
+      store_partials(partials_of(warp_index(), iteration), slice, products);
+      P::sync_warp_group(channels_);
+      combine_partials(iteration, attended, scores, stats);
+    } else {
+      finish(slice, attended, products, scores, stats);
+    }
   }
 
  private:
@@ -125,59 +146,140 @@ class TileScores {
     return partials_ + (warp * kBuffers + iteration % kBuffers) * kFloats;
   }
 
-  __device__ TokenSums products_of_slice(const T* tile, float (&products)[kSets][2][4]) const {
+  // A unit of the rows of a set.
+  __device__ FragmentA<T> rows_of(int set, int unit, float others = 0) const {
+    const int pitch = P::row_pitch(channels_);
+    const T* rows = rows_ + set * kRows * pitch + slice_.first + unit * 16;
+    return P::kRowGroups == 1 ? load_8_rows(rows, pitch, others) : load_rows(rows, pitch);
+  }
+
+  // The tensor cores also add up a token's channels, as products with ones, and its squared
+  // deviations d, as the diagonal of d d^T. One group of rows leaves room for the ones.
+  __device__ SliceStatistics multiply_pairs(const T* tile, float (&products)[kSets][2][4]) const {
+    constexpr bool kOnesBesideRows = P::kRowGroups == 1;
     const int g = lane_index() / 4, pitch = P::tile_pitch(channels_);
-    const int row_pitch = P::row_pitch(channels_);
-    TokenSums sums;
-    for (int i = 0; i < 2; ++i) sums.centre[i] = to_float(tile[(g + 8 * i) * pitch]);
-#pragma unroll P::kUnroll
-    for (int unit = 0; unit < slice_.units; ++unit) {
-      FragmentA<T> x = load_rows(tile + unit * 16, pitch);
+    const auto centre_of_token = [&](int token) {
+      const T* row = tile + token * pitch;
+      return middle_of_four<T>(load_pair(row), load_pair(row + 2));
+    };
+    const uint32_t centre[2] = {centre_of_token(g), centre_of_token(g + 8)};
+    float squares[2][4] = {}, sums[2][4] = {};
+    slice_.template for_each_unit<P::kUnroll>([&](int unit) {
+      ColumnsOfB<T> x = load_columns(tile + unit * 16, pitch);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack<T>(x.pair[i]);
-        sums.add(i & 1, pair);
-        if constexpr (kCentre) {
-          if (normalize_) {
-            const float centre = sums.centre[i & 1];
-            x.pair[i] = pack<T>(pair.x - centre, pair.y - centre);
-          }
+      for (int set = 0; set < kSets; ++set) {
+        const FragmentA<T> rows = rows_of(set, unit, set == 0 ? 1.0f : 0.0f);
+        for (int side = 0; side < 2; ++side) multiply(products[set][side], rows, x.side[side]);
+      }
+      if constexpr (!kOnesBesideRows) {
+        const Pair<T> ones = pack<T>(1, 1);
+        for (int side = 0; side < 2; ++side) {
+          multiply(sums[side], {{ones, ones, ones, ones}}, x.side[side]);
+        }
+      }
+      for (int side = 0; side < 2; ++side) {
+        for (Pair<T>& pair : x.side[side].pair) pair = subtract<T>(pair, centre[side]);
+      }
+      for (int side = 0; side < 2; ++side) multiply(squares[side], x.to_a(), x.side[side]);
+    });
+    SliceStatistics slice;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float* sum_pair = kOnesBesideRows ? products[0][i] + 2 : sums[i];
+      const float sum = g & 1 ? sum_pair[1] : sum_pair[0];
+      const float sum_of_squares = g & 1 ? squares[i][2 * i + 1] : squares[i][2 * i];
+      const float own_centre = unpack<T>(centre[i]).x;
+      const float offset = sum * inverse_width_ - own_centre;
+      slice.set(i, offset, sum_of_squares, own_centre, slice_.units * 16);
+    }
+    return slice;
+  }
+
+  // The same in float's own precision.
+  __device__ SliceStatistics multiply_floats(const T* tile, float (&products)[kSets][2][4]) const {
+    const int g = lane_index() / 4, pitch = P::tile_pitch(channels_);
+    const float centre[2] = {tile[g * pitch], tile[(g + 8) * pitch]};
+    float sums[2] = {0, 0}, squares[2] = {0, 0};
+    slice_.template for_each_unit<P::kUnroll>([&](int unit) {
+      ColumnsOfB<T> x = load_columns(tile + unit * 16, pitch);
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        for (Pair<T>& pair : x.side[side].pair) {
+          const float first = pair.x - centre[side], second = pair.y - centre[side];
+          sums[side] += first + second;
+          squares[side] += first * first + second * second;
+          if (normalize_) pair = make_float2(first, second);
         }
       }
 #pragma unroll
       for (int set = 0; set < kSets; ++set) {
-        const T* rows = rows_ + set * kRows * row_pitch + slice_.first + unit * 16;
-        const FragmentA<T> a =
-            P::kRowGroups == 1 ? load_8_rows(rows, row_pitch) : load_rows(rows, row_pitch);
-        multiply(products[set][0], a, to_b(x, 0));
-        multiply(products[set][1], a, to_b(x, 1));
+        const FragmentA<T> rows = rows_of(set, unit);
+        for (int side = 0; side < 2; ++side) multiply(products[set][side], rows, x.side[side]);
+      }
+    });
+    SliceStatistics slice;
+    for (int i = 0; i < 2; ++i) {
+      const float offset = sum_of_row(sums[i]) * inverse_width_;
+      slice.set(i, offset, sum_of_row(squares[i]), centre[i], slice_.units * 16);
+    }
+    return slice;
+  }
+
+  // 1 / standard deviation, as in TokenStatistics.
+  __device__ float signed_rstd(float mean, float squares, bool is_attended) const {
+    if (!is_attended) return 0;
+    if (!normalize_) return 1;
+    const float variance = squares * inverse_channels_;
+    // Others of 16 bits vary by 2^-11 of their mean at least.
+    const bool constant = !kCentre && variance <= mean * mean * 0x1p-40f;
+    const float rstd = rsqrtf(variance + eps_);
+    return constant ? -rstd : rstd;
+  }
+
+  // The scores where a warp has all channels.
+  __device__ void finish(const SliceStatistics& slice, uint32_t attended,
+                         const float (&products)[kSets][2][4],
+                         float (&scores)[kSets][P::kRowGroups][4], TokenStatistics& stats) const {
+    static_assert(P::kWarpsShareTiles || (!kCentre && P::kRowGroups == 1));
+    const int g = lane_index() / 4;
+    float own_rstd[2];
+    for (int i = 0; i < 2; ++i) {
+      const bool is_attended = attended >> (g + 8 * i) & 1;
+      own_rstd[i] = signed_rstd(slice.mean[i], slice.squares[i], is_attended);
+    }
+    float row_sums[kSets];
+    for (int set = 0; set < kSets; ++set) row_sums[set] = row_sums_[set * kRows + g];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      stats.signed_rstd[i] = from_owner(own_rstd, i);
+      stats.mean[i] = normalize_ ? from_owner(slice.mean, i) : 0.0f;
+      stats.centre[i] = 0;
+      for (int set = 0; set < kSets; ++set) {
+        const float product = products[set][i >> 1][i & 1];
+        scores[set][0][i] = (product - stats.mean[i] * row_sums[set]) * stats.rstd(i);
       }
     }
-    return sums;
   }
 
   // Stores each token's mean, squared deviations and centre, then the products.
-  __device__ void store_partials(float* to, const TokenSums& sums,
+  __device__ void store_partials(float* to, const SliceStatistics& slice,
                                  const float (&products)[kSets][2][4]) const {
-    const int g = lane_index() / 4, t = lane_index() % 4, width = slice_.units * 16;
-    for (int i = 0; i < 2; ++i) {
-      const float sum = sum_of_row(sums.sum[i]), squares = sum_of_row(sums.squares[i]);
-      if (t == 0) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    if (slice.is_owner()) {
+      for (int i = 0; i < 2; ++i) {
         float* to_token = to + g + 8 * i;
-        to_token[0] = sums.centre[i] + sum / width;
-        to_token[P::kTokens] = fmaxf(squares - sum * (sum / width), 0.0f);
-        to_token[2 * P::kTokens] = sums.centre[i];
+        to_token[0] = slice.mean[i];
+        to_token[P::kTokens] = slice.squares[i];
+        to_token[2 * P::kTokens] = slice.centre[i];
       }
     }
-    if constexpr (P::kWarpsShareTiles) {
-      for (int set = 0; set < kSets; ++set) {
-        for (int group = 0; group < P::kRowGroups; ++group) {
-          for (int side = 0; side < 2; ++side) {
-            float* to_scores =
-                to + 3 * P::kTokens + (set * kRows + 8 * group + g) * P::kTokens + 8 * side + 2 * t;
-            const float* pair = &products[set][side][2 * group];
-            *reinterpret_cast<float2*>(to_scores) = make_float2(pair[0], pair[1]);
-          }
+    for (int set = 0; set < kSets; ++set) {
+      for (int group = 0; group < P::kRowGroups; ++group) {
+        for (int side = 0; side < 2; ++side) {
+          float* to_scores =
+              to + 3 * P::kTokens + (set * kRows + 8 * group + g) * P::kTokens + 8 * side + 2 * t;
+          const float* pair = &products[set][side][2 * group];
+          *reinterpret_cast<float2*>(to_scores) = make_float2(pair[0], pair[1]);
         }
       }
     }
@@ -185,7 +287,6 @@ class TileScores {
 
   // Adds up the partials of the group's warps in the order of their lanes.
   __device__ void combine_partials(int iteration, uint32_t attended,
-                                   const float (&products)[kSets][2][4],
                                    float (&scores)[kSets][P::kRowGroups][4],
                                    TokenStatistics& stats) const {
     const int g = lane_index() / 4;
@@ -209,51 +310,38 @@ class TileScores {
       for (int i = 0; i < 4; ++i) {
         const int token = nth_token(i);
         const float deviation = partials[token] - mean[i];
-        const float between = P::kWarpsShareTiles ? deviation * deviation * width_of(warp) : 0.0f;
-        squares[i] += partials[P::kTokens + token] + between;
+        squares[i] += partials[P::kTokens + token] + deviation * deviation * width_of(warp);
         const float centred = stats.mean[i] - centre_of(partials, token);
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
 #pragma unroll
           for (int group = 0; group < P::kRowGroups; ++group) {
             const int row = set * kRows + 8 * group + g;
-            const float product = P::kWarpsShareTiles
-                                      ? partials[3 * P::kTokens + row * P::kTokens + token]
-                                      : products[set][i >> 1][2 * group + (i & 1)];
+            const float product = partials[3 * P::kTokens + row * P::kTokens + token];
             scores[set][group][i] += product - centred * row_sums[row];
           }
         }
       }
     }
-    stats.constant = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool is_attended = attended >> nth_token(i) & 1;
-      const float variance = squares[i] / channels_;
-      stats.rstd[i] = !is_attended ? 0.0f : normalize_ ? 1.0f / sqrtf(variance + eps_) : 1.0f;
-      if constexpr (!kCentre) {  // others vary by 2^-11 of their mean at least
-        const bool constant = variance <= mean[i] * mean[i] * 0x1p-40f;
-        stats.constant |= (normalize_ && constant) << i;
-      }
+      stats.signed_rstd[i] = signed_rstd(mean[i], squares[i], is_attended);
       for (int set = 0; set < kSets; ++set) {
-        for (int group = 0; group < P::kRowGroups; ++group) scores[set][group][i] *= stats.rstd[i];
+        for (int group = 0; group < P::kRowGroups; ++group) scores[set][group][i] *= stats.rstd(i);
       }
     }
   }
 
   // Combines the means of the lane's tokens that the group's warps have.
   __device__ void means_of_tile(const float* partials, float (&mean)[4]) const {
-    if constexpr (!P::kWarpsShareTiles) {
-      for (int i = 0; i < 4; ++i) mean[i] = partials[nth_token(i)];
-    } else {
-      for (int i = 0; i < 4; ++i) mean[i] = 0;
+    for (int i = 0; i < 4; ++i) mean[i] = 0;
 #pragma unroll 1
-      for (int warp = 0; warp < P::group_warps(channels_); ++warp) {
-        const float* means = partials + warp * kBuffers * kFloats;
-        for (int i = 0; i < 4; ++i) mean[i] += means[nth_token(i)] * width_of(warp);
-      }
-      for (int i = 0; i < 4; ++i) mean[i] /= channels_;
+    for (int warp = 0; warp < P::group_warps(channels_); ++warp) {
+      const float* means = partials + warp * kBuffers * kFloats;
+      for (int i = 0; i < 4; ++i) mean[i] += means[nth_token(i)] * width_of(warp);
     }
+    for (int i = 0; i < 4; ++i) mean[i] *= inverse_channels_;
   }
 
   __device__ float centre_of(const float* partials, int token) const {
@@ -270,6 +358,8 @@ class TileScores {
   const T* rows_;
   int channels_;
   Slice slice_;
+  float inverse_channels_;
+  float inverse_width_;  // of the slice
   float eps_;
   bool normalize_;
 };

@@ -90,6 +90,34 @@ __device__ __forceinline__ Pair<T> pack(float first, float second) {
   }
 }
 
+// Arithmetic of pairs of 16-bit elements.
+template <class T>
+using Packed = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
+
+template <class T, class Function>
+__device__ __forceinline__ uint32_t apply_to_pairs(uint32_t a, uint32_t b, Function function) {
+  Packed<T> first, second;
+  memcpy(&first, &a, sizeof first);
+  memcpy(&second, &b, sizeof second);
+  const Packed<T> result = function(first, second);
+  memcpy(&a, &result, sizeof a);
+  return a;
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
+  return apply_to_pairs<T>(a, b, [](Packed<T> a, Packed<T> b) { return __hsub2(a, b); });
+}
+
+// A pair of one of a row's first four elements: one between the others unless two are far off.
+template <class T>
+__device__ __forceinline__ uint32_t middle_of_four(uint32_t first, uint32_t second) {
+  const uint32_t lower =
+      apply_to_pairs<T>(first, second, [](Packed<T> a, Packed<T> b) { return __hmin2(a, b); });
+  const uint32_t swapped = __byte_perm(lower, lower, 0x1032);
+  return apply_to_pairs<T>(lower, swapped, [](Packed<T> a, Packed<T> b) { return __hmax2(a, b); });
+}
+
 template <class T>
 __device__ __forceinline__ Pair<T> load_pair(const T* from) {
   return *reinterpret_cast<const Pair<T>*>(from);
@@ -114,12 +142,43 @@ __device__ __forceinline__ FragmentA<T> load_rows(const T* tile, int pitch) {
   return a;
 }
 
-// The same for 8 rows, with zeros in rows 8 to 15.
+// The same as B of 16 columns, whose sides are in registers next to each other.
 template <class T>
-__device__ __forceinline__ FragmentA<T> load_8_rows(const T* tile, int pitch) {
+struct ColumnsOfB {
+  FragmentB<T> side[2];  // columns 8 * side to 8 * side + 7
+
+  // As A, these columns are rows.
+  __device__ FragmentA<T> to_a() const {
+    return {side[0].pair[0], side[1].pair[0], side[0].pair[1], side[1].pair[1]};
+  }
+};
+
+template <class T>
+__device__ __forceinline__ ColumnsOfB<T> load_columns(const T* tile, int pitch) {
+  if constexpr (sizeof(T) == 2) {
+    const int lane = lane_index();
+    uint32_t pairs[4];
+    load_matrix_x4(pairs, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+    return {{{pairs[0], pairs[1]}, {pairs[2], pairs[3]}}};
+  } else {
+    const FragmentA<T> a = load_rows(tile, pitch);
+    return {{{a.pair[0], a.pair[2]}, {a.pair[1], a.pair[3]}}};
+  }
+}
+
+// Loads 8 rows as A, with one number in rows 8 to 15.
+template <class T>
+__device__ __forceinline__ FragmentA<T> load_8_rows(const T* tile, int pitch, float others = 0) {
   const int lane = lane_index();
-  const T* from = tile + lane / 4 * pitch + lane % 4 * 2;
-  return {load_pair(from), pack<T>(0, 0), load_pair(from + 8), pack<T>(0, 0)};
+  const Pair<T> rest = pack<T>(others, others);
+  if constexpr (sizeof(T) == 2) {
+    uint32_t rows[2];
+    load_matrix_x2(rows, tile + lane % 8 * pitch + lane / 8 % 2 * 8);
+    return {rows[0], rest, rows[1], rest};
+  } else {
+    const T* from = tile + lane / 4 * pitch + lane % 4 * 2;
+    return {load_pair(from), rest, load_pair(from + 8), rest};
+  }
 }
 
 // Loads 16 rows of 16 elements transposed: the rows run along k.
@@ -137,6 +196,20 @@ __device__ __forceinline__ FragmentA<T> load_transposed(const T* tile, int pitch
     }
   }
   return a;
+}
+
+// The same as B of 16 columns, which rows along k have.
+template <class T>
+__device__ __forceinline__ ColumnsOfB<T> load_transposed_columns(const T* tile, int pitch) {
+  if constexpr (sizeof(T) == 2) {
+    const int lane = lane_index();
+    uint32_t pairs[4];
+    load_matrix_x4_transposed(pairs, tile + lane % 16 * pitch + lane / 16 * 8);
+    return {{{pairs[0], pairs[1]}, {pairs[2], pairs[3]}}};
+  } else {
+    const FragmentA<T> a = load_transposed(tile, pitch);
+    return {{{a.pair[0], a.pair[2]}, {a.pair[1], a.pair[3]}}};
+  }
 }
 
 // Returns columns [8 * side, 8 * side + 8) of a B of 16 columns, which was loaded like an A.

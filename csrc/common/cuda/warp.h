@@ -13,7 +13,7 @@ __device__ __forceinline__ int warp_index() { return thread_index() / 32; }
 __device__ __forceinline__ int block_warps() { return block_threads() / 32; }
 
 __device__ __forceinline__ float sum_of_warp(float x) {
-#pragma unroll 1  // no call is in a hot loop
+#pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
   return x;
 }

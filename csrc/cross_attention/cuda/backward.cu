@@ -16,15 +16,33 @@ __device__ void write_pass_rows(const BackwardPass<P>& pass, const BackwardParam
   const int channels = static_cast<int>(p.problem.channels), pitch = P::row_pitch(channels);
   T* dm = pass.rows();
   T* u = dm + P::kRows * pitch;
+  const Elements<T> gains(p.weights.norm.weight);
   for (int row = warp_index(); row < P::kRows; row += block_warps()) {
     const int64_t first = head_offset(p.problem.batch, channels, begin + row, image);
+    constexpr int kLoads = 6;  // in flight, of each operand
     float delta = 0;
-#pragma unroll 2
-    for (int c = lane_index(); c < channels; c += 32) {
-      const float gain = row < count ? element<T>(p.weights.norm.weight, c) : 0;
-      dm[row * pitch + c] = from_float<T>(row < count ? p.dz[first + c] * gain : 0);
-      u[row * pitch + c] = from_float<T>(row < count ? v.kt[first + c] * gain : 0);
-      if (row < count) delta += to_float(dm[row * pitch + c]) * v.m[first + c];
+#pragma unroll 1
+    for (int c = lane_index(); c < channels; c += 32 * kLoads) {
+      uint32_t gain[kLoads];
+      float dz[kLoads], kt[kLoads], m[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int column = c + 32 * i;
+        const bool is_used = row < count && column < channels;
+        gain[i] = is_used ? gains.load(column) : 0;
+        dz[i] = is_used ? p.dz[first + column] : 0.0f;
+        kt[i] = is_used ? v.kt[first + column] : 0.0f;
+        m[i] = is_used ? v.m[first + column] : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int column = c + 32 * i;
+        if (column >= channels) break;
+        const T dm_element = from_float<T>(dz[i] * gains.value(gain[i]));
+        dm[row * pitch + column] = dm_element;
+        u[row * pitch + column] = from_float<T>(kt[i] * gains.value(gain[i]));
+        delta += to_float(dm_element) * m[i];
+      }
     }
     delta = sum_of_warp(delta);
     if (lane_index() == 0) {
@@ -52,7 +70,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int count = images.count;
   const bool is_leader = rank == 0;  // writes results that every block computes
   const BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, aliased);
-  T* rows = reinterpret_cast<T*>(memory);
+  RowStatistics* statistics = reinterpret_cast<RowStatistics*>(memory);
+  T* rows = reinterpret_cast<T*>(memory + layout.wide);
   T* narrow = reinterpret_cast<T*>(memory + layout.narrow);
   float* floats = reinterpret_cast<float*>(memory + layout.floats);
   float* residual_dy = p.residuals;
@@ -61,8 +80,6 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const auto gradients_of = [&](int row) {
     return Gradients::at(p.gradients, first + row, cls_channels, channels);
   };
-  const auto load_floats = [&](int row, int c) { return floats[row * channels + c]; };
-
   BackwardPass<P> pass(memory + layout.pass, channels, eps, true);
   const auto image_of = [&](int image) {
     Image<T> x = attention_core::image_of<T>(p.tokens, {}, first + image);
@@ -75,14 +92,18 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   // g
   clear_rows(rows, count, cls_channels);
   const int cls_pitch = operand_pitch<T>(cls_channels), pitch = operand_pitch<T>(channels);
-#pragma unroll 2
-  for (int i = thread_index(); i < count * cls_channels; i += block_threads()) {
-    const int row = i / cls_channels, c = i % cls_channels;
-    const float value = element<T>(p.dnew_cls, first * cls_channels + i);
-    rows[row * cls_pitch + c] = from_float<T>(value);
-    if (is_leader) gradients_of(row).dnew_cls[c] = value;
+  copy_rows<T>(floats, p.dnew_cls, first, count, cls_channels);
+  __syncthreads();
+#pragma unroll 1
+  for (int c = thread_index(); c < cls_channels; c += block_threads()) {
+#pragma unroll 4
+    for (int row = 0; row < count; ++row) {
+      const float value = floats[row * cls_channels + c];
+      rows[row * cls_pitch + c] = from_float<T>(value);
+      if (is_leader) gradients_of(row).dnew_cls[c] = value;
+    }
   }
-  cluster_sync();  // waits for the other blocks to start
+  cluster_sync();  // waits for the other blocks to start, and until this one has read dnew_cls
   // Writes to the floats of all blocks.
   const auto write_floats = [&](int width) {
     return [&, width](int) {
@@ -99,8 +120,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   // dy of the residual, and r dy of the update.
   clear_rows(rows, count, channels);
   normalize_rows_backward<T, true>(
-      0, 1, count, channels, eps, w.back_norm,
-      [&](int row, int c) { return v.y[(first + row) * channels + c]; }, load_floats,
+      statistics, 0, 1, count, channels, eps, w.back_norm,
+      [&](int row, int c) { return v.y[(first + row) * channels + c]; }, floats,
       [&](int row, int c, float dy, float dn, float xhat) {
         const float r = scale_of_residual(p.residual_scale, first + row);
         rows[row * pitch + c] = from_float<T>(dy * r);
@@ -158,24 +179,18 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   // dq_h = W_k,h (gamma du_h) / sqrt(d)
   const float scale = 1.0f / sqrtf(static_cast<float>(head_dim));
-  const auto stage = [&](int head) {
-    for (int i = thread_index(); i < kImages * channels; i += block_threads()) {
-      const int row = i / channels, c = i % channels;
-      const int64_t offset = head_offset(batch, channels, head, first + row) + c;
-      const float du = row < count ? p.du[offset] : 0;
-      rows[row * pitch + c] = from_float<T>(row < count ? du * element<T>(w.norm.weight, c) : 0);
-    }
-  };
-  linear_of_heads(rows, pitch, w.key.weight.data, channels, head_dim, stage,
-                  [&](int row, int c, float a, float b) {
-                    const bool has_image = row < count;
-                    a = has_image ? a * scale : 0, b = has_image ? b * scale : 0;
-                    store_in_ranks(reinterpret_cast<Pair<T>*>(narrow + row * pitch + c),
-                                   pack<T>(a, b));
-                    if (!has_image) return;
-                    float* dq = gradients_of(row).dq + c;
-                    dq[0] = a, dq[1] = b;
-                  });
+  linear_of_heads(
+      rows, pitch, {w.key.weight, {}}, w.norm, channels, head_dim, count,
+      [&](int head) { return p.du + head_offset(batch, channels, head, first); },
+      [](float weight, float, float du) { return du * weight; },
+      [&](int row, int c, float a, float b) {
+        const bool has_image = row < count;
+        a = has_image ? a * scale : 0, b = has_image ? b * scale : 0;
+        store_in_ranks(reinterpret_cast<Pair<T>*>(narrow + row * pitch + c), pack<T>(a, b));
+        if (!has_image) return;
+        float* dq = gradients_of(row).dq + c;
+        dq[0] = a, dq[1] = b;
+      });
   cluster_sync();
   // The gradient of LN(y0) as the query
   transposed_linears(narrow, pitch, w.query.weight.data, 1, channels, channels,
@@ -185,8 +200,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   // dy0 sums the gradients of the residual, the query and the token.
   clear_rows(rows, count, channels);
   normalize_rows_backward<T, false>(
-      0, 1, count, channels, eps, w.norm,
-      [&](int row, int c) { return v.y0[(first + row) * channels + c]; }, load_floats,
+      statistics, 0, 1, count, channels, eps, w.norm,
+      [&](int row, int c) { return v.y0[(first + row) * channels + c]; }, floats,
       [&](int row, int c, float dx, float dn, float xhat) {
         const int64_t offset = (first + row) * channels + c;
         const float dy0 = dx + residual_dy[offset] + token_dy0[offset];
@@ -209,10 +224,10 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   transposed_linears(rows, pitch, w.proj.weight.data, 1, channels, cls_channels,
                      write_floats(cls_channels));
   cluster_sync();
+  const Elements<T> cls(p.cls);
   normalize_rows_backward<T, true>(
-      rank, ranks, count, cls_channels, eps, w.proj_norm,
-      [&](int row, int c) { return element<T>(p.cls, (first + row) * cls_channels + c); },
-      [&](int row, int c) { return floats[row * cls_channels + c]; },
+      statistics, rank, ranks, count, cls_channels, eps, w.proj_norm,
+      [&](int row, int c) { return cls[(first + row) * cls_channels + c]; }, floats,
       [&](int row, int c, float dcls, float dn, float xhat) {
         write_element<T>(p.dcls, p.cls.dtype, (first + row) * cls_channels + c, dcls);
         gradients_of(row).proj_norm_weight[c] = dn * xhat;

@@ -19,20 +19,21 @@ using attention_core::TilePartials;
 using attention_core::cuda::BlockSize;
 using attention_core::cuda::Place;
 
-// Shared memory of a block, as byte offsets: a wide operand for the CLS or the tokens, at 0; floats
-// as wide; an operand of C channels; the token pass. The floats and the narrow operand are dead
-// while the pass runs: if not everything fits, the pass is aliased to them, and its copies start
-// late.
+// Shared memory of a block, as byte offsets: statistics of rows, at 0; a wide operand for the CLS
+// or the tokens; floats as wide; an operand of C channels; the token pass. The floats and the
+// narrow operand are dead while the pass runs: if not everything fits, the pass is aliased to them,
+// and its copies start late.
 struct BlockLayout {
   int pitch;  // of the wide operand's rows that hold the images' first tokens
-  int floats, narrow, pass;
+  int wide, floats, narrow, pass;
 
   template <class T>
   __host__ __device__ static BlockLayout of(int cls_channels, int channels, bool aliased) {
     const int width = maximum(cls_channels, channels);
     BlockLayout layout;
     layout.pitch = operand_pitch<T>(width);
-    layout.floats = operand_bytes_of<T>(width);
+    layout.wide = kStatisticsBytes;
+    layout.floats = layout.wide + operand_bytes_of<T>(width);
     layout.narrow = layout.floats + float_bytes_of(width);
     layout.pass = aliased ? layout.floats : layout.narrow + operand_bytes_of<T>(channels);
     return layout;
@@ -118,20 +119,59 @@ __device__ void transposed_linears(const T* rows, int pitch, const void* weights
   }
 }
 
-// linear for this block's columns, with head_dim columns per head: stage(head) writes the operand
-// of a head's columns.
-template <class T, class Stage, class Write>
-__device__ void linear_of_heads(T* rows, int pitch, const void* weight, int depth, int head_dim,
-                                Stage stage, Write write) {
+// linear for this block's columns, with head_dim columns per head. A head's operand is of
+// value(weight, bias, x) for the images' x [count, depth] of that head, with the parameters of a
+// LayerNorm, and is computed into `rows`.
+template <class T, class XOf, class Value, class Write>
+__device__ void linear_of_heads(T* rows, int pitch, const Layer& layer, const Layer& norm,
+                                int depth, int head_dim, int count, XOf x_of, Value value,
+                                Write write) {
   const Share share = Share::of(depth);
+  const Elements<T> weights(norm.weight), biases(norm.bias);
+#pragma unroll 1
   for (int begin = share.first; begin < share.last;) {
     const int head = begin / head_dim;
     const int end = minimum((head + 1) * head_dim, share.last);
-    stage(head);
+    const float* x = x_of(head);
+#pragma unroll 1
+    for (int c = thread_index(); c < depth; c += block_threads()) {
+      const uint32_t weight = weights.load(c), bias = biases.load(c);
+      float values[kImages];
+#pragma unroll
+      for (int row = 0; row < kImages; ++row) {
+        values[row] = row < count ? x[int64_t{row} * depth + c] : 0.0f;
+      }
+#pragma unroll
+      for (int row = 0; row < kImages; ++row) {
+        const float v = value(weights.value(weight), biases.value(bias), values[row]);
+        rows[row * pitch + c] = from_float<T>(row < count ? v : 0.0f);
+      }
+    }
     __syncthreads();
-    linear(rows, pitch, weight, depth, begin, end, write);
+    linear(rows, pitch, layer, depth, begin, end, write);
     __syncthreads();
     begin = end;
+  }
+}
+
+// Copies rows of a parameter [.., width] to floats in shared memory. Called by a block.
+template <class T>
+__device__ void copy_rows(float* to, const Parameter& from, int64_t first, int count, int width) {
+  constexpr int kLoads = 8;  // in flight
+  const Elements<T> elements(from);
+#pragma unroll 1
+  for (int begin = thread_index(); begin < count * width; begin += kLoads * block_threads()) {
+    uint32_t bits[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int index = begin + i * block_threads();
+      bits[i] = index < count * width ? elements.load(first * width + index) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int index = begin + i * block_threads();
+      if (index < count * width) to[index] = elements.value(bits[i]);
+    }
   }
 }
 

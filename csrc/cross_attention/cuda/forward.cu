@@ -7,7 +7,7 @@ namespace {
 using attention_core::ForwardPass;
 using attention_core::Image;
 using attention_core::log_of_total;
-using attention_core::SoftmaxState;
+using attention_core::RowTotal;
 
 // Grid: clusters, of images_per_cluster images each.
 template <class P>
@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int count = images.count;
   const bool is_leader = cluster_rank() == 0;  // writes results that every block computes
   const BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, aliased);
-  T* rows = reinterpret_cast<T*>(memory);
+  RowStatistics* statistics = reinterpret_cast<RowStatistics*>(memory);
+  T* rows = reinterpret_cast<T*>(memory + layout.wide);
   T* queries = reinterpret_cast<T*>(memory + layout.narrow);
   float* y0 = reinterpret_cast<float*>(memory + layout.floats);
   const Weights& w = p.weights;
@@ -42,20 +43,21 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   if (!aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
 
   clear_rows(rows, count, cls_channels);
+  copy_rows<T>(y0, p.cls, first, count, cls_channels);
+  __syncthreads();
   normalize_rows<T, true>(
-      count, cls_channels, eps, w.proj_norm,
-      [&](int row, int c) { return element<T>(p.cls, (first + row) * cls_channels + c); },
+      statistics, count, cls_channels, eps, w.proj_norm,
+      [&](int row, int c) { return y0[row * cls_channels + c]; },
       [&](int row, int c, float value) {
         rows[row * operand_pitch<T>(cls_channels) + c] = from_float<T>(value);
         if (is_leader) v.activated[(first + row) * cls_channels + c] = value;
       });
-  cluster_sync();  // waits for the other blocks to start
+  cluster_sync();  // waits for the other blocks to start, and until this one has read the CLS
   const Share share = Share::of(channels);
-  linear(rows, operand_pitch<T>(cls_channels), w.proj.weight.data, cls_channels, share.first,
-         share.last, [&](int row, int c, float a, float b) {
+  linear(rows, operand_pitch<T>(cls_channels), w.proj, cls_channels, share.first, share.last,
+         [&](int row, int c, float a, float b) {
            if (row >= count) return;
-           const float2 value =
-               make_float2(a + element<T>(w.proj.bias, c), b + element<T>(w.proj.bias, c + 1));
+           const float2 value = make_float2(a, b);
            store_in_ranks(reinterpret_cast<float2*>(y0 + row * channels + c), value);
            *reinterpret_cast<float2*>(v.y0 + (first + row) * channels + c) = value;
          });
@@ -64,25 +66,25 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   clear_rows(rows, count, channels);
   const int pitch = operand_pitch<T>(channels);
   const auto load_y0 = [&](int row, int c) { return y0[row * channels + c]; };
-  normalize_rows<T, false>(count, channels, eps, w.norm, load_y0, [&](int row, int c, float value) {
-    rows[row * pitch + c] = from_float<T>(value);
-    if (is_leader) v.normed[(first + row) * channels + c] = value;
-  });
+  normalize_rows<T, false>(statistics, count, channels, eps, w.norm, load_y0,
+                           [&](int row, int c, float value) {
+                             rows[row * pitch + c] = from_float<T>(value);
+                             if (is_leader) v.normed[(first + row) * channels + c] = value;
+                           });
   __syncthreads();
   // Writes to the queries of all blocks, and to memory.
-  const auto write_queries = [&](const Layer& layer, float* saved) {
+  const auto write_queries = [&](float* saved) {
     return [&, saved](int row, int c, float a, float b) {
       const bool has_image = row < count;
-      a = has_image ? a + element<T>(layer.bias, c) : 0;
-      b = has_image ? b + element<T>(layer.bias, c + 1) : 0;
+      a = has_image ? a : 0;
+      b = has_image ? b : 0;
       store_in_ranks(reinterpret_cast<Pair<T>*>(queries + row * pitch + c), pack<T>(a, b));
       if (has_image) {
         *reinterpret_cast<float2*>(saved + (first + row) * channels + c) = make_float2(a, b);
       }
     };
   };
-  linear(rows, pitch, w.query.weight.data, channels, share.first, share.last,
-         write_queries(w.query, v.q));
+  linear(rows, pitch, w.query, channels, share.first, share.last, write_queries(v.q));
   cluster_sync();
 
   // kt_h = W_k,h^T q_h / sqrt(d)
@@ -102,6 +104,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   }
   cluster_sync();
 
+  const Elements<T> gains(w.norm.weight);
   const auto run = [&](int image, int begin, const TilePartials<P>& tiles) {
     const Image<T> x = image_of(image);
     if (aliased || image != images.begin || begin > 0) pass.start(x, images.tokens);
@@ -109,25 +112,26 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     const float* kt = v.kt + head_offset(batch, channels, begin, first + image);
 #pragma unroll 1  // the loads of a channel's rows are in flight together
     for (int c = thread_index(); c < channels; c += block_threads()) {
-      const float gain = element<T>(w.norm.weight, c);
+      const uint32_t gain_bits = gains.load(c);
       float values[P::kRows];
       const float* row_kt = kt + c;
 #pragma unroll
       for (int row = 0; row < P::kRows; ++row, row_kt += batch * channels) {
-        values[row] = begin + row < heads ? *row_kt * gain : 0;
+        values[row] = begin + row < heads ? *row_kt : 0;
       }
+      const float gain = gains.value(gain_bits);
 #pragma unroll
       for (int row = 0; row < P::kRows; ++row) {
-        u[row * P::row_pitch(channels) + c] = from_float<T>(values[row]);
+        u[row * P::row_pitch(channels) + c] = from_float<T>(values[row] * gain);
       }
     }
     pass.run(x, images.tokens, tiles);
   };
   const auto results = [&](int image, int begin) {
-    const auto write = [&](int row, int c, float sum, const SoftmaxState& state) {
+    const auto write = [&](int row, int c, float sum, const RowTotal& total) {
       const int head = begin + row;
-      v.m[head_offset(batch, channels, head, first + image) + c] = sum / state.total;
-      if (c == 0) v.lse[(first + image) * heads + head] = log_of_total(state);
+      v.m[head_offset(batch, channels, head, first + image) + c] = sum * total.inverse;
+      if (c == 0) v.lse[(first + image) * heads + head] = log_of_total(total.state);
     };
     pass.results(minimum(P::kRows, heads - begin), images.tokens, write);
     __syncthreads();
@@ -135,47 +139,38 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   pass_over_images<P>(pass, images, workspace, heads, channels, run, results);
 
   // o_h = W_v,h (gamma m_h + beta) + b_v,h
-  const auto stage = [&](int head) {
-    for (int i = thread_index(); i < kImages * channels; i += block_threads()) {
-      const int row = i / channels, c = i % channels;
-      const int64_t offset = head_offset(batch, channels, head, first + row) + c;
-      const float m = row < count ? v.m[offset] : 0;
-      const float z =
-          row < count ? m * element<T>(w.norm.weight, c) + element<T>(w.norm.bias, c) : 0;
-      rows[row * pitch + c] = from_float<T>(z);
-    }
-  };
-  linear_of_heads(rows, pitch, w.value.weight.data, channels, head_dim, stage,
-                  write_queries(w.value, v.o));
+  linear_of_heads(
+      rows, pitch, w.value, w.norm, channels, head_dim, count,
+      [&](int head) { return v.m + head_offset(batch, channels, head, first); },
+      [](float weight, float bias, float m) { return m * weight + bias; }, write_queries(v.o));
   cluster_sync();
 
   // y = y0 + r (W_o o + b_o) replaces y0
-  linear(queries, pitch, w.out.weight.data, channels, share.first, share.last,
+  linear(queries, pitch, w.out, channels, share.first, share.last,
          [&](int row, int c, float a, float b) {
            if (row >= count) return;
            const float r = scale_of_residual(p.residual_scale, first + row);
-           const float* residual = v.y0 + (first + row) * channels + c;
-           const float2 value = make_float2(residual[0] + r * (a + element<T>(w.out.bias, c)),
-                                            residual[1] + r * (b + element<T>(w.out.bias, c + 1)));
+           const float2 residual =
+               *reinterpret_cast<const float2*>(v.y0 + (first + row) * channels + c);
+           const float2 value = make_float2(residual.x + r * a, residual.y + r * b);
            store_in_ranks(reinterpret_cast<float2*>(y0 + row * channels + c), value);
            *reinterpret_cast<float2*>(v.y + (first + row) * channels + c) = value;
          });
   cluster_sync();
 
   clear_rows(rows, count, channels);
-  normalize_rows<T, true>(count, channels, eps, w.back_norm, load_y0,
+  normalize_rows<T, true>(statistics, count, channels, eps, w.back_norm, load_y0,
                           [&](int row, int c, float value) {
                             rows[row * pitch + c] = from_float<T>(value);
                             if (is_leader) v.back_activated[(first + row) * channels + c] = value;
                           });
   __syncthreads();
   const Share back = Share::of(cls_channels);
-  linear(rows, pitch, w.back.weight.data, channels, back.first, back.last,
+  linear(rows, pitch, w.back, channels, back.first, back.last,
          [&](int row, int c, float a, float b) {
            if (row >= count) return;
            T* to = static_cast<T*>(p.new_cls) + (first + row) * cls_channels + c;
-           store_pair(to,
-                      pack<T>(a + element<T>(w.back.bias, c), b + element<T>(w.back.bias, c + 1)));
+           store_pair(to, pack<T>(a, b));
          });
 }
 

@@ -5,7 +5,8 @@
 
 // The CLS path: LayerNorm and linear layers of up to 16 rows, one per image. Rows are tensor-core
 // operands in shared memory; weights go from memory, mostly L2, straight to registers, 16 bytes per
-// lane, so that a cluster reads a matrix once and waits for no barrier.
+// lane, so that a cluster reads a matrix once and waits for no barrier. The path is a chain of
+// latencies: whatever loads there are start together, before what depends on one of them.
 
 namespace crossvit::cross_attention {
 
@@ -28,13 +29,35 @@ __host__ __device__ constexpr int float_bytes_of(int width) {
   return kImages * width * static_cast<int>(sizeof(float));
 }
 
-// An element of a parameter of type T or float; 0 if the parameter is omitted.
+// The elements of a parameter of type T or float; zeros if it is omitted. Loading one and
+// converting it are separate, so that no branch on the type keeps loads apart.
 template <class T>
-__device__ __forceinline__ float element(const Parameter& p, int64_t index) {
-  if (!p.data) return 0;
-  if (sizeof(T) == 4 || p.dtype == DType::kFloat32) return static_cast<const float*>(p.data)[index];
-  return to_float(static_cast<const T*>(p.data)[index]);
-}
+class Elements {
+ public:
+  __device__ explicit Elements(const Parameter& p)
+      : data_(p.data), is_float_(sizeof(T) == 4 || p.dtype == DType::kFloat32) {}
+
+  __device__ __forceinline__ uint32_t load(int64_t index) const {
+    uint32_t bits = 0;
+    if (data_ && is_float_) bits = static_cast<const uint32_t*>(data_)[index];
+    if (data_ && !is_float_) bits = static_cast<const uint16_t*>(data_)[index];
+    return bits;
+  }
+
+  __device__ __forceinline__ float value(uint32_t bits) const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(bits);
+    } else {
+      return is_float_ ? __uint_as_float(bits) : unpack<T>(bits).x;
+    }
+  }
+
+  __device__ __forceinline__ float operator[](int64_t index) const { return value(load(index)); }
+
+ private:
+  const void* data_;
+  bool is_float_;
+};
 
 template <class T>
 __device__ __forceinline__ void write_element(void* data, DType dtype, int64_t index, float value) {
@@ -54,73 +77,114 @@ struct RowStatistics {
   float mean, rstd;
 };
 
-// Statistics of value(c) for c in [0, width). Called by a warp.
+// The statistics of the images' rows, and the means that backward subtracts.
+constexpr int kStatisticsBytes = 2 * kImages * static_cast<int>(sizeof(RowStatistics));
+
+// Sums value(c) over c in [0, width). Called by a warp.
 template <class Value>
-__device__ RowStatistics statistics_of_row(int width, float eps, Value value) {
-  float sum = 0, squares = 0;
-#pragma unroll 4  // loads in flight; the later loops hit the cache
-  for (int c = lane_index(); c < width; c += 32) sum += value(c);
-  const float mean = sum_of_warp(sum) / width;
-#pragma unroll 2
-  for (int c = lane_index(); c < width; c += 32) {
-    const float deviation = value(c) - mean;
-    squares += deviation * deviation;
+__device__ __forceinline__ float sum_of_columns(int width, Value value) {
+  constexpr int kLoads = 12;  // in flight: all of 384 columns
+  float sum = 0;
+#pragma unroll 1
+  for (int begin = lane_index(); begin < width; begin += 32 * kLoads) {
+    float values[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      values[i] = begin + 32 * i < width ? value(begin + 32 * i) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) sum += values[i];
   }
-  return {mean, 1.0f / sqrtf(sum_of_warp(squares) / width + eps)};
+  return sum_of_warp(sum);
+}
+
+// Statistics of x(row, c), for rows begin, begin + step, ... below count. Called by a block, which
+// synchronizes before it reads them.
+template <class X>
+__device__ void find_statistics(RowStatistics* statistics, int begin, int step, int count,
+                                int width, float eps, X x) {
+  const float inverse_width = 1.0f / width;
+  for (int row = begin + warp_index() * step; row < count; row += block_warps() * step) {
+    const float mean = sum_of_columns(width, [&](int c) { return x(row, c); }) * inverse_width;
+    const float squares = sum_of_columns(width, [&](int c) {
+      const float deviation = x(row, c) - mean;
+      return deviation * deviation;
+    });
+    if (lane_index() == 0) statistics[row] = {mean, rsqrtf(squares * inverse_width + eps)};
+  }
+}
+
+// Calls visit(row, c, weight, bias) with a LayerNorm's parameters, for rows begin, begin + step,
+// ... below count. Called by a block.
+template <class T, class Visit>
+__device__ __forceinline__ void for_each_element(int begin, int step, int count, int width,
+                                                 const Layer& norm, Visit visit) {
+  const Elements<T> weights(norm.weight), biases(norm.bias);
+#pragma unroll 1
+  for (int c = thread_index(); c < width; c += block_threads()) {
+    const uint32_t weight_bits = weights.load(c), bias_bits = biases.load(c);
+    const float weight = weights.value(weight_bits), bias = biases.value(bias_bits);
+#pragma unroll 2
+    for (int row = begin; row < count; row += step) visit(row, c, weight, bias);
+  }
 }
 
 __device__ __forceinline__ float normal_cdf(float x) {
   return 0.5f * (1.0f + erff(x * 0.70710678118654752f));
 }
 
-// Calls write(row, c, y) with the LayerNorm of value(row, c), or its GELU, for rows [0, count).
-// Called by a block.
-template <class T, bool kGelu, class Value, class Write>
-__device__ void normalize_rows(int count, int width, float eps, const Layer& norm, Value value,
-                               Write write) {
-  for (int row = warp_index(); row < count; row += block_warps()) {
-    const auto x = [&](int c) { return value(row, c); };
-    const RowStatistics s = statistics_of_row(width, eps, x);
-#pragma unroll 2
-    for (int c = lane_index(); c < width; c += 32) {
-      float y = (x(c) - s.mean) * s.rstd * element<T>(norm.weight, c) + element<T>(norm.bias, c);
-      if (kGelu) y *= normal_cdf(y);
-      write(row, c, y);
-    }
-  }
+// Calls write(row, c, y) with the LayerNorm of x(row, c), or its GELU, for rows [0, count). Called
+// by a block.
+template <class T, bool kGelu, class X, class Write>
+__device__ void normalize_rows(RowStatistics* statistics, int count, int width, float eps,
+                               const Layer& norm, X x, Write write) {
+  find_statistics(statistics, 0, 1, count, width, eps, x);
+  __syncthreads();
+  for_each_element<T>(0, 1, count, width, norm, [&](int row, int c, float weight, float bias) {
+    const RowStatistics s = statistics[row];
+    float y = (x(row, c) - s.mean) * s.rstd * weight + bias;
+    if (kGelu) y *= normal_cdf(y);
+    write(row, c, y);
+  });
 }
 
-// Backward of normalize_rows, for rows begin, begin + step, ... below count: given the gradient
-// d(row, c), calls write(row, c, dx, dn, xhat), where dn is the gradient of LayerNorm's output.
-// Called by a block.
-template <class T, bool kGelu, class Value, class Gradient, class Write>
-__device__ void normalize_rows_backward(int begin, int step, int count, int width, float eps,
-                                        const Layer& norm, Value value, Gradient d, Write write) {
-  for (int row = begin + warp_index() * step; row < count; row += block_warps() * step) {
-    const auto x = [&](int c) { return value(row, c); };
-    const RowStatistics s = statistics_of_row(width, eps, x);
-    const auto xhat_of = [&](int c) { return (x(c) - s.mean) * s.rstd; };
-    const auto dn_of = [&](int c, float xhat) {
-      if (!kGelu) return d(row, c);
-      const float n = xhat * element<T>(norm.weight, c) + element<T>(norm.bias, c);
+// Backward of normalize_rows, for rows begin, begin + step, ... below count: given the gradients of
+// the result, d [.., width] in shared memory, which it overwrites with those of LayerNorm's output,
+// calls write(row, c, dx, dn, xhat). Called by a block.
+template <class T, bool kGelu, class X, class Write>
+__device__ void normalize_rows_backward(RowStatistics* statistics, int begin, int step, int count,
+                                        int width, float eps, const Layer& norm, X x, float* d,
+                                        Write write) {
+  const auto xhat = [&](int row, int c) {
+    return (x(row, c) - statistics[row].mean) * statistics[row].rstd;
+  };
+  find_statistics(statistics, begin, step, count, width, eps, x);
+  __syncthreads();
+  if (kGelu) {
+    const auto multiply_by_slope = [&](int row, int c, float weight, float bias) {
+      const float n = xhat(row, c) * weight + bias;
       const float density = 0.39894228040143268f * expf(-0.5f * n * n);
-      return d(row, c) * (normal_cdf(n) + n * density);
+      d[row * width + c] *= normal_cdf(n) + n * density;
     };
-    float a = 0, b = 0;
-#pragma unroll 2
-    for (int c = lane_index(); c < width; c += 32) {
-      const float xhat = xhat_of(c), dxhat = dn_of(c, xhat) * element<T>(norm.weight, c);
-      a += dxhat;
-      b += dxhat * xhat;
-    }
-    a = sum_of_warp(a) / width;
-    b = sum_of_warp(b) / width;
-#pragma unroll 1  // everything is cached: unrolling only adds code
-    for (int c = lane_index(); c < width; c += 32) {
-      const float xhat = xhat_of(c), dn = dn_of(c, xhat);
-      write(row, c, (dn * element<T>(norm.weight, c) - a - xhat * b) * s.rstd, dn, xhat);
-    }
+    for_each_element<T>(begin, step, count, width, norm, multiply_by_slope);
+    __syncthreads();
   }
+  // The means of dxhat and of dxhat xhat.
+  RowStatistics* means = statistics + kImages;
+  const Elements<T> weights(norm.weight);
+  const float inverse_width = 1.0f / width;
+  for (int row = begin + warp_index() * step; row < count; row += block_warps() * step) {
+    const auto dxhat = [&](int c) { return d[row * width + c] * weights[c]; };
+    const float a = sum_of_columns(width, dxhat);
+    const float b = sum_of_columns(width, [&](int c) { return dxhat(c) * xhat(row, c); });
+    if (lane_index() == 0) means[row] = {a * inverse_width, b * inverse_width};
+  }
+  __syncthreads();
+  for_each_element<T>(begin, step, count, width, norm, [&](int row, int c, float weight, float) {
+    const float dn = d[row * width + c], normed = xhat(row, c);
+    const float dxhat = dn * weight - means[row].mean - normed * means[row].rstd;
+    write(row, c, dxhat * statistics[row].rstd, dn, normed);
+  });
 }
 
 // Zeroes the rows of an operand that no image uses. Called by a block.
@@ -140,6 +204,7 @@ struct Vector {
   static constexpr int kPairs = kElements / 2;
   Pair<T> pair[kPairs];
 
+  __device__ static Vector load(const T* from) { return load_if(true, from); }
   __device__ static Vector load_if(bool condition, const T* from) {
     Vector v;
     uint4 bits = make_uint4(0, 0, 0, 0);
@@ -149,19 +214,23 @@ struct Vector {
   }
 };
 
-// Columns [first, last), multiples of 8, of rows W^T, W [columns, depth]: calls write(row, column,
-// a, b) with columns `column` and `column` + 1 for each of the 16 rows. The order of k is free as
-// long as both operands share it: a lane takes consecutive elements. Called by a block.
+// Columns [first, last), multiples of 8, of rows W^T + bias, W [columns, depth]: calls write(row,
+// column, a, b) with columns `column` and `column` + 1 for each of the 16 rows. The order of k is
+// free as long as both operands share it: a lane takes consecutive elements. Called by a block.
 template <class T, class Write>
-__device__ void linear(const T* rows, int pitch, const void* weight, int depth, int first, int last,
+__device__ void linear(const T* rows, int pitch, const Layer& layer, int depth, int first, int last,
                        Write write) {
   using V = Vector<T>;
-  constexpr int kSteps = 8;  // of kDepth along k: loads in flight
   constexpr int kDepth = 4 * V::kElements;
+  constexpr int kSteps = 12;  // of kDepth along k, loads in flight: all of 384 16-bit elements
   const int g = lane_index() / 4, t = lane_index() % 4;
+  const Elements<T> bias(layer.bias);
+#pragma unroll 1
   for (int n = first + warp_index() * 8; n < last; n += block_warps() * 8) {
-    const T* w = static_cast<const T*>(weight) + int64_t{n + g} * depth;
-    float sums[4] = {};
+    const T* w = static_cast<const T*>(layer.weight.data) + int64_t{n + g} * depth;
+    const uint32_t bias_bits[2] = {bias.load(n + 2 * t), bias.load(n + 2 * t + 1)};
+    float sums[4][4] = {};  // several chains of products
+#pragma unroll 1
     for (int begin = 0; begin < depth; begin += kSteps * kDepth) {
       const int k = begin + t * V::kElements;
       V b[kSteps];
@@ -171,19 +240,24 @@ __device__ void linear(const T* rows, int pitch, const void* weight, int depth, 
       }
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        const int k_step = k + step * kDepth;
-        const V upper = V::load_if(k_step < depth, rows + g * pitch + k_step);
-        const V lower = V::load_if(k_step < depth, rows + (g + 8) * pitch + k_step);
+        const int k_step = k + step * kDepth < depth ? k + step * kDepth : 0;  // there b is 0
+        const V upper = V::load(rows + g * pitch + k_step);
+        const V lower = V::load(rows + (g + 8) * pitch + k_step);
 #pragma unroll
         for (int i = 0; i < V::kPairs; i += 2) {
           const FragmentA<T> a = {
               {upper.pair[i], lower.pair[i], upper.pair[i + 1], lower.pair[i + 1]}};
-          multiply(sums, a, FragmentB<T>{{b[step].pair[i], b[step].pair[i + 1]}});
+          multiply(sums[(step * V::kPairs / 2 + i / 2) % 4], a,
+                   FragmentB<T>{{b[step].pair[i], b[step].pair[i + 1]}});
         }
       }
     }
-    write(g, n + 2 * t, sums[0], sums[1]);
-    write(g + 8, n + 2 * t, sums[2], sums[3]);
+    float total[4];
+    for (int i = 0; i < 4; ++i) {
+      total[i] = sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i]) + bias.value(bias_bits[i & 1]);
+    }
+    write(g, n + 2 * t, total[0], total[1]);
+    write(g + 8, n + 2 * t, total[2], total[3]);
   }
 }
 

@@ -116,10 +116,39 @@ inline float __high2float(__nv_bfloat162 v) { return __bfloat162float(v.y); }
 inline float __low2float(__half2 v) { return __half2float(v.x); }
 inline float __high2float(__half2 v) { return __half2float(v.y); }
 
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __floats2bfloat162_rn(__low2float(a) - __low2float(b), __high2float(a) - __high2float(b));
+}
+inline __half2 __hsub2(__half2 a, __half2 b) {
+  return __floats2half2_rn(__low2float(a) - __low2float(b), __high2float(a) - __high2float(b));
+}
+inline __nv_bfloat162 __hmin2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __floats2bfloat162_rn(fminf(__low2float(a), __low2float(b)),
+                               fminf(__high2float(a), __high2float(b)));
+}
+inline __half2 __hmin2(__half2 a, __half2 b) {
+  return __floats2half2_rn(fminf(__low2float(a), __low2float(b)),
+                           fminf(__high2float(a), __high2float(b)));
+}
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __floats2bfloat162_rn(fmaxf(__low2float(a), __low2float(b)),
+                               fmaxf(__high2float(a), __high2float(b)));
+}
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  return __floats2half2_rn(fmaxf(__low2float(a), __low2float(b)),
+                           fmaxf(__high2float(a), __high2float(b)));
+}
+
 // The approximate functions are exact here, so tests need tolerances that hold on a GPU.
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
+namespace crossvit::testing {
+inline float exp2_approx(float x) {
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
+}
+}  // namespace crossvit::testing
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 
