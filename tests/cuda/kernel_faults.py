@@ -249,9 +249,9 @@ FAULTS: dict[str, Fault] = {
         "m",
         (
             FRAGMENTS,
-            "return {{{pairs[0], pairs[1]}, {pairs[2], pairs[3]}}};\n  } else {\n    const FragmentA<T> a = load_rows",
-            "return {{{pairs[0], pairs[FAULT ? 2 : 1]}, {pairs[FAULT ? 1 : 2], pairs[3]}}};\n"
-            "  } else {\n    const FragmentA<T> a = load_rows",
+            "    load_matrix_x4(pairs, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);",
+            "    load_matrix_x4(pairs, tile + (FAULT ? lane % 16 : lane % 8 + lane / 16 * 8) * pitch +\n"
+            "                   (FAULT ? lane / 16 : lane / 8 % 2) * 8);",
         ),
     ),
     "columns of dx swapped": wrong(
