@@ -249,9 +249,9 @@ FAULTS: dict[str, Fault] = {
         "m",
         (
             FRAGMENTS,
-            "    load_matrix_x4(pairs, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);",
-            "    load_matrix_x4(pairs, tile + (FAULT ? lane % 16 : lane % 8 + lane / 16 * 8) * pitch +\n"
-            "                   (FAULT ? lane / 16 : lane / 8 % 2) * 8);",
+            "(pairs, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);",
+            "(pairs, tile + (FAULT ? lane % 16 : lane % 8 + lane / 16 * 8) * pitch + "
+            "(FAULT ? lane / 16 : lane / 8 % 2) * 8);",
         ),
     ),
     "columns of dx swapped": wrong(

@@ -29,7 +29,7 @@ __device__ void write_pass_rows(const BackwardPass<P>& pass, const BackwardParam
       for (int i = 0; i < kLoads; ++i) {
         const int column = c + 32 * i;
         const bool is_used = row < count && column < channels;
-        gain[i] = is_used ? gains.load(column) : 0;
+        gain[i] = gains.load(column, is_used);
         dz[i] = is_used ? p.dz[first + column] : 0.0f;
         kt[i] = is_used ? v.kt[first + column] : 0.0f;
         m[i] = is_used ? v.m[first + column] : 0.0f;

@@ -165,7 +165,7 @@ __device__ void copy_rows(float* to, const Parameter& from, int64_t first, int c
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int index = begin + i * block_threads();
-      bits[i] = index < count * width ? elements.load(first * width + index) : 0;
+      bits[i] = elements.load(first * width + index, index < count * width);
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {

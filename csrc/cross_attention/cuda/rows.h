@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common/cuda/fragments.h"
+#include "common/cuda/memory.h"
 #include "cross_attention/params.h"
 
 // The CLS path: LayerNorm and linear layers of up to 16 rows, one per image. Rows are tensor-core
@@ -35,28 +36,29 @@ template <class T>
 class Elements {
  public:
   __device__ explicit Elements(const Parameter& p)
-      : data_(p.data), is_float_(sizeof(T) == 4 || p.dtype == DType::kFloat32) {}
+      : data_(static_cast<const char*>(p.data)),
+        size_(!p.data                                        ? 0
+              : sizeof(T) == 4 || p.dtype == DType::kFloat32 ? 4
+                                                             : 2) {}
 
-  __device__ __forceinline__ uint32_t load(int64_t index) const {
-    uint32_t bits = 0;
-    if (data_ && is_float_) bits = static_cast<const uint32_t*>(data_)[index];
-    if (data_ && !is_float_) bits = static_cast<const uint16_t*>(data_)[index];
-    return bits;
+  // With `is_used` false, the bits of a 0.
+  __device__ __forceinline__ uint32_t load(int64_t index, bool is_used = true) const {
+    return load_constant(data_ + index * size_, is_used ? size_ : 0);
   }
 
   __device__ __forceinline__ float value(uint32_t bits) const {
     if constexpr (sizeof(T) == 4) {
       return __uint_as_float(bits);
     } else {
-      return is_float_ ? __uint_as_float(bits) : unpack<T>(bits).x;
+      return size_ == 4 ? __uint_as_float(bits) : unpack<T>(bits).x;
     }
   }
 
   __device__ __forceinline__ float operator[](int64_t index) const { return value(load(index)); }
 
  private:
-  const void* data_;
-  bool is_float_;
+  const char* data_;
+  int size_;  // of an element, in bytes; 0 if there are none
 };
 
 template <class T>
@@ -83,7 +85,7 @@ constexpr int kStatisticsBytes = 2 * kImages * static_cast<int>(sizeof(RowStatis
 // Sums value(c) over c in [0, width). Called by a warp.
 template <class Value>
 __device__ __forceinline__ float sum_of_columns(int width, Value value) {
-  constexpr int kLoads = 12;  // in flight: all of 384 columns
+  constexpr int kLoads = 6;  // in flight: all of 192 columns
   float sum = 0;
 #pragma unroll 1
   for (int begin = lane_index(); begin < width; begin += 32 * kLoads) {
