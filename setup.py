@@ -66,6 +66,7 @@ class NinjaBuild(build_ext):
         if cuda:
             bindings += f" -DCROSSVIT_WITH_CUDA -DCROSSVIT_CUDA_ARCH_LIST='\"{';'.join(archs)}\"'"
             libs += f" -L{cuda / 'lib64'} -lcudart_static -lrt"
+            libs += " -Wl,--wrap=__cudaRegisterFunction"  # csrc/common/cuda/device.cu
             threads = max(1, min(len(archs), jobs // 4))  # there are four large sources
             lines.insert(0, f"nvcc = {cuda / 'bin/nvcc'} -ccbin {cxx} --threads {threads}")
             lines.insert(0, f"gencode = {toolchain.gencode_flags(archs)}")

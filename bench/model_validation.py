@@ -27,7 +27,8 @@ from crossvit_kernels.gpu.launcher import Usage
 from crossvit_kernels.inspect import machine_code
 from crossvit_kernels.inspect.model.estimate import estimate
 from crossvit_kernels.inspect.model.gpus import A100, H100, H200, Gpu
-from crossvit_kernels.inspect.model.launch import Launch, launch_of
+from crossvit_kernels.inspect.model.launch import Launch
+from crossvit_kernels.inspect.model.triton_launch import launch_of
 
 
 @triton.jit

@@ -7,7 +7,7 @@ strides in elements (csrc/bindings/).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch  # the extension runs its loops on the thread pool of a torch loaded before it
@@ -113,11 +113,27 @@ class Multiprocessors(NamedTuple):
     have_clusters: bool
 
 
+class DeviceLimits(NamedTuple):
+    """What launches depend on.
+
+    Attributes:
+        multiprocessors: The device's.
+        shared_bytes: Maximum shared memory of a block.
+    """
+
+    multiprocessors: Multiprocessors
+    shared_bytes: int
+
+
+#: Of tensors on no GPU. Tests run the kernels on a CPU as on an H200.
+_limits = DeviceLimits(Multiprocessors(132, True), 227 * 1024)
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> Multiprocessors:
-    """Return those of a device; on a CPU, where tests run the kernels, those of an H200."""
+    """Return those of a device."""
     if device.type != "cuda":
-        return Multiprocessors(132, True)
+        return _limits.multiprocessors
     architecture = architecture_for(cuda_architectures(), compute_capability(device))
     number = torch.cuda.get_device_properties(device).multi_processor_count
     return Multiprocessors(number, architecture >= 90)
@@ -126,7 +142,7 @@ def multiprocessors(device: torch.device) -> Multiprocessors:
 def shared_bytes_of_block(x: Tensor) -> int:
     """Return the maximum shared memory of a block on x's device."""
     if not x.is_cuda:
-        return 227 * 1024
+        return _limits.shared_bytes
     properties = torch.cuda.get_device_properties(x.device)
     return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
@@ -137,6 +153,50 @@ def place(x: Tensor) -> tuple[int, int]:
         return 0, _NOTHING
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
+
+class RecordedLaunch(NamedTuple):
+    """A launch of a CUDA kernel (csrc/common/cuda/recording.h).
+
+    Attributes:
+        symbol: The kernel's in the binary.
+        grid: Blocks in x, y and z.
+        block: Threads in x, y and z.
+        shared_bytes: Dynamic shared memory of a block.
+        cluster: Blocks of a cluster.
+        parameters: The kernel's, as they lie in its constant bank.
+    """
+
+    symbol: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    cluster: int
+    parameters: bytes
+
+
+def recorded_launches(
+    run: Callable[[], object], limits: DeviceLimits, address_of: Callable[[Tensor], int]
+) -> list[RecordedLaunch]:
+    """Return what a function would launch, with tensors on the meta device, on some GPU.
+
+    Args:
+        run: Calls backend functions of operations.
+        limits: The GPU's.
+        address_of: Returns the addresses that kernels are given for tensors.
+    """
+    global cuda_kernels, _limits, _address_of
+    previous = cuda_kernels, _limits, _address_of
+    functions = _C.cuda
+    cuda_kernels, _limits, _address_of = CudaKernels(functions, "meta"), limits, address_of
+    multiprocessors.cache_clear()
+    try:
+        return [RecordedLaunch(*r) for r in functions.record_launches(run, limits.shared_bytes)]
+    finally:
+        cuda_kernels, _limits, _address_of = previous
+        multiprocessors.cache_clear()
+
+
+_address_of: Callable[[Tensor], int] = Tensor.data_ptr
 
 #: Why the extension has no CUDA kernels.
 NO_CUDA = (
@@ -219,7 +279,7 @@ class Arguments:
         if not unit or t.is_neg():
             kind = "contiguous rows" if rows else "a contiguous tensor"
             raise ValueError(f"expected {kind}, found shape {[*t.shape]}, strides {t.stride()}")
-        return t.data_ptr()
+        return _address_of(t)
 
     def rows(self, t: Tensor, dtype: torch.dtype | None = None) -> tuple[int, int, int]:
         """Convert [B, R, C] with unit stride along C, in the dtype of ``accumulate_dtype``."""

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from crossvit_kernels import supported
+from crossvit_kernels import extension, supported
 from crossvit_kernels.inspect.model import accesses, lanes, sass
 from crossvit_kernels.inspect.model.emulator import Block, Emulator
 from crossvit_kernels.inspect.model.gpus import A100, GPUS, H200
@@ -204,7 +204,7 @@ def test_sectors_of_a_load_and_hits_of_its_repetition() -> None:
         "EXIT",
     )
     trace = Emulator(kernel, {}).run([Block(0, 0, 0)], 1)
-    moved = [tuple(step[1:]) for step in trace.warps[0][0] if step.wavefronts]
+    moved = [tuple(step[1:4]) for step in trace.warps[0][0] if step.wavefronts]
     assert moved == [(4, 16, 0), (4, 0, 0), (32, 32, 0)]
 
 
@@ -305,12 +305,20 @@ def test_a_copy_is_bound_by_dram() -> None:
     assert bound_by == "DRAM" and not unknown
 
 
-def test_a_launch_is_modelled_at_its_real_size() -> None:
+WITH_CUDA = pytest.param("cuda", marks=pytest.mark.skipif(
+    not extension.cuda_architectures(), reason="needs the extension with CUDA"
+))  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["triton", WITH_CUDA])
+def test_a_launch_is_modelled_at_its_real_size(backend: str) -> None:
     """One image of CrossViT-15's smaller branch: every token is read once."""
     command = ("-m", "crossvit_kernels.inspect", "--model", "15", "--batch", "1", "--json")
+    command += ("--backend", backend)
     found = json.loads(run(*command, "--channels", "192", "--kernel", "attention_core_forward"))
     assert found["what"] == "a model of machine code, not a measurement"
     (row,) = found["rows"]
+    assert row["backend"] == backend
     assert (row["operation"], row["direction"], row["tokens"]) == ("attention_core", "forward", 401)
     modelled = row["modelled"]
     least = (400 * 192 * 2 + 2 * 6 * 192 * 4) / 1e6
@@ -336,5 +344,5 @@ def test_no_kernel_is_modelled_slower_than_committed() -> None:
 
 
 def _key(row: dict) -> tuple:
-    names = ("operation", "direction", "channels", "batch", "dtype", "kernel")
+    names = ("backend", "operation", "direction", "channels", "batch", "dtype", "kernel")
     return tuple(row[name] for name in names)

@@ -93,11 +93,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _model(options: argparse.Namespace) -> None:
     """Print modelled times of the launches of a model's operations."""
-    from crossvit_kernels.inspect.model import report
+    from crossvit_kernels.inspect.model import cuda_launch, report
     from crossvit_kernels.inspect.model.gpus import GPUS
 
     gpu, kernel = GPUS[options.gpu], options.kernel or ""
-    jobs = report.jobs(gpu, options.model, options.dtype, options.batch, options.channels, kernel)
+    backends = options.backend
+    if "cuda" in backends and (reason := cuda_launch.why_not(gpu)):
+        print(f"inspect: no CUDA kernels: {reason}", file=sys.stderr)
+        backends = [name for name in backends if name != "cuda"]
+    jobs = report.jobs(
+        backends, gpu, options.model, options.dtype, options.batch, options.channels, kernel
+    )
     report.show(gpu, report.rows(jobs, options.processes), options.json)
 
 
@@ -172,6 +178,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     models = ("tiny", "small", "base", "9", "15", "18")
     add("--model", nargs="?", const="15", choices=models, help="of a CrossViT, by default 15")
     add("--gpu", choices=("A100", "H100", "H200"), default="H200", help="of the model")
+    add(
+        "--backend",
+        type=lambda text: text.split(","),
+        default=["triton", "cuda"],
+        help="of the model: triton,cuda by default",
+    )
     add("--batch", type=numbers, default=[1, 64, 256], help="of the model: 1,64,256 by default")
     add("--processes", type=int, default=os.cpu_count(), help="one for each core by default")
     options = parser.parse_args(arguments)

@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import os
 import re
+import struct
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -161,6 +163,32 @@ def read(binary: str | Path, target: str | None = None) -> dict[str, Code]:
         name: Code(registers, stack, instructions[name])
         for name, (registers, stack) in usage(binary, target).items()
     }
+
+
+def cubins(binary: str | Path, target: str) -> list[bytes]:
+    """Return the cubins that a library has for a target, such as "sm_90a"."""
+    found = []
+    for fatbin in _fatbins(Path(binary).read_bytes()):
+        with tempfile.TemporaryDirectory() as folder:  # cubins of several fatbins may share a name
+            path = Path(folder) / "kernels.fatbin"
+            path.write_bytes(fatbin)
+            command = [disassembler(), "-xelf", "all", "-arch", target, path.name]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+            found += [cubin.read_bytes() for cubin in Path(folder).glob("*.cubin")]
+    return found
+
+
+_FATBIN = struct.pack("<IHH", 0xBA55ED50, 1, 16)  # magic number, version, size of the header
+
+
+def _fatbins(binary: bytes) -> Iterator[bytes]:
+    """Yield the fatbins in a library: one for each object with kernels."""
+    start = binary.find(_FATBIN)
+    while start >= 0:
+        (size,) = struct.unpack_from("<Q", binary, start + len(_FATBIN))
+        end = start + len(_FATBIN) + 8 + size
+        yield binary[start:end]
+        start = binary.find(_FATBIN, end)
 
 
 def _cuobjdump(flag: str, binary: str | Path, target: str | None) -> Iterator[str]:

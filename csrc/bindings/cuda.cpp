@@ -1,5 +1,6 @@
 #include "attention_core/cuda/kernels.h"
 #include "bindings/arguments.h"
+#include "common/cuda/recording.h"
 #include "cross_attention/cuda/kernels.h"
 
 namespace py = pybind11;
@@ -29,6 +30,21 @@ fusion::Parameter to_floats(Address address) {
 // threads, bytes of shared memory
 std::tuple<int, int> to_tuple(const core::cuda::BlockSize& block) {
   return {block.threads, block.shared_bytes};
+}
+
+// What run() launches: symbol, grid, block, dynamic shared memory, blocks of a cluster, parameters.
+py::list record_launches(const py::function& run, int shared_bytes_of_block) {
+  Recording recorded = {shared_bytes_of_block, {}};
+  {
+    const RecordingScope scope(&recorded);
+    run();
+  }
+  py::list launches;
+  for (const RecordedLaunch& launch : recorded.launches) {
+    launches.append(py::make_tuple(launch.symbol, launch.grid, launch.block, launch.shared_bytes,
+                                   launch.cluster, py::bytes(launch.parameters)));
+  }
+  return launches;
 }
 
 // Dtype code -> values of size(dtype, width) for 16, 32, ... channels.
@@ -74,6 +90,7 @@ void define_cuda(py::module_& m) {
         to_tuple(fusion::cuda::forward_block(type, cls_channels, channels, heads, max_bytes)),
         to_tuple(fusion::cuda::backward_block(type, cls_channels, channels, heads, max_bytes)));
   });
+  m.def("record_launches", &record_launches, py::arg("run"), py::arg("shared_bytes_of_block"));
   m.attr("attention_core_split_tokens") = core::cuda::kSplitTokens;
   m.attr("attention_core_merge_threads") = core::cuda::kMergeThreads;
 

@@ -24,11 +24,28 @@ class Access(NamedTuple):
         wavefronts: Passes of the shared-memory pipe, by warp.
         sectors: Sectors of 32 bytes that go to L2, by warp.
         tensor: Number of the tensor in global memory; -1 for none, or one that is not known.
+        remote: Bytes to or from the shared memory of the cluster's other blocks, by warp.
+        barrier: Address of the mbarrier that is waited for, arrived at or signalled; by warp.
+        amount: Of a wait: the parity. Of an initialization: the arrivals of a phase. Else bytes of
+            copies: that an arrival announces, or that a copy brings.
+        arrivals: At the mbarrier, by warp.
     """
 
     wavefronts: list[int]
     sectors: list[int]
     tensor: int
+    remote: list[int] | None = None
+    barrier: list[int] | None = None
+    amount: list[int] | None = None
+    arrivals: list[int] | None = None
+
+    def of(self, row: int) -> tuple[int, ...]:
+        """Of one of the warps, without what it has not."""
+        step = self.wavefronts[row], self.sectors[row], self.tensor
+        if self.remote is None and self.barrier is None:
+            return step
+        rest = (self.remote, self.barrier, self.amount, self.arrivals)
+        return (*step, *(0 if of is None else of[row] for of in rest))
 
 
 def shared_wavefronts(addresses: Array, access_bytes: int, active: Array) -> Array:

@@ -16,8 +16,8 @@ import numpy as np
 
 from crossvit_kernels.inspect.model import integer_instructions, other_instructions
 from crossvit_kernels.inspect.model.integer_code import Registers, Translator, is_predicate
-from crossvit_kernels.inspect.model.lanes import Value
-from crossvit_kernels.inspect.model.memory import Memory
+from crossvit_kernels.inspect.model.lanes import Value, of_lanes
+from crossvit_kernels.inspect.model.memory import SHARED_WINDOW, Memory
 from crossvit_kernels.inspect.model.paths import Group, Meeting, Step
 from crossvit_kernels.inspect.model.sass import INSTRUCTION_BYTES, Instruction, Kernel
 
@@ -28,11 +28,12 @@ _MOST_STEPS = 2_000_000
 
 
 class Block(NamedTuple):
-    """A thread block of a launch: its place in the grid."""
+    """A thread block of a launch: its place in the grid, and its rank in its cluster."""
 
     x: int
     y: int
     z: int
+    rank: int = 0
 
 
 @dataclasses.dataclass
@@ -90,7 +91,8 @@ class Emulator:
             "SR_CTAID.X": of_block([b.x for b in blocks]),
             "SR_CTAID.Y": of_block([b.y for b in blocks]),
             "SR_CTAID.Z": of_block([b.z for b in blocks]),
-            "SR_CgaCtaId": 0,
+            "SR_CgaCtaId": of_block([b.rank for b in blocks]),
+            "SR_SWINHI": SHARED_WINDOW,
         }
         done: dict[int, list[Step]] = {}
         groups = [Group(Registers(special), list(range(count)), [])]
@@ -104,7 +106,7 @@ class Emulator:
         functions, guards, control = self._functions, self._guards, self._control
         registers, steps, memory = group.registers, group.steps, self._memory
         while len(steps) < _MOST_STEPS:
-            pc = group.pc
+            pc, registers.active = group.pc, group.active
             guard = guards[pc]
             where = registers.predicate(guard) if guard else True
             if control[pc]:
@@ -150,12 +152,18 @@ class Emulator:
             if where is not None and is_predicate(operand):
                 other = group.registers.predicate(operand)
                 where = None if other is None else where & other
+        if "ANY" in i.modifiers and isinstance(
+            where, np.ndarray
+        ):  # BRA.U.ANY: of a warp as a whole
+            active = of_lanes(group.active, len(group.warps))
+            where = (of_lanes(where, len(group.warps)) & active).any(axis=1, keepdims=True)
         target = -1 if i.opcode == "EXIT" else i.target
         if target is None:
             raise ValueError(f"{self._kernel.name}: cannot follow {i.name} {i.operands}")
         if where is None:
-            self._unknown[i.source or str(i.index)] += len(group.warps)
             where = self._likely(i)
+            if not where:
+                self._unknown[i.source or str(i.index)] += len(group.warps)
         if not isinstance(where, np.ndarray):
             if not where:
                 return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Container
 
 from crossvit_kernels.inspect import machine_code
 from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES
@@ -71,15 +72,16 @@ def resident_blocks(launch: Launch, compute_capability: int) -> int:
 
 def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     """Model a launch on a GPU whose caches hold nothing of it."""
-    blocks, active = launch.num_blocks, min(launch.num_blocks, gpu.multiprocessors)
-    busiest = -(-blocks // gpu.multiprocessors)
+    usable = gpu.multiprocessors_for(launch.cluster)
+    blocks, active = launch.num_blocks, min(launch.num_blocks, usable)
+    busiest = -(-blocks // usable)
     resident = resident_blocks(launch, gpu.compute_capability)
-    emulator = Emulator(launch.kernel, launch.constants(gpu.compute_capability))
+    emulator = Emulator(launch.kernel, launch.constants())
     first = emulator.run([launch.block(0)], launch.num_warps)
     steps = sum(map(len, first.warps[0]))
     simulated = min(busiest, max(min(3 * resident, _STEPS // steps), resident), _BLOCKS)
     trace = emulator.run(
-        [launch.block(n) for n in _spread(blocks, busiest, simulated, gpu)], launch.num_warps
+        [launch.block(n) for n in _spread(launch, busiest, simulated, usable)], launch.num_warps
     )
     scale = blocks / simulated
     memory = _memory(launch, gpu, trace.warps, scale, active)
@@ -107,12 +109,18 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     )
 
 
-def _spread(blocks: int, busiest: int, simulated: int, gpu: Gpu) -> list[int]:
-    """The blocks to run: an SM's own where they are few, else some from all over the grid."""
+def _spread(launch: Launch, busiest: int, simulated: int, usable: int) -> list[int]:
+    """The blocks to run: an SM's own where they are few, else some from all over the grid.
+
+    Of clusters, the first block, as none has more to do.
+    """
+    blocks, cluster = launch.num_blocks, launch.cluster
     if simulated == busiest:
-        return [min(n * gpu.multiprocessors, blocks - 1) for n in range(simulated)]
-    stride = int(blocks * 0.618) | 1
-    return [n * stride % blocks for n in range(simulated)]
+        numbers = [min(n * usable, blocks - 1) for n in range(simulated)]
+    else:
+        stride = int(blocks * 0.618) | 1
+        numbers = [n * stride % blocks for n in range(simulated)]
+    return [n // cluster * cluster for n in numbers]
 
 
 def _cycles_of_another(run: Run, resident: int) -> float:
@@ -137,15 +145,22 @@ def _memory(
     of_tensor = dict(enumerate(launch.tensor_bytes))
     shares: tuple[dict[int, float], dict[int, float]] = ({}, {})
     for (is_store, tensor), size in moved.items():
+        if _stays_in_l2(moved, tensor):
+            continue
         shares[is_store][tensor] = min(of_tensor.get(tensor, 0) / (size * scale), 1.0)
     return MemoryShare.of(gpu, active, *shares)
+
+
+def _stays_in_l2(moved: Container[tuple[bool, int]], tensor: int) -> bool:
+    """Whether a launch writes a tensor and reads it back, as what blocks exchange."""
+    return (True, tensor) in moved and (False, tensor) in moved
 
 
 def _work(
     launch: Launch, gpu: Gpu, warps: list[list[list[Step]]], scale: float
 ) -> dict[str, float]:
     """Microseconds of a launch's bytes, products and special functions at the GPU's rates."""
-    seen: collections.Counter[tuple[int, bool]] = collections.Counter()
+    seen: collections.Counter[tuple[bool, int]] = collections.Counter()
     macs = special = 0.0
     instructions = launch.kernel.instructions
     timings = [timing(i, gpu) for i in instructions]
@@ -155,14 +170,18 @@ def _work(
                 i, how = instructions[step.instruction], timings[step.instruction]
                 if step.sectors:
                     store = how.kind is Kind.STORE
-                    seen[step.tensor, store] += SECTOR_BYTES * step.sectors
+                    seen[store, step.tensor] += SECTOR_BYTES * step.sectors
                 elif how.pipe is Pipe.TENSOR:
                     share = gpu.mma_share if i.opcode == "HMMA" else 1.0
                     macs += how.cycles * share
                 elif i.opcode == "MUFU":
                     special += 8
     of_tensor = dict(enumerate(launch.tensor_bytes))
-    moved = sum(min(n * scale, of_tensor.get(tensor, 0)) for (tensor, _), n in seen.items())
+    moved = sum(
+        min(n * scale, of_tensor.get(tensor, 0))
+        for (is_store, tensor), n in seen.items()
+        if not _stays_in_l2(seen, tensor)
+    )
     per_sub_partition = scale / (4 * gpu.multiprocessors * gpu.clock) * 1e6
     return {
         "DRAM": moved / (gpu.dram_bytes_per_second * gpu.achievable_dram) * 1e6,

@@ -31,6 +31,9 @@ class Gpu:
         l1_latency: Cycles of a load that hits the L1.
         l2_latency: Of one that hits the L2.
         dram_latency: Of one that misses it.
+        gpcs: SMs of each graphics processing cluster, in which a cluster of blocks lies.
+        cluster_latency: Cycles from one SM's shared memory to another's; 0 where there is no way.
+        cluster_bytes_per_cycle: That an SM sends to others.
     """
 
     name: str
@@ -47,6 +50,15 @@ class Gpu:
     l1_latency: int
     l2_latency: int
     dram_latency: int
+    gpcs: tuple[int, ...] = ()
+    cluster_latency: int = 0
+    cluster_bytes_per_cycle: float = 0.0
+
+    def multiprocessors_for(self, cluster: int) -> int:
+        """SMs that clusters of so many blocks can fill."""
+        if cluster == 1:
+            return self.multiprocessors
+        return sum(gpc // cluster * cluster for gpc in self.gpcs)
 
     @property
     def dram_bytes_per_cycle(self) -> float:
@@ -95,6 +107,9 @@ H100 = Gpu(
     l1_latency=41,
     l2_latency=263,
     dram_latency=479,
+    gpcs=(16,) * 6 + (18,) * 2,  # 132 of 144; how many lack where differs from chip to chip
+    cluster_latency=180,
+    cluster_bytes_per_cycle=14.1,  # 3.27 TB/s of all SMs, Luo et al.
 )
 #: The same chip with faster memory.
 H200 = dataclasses.replace(H100, name="H200", dram_bytes_per_second=4.8e12, achievable_dram=0.88)

@@ -24,9 +24,11 @@ class Registers:
     Attributes:
         special: Values of special registers, ``SR_TID.X``.
         banks: By letter: R, UR (uniform), P and UP (predicates).
+        active: The lanes that go together, [warps, 32], or True for all.
     """
 
     def __init__(self, special: Mapping[str, Value]) -> None:
+        self.active: Value = True
         self.special = dict(special)
         self.banks: dict[str, list[Value]] = {
             "R": [0] * 256,
@@ -58,7 +60,7 @@ Function = Callable[[Registers, Value], None]
 
 _REGISTER = re.compile(r"(UR|R|UP|P)(\d+)")
 _NUMBER = re.compile(r"([-~]?)(0x[0-9a-f]+|\d+)$")
-_CONSTANT = re.compile(r"c\[0x(\w+)\]\[0x(\w+)\]")
+_CONSTANT = re.compile(r"c\[0x(\w+)\]\[(?:RZ\+)?(0x\w+|RZ)\]")
 _ADDRESS = re.compile(r"(?:desc\[UR\d+\])?\[(.*)\]")
 
 
@@ -119,7 +121,7 @@ class Translator:
 
     def _plain(self, operand: str) -> Reader:
         if constant := _CONSTANT.match(operand):
-            bank, place = int(constant[1], 16), int(constant[2], 16)
+            bank, place = int(constant[1], 16), _place(constant[2])
             value = self._constants.get(place) if bank == 0 else None
             return lambda _: value
         try:
@@ -132,6 +134,21 @@ class Translator:
         """Of 64 bits: a register and the next."""
         low, high = self.reader(operand), self.reader(_next(operand))
         return lambda registers: lanes.pair(low(registers), high(registers))
+
+    def upper(self, operand: str) -> Reader:
+        """Of the register behind one."""
+        return self.reader(_next(operand))
+
+    def byte(self, operand: str, signed: bool) -> Reader:
+        """Of a byte of the constant bank."""
+        constant = _CONSTANT.match(operand)
+        assert constant is not None
+        place = _place(constant[2])
+        word = self._constants.get(place & ~3) if int(constant[1], 16) == 0 else None
+        if word is None:
+            return lambda _: None
+        value = word >> 8 * (place & 3) & 255
+        return lambda _: (value ^ 128) - 128 & WORD if signed else value
 
     def address(self, operand: str) -> Reader:
         """Of ``[R4+UR5+0x10]`` or ``desc[UR6][R2.64+0x10]``."""
@@ -163,6 +180,11 @@ class Translator:
         return built or _forget(instruction)
 
 
+def _place(text: str) -> int:
+    """Of a constant in its bank."""
+    return 0 if text == "RZ" else int(text, 16)
+
+
 def _constant(value: int, _: Registers) -> Value:
     return value
 
@@ -170,7 +192,7 @@ def _constant(value: int, _: Registers) -> Value:
 def _next(register: str) -> str:
     """The register that follows; zero's and immediates' is zero."""
     if constant := _CONSTANT.match(register):
-        return f"c[0x{constant[1]}][{int(constant[2], 16) + 4:#x}]"
+        return f"c[0x{constant[1]}][{_place(constant[2]) + 4:#x}]"
     found = _REGISTER.match(register)
     return f"{found[1]}{int(found[2]) + 1}" if found and found[1] in ("R", "UR") else "RZ"
 
@@ -181,11 +203,18 @@ def write(registers: Registers, name: str, value: Value, where: Value) -> None:
     if index == (7 if "P" in bank_name else 255):
         return
     bank = registers.banks[bank_name]
+    if bank_name[0] == "U" and isinstance(where, np.ndarray):
+        where = where.any(axis=1, keepdims=True)  # one for all lanes of a warp
     if where is True:
         bank[index] = value
     elif where is None or value is None:
         bank[index] = None
     elif where is not False:
+        if bank[index] is None and isinstance(registers.active, np.ndarray):
+            # What the lanes had that do not go along is theirs to write again.
+            if (where >= registers.active).all():
+                bank[index] = value
+            return
         bank[index] = lanes.select(where, value, bank[index])
 
 

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import struct
-from collections.abc import Sequence
-from typing import Any
 
-import torch
-
-from crossvit_kernels.gpu import launcher
-from crossvit_kernels.gpu.tables import Candidate
-from crossvit_kernels.inspect import ahead_of_time
-from crossvit_kernels.inspect.ahead_of_time import CompileCase
 from crossvit_kernels.inspect.model import sass
 from crossvit_kernels.inspect.model.emulator import Block
-from crossvit_kernels.inspect.model.memory import pointer
 from crossvit_kernels.inspect.model.sass import Kernel
+
+#: Where sm_90's constant bank has whether there are clusters, and the blocks of one.
+_HAS_CLUSTERS, _CLUSTER_SIZE = 0x140, 0x188
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +23,10 @@ class Launch:
         num_warps: Of a block.
         registers: Of a thread.
         shared_bytes: Of a block.
-        parameters: Tensors, integers and floats in the kernel's order.
+        parameters: As they lie in the constant bank.
+        tensor_bytes: Sizes of the tensors, by their numbers (memory.pointer).
+        architecture: That the machine code is for, 90 for sm_90.
+        cluster: Blocks of a cluster.
     """
 
     kernel: Kernel
@@ -38,95 +34,31 @@ class Launch:
     num_warps: int
     registers: int
     shared_bytes: int
-    parameters: tuple[Any, ...]
+    parameters: bytes
+    tensor_bytes: tuple[int, ...]
+    architecture: int
+    cluster: int = 1
 
     @property
     def num_blocks(self) -> int:
         return math.prod(self.grid)
 
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """Of the parameters; a tensor's number is its place here."""
-        return [p for p in self.parameters if isinstance(p, torch.Tensor)]
-
-    @property
-    def tensor_bytes(self) -> list[int]:
-        return [t.numel() * t.element_size() for t in self.tensors]
-
     def block(self, number: int) -> Block:
         """In the order in which blocks start: x first."""
         x, y, _ = self.grid
-        return Block(number % x, number // x % y, number // (x * y))
+        return Block(number % x, number // x % y, number // (x * y), number % self.cluster)
 
-    def constants(self, compute_capability: int) -> dict[int, int]:
+    def constants(self) -> dict[int, int]:
         """Words of the constant bank 0 by their place."""
-        found, number = bytearray(), 0
-        for parameter in self.parameters:
-            if isinstance(parameter, torch.Tensor):
-                found += bytes(-len(found) % 8) + struct.pack("<Q", pointer(number))
-                number += 1
-            else:
-                found += struct.pack("<f" if isinstance(parameter, float) else "<i", parameter)
-        found += bytes(32)  # Triton's own pointers, null
+        compute_capability = self.architecture
         start = sass.parameters_at(compute_capability)
         words = {
-            start + 4 * n: int.from_bytes(found[4 * n : 4 * n + 4], "little")
-            for n in range(len(found) // 4)
+            start + n: int.from_bytes(self.parameters[n : n + 4], "little")
+            for n in range(0, len(self.parameters), 4)
         }
+        if compute_capability // 10 == 9:
+            words |= {_HAS_CLUSTERS: int(self.cluster > 1), _CLUSTER_SIZE: self.cluster}
         threads, blocks = (0, 12) if compute_capability < 100 else (0x360, 0x370)
         for place, sizes in ((threads, (32 * self.num_warps, 1, 1)), (blocks, self.grid)):
             words |= {place + 4 * n: size for n, size in enumerate(sizes)}
         return words
-
-
-def launch_of(
-    compiled: Any,
-    usage: launcher.Usage,
-    grid: Sequence[int],
-    num_warps: int,
-    parameters: Sequence[Any],
-) -> Launch:
-    """Of what Triton compiled; parameters that are None or constants are left out."""
-    (kernel,) = sass.disassemble(compiled.asm["cubin"]).values()
-    x, y, z = (*grid, 1, 1)[:3]
-    return Launch(
-        kernel, (x, y, z), num_warps, usage.registers, usage.shared_bytes, tuple(parameters)
-    )
-
-
-def recorded_launch(recorded: launcher.Launch, compute_capability: int) -> tuple[Launch, str]:
-    """Of a launch that was recorded, in the configuration that a GPU would choose; and that."""
-    case = CompileCase(recorded.specialization)
-    choice, compiled, usage = ahead_of_time.chosen(case, compute_capability)
-    candidate: Candidate = recorded.specialization.candidates[choice.index]
-    grid = recorded.grid
-    programs = grid(*candidate.constants) if callable(grid) else launcher.Programs(grid)
-    return (
-        launch_of(
-            compiled,
-            usage,
-            programs.grid,
-            candidate.options["num_warps"],
-            _parameters(recorded, programs),
-        ),
-        case.describe(candidate),
-    )
-
-
-def _parameters(recorded: launcher.Launch, programs: launcher.Programs) -> list[Any]:
-    """Those that are passed: neither constants nor tensors that are None."""
-    found: list[Any] = []
-    tensors = iter((*recorded.tensors, *programs.tensors))
-    weights = iter(recorded.weights)
-    sizes = iter((*recorded.sizes, *programs.sizes))
-    for parameter in recorded.specialization.kernel.params:
-        name = parameter.name
-        if parameter.is_constexpr:
-            continue
-        if name.endswith("_ptr"):
-            found.append(next(tensors))
-        elif name == "w":
-            found += next(weights)
-        else:
-            found.append(float(recorded.eps or 0.0) if name == "eps" else int(next(sizes)))
-    return [parameter for parameter in found if parameter is not None]

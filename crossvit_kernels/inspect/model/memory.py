@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crossvit_kernels.inspect.model import accesses
+from crossvit_kernels.inspect.model import accesses, mbarriers
 from crossvit_kernels.inspect.model.accesses import Access
 from crossvit_kernels.inspect.model.integer_code import Reader, Registers, Translator
 from crossvit_kernels.inspect.model.lanes import Value, of_lanes
@@ -18,6 +18,10 @@ TENSOR_BYTES = 1 << 40
 
 GLOBAL = frozenset(("LDG", "LD", "LDGSTS", "STG", "ST", "RED", "ATOM", "ATOMG"))
 SHARED = frozenset(("LDS", "STS", "LDSM", "STSM", "ATOMS"))
+#: Upper words of generic addresses in shared memory. Their lower words have the rank of a block in
+#: its cluster in bits 24 to 31.
+SHARED_WINDOW = 1 << 20
+_RANK_SHIFT, _OFFSET = 24, (1 << 24) - 1
 
 
 def pointer(number: int) -> int:
@@ -39,6 +43,12 @@ class Memory:
             for i in instructions
             if i.opcode in GLOBAL or i.opcode in SHARED
         }
+        self._mbarriers = {
+            i.index: mbarriers.decoder(translator, i)
+            for i in instructions
+            if i.opcode in mbarriers.OPCODES
+        }
+        self._invalidates = {i.index for i in instructions if i.name == "CCTL.IVALL"}
         self._costs: dict[Any, list[int]] = {}  # of shared memory: a loop's steps repeat them
         self.start([])
 
@@ -49,7 +59,7 @@ class Memory:
 
     def __contains__(self, index: int) -> bool:
         """Whether an instruction accesses memory."""
-        return index in self._addresses
+        return index in self._addresses or index in self._mbarriers or index in self._invalidates
 
     def access(
         self, i: Instruction, registers: Registers, warps: Sequence[int], where: Value
@@ -58,6 +68,12 @@ class Memory:
         count = len(warps)
         nothing = [0] * count
         if where is False:
+            return Access(nothing, nothing, -1)
+        if i.index in self._mbarriers:
+            return self._mbarriers[i.index](registers, count, where)
+        if i.index in self._invalidates:
+            for warp in warps:
+                self._loaded[self._block_of[warp]].clear()
             return Access(nothing, nothing, -1)
         shared_at, global_at, applies = self._addresses[i.index]
         # A copy writes zeros where its predicate does not hold.
@@ -77,6 +93,8 @@ class Memory:
             sectors = (active.sum(axis=1) * width + 31) // 32
             return Access(wavefronts, sectors.tolist(), -1)
         address = of_lanes(address, count)
+        if i.opcode in ("LD", "ST") and active.any() and address[active][0] >> 32 >= SHARED_WINDOW:
+            return self._generic(address, width, active, registers)
         if shared_at is None:
             wavefronts = accesses.global_wavefronts(address, width, active).tolist()
         found, distinct = accesses.sectors(address, width, active)
@@ -93,6 +111,14 @@ class Memory:
             misses.append(sum(sector not in seen for sector in wanted))
             seen.update(wanted)
         return Access(wavefronts, misses, tensor)
+
+    def _generic(self, address: Any, width: int, active: Any, registers: Registers) -> Access:
+        """Of generic addresses in shared memory: this block's, or others' of its cluster."""
+        rank = address >> _RANK_SHIFT & 255
+        elsewhere = active & (rank != registers.special["SR_CgaCtaId"])
+        passes = accesses.shared_wavefronts(address & _OFFSET, width, active).tolist()
+        nothing = [0] * len(passes)
+        return Access(passes, nothing, -1, remote=(elsewhere.sum(axis=1) * width).tolist())
 
     def _shared(self, address: Any, width: int, active: Any, i: Instruction) -> list[int]:
         if i.opcode in ("LDSM", "STSM"):  # addresses of rows of 16 bytes, in the first lanes

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES
 from crossvit_kernels.inspect.model.gpus import Gpu
+from crossvit_kernels.inspect.model.mbarriers import Mbarrier
 from crossvit_kernels.inspect.model.paths import Step
 from crossvit_kernels.inspect.model.pipes import Kind, Pipe, Timing, timing
 from crossvit_kernels.inspect.model.sass import Kernel
@@ -21,6 +22,10 @@ from crossvit_kernels.inspect.model.sass import Kernel
 SUB_PARTITIONS = 4
 _BLOCK_START = 200  # cycles from a block's end to the first instruction of the one in its place
 _BARRIER = 20
+_CLUSTER_BARRIER = 220  # from the last arrival of a cluster's threads; published: 200 to 300
+_BULK_LATENCY = 170  # that a bulk copy takes longer than a load
+_BULK_BYTES = 64  # of bulk copies in a cycle, an estimate, ...
+_BULK_CYCLES = 8  # ... and the least that one occupies the copy unit
 _BRANCH = 8
 _OPERANDS_READ = 16  # cycles until a load or store has read its registers
 _SHARED_QUEUE = 32  # cycles of work that may wait for the shared-memory pipe
@@ -83,12 +88,14 @@ class _Block:
         self.live = warps
         self.waiting: dict[str, list[tuple[float, _Warp]]] = collections.defaultdict(list)
         self.arrived: collections.Counter[str] = collections.Counter()
+        self.mbarriers: dict[int, Mbarrier] = collections.defaultdict(Mbarrier)
+        self.cluster = Mbarrier(warps)
 
 
 class _Warp:
     __slots__ = (
-        "at", "block", "copies", "groups", "matrices", "number", "path", "ready", "reasons",
-        "released", "scheduler",
+        "at", "block", "cluster_phase", "copies", "groups", "matrices", "number", "path", "ready",
+        "reasons", "released", "scheduler", "stored",
     )  # fmt: skip
 
     def __init__(self, number: int, path: Sequence[Step], block: _Block, ready: float) -> None:
@@ -98,6 +105,8 @@ class _Warp:
         self.released = [0.0] * 6
         self.reasons = [""] * 6
         self.copies = 0.0  # when those of the open group have arrived
+        self.stored = 0.0  # when what it has stored is visible to others
+        self.cluster_phase = 0
         self.groups: list[float] = []
         self.matrices: list[float] = []
 
@@ -132,7 +141,8 @@ class Multiprocessor:
         self._heap: list[tuple[float, int, _Warp]] = []
         self._pipes = [[0.0] * len(Pipe) for _ in range(SUB_PARTITIONS)]
         self._other_fma = [0.0] * SUB_PARTITIONS
-        self._shared = 0.0
+        self._shared = self._bulk = self._cluster = 0.0
+        self._cluster_bytes = 0.0
         self._busy = [0.0] * len(Pipe)
         self._stalls: collections.Counter[str] = collections.Counter()
         self._waits: collections.Counter[int] = collections.Counter()
@@ -147,6 +157,8 @@ class Multiprocessor:
             now, _, warp = heapq.heappop(heap)
             step = warp.path[warp.at]
             i, how = instructions[step[0]], timings[step[0]]
+            if how.kind in _WAITS and not self._phase_ends(warp, step, how.kind, now):
+                continue
             at, reason = self._earliest(warp, i.waits_for, how)
             if free[warp.scheduler] > at:
                 at, reason = free[warp.scheduler], "issue"
@@ -246,7 +258,48 @@ class Multiprocessor:
             warp.ready = max(warp.ready, now + _BRANCH)
         elif kind is Kind.ARRIVE:
             self._barrier(None, how, now, warp.block)
+        elif kind is Kind.FENCE:
+            warp.ready = max(warp.ready, now + how.latency)
+            if how.barrier != "CTA":
+                warp.ready = max(warp.ready, warp.stored)
+        elif kind is Kind.CLUSTER_ARRIVE:
+            self._arrive(warp.block.cluster, now + _CLUSTER_BARRIER, arrivals=1)
+        elif kind is Kind.CLUSTER_WAIT:
+            warp.cluster_phase += 1
+        elif kind is Kind.BULK_COPY and step.amount:
+            self._bulk = max(self._bulk, now) + max(step.amount / _BULK_BYTES, _BULK_CYCLES)
+            arrived = self._transfer(step, self._bulk, self._memory.loads) + _BULK_LATENCY
+            self._arrive(warp.block.mbarriers[step.barrier], arrived, copied=step.amount)
         return started, started + how.latency
+
+    def _arrive(self, barrier: Mbarrier, at: float, **what: int) -> None:
+        """Let those who wait go on, if that ends the phase."""
+        if barrier.update(at, **what):
+            waiting, barrier.waiting = barrier.waiting, []
+            for _, warp in waiting:
+                heapq.heappush(self._heap, (warp.ready, warp.number, warp))
+
+    def _phase_ends(self, warp: _Warp, step: Step, kind: Kind, now: float) -> bool:
+        """Hold a warp back until the phase that it waits for has ended; False if nobody knows when.
+
+        Then it goes on once that is known.
+        """
+        if kind is Kind.CLUSTER_WAIT:
+            barrier, phase = warp.block.cluster, warp.cluster_phase
+            end = barrier.ends[phase] if phase < len(barrier.ends) else None
+        else:
+            barrier = warp.block.mbarriers[step.barrier]
+            end = barrier.end_of(step.amount, now) if step.barrier else now
+        if end is None:
+            warp.ready = max(warp.ready, now)
+            barrier.waiting.append((now, warp))
+            return False
+        if end > warp.ready:
+            reason = "cluster" if kind is Kind.CLUSTER_WAIT else "copies"
+            self._stalls[reason] += int(end - max(warp.ready, now))
+            self._waits[step.instruction] += int(end - max(warp.ready, now))
+            warp.ready = end
+        return True
 
     def _access(self, warp: _Warp, step: Step, how: Timing, now: float) -> tuple[float, float]:
         cycles = how.cycles or step.wavefronts
@@ -254,14 +307,33 @@ class Multiprocessor:
         self._shared = started + cycles
         self._busy[Pipe.SHARED] += cycles
         kind = how.kind
-        if kind is Kind.PLAIN:
+        if kind is Kind.MBARRIER_INIT:
+            warp.block.mbarriers[step.barrier] = Mbarrier(max(step.amount, 1))
+        elif kind is Kind.MBARRIER_ARRIVE and step.barrier:
+            self._arrive(
+                warp.block.mbarriers[step.barrier],
+                started + how.latency,
+                arrivals=step.arrivals,
+                announced=step.amount,
+            )
+        if kind not in _TRANSFERS:
             return started, started + cycles + how.latency
+        if step.remote:
+            self._cluster = max(self._cluster, started)
+            self._cluster += step.remote / self._gpu.cluster_bytes_per_cycle
+            self._cluster_bytes += step.remote
+            arrived = self._cluster + self._gpu.cluster_latency
+            if kind is Kind.STORE:
+                warp.stored = max(warp.stored, arrived)
+                return started, started + how.latency
+            return started, arrived
         arrived = self._transfer(
             step, started, self._memory.stores if kind is Kind.STORE else self._memory.loads
         )
         if kind is Kind.COPY:
             warp.copies = max(warp.copies, arrived)
         if kind is Kind.STORE:
+            warp.stored = max(warp.stored, arrived)
             return started, started + how.latency
         return started, max(arrived, started + cycles + self._gpu.l1_latency)
 
@@ -308,6 +380,9 @@ class Multiprocessor:
     def _exit(self, warp: _Warp, now: float, ends: list[float]) -> None:
         block = warp.block
         block.live -= 1
+        block.cluster.count -= 1
+        if block.live:
+            self._arrive(block.cluster, now + _CLUSTER_BARRIER)
         for barrier in [b for b, n in block.arrived.items() if n and n >= block.live]:
             self._release(block, barrier, now)
         if not block.live:
@@ -327,10 +402,13 @@ class Multiprocessor:
             "tensor cores": self._busy[Pipe.TENSOR] / per,
             "shared memory": self._busy[Pipe.SHARED] / cycles,
             "L2": self._l2_bytes / self._memory.l2_rate / cycles,
+            "cluster": self._cluster_bytes / (self._gpu.cluster_bytes_per_cycle or 1.0) / cycles,
             "DRAM": self._dram_bytes / self._memory.dram_rate / cycles,
         }
 
 
+_WAITS = frozenset((Kind.MBARRIER_WAIT, Kind.CLUSTER_WAIT))
+_TRANSFERS = frozenset((Kind.LOAD, Kind.COPY, Kind.STORE))
 _PIPE_NAMES = {
     Pipe.FMA: "fma",
     Pipe.FMA_ANY: "fma",

@@ -17,7 +17,7 @@ from crossvit_kernels.inspect.model.integer_code import (
     words_of,
     write,
 )
-from crossvit_kernels.inspect.model.lanes import WORD, Value
+from crossvit_kernels.inspect.model.lanes import WORD, Value, of_lanes
 from crossvit_kernels.inspect.model.sass import Instruction
 
 
@@ -29,20 +29,46 @@ def _move(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | 
     if source.startswith("SR_"):
         return words_of(lambda value: value, destination, lambda r: r.special.get(source))
     if i.opcode == "R2UR":
-        return words_of(
-            _first_lane, operands[-2] if len(operands) > 2 else destination, t.reader(operands[-1])
-        )
+        return _to_uniform(t, operands)
     return words_of(lambda value: value, destination, t.reader(source))
 
 
-def _first_lane(value: Value) -> Value:
-    return value[:, :1] if isinstance(value, np.ndarray) else value
+def _to_uniform(t: Translator, operands: Sequence[str]) -> Function:
+    """The first active lane's value; a predicate, if there is one, says which lanes differ."""
+    *differs, destination, source = operands
+    read = t.reader(source)
+
+    def run(registers: Registers, where: Value) -> None:
+        if where is False:
+            return
+        value = read(registers)
+        chosen = _of_first_lane(value, where)
+        write(registers, destination, chosen, where)
+        for name in differs:
+            write(registers, name, None if value is None else value != chosen, where)
+
+    return run
+
+
+def _of_first_lane(value: Value, where: Value) -> Value:
+    """The value in the first lane that takes part, [warps, 1]."""
+    if not isinstance(value, np.ndarray) or value.shape[1] == 1:
+        return value
+    if not isinstance(where, np.ndarray) or where.shape[1] == 1:
+        return value[:, :1]
+    count = max(len(value), len(where))
+    first = of_lanes(where, count).argmax(axis=1)
+    return of_lanes(value, count)[np.arange(count), first][:, None]
 
 
 @builds("LDC", "LDCU")
 def _load_constant(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
-    if "R" in operands[1].removeprefix("c"):
+    if "R" in operands[1].replace("[RZ", "["):
         return None
+    if i.access_bytes == 1:
+        return words_of(
+            lambda value: value, operands[0], t.byte(operands[1], signed="S8" in i.modifiers)
+        )
     count = i.access_bytes // 4
     if count > 2:
         low = words_of(
@@ -134,11 +160,15 @@ def _least_or_most(t: Translator, i: Instruction, operands: Sequence[str]) -> Fu
 
 @builds("I2F", "I2FP")
 def _to_float(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    if "U64" in i.modifiers or "S64" in i.modifiers or "F64" in i.modifiers:
+        return None
     return words_of(lambda a: lanes.to_float(i.modifiers, a), operands[0], t.reader(operands[1]))
 
 
 @builds("F2I")
 def _from_float(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    if "U64" in i.modifiers or "S64" in i.modifiers or "F64" in i.modifiers:
+        return None
     return words_of(lambda a: lanes.from_float(i.modifiers, a), operands[0], t.reader(operands[1]))
 
 
@@ -197,9 +227,58 @@ def _shuffle(t: Translator, i: Instruction, operands: Sequence[str]) -> Function
 
 @builds("ELECT")
 def _elect(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
-    return lambda registers, where: write(
-        registers, operands[0], registers.special["SR_LANEID"] == 0, where
-    )
+    """The first of the lanes that take part."""
+
+    def run(registers: Registers, where: Value) -> None:
+        lane = registers.special["SR_LANEID"]
+        if where is None or where is False:
+            return
+        first = of_lanes(where, len(lane)).argmax(axis=1)[:, None]
+        write(registers, operands[0], lane == first, where)
+
+    return run
+
+
+@builds("VOTE")
+def _vote(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    """What lanes have, as bits, and whether any or all of them have it."""
+    *written, source = operands
+    read, modes = t.reader(source), {*i.modifiers}
+
+    def run(registers: Registers, where: Value) -> None:
+        if where is False:
+            return
+        value = read(registers)
+        known = value is not None and where is not None
+        bits: Value = None
+        holds: Value = None
+        if known:
+            lane = registers.special["SR_LANEID"]
+            active = of_lanes(where, len(lane))
+            has = of_lanes(value, len(lane)) & active
+            bits = (has.astype(np.int64) << lane).sum(axis=1, keepdims=True)
+            both = has.all(axis=1) if "ALL" in modes and active.all() else None
+            if "ALL" in modes:
+                both = (has == active).all(axis=1)
+            holds = (has.any(axis=1) if both is None else both)[:, None]
+        for name in written:
+            write(registers, name, holds if is_predicate(name) else bits, where)
+
+    return run
+
+
+@builds("POPC")
+def _population(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    def count(a: Value) -> Value:
+        return sum((a >> bit) & 1 for bit in range(32))
+
+    return words_of(count, operands[0], t.reader(operands[1]))
+
+
+@builds("FCHK")
+def _check_division(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    """Whether a quotient needs the slow path, of denormal or huge numbers: it does not."""
+    return lambda registers, where: write(registers, operands[0], False, where)
 
 
 @builds("SYNCS")

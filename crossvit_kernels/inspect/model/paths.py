@@ -17,12 +17,16 @@ from crossvit_kernels.inspect.model.lanes import Value, of_lanes
 
 
 class Step(NamedTuple):
-    """The index of an instruction that a warp executed; and the access, if it is one to memory."""
+    """The index of an instruction that a warp executed; and its Access, if it is one to memory."""
 
     instruction: int
     wavefronts: int = 0
     sectors: int = 0
     tensor: int = -1
+    remote: int = 0
+    barrier: int = 0
+    amount: int = 0
+    arrivals: int = 0
 
 
 @dataclasses.dataclass
@@ -125,9 +129,7 @@ class Group:
                     if access is None:
                         path.append((index,))
                     else:
-                        path.append(
-                            (index, access.wavefronts[at], access.sectors[at], access.tensor)
-                        )
+                        path.append((index, *access.of(at)))
             key = tuple(path)
             if key not in alike:
                 alike[key] = [Step(*step) for step in path]

@@ -46,6 +46,13 @@ class Kind(enum.IntEnum):
     MATRIX_WAIT = 9
     EXIT = 10
     BRANCH = 11
+    FENCE = 12  # waits for the warp's stores
+    CLUSTER_ARRIVE = 13
+    CLUSTER_WAIT = 14
+    MBARRIER_INIT = 15
+    MBARRIER_ARRIVE = 16
+    MBARRIER_WAIT = 17
+    BULK_COPY = 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +82,14 @@ _FMA = frozenset(("FFMA", "FADD", "FMUL", "HADD2", "HFMA2", "HMUL2", "FFMA2", "F
 _XU = frozenset(("MUFU", "F2F", "I2F", "F2I", "POPC", "FLO", "BREV", "FRND"))
 _MEMORY = {"LDS": 29, "LDSM": 33, "STS": 20, "STSM": 24, "SHFL": 24, "LDL": 41, "STL": 20}
 _NO_PIPE = frozenset(
-    ("NOP", "BSSY", "BSYNC", "WARPSYNC", "CS2R", "MEMBAR", "FENCE", "DEPBAR", "RET", "CALL")
+    (
+        *("NOP", "BSSY", "BSYNC", "WARPSYNC", "CS2R", "FENCE", "DEPBAR", "RET", "CALL"),
+        *("ERRBAR", "CGAERRBAR", "ENDCOLLECTIVE", "YIELD"),
+    )
 )
+#: Without stores to wait for; estimates.
+_FENCE_LATENCY = {"CTA": 20, "GPU": 150, "SYS": 300}
+_INVALIDATION = 40  # of the L1, an estimate
 #: Of results with a scoreboard that no rule here is for: constants, special registers, votes.
 _OTHER_LATENCY = 30
 _XU_LATENCY = 24
@@ -105,11 +118,35 @@ def timing(i: Instruction, gpu: Gpu) -> Timing:
         count = int(threads, 16) // 32 if threads.startswith("0x") else 0
         kind = Kind.ARRIVE if "ARV" in i.modifiers else Kind.BARRIER
         return Timing(kind, Pipe.NONE, 0, 0, count=count, barrier=i.operands[0])
+    if opcode in _OF_CLUSTERS:
+        return _of_clusters(i)
     if opcode == "EXIT":
         return Timing(Kind.EXIT, Pipe.NONE, 0, 0)
     if opcode == "BRA":
         return Timing(Kind.BRANCH, Pipe.NONE, 0, 0)
     return Timing(Kind.PLAIN, *_arithmetic(i, gpu))
+
+
+_OF_CLUSTERS = frozenset(("MEMBAR", "CCTL", "UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS", "UBLKCP"))
+
+
+def _of_clusters(i: Instruction) -> Timing:
+    """Fences, barriers of clusters, mbarriers and bulk copies."""
+    opcode, modifiers = i.opcode, i.modifiers
+    if opcode == "MEMBAR":
+        scope = next((m for m in modifiers if m in _FENCE_LATENCY), "GPU")
+        return Timing(Kind.FENCE, Pipe.NONE, 0, _FENCE_LATENCY[scope], barrier=scope)
+    if opcode == "CCTL":
+        return Timing(Kind.FENCE, Pipe.NONE, 0, _INVALIDATION, barrier="CTA")
+    if opcode == "UBLKCP":
+        return Timing(Kind.BULK_COPY, Pipe.UNIFORM, 2, 0)
+    if opcode == "SYNCS":
+        kind = Kind.MBARRIER_WAIT if "PHASECHK" in modifiers else Kind.MBARRIER_ARRIVE
+        kind = Kind.MBARRIER_INIT if "EXCH" in modifiers else kind
+        return Timing(kind, Pipe.SHARED, 1, _MEMORY["LDS"])
+    return Timing(
+        Kind.CLUSTER_ARRIVE if opcode == "UCGABAR_ARV" else Kind.CLUSTER_WAIT, Pipe.NONE, 0, 0
+    )
 
 
 def _arithmetic(i: Instruction, gpu: Gpu) -> tuple[Pipe, float, int]:

@@ -15,7 +15,6 @@ from crossvit_kernels import supported
 from crossvit_kernels.inspect.ahead_of_time import DTYPES
 from crossvit_kernels.inspect.model.estimate import Estimate, estimate
 from crossvit_kernels.inspect.model.gpus import GPUS, Gpu
-from crossvit_kernels.inspect.model.launch import recorded_launch
 from crossvit_kernels.inspect.model.workloads import Workload, workloads
 
 
@@ -24,6 +23,7 @@ class Row:
     """A launch and its estimate.
 
     Attributes:
+        backend: "triton" or "cuda".
         operation: Of the launch.
         direction: "forward" or "backward".
         channels: Of the tokens.
@@ -35,6 +35,7 @@ class Row:
         modelled: Never a measurement.
     """
 
+    backend: str
     operation: str
     direction: str
     channels: int
@@ -56,6 +57,7 @@ class Job(NamedTuple):
     """A pass of an operation, as another process finds it.
 
     Attributes:
+        backend: "triton" or "cuda".
         gpu: The GPU's name.
         model: The model's name.
         dtype: As on the command line.
@@ -64,6 +66,7 @@ class Job(NamedTuple):
         kernel: What the kernels' names contain.
     """
 
+    backend: str
     gpu: str
     model: str
     dtype: str
@@ -74,15 +77,16 @@ class Job(NamedTuple):
     def rows(self) -> list[Row]:
         gpu, found = GPUS[self.gpu], []
         workload = [*workloads(self.model, DTYPES[self.dtype], self.batch)][self.place]
-        for recorded in workload.launches(gpu.compute_capability):
-            if self.kernel in recorded.specialization.kernel.__name__:
-                launch, config = recorded_launch(recorded, gpu.compute_capability)
+        for launch, config in workload.launches(self.backend, gpu):
+            name = launch.kernel.name
+            if self.kernel in name:
                 modelled = estimate(launch, gpu)
-                found.append(_row(workload, self.dtype, launch.kernel.name, config, modelled))
+                found.append(_row(self.backend, workload, self.dtype, name, config, modelled))
         return found
 
 
 def jobs(
+    backends: Sequence[str],
     gpu: Gpu,
     model: str,
     dtypes: Sequence[str],
@@ -93,6 +97,7 @@ def jobs(
     """All passes of a model's operations.
 
     Args:
+        backends: Of "triton" and "cuda".
         gpu: The GPU.
         model: The model's name.
         dtypes: As on the command line.
@@ -101,10 +106,12 @@ def jobs(
         kernel: Only kernels whose names contain this.
     """
     return [
-        Job(gpu.name, model, dtype, batch, place, kernel)
+        Job(backend, gpu.name, model, dtype, batch, place, kernel)
+        for backend in backends
         for dtype in dtypes
         for batch in batches
         for place, workload in enumerate(workloads(model, DTYPES[dtype], batch))
+        if backend in workload.operation.backends
         if channels is None or workload.channels in channels
     ]
 
@@ -120,8 +127,11 @@ def rows(found: Sequence[Job], processes: int) -> Iterator[Row]:
             yield from of_job
 
 
-def _row(workload: Workload, dtype: str, kernel: str, config: str, modelled: Estimate) -> Row:
+def _row(
+    backend: str, workload: Workload, dtype: str, kernel: str, config: str, modelled: Estimate
+) -> Row:
     return Row(
+        backend,
         workload.operation.name,
         workload.direction,
         workload.channels,
@@ -171,19 +181,19 @@ def show(gpu: Gpu, found: Iterable[Row], as_json: bool) -> None:
     sums: dict[tuple[Any, ...], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for row in found:
         print(_line(row), flush=True)
-        key = row.operation, row.direction, row.channels, row.dtype, row.batch
+        key = row.backend, row.operation, row.direction, row.channels, row.dtype, row.batch
         sums[key][0] += row.modelled.microseconds
         sums[key][1] += row.modelled.floor
-    print(f"\n{'pass':50} {'images':>6} {'us':>9} {'floor':>8} {'share':>6}")
-    for (operation, direction, channels, dtype, batch), (total, floor) in sums.items():
+    print(f"\n{'backend':7} {'pass':50} {'images':>6} {'us':>9} {'floor':>8} {'share':>6}")
+    for (backend, operation, direction, channels, dtype, batch), (total, floor) in sums.items():
         name = f"{operation} {direction}, C = {channels}, {dtype}"
-        print(f"{name:50} {batch:6} {total:9.1f} {floor:8.1f} {floor / total:6.0%}")
+        print(f"{backend:7} {name:50} {batch:6} {total:9.1f} {floor:8.1f} {floor / total:6.0%}")
     sys.stdout.flush()
 
 
 _HEADER = (
-    f"{'kernel':24} {'C':>4} {'images':>6} {'us':>8} {'floor':>7} {'share':>6} {'blocks':>6} "
-    f"{'waves':>5} {'per token':>9}  bound by; busy; configuration"
+    f"{'backend':7} {'kernel':24} {'C':>4} {'images':>6} {'us':>8} {'floor':>7} {'share':>6} "
+    f"{'blocks':>6} {'waves':>5} {'per token':>9}  bound by; busy; configuration"
 )
 
 
@@ -193,9 +203,9 @@ def _line(row: Row) -> str:
     busy = ", ".join(f"{name} {share:.0%}" for name, share in busiest)
     of_token = sum(row.instructions_of_token.values())
     line = (
-        f"{row.kernel:24} {row.channels:4} {row.batch:6} {m.microseconds:8.1f} {m.floor:7.1f} "
-        f"{m.share_of_floor:6.0%} {m.blocks_per_sm:6} {m.waves:5.1f} {of_token:9.1f}  "
-        f"{m.bound_by}; {busy}; {row.config}"
+        f"{row.backend:7} {row.kernel:24} {row.channels:4} {row.batch:6} {m.microseconds:8.1f} "
+        f"{m.floor:7.1f} {m.share_of_floor:6.0%} {m.blocks_per_sm:6} {m.waves:5.1f} "
+        f"{of_token:9.1f}  {m.bound_by}; {busy}; {row.config}"
     )
     if m.bank_conflicts > 0.05:
         line += f"\n    bank conflicts: {m.bank_conflicts:.0%} of shared memory's passes, "

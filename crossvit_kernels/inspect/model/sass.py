@@ -111,21 +111,22 @@ class Kernel:
         return min(around, key=lambda loop: loop.last - loop.first, default=None)
 
 
-def disassemble(cubin: bytes) -> dict[str, Kernel]:
-    """The kernels of a cubin, by name."""
+def disassemble(cubin: bytes, name: str = "") -> dict[str, Kernel]:
+    """The kernels of a cubin, or one of them, by name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         command = [disassembler(), "-hex", "-c", "-gi", str(path)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {kernel.name: kernel for kernel in parse(printed)}
+    return {kernel.name: kernel for kernel in parse(printed, name)}
 
 
-def parse(printed: str) -> Iterator[Kernel]:
-    """The kernels in what ``nvdisasm -hex -c -gi`` printed."""
+def parse(printed: str, name: str = "") -> Iterator[Kernel]:
+    """The kernels, or one of them, in what ``nvdisasm -hex -c -gi`` printed."""
     sections = re.split(r"^\.text\.([\w$.]+):$", printed, flags=re.MULTILINE)
-    for name, section in zip(sections[1::2], sections[2::2], strict=True):
-        yield Kernel(name, tuple(_instructions(section)))
+    for found, section in zip(sections[1::2], sections[2::2], strict=True):
+        if name in ("", found):
+            yield Kernel(found, tuple(_instructions(section)))
 
 
 def _instructions(section: str) -> Iterator[Instruction]:

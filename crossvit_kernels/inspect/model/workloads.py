@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from crossvit_kernels.gpu import launcher, tables
 from crossvit_kernels.inspect.ahead_of_time import Dtypes, empty, empty_weights
+from crossvit_kernels.inspect.model import cuda_launch, triton_launch
+from crossvit_kernels.inspect.model.gpus import Gpu
+from crossvit_kernels.inspect.model.launch import Launch
 from crossvit_kernels.ops.attention_core.op import OPERATION as CORE
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.cross_attention.op import cross_attention_fusion
@@ -47,19 +49,34 @@ class Workload(NamedTuple):
     channels: int
     inputs: Callable[[], Any]
 
-    def launches(self, compute_capability: int) -> list[launcher.Launch]:
-        """What it launches on a GPU."""
+    def launches(self, backend: str, gpu: Gpu) -> list[tuple[Launch, str]]:
+        """What a backend launches on a GPU; each with its configuration."""
+        record = _recorder(backend, gpu)
         operation, inputs = self.operation, self.inputs()
-        triton, training = operation.backends["triton"], self.direction == "backward"
-        with tables.as_if_on(compute_capability), launcher.recording_launches() as found:
-            outputs, saved = triton.forward(inputs, _EPS, "fast" if training else "")
-            if not training:
-                return found
-            of_forward = len(found)
-            douts = outputs if isinstance(outputs, tuple) else (outputs,)
-            wanted = operation.inputs([t is not None for t in operation.flat(inputs)])
-            triton.backward(douts, inputs, saved or triton.Saved(*douts), _EPS, wanted)
-        return found[of_forward:]
+        module, training = operation.backends[backend], self.direction == "backward"
+        results: list[Any] = []
+
+        def forward() -> None:
+            results.extend(module.forward(inputs, _EPS, "fast" if training else ""))
+
+        launches = record(forward)
+        if not training:
+            return launches()
+        outputs, saved = results
+        douts = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = operation.inputs([t is not None for t in operation.flat(inputs)])
+        saved = saved or module.Saved(*douts)
+        return record(lambda: module.backward(douts, inputs, saved, _EPS, wanted))()
+
+
+#: Records what a function launches; what it returns makes the launches of these.
+Recorder = Callable[[Callable[[], object]], Callable[[], list[tuple[Launch, str]]]]
+
+
+def _recorder(backend: str, gpu: Gpu) -> Recorder:
+    if backend == "triton":
+        return functools.partial(triton_launch.recorder, gpu)
+    return functools.partial(cuda_launch.recorder, gpu, cuda_launch.Addresses())
 
 
 class Model(NamedTuple):

@@ -185,6 +185,7 @@ def _weights(w: FusionWeights, tokens: Tensor) -> tuple[FusionWeights, WeightArg
         addresses, dtypes = list(map(_address, w)), list(map(_dtype, w))
         if (
             all(map(_is_contiguous, w))
+            and all(addresses)  # else these are recorded
             and not functools.reduce(operator.or_, addresses) % _ALIGNMENT
             and not set(dtypes) - {tokens.dtype, torch.float32}
             and set(map(_device, w)) == {tokens.device}

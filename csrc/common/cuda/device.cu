@@ -41,3 +41,21 @@ std::string cuda_self_check(int device) {
 }
 
 }  // namespace crossvit
+
+// nvcc's code calls __cudaRegisterFunction for each kernel when the library is loaded. The linker
+// directs the calls to here (--wrap), as the runtime tells a kernel's symbol only beside a driver.
+extern "C" {
+
+void __real___cudaRegisterFunction(void** fatbin, const char* kernel, char* stub,
+                                   const char* symbol, int max_threads, uint3* thread, uint3* block,
+                                   dim3* block_size, dim3* grid_size, int* warp_size);
+
+void __wrap___cudaRegisterFunction(void** fatbin, const char* kernel, char* stub,
+                                   const char* symbol, int max_threads, uint3* thread, uint3* block,
+                                   dim3* block_size, dim3* grid_size, int* warp_size) {
+  crossvit::kernel_symbols()[kernel] = symbol;
+  __real___cudaRegisterFunction(fatbin, kernel, stub, symbol, max_threads, thread, block,
+                                block_size, grid_size, warp_size);
+}
+
+}  // extern "C"

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "common/cuda/gpu.h"
+#include "common/cuda/recording.h"
 
 namespace crossvit {
 
@@ -18,10 +19,23 @@ struct LaunchConfig {
   cudaStream_t stream = nullptr;
 };
 
+template <class... P>
+cudaError_t record(void (*kernel)(P...), const LaunchConfig& config, const P&... parameters) {
+  const dim3 grid = config.grid, block = config.block;
+  recording->launches.push_back({kernel_symbols()[reinterpret_cast<const void*>(kernel)],
+                                 {grid.x, grid.y, grid.z},
+                                 {block.x, block.y, block.z},
+                                 config.shared_bytes,
+                                 config.cluster,
+                                 parameter_bytes(parameters...)});
+  return cudaSuccess;
+}
+
 #ifdef __CUDACC__
 
 // Returns the maximum shared memory per block; 0 if unknown.
 inline int shared_bytes_of_block(int device) {
+  if (recording) return recording->shared_bytes_of_block;
   int bytes = 0;
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return bytes;
@@ -67,6 +81,7 @@ inline LoadedKernel loaded_kernel(const void* kernel) {
 // Returns errors of the launch; those of the execution are reported later.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... arguments) {
+  if (recording) return record<P...>(kernel, config, static_cast<P>(arguments)...);
   const LoadedKernel loaded = loaded_kernel(reinterpret_cast<const void*>(kernel));
   if (loaded.status != cudaSuccess) return loaded.status;
   if (config.cluster > 1 && !loaded.has_clusters) return cudaErrorInvalidClusterSize;
@@ -87,11 +102,14 @@ cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... argu
 
 #else
 
-inline int shared_bytes_of_block(int) { return testing::max_shared_bytes(); }
+inline int shared_bytes_of_block(int) {
+  return recording ? recording->shared_bytes_of_block : testing::max_shared_bytes();
+}
 
 // Runs the kernel to completion. A fault throws std::runtime_error with the block and the cause.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... arguments) {
+  if (recording) return record<P...>(kernel, config, static_cast<P>(arguments)...);
   const std::tuple<P...> values{static_cast<P>(std::forward<A>(arguments))...};
   return testing::run_grid({config.grid, config.block, config.shared_bytes, config.cluster},
                            [&] { std::apply(kernel, values); });
@@ -99,10 +117,11 @@ cudaError_t launch(void (*kernel)(P...), const LaunchConfig& config, A&&... argu
 
 #endif
 
-// Selects a device; restores the previous one.
+// Selects a device, if launches are not recorded; restores the previous one.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
+  explicit DeviceGuard(int device) : status(cudaSuccess) {
+    if (recording) return;
     status = cudaGetDevice(&previous_);
     if (status == cudaSuccess) status = cudaSetDevice(device);
   }

@@ -1,0 +1,136 @@
+"""Barriers in shared memory (mbarriers): what instructions do to them, and when their phases end.
+
+A block's mbarriers are known by their addresses, without the rank in the cluster: blocks of a
+cluster run alike, so that what arrives at another's barrier stands for what arrives at one's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES, Access
+from crossvit_kernels.inspect.model.integer_code import Reader, Registers, Translator
+from crossvit_kernels.inspect.model.lanes import Value, of_lanes
+from crossvit_kernels.inspect.model.sass import Instruction
+
+OPCODES = frozenset(("SYNCS", "UBLKCP"))
+_OFFSET = (1 << 24) - 1
+_TENSOR_BYTES = 1 << 40
+#: An mbarrier in memory holds this less the arrivals of a phase, from bit 1 on.
+_COUNT_LIMIT = 1 << 20
+
+Decoder = Callable[[Registers, int, Value], Access]
+
+
+def decoder(translator: Translator, i: Instruction) -> Decoder:
+    """A function from registers, number of warps and condition to what an instruction does."""
+    return _copy(translator, i) if i.opcode == "UBLKCP" else _operation(translator, i)
+
+
+def _operation(t: Translator, i: Instruction) -> Decoder:
+    at = next(n for n, operand in enumerate(i.operands) if "[" in operand)
+    address, operand = t.address(i.operands[at]), t.reader(i.operands[at + 1])
+    initializes, arrives = "EXCH" in i.modifiers, "ARRIVE" in i.modifiers
+    without_bytes = "A1T0" in i.modifiers or "A0T0" in i.modifiers
+    without_arrival = any(modifier.startswith("A0") for modifier in i.modifiers)
+
+    def decode(registers: Registers, count: int, where: Value) -> Access:
+        active = of_lanes(True if where is None else where, count)
+        barrier = _of_first(address, registers, active)
+        lanes = np.where(active.any(axis=1), active.sum(axis=1), 0)
+        value = _of_first(operand, registers, active)
+        if initializes:
+            amount = (_COUNT_LIMIT - (value >> 1)) % _COUNT_LIMIT
+        elif arrives:
+            amount = 0 * value if without_bytes else value * lanes
+        else:
+            amount = value >> 31 & 1
+        known = np.where(lanes > 0, barrier & _OFFSET, 0)
+        arrivals = lanes if arrives and not without_arrival else 0 * lanes
+        return _access(known, amount, arrivals)
+
+    return decode
+
+
+def _copy(t: Translator, i: Instruction) -> Decoder:
+    """A bulk copy to shared memory: the address of its barrier lies behind that of its target."""
+    target, source = (operand.strip("[]") for operand in i.operands[:2])
+    barrier_at, from_at = t.upper(target), t.pair(source)
+    size = t.reader(i.operands[2])
+
+    def decode(registers: Registers, count: int, where: Value) -> Access:
+        active = of_lanes(True if where is None else where, count)
+        barrier, address, units = (
+            _of_first(read, registers, active) for read in (barrier_at, from_at, size)
+        )
+        amount = np.where(active.any(axis=1), (units & 0xFFFF) * 16, 0)
+        sectors = (address + amount + SECTOR_BYTES - 1) // SECTOR_BYTES - address // SECTOR_BYTES
+        tensor = int(address[0] // _TENSOR_BYTES) - 1
+        return _access(barrier & _OFFSET, amount, 0 * amount, np.where(amount, sectors, 0), tensor)
+
+    return decode
+
+
+def _of_first(read: Reader, registers: Registers, active: Any) -> Any:
+    """An operand in the first active lane of each warp; 0 where it is not known."""
+    value = read(registers)
+    if value is None:
+        return np.zeros(len(active), np.int64)
+    first = active.argmax(axis=1)
+    return of_lanes(value, len(active))[np.arange(len(active)), first].astype(np.int64)
+
+
+def _access(
+    barrier: Any, amount: Any, arrivals: Any, sectors: Any = None, tensor: int = -1
+) -> Access:
+    nothing = [0] * len(barrier)
+    return Access(
+        [1] * len(barrier),
+        nothing if sectors is None else sectors.tolist(),
+        tensor,
+        nothing,
+        barrier.tolist(),
+        amount.tolist(),
+        arrivals.tolist(),
+    )
+
+
+@dataclasses.dataclass
+class Mbarrier:
+    """A barrier of a block while it runs.
+
+    Attributes:
+        count: Arrivals of a phase.
+        ends: When each phase that has ended did, or will.
+        waiting: Who waits for the current phase to end, since when.
+    """
+
+    count: int = 1
+    ends: list[float] = dataclasses.field(default_factory=list)
+    waiting: list[tuple[float, Any]] = dataclasses.field(default_factory=list)
+    _arrivals: int = 0
+    _bytes: int = 0
+    _last: float = 0.0
+
+    def update(self, now: float, arrivals: int = 0, announced: int = 0, copied: int = 0) -> bool:
+        """Arrive, or copy at a time; whether that ends the phase."""
+        self._arrivals += arrivals
+        self._bytes += announced - copied
+        self._last = max(self._last, now)
+        if self._arrivals < self.count or self._bytes > 0:
+            return False
+        self._arrivals -= self.count
+        self.ends.append(self._last)
+        self._last = 0.0
+        return True
+
+    def end_of(self, parity: int, now: float) -> float | None:
+        """When the phase of a parity ends or has ended; None if it cannot be told yet."""
+        ended = sum(end <= now for end in self.ends)
+        if ended % 2 != parity:
+            return now
+        return self.ends[ended] if ended < len(self.ends) else None
