@@ -380,6 +380,4 @@ def program(build: Build) -> Path:
     flags = ["-iquote", str(folder)]
     if build.sanitizer == "address":
         flags.append("-Og")
-    if not build.bulk_copies:
-        flags.append("-D__CUDA_ARCH__=800")
     return host_compiler.program(sources, sanitizer=build.sanitizer, flags=flags)

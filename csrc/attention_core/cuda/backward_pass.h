@@ -222,7 +222,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
     }
     const int row_pitch = P::row_pitch(channels_), pitch = ring_.pitch();
     slice_.template for_each_group<P::kUnroll>([&](int first, auto count) {
-      constexpr int kCount = count();
+      constexpr int kCount = decltype(count)::value;
       FragmentA<T> x[kCount];
       float dxhat[kCount][2][4] = {};
 #pragma unroll

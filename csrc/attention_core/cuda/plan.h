@@ -151,7 +151,7 @@ struct Slice {
   __device__ __forceinline__ void for_each_unit(Visit visit) const {
     for_each_group<kCount>([&](int first, auto count) {
 #pragma unroll
-      for (int i = 0; i < count(); ++i) visit(first + i);
+      for (int i = 0; i < decltype(count)::value; ++i) visit(first + i);
     });
   }
 
