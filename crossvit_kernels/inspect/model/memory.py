@@ -17,6 +17,8 @@ from crossvit_kernels.inspect.model.sass import Instruction
 TENSOR_BYTES = 1 << 40
 
 GLOBAL = frozenset(("LDG", "LD", "LDGSTS", "STG", "ST", "RED", "ATOM", "ATOMG"))
+#: A line of 128 bytes to L2.
+PREFETCH, _LINE_SECTORS = "CCTL.E.PF2", 4
 SHARED = frozenset(("LDS", "STS", "LDSM", "STSM", "ATOMS"))
 #: Upper words of generic addresses in shared memory. Their lower words have the rank of a block in
 #: its cluster in bits 24 to 31.
@@ -41,7 +43,7 @@ class Memory:
         self._addresses = {
             i.index: _readers(translator, i)
             for i in instructions
-            if i.opcode in GLOBAL or i.opcode in SHARED
+            if i.opcode in GLOBAL or i.opcode in SHARED or i.name == PREFETCH
         }
         self._mbarriers = {
             i.index: mbarriers.decoder(translator, i)
@@ -102,6 +104,8 @@ class Memory:
         tensor = -1
         if distinct.any():
             tensor = int(found[distinct][0] * accesses.SECTOR_BYTES // TENSOR_BYTES) - 1
+        if i.name == PREFETCH:
+            return Access(wavefronts, (_LINE_SECTORS * distinct.sum(axis=1)).tolist(), tensor)
         if not cached:
             return Access(wavefronts, distinct.sum(axis=1).tolist(), tensor)
         misses = []

@@ -327,6 +327,9 @@ class Multiprocessor:
                 warp.stored = max(warp.stored, arrived)
                 return started, started + how.latency
             return started, arrived
+        if kind is Kind.PREFETCH:
+            self._from_dram(step, started, self._memory.loads)
+            return started, started
         arrived = self._transfer(
             step, started, self._memory.stores if kind is Kind.STORE else self._memory.loads
         )
@@ -345,17 +348,23 @@ class Multiprocessor:
         memory, gpu = self._memory, self._gpu
         self._l2 = max(self._l2, started) + moved / memory.l2_rate
         self._l2_bytes += moved
-        share = from_dram.get(step.tensor, 0.0)
-        arrived = self._l2 + gpu.l2_latency
-        if share:
-            self._dram = max(self._dram, started) + moved * share / memory.dram_rate
-            self._dram_bytes += moved * share
-            # Of many loads of the same, those whose turn it is miss the L2: the first to begin.
-            self._owed[step.tensor] -= moved * share
-            if self._owed[step.tensor] < 0:
-                self._owed[step.tensor] += moved
-                arrived = max(self._l2, self._dram) + gpu.dram_latency
-        return arrived
+        if self._from_dram(step, started, from_dram):
+            return max(self._l2, self._dram) + gpu.dram_latency
+        return self._l2 + gpu.l2_latency
+
+    def _from_dram(self, step: Step, started: float, shares: dict[int, float]) -> bool:
+        """Move an access's share of the bytes that come from DRAM; whether it waits for them."""
+        share, moved = shares.get(step.tensor, 0.0), SECTOR_BYTES * step.sectors
+        if not share or not moved:
+            return False
+        self._dram = max(self._dram, started) + moved * share / self._memory.dram_rate
+        self._dram_bytes += moved * share
+        # Of many loads of the same, those whose turn it is miss the L2: the first to begin.
+        self._owed[step.tensor] -= moved * share
+        if self._owed[step.tensor] >= 0:
+            return False
+        self._owed[step.tensor] += moved
+        return True
 
     def _barrier(
         self, warp: _Warp | None, how: Timing, now: float, block: _Block | None = None
@@ -408,7 +417,7 @@ class Multiprocessor:
 
 
 _WAITS = frozenset((Kind.MBARRIER_WAIT, Kind.CLUSTER_WAIT))
-_TRANSFERS = frozenset((Kind.LOAD, Kind.COPY, Kind.STORE))
+_TRANSFERS = frozenset((Kind.LOAD, Kind.COPY, Kind.STORE, Kind.PREFETCH))
 _PIPE_NAMES = {
     Pipe.FMA: "fma",
     Pipe.FMA_ANY: "fma",

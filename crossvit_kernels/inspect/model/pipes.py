@@ -14,7 +14,7 @@ import enum
 import re
 
 from crossvit_kernels.inspect.model.gpus import Gpu
-from crossvit_kernels.inspect.model.memory import GLOBAL
+from crossvit_kernels.inspect.model.memory import GLOBAL, PREFETCH
 from crossvit_kernels.inspect.model.sass import Instruction
 
 
@@ -53,6 +53,7 @@ class Kind(enum.IntEnum):
     MBARRIER_ARRIVE = 16
     MBARRIER_WAIT = 17
     BULK_COPY = 18
+    PREFETCH = 19  # to L2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,8 @@ def _of_clusters(i: Instruction) -> Timing:
     if opcode == "MEMBAR":
         scope = next((m for m in modifiers if m in _FENCE_LATENCY), "GPU")
         return Timing(Kind.FENCE, Pipe.NONE, 0, _FENCE_LATENCY[scope], barrier=scope)
+    if i.name == PREFETCH:
+        return Timing(Kind.PREFETCH, Pipe.SHARED, 1, 0)
     if opcode == "CCTL":
         return Timing(Kind.FENCE, Pipe.NONE, 0, _INVALIDATION, barrier="CTA")
     if opcode == "UBLKCP":

@@ -52,9 +52,13 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   BackwardPass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
   const Image<T> x = image_of<T>(a.x, a.mask, image);
-  pass.start(x, range);
   const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
   const float* dm = static_cast<const float*>(a.dm.data) + image * a.dm.batch_stride;
+  const float* m = static_cast<const float*>(a.m.data) + image * a.m.batch_stride;
+  prefetch_rows(dm + begin * a.dm.row_stride, a.dm.row_stride, count, channels);
+  prefetch_rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  prefetch_rows(m + begin * a.m.row_stride, a.m.row_stride, count, channels);
+  pass.start(x, range);
   T* rows = pass.rows();
   write_rows<P>(rows, dm + begin * a.dm.row_stride, a.dm.row_stride, count, channels);
   rows += P::kRows * P::row_pitch(channels);
@@ -70,7 +74,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
            });
   if (tiles) {
     cluster_sync();
-    pass.gather(tiles, range);
+    pass.gather(tiles, count, range);
   }
 
   float* du = static_cast<float*>(a.du.data) + image * a.du.batch_stride;

@@ -80,23 +80,13 @@ class BackwardPass : public BackwardMemory<P>::Base {
   }
 
   // See forward_pass.h.
-  __device__ void gather(const TilePartials<P>& tiles, const Range& range) {
-    const int warp_groups = P::warp_groups(channels_), num_tiles = P::tiles_of(range);
-    const int first = this->first_in_share(range), last = this->last_in_share(range);
-#pragma unroll 1
-    for (int i = warp_index(); i < warp_groups * kRows; i += block_warps()) {
-      const int warp_group = i / kRows, row = i % kRows;
-#pragma unroll 1
-      for (int channel = first + lane_index(); channel < last; channel += 32) {
-        float sum = 0, mean = 0;
-#pragma unroll 4  // loads in flight
-        for (int tile = warp_group; tile < num_tiles; tile += warp_groups) {
-          sum += tiles.sum(tile, row, channel);
-          mean += tiles.mean(tile, row, channel);
-        }
-        group_sums(warp_group)[row * P::row_pitch(channels_) + channel] = sum - mean;
-      }
-    }
+  __device__ void gather(const TilePartials<P>& tiles, int count, const Range& range) {
+    const auto store = [&](int warp_group, int row, int channel, const Gathered& gathered) {
+      float2* to = reinterpret_cast<float2*>(group_sums(warp_group) +
+                                             row * P::row_pitch(channels_) + channel);
+      *to = make_float2(gathered.sums.x - gathered.mean, gathered.sums.y - gathered.mean);
+    };
+    this->template for_each_gathered<Gathered>(tiles, count, range, store);
     __syncthreads();
   }
 
@@ -120,6 +110,21 @@ class BackwardPass : public BackwardMemory<P>::Base {
   }
 
  private:
+  struct Gathered {
+    float2 sums = {0, 0};
+    float mean = 0;
+
+    __device__ void load(const TilePartials<P>& tiles, int tile, int row, int channel) {
+      sums = tiles.sums(tile, row, channel);
+      mean = tiles.mean(tile, row, channel);
+    }
+    __device__ void add(const Gathered& other) {
+      sums.x += other.sums.x;
+      sums.y += other.sums.y;
+      mean += other.mean;
+    }
+  };
+
   __device__ float* row_sums() const { return row_floats_ + 2 * kRows; }  // dm's, then u's
   __device__ float* moments() const {
     return reinterpret_cast<float*>(weights_ + P::kTokens * kWeightPitch);
@@ -238,6 +243,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
           }
         }
       }
+      __syncwarp();  // one lane's elements were loaded by another
       T* corner = tile + first * 16 + g * pitch + 2 * t;
 #pragma unroll
       for (int i = 0; i < 4 * kCount; ++i) {

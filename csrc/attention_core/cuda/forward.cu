@@ -29,13 +29,14 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   ForwardPass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
   const Image<T> x = image_of<T>(a.x, a.mask, image);
-  pass.start(x, range);
   const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
+  prefetch_rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  pass.start(x, range);
   write_rows<P>(pass.rows(), u + begin * a.u.row_stride, a.u.row_stride, count, channels);
   pass.run(x, range, tiles);
   if (tiles) {
     cluster_sync();
-    pass.gather(tiles, range);
+    pass.gather(tiles, count, range);
   }
 
   if (gridDim.y > 1) {

@@ -55,27 +55,17 @@ class ForwardPass : public ForwardBase<P> {
   }
 
   // After run() in all blocks that share the image: forms the partials that a block with all tiles
-  // would have stored, for this block's share of the channels. Called by all threads.
-  __device__ void gather(const TilePartials<P>& tiles, const Range& range) {
-    const int warp_groups = P::warp_groups(channels_), num_tiles = P::tiles_of(range);
-    const int first = this->first_in_share(range), last = this->last_in_share(range);
-#pragma unroll 1
-    for (int i = warp_index(); i < warp_groups * P::kRows; i += block_warps()) {
-      const int warp_group = i / P::kRows, row = i % P::kRows;
-#pragma unroll 1
-      for (int channel = first + lane_index(); channel < last; channel += 32) {
-        SoftmaxState state;
-        float sum = 0, mean = 0;
-#pragma unroll 4  // loads in flight
-        for (int tile = warp_group; tile < num_tiles; tile += warp_groups) {
-          const Scales scales = join(state, tiles.state(tile, row));
-          sum = scales.join(sum, tiles.sum(tile, row, channel));
-          mean = scales.join(mean, tiles.mean(tile, row, channel));
-        }
-        group_sums(warp_group)[row * P::row_pitch(channels_) + channel] = sum - mean;
-        if (channel == first) *group_state(warp_group, row) = state;
-      }
-    }
+  // would have stored, for rows [0, count) and this block's share of the channels. Called by all
+  // threads.
+  __device__ void gather(const TilePartials<P>& tiles, int count, const Range& range) {
+    const int first = this->first_in_share(range);
+    const auto store = [&](int warp_group, int row, int channel, const Gathered& gathered) {
+      float2* to = reinterpret_cast<float2*>(group_sums(warp_group) +
+                                             row * P::row_pitch(channels_) + channel);
+      *to = make_float2(gathered.sums.x - gathered.mean, gathered.sums.y - gathered.mean);
+      if (channel == first) *group_state(warp_group, row) = gathered.state;
+    };
+    this->template for_each_gathered<Gathered>(tiles, count, range, store);
     __syncthreads();
   }
 
@@ -106,6 +96,24 @@ class ForwardPass : public ForwardBase<P> {
   }
 
  private:
+  // Sums of tiles' partials.
+  struct Gathered {
+    SoftmaxState state;
+    float2 sums = {0, 0};
+    float mean = 0;
+
+    __device__ void load(const TilePartials<P>& tiles, int tile, int row, int channel) {
+      state = tiles.state(tile, row);
+      sums = tiles.sums(tile, row, channel);
+      mean = tiles.mean(tile, row, channel);
+    }
+    __device__ void add(const Gathered& other) {
+      const Scales scales = join(state, other.state);
+      sums = make_float2(scales.join(sums.x, other.sums.x), scales.join(sums.y, other.sums.y));
+      mean = scales.join(mean, other.mean);
+    }
+  };
+
   __device__ SoftmaxState* group_state(int warp_group, int row) const {
     float* states = group_sums(warp_group) + P::kRows * P::row_pitch(channels_);
     return reinterpret_cast<SoftmaxState*>(states) + row;

@@ -118,17 +118,17 @@ class TilePartials {
     if (lane_index() % 4 || P::group_lane(channels_)) return;
     for (int group = 0; group < P::kRowGroups; ++group) {
       float* row_stats = row_stats_of(tile, 8 * group + lane_index() / 4);
-      row_stats[0] = states[group].peak;
-      row_stats[1] = states[group].total;
+      *reinterpret_cast<float2*>(row_stats) = make_float2(states[group].peak, states[group].total);
     }
   }
 
   __device__ SoftmaxState state(int tile, int row) const {
-    const float* row_stats = row_stats_of(tile, row);
-    return {row_stats[0], row_stats[1]};
+    const float2 pair = *reinterpret_cast<const float2*>(row_stats_of(tile, row));
+    return {pair.x, pair.y};
   }
-  __device__ float sum(int tile, int row, int channel) const {
-    return sums_of(tile)[row * channels_ + channel];
+  // Of the channel and the next.
+  __device__ float2 sums(int tile, int row, int channel) const {
+    return *reinterpret_cast<const float2*>(sums_of(tile) + row * channels_ + channel);
   }
   // The means' contribution from the warp that had the channel.
   __device__ float mean(int tile, int row, int channel) const {
@@ -137,7 +137,7 @@ class TilePartials {
   }
 
  private:
-  static constexpr int kRowStats = 2 + P::kMaxGroupWarps;
+  static constexpr int kRowStats = round_up(2 + P::kMaxGroupWarps, 2);
 
   __device__ float* sums_of(int tile) const { return memory_ + tile * floats(channels_); }
   __device__ float* row_stats_of(int tile, int row) const {
@@ -207,6 +207,46 @@ class TokenPass {
   }
   __device__ float* group_sums(int warp_group) const {
     return reinterpret_cast<float*>(rows_) + warp_group * group_floats(channels_);
+  }
+
+  // Adds up the tiles' partials in this block's share of the channels, for rows [0, count) of each
+  // warp group, as a block that has all tiles would in registers: calls visit(warp_group, row,
+  // channel, sums) with the Sums of a channel and the next. Called by all threads.
+  template <class Sums, class Visit>
+  __device__ void for_each_gathered(const TilePartials<P>& tiles, int count, const Range& range,
+                                    Visit visit) const {
+    constexpr int kItems = 2, kTiles = 4;  // whose loads are in flight
+    const int warp_groups = P::warp_groups(channels_), num_tiles = P::tiles_of(range);
+    const int items = warp_groups * count;
+#pragma unroll 1
+    for (int first = warp_index(); first < items; first += kItems * block_warps()) {
+#pragma unroll 1
+      for (int channel = first_in_share(range) + 2 * lane_index(); channel < last_in_share(range);
+           channel += 64) {
+        Sums sums[kItems];
+#pragma unroll 1
+        for (int begin = 0; begin < num_tiles; begin += kTiles * warp_groups) {
+          Sums added[kItems][kTiles];
+#pragma unroll
+          for (int i = 0; i < kItems * kTiles; ++i) {
+            const int item = first + i / kTiles * block_warps();
+            const int tile = begin + i % kTiles * warp_groups + item / count;
+            if (item < items && tile < num_tiles) {
+              added[i / kTiles][i % kTiles].load(tiles, tile, item % count, channel);
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < kItems * kTiles; ++i) {
+            sums[i / kTiles].add(added[i / kTiles][i % kTiles]);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          const int item = first + i * block_warps();
+          if (item < items) visit(item / count, item % count, channel, sums[i]);
+        }
+      }
+    }
   }
 
   // This block's share of the channels.

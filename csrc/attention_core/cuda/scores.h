@@ -1,6 +1,7 @@
 #pragma once
 
 #include "attention_core/cuda/plan.h"
+#include "common/cuda/memory.h"
 
 namespace crossvit::attention_core {
 
@@ -44,6 +45,15 @@ struct SliceStatistics {
 // Gives each lane the value of its i-th token, from the lane that owns it.
 __device__ __forceinline__ float from_owner(const float (&values)[2], int i) {
   return __shfl_sync(~0u, values[i >> 1], lane_index() % 4 * 9 + (i & 1) * 4);
+}
+
+// Brings rows [0, count) to L2. Copies of tokens that start first would hold up the loads of them.
+// Called by all threads.
+__device__ inline void prefetch_rows(const float* from, int64_t stride, int count, int channels) {
+  const int row_bytes = channels * static_cast<int>(sizeof(float));
+  for (int row = warp_index(); row < count; row += block_warps()) {
+    prefetch(from + row * stride, row_bytes, lane_index(), 32);
+  }
 }
 
 // Writes rows [0, count) as tensor-core operands, and zeros to the others. Called by all threads.

@@ -87,12 +87,13 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     x.extra = rows + image * layout.pitch;
     return x;
   };
+  prefetch_parameters<T>(w, cls_channels, channels);
+  copy_rows<T>(floats, p.dnew_cls, first, count, cls_channels);
   if (!aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
 
   // g
   clear_rows(rows, count, cls_channels);
   const int cls_pitch = operand_pitch<T>(cls_channels), pitch = operand_pitch<T>(channels);
-  copy_rows<T>(floats, p.dnew_cls, first, count, cls_channels);
   __syncthreads();
 #pragma unroll 1
   for (int c = thread_index(); c < cls_channels; c += block_threads()) {
@@ -107,9 +108,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   // Writes to the floats of all blocks.
   const auto write_floats = [&](int width) {
     return [&, width](int) {
-      return [&, width](int row, int c, float value) {
+      return [&, width](int row, int c, float4 values) {
         if (row >= count) return;
-        store_in_ranks(floats + row * width + c, value);
+        store_in_ranks(reinterpret_cast<float4*>(floats + row * width + c), values);
       };
     };
   };
@@ -136,18 +137,20 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   // do = W_o^T dupdate, written to the operands of all blocks and to memory
   transposed_linears(rows, pitch, w.out.weight.data, 1, channels, channels, [&](int) {
-    return [&](int row, int c, float value) {
+    return [&](int row, int c, float4 values) {
       const bool has_image = row < count;
-      store_in_ranks(narrow + row * pitch + c, from_float<T>(has_image ? value : 0));
-      if (has_image) gradients_of(row).dout[c] = value;
+      if (!has_image) values = make_float4(0, 0, 0, 0);
+      using Bits = typename FourColumns<T>::Bits;
+      store_in_ranks(reinterpret_cast<Bits*>(narrow + row * pitch + c), pack_four<T>(values));
+      if (has_image) *reinterpret_cast<float4*>(gradients_of(row).dout + c) = values;
     };
   });
   cluster_sync();
   // dz_h = W_v,h^T do_h
   transposed_linears(narrow, pitch, w.value.weight.data, heads, head_dim, channels, [&](int head) {
     float* to = p.dz + head_offset(batch, channels, head, first);
-    return [&, to](int row, int c, float value) {
-      if (row < count) to[int64_t{row} * channels + c] = value;
+    return [&, to](int row, int c, float4 values) {
+      if (row < count) *reinterpret_cast<float4*>(to + int64_t{row} * channels + c) = values;
     };
   });
   for (int row = 0; row < count; ++row) {

@@ -88,7 +88,8 @@ __device__ void pass_over_images(Pass& pass, const Images& images, float* memory
   cluster_sync();
   if (images.blocks_per_image == 1) return;
   for (int head = 0; images.begin < images.count && head < heads; head += P::kRows) {
-    pass.gather(partials_of(images.begin, head), images.tokens);
+    const int count = minimum(P::kRows, heads - head);
+    pass.gather(partials_of(images.begin, head), count, images.tokens);
     results(images.begin, head);
   }
   cluster_sync();
@@ -109,7 +110,7 @@ struct Share {
 template <class T, class WriteOf>
 __device__ void transposed_linears(const T* rows, int pitch, const void* weights, int heads,
                                    int depth, int columns, WriteOf write_of) {
-  const int warps = block_warps(), column_blocks = columns / kColumnBlock;
+  const int warps = block_warps(), column_blocks = ceil_div(columns, kColumnBlock);
   const int first = cluster_rank() * warps + warp_index();
   for (int i = first; i < heads * column_blocks; i += cluster_size() * warps) {
     const int head = i / column_blocks;
@@ -152,6 +153,31 @@ __device__ void linear_of_heads(T* rows, int pitch, const Layer& layer, const La
     __syncthreads();
     begin = end;
   }
+}
+
+// Brings the parameters to L2, a line once in the whole grid. The tokens' copies, which start
+// early, would hold up the loads of one layer after another.
+template <class T>
+__device__ void prefetch_parameters(const Weights& w, int cls_channels, int channels) {
+  const int thread = static_cast<int>(blockIdx.x) * block_threads() + thread_index();
+  const int threads = static_cast<int>(gridDim.x) * block_threads();
+  const auto fetch = [&](const Parameter& p, int64_t count) {
+    const int size = p.dtype == DType::kFloat32 ? 4 : static_cast<int>(sizeof(T));
+    if (p.data) prefetch(p.data, count * size, thread, threads);
+  };
+  const auto fetch_layer = [&](const Layer& layer, int64_t depth, int width) {
+    fetch(layer.weight, depth * width);
+    fetch(layer.bias, width);
+  };
+  fetch_layer(w.proj_norm, 1, cls_channels);
+  fetch_layer(w.norm, 1, channels);
+  fetch_layer(w.back_norm, 1, channels);
+  fetch_layer(w.proj, cls_channels, channels);
+  fetch_layer(w.query, channels, channels);
+  fetch_layer(w.key, channels, channels);
+  fetch_layer(w.value, channels, channels);
+  fetch_layer(w.out, channels, channels);
+  fetch_layer(w.back, channels, cls_channels);
 }
 
 // Copies rows of a parameter [.., width] to floats in shared memory. Called by a block.

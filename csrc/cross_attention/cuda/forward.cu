@@ -40,10 +40,11 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     x.extra = rows + image * layout.pitch;
     return x;
   };
+  prefetch_parameters<T>(w, cls_channels, channels);
+  copy_rows<T>(y0, p.cls, first, count, cls_channels);
   if (!aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
 
   clear_rows(rows, count, cls_channels);
-  copy_rows<T>(y0, p.cls, first, count, cls_channels);
   __syncthreads();
   normalize_rows<T, true>(
       statistics, count, cls_channels, eps, w.proj_norm,
@@ -91,8 +92,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const float scale = 1.0f / sqrtf(static_cast<float>(head_dim));
   transposed_linears(queries, pitch, w.key.weight.data, heads, head_dim, channels, [&](int head) {
     float* to = v.kt + head_offset(batch, channels, head, first);
-    return [&, to](int row, int c, float value) {
-      if (row < count) to[int64_t{row} * channels + c] = value * scale;
+    return [&, to](int row, int c, float4 values) {
+      if (row >= count) return;
+      *reinterpret_cast<float4*>(to + int64_t{row} * channels + c) = scaled(values, scale);
     };
   });
   // y0 is the first token of each image.

@@ -263,63 +263,96 @@ __device__ void linear(const T* rows, int pitch, const Layer& layer, int depth, 
   }
 }
 
-// The first, or the second, elements of two pairs.
+// Four adjacent elements of a row of a matrix.
 template <class T>
-__device__ __forceinline__ Pair<T> join(Pair<T> a, Pair<T> b, int which) {
+struct FourColumns {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
+  Pair<T> pair[2];
+
+  __device__ static FourColumns load_if(bool condition, const T* from) {
+    FourColumns columns;
+    Bits bits = {};
+    if (condition) bits = *reinterpret_cast<const Bits*>(from);
+    memcpy(&columns, &bits, sizeof columns);
+    return columns;
+  }
+};
+
+// The elements of one column in two rows.
+template <class T>
+__device__ __forceinline__ Pair<T> join(const FourColumns<T>& a, const FourColumns<T>& b,
+                                        int column) {
+  const Pair<T> first = a.pair[column / 2], second = b.pair[column / 2];
   if constexpr (sizeof(T) == 4) {
-    return which ? make_float2(a.y, b.y) : make_float2(a.x, b.x);
+    return column % 2 ? make_float2(first.y, second.y) : make_float2(first.x, second.x);
   } else {
-    return __byte_perm(a, b, which ? 0x7632 : 0x5410);
+    return __byte_perm(first, second, column % 2 ? 0x7632 : 0x5410);
   }
 }
 
-constexpr int kColumnBlock = 16;  // columns that transposed_linear takes at once
+// Four numbers in the operands' type.
+template <class T>
+__device__ __forceinline__ typename FourColumns<T>::Bits pack_four(float4 values) {
+  const Pair<T> pairs[2] = {pack<T>(values.x, values.y), pack<T>(values.z, values.w)};
+  typename FourColumns<T>::Bits bits;
+  memcpy(&bits, pairs, sizeof bits);
+  return bits;
+}
+
+__device__ __forceinline__ float4 scaled(float4 v, float factor) {
+  return make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
+}
+
+constexpr int kColumnBlock = 32;  // columns that transposed_linear takes at once
 
 // Columns [first, first + kColumnBlock) of rows W, W [depth, columns]: calls write(row, column,
-// value). A lane loads two columns for each of its four k of a step, one for either tile of 8
-// columns. Called by a warp.
+// values) with the values of four columns. A lane loads four columns for each of its k, one for
+// each tile of 8 columns. Called by a warp.
 template <class T, class Write>
 __device__ void transposed_linear(const T* rows, int pitch, const void* weight, int depth,
                                   int columns, int first, Write write) {
-  constexpr int kSteps = 4;  // of 16 along k: loads in flight
+  using V = Vector<T>;
+  constexpr int kDepth = 4 * V::kElements;
+  constexpr int kSteps = 4;  // of kDepth along k: loads in flight
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const T* w = static_cast<const T*>(weight) + int64_t{2 * t} * columns + first + 2 * g;
-  float sums[2][4] = {};
+  const T* w = static_cast<const T*>(weight) + first + 4 * g;
+  float sums[4][4] = {};
 #pragma unroll 1
-  for (int begin = 0; begin < depth; begin += 16 * kSteps) {
-    Pair<T> b[kSteps][4];
+  for (int begin = 0; begin < depth; begin += kSteps * kDepth) {
+    const int k = begin + t * V::kElements;
+    FourColumns<T> b[kSteps][V::kElements];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      const bool is_used = k + step * kDepth < depth && first + 4 * g < columns;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int k = begin + 16 * step + 8 * (i >> 1);  // depth is a multiple of 8
-        b[step][i] = k < depth ? load_pair(i & 1 ? w + columns : w) : pack<T>(0, 0);
-        if (i & 1) w += 8 * columns;
+      for (int i = 0; i < V::kElements; ++i) {
+        b[step][i] = FourColumns<T>::load_if(is_used, w + int64_t{k + step * kDepth + i} * columns);
       }
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      FragmentA<T> a;
+      const int k_step = k + step * kDepth < depth ? k + step * kDepth : 0;  // there b is 0
+      const V upper = V::load(rows + g * pitch + k_step);
+      const V lower = V::load(rows + (g + 8) * pitch + k_step);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int k = begin + 16 * step + 8 * (i >> 1);
-        const T* pair = rows + (g + 8 * (i & 1)) * pitch + k + 2 * t;
-        a.pair[i] = k < depth ? load_pair(pair) : pack<T>(0, 0);
-      }
+      for (int i = 0; i < V::kPairs; i += 2) {
+        const FragmentA<T> a = {
+            {upper.pair[i], lower.pair[i], upper.pair[i + 1], lower.pair[i + 1]}};
+        const FourColumns<T>* b_rows = b[step] + 2 * i;
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        multiply(sums[tile], a,
-                 FragmentB<T>{{join<T>(b[step][0], b[step][1], tile),
-                               join<T>(b[step][2], b[step][3], tile)}});
+        for (int tile = 0; tile < 4; ++tile) {
+          multiply(sums[tile], a,
+                   FragmentB<T>{
+                       {join<T>(b_rows[0], b_rows[1], tile), join<T>(b_rows[2], b_rows[3], tile)}});
+        }
       }
     }
   }
 #pragma unroll
-  for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      write(g + 8 * (i >> 1), first + 2 * (2 * t + (i & 1)) + tile, sums[tile][i]);
-    }
+  for (int i = 0; i < 4; ++i) {
+    const int column = first + 4 * (2 * t + (i & 1));
+    if (column >= columns) continue;
+    write(g + 8 * (i >> 1), column, make_float4(sums[0][i], sums[1][i], sums[2][i], sums[3][i]));
   }
 }
 

@@ -149,6 +149,8 @@ inline float exp2_approx(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+inline void prefetch_line(const void*) {}
+
 inline uint32_t load_constant(const char* from, int size) {
   uint32_t bits = 0;
   if (size > 0) std::memcpy(&bits, from, static_cast<size_t>(size));
