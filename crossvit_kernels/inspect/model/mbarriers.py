@@ -17,7 +17,7 @@ from crossvit_kernels.inspect.model.integer_code import Reader, Registers, Trans
 from crossvit_kernels.inspect.model.lanes import Value, of_lanes
 from crossvit_kernels.inspect.model.sass import Instruction
 
-OPCODES = frozenset(("SYNCS", "UBLKCP"))
+_OPCODES = frozenset(("SYNCS", "UBLKCP"))
 _OFFSET = (1 << 24) - 1
 _TENSOR_BYTES = 1 << 40
 #: An mbarrier in memory holds this less the arrivals of a phase, from bit 1 on.
@@ -26,9 +26,29 @@ _COUNT_LIMIT = 1 << 20
 Decoder = Callable[[Registers, int, Value], Access]
 
 
+def is_of_barriers(i: Instruction) -> bool:
+    """Whether an instruction's barrier is known from registers."""
+    return i.opcode in _OPCODES or (i.opcode == "BAR" and i.operands[0].startswith("R"))
+
+
 def decoder(translator: Translator, i: Instruction) -> Decoder:
     """A function from registers, number of warps and condition to what an instruction does."""
-    return _copy(translator, i) if i.opcode == "UBLKCP" else _operation(translator, i)
+    builders = {"UBLKCP": _copy, "SYNCS": _operation, "BAR": _named}
+    return builders[i.opcode](translator, i)
+
+
+def _named(t: Translator, i: Instruction) -> Decoder:
+    """A named barrier of the block, for as many threads as the upper half of a word says."""
+    number, threads = t.reader(i.operands[0]), t.reader(i.operands[1])
+    immediate = not i.operands[1].startswith("R")
+
+    def decode(registers: Registers, count: int, where: Value) -> Access:
+        active = of_lanes(True if where is None else where, count)
+        number_of, threads_of = (_of_first(read, registers, active) for read in (number, threads))
+        threads_of = threads_of if immediate else threads_of >> 16
+        return _access(number_of & 15, threads_of, 0 * threads_of)
+
+    return decode
 
 
 def _operation(t: Translator, i: Instruction) -> Decoder:

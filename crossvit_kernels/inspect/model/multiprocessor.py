@@ -186,7 +186,7 @@ class Multiprocessor:
             elif how.kind is not Kind.BARRIER:
                 heapq.heappush(heap, (warp.ready, warp.number, warp))
             else:
-                self._barrier(warp, how, now)
+                self._barrier(warp, step, how, now)
         if len(ends) < len(blocks):
             raise RuntimeError("warps wait at a barrier that not all of their block reach")
         cycles = max(now + 1, self._l2, self._dram)
@@ -257,7 +257,7 @@ class Multiprocessor:
         elif kind is Kind.BRANCH:
             warp.ready = max(warp.ready, now + _BRANCH)
         elif kind is Kind.ARRIVE:
-            self._barrier(None, how, now, warp.block)
+            self._barrier(None, step, how, now, warp.block)
         elif kind is Kind.FENCE:
             warp.ready = max(warp.ready, now + how.latency)
             if how.barrier != "CTA":
@@ -358,16 +358,19 @@ class Multiprocessor:
         return arrived
 
     def _barrier(
-        self, warp: _Warp | None, how: Timing, now: float, block: _Block | None = None
+        self, warp: _Warp | None, step: Step, how: Timing, now: float, block: _Block | None = None
     ) -> None:
         """Arrive, and let all go on if all have arrived."""
         block = block or (warp.block if warp else None)
         assert block is not None
-        block.arrived[how.barrier] += 1
+        name, count = how.barrier, how.count
+        if step.amount:  # known from registers
+            name, count = str(step.barrier), step.amount // 32
+        block.arrived[name] += 1
         if warp is not None:
-            block.waiting[how.barrier].append((now, warp))
-        if block.arrived[how.barrier] >= (how.count or block.live):
-            self._release(block, how.barrier, now)
+            block.waiting[name].append((now, warp))
+        if block.arrived[name] >= (count or block.live):
+            self._release(block, name, now)
 
     def _release(self, block: _Block, barrier: str, now: float) -> None:
         for since, warp in block.waiting.pop(barrier, []):

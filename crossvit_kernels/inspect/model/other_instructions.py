@@ -239,28 +239,23 @@ def _elect(t: Translator, i: Instruction, operands: Sequence[str]) -> Function |
     return run
 
 
-@builds("VOTE")
+@builds("VOTE", "VOTEU")
 def _vote(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
-    """What lanes have, as bits, and whether any or all of them have it."""
+    """A predicate of the lanes that take part: as bits, and whether any or all of them have it."""
     *written, source = operands
-    read, modes = t.reader(source), {*i.modifiers}
+    read, of_all = t.reader(source), "ALL" in i.modifiers
 
     def run(registers: Registers, where: Value) -> None:
         if where is False:
             return
-        value = read(registers)
-        known = value is not None and where is not None
-        bits: Value = None
-        holds: Value = None
-        if known:
+        value, bits, holds = read(registers), None, None
+        if value is not None and where is not None:
             lane = registers.special["SR_LANEID"]
             active = of_lanes(where, len(lane))
-            has = of_lanes(value, len(lane)) & active
-            bits = (has.astype(np.int64) << lane).sum(axis=1, keepdims=True)
-            both = has.all(axis=1) if "ALL" in modes and active.all() else None
-            if "ALL" in modes:
-                both = (has == active).all(axis=1)
-            holds = (has.any(axis=1) if both is None else both)[:, None]
+            votes = of_lanes(value, len(lane)) & active
+            bits = (votes.astype(np.int64) << lane).sum(axis=1, keepdims=True)
+            holds = (votes == active).all(axis=1) if of_all else votes.any(axis=1)
+            holds = holds[:, None]
         for name in written:
             write(registers, name, holds if is_predicate(name) else bits, where)
 
