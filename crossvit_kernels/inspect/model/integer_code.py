@@ -37,6 +37,10 @@ class Registers:
             "UP": [False] * 7 + [True],
         }
 
+    def covers_active(self, where: Any) -> bool:
+        """Whether a condition holds in all lanes that go together."""
+        return isinstance(self.active, np.ndarray) and bool((where >= self.active).all())
+
     def of(self, rows: Any) -> Registers:
         """A copy for some of the warps."""
 
@@ -219,8 +223,8 @@ def write(registers: Registers, name: str, value: Value, where: Value) -> None:
     elif where is None or value is None:
         bank[index] = None
     elif where is not False:
-        if bank[index] is None and bank_name in ("R", "UR"):
-            # A compiler reads it only where it has been written: in the same lanes.
+        if bank[index] is None and (bank_name in ("R", "UR") or registers.covers_active(where)):
+            # Compilers read it only where it has been written: in the same lanes.
             bank[index] = value
             return
         bank[index] = lanes.select(where, value, bank[index])

@@ -30,6 +30,7 @@ _BRANCH = 8
 _OPERANDS_READ = 16  # cycles until a load or store has read its registers
 _SHARED_QUEUE = 32  # cycles of work that may wait for the shared-memory pipe
 _TENSOR_QUEUE = 128  # and of wgmma for the tensor cores
+_COMMIT = 30  # from the end of tcgen05's products to the arrival at their barrier, an estimate
 _SM_L2_BYTES = 64  # a cycle, of one SM, if others leave it as much
 
 
@@ -142,7 +143,7 @@ class Multiprocessor:
         self._pipes = [[0.0] * len(Pipe) for _ in range(SUB_PARTITIONS)]
         self._other_fma = [0.0] * SUB_PARTITIONS
         self._shared = self._bulk = self._cluster = 0.0
-        self._cluster_bytes = 0.0
+        self._cluster_bytes = self._products = 0.0
         self._busy = [0.0] * len(Pipe)
         self._stalls: collections.Counter[str] = collections.Counter()
         self._waits: collections.Counter[int] = collections.Counter()
@@ -266,11 +267,26 @@ class Multiprocessor:
             self._arrive(warp.block.cluster, now + _CLUSTER_BARRIER, arrivals=1)
         elif kind is Kind.CLUSTER_WAIT:
             warp.cluster_phase += 1
+        elif kind is Kind.TENSOR_PRODUCT:
+            self._product(step.arrivals, step.amount, bool(how.count), now)
+        elif kind is Kind.TENSOR_COMMIT and step.barrier:
+            at = max(self._products, now) + _COMMIT
+            self._arrive(warp.block.mbarriers[step.barrier], at, arrivals=1)
         elif kind is Kind.BULK_COPY and step.amount:
             self._bulk = max(self._bulk, now) + max(step.amount / _BULK_BYTES, _BULK_CYCLES)
             arrived = self._transfer(step, self._bulk, self._memory.loads) + _BULK_LATENCY
             self._arrive(warp.block.mbarriers[step.barrier], arrived, copied=step.amount)
         return started, started + how.latency
+
+    def _product(self, rows: int, columns: int, in_tensor_memory: bool, now: float) -> None:
+        """16 channels of a product by all four tensor cores."""
+        # Less than 128 rows leave half of the cores idle.
+        cycles = max(rows, 128) * columns * 16 / self._gpu.tensor_macs
+        read = (columns if in_tensor_memory else rows + columns) * 16 * 2 / 128
+        self._shared = max(self._shared, now) + read
+        self._busy[Pipe.SHARED] += read
+        self._products = max(max(self._products, now) + cycles, self._shared)
+        self._busy[Pipe.TENSOR] += SUB_PARTITIONS * cycles
 
     def _arrive(self, barrier: Mbarrier, at: float, **what: int) -> None:
         """Let those who wait go on, if that ends the phase."""
@@ -420,6 +436,7 @@ _PIPE_NAMES = {
     Pipe.TENSOR: "tensor cores",
     Pipe.UNIFORM: "uniform",
     Pipe.SHARED: "shared memory",
+    Pipe.TENSOR_MEMORY: "tensor memory",
 }
 
 

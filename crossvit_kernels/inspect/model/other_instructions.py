@@ -63,6 +63,8 @@ def _of_first_lane(value: Value, where: Value) -> Value:
 
 @builds("LDC", "LDCU")
 def _load_constant(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    if operands[1].endswith("+0x2cc]"):  # behind SR_CgaSize: the blocks of a cluster
+        return words_of(lambda value: value, operands[0], t.reader("c[0x0][0x2cc]"))
     if "R" in operands[1].replace("[RZ", "["):
         return None
     if i.access_bytes == 1:
@@ -258,6 +260,20 @@ def _vote(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | 
             holds = holds[:, None]
         for name in written:
             write(registers, name, holds if is_predicate(name) else bits, where)
+
+    return run
+
+
+@builds("UTCATOMSWS")
+def _allocate(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    """There are as many columns of tensor memory as a block asks for."""
+    if "FIND_AND_SET" not in i.modifiers:
+        return None
+    allocated, column = operands[:2]
+
+    def run(registers: Registers, where: Value) -> None:
+        write(registers, allocated, True, where)
+        write(registers, column, 0, where)
 
     return run
 
