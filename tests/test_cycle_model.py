@@ -270,7 +270,7 @@ def test_integers_are_words() -> None:
 
 
 def test_gpus_are_consistent() -> None:
-    assert {*GPUS} == {"A100", "H100", "H200"}
+    assert {*GPUS} == {"A100", "RTX4090", "H100", "H200", "B200"}
     assert A100.tensor_flops == pytest.approx(312e12, rel=0.01)
     assert GPUS["H100"].tensor_flops * 1.83 / 1.755 == pytest.approx(989e12, rel=0.01)
 

@@ -177,7 +177,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     models = ("tiny", "small", "base", "9", "15", "18")
     add("--model", nargs="?", const="15", choices=models, help="of a CrossViT, by default 15")
-    add("--gpu", choices=("A100", "H100", "H200"), default="H200", help="of the model")
+    add(
+        "--gpu",
+        choices=("A100", "RTX4090", "H100", "H200", "B200"),
+        default="H200",
+        help="of the model",
+    )
     add(
         "--backend",
         type=lambda text: text.split(","),

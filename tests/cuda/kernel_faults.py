@@ -14,9 +14,9 @@ import host_compiler
 
 Change = tuple[str, str, str]  # file, text that occurs in it once, replacement
 
-PLAN, SCORES, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
+PLAN, SCORES, PARTIALS, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
     f"attention_core/cuda/{name}.h"
-    for name in ("plan", "scores", "choose", "forward_pass", "backward_pass")
+    for name in ("plan", "scores", "partials", "choose", "forward_pass", "backward_pass")
 )
 ROWS, BLOCK = "cross_attention/cuda/rows.h", "cross_attention/cuda/block.h"
 FUSION_FORWARD, FUSION_BACKWARD = (
@@ -154,9 +154,6 @@ def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Faul
         "gathered sums not seen": race(
             CORE_SHARED, no_barrier(file, f"{BARRIER}\n  }}\n\n  // After run() or gather()")
         ),
-        "a tile too many": wrong(
-            CORE_SHARED, result, (file, "< num_tiles;", "< num_tiles + FAULT;")
-        ),
     }
     return {f"{way}: {name}": fault for name, fault in faults.items()}
 
@@ -175,7 +172,7 @@ CLUSTER_BARRIERS = {
         "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start, and",
         "g": f"{CLUSTER_BARRIER}\n\n  // dy of",
         "do": f"{CLUSTER_BARRIER}\n  // dz_h",
-        "dz": f"{CLUSTER_BARRIER}\n\n  const auto run",
+        "dz": f"{CLUSTER_BARRIER}\n\n  const Elements<T> gains",
         "dq": f"{CLUSTER_BARRIER}\n  // The gradient of LN",
         "the query": f"{CLUSTER_BARRIER}\n\n  // dy0 sums",
         "reading floats": f"{CLUSTER_BARRIER}  // waits until no block",
@@ -198,6 +195,9 @@ FAULTS: dict[str, Fault] = {
     ),
     "backward: a token of dx too many": overflow(
         CORE, (BACKWARD_PASS, "token + row >= last ||", "token + row >= last + FAULT ||")
+    ),
+    "a tile too many": wrong(
+        CORE_SHARED, "m", (PARTIALS, "&& tile < num_tiles)", "&& tile < num_tiles + FAULT)")
     ),
     # The tiles of tokens and their scores.
     "a token too many": overflow(CORE, (PLAN, "token >= last)", "token >= last + FAULT)")),
@@ -311,7 +311,7 @@ FAULTS: dict[str, Fault] = {
         FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"cls_channels);\n  {BARRIER}\n  normalize_rows")
     ),
     "fusion backward: dnew_cls not seen": race(
-        FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"cls_channels);\n  {BARRIER}\n#pragma")
+        FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"(channels);\n  {BARRIER}\n#pragma")
     ),
     "statistics not seen": race(
         FUSION_ALIASED, no_barrier(ROWS, f"width, eps, x);\n  {BARRIER}\n  for_each_element")

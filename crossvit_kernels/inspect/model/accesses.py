@@ -26,9 +26,9 @@ class Access(NamedTuple):
         tensor: Number of the tensor in global memory; -1 for none, or one that is not known.
         remote: Bytes to or from the shared memory of the cluster's other blocks, by warp.
         barrier: Address of the mbarrier that is waited for, arrived at or signalled; by warp.
-        amount: Of a wait: the parity. Of an initialization: the arrivals of a phase. Else bytes of
-            copies: that an arrival announces, or that a copy brings.
-        arrivals: At the mbarrier, by warp.
+        amount: Of a wait: the parity. Of an initialization: the arrivals of a phase. Of a product:
+            its columns. Else bytes of copies: that an arrival announces, or that a copy brings.
+        arrivals: At the mbarrier; of a product: its rows; by warp.
     """
 
     wavefronts: list[int]

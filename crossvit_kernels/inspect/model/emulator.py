@@ -161,8 +161,9 @@ class Emulator:
         if target is None:
             raise ValueError(f"{self._kernel.name}: cannot follow {i.name} {i.operands}")
         if where is None:
-            where = self._likely(i)
-            if not where:
+            where = self._avoids_slow_path(i)
+            if where is None:
+                where = False
                 self._unknown[i.source or str(i.index)] += len(group.warps)
         if not isinstance(where, np.ndarray):
             if not where:
@@ -172,9 +173,14 @@ class Emulator:
                 return [group] if target < 0 else None
         return group.diverge(where, target)
 
-    def _likely(self, i: Instruction) -> bool:
-        """Whether to take a branch on something that is not known: only around a slow path."""
+    def _avoids_slow_path(self, i: Instruction) -> bool | None:
+        """Whether a branch is taken that one side of which calls a slow path; None if none does."""
         if i.target is None or i.target <= i.index:
+            return None
+        instructions = self._kernel.instructions
+        beyond = (s.opcode for s in instructions[i.target :] if s.opcode in _CONTROL)
+        if next(beyond, "") == "CALL":
             return False
-        skipped = self._kernel.instructions[i.index + 1 : i.target]
-        return any(s.opcode == "CALL" for s in skipped)
+        if any(s.opcode == "CALL" for s in instructions[i.index + 1 : i.target]):
+            return True
+        return None

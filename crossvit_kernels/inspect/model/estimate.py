@@ -171,6 +171,8 @@ def _work(
                 if step.sectors:
                     store = how.kind is Kind.STORE
                     seen[store, step.tensor] += SECTOR_BYTES * step.sectors
+                elif how.kind is Kind.TENSOR_PRODUCT:
+                    macs += 4 * step.arrivals * step.amount * 16 / gpu.tensor_macs
                 elif how.pipe is Pipe.TENSOR:
                     share = gpu.mma_share if i.opcode == "HMMA" else 1.0
                     macs += how.cycles * share

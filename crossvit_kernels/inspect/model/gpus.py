@@ -114,4 +114,42 @@ H100 = Gpu(
 #: The same chip with faster memory.
 H200 = dataclasses.replace(H100, name="H200", dram_bytes_per_second=4.8e12, achievable_dram=0.88)
 
-GPUS = {gpu.name: gpu for gpu in (A100, H100, H200)}
+RTX_4090 = Gpu(
+    name="RTX4090",  # "NVIDIA Ada GPU Architecture"; throughput and latencies from Luo et al.
+    compute_capability=89,
+    multiprocessors=128,
+    clock=2.52e9,  # boost: 165 TFLOP/s with sums in float32
+    dram_bytes_per_second=1.008e12,
+    achievable_dram=0.92,
+    l2_bytes_per_cycle=1622,
+    l2_bytes=72 << 20,
+    tensor_macs=256,
+    mma_share=1.0,
+    fp32_lanes=32,
+    l1_latency=43,
+    l2_latency=273,
+    dram_latency=542,
+)
+#: NVIDIA's data sheet has sizes, DRAM and the peak of 2.25 PFLOP/s. The rest are estimates: an L2
+#: as fast for each SM as an H100's, latencies of two dies, and mma.sync at an A100's rate.
+B200 = Gpu(
+    name="B200",
+    compute_capability=100,
+    multiprocessors=148,
+    clock=1.85e9,
+    dram_bytes_per_second=8e12,
+    achievable_dram=0.87,
+    l2_bytes_per_cycle=5014,
+    l2_bytes=126 << 20,
+    tensor_macs=4096,
+    mma_share=0.25,
+    fp32_lanes=32,
+    l1_latency=41,
+    l2_latency=300,
+    dram_latency=650,
+    gpcs=(18,) * 6 + (20,) * 2,
+    cluster_latency=180,
+    cluster_bytes_per_cycle=14.1,
+)
+
+GPUS = {gpu.name: gpu for gpu in (A100, RTX_4090, H100, H200, B200)}

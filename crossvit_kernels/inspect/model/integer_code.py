@@ -37,6 +37,10 @@ class Registers:
             "UP": [False] * 7 + [True],
         }
 
+    def covers_active(self, where: Any) -> bool:
+        """Whether a condition holds in all lanes that go together."""
+        return isinstance(self.active, np.ndarray) and bool((where >= self.active).all())
+
     def of(self, rows: Any) -> Registers:
         """A copy for some of the warps."""
 
@@ -163,13 +167,22 @@ class Translator:
             elif name.endswith(".64"):
                 terms.append(self.pair(name.removesuffix(".64")))
             else:
-                terms.append(self.reader(re.sub(r"\.(X\d+|U32)$", "", name)))
+                terms.append(self._scaled(name))
 
         def total(registers: Registers) -> Value:
             values = [term(registers) for term in terms]
             return None if any(v is None for v in values) else sum(values)
 
         return total
+
+    def _scaled(self, operand: str) -> Reader:
+        """Of ``R4.X16``, a register times 16."""
+        found = re.fullmatch(r"(.*?)(?:\.U32|\.X(\d+))?", operand)
+        assert found is not None
+        read, scale = self.reader(found[1]), int(found[2] or 1)
+        if scale == 1:
+            return read
+        return lambda registers: None if (value := read(registers)) is None else value * scale
 
     def function(self, instruction: Instruction) -> Function | None:
         """What an instruction does to registers; None where that is nothing."""
@@ -210,10 +223,9 @@ def write(registers: Registers, name: str, value: Value, where: Value) -> None:
     elif where is None or value is None:
         bank[index] = None
     elif where is not False:
-        if bank[index] is None and isinstance(registers.active, np.ndarray):
-            # What the lanes had that do not go along is theirs to write again.
-            if (where >= registers.active).all():
-                bank[index] = value
+        if bank[index] is None and (bank_name in ("R", "UR") or registers.covers_active(where)):
+            # Compilers read it only where it has been written: in the same lanes.
+            bank[index] = value
             return
         bank[index] = lanes.select(where, value, bank[index])
 

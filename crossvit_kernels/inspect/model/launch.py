@@ -9,8 +9,9 @@ from crossvit_kernels.inspect.model import sass
 from crossvit_kernels.inspect.model.emulator import Block
 from crossvit_kernels.inspect.model.sass import Kernel
 
-#: Where sm_90's constant bank has whether there are clusters, and the blocks of one.
-_HAS_CLUSTERS, _CLUSTER_SIZE = 0x140, 0x188
+#: Where the constant bank has whether there are clusters, and the blocks of one, from sm_90 and
+#: from sm_100 on.
+_CLUSTERS = {9: (0x140, 0x188), 10: (0x36C, 0x2CC)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Launch:
             start + n: int.from_bytes(self.parameters[n : n + 4], "little")
             for n in range(0, len(self.parameters), 4)
         }
-        if compute_capability // 10 == 9:
-            words |= {_HAS_CLUSTERS: int(self.cluster > 1), _CLUSTER_SIZE: self.cluster}
+        if clusters := _CLUSTERS.get(compute_capability // 10):
+            words |= {clusters[0]: int(self.cluster > 1), clusters[1]: self.cluster}
         threads, blocks = (0, 12) if compute_capability < 100 else (0x360, 0x370)
         for place, sizes in ((threads, (32 * self.num_warps, 1, 1)), (blocks, self.grid)):
             words |= {place + 4 * n: size for n, size in enumerate(sizes)}

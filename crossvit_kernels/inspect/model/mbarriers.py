@@ -17,7 +17,7 @@ from crossvit_kernels.inspect.model.integer_code import Reader, Registers, Trans
 from crossvit_kernels.inspect.model.lanes import Value, of_lanes
 from crossvit_kernels.inspect.model.sass import Instruction
 
-OPCODES = frozenset(("SYNCS", "UBLKCP"))
+_OPCODES = frozenset(("SYNCS", "UBLKCP", "UTCHMMA", "UTCBAR"))
 _OFFSET = (1 << 24) - 1
 _TENSOR_BYTES = 1 << 40
 #: An mbarrier in memory holds this less the arrivals of a phase, from bit 1 on.
@@ -26,9 +26,64 @@ _COUNT_LIMIT = 1 << 20
 Decoder = Callable[[Registers, int, Value], Access]
 
 
+def is_of_barriers(i: Instruction) -> bool:
+    """Whether an instruction's barrier is known from registers."""
+    if i.opcode == "BAR":
+        return i.operands[0].startswith("R")
+    return i.opcode in _OPCODES and "CCTL" not in i.modifiers
+
+
 def decoder(translator: Translator, i: Instruction) -> Decoder:
     """A function from registers, number of warps and condition to what an instruction does."""
-    return _copy(translator, i) if i.opcode == "UBLKCP" else _operation(translator, i)
+    builders = {
+        "UBLKCP": _copy,
+        "SYNCS": _operation,
+        "BAR": _named,
+        "UTCHMMA": _product,
+        "UTCBAR": _commit,
+    }
+    return builders[i.opcode](translator, i)
+
+
+def _product(t: Translator, i: Instruction) -> Decoder:
+    """tcgen05.mma: its descriptor has the columns from bit 17 and the rows from bit 24 on."""
+    descriptor = next(o for o in i.operands if o.startswith("idesc"))
+    read = t.reader(descriptor.removeprefix("idesc[").rstrip("]"))
+
+    def decode(registers: Registers, count: int, where: Value) -> Access:
+        active = of_lanes(True if where is None else where, count)
+        value = _of_first(read, registers, active)
+        rows, columns = (value >> 24 & 31) * 16, (value >> 17 & 63) * 8
+        there = active.any(axis=1)
+        return _access(0 * rows, np.where(there, columns, 0), np.where(there, rows, 0))
+
+    return decode
+
+
+def _commit(t: Translator, i: Instruction) -> Decoder:
+    """tcgen05.commit: arrives once all products before it are done."""
+    address = t.address(i.operands[0])
+
+    def decode(registers: Registers, count: int, where: Value) -> Access:
+        active = of_lanes(True if where is None else where, count)
+        barrier = np.where(active.any(axis=1), _of_first(address, registers, active) & _OFFSET, 0)
+        return _access(barrier, 0 * barrier, (barrier > 0) * 1)
+
+    return decode
+
+
+def _named(t: Translator, i: Instruction) -> Decoder:
+    """A named barrier of the block, for as many threads as the upper half of a word says."""
+    number, threads = t.reader(i.operands[0]), t.reader(i.operands[1])
+    immediate = not i.operands[1].startswith("R")
+
+    def decode(registers: Registers, count: int, where: Value) -> Access:
+        active = of_lanes(True if where is None else where, count)
+        number_of, threads_of = (_of_first(read, registers, active) for read in (number, threads))
+        threads_of = threads_of if immediate else threads_of >> 16
+        return _access(number_of & 15, threads_of, 0 * threads_of)
+
+    return decode
 
 
 def _operation(t: Translator, i: Instruction) -> Decoder:

@@ -48,7 +48,7 @@ class Memory:
         self._mbarriers = {
             i.index: mbarriers.decoder(translator, i)
             for i in instructions
-            if i.opcode in mbarriers.OPCODES
+            if mbarriers.is_of_barriers(i)
         }
         self._invalidates = {i.index for i in instructions if i.name == "CCTL.IVALL"}
         self._costs: dict[Any, list[int]] = {}  # of shared memory: a loop's steps repeat them

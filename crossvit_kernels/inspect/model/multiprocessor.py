@@ -30,6 +30,7 @@ _BRANCH = 8
 _OPERANDS_READ = 16  # cycles until a load or store has read its registers
 _SHARED_QUEUE = 32  # cycles of work that may wait for the shared-memory pipe
 _TENSOR_QUEUE = 128  # and of wgmma for the tensor cores
+_COMMIT = 30  # from the end of tcgen05's products to the arrival at their barrier, an estimate
 _SM_L2_BYTES = 64  # a cycle, of one SM, if others leave it as much
 
 
@@ -142,7 +143,7 @@ class Multiprocessor:
         self._pipes = [[0.0] * len(Pipe) for _ in range(SUB_PARTITIONS)]
         self._other_fma = [0.0] * SUB_PARTITIONS
         self._shared = self._bulk = self._cluster = 0.0
-        self._cluster_bytes = 0.0
+        self._cluster_bytes = self._products = 0.0
         self._busy = [0.0] * len(Pipe)
         self._stalls: collections.Counter[str] = collections.Counter()
         self._waits: collections.Counter[int] = collections.Counter()
@@ -186,7 +187,7 @@ class Multiprocessor:
             elif how.kind is not Kind.BARRIER:
                 heapq.heappush(heap, (warp.ready, warp.number, warp))
             else:
-                self._barrier(warp, how, now)
+                self._barrier(warp, step, how, now)
         if len(ends) < len(blocks):
             raise RuntimeError("warps wait at a barrier that not all of their block reach")
         cycles = max(now + 1, self._l2, self._dram)
@@ -257,7 +258,7 @@ class Multiprocessor:
         elif kind is Kind.BRANCH:
             warp.ready = max(warp.ready, now + _BRANCH)
         elif kind is Kind.ARRIVE:
-            self._barrier(None, how, now, warp.block)
+            self._barrier(None, step, how, now, warp.block)
         elif kind is Kind.FENCE:
             warp.ready = max(warp.ready, now + how.latency)
             if how.barrier != "CTA":
@@ -266,11 +267,26 @@ class Multiprocessor:
             self._arrive(warp.block.cluster, now + _CLUSTER_BARRIER, arrivals=1)
         elif kind is Kind.CLUSTER_WAIT:
             warp.cluster_phase += 1
+        elif kind is Kind.TENSOR_PRODUCT:
+            self._product(step.arrivals, step.amount, bool(how.count), now)
+        elif kind is Kind.TENSOR_COMMIT and step.barrier:
+            at = max(self._products, now) + _COMMIT
+            self._arrive(warp.block.mbarriers[step.barrier], at, arrivals=1)
         elif kind is Kind.BULK_COPY and step.amount:
             self._bulk = max(self._bulk, now) + max(step.amount / _BULK_BYTES, _BULK_CYCLES)
             arrived = self._transfer(step, self._bulk, self._memory.loads) + _BULK_LATENCY
             self._arrive(warp.block.mbarriers[step.barrier], arrived, copied=step.amount)
         return started, started + how.latency
+
+    def _product(self, rows: int, columns: int, in_tensor_memory: bool, now: float) -> None:
+        """16 channels of a product by all four tensor cores."""
+        # Less than 128 rows leave half of the cores idle.
+        cycles = max(rows, 128) * columns * 16 / self._gpu.tensor_macs
+        read = (columns if in_tensor_memory else rows + columns) * 16 * 2 / 128
+        self._shared = max(self._shared, now) + read
+        self._busy[Pipe.SHARED] += read
+        self._products = max(max(self._products, now) + cycles, self._shared)
+        self._busy[Pipe.TENSOR] += SUB_PARTITIONS * cycles
 
     def _arrive(self, barrier: Mbarrier, at: float, **what: int) -> None:
         """Let those who wait go on, if that ends the phase."""
@@ -328,7 +344,7 @@ class Multiprocessor:
                 return started, started + how.latency
             return started, arrived
         if kind is Kind.PREFETCH:
-            self._from_dram(step, started, self._memory.loads)
+            self._misses(step, started, self._memory.loads, always=True)
             return started, started
         arrived = self._transfer(
             step, started, self._memory.stores if kind is Kind.STORE else self._memory.loads
@@ -346,13 +362,20 @@ class Multiprocessor:
             return started
         moved = SECTOR_BYTES * step.sectors
         memory, gpu = self._memory, self._gpu
-        self._l2 = max(self._l2, started) + moved / memory.l2_rate
         self._l2_bytes += moved
-        if self._from_dram(step, started, from_dram):
-            return max(self._l2, self._dram) + gpu.dram_latency
+        # What comes from DRAM takes the L2's time at DRAM's pace, and leaves the rest to hits.
+        rate = memory.l2_rate
+        if self._dram > started:
+            rate = max(rate - memory.dram_rate, 0.25 * rate)
+        hits = moved * (1 - from_dram.get(step.tensor, 0.0))
+        self._l2 = max(self._l2, started) + hits / rate
+        if self._misses(step, started, from_dram):
+            return self._dram + gpu.dram_latency
         return self._l2 + gpu.l2_latency
 
-    def _from_dram(self, step: Step, started: float, shares: dict[int, float]) -> bool:
+    def _misses(
+        self, step: Step, started: float, shares: dict[int, float], always: bool = False
+    ) -> bool:
         """Move an access's share of the bytes that come from DRAM; whether it waits for them."""
         share, moved = shares.get(step.tensor, 0.0), SECTOR_BYTES * step.sectors
         if not share or not moved:
@@ -361,22 +384,25 @@ class Multiprocessor:
         self._dram_bytes += moved * share
         # Of many loads of the same, those whose turn it is miss the L2: the first to begin.
         self._owed[step.tensor] -= moved * share
-        if self._owed[step.tensor] >= 0:
+        if self._owed[step.tensor] >= 0 and not always:
             return False
         self._owed[step.tensor] += moved
         return True
 
     def _barrier(
-        self, warp: _Warp | None, how: Timing, now: float, block: _Block | None = None
+        self, warp: _Warp | None, step: Step, how: Timing, now: float, block: _Block | None = None
     ) -> None:
         """Arrive, and let all go on if all have arrived."""
         block = block or (warp.block if warp else None)
         assert block is not None
-        block.arrived[how.barrier] += 1
+        name, count = how.barrier, how.count
+        if step.amount:  # known from registers
+            name, count = str(step.barrier), step.amount // 32
+        block.arrived[name] += 1
         if warp is not None:
-            block.waiting[how.barrier].append((now, warp))
-        if block.arrived[how.barrier] >= (how.count or block.live):
-            self._release(block, how.barrier, now)
+            block.waiting[name].append((now, warp))
+        if block.arrived[name] >= (count or block.live):
+            self._release(block, name, now)
 
     def _release(self, block: _Block, barrier: str, now: float) -> None:
         for since, warp in block.waiting.pop(barrier, []):
@@ -426,6 +452,7 @@ _PIPE_NAMES = {
     Pipe.TENSOR: "tensor cores",
     Pipe.UNIFORM: "uniform",
     Pipe.SHARED: "shared memory",
+    Pipe.TENSOR_MEMORY: "tensor memory",
 }
 
 

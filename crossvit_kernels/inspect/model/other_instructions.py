@@ -63,6 +63,8 @@ def _of_first_lane(value: Value, where: Value) -> Value:
 
 @builds("LDC", "LDCU")
 def _load_constant(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    if operands[1].endswith("+0x2cc]"):  # behind SR_CgaSize: the blocks of a cluster
+        return words_of(lambda value: value, operands[0], t.reader("c[0x0][0x2cc]"))
     if "R" in operands[1].replace("[RZ", "["):
         return None
     if i.access_bytes == 1:
@@ -239,30 +241,39 @@ def _elect(t: Translator, i: Instruction, operands: Sequence[str]) -> Function |
     return run
 
 
-@builds("VOTE")
+@builds("VOTE", "VOTEU")
 def _vote(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
-    """What lanes have, as bits, and whether any or all of them have it."""
+    """A predicate of the lanes that take part: as bits, and whether any or all of them have it."""
     *written, source = operands
-    read, modes = t.reader(source), {*i.modifiers}
+    read, of_all = t.reader(source), "ALL" in i.modifiers
 
     def run(registers: Registers, where: Value) -> None:
         if where is False:
             return
-        value = read(registers)
-        known = value is not None and where is not None
-        bits: Value = None
-        holds: Value = None
-        if known:
+        value, bits, holds = read(registers), None, None
+        if value is not None and where is not None:
             lane = registers.special["SR_LANEID"]
             active = of_lanes(where, len(lane))
-            has = of_lanes(value, len(lane)) & active
-            bits = (has.astype(np.int64) << lane).sum(axis=1, keepdims=True)
-            both = has.all(axis=1) if "ALL" in modes and active.all() else None
-            if "ALL" in modes:
-                both = (has == active).all(axis=1)
-            holds = (has.any(axis=1) if both is None else both)[:, None]
+            votes = of_lanes(value, len(lane)) & active
+            bits = (votes.astype(np.int64) << lane).sum(axis=1, keepdims=True)
+            holds = (votes == active).all(axis=1) if of_all else votes.any(axis=1)
+            holds = holds[:, None]
         for name in written:
             write(registers, name, holds if is_predicate(name) else bits, where)
+
+    return run
+
+
+@builds("UTCATOMSWS")
+def _allocate(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    """There are as many columns of tensor memory as a block asks for."""
+    if "FIND_AND_SET" not in i.modifiers:
+        return None
+    allocated, column = operands[:2]
+
+    def run(registers: Registers, where: Value) -> None:
+        write(registers, allocated, True, where)
+        write(registers, column, 0, where)
 
     return run
 

@@ -29,6 +29,7 @@ class Pipe(enum.IntEnum):
     TENSOR = 5
     UNIFORM = 6
     SHARED = 7
+    TENSOR_MEMORY = 8  # of sm_100: its reads and writes
 
 
 class Kind(enum.IntEnum):
@@ -53,7 +54,9 @@ class Kind(enum.IntEnum):
     MBARRIER_ARRIVE = 16
     MBARRIER_WAIT = 17
     BULK_COPY = 18
-    PREFETCH = 19  # to L2
+    TENSOR_PRODUCT = 19  # tcgen05.mma
+    TENSOR_COMMIT = 20
+    PREFETCH = 21  # to L2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Timing:
         latency: From its start in the pipe to the release of its write scoreboard.
         shared_cycles: Of the shared-memory pipe, for a matrix from there.
         commits: Whether it closes a group of wgmma.
-        count: Groups that may be left open, or warps that a barrier is for (0: all).
+        count: Groups that may be left open; or warps that a barrier is for (0: all); or, of
+            tcgen05.mma, whether the first factor lies in tensor memory.
         barrier: Its name.
     """
 
@@ -79,7 +83,9 @@ class Timing:
     barrier: str = ""
 
 
-_FMA = frozenset(("FFMA", "FADD", "FMUL", "HADD2", "HFMA2", "HMUL2", "FFMA2", "FADD2", "FMUL2"))
+_FMA = frozenset(
+    ("FFMA", "FADD", "FMUL", "HADD2", "HFMA2", "HMUL2", "FFMA2", "FADD2", "FMUL2", "FHADD")
+)
 _XU = frozenset(("MUFU", "F2F", "I2F", "F2I", "POPC", "FLO", "BREV", "FRND"))
 _MEMORY = {"LDS": 29, "LDSM": 33, "STS": 20, "STSM": 24, "SHFL": 24, "LDL": 41, "STL": 20}
 _NO_PIPE = frozenset(
@@ -94,6 +100,7 @@ _INVALIDATION = 40  # of the L1, an estimate
 #: Of results with a scoreboard that no rule here is for: constants, special registers, votes.
 _OTHER_LATENCY = 30
 _XU_LATENCY = 24
+_TENSOR_MEMORY = 20  # cycles to the first register, an estimate
 _MATRIX_LATENCY = 24  # from the last multiply-add of a wgmma to its result
 
 
@@ -119,6 +126,13 @@ def timing(i: Instruction, gpu: Gpu) -> Timing:
         count = int(threads, 16) // 32 if threads.startswith("0x") else 0
         kind = Kind.ARRIVE if "ARV" in i.modifiers else Kind.BARRIER
         return Timing(kind, Pipe.NONE, 0, 0, count=count, barrier=i.operands[0])
+    if opcode in ("UTCHMMA", "UTCBAR"):
+        kind = Kind.TENSOR_PRODUCT if opcode == "UTCHMMA" else Kind.TENSOR_COMMIT
+        rows_in_tensor_memory = i.operands[0].startswith("tmem")
+        return Timing(kind, Pipe.UNIFORM, 2, 0, count=int(rows_in_tensor_memory))
+    if opcode in ("LDTM", "STTM"):  # a register of 32 lanes a cycle, of a sub-partition
+        registers = next((int(m[1:]) for m in i.modifiers if re.fullmatch(r"x\d+", m)), 1)
+        return Timing(Kind.PLAIN, Pipe.TENSOR_MEMORY, registers, registers + _TENSOR_MEMORY)
     if opcode in _OF_CLUSTERS:
         return _of_clusters(i)
     if opcode == "EXIT":

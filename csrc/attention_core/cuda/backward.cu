@@ -4,35 +4,6 @@
 namespace crossvit::attention_core::cuda {
 namespace {
 
-// Writes lse, and the term that softmax's backward subtracts: dm . m of each row, with dm rounded,
-// minus the gradient of lse.
-template <class P>
-__device__ void write_row_floats(const BackwardPass<P>& pass, const BackwardParams& a,
-                                 int64_t image, int begin, int count) {
-  using T = typename P::Element;
-  const int channels = static_cast<int>(a.problem.channels), lane = lane_index();
-  const float* dm = static_cast<const float*>(a.dm.data) + image * a.dm.batch_stride;
-  const float* m = static_cast<const float*>(a.m.data) + image * a.m.batch_stride;
-  const int64_t first = image * a.problem.num_rows + begin;
-  for (int row = warp_index(); row < P::kRows; row += block_warps()) {
-    float delta = 0, lse = INFINITY;
-    if (row < count) {
-      const float* dm_row = dm + (begin + row) * a.dm.row_stride;
-      const float* m_row = m + (begin + row) * a.m.row_stride;
-#pragma unroll 2
-      for (int c = lane; c < channels; c += 32) delta += rounded<T>(dm_row[c]) * m_row[c];
-      delta = sum_of_warp(delta);
-      lse = static_cast<const float*>(a.lse)[first + row];
-      if (lse == -INFINITY) lse = INFINITY;  // nothing attended to: no weights
-      if (a.dlse) delta -= static_cast<const float*>(a.dlse)[first + row];
-    }
-    if (lane == 0) {
-      pass.lse()[row] = lse;
-      pass.delta()[row] = delta;
-    }
-  }
-}
-
 // Processes rows [begin, begin + kRows) of u. Grid: clusters of blocks that share an image, splits.
 // partials: [B, splits, R, C], du per split, if there are several. tile_memory holds the partials
 // that the blocks of a cluster exchange.
@@ -55,15 +26,21 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
   const float* dm = static_cast<const float*>(a.dm.data) + image * a.dm.batch_stride;
   const float* m = static_cast<const float*>(a.m.data) + image * a.m.batch_stride;
-  prefetch_rows(dm + begin * a.dm.row_stride, a.dm.row_stride, count, channels);
-  prefetch_rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
-  prefetch_rows(m + begin * a.m.row_stride, a.m.row_stride, count, channels);
+  const RowLoads<P> dm_rows(dm + begin * a.dm.row_stride, a.dm.row_stride, count, channels);
+  const RowLoads<P> u_rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  const RowLoads<P> m_rows(m + begin * a.m.row_stride, a.m.row_stride, count, channels);
+  const auto load_lse = [&](const void* from, float otherwise) {
+    const int row = thread_index();
+    const int64_t index = image * num_rows + begin + row;
+    return from && row < count ? static_cast<const float*>(from)[index] : otherwise;
+  };
+  float lse = load_lse(a.lse, INFINITY);
+  if (lse == -INFINITY) lse = INFINITY;  // nothing attended to: no weights
+  const float dlse = load_lse(a.dlse, 0);
   pass.start(x, range);
-  T* rows = pass.rows();
-  write_rows<P>(rows, dm + begin * a.dm.row_stride, a.dm.row_stride, count, channels);
-  rows += P::kRows * P::row_pitch(channels);
-  write_rows<P>(rows, u + begin * a.u.row_stride, a.u.row_stride, count, channels);
-  write_row_floats<P>(pass, a, image, begin, count);
+  dm_rows.write(pass.rows());
+  u_rows.write(pass.rows() + P::kRows * P::row_pitch(channels));
+  pass.write_row_floats(lse, dlse, dm_rows, m_rows);
 
   const bool add = begin > 0;
   T* dextra = static_cast<T*>(a.dx.extra) + image * a.dx.extra_batch_stride;

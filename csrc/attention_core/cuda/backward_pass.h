@@ -39,10 +39,30 @@ class BackwardPass : public BackwardMemory<P>::Base {
     weights_ = reinterpret_cast<T*>(warp_data);
   }
 
-  // [kRows] each, to be written by the caller before run(): lse, inf in unused rows, and the term
-  // that softmax's backward subtracts, dm . m minus the gradient of lse.
-  __device__ float* lse() const { return row_floats_; }
-  __device__ float* delta() const { return row_floats_ + kRows; }
+  // To be called before run(), by all threads: writes lse, inf in unused rows, and the term that
+  // softmax's backward subtracts, dm . m with dm rounded, minus the gradient of lse. Thread i gives
+  // those of row i.
+  template <class Gain>
+  __device__ void write_row_floats(float lse_of_row, float dlse_of_row, const RowLoads<P, Gain>& dm,
+                                   const RowLoads<P>& m) {
+    float products[kRows] = {};
+    dm.add_products(m, products);
+    float* of_warp = moments();
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float sum = sum_of_warp(products[row]);
+      if (lane_index() == 0) of_warp[row] = sum;
+    }
+    __syncthreads();
+    const int row = thread_index();
+    if (row >= kRows) return;
+    float sum = 0;
+    for (int warp = 0; warp < block_warps(); ++warp) {
+      sum += of_warp[warp * Memory::kWarpBytes / Memory::kFloat + row];
+    }
+    lse()[row] = lse_of_row;
+    delta()[row] = sum - dlse_of_row;
+  }
 
   // Called by all threads; no barrier is needed after the caller's writes. dx is null if not
   // wanted; write_extra(channel, value) gets the gradient of the extra token; with add, dx already
@@ -125,6 +145,8 @@ class BackwardPass : public BackwardMemory<P>::Base {
     }
   };
 
+  __device__ float* lse() const { return row_floats_; }                   // [kRows]
+  __device__ float* delta() const { return row_floats_ + kRows; }         // [kRows]
   __device__ float* row_sums() const { return row_floats_ + 2 * kRows; }  // dm's, then u's
   __device__ float* moments() const {
     return reinterpret_cast<float*>(weights_ + P::kTokens * kWeightPitch);

@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   ForwardPass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
   const Image<T> x = image_of<T>(a.x, a.mask, image);
   const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
-  prefetch_rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  const RowLoads<P> rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
   pass.start(x, range);
-  write_rows<P>(pass.rows(), u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  rows.write(pass.rows());
   pass.run(x, range, tiles);
   if (tiles) {
     cluster_sync();

@@ -1,7 +1,6 @@
 #pragma once
 
 #include "attention_core/cuda/plan.h"
-#include "common/cuda/memory.h"
 
 namespace crossvit::attention_core {
 
@@ -47,32 +46,89 @@ __device__ __forceinline__ float from_owner(const float (&values)[2], int i) {
   return __shfl_sync(~0u, values[i >> 1], lane_index() % 4 * 9 + (i & 1) * 4);
 }
 
-// Brings rows [0, count) to L2. Copies of tokens that start first would hold up the loads of them.
-// Called by all threads.
-__device__ inline void prefetch_rows(const float* from, int64_t stride, int count, int channels) {
-  const int row_bytes = channels * static_cast<int>(sizeof(float));
-  for (int row = warp_index(); row < count; row += block_warps()) {
-    prefetch(from + row * stride, row_bytes, lane_index(), 32);
-  }
-}
+// The gain of rows that have none.
+struct NoGain {
+  __device__ static uint32_t load(int) { return 0; }
+  __device__ static float value(uint32_t) { return 1; }
+};
 
-// Writes rows [0, count) as tensor-core operands, and zeros to the others. Called by all threads.
-template <class P>
-__device__ void write_rows(typename P::Element* to, const float* from, int64_t stride, int count,
-                           int channels) {
+// Rows [0, count) of floats, times a gain per channel, on their way to the rows of a pass. To be
+// loaded before the copies of tokens start, which would hold them up, and used afterwards. For all
+// threads.
+template <class P, class Gain = NoGain>
+class RowLoads {
+ public:
   using T = typename P::Element;
-  const int pitch = P::row_pitch(channels);
-#pragma unroll 1  // the loads of a channel's rows are in flight together
-  for (int c = thread_index(); c < channels; c += block_threads()) {
+
+  __device__ RowLoads(const float* from, int64_t stride, int count, int channels,
+                      Gain gain = Gain())
+      : from_(from), stride_(stride), count_(count), channels_(channels), gain_(gain) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) loads_[i] = load(channel(i));
+  }
+
+  // Writes tensor-core operands, with zeros in unused rows.
+  __device__ void write(T* to) const {
+    const auto write_channel = [&](int c, const Loads& loads) {
+      if (c >= channels_) return;
+#pragma unroll
+      for (int row = 0; row < P::kRows; ++row) {
+        to[row * P::row_pitch(channels_) + c] = from_float<T>(value(loads, row));
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) write_channel(channel(i), loads_[i]);
+#pragma unroll 1
+    for (int c = channel(kColumns); c < channels_; c += block_threads()) write_channel(c, load(c));
+  }
+
+  // Adds the products of this thread's channels, rounded to T, with other rows.
+  __device__ void add_products(const RowLoads<P>& other, float (&sums)[P::kRows]) const {
+    const auto add = [&](const Loads& loads, const typename RowLoads<P>::Loads& others) {
+#pragma unroll
+      for (int row = 0; row < P::kRows; ++row) {
+        sums[row] += rounded<T>(value(loads, row)) * others.values[row];
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) add(loads_[i], other.loads_[i]);
+#pragma unroll 1
+    for (int c = channel(kColumns); c < channels_; c += block_threads())
+      add(load(c), other.load(c));
+  }
+
+ private:
+  template <class, class>
+  friend class RowLoads;
+  static constexpr int kColumns = P::kRows == 8 ? 4 : 2;  // of a thread, in flight; wider: later
+
+  struct Loads {
     float values[P::kRows];
+    uint32_t gain;
+  };
+
+  __device__ static int channel(int i) { return thread_index() + i * block_threads(); }
+
+  __device__ __forceinline__ Loads load(int c) const {
+    Loads loads = {};
+    if (c < channels_) loads.gain = gain_.load(c);
 #pragma unroll
     for (int row = 0; row < P::kRows; ++row) {
-      values[row] = row < count ? from[row * stride + c] : 0.0f;
+      if (row < count_ && c < channels_) loads.values[row] = from_[row * stride_ + c];
     }
-#pragma unroll
-    for (int row = 0; row < P::kRows; ++row) to[row * pitch + c] = from_float<T>(values[row]);
+    return loads;
   }
-}
+
+  __device__ __forceinline__ float value(const Loads& loads, int row) const {
+    return loads.values[row] * gain_.value(loads.gain);
+  }
+
+  const float* from_;
+  int64_t stride_;
+  int count_, channels_;
+  Gain gain_;
+  Loads loads_[kColumns];
+};
 
 // Scores of a tile's tokens against kSets matrices of rows (u, or dm and u), with the statistics of
 // LayerNorm from the same read. Sums over a token's channels are relative to one of its own: a mean

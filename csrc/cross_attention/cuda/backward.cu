@@ -6,51 +6,7 @@ namespace {
 
 using attention_core::BackwardPass;
 using attention_core::Image;
-
-// Writes dm = gamma dz and u = gamma kt of the heads [begin, begin + count) of an image, with lse
-// and the term that softmax's backward subtracts.
-template <class P>
-__device__ void write_pass_rows(const BackwardPass<P>& pass, const BackwardParams& p,
-                                const Vectors& v, int64_t image, int begin, int count) {
-  using T = typename P::Element;
-  const int channels = static_cast<int>(p.problem.channels), pitch = P::row_pitch(channels);
-  T* dm = pass.rows();
-  T* u = dm + P::kRows * pitch;
-  const Elements<T> gains(p.weights.norm.weight);
-  for (int row = warp_index(); row < P::kRows; row += block_warps()) {
-    const int64_t first = head_offset(p.problem.batch, channels, begin + row, image);
-    constexpr int kLoads = 6;  // in flight, of each operand
-    float delta = 0;
-#pragma unroll 1
-    for (int c = lane_index(); c < channels; c += 32 * kLoads) {
-      uint32_t gain[kLoads];
-      float dz[kLoads], kt[kLoads], m[kLoads];
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int column = c + 32 * i;
-        const bool is_used = row < count && column < channels;
-        gain[i] = gains.load(column, is_used);
-        dz[i] = is_used ? p.dz[first + column] : 0.0f;
-        kt[i] = is_used ? v.kt[first + column] : 0.0f;
-        m[i] = is_used ? v.m[first + column] : 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int column = c + 32 * i;
-        if (column >= channels) break;
-        const T dm_element = from_float<T>(dz[i] * gains.value(gain[i]));
-        dm[row * pitch + column] = dm_element;
-        u[row * pitch + column] = from_float<T>(kt[i] * gains.value(gain[i]));
-        delta += to_float(dm_element) * m[i];
-      }
-    }
-    delta = sum_of_warp(delta);
-    if (lane_index() == 0) {
-      pass.lse()[row] = row < count ? v.lse[image * p.problem.num_heads + begin + row] : INFINITY;
-      pass.delta()[row] = delta;
-    }
-  }
-}
+using attention_core::RowLoads;
 
 // Grid: clusters, of images_per_cluster images each.
 template <class P>
@@ -161,11 +117,21 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   }
   cluster_sync();
 
+  const Elements<T> gains(w.norm.weight);
   const auto run = [&](int image, int begin, const TilePartials<P>& tiles) {
     const Image<T> x = image_of(image);
     T* dx = static_cast<T*>(p.dx.data) + (first + image) * p.dx.batch_stride;
+    const int count = minimum(P::kRows, heads - begin);
+    const int64_t offset = head_offset(batch, channels, begin, first + image);
+    const RowLoads<P, Elements<T>> dm(p.dz + offset, batch * channels, count, channels, gains);
+    const RowLoads<P, Elements<T>> u(v.kt + offset, batch * channels, count, channels, gains);
+    const RowLoads<P> m(v.m + offset, batch * channels, count, channels);
+    const int row = thread_index();
+    const float lse = row < count ? v.lse[(first + image) * heads + begin + row] : INFINITY;
     if (aliased || image != images.begin || begin > 0) pass.start(x, images.tokens);
-    write_pass_rows<P>(pass, p, v, first + image, begin, minimum(P::kRows, heads - begin));
+    dm.write(pass.rows());
+    u.write(pass.rows() + P::kRows * P::row_pitch(channels));
+    pass.write_row_floats(lse, 0, dm, m);
     float* dy0 = token_dy0 + (first + image) * channels;
     pass.run(x, dx, p.dx.token_stride, images.tokens, tiles, begin > 0, [&](int c, T value) {
       dy0[c] = begin > 0 ? dy0[c] + to_float(value) : to_float(value);

@@ -2,6 +2,7 @@
 
 #include "attention_core/cuda/choose.h"
 #include "common/cuda/cluster.h"
+#include "common/cuda/memory.h"
 #include "cross_attention/cuda/kernels.h"
 #include "cross_attention/cuda/rows.h"
 

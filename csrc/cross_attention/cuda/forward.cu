@@ -7,6 +7,7 @@ namespace {
 using attention_core::ForwardPass;
 using attention_core::Image;
 using attention_core::log_of_total;
+using attention_core::RowLoads;
 using attention_core::RowTotal;
 
 // Grid: clusters, of images_per_cluster images each.
@@ -109,24 +110,11 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const Elements<T> gains(w.norm.weight);
   const auto run = [&](int image, int begin, const TilePartials<P>& tiles) {
     const Image<T> x = image_of(image);
-    if (aliased || image != images.begin || begin > 0) pass.start(x, images.tokens);
-    T* u = pass.rows();
+    const int count = minimum(P::kRows, heads - begin);
     const float* kt = v.kt + head_offset(batch, channels, begin, first + image);
-#pragma unroll 1  // the loads of a channel's rows are in flight together
-    for (int c = thread_index(); c < channels; c += block_threads()) {
-      const uint32_t gain_bits = gains.load(c);
-      float values[P::kRows];
-      const float* row_kt = kt + c;
-#pragma unroll
-      for (int row = 0; row < P::kRows; ++row, row_kt += batch * channels) {
-        values[row] = begin + row < heads ? *row_kt : 0;
-      }
-      const float gain = gains.value(gain_bits);
-#pragma unroll
-      for (int row = 0; row < P::kRows; ++row) {
-        u[row * P::row_pitch(channels) + c] = from_float<T>(values[row] * gain);
-      }
-    }
+    const RowLoads<P, Elements<T>> u(kt, batch * channels, count, channels, gains);
+    if (aliased || image != images.begin || begin > 0) pass.start(x, images.tokens);
+    u.write(pass.rows());
     pass.run(x, images.tokens, tiles);
   };
   const auto results = [&](int image, int begin) {

@@ -216,6 +216,13 @@ struct Vector {
   }
 };
 
+// Rows g and g + 8 of A from pairs i and i + 1 of theirs.
+template <class T>
+__device__ __forceinline__ FragmentA<T> a_of_rows(const Vector<T>& upper, const Vector<T>& lower,
+                                                  int i) {
+  return {{upper.pair[i], lower.pair[i], upper.pair[i + 1], lower.pair[i + 1]}};
+}
+
 // Columns [first, last), multiples of 8, of rows W^T + bias, W [columns, depth]: calls write(row,
 // column, a, b) with columns `column` and `column` + 1 for each of the 16 rows. The order of k is
 // free as long as both operands share it: a lane takes consecutive elements. Called by a block.
@@ -247,8 +254,7 @@ __device__ void linear(const T* rows, int pitch, const Layer& layer, int depth, 
         const V lower = V::load(rows + (g + 8) * pitch + k_step);
 #pragma unroll
         for (int i = 0; i < V::kPairs; i += 2) {
-          const FragmentA<T> a = {
-              {upper.pair[i], lower.pair[i], upper.pair[i + 1], lower.pair[i + 1]}};
+          const FragmentA<T> a = a_of_rows(upper, lower, i);
           multiply(sums[(step * V::kPairs / 2 + i / 2) % 4], a,
                    FragmentB<T>{{b[step].pair[i], b[step].pair[i + 1]}});
         }
@@ -336,8 +342,7 @@ __device__ void transposed_linear(const T* rows, int pitch, const void* weight, 
       const V lower = V::load(rows + (g + 8) * pitch + k_step);
 #pragma unroll
       for (int i = 0; i < V::kPairs; i += 2) {
-        const FragmentA<T> a = {
-            {upper.pair[i], lower.pair[i], upper.pair[i + 1], lower.pair[i + 1]}};
+        const FragmentA<T> a = a_of_rows(upper, lower, i);
         const FourColumns<T>* b_rows = b[step] + 2 * i;
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile) {
