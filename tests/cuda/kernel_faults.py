@@ -127,7 +127,7 @@ def barrier_of_a_block(file: str, context: str) -> Change:
 STORE_PARTIALS = "if (!tiles) store_partials();"
 
 
-def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Fault]:
+def of_a_pass(way: str, file: str, refilled: str) -> dict[str, Fault]:
     """Faults common to forward_pass.h and backward_pass.h."""
     faults = {
         "rows not seen": race(CORE, no_barrier(file, f"{BARRIER}\n    scores_.sum_rows();")),
@@ -182,8 +182,8 @@ CLUSTER_BARRIERS = {
 GROUP_BARRIER = "barrier_of_warps(1 + warp_group(channels), 32 * group_warps(channels));"
 
 FAULTS: dict[str, Fault] = {
-    **of_a_pass("forward", FORWARD_PASS, "m", CORE_WIDE),
-    **of_a_pass("backward", BACKWARD_PASS, "du", CORE),
+    **of_a_pass("forward", FORWARD_PASS, CORE_WIDE),
+    **of_a_pass("backward", BACKWARD_PASS, CORE),
     "backward: sums of all rows not seen": race(
         CORE, no_barrier(BACKWARD_PASS, f"{BARRIER}\n    for (int iteration")
     ),
