@@ -127,10 +127,9 @@ def barrier_of_a_block(file: str, context: str) -> Change:
 STORE_PARTIALS = "if (!tiles) store_partials();"
 
 
-def of_a_pass(way: str, file: str, refilled: str) -> dict[str, Fault]:
+def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Fault]:
     """Faults common to forward_pass.h and backward_pass.h."""
     faults = {
-        "rows not seen": race(CORE, no_barrier(file, f"{BARRIER}\n    scores_.sum_rows();")),
         "sums of rows not seen": race(CORE, no_barrier(file, f"clear();\n    {BARRIER}")),
         "tile refilled early": race(
             refilled, no_warp_barrier(file, f"{WARP_BARRIER}\n      ring_.copy_next(x, range")
@@ -141,7 +140,7 @@ def of_a_pass(way: str, file: str, refilled: str) -> dict[str, Fault]:
         "results read early": race(
             CORE_WIDE, no_barrier(file, f"{STORE_PARTIALS}\n    {BARRIER}\n  }}")
         ),
-        "tile not waited for": race(CORE, left_out(file, "ring_.wait();")),
+        "tile not waited for": wrong(CORE, result, left_out(file, "ring_.wait();")),
         "a row of results too many": overflow(
             CORE_WIDE, (file, "row < count;", "row < count + FAULT;")
         ),
@@ -182,8 +181,14 @@ CLUSTER_BARRIERS = {
 GROUP_BARRIER = "barrier_of_warps(1 + warp_group(channels), 32 * group_warps(channels));"
 
 FAULTS: dict[str, Fault] = {
-    **of_a_pass("forward", FORWARD_PASS, CORE_WIDE),
-    **of_a_pass("backward", BACKWARD_PASS, CORE),
+    **of_a_pass("forward", FORWARD_PASS, "m", CORE_WIDE),
+    **of_a_pass("backward", BACKWARD_PASS, "du", CORE),
+    "forward: rows not seen": race(
+        CORE, no_barrier(FORWARD_PASS, f"{BARRIER}\n    scores_.sum_rows();")
+    ),
+    "backward: rows not seen": race(
+        CORE, no_barrier(BACKWARD_PASS, f"of_warp[row] = sum;\n    }}\n    {BARRIER}")
+    ),
     "backward: sums of all rows not seen": race(
         CORE, no_barrier(BACKWARD_PASS, f"{BARRIER}\n    for (int iteration")
     ),
@@ -211,7 +216,6 @@ FAULTS: dict[str, Fault] = {
     "extra token not seen": race(
         CORE, no_warp_barrier(PLAN, f"to[c] = extra[slice_.first + c];\n    {WARP_BARRIER}")
     ),
-    "a warp does not sync": race(CORE, no_warp_barrier(PLAN, f"{WARP_BARRIER}\n    }} else {{")),
     "a warp group does not sync": race(CORE_WIDE, left_out(PLAN, GROUP_BARRIER)),
     "warp groups share a barrier": race(
         FUSION_WIDE,
@@ -311,10 +315,10 @@ FAULTS: dict[str, Fault] = {
         FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"cls_channels);\n  {BARRIER}\n  normalize_rows")
     ),
     "fusion backward: dnew_cls not seen": race(
-        FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"(channels);\n  {BARRIER}\n#pragma")
+        FUSION, no_barrier(FUSION_BACKWARD, f"(channels);\n  {BARRIER}\n#pragma")
     ),
     "statistics not seen": race(
-        FUSION_ALIASED, no_barrier(ROWS, f"width, eps, x);\n  {BARRIER}\n  for_each_element")
+        FUSION_ALIASED, no_barrier(ROWS, f"width, eps, x);\n  {BARRIER}\n  const auto xhat")
     ),
     "backward: statistics not seen": race(
         FUSION_ALIASED, no_barrier(ROWS, f"width, eps, x);\n  {BARRIER}\n  if (kGelu)")
@@ -323,7 +327,7 @@ FAULTS: dict[str, Fault] = {
         FUSION_ALIASED, no_barrier(ROWS, f"multiply_by_slope);\n    {BARRIER}")
     ),
     "means not seen": race(
-        FUSION_ALIASED, no_barrier(ROWS, f"  }}\n  {BARRIER}\n  for_each_element<T>(begin")
+        FUSION_ALIASED, no_barrier(ROWS, f"  }}\n  {BARRIER}\n  const auto load")
     ),
     "fusion forward: rows of g not seen": race(
         FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  const Share back")

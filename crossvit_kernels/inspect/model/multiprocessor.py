@@ -351,8 +351,8 @@ class Multiprocessor:
         )
         if kind is Kind.COPY:
             warp.copies = max(warp.copies, arrived)
-        if kind is Kind.STORE:
-            warp.stored = max(warp.stored, arrived)
+        if kind is Kind.STORE:  # others see it in the L2, before it is in DRAM
+            warp.stored = max(warp.stored, self._l2 + self._gpu.l2_latency)
             return started, started + how.latency
         return started, max(arrived, started + cycles + self._gpu.l1_latency)
 

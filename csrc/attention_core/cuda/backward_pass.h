@@ -64,14 +64,13 @@ class BackwardPass : public BackwardMemory<P>::Base {
     delta()[row] = sum - dlse_of_row;
   }
 
-  // Called by all threads; no barrier is needed after the caller's writes. dx is null if not
+  // Called by all threads, after write_row_floats(), whose barrier the rows need. dx is null if not
   // wanted; write_extra(channel, value) gets the gradient of the extra token; with add, dx already
   // holds the contribution of other rows. Blocks that share the image store partials of du in
   // `tiles`.
   template <class WriteExtra>
   __device__ void run(const Image<T>& x, T* dx, int64_t dx_stride, const Range& range,
                       const TilePartials<P>& tiles, bool add, WriteExtra write_extra) {
-    __syncthreads();
     scores_.sum_rows();
     sums_.clear();
     __syncthreads();

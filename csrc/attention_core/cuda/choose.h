@@ -52,7 +52,8 @@ __device__ TilePartials<P> partials_of_split(float* tiles, const Problem& proble
 // rare: the former share one plan, the latter have none of their own.
 inline constexpr PlanShape kFloats = {12, 1, 1, 8, 2};
 inline constexpr PlanShape kManyRows = {12, 2, 4, 8, 2};
-inline constexpr PlanShape kNarrow = {12, 1, 1, 1, 3};
+inline constexpr PlanShape kNarrow = {12, 1, 1, 1, 2};
+inline constexpr PlanShape kNarrowBackward = {12, 1, 1, 1, 3};
 inline constexpr PlanShape kMedium = {24, 1, 1, 1, 2};
 inline constexpr PlanShape kWide = {12, 1, 4, 8, 2};
 
@@ -65,7 +66,11 @@ void with_plan(int64_t rows, int64_t channels, Run&& run) {
   } else {
     constexpr int kMinManyRowsChannels = 16 * kManyRows.min_group_warps;  // a unit per warp
     if (rows > 8 && channels >= kMinManyRowsChannels) return run(PlanOf<T, kManyRows>(), 1);
-    if (channels <= 192) return run(PlanOf<T, kNarrow>(), 4);
+    if constexpr (kBackward) {
+      if (channels <= 192) return run(PlanOf<T, kNarrowBackward>(), 4);
+    } else {
+      if (channels <= 192) return run(PlanOf<T, kNarrow>(), 6);
+    }
     if (channels <= 384) return run(PlanOf<T, kMedium>(), kBackward ? 3 : 4);
     return run(PlanOf<T, kWide>(), 1);
   }

@@ -99,11 +99,7 @@ struct Plan {
   }
 
   __device__ static void sync_warp_group(int channels) {
-    if constexpr (!kWarpsShareTiles) {
-      __syncwarp();
-    } else {
-      barrier_of_warps(1 + warp_group(channels), 32 * group_warps(channels));
-    }
+    barrier_of_warps(1 + warp_group(channels), 32 * group_warps(channels));
   }
 
   // Row pitch of a tile, in elements: 16 bytes of padding put 8 rows in different banks.

@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const Images images = Images::of(p.problem, images_per_cluster);
   const int64_t first = images.first;
   const int count = images.count;
-  const bool is_leader = rank == 0;  // writes results that every block computes
+  // Divides what every block computes among those that store it.
+  const auto stores = [=](int row) { return row % ranks == rank; };
   const BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, aliased);
   RowStatistics* statistics = reinterpret_cast<RowStatistics*>(memory);
   T* rows = reinterpret_cast<T*>(memory + layout.wide);
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     for (int row = 0; row < count; ++row) {
       const float value = floats[row * cls_channels + c];
       rows[row * cls_pitch + c] = from_float<T>(value);
-      if (is_leader) gradients_of(row).dnew_cls[c] = value;
+      if (stores(row)) gradients_of(row).dnew_cls[c] = value;
     }
   }
   cluster_sync();  // waits for the other blocks to start, and until this one has read dnew_cls
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       [&](int row, int c, float dy, float dn, float xhat) {
         const float r = scale_of_residual(p.residual_scale, first + row);
         rows[row * pitch + c] = from_float<T>(dy * r);
-        if (!is_leader) return;
+        if (!stores(row)) return;
         const Gradients g = gradients_of(row);
         g.back_norm_weight[c] = dn * xhat;
         g.back_norm_bias[c] = dn;
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
         const int64_t offset = (first + row) * channels + c;
         const float dy0 = dx + residual_dy[offset] + token_dy0[offset];
         rows[row * pitch + c] = from_float<T>(dy0);
-        if (row % ranks != rank) return;
+        if (!stores(row)) return;
         float dgain = dn * xhat, dbeta = dn;
         for (int head = 0; head < heads; ++head) {
           const int64_t i = head_offset(batch, channels, head, first + row) + c;

@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const Images images = Images::of(p.problem, images_per_cluster);
   const int64_t first = images.first;
   const int count = images.count;
-  const bool is_leader = cluster_rank() == 0;  // writes results that every block computes
+  // Divides what every block computes among those that store it.
+  const auto stores = [](int row) { return row % cluster_size() == cluster_rank(); };
   const BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, aliased);
   RowStatistics* statistics = reinterpret_cast<RowStatistics*>(memory);
   T* rows = reinterpret_cast<T*>(memory + layout.wide);
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       [&](int row, int c) { return y0[row * cls_channels + c]; },
       [&](int row, int c, float value) {
         rows[row * operand_pitch<T>(cls_channels) + c] = from_float<T>(value);
-        if (is_leader) v.activated[(first + row) * cls_channels + c] = value;
+        if (stores(row)) v.activated[(first + row) * cls_channels + c] = value;
       });
   cluster_sync();  // waits for the other blocks to start, and until this one has read the CLS
   const Share share = Share::of(channels);
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   normalize_rows<T, false>(statistics, count, channels, eps, w.norm, load_y0,
                            [&](int row, int c, float value) {
                              rows[row * pitch + c] = from_float<T>(value);
-                             if (is_leader) v.normed[(first + row) * channels + c] = value;
+                             if (stores(row)) v.normed[(first + row) * channels + c] = value;
                            });
   __syncthreads();
   // Writes to the queries of all blocks, and to memory.
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   normalize_rows<T, true>(statistics, count, channels, eps, w.back_norm, load_y0,
                           [&](int row, int c, float value) {
                             rows[row * pitch + c] = from_float<T>(value);
-                            if (is_leader) v.back_activated[(first + row) * channels + c] = value;
+                            if (stores(row)) v.back_activated[(first + row) * channels + c] = value;
                           });
   __syncthreads();
   const Share back = Share::of(cls_channels);

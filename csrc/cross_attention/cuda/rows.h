@@ -116,18 +116,30 @@ __device__ void find_statistics(RowStatistics* statistics, int begin, int step, 
   }
 }
 
-// Calls visit(row, c, weight, bias) with a LayerNorm's parameters, for rows begin, begin + step,
-// ... below count. Called by a block.
-template <class T, class Visit>
+// Calls visit(row, c, weight, bias, load(row, c)) with a LayerNorm's parameters, for rows begin,
+// begin + step, ... below count. Several rows are loaded before the first is visited. Called by a
+// block.
+template <class T, class Load, class Visit>
 __device__ __forceinline__ void for_each_element(int begin, int step, int count, int width,
-                                                 const Layer& norm, Visit visit) {
+                                                 const Layer& norm, Load load, Visit visit) {
+  constexpr int kRows = 4;
   const Elements<T> weights(norm.weight), biases(norm.bias);
 #pragma unroll 1
   for (int c = thread_index(); c < width; c += block_threads()) {
     const uint32_t weight_bits = weights.load(c), bias_bits = biases.load(c);
     const float weight = weights.value(weight_bits), bias = biases.value(bias_bits);
-#pragma unroll 2
-    for (int row = begin; row < count; row += step) visit(row, c, weight, bias);
+#pragma unroll 1
+    for (int first = begin; first < count; first += kRows * step) {
+      decltype(load(0, 0)) loaded[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (first + i * step < count) loaded[i] = load(first + i * step, c);
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (first + i * step < count) visit(first + i * step, c, weight, bias, loaded[i]);
+      }
+    }
   }
 }
 
@@ -142,12 +154,14 @@ __device__ void normalize_rows(RowStatistics* statistics, int count, int width, 
                                const Layer& norm, X x, Write write) {
   find_statistics(statistics, 0, 1, count, width, eps, x);
   __syncthreads();
-  for_each_element<T>(0, 1, count, width, norm, [&](int row, int c, float weight, float bias) {
-    const RowStatistics s = statistics[row];
-    float y = (x(row, c) - s.mean) * s.rstd * weight + bias;
-    if (kGelu) y *= normal_cdf(y);
-    write(row, c, y);
-  });
+  const auto xhat = [&](int row, int c) {
+    return (x(row, c) - statistics[row].mean) * statistics[row].rstd;
+  };
+  const auto normalize = [&](int row, int c, float weight, float bias, float xhat) {
+    const float n = xhat * weight + bias;
+    write(row, c, kGelu ? n * normal_cdf(n) : n);
+  };
+  for_each_element<T>(0, 1, count, width, norm, xhat, normalize);
 }
 
 // Backward of normalize_rows, for rows begin, begin + step, ... below count: given the gradients of
@@ -163,12 +177,12 @@ __device__ void normalize_rows_backward(RowStatistics* statistics, int begin, in
   find_statistics(statistics, begin, step, count, width, eps, x);
   __syncthreads();
   if (kGelu) {
-    const auto multiply_by_slope = [&](int row, int c, float weight, float bias) {
-      const float n = xhat(row, c) * weight + bias;
+    const auto multiply_by_slope = [&](int row, int c, float weight, float bias, float xhat) {
+      const float n = xhat * weight + bias;
       const float density = 0.39894228040143268f * expf(-0.5f * n * n);
       d[row * width + c] *= normal_cdf(n) + n * density;
     };
-    for_each_element<T>(begin, step, count, width, norm, multiply_by_slope);
+    for_each_element<T>(begin, step, count, width, norm, xhat, multiply_by_slope);
     __syncthreads();
   }
   // The means of dxhat and of dxhat xhat.
@@ -182,11 +196,13 @@ __device__ void normalize_rows_backward(RowStatistics* statistics, int begin, in
     if (lane_index() == 0) means[row] = {a * inverse_width, b * inverse_width};
   }
   __syncthreads();
-  for_each_element<T>(begin, step, count, width, norm, [&](int row, int c, float weight, float) {
-    const float dn = d[row * width + c], normed = xhat(row, c);
+  const auto load = [&](int row, int c) { return make_float2(d[row * width + c], xhat(row, c)); };
+  const auto differentiate = [&](int row, int c, float weight, float, float2 loaded) {
+    const float dn = loaded.x, normed = loaded.y;
     const float dxhat = dn * weight - means[row].mean - normed * means[row].rstd;
     write(row, c, dxhat * statistics[row].rstd, dn, normed);
-  });
+  };
+  for_each_element<T>(begin, step, count, width, norm, load, differentiate);
 }
 
 // Zeroes the rows of an operand that no image uses. Called by a block.
