@@ -26,9 +26,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
   const float* dm = static_cast<const float*>(a.dm.data) + image * a.dm.batch_stride;
   const float* m = static_cast<const float*>(a.m.data) + image * a.m.batch_stride;
-  const RowLoads<P> dm_rows(dm + begin * a.dm.row_stride, a.dm.row_stride, count, channels);
-  const RowLoads<P> u_rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
-  const RowLoads<P> m_rows(m + begin * a.m.row_stride, a.m.row_stride, count, channels);
+  const RowLoads<P, 4> dm_rows(dm + begin * a.dm.row_stride, a.dm.row_stride, count, channels);
+  const RowLoads<P, 4> u_rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  const RowLoads<P, 4> m_rows(m + begin * a.m.row_stride, a.m.row_stride, count, channels);
   const auto load_lse = [&](const void* from, float otherwise) {
     const int row = thread_index();
     const int64_t index = image * num_rows + begin + row;

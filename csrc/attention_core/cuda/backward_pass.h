@@ -42,9 +42,8 @@ class BackwardPass : public BackwardMemory<P>::Base {
   // To be called before run(), by all threads: writes lse, inf in unused rows, and the term that
   // softmax's backward subtracts, dm . m with dm rounded, minus the gradient of lse. Thread i gives
   // those of row i.
-  template <class Gain>
-  __device__ void write_row_floats(float lse_of_row, float dlse_of_row, const RowLoads<P, Gain>& dm,
-                                   const RowLoads<P>& m) {
+  template <class Dm, class M>
+  __device__ void write_row_floats(float lse_of_row, float dlse_of_row, const Dm& dm, const M& m) {
     float products[kRows] = {};
     dm.add_products(m, products);
     float* of_warp = moments();

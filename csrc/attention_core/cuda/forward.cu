@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   ForwardPass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
   const Image<T> x = image_of<T>(a.x, a.mask, image);
   const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
-  const RowLoads<P> rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  const RowLoads<P, 4> rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
   pass.start(x, range);
   rows.write(pass.rows());
   pass.run(x, range, tiles);

@@ -48,14 +48,15 @@ __device__ __forceinline__ float from_owner(const float (&values)[2], int i) {
 
 // The gain of rows that have none.
 struct NoGain {
-  __device__ static uint32_t load(int) { return 0; }
-  __device__ static float value(uint32_t) { return 1; }
+  struct Loaded {};
+  __device__ static Loaded load(int) { return {}; }
+  __device__ static float value(const Loaded&) { return 1; }
 };
 
 // Rows [0, count) of floats, times a gain per channel, on their way to the rows of a pass. To be
-// loaded before the copies of tokens start, which would hold them up, and used afterwards. For all
-// threads.
-template <class P, class Gain = NoGain>
+// loaded before the copies of tokens start, which would hold them up, and used afterwards: so many
+// columns of 8 rows of each thread, of wider tokens the rest later. For all threads.
+template <class P, int kColumnsOf8Rows, class Gain = NoGain>
 class RowLoads {
  public:
   using T = typename P::Element;
@@ -83,8 +84,9 @@ class RowLoads {
   }
 
   // Adds the products of this thread's channels, rounded to T, with other rows.
-  __device__ void add_products(const RowLoads<P>& other, float (&sums)[P::kRows]) const {
-    const auto add = [&](const Loads& loads, const typename RowLoads<P>::Loads& others) {
+  template <class Other>
+  __device__ void add_products(const Other& other, float (&sums)[P::kRows]) const {
+    const auto add = [&](const Loads& loads, const typename Other::Loads& others) {
 #pragma unroll
       for (int row = 0; row < P::kRows; ++row) {
         sums[row] += rounded<T>(value(loads, row)) * others.values[row];
@@ -98,13 +100,13 @@ class RowLoads {
   }
 
  private:
-  template <class, class>
+  template <class, int, class>
   friend class RowLoads;
-  static constexpr int kColumns = P::kRows == 8 ? 4 : 2;  // of a thread, in flight; wider: later
+  static constexpr int kColumns = kColumnsOf8Rows * 8 / P::kRows;
 
   struct Loads {
     float values[P::kRows];
-    uint32_t gain;
+    decltype(std::declval<Gain>().load(0)) gain;
   };
 
   __device__ static int channel(int i) { return thread_index() + i * block_threads(); }

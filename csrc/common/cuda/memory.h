@@ -7,21 +7,29 @@ namespace crossvit {
 
 constexpr int kLineBytes = 128;
 
+// An element of two bytes or of four, the other 0.
+struct LoadedElement {
+  uint32_t two_bytes, four_bytes;
+
+  __device__ uint32_t bits() const { return two_bytes | four_bytes; }
+};
+
 #ifdef __CUDACC__
 
-// Loads `size` bytes, 0, 2 or 4, that no one writes while the kernel runs; the rest are 0. Takes no
-// branch, which would keep loads apart.
-__device__ __forceinline__ uint32_t load_constant(const char* from, int size) {
-  uint32_t bits;
+// Loads an element of `size` bytes, 2 or 4, that no one writes while the kernel runs; with another
+// size, nothing. Takes no branch, which would keep loads apart, nor waits for one of the two.
+__device__ __forceinline__ LoadedElement load_constant(const char* from, int size) {
+  LoadedElement loaded;
   asm("{\n.reg .pred two, four;\n"
-      "setp.eq.s32 two, %2, 2;\n"
-      "setp.eq.s32 four, %2, 4;\n"
+      "setp.eq.s32 two, %3, 2;\n"
+      "setp.eq.s32 four, %3, 4;\n"
       "mov.u32 %0, 0;\n"
-      "@two ld.global.nc.u16 %0, [%1];\n"
-      "@four ld.global.nc.u32 %0, [%1];\n}"
-      : "=&r"(bits)
+      "mov.u32 %1, 0;\n"
+      "@two ld.global.nc.u16 %0, [%2];\n"
+      "@four ld.global.nc.u32 %1, [%2];\n}"
+      : "=&r"(loaded.two_bytes), "=&r"(loaded.four_bytes)
       : "l"(__cvta_generic_to_global(from)), "r"(size));
-  return bits;
+  return loaded;
 }
 
 // Asks for the kLineBytes around an address to be brought to L2.
@@ -31,7 +39,13 @@ __device__ __forceinline__ void prefetch_line(const void* address) {
 
 #else
 
-using testing::load_constant;
+inline LoadedElement load_constant(const char* from, int size) {
+  LoadedElement loaded = {0, 0};
+  if (size == 2) memcpy(&loaded.two_bytes, from, 2);
+  if (size == 4) memcpy(&loaded.four_bytes, from, 4);
+  return loaded;
+}
+
 using testing::prefetch_line;
 
 #endif

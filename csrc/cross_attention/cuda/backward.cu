@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const Images images = Images::of(p.problem, images_per_cluster);
   const int64_t first = images.first;
   const int count = images.count;
-  // Divides what every block computes among those that store it.
-  const auto stores = [=](int row) { return row % ranks == rank; };
+  // Divides what every block computes among those that store it; their number is a power of two.
+  const auto stores = [=](int row) { return (row & (ranks - 1)) == rank; };
   const BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, aliased);
   RowStatistics* statistics = reinterpret_cast<RowStatistics*>(memory);
   T* rows = reinterpret_cast<T*>(memory + layout.wide);
@@ -124,9 +124,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     T* dx = static_cast<T*>(p.dx.data) + (first + image) * p.dx.batch_stride;
     const int count = minimum(P::kRows, heads - begin);
     const int64_t offset = head_offset(batch, channels, begin, first + image);
-    const RowLoads<P, Elements<T>> dm(p.dz + offset, batch * channels, count, channels, gains);
-    const RowLoads<P, Elements<T>> u(v.kt + offset, batch * channels, count, channels, gains);
-    const RowLoads<P> m(v.m + offset, batch * channels, count, channels);
+    const RowLoads<P, 2, Elements<T>> dm(p.dz + offset, batch * channels, count, channels, gains);
+    const RowLoads<P, 2, Elements<T>> u(v.kt + offset, batch * channels, count, channels, gains);
+    const RowLoads<P, 2> m(v.m + offset, batch * channels, count, channels);
     const int row = thread_index();
     const float lse = row < count ? v.lse[(first + image) * heads + begin + row] : INFINITY;
     if (aliased || image != images.begin || begin > 0) pass.start(x, images.tokens);

@@ -137,7 +137,7 @@ __device__ void linear_of_heads(T* rows, int pitch, const Layer& layer, const La
     const float* x = x_of(head);
 #pragma unroll 1
     for (int c = thread_index(); c < depth; c += block_threads()) {
-      const uint32_t weight = weights.load(c), bias = biases.load(c);
+      const LoadedElement weight = weights.load(c), bias = biases.load(c);
       float values[kImages];
 #pragma unroll
       for (int row = 0; row < kImages; ++row) {
@@ -188,16 +188,16 @@ __device__ void copy_rows(float* to, const Parameter& from, int64_t first, int c
   const Elements<T> elements(from);
 #pragma unroll 1
   for (int begin = thread_index(); begin < count * width; begin += kLoads * block_threads()) {
-    uint32_t bits[kLoads];
+    LoadedElement loaded[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int index = begin + i * block_threads();
-      bits[i] = elements.load(first * width + index, index < count * width);
+      loaded[i] = elements.load(first * width + index, index < count * width);
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int index = begin + i * block_threads();
-      if (index < count * width) to[index] = elements.value(bits[i]);
+      if (index < count * width) to[index] = elements.value(loaded[i]);
     }
   }
 }

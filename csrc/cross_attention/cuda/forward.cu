@@ -25,8 +25,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const Images images = Images::of(p.problem, images_per_cluster);
   const int64_t first = images.first;
   const int count = images.count;
-  // Divides what every block computes among those that store it.
-  const auto stores = [](int row) { return row % cluster_size() == cluster_rank(); };
+  // Divides what every block computes among those that store it; their number is a power of two.
+  const int rank = cluster_rank(), last_rank = cluster_size() - 1;
+  const auto stores = [=](int row) { return (row & last_rank) == rank; };
   const BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, aliased);
   RowStatistics* statistics = reinterpret_cast<RowStatistics*>(memory);
   T* rows = reinterpret_cast<T*>(memory + layout.wide);
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     const Image<T> x = image_of(image);
     const int count = minimum(P::kRows, heads - begin);
     const float* kt = v.kt + head_offset(batch, channels, begin, first + image);
-    const RowLoads<P, Elements<T>> u(kt, batch * channels, count, channels, gains);
+    const RowLoads<P, 2, Elements<T>> u(kt, batch * channels, count, channels, gains);
     if (aliased || image != images.begin || begin > 0) pass.start(x, images.tokens);
     u.write(pass.rows());
     pass.run(x, images.tokens, tiles);

@@ -41,16 +41,16 @@ class Elements {
               : sizeof(T) == 4 || p.dtype == DType::kFloat32 ? 4
                                                              : 2) {}
 
-  // With `is_used` false, the bits of a 0.
-  __device__ __forceinline__ uint32_t load(int64_t index, bool is_used = true) const {
+  // With `is_used` false, a 0.
+  __device__ __forceinline__ LoadedElement load(int64_t index, bool is_used = true) const {
     return load_constant(data_ + index * size_, is_used ? size_ : 0);
   }
 
-  __device__ __forceinline__ float value(uint32_t bits) const {
+  __device__ __forceinline__ float value(const LoadedElement& loaded) const {
     if constexpr (sizeof(T) == 4) {
-      return __uint_as_float(bits);
+      return __uint_as_float(loaded.four_bytes);
     } else {
-      return size_ == 4 ? __uint_as_float(bits) : unpack<T>(bits).x;
+      return size_ == 4 ? __uint_as_float(loaded.four_bytes) : unpack<T>(loaded.two_bytes).x;
     }
   }
 
@@ -126,8 +126,8 @@ __device__ __forceinline__ void for_each_element(int begin, int step, int count,
   const Elements<T> weights(norm.weight), biases(norm.bias);
 #pragma unroll 1
   for (int c = thread_index(); c < width; c += block_threads()) {
-    const uint32_t weight_bits = weights.load(c), bias_bits = biases.load(c);
-    const float weight = weights.value(weight_bits), bias = biases.value(bias_bits);
+    const LoadedElement loaded_weight = weights.load(c), loaded_bias = biases.load(c);
+    const float weight = weights.value(loaded_weight), bias = biases.value(loaded_bias);
 #pragma unroll 1
     for (int first = begin; first < count; first += kRows * step) {
       decltype(load(0, 0)) loaded[kRows];
@@ -253,7 +253,7 @@ __device__ void linear(const T* rows, int pitch, const Layer& layer, int depth, 
 #pragma unroll 1
   for (int n = first + warp_index() * 8; n < last; n += block_warps() * 8) {
     const T* w = static_cast<const T*>(layer.weight.data) + int64_t{n + g} * depth;
-    const uint32_t bias_bits[2] = {bias.load(n + 2 * t), bias.load(n + 2 * t + 1)};
+    const LoadedElement biases[2] = {bias.load(n + 2 * t), bias.load(n + 2 * t + 1)};
     float sums[4][4] = {};  // several chains of products
 #pragma unroll 1
     for (int begin = 0; begin < depth; begin += kSteps * kDepth) {
@@ -278,7 +278,7 @@ __device__ void linear(const T* rows, int pitch, const Layer& layer, int depth, 
     }
     float total[4];
     for (int i = 0; i < 4; ++i) {
-      total[i] = sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i]) + bias.value(bias_bits[i & 1]);
+      total[i] = sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i]) + bias.value(biases[i & 1]);
     }
     write(g, n + 2 * t, total[0], total[1]);
     write(g + 8, n + 2 * t, total[2], total[3]);

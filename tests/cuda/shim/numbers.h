@@ -150,12 +150,6 @@ inline float exp2_approx(float x) {
 }
 
 inline void prefetch_line(const void*) {}
-
-inline uint32_t load_constant(const char* from, int size) {
-  uint32_t bits = 0;
-  if (size > 0) std::memcpy(&bits, from, static_cast<size_t>(size));
-  return bits;
-}
 }  // namespace crossvit::testing
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
