@@ -47,7 +47,7 @@ struct Plan {
   static constexpr int kRows = 8 * kRowGroups;
   static constexpr int kMaxThreads = 256;
   // Units per iteration of loops whose results are not in registers.
-  static constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
+  static constexpr int kUnroll = sizeof(T) == 4 ? 1 : kRowGroups > 1 ? 2 : 4;
   // Units whose loads are in flight together where results are in registers. Tiles are padded to
   // whole groups: what is read of the padding goes to sums that no one reads.
   static constexpr int kUnitGroup = sizeof(T) == 4 ? 2 : kUnits % 4 == 0 ? 4 : 3;

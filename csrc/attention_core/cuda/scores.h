@@ -102,7 +102,7 @@ class RowLoads {
  private:
   template <class, int, class>
   friend class RowLoads;
-  static constexpr int kColumns = kColumnsOf8Rows * 8 / P::kRows;
+  static constexpr int kColumns = maximum(kColumnsOf8Rows * 8 / P::kRows, 1);
 
   struct Loads {
     float values[P::kRows];

@@ -124,9 +124,12 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     T* dx = static_cast<T*>(p.dx.data) + (first + image) * p.dx.batch_stride;
     const int count = minimum(P::kRows, heads - begin);
     const int64_t offset = head_offset(batch, channels, begin, first + image);
-    const RowLoads<P, 2, Elements<T>> dm(p.dz + offset, batch * channels, count, channels, gains);
-    const RowLoads<P, 2, Elements<T>> u(v.kt + offset, batch * channels, count, channels, gains);
-    const RowLoads<P, 2> m(v.m + offset, batch * channels, count, channels);
+    constexpr int kColumns = sizeof(T) == 4 ? 1 : 2;
+    const RowLoads<P, kColumns, Elements<T>> dm(p.dz + offset, batch * channels, count, channels,
+                                                gains);
+    const RowLoads<P, kColumns, Elements<T>> u(v.kt + offset, batch * channels, count, channels,
+                                               gains);
+    const RowLoads<P, kColumns> m(v.m + offset, batch * channels, count, channels);
     const int row = thread_index();
     const float lse = row < count ? v.lse[(first + image) * heads + begin + row] : INFINITY;
     if (aliased || image != images.begin || begin > 0) pass.start(x, images.tokens);

@@ -247,7 +247,7 @@ __device__ void linear(const T* rows, int pitch, const Layer& layer, int depth, 
                        Write write) {
   using V = Vector<T>;
   constexpr int kDepth = 4 * V::kElements;
-  constexpr int kSteps = 12;  // of kDepth along k, loads in flight: all of 384 16-bit elements
+  constexpr int kSteps = sizeof(T) == 4 ? 6 : 12;  // along k, loads in flight: 16-bit rows of 384
   const int g = lane_index() / 4, t = lane_index() % 4;
   const Elements<T> bias(layer.bias);
 #pragma unroll 1
@@ -335,7 +335,7 @@ __device__ void transposed_linear(const T* rows, int pitch, const void* weight, 
                                   int columns, int first, Write write) {
   using V = Vector<T>;
   constexpr int kDepth = 4 * V::kElements;
-  constexpr int kSteps = 4;  // of kDepth along k: loads in flight
+  constexpr int kSteps = sizeof(T) == 4 ? 2 : 4;  // of kDepth along k: loads in flight
   const int g = lane_index() / 4, t = lane_index() % 4;
   const T* w = static_cast<const T*>(weight) + first + 4 * g;
   float sums[4][4] = {};
