@@ -145,15 +145,22 @@ def _memory(
     of_tensor = dict(enumerate(launch.tensor_bytes))
     shares: tuple[dict[int, float], dict[int, float]] = ({}, {})
     for (is_store, tensor), size in moved.items():
-        if _stays_in_l2(moved, tensor):
+        if _stays_in_l2(launch, moved, tensor, is_store):
             continue
         shares[is_store][tensor] = min(of_tensor.get(tensor, 0) / (size * scale), 1.0)
     return MemoryShare.of(gpu, active, *shares)
 
 
-def _stays_in_l2(moved: Container[tuple[bool, int]], tensor: int) -> bool:
-    """Whether a launch writes a tensor and reads it back, as what blocks exchange."""
-    return (True, tensor) in moved and (False, tensor) in moved
+def _stays_in_l2(
+    launch: Launch, moved: Container[tuple[bool, int]], tensor: int, is_store: bool
+) -> bool:
+    """Whether what is moved never reaches DRAM: what a launch writes and reads back.
+
+    That it was written counts, unless nothing reads it later.
+    """
+    if (not is_store, tensor) not in moved:
+        return False
+    return not is_store or tensor in launch.workspaces
 
 
 def _work(
@@ -182,7 +189,7 @@ def _work(
     moved = sum(
         min(n * scale, of_tensor.get(tensor, 0))
         for (is_store, tensor), n in seen.items()
-        if not _stays_in_l2(seen, tensor)
+        if not _stays_in_l2(launch, seen, tensor, is_store)
     )
     per_sub_partition = scale / (4 * gpu.multiprocessors * gpu.clock) * 1e6
     return {

@@ -89,6 +89,7 @@ class _Block:
         self.live = warps
         self.waiting: dict[str, list[tuple[float, _Warp]]] = collections.defaultdict(list)
         self.arrived: collections.Counter[str] = collections.Counter()
+        self.counted: set[str] = set()  # barriers for some of the warps
         self.mbarriers: dict[int, Mbarrier] = collections.defaultdict(Mbarrier)
         self.cluster = Mbarrier(warps)
 
@@ -382,6 +383,8 @@ class Multiprocessor:
         name, count = how.barrier, how.count
         if step.amount:  # known from registers
             name, count = str(step.barrier), step.amount // 32
+        if count:
+            block.counted.add(name)
         block.arrived[name] += 1
         if warp is not None:
             block.waiting[name].append((now, warp))
@@ -402,8 +405,9 @@ class Multiprocessor:
         block.cluster.count -= 1
         if block.live:
             self._arrive(block.cluster, now + _CLUSTER_BARRIER)
-        for barrier in [b for b, n in block.arrived.items() if n and n >= block.live]:
-            self._release(block, barrier, now)
+        for barrier, arrived in [*block.arrived.items()]:
+            if arrived >= max(block.live, 1) and barrier not in block.counted:
+                self._release(block, barrier, now)
         if not block.live:
             ends.append(now)
             if self._next < len(self._blocks):
