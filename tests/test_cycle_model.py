@@ -18,12 +18,12 @@ from sass_text import code
 
 from crossvit_kernels import extension, supported
 from crossvit_kernels.inspect.model import accesses, lanes, sass
+from crossvit_kernels.inspect.model.divergence import Group, Step
 from crossvit_kernels.inspect.model.emulator import Block, Emulator
 from crossvit_kernels.inspect.model.gpus import A100, GPUS, H200
-from crossvit_kernels.inspect.model.integer_code import Registers
 from crossvit_kernels.inspect.model.memory import pointer
 from crossvit_kernels.inspect.model.multiprocessor import MemoryShare, Multiprocessor
-from crossvit_kernels.inspect.model.paths import Group, Step
+from crossvit_kernels.inspect.model.translator import Registers
 
 ROOT = Path(__file__).parents[1]
 

@@ -34,8 +34,8 @@ def why_not(gpu: Gpu) -> str | None:
 def _architecture(gpu: Gpu) -> int:
     """Whose machine code a GPU runs, 90 for sm_90; 0 for none."""
     names = extension.cuda_architectures()
-    found = extension.architecture_for(names, gpu.compute_capability)
-    return found if found // 10 == gpu.compute_capability // 10 else 0
+    architecture = extension.architecture_for(names, gpu.compute_capability)
+    return architecture if architecture // 10 == gpu.compute_capability // 10 else 0
 
 
 class Addresses:

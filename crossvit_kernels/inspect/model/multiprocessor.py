@@ -13,10 +13,10 @@ import heapq
 from collections.abc import Sequence
 
 from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES
+from crossvit_kernels.inspect.model.divergence import Step
 from crossvit_kernels.inspect.model.gpus import Gpu
 from crossvit_kernels.inspect.model.mbarriers import Mbarrier
-from crossvit_kernels.inspect.model.paths import Step
-from crossvit_kernels.inspect.model.pipes import Kind, Pipe, Timing, timing
+from crossvit_kernels.inspect.model.pipes import Kind, Pipe, Timing, timing_of
 from crossvit_kernels.inspect.model.sass import Kernel
 
 SUB_PARTITIONS = 4
@@ -96,21 +96,21 @@ class _Block:
 
 class _Warp:
     __slots__ = (
-        "at", "block", "cluster_phase", "copies", "groups", "matrices", "number", "path", "ready",
-        "reasons", "released", "scheduler", "stored",
+        "block", "cluster_phase", "copy_groups", "number", "open_copies", "path", "position",
+        "ready", "scheduler", "scoreboard_reasons", "scoreboards", "stores_done", "wgmma_groups",
     )  # fmt: skip
 
     def __init__(self, number: int, path: Sequence[Step], block: _Block, ready: float) -> None:
         self.number, self.path, self.block = number, path, block
         self.scheduler = number % SUB_PARTITIONS
-        self.at, self.ready = 0, ready
-        self.released = [0.0] * 6
-        self.reasons = [""] * 6
-        self.copies = 0.0  # when those of the open group have arrived
-        self.stored = 0.0  # when what it has stored is visible to others
+        self.position, self.ready = 0, ready
+        self.scoreboards = [0.0] * 6
+        self.scoreboard_reasons = [""] * 6
+        self.open_copies = 0.0  # when those of the open group have arrived
+        self.stores_done = 0.0  # when what it has stored is visible to others
         self.cluster_phase = 0
-        self.groups: list[float] = []
-        self.matrices: list[float] = []
+        self.copy_groups: list[float] = []
+        self.wgmma_groups: list[float] = []
 
 
 class Multiprocessor:
@@ -125,10 +125,10 @@ class Multiprocessor:
     def __init__(self, gpu: Gpu, kernel: Kernel, memory: MemoryShare) -> None:
         self._gpu, self._memory = gpu, memory
         self._instructions = kernel.instructions
-        self._timings = [timing(i, gpu) for i in kernel.instructions]
+        self._timings = [timing_of(i, gpu) for i in kernel.instructions]
         self._l2 = self._dram = 0.0  # when they are free again
         self._l2_bytes = self._dram_bytes = 0.0
-        self._owed: dict[int, float] = collections.defaultdict(float)
+        self._dram_debt: dict[int, float] = collections.defaultdict(float)
 
     def run(self, blocks: Sequence[Sequence[Sequence[Step]]], resident: int) -> Run:
         """Run blocks in order, so many at a time.
@@ -157,11 +157,11 @@ class Multiprocessor:
         heap, timings, instructions = self._heap, self._timings, self._instructions
         while heap:
             now, _, warp = heapq.heappop(heap)
-            step = warp.path[warp.at]
-            i, how = instructions[step[0]], timings[step[0]]
-            if how.kind in _WAITS and not self._phase_ends(warp, step, how.kind, now):
+            step = warp.path[warp.position]
+            i, timing = instructions[step[0]], timings[step[0]]
+            if timing.kind in _WAITS and not self._phase_ends(warp, step, timing.kind, now):
                 continue
-            at, reason = self._earliest(warp, i.waits_for, how)
+            at, reason = self._earliest(warp, i.waits_for, timing)
             if free[warp.scheduler] > at:
                 at, reason = free[warp.scheduler], "issue"
             if at > now:
@@ -171,24 +171,27 @@ class Multiprocessor:
                 continue
             free[warp.scheduler] = now + 1
             issued += 1
-            warp.at += 1
+            warp.position += 1
             warp.ready = now + i.stall
-            started, finished = self._execute(warp, step, how, now)
+            started, finished = self._execute(warp, step, timing, now)
             if i.write_scoreboard is not None:
                 place = i.write_scoreboard
-                if finished > warp.released[place]:
-                    warp.released[place], warp.reasons[place] = finished, _reason(how, i.opcode)
+                if finished > warp.scoreboards[place]:
+                    warp.scoreboards[place], warp.scoreboard_reasons[place] = (
+                        finished,
+                        _reason(timing, i.opcode),
+                    )
             if i.read_scoreboard is not None:
                 read = max(started, now) + _OPERANDS_READ
-                if read > warp.released[i.read_scoreboard]:
-                    warp.released[i.read_scoreboard] = read
-                    warp.reasons[i.read_scoreboard] = "operands"
-            if how.kind is Kind.EXIT and warp.at == len(warp.path):
+                if read > warp.scoreboards[i.read_scoreboard]:
+                    warp.scoreboards[i.read_scoreboard] = read
+                    warp.scoreboard_reasons[i.read_scoreboard] = "operands"
+            if timing.kind is Kind.EXIT and warp.position == len(warp.path):
                 self._exit(warp, now, ends)
-            elif how.kind is not Kind.BARRIER:
+            elif timing.kind is not Kind.BARRIER:
                 heapq.heappush(heap, (warp.ready, warp.number, warp))
             else:
-                self._barrier(warp, step, how, now)
+                self._barrier(warp, step, timing, now)
         if len(ends) < len(blocks):
             raise RuntimeError("warps wait at a barrier that not all of their block reach")
         cycles = max(now + 1, self._l2, self._dram)
@@ -204,18 +207,20 @@ class Multiprocessor:
             self._number += 1
             heapq.heappush(self._heap, (now, warp.number, warp))
 
-    def _earliest(self, warp: _Warp, waits_for: tuple[int, ...], how: Timing) -> tuple[float, str]:
+    def _earliest(
+        self, warp: _Warp, waits_for: tuple[int, ...], timing: Timing
+    ) -> tuple[float, str]:
         """When a warp's next instruction can issue as far as it and its pipe are concerned."""
         at, reason = warp.ready, "stall count"
         for place in waits_for:
-            if warp.released[place] > at:
-                at, reason = warp.released[place], warp.reasons[place]
-        kind, pipe = how.kind, how.pipe
-        if kind is Kind.WAIT or kind is Kind.MATRIX_WAIT:
-            groups = warp.groups if kind is Kind.WAIT else warp.matrices
-            if len(groups) > how.count and groups[-1 - how.count] > at:
-                at = groups[-1 - how.count]
-                reason = "global memory" if kind is Kind.WAIT else "tensor cores"
+            if warp.scoreboards[place] > at:
+                at, reason = warp.scoreboards[place], warp.scoreboard_reasons[place]
+        kind, pipe = timing.kind, timing.pipe
+        if kind is Kind.COPY_WAIT or kind is Kind.WGMMA_WAIT:
+            groups = warp.copy_groups if kind is Kind.COPY_WAIT else warp.wgmma_groups
+            if len(groups) > timing.count and groups[-1 - timing.count] > at:
+                at = groups[-1 - timing.count]
+                reason = "global memory" if kind is Kind.COPY_WAIT else "tensor cores"
         if pipe is Pipe.SHARED:
             room = self._shared - _SHARED_QUEUE
         elif pipe is Pipe.FMA_ANY:
@@ -224,52 +229,52 @@ class Multiprocessor:
             return at, reason
         else:
             room = self._pipes[warp.scheduler][pipe]
-            if kind is Kind.MATRIX:
+            if kind is Kind.WGMMA:
                 room -= _TENSOR_QUEUE
         return (room, _PIPE_NAMES[pipe]) if room > at else (at, reason)
 
-    def _execute(self, warp: _Warp, step: Step, how: Timing, now: float) -> tuple[float, float]:
+    def _execute(self, warp: _Warp, step: Step, timing: Timing, now: float) -> tuple[float, float]:
         """Take the resources of an instruction: when it starts, and when its result is there."""
-        kind, pipe = how.kind, how.pipe
+        kind, pipe = timing.kind, timing.pipe
         if pipe is Pipe.SHARED:
-            return self._access(warp, step, how, now)
+            return self._access(warp, step, timing, now)
         started = now
         if pipe is not Pipe.NONE:
             pipes = self._pipes[warp.scheduler]
             if pipe is Pipe.FMA_ANY:
                 other = self._other_fma[warp.scheduler]
                 if other <= pipes[Pipe.FMA]:
-                    self._other_fma[warp.scheduler] = max(other, now) + how.cycles
+                    self._other_fma[warp.scheduler] = max(other, now) + timing.cycles
                 else:
-                    pipes[Pipe.FMA] = max(pipes[Pipe.FMA], now) + how.cycles
+                    pipes[Pipe.FMA] = max(pipes[Pipe.FMA], now) + timing.cycles
             else:
                 started = max(pipes[pipe], now)
-                pipes[pipe] = started + how.cycles
-            self._busy[pipe] += how.cycles
-        if kind is Kind.MATRIX:
-            self._shared = max(self._shared, now) + how.shared_cycles
-            self._busy[Pipe.SHARED] += how.shared_cycles
+                pipes[pipe] = started + timing.cycles
+            self._busy[pipe] += timing.cycles
+        if kind is Kind.WGMMA:
+            self._shared = max(self._shared, now) + timing.shared_cycles
+            self._busy[Pipe.SHARED] += timing.shared_cycles
             pipes[pipe] = max(pipes[pipe], self._shared)
-            if how.commits:
-                warp.matrices.append(pipes[pipe] + how.latency)
-        elif kind is Kind.COMMIT:
-            last = warp.groups[-1] if warp.groups else 0.0
-            warp.groups.append(max(last, warp.copies))
-            return now, warp.groups[-1]
+            if timing.commits:
+                warp.wgmma_groups.append(pipes[pipe] + timing.latency)
+        elif kind is Kind.COPY_COMMIT:
+            last = warp.copy_groups[-1] if warp.copy_groups else 0.0
+            warp.copy_groups.append(max(last, warp.open_copies))
+            return now, warp.copy_groups[-1]
         elif kind is Kind.BRANCH:
             warp.ready = max(warp.ready, now + _BRANCH)
         elif kind is Kind.ARRIVE:
-            self._barrier(None, step, how, now, warp.block)
+            self._barrier(None, step, timing, now, warp.block)
         elif kind is Kind.FENCE:
-            warp.ready = max(warp.ready, now + how.latency)
-            if how.barrier != "CTA":
-                warp.ready = max(warp.ready, warp.stored)
+            warp.ready = max(warp.ready, now + timing.latency)
+            if timing.barrier != "CTA":
+                warp.ready = max(warp.ready, warp.stores_done)
         elif kind is Kind.CLUSTER_ARRIVE:
             self._arrive(warp.block.cluster, now + _CLUSTER_BARRIER, arrivals=1)
         elif kind is Kind.CLUSTER_WAIT:
             warp.cluster_phase += 1
         elif kind is Kind.TENSOR_PRODUCT:
-            self._product(step.arrivals, step.amount, bool(how.count), now)
+            self._product(step.arrivals, step.amount, bool(timing.count), now)
         elif kind is Kind.TENSOR_COMMIT and step.barrier:
             at = max(self._products, now) + _COMMIT
             self._arrive(warp.block.mbarriers[step.barrier], at, arrivals=1)
@@ -277,7 +282,7 @@ class Multiprocessor:
             self._bulk = max(self._bulk, now) + max(step.amount / _BULK_BYTES, _BULK_CYCLES)
             arrived = self._transfer(step, self._bulk, self._memory.loads) + _BULK_LATENCY
             self._arrive(warp.block.mbarriers[step.barrier], arrived, copied=step.amount)
-        return started, started + how.latency
+        return started, started + timing.latency
 
     def _product(self, rows: int, columns: int, in_tensor_memory: bool, now: float) -> None:
         """16 channels of a product by all four tensor cores."""
@@ -318,40 +323,40 @@ class Multiprocessor:
             warp.ready = end
         return True
 
-    def _access(self, warp: _Warp, step: Step, how: Timing, now: float) -> tuple[float, float]:
-        cycles = how.cycles or step.wavefronts
+    def _access(self, warp: _Warp, step: Step, timing: Timing, now: float) -> tuple[float, float]:
+        cycles = timing.cycles or step.wavefronts
         started = max(self._shared, now)
         self._shared = started + cycles
         self._busy[Pipe.SHARED] += cycles
-        kind = how.kind
+        kind = timing.kind
         if kind is Kind.MBARRIER_INIT:
             warp.block.mbarriers[step.barrier] = Mbarrier(max(step.amount, 1))
         elif kind is Kind.MBARRIER_ARRIVE and step.barrier:
             self._arrive(
                 warp.block.mbarriers[step.barrier],
-                started + how.latency,
+                started + timing.latency,
                 arrivals=step.arrivals,
                 announced=step.amount,
             )
         if kind not in _TRANSFERS:
-            return started, started + cycles + how.latency
+            return started, started + cycles + timing.latency
         if step.remote:
             self._cluster = max(self._cluster, started)
             self._cluster += step.remote / self._gpu.cluster_bytes_per_cycle
             self._cluster_bytes += step.remote
             arrived = self._cluster + self._gpu.cluster_latency
             if kind is Kind.STORE:
-                warp.stored = max(warp.stored, arrived)
-                return started, started + how.latency
+                warp.stores_done = max(warp.stores_done, arrived)
+                return started, started + timing.latency
             return started, arrived
         arrived = self._transfer(
             step, started, self._memory.stores if kind is Kind.STORE else self._memory.loads
         )
         if kind is Kind.COPY:
-            warp.copies = max(warp.copies, arrived)
+            warp.open_copies = max(warp.open_copies, arrived)
         if kind is Kind.STORE:
-            warp.stored = max(warp.stored, arrived)
-            return started, started + how.latency
+            warp.stores_done = max(warp.stores_done, arrived)
+            return started, started + timing.latency
         return started, max(arrived, started + cycles + self._gpu.l1_latency)
 
     def _transfer(self, step: Step, started: float, from_dram: dict[int, float]) -> float:
@@ -368,19 +373,24 @@ class Multiprocessor:
             self._dram = max(self._dram, started) + moved * share / memory.dram_rate
             self._dram_bytes += moved * share
             # Of many loads of the same, those whose turn it is miss the L2: the first to begin.
-            self._owed[step.tensor] -= moved * share
-            if self._owed[step.tensor] < 0:
-                self._owed[step.tensor] += moved
+            self._dram_debt[step.tensor] -= moved * share
+            if self._dram_debt[step.tensor] < 0:
+                self._dram_debt[step.tensor] += moved
                 arrived = max(self._l2, self._dram) + gpu.dram_latency
         return arrived
 
     def _barrier(
-        self, warp: _Warp | None, step: Step, how: Timing, now: float, block: _Block | None = None
+        self,
+        warp: _Warp | None,
+        step: Step,
+        timing: Timing,
+        now: float,
+        block: _Block | None = None,
     ) -> None:
         """Arrive, and let all go on if all have arrived."""
         block = block or (warp.block if warp else None)
         assert block is not None
-        name, count = how.barrier, how.count
+        name, count = timing.barrier, timing.count
         if step.amount:  # known from registers
             name, count = str(step.barrier), step.amount // 32
         if count:
@@ -394,7 +404,7 @@ class Multiprocessor:
     def _release(self, block: _Block, barrier: str, now: float) -> None:
         for since, warp in block.waiting.pop(barrier, []):
             self._stalls["barrier"] += int(now - since)
-            self._waits[warp.path[warp.at - 1].instruction] += int(now - since)
+            self._waits[warp.path[warp.position - 1].instruction] += int(now - since)
             warp.ready = max(warp.ready, now + _BARRIER)
             heapq.heappush(self._heap, (warp.ready, warp.number, warp))
         block.arrived[barrier] = 0
@@ -444,7 +454,7 @@ _PIPE_NAMES = {
 }
 
 
-def _reason(how: Timing, opcode: str) -> str:
-    if how.kind in (Kind.LOAD, Kind.COPY, Kind.COMMIT):
+def _reason(timing: Timing, opcode: str) -> str:
+    if timing.kind in (Kind.LOAD, Kind.COPY, Kind.COPY_COMMIT):
         return "global memory"
-    return _PIPE_NAMES.get(how.pipe, opcode)
+    return _PIPE_NAMES.get(timing.pipe, opcode)

@@ -193,20 +193,20 @@ def keep(path: Path, gpu: Gpu, todo: Sequence[Job], processes: int) -> None:
     names = ("backend", "model", "operation", "direction", "channels", "batch", "dtype")
     done = {tuple(row[name] for name in names) for row in kept}
     pending = [job for job in todo if job.key not in done]
-    for number, of_job in enumerate(rows(pending, processes), 1):
-        kept += map(as_json, of_job)
+    for number, job_rows in enumerate(rows(pending, processes), 1):
+        kept += map(as_json, job_rows)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(document(gpu, kept), indent=1) + "\n")
         os.replace(part, path)
         print(f"inspect: {number} of {len(pending)}", file=sys.stderr, flush=True)
 
 
-def show(gpu: Gpu, found: Iterable[list[Row]]) -> None:
+def show(gpu: Gpu, rows_by_job: Iterable[list[Row]]) -> None:
     """Print rows as a table, and below it the sums over the kernels of an operation."""
     print(f"A cycle model of the {gpu.name}, not a measurement: docs/cycle_model.md.")
     print(_HEADER, flush=True)
     sums: dict[tuple[Any, ...], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-    for row in (row for of_job in found for row in of_job):
+    for row in (row for job_rows in rows_by_job for row in job_rows):
         print(_line(row), flush=True)
         name = f"{row.operation} {row.direction}, C = {row.channels}, {row.dtype}"
         total = sums[row.backend, row.model, name, row.batch]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crossvit_kernels.inspect.model.accesses import Access
-from crossvit_kernels.inspect.model.integer_code import Registers
-from crossvit_kernels.inspect.model.lanes import Value, of_lanes
+from crossvit_kernels.inspect.model.lanes import Value, broadcast_lanes
+from crossvit_kernels.inspect.model.translator import Registers
 
 
 class Step(NamedTuple):
@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass
-class Meeting:
+class ConvergenceBarrier:
     """Where lanes that went different ways meet again."""
 
     barrier: str
@@ -45,7 +45,7 @@ class Group:
         self.registers, self.warps, self.history = registers, warps, history
         self.pc = 0
         self.active: Value = True
-        self.meetings: list[Meeting] = []
+        self.convergence: list[ConvergenceBarrier] = []
         self.steps: list[tuple[int, Access | None]] = []
 
     def part(self, rows: Any) -> Group:
@@ -62,30 +62,34 @@ class Group:
             return value[rows] if isinstance(value, np.ndarray) else value
 
         group.active = some(self.active)
-        group.meetings = [
-            Meeting(m.barrier, some(m.lanes), [(pc, some(mask)) for pc, mask in m.waiting])
-            for m in self.meetings
+        group.convergence = [
+            ConvergenceBarrier(
+                m.barrier, some(m.lanes), [(pc, some(mask)) for pc, mask in m.waiting]
+            )
+            for m in self.convergence
         ]
         return group
 
-    def meet(self, barrier: str) -> None:
+    def reconverge(self, barrier: str) -> None:
         """Go on with lanes that wait for their turn, or behind the meeting with all."""
-        meeting = next((m for m in reversed(self.meetings) if m.barrier == barrier), None)
-        if meeting is None:
+        convergence_barrier = next(
+            (m for m in reversed(self.convergence) if m.barrier == barrier), None
+        )
+        if convergence_barrier is None:
             return
-        while self.meetings[-1] is not meeting:
-            self.meetings.pop()
-        if meeting.waiting:
-            self.pc, self.active = meeting.waiting.pop()
+        while self.convergence[-1] is not convergence_barrier:
+            self.convergence.pop()
+        if convergence_barrier.waiting:
+            self.pc, self.active = convergence_barrier.waiting.pop()
         else:
-            self.active = meeting.lanes
-            self.meetings.pop()
+            self.active = convergence_barrier.lanes
+            self.convergence.pop()
 
-    def diverge(self, where: Value, target: int) -> list[Group] | None:
+    def diverge(self, mask: Value, target: int) -> list[Group] | None:
         """Split warps by whether all of their lanes, none or some take a branch; -1 is the end."""
         count = len(self.warps)
-        active = of_lanes(self.active, count)
-        taken = of_lanes(where, count) & active
+        active = broadcast_lanes(self.active, count)
+        taken = broadcast_lanes(mask, count) & active
         everywhere, somewhere = (taken == active).all(axis=1), taken.any(axis=1)
         kinds = (
             (np.flatnonzero(everywhere & somewhere), True),
@@ -101,25 +105,27 @@ class Group:
             if goes is None:
                 part.active = active[rows] & ~taken[rows]
                 if target < 0:
-                    for meeting in part.meetings:
-                        meeting.lanes = of_lanes(meeting.lanes, len(rows)) & ~taken[rows]
-                elif part.meetings:
-                    part.meetings[-1].waiting.append((target, taken[rows]))
+                    for convergence_barrier in part.convergence:
+                        convergence_barrier.lanes = (
+                            broadcast_lanes(convergence_barrier.lanes, len(rows)) & ~taken[rows]
+                        )
+                elif part.convergence:
+                    part.convergence[-1].waiting.append((target, taken[rows]))
             elif goes:
                 if target >= 0:
                     part.pc = target
-                elif any(m.waiting for m in part.meetings):
-                    while not part.meetings[-1].waiting:
-                        part.meetings.pop()
-                    part.pc, part.active = part.meetings[-1].waiting.pop()
+                elif any(m.waiting for m in part.convergence):
+                    while not part.convergence[-1].waiting:
+                        part.convergence.pop()
+                    part.pc, part.active = part.convergence[-1].waiting.pop()
                 else:
                     part.pc = -1
             groups.append(part)
         return None if alone and groups[0].pc >= 0 else groups
 
-    def finish(self, done: dict[int, list[Step]]) -> None:
+    def finish(self, finished: dict[int, list[Step]]) -> None:
         """Note the steps of each warp from the start."""
-        alike: dict[Any, list[Step]] = {}
+        unique: dict[Any, list[Step]] = {}
         segments = [*self.history, (self.steps, list(range(len(self.warps))))]
         for row, warp in enumerate(self.warps):
             path: list[tuple[int, ...]] = []
@@ -131,6 +137,6 @@ class Group:
                     else:
                         path.append((index, *access.of(at)))
             key = tuple(path)
-            if key not in alike:
-                alike[key] = [Step(*step) for step in path]
-            done[warp] = alike[key]
+            if key not in unique:
+                unique[key] = [Step(*step) for step in path]
+            finished[warp] = unique[key]
