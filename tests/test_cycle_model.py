@@ -22,7 +22,8 @@ from crossvit_kernels.inspect.model.divergence import Group, Step
 from crossvit_kernels.inspect.model.emulator import Block, Emulator
 from crossvit_kernels.inspect.model.gpus import A100, GPUS, H200
 from crossvit_kernels.inspect.model.memory import pointer
-from crossvit_kernels.inspect.model.multiprocessor import MemoryShare, Multiprocessor
+from crossvit_kernels.inspect.model.multiprocessor import Multiprocessor
+from crossvit_kernels.inspect.model.sm_state import MemoryShare
 from crossvit_kernels.inspect.model.translator import Registers
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,8 @@ from crossvit_kernels.inspect.model.gpus import B200, GPUS, H200, Gpu
 from crossvit_kernels.inspect.model.launch import Launch
 from crossvit_kernels.inspect.model.mbarriers import Mbarrier
 from crossvit_kernels.inspect.model.memory import pointer
-from crossvit_kernels.inspect.model.multiprocessor import MemoryShare, Multiprocessor, Run
+from crossvit_kernels.inspect.model.multiprocessor import Multiprocessor, Run
+from crossvit_kernels.inspect.model.sm_state import MemoryShare
 
 
 def traced(kernel: sass.Kernel, warps: int = 1, rank: int = 0) -> Trace:

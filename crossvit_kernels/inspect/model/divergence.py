@@ -1,7 +1,7 @@
-"""Follow warps: together while their branches agree, apart from where they do not.
+"""Follow warps: together while their branches agree, apart where they diverge.
 
-Where lanes of a warp disagree, one side runs after the other, up to where the compiler lets them
-meet again (BSSY, BSYNC).
+Where lanes of a warp diverge, one side runs after the other, up to where the compiler lets them
+reconverge (BSSY, BSYNC).
 """
 
 from __future__ import annotations
@@ -31,15 +31,31 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass
 class ConvergenceBarrier:
-    """Where lanes that went different ways meet again."""
+    """Where lanes that went different ways reconverge.
 
-    barrier: str
+    Attributes:
+        name: The barrier's, "B0".
+        lanes: Those that take part.
+        waiting: Program counters and lanes of the sides that have not run yet.
+    """
+
+    name: str
     lanes: Value
     waiting: list[tuple[int, Value]]
 
 
 class Group:
-    """Warps that execute together."""
+    """Warps that execute together.
+
+    Attributes:
+        registers: Theirs.
+        warps: Their numbers.
+        pc: Index of the next instruction; -1 at the end.
+        active: The lanes that execute, [warps, 32], or True for all.
+        convergence: Barriers that lie ahead, the innermost last.
+        steps: What they have executed together, with accesses of all.
+        history: Steps of the groups that they were in before, with their rows there.
+    """
 
     def __init__(self, registers: Registers, warps: list[int], history: list[Any]) -> None:
         self.registers, self.warps, self.history = registers, warps, history
@@ -63,26 +79,22 @@ class Group:
 
         group.active = some(self.active)
         group.convergence = [
-            ConvergenceBarrier(
-                m.barrier, some(m.lanes), [(pc, some(mask)) for pc, mask in m.waiting]
-            )
-            for m in self.convergence
+            ConvergenceBarrier(b.name, some(b.lanes), [(pc, some(mask)) for pc, mask in b.waiting])
+            for b in self.convergence
         ]
         return group
 
-    def reconverge(self, barrier: str) -> None:
-        """Go on with lanes that wait for their turn, or behind the meeting with all."""
-        convergence_barrier = next(
-            (m for m in reversed(self.convergence) if m.barrier == barrier), None
-        )
-        if convergence_barrier is None:
+    def reconverge(self, name: str) -> None:
+        """Go on with lanes that wait for their turn, or behind the barrier with all."""
+        barrier = next((b for b in reversed(self.convergence) if b.name == name), None)
+        if barrier is None:
             return
-        while self.convergence[-1] is not convergence_barrier:
+        while self.convergence[-1] is not barrier:
             self.convergence.pop()
-        if convergence_barrier.waiting:
-            self.pc, self.active = convergence_barrier.waiting.pop()
+        if barrier.waiting:
+            self.pc, self.active = barrier.waiting.pop()
         else:
-            self.active = convergence_barrier.lanes
+            self.active = barrier.lanes
             self.convergence.pop()
 
     def diverge(self, mask: Value, target: int) -> list[Group] | None:
@@ -91,30 +103,29 @@ class Group:
         active = broadcast_lanes(self.active, count)
         taken = broadcast_lanes(mask, count) & active
         everywhere, somewhere = (taken == active).all(axis=1), taken.any(axis=1)
-        kinds = (
+        directions = (
             (np.flatnonzero(everywhere & somewhere), True),
             (np.flatnonzero(~somewhere), False),
             (np.flatnonzero(somewhere & ~everywhere), None),
         )
-        alone = any(len(rows) == count for rows, _ in kinds)
+        alone = any(len(rows) == count for rows, _ in directions)
         groups = []
-        for rows, goes in kinds:
+        for rows, takes in directions:
             if not len(rows):
                 continue
             part = self if alone else self.part(rows)
-            if goes is None:
+            if takes is None:
                 part.active = active[rows] & ~taken[rows]
                 if target < 0:
-                    for convergence_barrier in part.convergence:
-                        convergence_barrier.lanes = (
-                            broadcast_lanes(convergence_barrier.lanes, len(rows)) & ~taken[rows]
-                        )
+                    for barrier in part.convergence:
+                        lanes = broadcast_lanes(barrier.lanes, len(rows))
+                        barrier.lanes = lanes & ~taken[rows]
                 elif part.convergence:
                     part.convergence[-1].waiting.append((target, taken[rows]))
-            elif goes:
+            elif takes:
                 if target >= 0:
                     part.pc = target
-                elif any(m.waiting for m in part.convergence):
+                elif any(barrier.waiting for barrier in part.convergence):
                     while not part.convergence[-1].waiting:
                         part.convergence.pop()
                     part.pc, part.active = part.convergence[-1].waiting.pop()

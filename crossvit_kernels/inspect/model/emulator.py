@@ -14,14 +14,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crossvit_kernels.inspect.model import integer_instructions, other_instructions
+from crossvit_kernels.inspect.model import (
+    integer_instructions,
+    other_instructions,
+    warp_instructions,
+)
 from crossvit_kernels.inspect.model.divergence import ConvergenceBarrier, Group, Step
 from crossvit_kernels.inspect.model.lanes import Value, broadcast_lanes
 from crossvit_kernels.inspect.model.memory import SHARED_WINDOW, Memory
 from crossvit_kernels.inspect.model.sass import INSTRUCTION_BYTES, Instruction, Kernel
 from crossvit_kernels.inspect.model.translator import Registers, Translator, is_predicate
 
-assert integer_instructions and other_instructions  # they declare what Translator knows
+# They declare what Translator knows.
+assert integer_instructions and other_instructions and warp_instructions
 
 _CONTROL = frozenset(("BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET"))
 _MOST_STEPS = 2_000_000

@@ -13,8 +13,9 @@ from crossvit_kernels.inspect.model.emulator import Emulator
 from crossvit_kernels.inspect.model.gpus import Gpu
 from crossvit_kernels.inspect.model.launch import Launch
 from crossvit_kernels.inspect.model.memory import SHARED
-from crossvit_kernels.inspect.model.multiprocessor import MemoryShare, Multiprocessor, Run
+from crossvit_kernels.inspect.model.multiprocessor import Multiprocessor, Run
 from crossvit_kernels.inspect.model.pipes import Kind, Pipe, timing_of
+from crossvit_kernels.inspect.model.sm_state import MemoryShare
 
 _MAX_STEPS = 400_000  # of warps, that are run on the SM
 _MAX_BLOCKS = 48  # that are executed

@@ -49,7 +49,8 @@ class Memory:
             if mbarriers.is_of_barriers(i)
         }
         self._invalidates = {i.index for i in instructions if i.name == "CCTL.IVALL"}
-        self._costs: dict[Any, list[int]] = {}  # of shared memory: a loop's steps repeat them
+        # In shared memory; a loop's iterations repeat them.
+        self._wavefronts: dict[Any, list[int]] = {}
         self.start([])
 
     def start(self, block_of_warp: Sequence[int]) -> None:
@@ -106,10 +107,10 @@ class Memory:
             return Access(wavefronts, distinct.sum(axis=1).tolist(), tensor)
         misses = []
         for row, warp in enumerate(warps):
-            seen = self._loaded[self._block_of[warp]]
-            wanted = sector_numbers[row][distinct[row]].tolist()
-            misses.append(sum(sector not in seen for sector in wanted))
-            seen.update(wanted)
+            cached_sectors = self._loaded[self._block_of[warp]]
+            loaded = sector_numbers[row][distinct[row]].tolist()
+            misses.append(sum(sector not in cached_sectors for sector in loaded))
+            cached_sectors.update(loaded)
         return Access(wavefronts, misses, tensor)
 
     def _generic(self, address: Any, width: int, active: Any, registers: Registers) -> Access:
@@ -125,11 +126,11 @@ class Memory:
             active = active & (np.arange(32) < 2 * width)
             width = 16
         key = address.tobytes(), active.tobytes(), width
-        sector_numbers = self._costs.get(key)
-        if sector_numbers is None:
-            sector_numbers = accesses.shared_wavefronts(address, width, active).tolist()
-            self._costs[key] = sector_numbers
-        return sector_numbers
+        wavefronts = self._wavefronts.get(key)
+        if wavefronts is None:
+            wavefronts = accesses.shared_wavefronts(address, width, active).tolist()
+            self._wavefronts[key] = wavefronts
+        return wavefronts
 
 
 def _readers(

@@ -18,8 +18,8 @@ from crossvit_kernels.inspect.model.gpus import Gpu
 from crossvit_kernels.inspect.model.mbarriers import Mbarrier
 from crossvit_kernels.inspect.model.pipes import Kind, Pipe, Timing, timing_of
 from crossvit_kernels.inspect.model.sass import Kernel
+from crossvit_kernels.inspect.model.sm_state import SUB_PARTITIONS, Block, MemoryShare, Warp
 
-SUB_PARTITIONS = 4
 _BLOCK_START = 200  # cycles from a block's end to the first instruction of the one in its place
 _BARRIER = 20
 _CLUSTER_BARRIER = 220  # from the last arrival of a cluster's threads; published: 200 to 300
@@ -31,7 +31,6 @@ _OPERANDS_READ = 16  # cycles until a load or store has read its registers
 _SHARED_QUEUE = 32  # cycles of work that may wait for the shared-memory pipe
 _TENSOR_QUEUE = 128  # and of wgmma for the tensor cores
 _COMMIT = 30  # from the end of tcgen05's products to the arrival at their barrier, an estimate
-_SM_L2_BYTES = 64  # a cycle, of one SM, if others leave it as much
 
 
 @dataclasses.dataclass
@@ -53,64 +52,6 @@ class Run:
     busy: dict[str, float]
     stalls: collections.Counter[str]
     waits: collections.Counter[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryShare:
-    """An SM's share of the memory behind it.
-
-    Attributes:
-        l2_rate: Bytes a cycle.
-        dram_rate: Bytes a cycle.
-        loads: Share of a tensor's loads that go to DRAM, by its number.
-        stores: Share of its stores that do.
-    """
-
-    l2_rate: float
-    dram_rate: float
-    loads: dict[int, float] = dataclasses.field(default_factory=dict)
-    stores: dict[int, float] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, gpu: Gpu, active: int, loads: dict[int, float], stores: dict[int, float]
-    ) -> MemoryShare:
-        """Of a GPU of which so many SMs are active."""
-        return cls(
-            min(gpu.l2_bytes_per_cycle / active, _SM_L2_BYTES),
-            min(gpu.dram_bytes_per_cycle / active, _SM_L2_BYTES),
-            loads,
-            stores,
-        )
-
-
-class _Block:
-    def __init__(self, warps: int) -> None:
-        self.live = warps
-        self.waiting: dict[str, list[tuple[float, _Warp]]] = collections.defaultdict(list)
-        self.arrived: collections.Counter[str] = collections.Counter()
-        self.counted: set[str] = set()  # barriers for some of the warps
-        self.mbarriers: dict[int, Mbarrier] = collections.defaultdict(Mbarrier)
-        self.cluster = Mbarrier(warps)
-
-
-class _Warp:
-    __slots__ = (
-        "block", "cluster_phase", "copy_groups", "number", "open_copies", "path", "position",
-        "ready", "scheduler", "scoreboard_reasons", "scoreboards", "stores_done", "wgmma_groups",
-    )  # fmt: skip
-
-    def __init__(self, number: int, path: Sequence[Step], block: _Block, ready: float) -> None:
-        self.number, self.path, self.block = number, path, block
-        self.scheduler = number % SUB_PARTITIONS
-        self.position, self.ready = 0, ready
-        self.scoreboards = [0.0] * 6
-        self.scoreboard_reasons = [""] * 6
-        self.open_copies = 0.0  # when those of the open group have arrived
-        self.stores_done = 0.0  # when what it has stored is visible to others
-        self.cluster_phase = 0
-        self.copy_groups: list[float] = []
-        self.wgmma_groups: list[float] = []
 
 
 class Multiprocessor:
@@ -140,7 +81,7 @@ class Multiprocessor:
         Raises:
             RuntimeError: A barrier waits for warps that do not come.
         """
-        self._heap: list[tuple[float, int, _Warp]] = []
+        self._heap: list[tuple[float, int, Warp]] = []
         self._pipes = [[0.0] * len(Pipe) for _ in range(SUB_PARTITIONS)]
         self._other_fma = [0.0] * SUB_PARTITIONS
         self._shared = self._bulk = self._cluster = 0.0
@@ -201,14 +142,14 @@ class Multiprocessor:
     def _start(self, now: float) -> None:
         warps = self._blocks[self._next]
         self._next += 1
-        block = _Block(len(warps))
+        block = Block(len(warps))
         for path in warps:
-            warp = _Warp(self._number, path, block, now)
+            warp = Warp(self._number, path, block, now)
             self._number += 1
             heapq.heappush(self._heap, (now, warp.number, warp))
 
     def _earliest(
-        self, warp: _Warp, waits_for: tuple[int, ...], timing: Timing
+        self, warp: Warp, waits_for: tuple[int, ...], timing: Timing
     ) -> tuple[float, str]:
         """When a warp's next instruction can issue as far as it and its pipe are concerned."""
         at, reason = warp.ready, "stall count"
@@ -233,7 +174,7 @@ class Multiprocessor:
                 room -= _TENSOR_QUEUE
         return (room, _PIPE_NAMES[pipe]) if room > at else (at, reason)
 
-    def _execute(self, warp: _Warp, step: Step, timing: Timing, now: float) -> tuple[float, float]:
+    def _execute(self, warp: Warp, step: Step, timing: Timing, now: float) -> tuple[float, float]:
         """Take the resources of an instruction: when it starts, and when its result is there."""
         kind, pipe = timing.kind, timing.pipe
         if pipe is Pipe.SHARED:
@@ -263,7 +204,14 @@ class Multiprocessor:
             return now, warp.copy_groups[-1]
         elif kind is Kind.BRANCH:
             warp.ready = max(warp.ready, now + _BRANCH)
-        elif kind is Kind.ARRIVE:
+        else:
+            self._synchronize(warp, step, timing, now)
+        return started, started + timing.latency
+
+    def _synchronize(self, warp: Warp, step: Step, timing: Timing, now: float) -> None:
+        """Barriers, fences, bulk copies, and products in tensor memory."""
+        kind = timing.kind
+        if kind is Kind.ARRIVE:
             self._barrier(None, step, timing, now, warp.block)
         elif kind is Kind.FENCE:
             warp.ready = max(warp.ready, now + timing.latency)
@@ -274,7 +222,7 @@ class Multiprocessor:
         elif kind is Kind.CLUSTER_WAIT:
             warp.cluster_phase += 1
         elif kind is Kind.TENSOR_PRODUCT:
-            self._product(step.arrivals, step.amount, bool(timing.count), now)
+            self._product(step.arrivals, step.amount, timing.rows_in_tensor_memory, now)
         elif kind is Kind.TENSOR_COMMIT and step.barrier:
             at = max(self._products, now) + _COMMIT
             self._arrive(warp.block.mbarriers[step.barrier], at, arrivals=1)
@@ -282,7 +230,6 @@ class Multiprocessor:
             self._bulk = max(self._bulk, now) + max(step.amount / _BULK_BYTES, _BULK_CYCLES)
             arrived = self._transfer(step, self._bulk, self._memory.loads) + _BULK_LATENCY
             self._arrive(warp.block.mbarriers[step.barrier], arrived, copied=step.amount)
-        return started, started + timing.latency
 
     def _product(self, rows: int, columns: int, in_tensor_memory: bool, now: float) -> None:
         """16 channels of a product by all four tensor cores."""
@@ -301,7 +248,7 @@ class Multiprocessor:
             for _, warp in waiting:
                 heapq.heappush(self._heap, (warp.ready, warp.number, warp))
 
-    def _phase_ends(self, warp: _Warp, step: Step, kind: Kind, now: float) -> bool:
+    def _phase_ends(self, warp: Warp, step: Step, kind: Kind, now: float) -> bool:
         """Hold a warp back until the phase that it waits for has ended; False if nobody knows when.
 
         Then it goes on once that is known.
@@ -323,7 +270,7 @@ class Multiprocessor:
             warp.ready = end
         return True
 
-    def _access(self, warp: _Warp, step: Step, timing: Timing, now: float) -> tuple[float, float]:
+    def _access(self, warp: Warp, step: Step, timing: Timing, now: float) -> tuple[float, float]:
         cycles = timing.cycles or step.wavefronts
         started = max(self._shared, now)
         self._shared = started + cycles
@@ -381,11 +328,11 @@ class Multiprocessor:
 
     def _barrier(
         self,
-        warp: _Warp | None,
+        warp: Warp | None,
         step: Step,
         timing: Timing,
         now: float,
-        block: _Block | None = None,
+        block: Block | None = None,
     ) -> None:
         """Arrive, and let all go on if all have arrived."""
         block = block or (warp.block if warp else None)
@@ -401,7 +348,7 @@ class Multiprocessor:
         if block.arrived[name] >= (count or block.live):
             self._release(block, name, now)
 
-    def _release(self, block: _Block, barrier: str, now: float) -> None:
+    def _release(self, block: Block, barrier: str, now: float) -> None:
         for since, warp in block.waiting.pop(barrier, []):
             self._stalls["barrier"] += int(now - since)
             self._waits[warp.path[warp.position - 1].instruction] += int(now - since)
@@ -409,7 +356,7 @@ class Multiprocessor:
             heapq.heappush(self._heap, (warp.ready, warp.number, warp))
         block.arrived[barrier] = 0
 
-    def _exit(self, warp: _Warp, now: float, ends: list[float]) -> None:
+    def _exit(self, warp: Warp, now: float, ends: list[float]) -> None:
         block = warp.block
         block.live -= 1
         block.cluster.count -= 1

@@ -67,9 +67,9 @@ class Timing:
         latency: From its start in the pipe to the release of its write scoreboard.
         shared_cycles: Of the shared-memory pipe, for a matrix from there.
         commits: Whether it closes a group of wgmma.
-        count: Groups that may be left open; or warps that a barrier is for (0: all); or, of
-            tcgen05.mma, whether the first factor lies in tensor memory.
-        barrier: Its name.
+        count: Groups that may be left open, or warps that a barrier is for (0: all).
+        barrier: The barrier's name; of a fence, its scope.
+        rows_in_tensor_memory: Whether tcgen05.mma's first factor lies there.
     """
 
     kind: Kind
@@ -80,6 +80,7 @@ class Timing:
     commits: bool = False
     count: int = 0
     barrier: str = ""
+    rows_in_tensor_memory: bool = False
 
 
 _FMA = frozenset(
@@ -127,8 +128,8 @@ def timing_of(i: Instruction, gpu: Gpu) -> Timing:
         return Timing(kind, Pipe.NONE, 0, 0, count=count, barrier=i.operands[0])
     if opcode in ("UTCHMMA", "UTCBAR"):
         kind = Kind.TENSOR_PRODUCT if opcode == "UTCHMMA" else Kind.TENSOR_COMMIT
-        rows_in_tensor_memory = i.operands[0].startswith("tmem")
-        return Timing(kind, Pipe.UNIFORM, 2, 0, count=int(rows_in_tensor_memory))
+        in_tensor_memory = i.operands[0].startswith("tmem")
+        return Timing(kind, Pipe.UNIFORM, 2, 0, rows_in_tensor_memory=in_tensor_memory)
     if opcode in ("LDTM", "STTM"):  # a register of 32 lanes a cycle, of a sub-partition
         registers = next((int(m[1:]) for m in i.modifiers if re.fullmatch(r"x\d+", m)), 1)
         return Timing(Kind.PLAIN, Pipe.TENSOR_MEMORY, registers, registers + _TENSOR_MEMORY)
