@@ -90,7 +90,7 @@ def test_a_barrier_waits_for_the_bytes_it_was_told_of(rows: int) -> None:
         return
     run = timed(kernel)
     assert run.cycles > H200.l2_latency
-    assert run.stalls["copies"] > H200.l2_latency / 2
+    assert run.stalls["mbarrier"] > H200.l2_latency / 2
 
 
 def test_phases_alternate() -> None:

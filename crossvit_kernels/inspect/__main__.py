@@ -109,9 +109,8 @@ def _model(options: argparse.Namespace) -> None:
     if options.output:
         report.keep(options.output, gpu, jobs, options.processes)
     elif options.json:
-        rows = [
-            report.as_json(row) for of_job in report.rows(jobs, options.processes) for row in of_job
-        ]
+        by_job = report.rows(jobs, options.processes)
+        rows = [report.as_json(row) for rows in by_job for row in rows]
         print(json.dumps(report.document(gpu, rows), indent=1))
     else:
         report.show(gpu, report.rows(jobs, options.processes))

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES, Access
+from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES, TENSOR_BYTES, Access
 from crossvit_kernels.inspect.model.lanes import Value, broadcast_lanes
 from crossvit_kernels.inspect.model.sass import Instruction
 from crossvit_kernels.inspect.model.translator import Reader, Registers, Translator
 
 _OPCODES = frozenset(("SYNCS", "UBLKCP", "UTCHMMA", "UTCBAR"))
 _OFFSET = (1 << 24) - 1
-_TENSOR_BYTES = 1 << 40
 #: An mbarrier in memory holds this less the arrivals of a phase, from bit 1 on.
 _COUNT_LIMIT = 1 << 20
 
@@ -124,7 +123,7 @@ def _copy(t: Translator, i: Instruction) -> Decoder:
         )
         amount = np.where(active.any(axis=1), (units & 0xFFFF) * 16, 0)
         sectors = (address + amount + SECTOR_BYTES - 1) // SECTOR_BYTES - address // SECTOR_BYTES
-        tensor = int(address[0] // _TENSOR_BYTES) - 1
+        tensor = int(address[0] // TENSOR_BYTES) - 1
         return _access(barrier & _OFFSET, amount, 0 * amount, np.where(amount, sectors, 0), tensor)
 
     return decode
@@ -161,12 +160,12 @@ class Mbarrier:
     Attributes:
         count: Arrivals of a phase.
         ends: When each phase that has ended did, or will.
-        waiting: Who waits for the current phase to end, since when.
+        waiting: Who waits for the current phase to end.
     """
 
     count: int = 1
     ends: list[float] = dataclasses.field(default_factory=list)
-    waiting: list[tuple[float, Any]] = dataclasses.field(default_factory=list)
+    waiting: list[Any] = dataclasses.field(default_factory=list)
     _arrivals: int = 0
     _bytes: int = 0
     _last: float = 0.0

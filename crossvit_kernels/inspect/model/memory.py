@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 
 from crossvit_kernels.inspect.model import accesses, mbarriers
-from crossvit_kernels.inspect.model.accesses import Access
+from crossvit_kernels.inspect.model.accesses import TENSOR_BYTES, Access
 from crossvit_kernels.inspect.model.lanes import Value, broadcast_lanes
 from crossvit_kernels.inspect.model.sass import Instruction
 from crossvit_kernels.inspect.model.translator import Reader, Registers, Translator
-
-#: Tensors lie so far apart in the addresses that kernels are given.
-TENSOR_BYTES = 1 << 40
 
 GLOBAL = frozenset(("LDG", "LD", "LDGSTS", "STG", "ST", "RED", "ATOM", "ATOMG"))
 SHARED = frozenset(("LDS", "STS", "LDSM", "STSM", "ATOMS"))

@@ -100,9 +100,13 @@ class Multiprocessor:
             now, _, warp = heapq.heappop(heap)
             step = warp.path[warp.position]
             i, timing = instructions[step[0]], timings[step[0]]
-            if timing.kind in _WAITS and not self._phase_ends(warp, step, timing.kind, now):
-                continue
             at, reason = self._earliest(warp, i.waits_for, timing)
+            if timing.kind in _WAITS:
+                end = self._phase_end(warp, step, timing.kind, now)
+                if end is None:
+                    continue
+                if end > at:
+                    at, reason = end, _WAITS[timing.kind]
             if free[warp.scheduler] > at:
                 at, reason = free[warp.scheduler], "issue"
             if at > now:
@@ -241,18 +245,15 @@ class Multiprocessor:
         self._products = max(max(self._products, now) + cycles, self._shared)
         self._busy[Pipe.TENSOR] += SUB_PARTITIONS * cycles
 
-    def _arrive(self, barrier: Mbarrier, at: float, **what: int) -> None:
+    def _arrive(self, barrier: Mbarrier, at: float, **changes: int) -> None:
         """Let those who wait go on, if that ends the phase."""
-        if barrier.update(at, **what):
+        if barrier.update(at, **changes):
             waiting, barrier.waiting = barrier.waiting, []
-            for _, warp in waiting:
+            for warp in waiting:
                 heapq.heappush(self._heap, (warp.ready, warp.number, warp))
 
-    def _phase_ends(self, warp: Warp, step: Step, kind: Kind, now: float) -> bool:
-        """Hold a warp back until the phase that it waits for has ended; False if nobody knows when.
-
-        Then it goes on once that is known.
-        """
+    def _phase_end(self, warp: Warp, step: Step, kind: Kind, now: float) -> float | None:
+        """When the phase ends that a warp waits for; None, and the warp is parked, if unknown."""
         if kind is Kind.CLUSTER_WAIT:
             barrier, phase = warp.block.cluster, warp.cluster_phase
             end = barrier.ends[phase] if phase < len(barrier.ends) else None
@@ -260,15 +261,8 @@ class Multiprocessor:
             barrier = warp.block.mbarriers[step.barrier]
             end = barrier.end_of(step.amount, now) if step.barrier else now
         if end is None:
-            warp.ready = max(warp.ready, now)
-            barrier.waiting.append((now, warp))
-            return False
-        if end > warp.ready:
-            reason = "cluster" if kind is Kind.CLUSTER_WAIT else "copies"
-            self._stalls[reason] += int(end - max(warp.ready, now))
-            self._waits[step.instruction] += int(end - max(warp.ready, now))
-            warp.ready = end
-        return True
+            barrier.waiting.append(warp)
+        return end
 
     def _access(self, warp: Warp, step: Step, timing: Timing, now: float) -> tuple[float, float]:
         cycles = timing.cycles or step.wavefronts
@@ -387,7 +381,7 @@ class Multiprocessor:
         }
 
 
-_WAITS = frozenset((Kind.MBARRIER_WAIT, Kind.CLUSTER_WAIT))
+_WAITS = {Kind.MBARRIER_WAIT: "mbarrier", Kind.CLUSTER_WAIT: "cluster barrier"}
 _TRANSFERS = frozenset((Kind.LOAD, Kind.COPY, Kind.STORE))
 _PIPE_NAMES = {
     Pipe.FMA: "fma",
