@@ -11,8 +11,8 @@ of a program find them.
 The CUDA kernels' code is read from the extension. Each handles all tokens up to a width; its shared
 memory and occupancy are given for that width.
 
-With --model: how long Triton's kernels take at the sizes of models, by a cycle model of their
-machine code (docs/cycle_model.md). It is never a measurement.
+With --model: how long the kernels of Triton and CUDA take at the sizes of models, by a cycle model
+of their machine code (docs/cycle_model.md). It is never a measurement.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from crossvit_kernels import extension, supported
 from crossvit_kernels.gpu import launcher
@@ -35,6 +36,7 @@ from crossvit_kernels.inspect.machine_code import Report
 from crossvit_kernels.ops.common.configs import VARIANTS
 
 ARCHITECTURES = (80, 90, 100)
+MODELS = ("tiny", "small", "base", "9", "15", "18")
 _SECONDS_OF_SILENCE = 5
 
 
@@ -92,19 +94,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _model(options: argparse.Namespace) -> None:
-    """Print modelled times of the launches of a model's operations."""
+    """Print modelled times of the launches of models' operations, or write them to a file."""
     from crossvit_kernels.inspect.model import cuda_launch, report
     from crossvit_kernels.inspect.model.gpus import GPUS
 
-    gpu, kernel = GPUS[options.gpu], options.kernel or ""
-    backends = options.backend
+    gpu, backends = GPUS[options.gpu], options.backend
     if "cuda" in backends and (reason := cuda_launch.why_not(gpu)):
         print(f"inspect: no CUDA kernels: {reason}", file=sys.stderr)
         backends = [name for name in backends if name != "cuda"]
+    models = MODELS if options.model == "all" else [options.model]
     jobs = report.jobs(
-        backends, gpu, options.model, options.dtype, options.batch, options.channels, kernel
+        backends, gpu, models, options.dtype, options.batch, options.channels, options.kernel or ""
     )
-    report.show(gpu, report.rows(jobs, options.processes), options.json)
+    if options.output:
+        report.keep(options.output, gpu, jobs, options.processes)
+    elif options.json:
+        by_job = report.rows(jobs, options.processes)
+        rows = [report.as_json(row) for rows in by_job for row in rows]
+        print(json.dumps(report.document(gpu, rows), indent=1))
+    else:
+        report.show(gpu, report.rows(jobs, options.processes))
 
 
 def _with_progress(rows: Iterator[Report], total: int) -> Iterator[Report]:
@@ -152,6 +161,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{sorted(unknown)}: expected some of {names}")
         return text.split(",")
 
+    def backends(text: str) -> list[str]:
+        unknown = set(text.split(",")) - {"triton", "cuda"}
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{sorted(unknown)}: expected triton, cuda or both")
+        return text.split(",")
+
     add = parser.add_argument
     add(
         "--arch",
@@ -175,8 +190,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="also variants of blocks that are never the default",
     )
-    models = ("tiny", "small", "base", "9", "15", "18")
-    add("--model", nargs="?", const="15", choices=models, help="of a CrossViT, by default 15")
+    add(
+        "--model",
+        nargs="?",
+        const="15",
+        choices=(*MODELS, "all"),
+        help="how long kernels take in a CrossViT, by default 15; daggers have the same kernels",
+    )
+    add("--output", type=Path, help="of the model: a JSON file, continued if it is there")
     add(
         "--gpu",
         choices=("A100", "RTX4090", "H100", "H200", "B200"),
@@ -185,7 +206,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--backend",
-        type=lambda text: text.split(","),
+        type=backends,
         default=["triton", "cuda"],
         help="of the model: triton,cuda by default",
     )

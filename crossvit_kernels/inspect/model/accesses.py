@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+#: Tensors lie so far apart in the addresses that kernels are given.
+TENSOR_BYTES = 1 << 40
+
 BANKS, BANK_BYTES, SECTOR_BYTES, LINE_BYTES = 32, 4, 32, 128
 
 Array = Any

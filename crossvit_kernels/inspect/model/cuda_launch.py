@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+import weakref
 from collections.abc import Callable
 
 from torch import Tensor
@@ -33,8 +34,8 @@ def why_not(gpu: Gpu) -> str | None:
 def _architecture(gpu: Gpu) -> int:
     """Whose machine code a GPU runs, 90 for sm_90; 0 for none."""
     names = extension.cuda_architectures()
-    found = extension.architecture_for(names, gpu.compute_capability)
-    return found if found // 10 == gpu.compute_capability // 10 else 0
+    architecture = extension.architecture_for(names, gpu.compute_capability)
+    return architecture if architecture // 10 == gpu.compute_capability // 10 else 0
 
 
 class Addresses:
@@ -44,6 +45,7 @@ class Addresses:
         self._numbers: dict[int, int] = {}
         self._storages: list[object] = []  # kept, so that no other takes their place
         self._views: list[set[tuple[int, int]]] = []  # offset and size in bytes
+        self._tensors: list[list[weakref.ref[Tensor]]] = []
 
     def __call__(self, t: Tensor) -> int:
         storage = t.untyped_storage()
@@ -51,6 +53,8 @@ class Addresses:
         if number == len(self._storages):
             self._storages.append(storage)
             self._views.append(set())
+            self._tensors.append([])
+        self._tensors[number].append(weakref.ref(t))
         offset = int(t.storage_offset()) * t.element_size()
         self._views[number].add((offset, t.numel() * t.element_size()))
         return pointer(number) + offset
@@ -59,6 +63,12 @@ class Addresses:
     def tensor_bytes(self) -> tuple[int, ...]:
         """Of each storage, what was given to kernels."""
         return tuple(sum(size for _, size in views) for views in self._views)
+
+    @property
+    def workspaces(self) -> frozenset[int]:
+        """Numbers of the storages that no tensor has any more."""
+        alive = [any(t() is not None for t in tensors) for tensors in self._tensors]
+        return frozenset(number for number, lives in enumerate(alive) if not lives)
 
 
 def recorder(
@@ -71,12 +81,17 @@ def recorder(
         machine_code.SHARED_BYTES_OF_PROGRAM[gpu.compute_capability],
     )
     launches = extension.recorded_launches(run, limits, addresses)
-    sizes = addresses.tensor_bytes
-    return lambda: [_recorded_launch(launch, architecture, sizes) for launch in launches]
+    sizes, workspaces = addresses.tensor_bytes, addresses.workspaces
+    return lambda: [
+        _recorded_launch(launch, architecture, sizes, workspaces) for launch in launches
+    ]
 
 
 def _recorded_launch(
-    recorded: RecordedLaunch, architecture: int, tensor_bytes: tuple[int, ...]
+    recorded: RecordedLaunch,
+    architecture: int,
+    tensor_bytes: tuple[int, ...],
+    workspaces: frozenset[int],
 ) -> tuple[Launch, str]:
     kernel, registers = _code(architecture, recorded.symbol)
     x, y, z = recorded.grid
@@ -91,6 +106,7 @@ def _recorded_launch(
         tensor_bytes=tensor_bytes,
         architecture=architecture,
         cluster=recorded.cluster,
+        workspaces=workspaces,
     )
     config = f"{num_warps} warps, {recorded.shared_bytes // 1024} KiB"
     return launch, config + (f", clusters of {recorded.cluster}" if recorded.cluster > 1 else "")

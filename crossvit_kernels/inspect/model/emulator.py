@@ -14,14 +14,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crossvit_kernels.inspect.model import integer_instructions, other_instructions
-from crossvit_kernels.inspect.model.integer_code import Registers, Translator, is_predicate
-from crossvit_kernels.inspect.model.lanes import Value, of_lanes
+from crossvit_kernels.inspect.model import (
+    integer_instructions,
+    other_instructions,
+    warp_instructions,
+)
+from crossvit_kernels.inspect.model.divergence import ConvergenceBarrier, Group, Step
+from crossvit_kernels.inspect.model.lanes import Value, broadcast_lanes
 from crossvit_kernels.inspect.model.memory import SHARED_WINDOW, Memory
-from crossvit_kernels.inspect.model.paths import Group, Meeting, Step
 from crossvit_kernels.inspect.model.sass import INSTRUCTION_BYTES, Instruction, Kernel
+from crossvit_kernels.inspect.model.translator import Registers, Translator, is_predicate
 
-assert integer_instructions and other_instructions  # they declare what Translator knows
+# They declare what Translator knows.
+assert integer_instructions and other_instructions and warp_instructions
 
 _CONTROL = frozenset(("BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET"))
 _MOST_STEPS = 2_000_000
@@ -80,7 +85,7 @@ class Emulator:
         lane = np.broadcast_to(np.arange(32), (count, 32)).astype(np.int64)
         warp = np.arange(count)[:, None] % num_warps
 
-        def of_block(numbers: list[int]) -> Value:
+        def per_block(numbers: list[int]) -> Value:
             return np.repeat(np.array(numbers, np.int64), num_warps)[:, None]
 
         special = {
@@ -88,56 +93,59 @@ class Emulator:
             "SR_TID.Y": 0,
             "SR_TID.Z": 0,
             "SR_LANEID": lane,
-            "SR_CTAID.X": of_block([b.x for b in blocks]),
-            "SR_CTAID.Y": of_block([b.y for b in blocks]),
-            "SR_CTAID.Z": of_block([b.z for b in blocks]),
-            "SR_CgaCtaId": of_block([b.rank for b in blocks]),
+            "SR_CTAID.X": per_block([b.x for b in blocks]),
+            "SR_CTAID.Y": per_block([b.y for b in blocks]),
+            "SR_CTAID.Z": per_block([b.z for b in blocks]),
+            "SR_CgaCtaId": per_block([b.rank for b in blocks]),
             "SR_SWINHI": SHARED_WINDOW,
         }
-        done: dict[int, list[Step]] = {}
+        finished_paths: dict[int, list[Step]] = {}
         groups = [Group(Registers(special), list(range(count)), [])]
         while groups:
-            groups += self._run(groups.pop(), done)
-        warps = [[done[b * num_warps + w] for w in range(num_warps)] for b in range(len(blocks))]
+            groups += self._run(groups.pop(), finished_paths)
+        warps = [
+            [finished_paths[b * num_warps + w] for w in range(num_warps)]
+            for b in range(len(blocks))
+        ]
         return Trace(warps, self._unknown.copy())
 
-    def _run(self, group: Group, done: dict[int, list[Step]]) -> list[Group]:
+    def _run(self, group: Group, finished_paths: dict[int, list[Step]]) -> list[Group]:
         """Execute a group up to its end, or until it falls into several, which are returned."""
         functions, guards, control = self._functions, self._guards, self._control
         registers, steps, memory = group.registers, group.steps, self._memory
         while len(steps) < _MOST_STEPS:
             pc, registers.active = group.pc, group.active
             guard = guards[pc]
-            where = registers.predicate(guard) if guard else True
+            mask = registers.predicate(guard) if guard else True
             if control[pc]:
                 steps.append((pc, None))
-                parts = self._branch(group, self._kernel.instructions[pc], where)
-                if parts is not None:
-                    for finished in (part for part in parts if part.pc < 0):
-                        finished.finish(done)
-                    return [part for part in parts if part.pc >= 0]
+                subgroups = self._branch(group, self._kernel.instructions[pc], mask)
+                if subgroups is not None:
+                    for part in (part for part in subgroups if part.pc < 0):
+                        part.finish(finished_paths)
+                    return [part for part in subgroups if part.pc >= 0]
                 continue
             if group.active is not True:
-                where = None if where is None else where & group.active
+                mask = None if mask is None else mask & group.active
             if pc in memory:
                 i = self._kernel.instructions[pc]
-                steps.append((pc, memory.access(i, registers, group.warps, where)))
+                steps.append((pc, memory.access(i, registers, group.warps, mask)))
             else:
                 steps.append((pc, None))
             function = functions[pc]
             if function is not None:
-                function(registers, where)
+                function(registers, mask)
             group.pc = pc + 1
         raise RuntimeError(f"{self._kernel.name}: more than {_MOST_STEPS} steps of a warp")
 
-    def _branch(self, group: Group, i: Instruction, where: Value) -> list[Group] | None:
+    def _branch(self, group: Group, i: Instruction, mask: Value) -> list[Group] | None:
         """Where the warps go on; None if all of them do so together, in group itself."""
         group.pc = i.index + 1
         if i.opcode == "BSSY":
-            group.meetings.append(Meeting(i.operands[0], group.active, []))
+            group.convergence.append(ConvergenceBarrier(i.operands[0], group.active, []))
             return None
         if i.opcode == "BSYNC":
-            group.meet(i.operands[0])
+            group.reconverge(i.operands[0])
             return None
         if i.opcode == "RET":
             read = self._returns[i.index]
@@ -149,29 +157,27 @@ class Emulator:
         if "DIV" in i.modifiers:  # where lanes have diverged: the code for that is slow
             return None
         for operand in i.operands[:-1]:  # BRA P0, target; BRA.U UP0, target
-            if where is not None and is_predicate(operand):
+            if mask is not None and is_predicate(operand):
                 other = group.registers.predicate(operand)
-                where = None if other is None else where & other
-        if "ANY" in i.modifiers and isinstance(
-            where, np.ndarray
-        ):  # BRA.U.ANY: of a warp as a whole
-            active = of_lanes(group.active, len(group.warps))
-            where = (of_lanes(where, len(group.warps)) & active).any(axis=1, keepdims=True)
+                mask = None if other is None else mask & other
+        if "ANY" in i.modifiers and isinstance(mask, np.ndarray):  # BRA.U.ANY: of a warp as a whole
+            active = broadcast_lanes(group.active, len(group.warps))
+            mask = (broadcast_lanes(mask, len(group.warps)) & active).any(axis=1, keepdims=True)
         target = -1 if i.opcode == "EXIT" else i.target
         if target is None:
             raise ValueError(f"{self._kernel.name}: cannot follow {i.name} {i.operands}")
-        if where is None:
-            where = self._avoids_slow_path(i)
-            if where is None:
-                where = False
+        if mask is None:
+            mask = self._avoids_slow_path(i)
+            if mask is None:
+                mask = False
                 self._unknown[i.source or str(i.index)] += len(group.warps)
-        if not isinstance(where, np.ndarray):
-            if not where:
+        if not isinstance(mask, np.ndarray):
+            if not mask:
                 return None
             if group.active is True or target >= 0:
                 group.pc = target
                 return [group] if target < 0 else None
-        return group.diverge(where, target)
+        return group.diverge(mask, target)
 
     def _avoids_slow_path(self, i: Instruction) -> bool | None:
         """Whether a branch is taken that one side of which calls a slow path; None if none does."""

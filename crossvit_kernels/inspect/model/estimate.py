@@ -8,17 +8,18 @@ from collections.abc import Container
 
 from crossvit_kernels.inspect import machine_code
 from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES
+from crossvit_kernels.inspect.model.divergence import Step
 from crossvit_kernels.inspect.model.emulator import Emulator
 from crossvit_kernels.inspect.model.gpus import Gpu
 from crossvit_kernels.inspect.model.launch import Launch
 from crossvit_kernels.inspect.model.memory import SHARED
-from crossvit_kernels.inspect.model.multiprocessor import MemoryShare, Multiprocessor, Run
-from crossvit_kernels.inspect.model.paths import Step
-from crossvit_kernels.inspect.model.pipes import Kind, Pipe, timing
+from crossvit_kernels.inspect.model.multiprocessor import Multiprocessor, Run
+from crossvit_kernels.inspect.model.pipes import Kind, Pipe, timing_of
+from crossvit_kernels.inspect.model.sm_state import MemoryShare
 
-_STEPS = 400_000  # of warps, that are run on the SM
-_BLOCKS = 48  # that are executed
-_BOUND = 0.6  # of the cycles, from which on a resource is what binds a kernel
+_MAX_STEPS = 400_000  # of warps, that are run on the SM
+_MAX_BLOCKS = 48  # that are executed
+_BUSY = 0.6  # of the cycles, from which on a resource is what binds a kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,23 +73,29 @@ def resident_blocks(launch: Launch, compute_capability: int) -> int:
 
 def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     """Model a launch on a GPU whose caches hold nothing of it."""
-    usable = gpu.multiprocessors_for(launch.cluster)
-    blocks, active = launch.num_blocks, min(launch.num_blocks, usable)
-    busiest = -(-blocks // usable)
+    usable_sms = gpu.multiprocessors_for(launch.cluster)
+    blocks, active = launch.num_blocks, min(launch.num_blocks, usable_sms)
+    busiest_sm_blocks = -(-blocks // usable_sms)
     resident = resident_blocks(launch, gpu.compute_capability)
     emulator = Emulator(launch.kernel, launch.constants())
     first = emulator.run([launch.block(0)], launch.num_warps)
     steps = sum(map(len, first.warps[0]))
-    simulated = min(busiest, max(min(3 * resident, _STEPS // steps), resident), _BLOCKS)
+    simulated = min(
+        busiest_sm_blocks, max(min(3 * resident, _MAX_STEPS // steps), resident), _MAX_BLOCKS
+    )
     trace = emulator.run(
-        [launch.block(n) for n in _spread(launch, busiest, simulated, usable)], launch.num_warps
+        [
+            launch.block(n)
+            for n in _sampled_blocks(launch, busiest_sm_blocks, simulated, usable_sms)
+        ],
+        launch.num_warps,
     )
     scale = blocks / simulated
-    memory = _memory(launch, gpu, trace.warps, scale, active)
+    memory = _memory_share(launch, gpu, trace.warps, scale, active)
     run = Multiprocessor(gpu, launch.kernel, memory).run(trace.warps, resident)
-    cycles = run.cycles + (busiest - simulated) * _cycles_of_another(run, resident)
-    work = _work(launch, gpu, trace.warps, scale)
-    floor_by, floor = max(work.items(), key=lambda item: item[1])
+    cycles = run.cycles + (busiest_sm_blocks - simulated) * _cycles_per_further_block(run, resident)
+    floors = _floors(launch, gpu, trace.warps, scale)
+    floor_by, floor = max(floors.items(), key=lambda item: item[1])
     conflicts, conflicts_at = _conflicts(launch, trace.warps)
     waited = max(sum(run.stalls.values()), 1)
     return Estimate(
@@ -98,32 +105,34 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
         bound_by=_bound_by(run),
         busy=run.busy,
         stalls={reason: n / waited for reason, n in run.stalls.most_common()},
-        waits_at=_lines(launch, run),
+        waits_at=_waits_by_source(launch, run),
         blocks_per_sm=resident,
-        waves=busiest / resident,
-        dram_megabytes=work["DRAM"] * gpu.dram_bytes_per_second * gpu.achievable_dram / 1e12,
-        instructions=_classes(launch, gpu, trace.warps, scale),
+        waves=busiest_sm_blocks / resident,
+        dram_megabytes=floors["DRAM"] * gpu.dram_bytes_per_second * gpu.achievable_dram / 1e12,
+        instructions=_instructions_by_pipe(launch, gpu, trace.warps, scale),
         bank_conflicts=conflicts,
         conflicts_at=conflicts_at,
         unknown_branches=dict(trace.unknown_branches),
     )
 
 
-def _spread(launch: Launch, busiest: int, simulated: int, usable: int) -> list[int]:
+def _sampled_blocks(
+    launch: Launch, busiest_sm_blocks: int, simulated: int, usable_sms: int
+) -> list[int]:
     """The blocks to run: an SM's own where they are few, else some from all over the grid.
 
     Of clusters, the first block, as none has more to do.
     """
     blocks, cluster = launch.num_blocks, launch.cluster
-    if simulated == busiest:
-        numbers = [min(n * usable, blocks - 1) for n in range(simulated)]
+    if simulated == busiest_sm_blocks:
+        numbers = [min(n * usable_sms, blocks - 1) for n in range(simulated)]
     else:
         stride = int(blocks * 0.618) | 1
         numbers = [n * stride % blocks for n in range(simulated)]
     return [n // cluster * cluster for n in numbers]
 
 
-def _cycles_of_another(run: Run, resident: int) -> float:
+def _cycles_per_further_block(run: Run, resident: int) -> float:
     """What a block more takes once the SM is full."""
     ends = run.ends
     if len(ends) > resident:
@@ -131,58 +140,65 @@ def _cycles_of_another(run: Run, resident: int) -> float:
     return ends[-1] / len(ends)
 
 
-def _memory(
+def _memory_share(
     launch: Launch, gpu: Gpu, warps: list[list[list[Step]]], scale: float, active: int
 ) -> MemoryShare:
     """Each byte of a tensor comes from DRAM once, and goes there once, however often it is used."""
     moved: collections.Counter[tuple[bool, int]] = collections.Counter()
-    stores = [timing(i, gpu).kind is Kind.STORE for i in launch.kernel.instructions]
+    stores = [timing_of(i, gpu).kind is Kind.STORE for i in launch.kernel.instructions]
     for block in warps:
         for path in block:
             for step in path:
                 if step.sectors:
                     moved[stores[step.instruction], step.tensor] += SECTOR_BYTES * step.sectors
-    of_tensor = dict(enumerate(launch.tensor_bytes))
+    tensor_bytes = dict(enumerate(launch.tensor_bytes))
     shares: tuple[dict[int, float], dict[int, float]] = ({}, {})
     for (is_store, tensor), size in moved.items():
-        if _stays_in_l2(moved, tensor):
+        if _stays_in_l2(launch, moved, tensor, is_store):
             continue
-        shares[is_store][tensor] = min(of_tensor.get(tensor, 0) / (size * scale), 1.0)
+        shares[is_store][tensor] = min(tensor_bytes.get(tensor, 0) / (size * scale), 1.0)
     return MemoryShare.of(gpu, active, *shares)
 
 
-def _stays_in_l2(moved: Container[tuple[bool, int]], tensor: int) -> bool:
-    """Whether a launch writes a tensor and reads it back, as what blocks exchange."""
-    return (True, tensor) in moved and (False, tensor) in moved
+def _stays_in_l2(
+    launch: Launch, moved: Container[tuple[bool, int]], tensor: int, is_store: bool
+) -> bool:
+    """Whether what is moved never reaches DRAM: what a launch writes and reads back.
+
+    That it was written counts, unless nothing reads it later.
+    """
+    if (not is_store, tensor) not in moved:
+        return False
+    return not is_store or tensor in launch.workspaces
 
 
-def _work(
+def _floors(
     launch: Launch, gpu: Gpu, warps: list[list[list[Step]]], scale: float
 ) -> dict[str, float]:
     """Microseconds of a launch's bytes, products and special functions at the GPU's rates."""
-    seen: collections.Counter[tuple[bool, int]] = collections.Counter()
+    moved_bytes: collections.Counter[tuple[bool, int]] = collections.Counter()
     macs = special = 0.0
     instructions = launch.kernel.instructions
-    timings = [timing(i, gpu) for i in instructions]
+    costs = [timing_of(i, gpu) for i in instructions]
     for block in warps:
         for path in block:
             for step in path:
-                i, how = instructions[step.instruction], timings[step.instruction]
+                i, cost = instructions[step.instruction], costs[step.instruction]
                 if step.sectors:
-                    store = how.kind is Kind.STORE
-                    seen[store, step.tensor] += SECTOR_BYTES * step.sectors
-                elif how.kind is Kind.TENSOR_PRODUCT:
+                    store = cost.kind is Kind.STORE
+                    moved_bytes[store, step.tensor] += SECTOR_BYTES * step.sectors
+                elif cost.kind is Kind.TENSOR_PRODUCT:
                     macs += 4 * step.arrivals * step.amount * 16 / gpu.tensor_macs
-                elif how.pipe is Pipe.TENSOR:
+                elif cost.pipe is Pipe.TENSOR:
                     share = gpu.mma_share if i.opcode == "HMMA" else 1.0
-                    macs += how.cycles * share
+                    macs += cost.cycles * share
                 elif i.opcode == "MUFU":
                     special += 8
-    of_tensor = dict(enumerate(launch.tensor_bytes))
+    tensor_bytes = dict(enumerate(launch.tensor_bytes))
     moved = sum(
-        min(n * scale, of_tensor.get(tensor, 0))
-        for (is_store, tensor), n in seen.items()
-        if not _stays_in_l2(seen, tensor)
+        min(n * scale, tensor_bytes.get(tensor, 0))
+        for (is_store, tensor), n in moved_bytes.items()
+        if not _stays_in_l2(launch, moved_bytes, tensor, is_store)
     )
     per_sub_partition = scale / (4 * gpu.multiprocessors * gpu.clock) * 1e6
     return {
@@ -192,7 +208,7 @@ def _work(
     }
 
 
-def _lines(launch: Launch, run: Run) -> dict[str, float]:
+def _waits_by_source(launch: Launch, run: Run) -> dict[str, float]:
     """The three lines of source at which warps wait longest, as shares of all that they wait."""
     by_line: collections.Counter[str] = collections.Counter()
     for index, cycles in run.waits.items():
@@ -203,22 +219,22 @@ def _lines(launch: Launch, run: Run) -> dict[str, float]:
 
 def _bound_by(run: Run) -> str:
     name, share = max(run.busy.items(), key=lambda item: item[1])
-    if share >= _BOUND or not run.stalls:
+    if share >= _BUSY or not run.stalls:
         return name
     waits = [(r, n) for r, n in run.stalls.most_common() if r not in ("issue",)]
     return f"latency: {waits[0][0]}" if waits else name
 
 
-def _classes(
+def _instructions_by_pipe(
     launch: Launch, gpu: Gpu, warps: list[list[list[Step]]], scale: float
 ) -> dict[str, int]:
     """Instructions of all warps by the pipe that they take."""
-    names = [timing(i, gpu).pipe.name.lower() for i in launch.kernel.instructions]
-    found: collections.Counter[str] = collections.Counter()
+    names = [timing_of(i, gpu).pipe.name.lower() for i in launch.kernel.instructions]
+    counts: collections.Counter[str] = collections.Counter()
     for block in warps:
         for path in block:
-            found.update(names[step.instruction] for step in path)
-    return {name: round(n * scale) for name, n in found.most_common()}
+            counts.update(names[step.instruction] for step in path)
+    return {name: round(n * scale) for name, n in counts.most_common()}
 
 
 def _conflicts(launch: Launch, warps: list[list[list[Step]]]) -> tuple[float, str]:

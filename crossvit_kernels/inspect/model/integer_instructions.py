@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from crossvit_kernels.inspect.model import lanes
-from crossvit_kernels.inspect.model.integer_code import (
+from crossvit_kernels.inspect.model.lanes import WORD, Value
+from crossvit_kernels.inspect.model.sass import Instruction
+from crossvit_kernels.inspect.model.translator import (
     Function,
     Reader,
     Registers,
     Translator,
     builds,
     is_predicate,
-    words_of,
+    word_function,
     write,
 )
-from crossvit_kernels.inspect.model.lanes import WORD, Value
-from crossvit_kernels.inspect.model.sass import Instruction
 
 
 def _split(operands: Sequence[str]) -> tuple[str, list[str], list[str]]:
@@ -32,21 +32,21 @@ def _split(operands: Sequence[str]) -> tuple[str, list[str], list[str]]:
 def _add(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     if "64" in i.modifiers:
         readers = [_pair_with_sign(t, operand) for operand in operands[1:4]]
-        return words_of(lambda *values: sum(values), operands[0], *readers, count=2)
+        return word_function(lambda *values: sum(values), operands[0], *readers, count=2)
     destination, carries, rest = _split(operands)
     extended = "X" in i.modifiers
     values = [t.reader(o, carried=not extended) for o in rest if not is_predicate(o)]
     carried = [t.reader(o) for o in rest if is_predicate(o)] if extended else []
 
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
+    def run(registers: Registers, mask: Value) -> None:
+        if mask is False:
             return
         read = [reader(registers) for reader in (*values, *carried)]
         known = all(value is not None for value in read)
         total = sum(value * 1 for value in read) if known else None
-        write(registers, destination, None if total is None else total & WORD, where)
+        write(registers, destination, None if total is None else total & WORD, mask)
         for number, name in enumerate(carries, 1):
-            write(registers, name, None if total is None else total >> 32 >= number, where)
+            write(registers, name, None if total is None else total >> 32 >= number, mask)
 
     return run
 
@@ -60,7 +60,7 @@ def _pair_with_sign(t: Translator, operand: str) -> Reader:
 
 @builds("VIADD")
 def _add_two(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
-    return words_of(lambda a, b: a + b, operands[0], *map(t.reader, operands[1:3]))
+    return word_function(lambda a, b: a + b, operands[0], *map(t.reader, operands[1:3]))
 
 
 @builds("IMAD")
@@ -81,7 +81,7 @@ def _multiply_add(t: Translator, i: Instruction, operands: Sequence[str]) -> Fun
     if written:
         return None
     count = 2 if "WIDE" in modifiers else 1
-    return words_of(compute, destination, a, b, c, carry, count=count)
+    return word_function(compute, destination, a, b, c, carry, count=count)
 
 
 @builds("LEA")
@@ -94,8 +94,8 @@ def _scaled_add(t: Translator, i: Instruction, operands: Sequence[str]) -> Funct
     readers = [t.reader(operand, carried="HI" not in i.modifiers) for operand in rest]
     upper: Reader = readers[2] if len(readers) > 2 else (lambda _: 0)
 
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
+    def run(registers: Registers, mask: Value) -> None:
+        if mask is False:
             return
         read = [reader(registers) for reader in (*readers[:2], upper, carry)]
         if any(value is None for value in read):
@@ -103,9 +103,9 @@ def _scaled_add(t: Translator, i: Instruction, operands: Sequence[str]) -> Funct
         else:
             a, b, c, carry_in = read
             total = lanes.scaled_add(i.modifiers, a & WORD, b, c, amount, carry_in * 1)
-        write(registers, destination, None if total is None else total & WORD, where)
+        write(registers, destination, None if total is None else total & WORD, mask)
         for name in carries:
-            write(registers, name, None if total is None else total >> 32 >= 1, where)
+            write(registers, name, None if total is None else total >> 32 >= 1, mask)
 
     return run
 
@@ -123,17 +123,17 @@ def _lookup(t: Translator, i: Instruction, operands: Sequence[str]) -> Function 
     readers = [read if uses else (lambda _: 0) for read, uses in zip(readers, used, strict=True)]
     last = t.reader(sources[4])
 
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
+    def run(registers: Registers, mask: Value) -> None:
+        if mask is False:
             return
         read = [reader(registers) for reader in readers]
         known = all(value is not None for value in read)
         value = lanes.lookup(table, *read) if known else None
-        write(registers, destination, value, where)
+        write(registers, destination, value, mask)
         if predicate is not None:
             other = last(registers)
             nonzero = None if value is None or other is None else (value != 0) | other
-            write(registers, predicate, nonzero, where)
+            write(registers, predicate, nonzero, mask)
 
     return run
 
@@ -146,8 +146,8 @@ def _lookup_predicates(t: Translator, operands: Sequence[str]) -> Function:
     readers = [t.reader(operand) for operand in operands[2:5]]
     tables = [int(operand, 16) for operand in operands[5:7]]
 
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
+    def run(registers: Registers, mask: Value) -> None:
+        if mask is False:
             return
         read = [reader(registers) for reader in readers]
         for name, table in zip(operands[:2], tables, strict=False):
@@ -155,7 +155,7 @@ def _lookup_predicates(t: Translator, operands: Sequence[str]) -> Function:
                 v if _depends(table, b) else False for v, b in zip(read, (4, 2, 1), strict=True)
             ]
             known = all(value is not None for value in used)
-            write(registers, name, lanes.lookup_predicates(table, *used) if known else None, where)
+            write(registers, name, lanes.lookup_predicates(table, *used) if known else None, mask)
 
     return run
 
@@ -163,7 +163,7 @@ def _lookup_predicates(t: Translator, operands: Sequence[str]) -> Function:
 @builds("SHF")
 def _shift(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     readers = map(t.reader, operands[1:4])
-    return words_of(lambda *v: lanes.shift(i.modifiers, *v), operands[0], *readers)
+    return word_function(lambda *v: lanes.shift(i.modifiers, *v), operands[0], *readers)
 
 
 @builds("PRMT")
@@ -172,12 +172,12 @@ def _permute(t: Translator, i: Instruction, operands: Sequence[str]) -> Function
         return None
     destination, readers = operands[0], [t.reader(operand) for operand in operands[1:4]]
 
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
+    def run(registers: Registers, mask: Value) -> None:
+        if mask is False:
             return
         read = [reader(registers) for reader in readers]
         value = None if any(v is None for v in read) else lanes.permute(*read)
-        write(registers, destination, value, where)
+        write(registers, destination, value, mask)
 
     return run
 
@@ -187,9 +187,9 @@ def _sign_extend(t: Translator, i: Instruction, operands: Sequence[str]) -> Func
     if not operands[2].startswith("0x"):
         return None
     readers = map(t.reader, operands[1:3])
-    return words_of(lambda *v: lanes.sign_extend(i.modifiers, *v), operands[0], *readers)
+    return word_function(lambda *v: lanes.sign_extend(i.modifiers, *v), operands[0], *readers)
 
 
 @builds("IABS")
 def _absolute(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
-    return words_of(lambda a: abs(lanes.signed(a)), operands[0], t.reader(operands[1]))
+    return word_function(lambda a: abs(lanes.signed(a)), operands[0], t.reader(operands[1]))

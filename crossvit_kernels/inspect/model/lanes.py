@@ -30,7 +30,7 @@ def select(condition: Value, a: Value, b: Value) -> Value:
     return np.where(condition, a, b)
 
 
-def of_lanes(value: Value, warps: int) -> Any:
+def broadcast_lanes(value: Value, warps: int) -> Any:
     """A known value as an array [warps, 32]."""
     return np.broadcast_to(np.asarray(value), (warps, 32))
 
@@ -157,18 +157,18 @@ _COMPARE: dict[str, Operation] = {
 }
 
 
-def compare(modifiers: tuple[str, ...], a: Value, b: Value, of_low: Value) -> Value:
+def compare(modifiers: tuple[str, ...], a: Value, b: Value, lower_result: Value) -> Value:
     """ISETP's comparison; of upper words with the result of the lower ones for EX."""
     if "U32" not in modifiers:
         a, b = signed(a), signed(b)
-    found = _COMPARE[modifiers[0]](a, b)
+    result = _COMPARE[modifiers[0]](a, b)
     if "EX" not in modifiers:
-        return found
+        return result
     if modifiers[0] == "NE":
-        return found | of_low
+        return result | lower_result
     strictly = modifiers[0].replace("E", "T") if modifiers[0] in ("LE", "GE") else modifiers[0]
     beyond = False if strictly == "EQ" else _COMPARE[strictly](a, b)
-    return beyond | ((a == b) & of_low)
+    return beyond | ((a == b) & lower_result)
 
 
 def combine(modifiers: tuple[str, ...], a: Value, b: Value) -> Value:
@@ -178,7 +178,7 @@ def combine(modifiers: tuple[str, ...], a: Value, b: Value) -> Value:
     return a ^ b if "XOR" in modifiers else a & b
 
 
-def least_or_most(modifiers: tuple[str, ...], a: Value, b: Value, least: Value) -> Value:
+def minimum_or_maximum(modifiers: tuple[str, ...], a: Value, b: Value, least: Value) -> Value:
     """VIMNMX: the smaller one where the predicate holds, else the larger one."""
     if not isinstance(least, bool):
         return None
@@ -189,11 +189,11 @@ def least_or_most(modifiers: tuple[str, ...], a: Value, b: Value, least: Value) 
 def to_float(modifiers: tuple[str, ...], a: Value) -> Value:
     """The bits of an integer as float32; rounded up for RP."""
     exact = np.asarray(a if "U32" in modifiers else signed(a), dtype=np.int64).astype(np.float64)
-    found = exact.astype(np.float32)
+    result = exact.astype(np.float32)
     if "RP" in modifiers:
-        up = np.nextafter(found, np.float32(np.inf))
-        found = np.where(found.astype(np.float64) < exact, up, found)
-    return _bits(found)
+        up = np.nextafter(result, np.float32(np.inf))
+        result = np.where(result.astype(np.float64) < exact, up, result)
+    return _bits(result)
 
 
 def from_float(modifiers: tuple[str, ...], a: Value) -> Value:

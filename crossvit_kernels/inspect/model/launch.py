@@ -28,6 +28,7 @@ class Launch:
         tensor_bytes: Sizes of the tensors, by their numbers (memory.pointer).
         architecture: That the machine code is for, 90 for sm_90.
         cluster: Blocks of a cluster.
+        workspaces: Numbers of tensors that nothing reads after the launch.
     """
 
     kernel: Kernel
@@ -39,6 +40,7 @@ class Launch:
     tensor_bytes: tuple[int, ...]
     architecture: int
     cluster: int = 1
+    workspaces: frozenset[int] = frozenset()
 
     @property
     def num_blocks(self) -> int:

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES, Access
-from crossvit_kernels.inspect.model.integer_code import Reader, Registers, Translator
-from crossvit_kernels.inspect.model.lanes import Value, of_lanes
+from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES, TENSOR_BYTES, Access
+from crossvit_kernels.inspect.model.lanes import Value, broadcast_lanes
 from crossvit_kernels.inspect.model.sass import Instruction
+from crossvit_kernels.inspect.model.translator import Reader, Registers, Translator
 
 _OPCODES = frozenset(("SYNCS", "UBLKCP", "UTCHMMA", "UTCBAR"))
 _OFFSET = (1 << 24) - 1
-_TENSOR_BYTES = 1 << 40
 #: An mbarrier in memory holds this less the arrivals of a phase, from bit 1 on.
 _COUNT_LIMIT = 1 << 20
 
@@ -50,8 +49,8 @@ def _product(t: Translator, i: Instruction) -> Decoder:
     descriptor = next(o for o in i.operands if o.startswith("idesc"))
     read = t.reader(descriptor.removeprefix("idesc[").rstrip("]"))
 
-    def decode(registers: Registers, count: int, where: Value) -> Access:
-        active = of_lanes(True if where is None else where, count)
+    def decode(registers: Registers, count: int, mask: Value) -> Access:
+        active = broadcast_lanes(True if mask is None else mask, count)
         value = _of_first(read, registers, active)
         rows, columns = (value >> 24 & 31) * 16, (value >> 17 & 63) * 8
         there = active.any(axis=1)
@@ -64,8 +63,8 @@ def _commit(t: Translator, i: Instruction) -> Decoder:
     """tcgen05.commit: arrives once all products before it are done."""
     address = t.address(i.operands[0])
 
-    def decode(registers: Registers, count: int, where: Value) -> Access:
-        active = of_lanes(True if where is None else where, count)
+    def decode(registers: Registers, count: int, mask: Value) -> Access:
+        active = broadcast_lanes(True if mask is None else mask, count)
         barrier = np.where(active.any(axis=1), _of_first(address, registers, active) & _OFFSET, 0)
         return _access(barrier, 0 * barrier, (barrier > 0) * 1)
 
@@ -77,8 +76,8 @@ def _named(t: Translator, i: Instruction) -> Decoder:
     number, threads = t.reader(i.operands[0]), t.reader(i.operands[1])
     immediate = not i.operands[1].startswith("R")
 
-    def decode(registers: Registers, count: int, where: Value) -> Access:
-        active = of_lanes(True if where is None else where, count)
+    def decode(registers: Registers, count: int, mask: Value) -> Access:
+        active = broadcast_lanes(True if mask is None else mask, count)
         number_of, threads_of = (_of_first(read, registers, active) for read in (number, threads))
         threads_of = threads_of if immediate else threads_of >> 16
         return _access(number_of & 15, threads_of, 0 * threads_of)
@@ -93,8 +92,8 @@ def _operation(t: Translator, i: Instruction) -> Decoder:
     without_bytes = "A1T0" in i.modifiers or "A0T0" in i.modifiers
     without_arrival = any(modifier.startswith("A0") for modifier in i.modifiers)
 
-    def decode(registers: Registers, count: int, where: Value) -> Access:
-        active = of_lanes(True if where is None else where, count)
+    def decode(registers: Registers, count: int, mask: Value) -> Access:
+        active = broadcast_lanes(True if mask is None else mask, count)
         barrier = _of_first(address, registers, active)
         lanes = np.where(active.any(axis=1), active.sum(axis=1), 0)
         value = _of_first(operand, registers, active)
@@ -117,14 +116,14 @@ def _copy(t: Translator, i: Instruction) -> Decoder:
     barrier_at, from_at = t.upper(target), t.pair(source)
     size = t.reader(i.operands[2])
 
-    def decode(registers: Registers, count: int, where: Value) -> Access:
-        active = of_lanes(True if where is None else where, count)
+    def decode(registers: Registers, count: int, mask: Value) -> Access:
+        active = broadcast_lanes(True if mask is None else mask, count)
         barrier, address, units = (
             _of_first(read, registers, active) for read in (barrier_at, from_at, size)
         )
         amount = np.where(active.any(axis=1), (units & 0xFFFF) * 16, 0)
         sectors = (address + amount + SECTOR_BYTES - 1) // SECTOR_BYTES - address // SECTOR_BYTES
-        tensor = int(address[0] // _TENSOR_BYTES) - 1
+        tensor = int(address[0] // TENSOR_BYTES) - 1
         return _access(barrier & _OFFSET, amount, 0 * amount, np.where(amount, sectors, 0), tensor)
 
     return decode
@@ -136,7 +135,7 @@ def _of_first(read: Reader, registers: Registers, active: Any) -> Any:
     if value is None:
         return np.zeros(len(active), np.int64)
     first = active.argmax(axis=1)
-    return of_lanes(value, len(active))[np.arange(len(active)), first].astype(np.int64)
+    return broadcast_lanes(value, len(active))[np.arange(len(active)), first].astype(np.int64)
 
 
 def _access(
@@ -161,12 +160,12 @@ class Mbarrier:
     Attributes:
         count: Arrivals of a phase.
         ends: When each phase that has ended did, or will.
-        waiting: Who waits for the current phase to end, since when.
+        waiting: Who waits for the current phase to end.
     """
 
     count: int = 1
     ends: list[float] = dataclasses.field(default_factory=list)
-    waiting: list[tuple[float, Any]] = dataclasses.field(default_factory=list)
+    waiting: list[Any] = dataclasses.field(default_factory=list)
     _arrivals: int = 0
     _bytes: int = 0
     _last: float = 0.0

@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 
 from crossvit_kernels.inspect.model import accesses, mbarriers
-from crossvit_kernels.inspect.model.accesses import Access
-from crossvit_kernels.inspect.model.integer_code import Reader, Registers, Translator
-from crossvit_kernels.inspect.model.lanes import Value, of_lanes
+from crossvit_kernels.inspect.model.accesses import TENSOR_BYTES, Access
+from crossvit_kernels.inspect.model.lanes import Value, broadcast_lanes
 from crossvit_kernels.inspect.model.sass import Instruction
-
-#: Tensors lie so far apart in the addresses that kernels are given.
-TENSOR_BYTES = 1 << 40
+from crossvit_kernels.inspect.model.translator import Reader, Registers, Translator
 
 GLOBAL = frozenset(("LDG", "LD", "LDGSTS", "STG", "ST", "RED", "ATOM", "ATOMG"))
 #: A line of 128 bytes to L2.
@@ -51,7 +48,8 @@ class Memory:
             if mbarriers.is_of_barriers(i)
         }
         self._invalidates = {i.index for i in instructions if i.name == "CCTL.IVALL"}
-        self._costs: dict[Any, list[int]] = {}  # of shared memory: a loop's steps repeat them
+        # In shared memory; a loop's iterations repeat them.
+        self._wavefronts: dict[Any, list[int]] = {}
         self.start([])
 
     def start(self, block_of_warp: Sequence[int]) -> None:
@@ -64,15 +62,15 @@ class Memory:
         return index in self._addresses or index in self._mbarriers or index in self._invalidates
 
     def access(
-        self, i: Instruction, registers: Registers, warps: Sequence[int], where: Value
+        self, i: Instruction, registers: Registers, warps: Sequence[int], mask: Value
     ) -> Access:
         """What an execution by some warps costs, in the lanes where a condition holds."""
         count = len(warps)
         nothing = [0] * count
-        if where is False:
+        if mask is False:
             return Access(nothing, nothing, -1)
         if i.index in self._mbarriers:
-            return self._mbarriers[i.index](registers, count, where)
+            return self._mbarriers[i.index](registers, count, mask)
         if i.index in self._invalidates:
             for warp in warps:
                 self._loaded[self._block_of[warp]].clear()
@@ -80,40 +78,40 @@ class Memory:
         shared_at, global_at, applies = self._addresses[i.index]
         # A copy writes zeros where its predicate does not hold.
         condition = True if applies is None else applies(registers)
-        active = of_lanes(True if where is None else where, count)
+        active = broadcast_lanes(True if mask is None else mask, count)
         width = i.access_bytes
         wavefronts = [max(width // 4, 1)] * count
         if shared_at is not None:
             address = shared_at(registers)
             if address is not None:
-                wavefronts = self._shared(of_lanes(address, count), width, active, i)
+                wavefronts = self._shared(broadcast_lanes(address, count), width, active, i)
         if global_at is None:
             return Access(wavefronts, nothing, -1)
-        active = active & of_lanes(True if condition is None else condition, count)
+        active = active & broadcast_lanes(True if condition is None else condition, count)
         address = global_at(registers)
         if address is None:
             sectors = (active.sum(axis=1) * width + 31) // 32
             return Access(wavefronts, sectors.tolist(), -1)
-        address = of_lanes(address, count)
+        address = broadcast_lanes(address, count)
         if i.opcode in ("LD", "ST") and active.any() and address[active][0] >> 32 >= SHARED_WINDOW:
             return self._generic(address, width, active, registers)
         if shared_at is None:
             wavefronts = accesses.global_wavefronts(address, width, active).tolist()
-        found, distinct = accesses.sectors(address, width, active)
+        sector_numbers, distinct = accesses.sectors(address, width, active)
         cached = i.opcode in ("LDG", "LD") or (i.opcode == "LDGSTS" and "BYPASS" not in i.modifiers)
         tensor = -1
         if distinct.any():
-            tensor = int(found[distinct][0] * accesses.SECTOR_BYTES // TENSOR_BYTES) - 1
+            tensor = int(sector_numbers[distinct][0] * accesses.SECTOR_BYTES // TENSOR_BYTES) - 1
         if i.name == PREFETCH:
             return Access(wavefronts, (_LINE_SECTORS * distinct.sum(axis=1)).tolist(), tensor)
         if not cached:
             return Access(wavefronts, distinct.sum(axis=1).tolist(), tensor)
         misses = []
         for row, warp in enumerate(warps):
-            seen = self._loaded[self._block_of[warp]]
-            wanted = found[row][distinct[row]].tolist()
-            misses.append(sum(sector not in seen for sector in wanted))
-            seen.update(wanted)
+            cached_sectors = self._loaded[self._block_of[warp]]
+            loaded = sector_numbers[row][distinct[row]].tolist()
+            misses.append(sum(sector not in cached_sectors for sector in loaded))
+            cached_sectors.update(loaded)
         return Access(wavefronts, misses, tensor)
 
     def _generic(self, address: Any, width: int, active: Any, registers: Registers) -> Access:
@@ -129,11 +127,11 @@ class Memory:
             active = active & (np.arange(32) < 2 * width)
             width = 16
         key = address.tobytes(), active.tobytes(), width
-        found = self._costs.get(key)
-        if found is None:
-            found = accesses.shared_wavefronts(address, width, active).tolist()
-            self._costs[key] = found
-        return found
+        wavefronts = self._wavefronts.get(key)
+        if wavefronts is None:
+            wavefronts = accesses.shared_wavefronts(address, width, active).tolist()
+            self._wavefronts[key] = wavefronts
+        return wavefronts
 
 
 def _readers(

@@ -13,13 +13,13 @@ import heapq
 from collections.abc import Sequence
 
 from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES
+from crossvit_kernels.inspect.model.divergence import Step
 from crossvit_kernels.inspect.model.gpus import Gpu
 from crossvit_kernels.inspect.model.mbarriers import Mbarrier
-from crossvit_kernels.inspect.model.paths import Step
-from crossvit_kernels.inspect.model.pipes import Kind, Pipe, Timing, timing
+from crossvit_kernels.inspect.model.pipes import Kind, Pipe, Timing, timing_of
 from crossvit_kernels.inspect.model.sass import Kernel
+from crossvit_kernels.inspect.model.sm_state import SUB_PARTITIONS, Block, MemoryShare, Warp
 
-SUB_PARTITIONS = 4
 _BLOCK_START = 200  # cycles from a block's end to the first instruction of the one in its place
 _BARRIER = 20
 _CLUSTER_BARRIER = 220  # from the last arrival of a cluster's threads; published: 200 to 300
@@ -31,7 +31,6 @@ _OPERANDS_READ = 16  # cycles until a load or store has read its registers
 _SHARED_QUEUE = 32  # cycles of work that may wait for the shared-memory pipe
 _TENSOR_QUEUE = 128  # and of wgmma for the tensor cores
 _COMMIT = 30  # from the end of tcgen05's products to the arrival at their barrier, an estimate
-_SM_L2_BYTES = 64  # a cycle, of one SM, if others leave it as much
 
 
 @dataclasses.dataclass
@@ -55,63 +54,6 @@ class Run:
     waits: collections.Counter[int]
 
 
-@dataclasses.dataclass(frozen=True)
-class MemoryShare:
-    """An SM's share of the memory behind it.
-
-    Attributes:
-        l2_rate: Bytes a cycle.
-        dram_rate: Bytes a cycle.
-        loads: Share of a tensor's loads that go to DRAM, by its number.
-        stores: Share of its stores that do.
-    """
-
-    l2_rate: float
-    dram_rate: float
-    loads: dict[int, float] = dataclasses.field(default_factory=dict)
-    stores: dict[int, float] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, gpu: Gpu, active: int, loads: dict[int, float], stores: dict[int, float]
-    ) -> MemoryShare:
-        """Of a GPU of which so many SMs are active."""
-        return cls(
-            min(gpu.l2_bytes_per_cycle / active, _SM_L2_BYTES),
-            min(gpu.dram_bytes_per_cycle / active, _SM_L2_BYTES),
-            loads,
-            stores,
-        )
-
-
-class _Block:
-    def __init__(self, warps: int) -> None:
-        self.live = warps
-        self.waiting: dict[str, list[tuple[float, _Warp]]] = collections.defaultdict(list)
-        self.arrived: collections.Counter[str] = collections.Counter()
-        self.mbarriers: dict[int, Mbarrier] = collections.defaultdict(Mbarrier)
-        self.cluster = Mbarrier(warps)
-
-
-class _Warp:
-    __slots__ = (
-        "at", "block", "cluster_phase", "copies", "groups", "matrices", "number", "path", "ready",
-        "reasons", "released", "scheduler", "stored",
-    )  # fmt: skip
-
-    def __init__(self, number: int, path: Sequence[Step], block: _Block, ready: float) -> None:
-        self.number, self.path, self.block = number, path, block
-        self.scheduler = number % SUB_PARTITIONS
-        self.at, self.ready = 0, ready
-        self.released = [0.0] * 6
-        self.reasons = [""] * 6
-        self.copies = 0.0  # when those of the open group have arrived
-        self.stored = 0.0  # when what it has stored is visible to others
-        self.cluster_phase = 0
-        self.groups: list[float] = []
-        self.matrices: list[float] = []
-
-
 class Multiprocessor:
     """One SM.
 
@@ -124,10 +66,10 @@ class Multiprocessor:
     def __init__(self, gpu: Gpu, kernel: Kernel, memory: MemoryShare) -> None:
         self._gpu, self._memory = gpu, memory
         self._instructions = kernel.instructions
-        self._timings = [timing(i, gpu) for i in kernel.instructions]
+        self._timings = [timing_of(i, gpu) for i in kernel.instructions]
         self._l2 = self._dram = 0.0  # when they are free again
         self._l2_bytes = self._dram_bytes = 0.0
-        self._owed: dict[int, float] = collections.defaultdict(float)
+        self._dram_debt: dict[int, float] = collections.defaultdict(float)
 
     def run(self, blocks: Sequence[Sequence[Sequence[Step]]], resident: int) -> Run:
         """Run blocks in order, so many at a time.
@@ -139,7 +81,7 @@ class Multiprocessor:
         Raises:
             RuntimeError: A barrier waits for warps that do not come.
         """
-        self._heap: list[tuple[float, int, _Warp]] = []
+        self._heap: list[tuple[float, int, Warp]] = []
         self._pipes = [[0.0] * len(Pipe) for _ in range(SUB_PARTITIONS)]
         self._other_fma = [0.0] * SUB_PARTITIONS
         self._shared = self._bulk = self._cluster = 0.0
@@ -156,11 +98,15 @@ class Multiprocessor:
         heap, timings, instructions = self._heap, self._timings, self._instructions
         while heap:
             now, _, warp = heapq.heappop(heap)
-            step = warp.path[warp.at]
-            i, how = instructions[step[0]], timings[step[0]]
-            if how.kind in _WAITS and not self._phase_ends(warp, step, how.kind, now):
-                continue
-            at, reason = self._earliest(warp, i.waits_for, how)
+            step = warp.path[warp.position]
+            i, timing = instructions[step[0]], timings[step[0]]
+            at, reason = self._earliest(warp, i.waits_for, timing)
+            if timing.kind in _WAITS:
+                end = self._phase_end(warp, step, timing.kind, now)
+                if end is None:
+                    continue
+                if end > at:
+                    at, reason = end, _WAITS[timing.kind]
             if free[warp.scheduler] > at:
                 at, reason = free[warp.scheduler], "issue"
             if at > now:
@@ -170,24 +116,27 @@ class Multiprocessor:
                 continue
             free[warp.scheduler] = now + 1
             issued += 1
-            warp.at += 1
+            warp.position += 1
             warp.ready = now + i.stall
-            started, finished = self._execute(warp, step, how, now)
+            started, finished = self._execute(warp, step, timing, now)
             if i.write_scoreboard is not None:
                 place = i.write_scoreboard
-                if finished > warp.released[place]:
-                    warp.released[place], warp.reasons[place] = finished, _reason(how, i.opcode)
+                if finished > warp.scoreboards[place]:
+                    warp.scoreboards[place], warp.scoreboard_reasons[place] = (
+                        finished,
+                        _reason(timing, i.opcode),
+                    )
             if i.read_scoreboard is not None:
                 read = max(started, now) + _OPERANDS_READ
-                if read > warp.released[i.read_scoreboard]:
-                    warp.released[i.read_scoreboard] = read
-                    warp.reasons[i.read_scoreboard] = "operands"
-            if how.kind is Kind.EXIT and warp.at == len(warp.path):
+                if read > warp.scoreboards[i.read_scoreboard]:
+                    warp.scoreboards[i.read_scoreboard] = read
+                    warp.scoreboard_reasons[i.read_scoreboard] = "operands"
+            if timing.kind is Kind.EXIT and warp.position == len(warp.path):
                 self._exit(warp, now, ends)
-            elif how.kind is not Kind.BARRIER:
+            elif timing.kind is not Kind.BARRIER:
                 heapq.heappush(heap, (warp.ready, warp.number, warp))
             else:
-                self._barrier(warp, step, how, now)
+                self._barrier(warp, step, timing, now)
         if len(ends) < len(blocks):
             raise RuntimeError("warps wait at a barrier that not all of their block reach")
         cycles = max(now + 1, self._l2, self._dram)
@@ -197,24 +146,26 @@ class Multiprocessor:
     def _start(self, now: float) -> None:
         warps = self._blocks[self._next]
         self._next += 1
-        block = _Block(len(warps))
+        block = Block(len(warps))
         for path in warps:
-            warp = _Warp(self._number, path, block, now)
+            warp = Warp(self._number, path, block, now)
             self._number += 1
             heapq.heappush(self._heap, (now, warp.number, warp))
 
-    def _earliest(self, warp: _Warp, waits_for: tuple[int, ...], how: Timing) -> tuple[float, str]:
+    def _earliest(
+        self, warp: Warp, waits_for: tuple[int, ...], timing: Timing
+    ) -> tuple[float, str]:
         """When a warp's next instruction can issue as far as it and its pipe are concerned."""
         at, reason = warp.ready, "stall count"
         for place in waits_for:
-            if warp.released[place] > at:
-                at, reason = warp.released[place], warp.reasons[place]
-        kind, pipe = how.kind, how.pipe
-        if kind is Kind.WAIT or kind is Kind.MATRIX_WAIT:
-            groups = warp.groups if kind is Kind.WAIT else warp.matrices
-            if len(groups) > how.count and groups[-1 - how.count] > at:
-                at = groups[-1 - how.count]
-                reason = "global memory" if kind is Kind.WAIT else "tensor cores"
+            if warp.scoreboards[place] > at:
+                at, reason = warp.scoreboards[place], warp.scoreboard_reasons[place]
+        kind, pipe = timing.kind, timing.pipe
+        if kind is Kind.COPY_WAIT or kind is Kind.WGMMA_WAIT:
+            groups = warp.copy_groups if kind is Kind.COPY_WAIT else warp.wgmma_groups
+            if len(groups) > timing.count and groups[-1 - timing.count] > at:
+                at = groups[-1 - timing.count]
+                reason = "global memory" if kind is Kind.COPY_WAIT else "tensor cores"
         if pipe is Pipe.SHARED:
             room = self._shared - _SHARED_QUEUE
         elif pipe is Pipe.FMA_ANY:
@@ -223,52 +174,59 @@ class Multiprocessor:
             return at, reason
         else:
             room = self._pipes[warp.scheduler][pipe]
-            if kind is Kind.MATRIX:
+            if kind is Kind.WGMMA:
                 room -= _TENSOR_QUEUE
         return (room, _PIPE_NAMES[pipe]) if room > at else (at, reason)
 
-    def _execute(self, warp: _Warp, step: Step, how: Timing, now: float) -> tuple[float, float]:
+    def _execute(self, warp: Warp, step: Step, timing: Timing, now: float) -> tuple[float, float]:
         """Take the resources of an instruction: when it starts, and when its result is there."""
-        kind, pipe = how.kind, how.pipe
+        kind, pipe = timing.kind, timing.pipe
         if pipe is Pipe.SHARED:
-            return self._access(warp, step, how, now)
+            return self._access(warp, step, timing, now)
         started = now
         if pipe is not Pipe.NONE:
             pipes = self._pipes[warp.scheduler]
             if pipe is Pipe.FMA_ANY:
                 other = self._other_fma[warp.scheduler]
                 if other <= pipes[Pipe.FMA]:
-                    self._other_fma[warp.scheduler] = max(other, now) + how.cycles
+                    self._other_fma[warp.scheduler] = max(other, now) + timing.cycles
                 else:
-                    pipes[Pipe.FMA] = max(pipes[Pipe.FMA], now) + how.cycles
+                    pipes[Pipe.FMA] = max(pipes[Pipe.FMA], now) + timing.cycles
             else:
                 started = max(pipes[pipe], now)
-                pipes[pipe] = started + how.cycles
-            self._busy[pipe] += how.cycles
-        if kind is Kind.MATRIX:
-            self._shared = max(self._shared, now) + how.shared_cycles
-            self._busy[Pipe.SHARED] += how.shared_cycles
+                pipes[pipe] = started + timing.cycles
+            self._busy[pipe] += timing.cycles
+        if kind is Kind.WGMMA:
+            self._shared = max(self._shared, now) + timing.shared_cycles
+            self._busy[Pipe.SHARED] += timing.shared_cycles
             pipes[pipe] = max(pipes[pipe], self._shared)
-            if how.commits:
-                warp.matrices.append(pipes[pipe] + how.latency)
-        elif kind is Kind.COMMIT:
-            last = warp.groups[-1] if warp.groups else 0.0
-            warp.groups.append(max(last, warp.copies))
-            return now, warp.groups[-1]
+            if timing.commits:
+                warp.wgmma_groups.append(pipes[pipe] + timing.latency)
+        elif kind is Kind.COPY_COMMIT:
+            last = warp.copy_groups[-1] if warp.copy_groups else 0.0
+            warp.copy_groups.append(max(last, warp.open_copies))
+            return now, warp.copy_groups[-1]
         elif kind is Kind.BRANCH:
             warp.ready = max(warp.ready, now + _BRANCH)
-        elif kind is Kind.ARRIVE:
-            self._barrier(None, step, how, now, warp.block)
+        else:
+            self._synchronize(warp, step, timing, now)
+        return started, started + timing.latency
+
+    def _synchronize(self, warp: Warp, step: Step, timing: Timing, now: float) -> None:
+        """Barriers, fences, bulk copies, and products in tensor memory."""
+        kind = timing.kind
+        if kind is Kind.ARRIVE:
+            self._barrier(None, step, timing, now, warp.block)
         elif kind is Kind.FENCE:
-            warp.ready = max(warp.ready, now + how.latency)
-            if how.barrier != "CTA":
-                warp.ready = max(warp.ready, warp.stored)
+            warp.ready = max(warp.ready, now + timing.latency)
+            if timing.barrier != "CTA":
+                warp.ready = max(warp.ready, warp.stores_done)
         elif kind is Kind.CLUSTER_ARRIVE:
             self._arrive(warp.block.cluster, now + _CLUSTER_BARRIER, arrivals=1)
         elif kind is Kind.CLUSTER_WAIT:
             warp.cluster_phase += 1
         elif kind is Kind.TENSOR_PRODUCT:
-            self._product(step.arrivals, step.amount, bool(how.count), now)
+            self._product(step.arrivals, step.amount, timing.rows_in_tensor_memory, now)
         elif kind is Kind.TENSOR_COMMIT and step.barrier:
             at = max(self._products, now) + _COMMIT
             self._arrive(warp.block.mbarriers[step.barrier], at, arrivals=1)
@@ -276,7 +234,6 @@ class Multiprocessor:
             self._bulk = max(self._bulk, now) + max(step.amount / _BULK_BYTES, _BULK_CYCLES)
             arrived = self._transfer(step, self._bulk, self._memory.loads) + _BULK_LATENCY
             self._arrive(warp.block.mbarriers[step.barrier], arrived, copied=step.amount)
-        return started, started + how.latency
 
     def _product(self, rows: int, columns: int, in_tensor_memory: bool, now: float) -> None:
         """16 channels of a product by all four tensor cores."""
@@ -288,18 +245,15 @@ class Multiprocessor:
         self._products = max(max(self._products, now) + cycles, self._shared)
         self._busy[Pipe.TENSOR] += SUB_PARTITIONS * cycles
 
-    def _arrive(self, barrier: Mbarrier, at: float, **what: int) -> None:
+    def _arrive(self, barrier: Mbarrier, at: float, **changes: int) -> None:
         """Let those who wait go on, if that ends the phase."""
-        if barrier.update(at, **what):
+        if barrier.update(at, **changes):
             waiting, barrier.waiting = barrier.waiting, []
-            for _, warp in waiting:
+            for warp in waiting:
                 heapq.heappush(self._heap, (warp.ready, warp.number, warp))
 
-    def _phase_ends(self, warp: _Warp, step: Step, kind: Kind, now: float) -> bool:
-        """Hold a warp back until the phase that it waits for has ended; False if nobody knows when.
-
-        Then it goes on once that is known.
-        """
+    def _phase_end(self, warp: Warp, step: Step, kind: Kind, now: float) -> float | None:
+        """When the phase ends that a warp waits for; None, and the warp is parked, if unknown."""
         if kind is Kind.CLUSTER_WAIT:
             barrier, phase = warp.block.cluster, warp.cluster_phase
             end = barrier.ends[phase] if phase < len(barrier.ends) else None
@@ -307,41 +261,34 @@ class Multiprocessor:
             barrier = warp.block.mbarriers[step.barrier]
             end = barrier.end_of(step.amount, now) if step.barrier else now
         if end is None:
-            warp.ready = max(warp.ready, now)
-            barrier.waiting.append((now, warp))
-            return False
-        if end > warp.ready:
-            reason = "cluster" if kind is Kind.CLUSTER_WAIT else "copies"
-            self._stalls[reason] += int(end - max(warp.ready, now))
-            self._waits[step.instruction] += int(end - max(warp.ready, now))
-            warp.ready = end
-        return True
+            barrier.waiting.append(warp)
+        return end
 
-    def _access(self, warp: _Warp, step: Step, how: Timing, now: float) -> tuple[float, float]:
-        cycles = how.cycles or step.wavefronts
+    def _access(self, warp: Warp, step: Step, timing: Timing, now: float) -> tuple[float, float]:
+        cycles = timing.cycles or step.wavefronts
         started = max(self._shared, now)
         self._shared = started + cycles
         self._busy[Pipe.SHARED] += cycles
-        kind = how.kind
+        kind = timing.kind
         if kind is Kind.MBARRIER_INIT:
             warp.block.mbarriers[step.barrier] = Mbarrier(max(step.amount, 1))
         elif kind is Kind.MBARRIER_ARRIVE and step.barrier:
             self._arrive(
                 warp.block.mbarriers[step.barrier],
-                started + how.latency,
+                started + timing.latency,
                 arrivals=step.arrivals,
                 announced=step.amount,
             )
         if kind not in _TRANSFERS:
-            return started, started + cycles + how.latency
+            return started, started + cycles + timing.latency
         if step.remote:
             self._cluster = max(self._cluster, started)
             self._cluster += step.remote / self._gpu.cluster_bytes_per_cycle
             self._cluster_bytes += step.remote
             arrived = self._cluster + self._gpu.cluster_latency
             if kind is Kind.STORE:
-                warp.stored = max(warp.stored, arrived)
-                return started, started + how.latency
+                warp.stores_done = max(warp.stores_done, arrived)
+                return started, started + timing.latency
             return started, arrived
         if kind is Kind.PREFETCH:
             self._misses(step, started, self._memory.loads, always=True)
@@ -350,10 +297,10 @@ class Multiprocessor:
             step, started, self._memory.stores if kind is Kind.STORE else self._memory.loads
         )
         if kind is Kind.COPY:
-            warp.copies = max(warp.copies, arrived)
+            warp.open_copies = max(warp.open_copies, arrived)
         if kind is Kind.STORE:  # others see it in the L2, before it is in DRAM
-            warp.stored = max(warp.stored, self._l2 + self._gpu.l2_latency)
-            return started, started + how.latency
+            warp.stores_done = max(warp.stores_done, self._l2 + self._gpu.l2_latency)
+            return started, started + timing.latency
         return started, max(arrived, started + cycles + self._gpu.l1_latency)
 
     def _transfer(self, step: Step, started: float, from_dram: dict[int, float]) -> float:
@@ -383,43 +330,51 @@ class Multiprocessor:
         self._dram = max(self._dram, started) + moved * share / self._memory.dram_rate
         self._dram_bytes += moved * share
         # Of many loads of the same, those whose turn it is miss the L2: the first to begin.
-        self._owed[step.tensor] -= moved * share
-        if self._owed[step.tensor] >= 0 and not always:
+        self._dram_debt[step.tensor] -= moved * share
+        if self._dram_debt[step.tensor] >= 0 and not always:
             return False
-        self._owed[step.tensor] += moved
+        self._dram_debt[step.tensor] += moved
         return True
 
     def _barrier(
-        self, warp: _Warp | None, step: Step, how: Timing, now: float, block: _Block | None = None
+        self,
+        warp: Warp | None,
+        step: Step,
+        timing: Timing,
+        now: float,
+        block: Block | None = None,
     ) -> None:
         """Arrive, and let all go on if all have arrived."""
         block = block or (warp.block if warp else None)
         assert block is not None
-        name, count = how.barrier, how.count
+        name, count = timing.barrier, timing.count
         if step.amount:  # known from registers
             name, count = str(step.barrier), step.amount // 32
+        if count:
+            block.counted.add(name)
         block.arrived[name] += 1
         if warp is not None:
             block.waiting[name].append((now, warp))
         if block.arrived[name] >= (count or block.live):
             self._release(block, name, now)
 
-    def _release(self, block: _Block, barrier: str, now: float) -> None:
+    def _release(self, block: Block, barrier: str, now: float) -> None:
         for since, warp in block.waiting.pop(barrier, []):
             self._stalls["barrier"] += int(now - since)
-            self._waits[warp.path[warp.at - 1].instruction] += int(now - since)
+            self._waits[warp.path[warp.position - 1].instruction] += int(now - since)
             warp.ready = max(warp.ready, now + _BARRIER)
             heapq.heappush(self._heap, (warp.ready, warp.number, warp))
         block.arrived[barrier] = 0
 
-    def _exit(self, warp: _Warp, now: float, ends: list[float]) -> None:
+    def _exit(self, warp: Warp, now: float, ends: list[float]) -> None:
         block = warp.block
         block.live -= 1
         block.cluster.count -= 1
         if block.live:
             self._arrive(block.cluster, now + _CLUSTER_BARRIER)
-        for barrier in [b for b, n in block.arrived.items() if n and n >= block.live]:
-            self._release(block, barrier, now)
+        for barrier, arrived in [*block.arrived.items()]:
+            if arrived >= max(block.live, 1) and barrier not in block.counted:
+                self._release(block, barrier, now)
         if not block.live:
             ends.append(now)
             if self._next < len(self._blocks):
@@ -442,7 +397,7 @@ class Multiprocessor:
         }
 
 
-_WAITS = frozenset((Kind.MBARRIER_WAIT, Kind.CLUSTER_WAIT))
+_WAITS = {Kind.MBARRIER_WAIT: "mbarrier", Kind.CLUSTER_WAIT: "cluster barrier"}
 _TRANSFERS = frozenset((Kind.LOAD, Kind.COPY, Kind.STORE, Kind.PREFETCH))
 _PIPE_NAMES = {
     Pipe.FMA: "fma",
@@ -456,7 +411,7 @@ _PIPE_NAMES = {
 }
 
 
-def _reason(how: Timing, opcode: str) -> str:
-    if how.kind in (Kind.LOAD, Kind.COPY, Kind.COMMIT):
+def _reason(timing: Timing, opcode: str) -> str:
+    if timing.kind in (Kind.LOAD, Kind.COPY, Kind.COPY_COMMIT):
         return "global memory"
-    return _PIPE_NAMES.get(how.pipe, opcode)
+    return _PIPE_NAMES.get(timing.pipe, opcode)

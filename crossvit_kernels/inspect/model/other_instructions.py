@@ -8,89 +8,59 @@ from collections.abc import Sequence
 import numpy as np
 
 from crossvit_kernels.inspect.model import lanes
-from crossvit_kernels.inspect.model.integer_code import (
+from crossvit_kernels.inspect.model.lanes import WORD, Value
+from crossvit_kernels.inspect.model.sass import Instruction
+from crossvit_kernels.inspect.model.translator import (
     Function,
     Registers,
     Translator,
     builds,
     is_predicate,
-    words_of,
+    word_function,
     write,
 )
-from crossvit_kernels.inspect.model.lanes import WORD, Value, of_lanes
-from crossvit_kernels.inspect.model.sass import Instruction
 
 
-@builds("MOV", "R2UR", "S2R", "S2UR", "CS2R")
+@builds("MOV", "S2R", "S2UR", "CS2R")
 def _move(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     destination, source = operands[0], operands[1]
     if source == "SRZ":
-        return words_of(lambda: 0, destination, count=1 if "32" in i.modifiers else 2)
+        return word_function(lambda: 0, destination, count=1 if "32" in i.modifiers else 2)
     if source.startswith("SR_"):
-        return words_of(lambda value: value, destination, lambda r: r.special.get(source))
-    if i.opcode == "R2UR":
-        return _to_uniform(t, operands)
-    return words_of(lambda value: value, destination, t.reader(source))
-
-
-def _to_uniform(t: Translator, operands: Sequence[str]) -> Function:
-    """The first active lane's value; a predicate, if there is one, says which lanes differ."""
-    *differs, destination, source = operands
-    read = t.reader(source)
-
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
-            return
-        value = read(registers)
-        chosen = _of_first_lane(value, where)
-        write(registers, destination, chosen, where)
-        for name in differs:
-            write(registers, name, None if value is None else value != chosen, where)
-
-    return run
-
-
-def _of_first_lane(value: Value, where: Value) -> Value:
-    """The value in the first lane that takes part, [warps, 1]."""
-    if not isinstance(value, np.ndarray) or value.shape[1] == 1:
-        return value
-    if not isinstance(where, np.ndarray) or where.shape[1] == 1:
-        return value[:, :1]
-    count = max(len(value), len(where))
-    first = of_lanes(where, count).argmax(axis=1)
-    return of_lanes(value, count)[np.arange(count), first][:, None]
+        return word_function(lambda value: value, destination, lambda r: r.special.get(source))
+    return word_function(lambda value: value, destination, t.reader(source))
 
 
 @builds("LDC", "LDCU")
 def _load_constant(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     if operands[1].endswith("+0x2cc]"):  # behind SR_CgaSize: the blocks of a cluster
-        return words_of(lambda value: value, operands[0], t.reader("c[0x0][0x2cc]"))
+        return word_function(lambda value: value, operands[0], t.reader("c[0x0][0x2cc]"))
     if "R" in operands[1].replace("[RZ", "["):
         return None
     if i.access_bytes == 1:
-        return words_of(
+        return word_function(
             lambda value: value, operands[0], t.byte(operands[1], signed="S8" in i.modifiers)
         )
     count = i.access_bytes // 4
     if count > 2:
-        low = words_of(
+        low = word_function(
             lanes_pair,
             operands[0],
             t.reader(operands[1]),
             t.reader(_beyond(operands[1], 4)),
             count=2,
         )
-        high = words_of(
+        high = word_function(
             lanes_pair,
             _beyond(operands[0], 2),
             t.reader(_beyond(operands[1], 8)),
             t.reader(_beyond(operands[1], 12)),
             count=2,
         )
-        return lambda registers, where: (low(registers, where), high(registers, where))[0]
+        return lambda registers, mask: (low(registers, mask), high(registers, mask))[0]
     if count == 2:
-        return words_of(lambda value: value, operands[0], t.pair(operands[1]), count=2)
-    return words_of(lambda value: value, operands[0], t.reader(operands[1]))
+        return word_function(lambda value: value, operands[0], t.pair(operands[1]), count=2)
+    return word_function(lambda value: value, operands[0], t.reader(operands[1]))
 
 
 def lanes_pair(low: Value, high: Value) -> Value:
@@ -111,15 +81,15 @@ def _compare(t: Translator, i: Instruction, operands: Sequence[str]) -> Function
     if len(readers) == 3:
         readers.append(lambda _: False)
 
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
+    def run(registers: Registers, mask: Value) -> None:
+        if mask is False:
             return
-        a, b, other, of_low = (reader(registers) for reader in readers)
-        known = all(value is not None for value in (a, b, other, of_low))
-        found = lanes.compare(i.modifiers, a, b, of_low) if known else None
-        for name, value in zip(operands[:2], (found, lanes.invert(found)), strict=True):
+        a, b, other, lower_result = (reader(registers) for reader in readers)
+        known = all(value is not None for value in (a, b, other, lower_result))
+        result = lanes.compare(i.modifiers, a, b, lower_result) if known else None
+        for name, value in zip(operands[:2], (result, lanes.invert(result)), strict=True):
             combined = None if value is None else lanes.combine(i.modifiers, value, other)
-            write(registers, name, combined, where)
+            write(registers, name, combined, mask)
 
     return run
 
@@ -128,34 +98,34 @@ def _compare(t: Translator, i: Instruction, operands: Sequence[str]) -> Function
 def _select(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     a, b, condition = (t.reader(operand) for operand in operands[1:4])
 
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
+    def run(registers: Registers, mask: Value) -> None:
+        if mask is False:
             return
         chosen = condition(registers)
         value = None if chosen is None else lanes.select(chosen, a(registers), b(registers))
-        write(registers, operands[0], value, where)
+        write(registers, operands[0], value, mask)
 
     return run
 
 
 @builds("VIMNMX", "IMNMX", "VIADDMNMX")
-def _least_or_most(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+def _minimum_or_maximum(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     *values, least = operands[1:]
     if not is_predicate(least) or len(values) != (3 if i.opcode == "VIADDMNMX" else 2):
         return None
     readers = [t.reader(operand) for operand in values]
     chooses = t.reader(least)
 
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
+    def run(registers: Registers, mask: Value) -> None:
+        if mask is False:
             return
         read = [reader(registers) for reader in (*readers, chooses)]
         if any(value is None for value in read):
             value = None
         else:
             *added, b, smaller = read
-            value = lanes.least_or_most(i.modifiers, sum(added) & WORD, b, bool(smaller))
-        write(registers, operands[0], value, where)
+            value = lanes.minimum_or_maximum(i.modifiers, sum(added) & WORD, b, bool(smaller))
+        write(registers, operands[0], value, mask)
 
     return run
 
@@ -164,21 +134,25 @@ def _least_or_most(t: Translator, i: Instruction, operands: Sequence[str]) -> Fu
 def _to_float(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     if "U64" in i.modifiers or "S64" in i.modifiers or "F64" in i.modifiers:
         return None
-    return words_of(lambda a: lanes.to_float(i.modifiers, a), operands[0], t.reader(operands[1]))
+    return word_function(
+        lambda a: lanes.to_float(i.modifiers, a), operands[0], t.reader(operands[1])
+    )
 
 
 @builds("F2I")
 def _from_float(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     if "U64" in i.modifiers or "S64" in i.modifiers or "F64" in i.modifiers:
         return None
-    return words_of(lambda a: lanes.from_float(i.modifiers, a), operands[0], t.reader(operands[1]))
+    return word_function(
+        lambda a: lanes.from_float(i.modifiers, a), operands[0], t.reader(operands[1])
+    )
 
 
 @builds("MUFU")
 def _reciprocal(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     if i.modifiers != ("RCP",):
         return None
-    return words_of(lanes.reciprocal, operands[0], t.reader(operands[1]))
+    return word_function(lanes.reciprocal, operands[0], t.reader(operands[1]))
 
 
 @builds("HFMA2")
@@ -187,93 +161,25 @@ def _halves(t: Translator, i: Instruction, operands: Sequence[str]) -> Function 
     if operands[1].lstrip("-") != "RZ" or operands[2] != "RZ" or len(operands) != 5:
         return None
     upper, lower = (int(np.float16(float(o)).view(np.uint16)) for o in operands[3:5])
-    return words_of(lambda: upper << 16 | lower, operands[0])
+    return word_function(lambda: upper << 16 | lower, operands[0])
 
 
 @builds("P2R")
 def _pack_predicates(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     if i.modifiers or not operands[3].startswith("0x"):
         return None
-    mask, base = int(operands[3], 16), t.reader(operands[2])
+    selected, base = int(operands[3], 16), t.reader(operands[2])
 
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
+    def run(registers: Registers, mask: Value) -> None:
+        if mask is False:
             return
         bits = [registers.banks["P"][n] for n in range(7)]
         value: Value = base(registers)
         for number, bit in enumerate(bits):
-            if mask >> number & 1:
+            if selected >> number & 1:
                 known = value is not None and bit is not None
                 value = (value & ~(1 << number)) | (bit * 1) << number if known else None
-        write(registers, operands[0], value, where)
-
-    return run
-
-
-@builds("SHFL")
-def _shuffle(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
-    """Of one lane to all, which leaves what is the same in all lanes as it is."""
-    if i.modifiers != ("IDX",) or not is_predicate(operands[0]):
-        return None
-    source, lane = t.reader(operands[2]), t.reader(operands[3])
-
-    def run(registers: Registers, where: Value) -> None:
-        value, index = source(registers), lane(registers)
-        if isinstance(value, np.ndarray) and value.shape[1] > 1:
-            value = value[:, index : index + 1] if isinstance(index, int) else None
-        write(registers, operands[0], None if value is None else True, where)
-        write(registers, operands[1], value, where)
-
-    return run
-
-
-@builds("ELECT")
-def _elect(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
-    """The first of the lanes that take part."""
-
-    def run(registers: Registers, where: Value) -> None:
-        lane = registers.special["SR_LANEID"]
-        if where is None or where is False:
-            return
-        first = of_lanes(where, len(lane)).argmax(axis=1)[:, None]
-        write(registers, operands[0], lane == first, where)
-
-    return run
-
-
-@builds("VOTE", "VOTEU")
-def _vote(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
-    """A predicate of the lanes that take part: as bits, and whether any or all of them have it."""
-    *written, source = operands
-    read, of_all = t.reader(source), "ALL" in i.modifiers
-
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
-            return
-        value, bits, holds = read(registers), None, None
-        if value is not None and where is not None:
-            lane = registers.special["SR_LANEID"]
-            active = of_lanes(where, len(lane))
-            votes = of_lanes(value, len(lane)) & active
-            bits = (votes.astype(np.int64) << lane).sum(axis=1, keepdims=True)
-            holds = (votes == active).all(axis=1) if of_all else votes.any(axis=1)
-            holds = holds[:, None]
-        for name in written:
-            write(registers, name, holds if is_predicate(name) else bits, where)
-
-    return run
-
-
-@builds("UTCATOMSWS")
-def _allocate(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
-    """There are as many columns of tensor memory as a block asks for."""
-    if "FIND_AND_SET" not in i.modifiers:
-        return None
-    allocated, column = operands[:2]
-
-    def run(registers: Registers, where: Value) -> None:
-        write(registers, allocated, True, where)
-        write(registers, column, 0, where)
+        write(registers, operands[0], value, mask)
 
     return run
 
@@ -283,13 +189,13 @@ def _population(t: Translator, i: Instruction, operands: Sequence[str]) -> Funct
     def count(a: Value) -> Value:
         return sum((a >> bit) & 1 for bit in range(32))
 
-    return words_of(count, operands[0], t.reader(operands[1]))
+    return word_function(count, operands[0], t.reader(operands[1]))
 
 
 @builds("FCHK")
 def _check_division(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     """Whether a quotient needs the slow path, of denormal or huge numbers: it does not."""
-    return lambda registers, where: write(registers, operands[0], False, where)
+    return lambda registers, mask: write(registers, operands[0], False, mask)
 
 
 @builds("SYNCS")
@@ -297,4 +203,4 @@ def _try_wait(t: Translator, i: Instruction, operands: Sequence[str]) -> Functio
     """A wait for a barrier in shared memory succeeds: the timing says when."""
     if "TRYWAIT" not in i.modifiers:
         return None
-    return lambda registers, where: write(registers, operands[0], True, where)
+    return lambda registers, mask: write(registers, operands[0], True, mask)

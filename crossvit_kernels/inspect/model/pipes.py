@@ -39,12 +39,12 @@ class Kind(enum.IntEnum):
     LOAD = 1  # from global memory
     COPY = 2  # from global to shared memory, cp.async
     STORE = 3  # to global memory
-    COMMIT = 4  # closes a group of copies
-    WAIT = 5  # for groups of copies
+    COPY_COMMIT = 4  # closes a group of copies
+    COPY_WAIT = 5  # for groups of copies
     BARRIER = 6
     ARRIVE = 7  # at a barrier, without waiting
-    MATRIX = 8  # wgmma
-    MATRIX_WAIT = 9
+    WGMMA = 8  # wgmma
+    WGMMA_WAIT = 9
     EXIT = 10
     BRANCH = 11
     FENCE = 12  # waits for the warp's stores
@@ -68,9 +68,9 @@ class Timing:
         latency: From its start in the pipe to the release of its write scoreboard.
         shared_cycles: Of the shared-memory pipe, for a matrix from there.
         commits: Whether it closes a group of wgmma.
-        count: Groups that may be left open; or warps that a barrier is for (0: all); or, of
-            tcgen05.mma, whether the first factor lies in tensor memory.
-        barrier: Its name.
+        count: Groups that may be left open, or warps that a barrier is for (0: all).
+        barrier: The barrier's name; of a fence, its scope.
+        rows_in_tensor_memory: Whether tcgen05.mma's first factor lies there.
     """
 
     kind: Kind
@@ -81,6 +81,7 @@ class Timing:
     commits: bool = False
     count: int = 0
     barrier: str = ""
+    rows_in_tensor_memory: bool = False
 
 
 _FMA = frozenset(
@@ -101,10 +102,10 @@ _INVALIDATION = 40  # of the L1, an estimate
 _OTHER_LATENCY = 30
 _XU_LATENCY = 24
 _TENSOR_MEMORY = 20  # cycles to the first register, an estimate
-_MATRIX_LATENCY = 24  # from the last multiply-add of a wgmma to its result
+_WGMMA_LATENCY = 24  # from the last multiply-add of a wgmma to its result
 
 
-def timing(i: Instruction, gpu: Gpu) -> Timing:
+def timing_of(i: Instruction, gpu: Gpu) -> Timing:
     """How an instruction runs on a GPU."""
     opcode = i.opcode
     if opcode in ("LDGSTS", "LDG", "LD", "ATOM", "ATOMG"):
@@ -114,13 +115,13 @@ def timing(i: Instruction, gpu: Gpu) -> Timing:
     if opcode in _MEMORY:
         return Timing(Kind.PLAIN, Pipe.SHARED, 1 if opcode == "SHFL" else 0, _MEMORY[opcode])
     if opcode in ("HMMA", "HGMMA"):
-        return _matrix(i, gpu)
+        return _matrix_product(i, gpu)
     if opcode == "LDGDEPBAR":
-        return Timing(Kind.COMMIT, Pipe.NONE, 0, 0)
+        return Timing(Kind.COPY_COMMIT, Pipe.NONE, 0, 0)
     if opcode == "DEPBAR":
-        return Timing(Kind.WAIT, Pipe.NONE, 0, 0, count=int(i.operands[1], 16))
+        return Timing(Kind.COPY_WAIT, Pipe.NONE, 0, 0, count=int(i.operands[1], 16))
     if opcode == "WARPGROUP" and "DEPBAR" in i.modifiers:
-        return Timing(Kind.MATRIX_WAIT, Pipe.NONE, 0, 0, count=int(i.operands[1], 16))
+        return Timing(Kind.WGMMA_WAIT, Pipe.NONE, 0, 0, count=int(i.operands[1], 16))
     if opcode == "BAR":
         threads = i.operands[1] if len(i.operands) > 1 else ""
         count = int(threads, 16) // 32 if threads.startswith("0x") else 0
@@ -128,13 +129,13 @@ def timing(i: Instruction, gpu: Gpu) -> Timing:
         return Timing(kind, Pipe.NONE, 0, 0, count=count, barrier=i.operands[0])
     if opcode in ("UTCHMMA", "UTCBAR"):
         kind = Kind.TENSOR_PRODUCT if opcode == "UTCHMMA" else Kind.TENSOR_COMMIT
-        rows_in_tensor_memory = i.operands[0].startswith("tmem")
-        return Timing(kind, Pipe.UNIFORM, 2, 0, count=int(rows_in_tensor_memory))
+        in_tensor_memory = i.operands[0].startswith("tmem")
+        return Timing(kind, Pipe.UNIFORM, 2, 0, rows_in_tensor_memory=in_tensor_memory)
     if opcode in ("LDTM", "STTM"):  # a register of 32 lanes a cycle, of a sub-partition
         registers = next((int(m[1:]) for m in i.modifiers if re.fullmatch(r"x\d+", m)), 1)
         return Timing(Kind.PLAIN, Pipe.TENSOR_MEMORY, registers, registers + _TENSOR_MEMORY)
-    if opcode in _OF_CLUSTERS:
-        return _of_clusters(i)
+    if opcode in _SYNCHRONIZATION:
+        return _synchronization(i)
     if opcode == "EXIT":
         return Timing(Kind.EXIT, Pipe.NONE, 0, 0)
     if opcode == "BRA":
@@ -142,10 +143,10 @@ def timing(i: Instruction, gpu: Gpu) -> Timing:
     return Timing(Kind.PLAIN, *_arithmetic(i, gpu))
 
 
-_OF_CLUSTERS = frozenset(("MEMBAR", "CCTL", "UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS", "UBLKCP"))
+_SYNCHRONIZATION = frozenset(("MEMBAR", "CCTL", "UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS", "UBLKCP"))
 
 
-def _of_clusters(i: Instruction) -> Timing:
+def _synchronization(i: Instruction) -> Timing:
     """Fences, barriers of clusters, mbarriers and bulk copies."""
     opcode, modifiers = i.opcode, i.modifiers
     if opcode == "MEMBAR":
@@ -184,7 +185,7 @@ def _arithmetic(i: Instruction, gpu: Gpu) -> tuple[Pipe, float, int]:
     return Pipe.ALU, 2, 0
 
 
-def _matrix(i: Instruction, gpu: Gpu) -> Timing:
+def _matrix_product(i: Instruction, gpu: Gpu) -> Timing:
     """mma.sync (HMMA) and wgmma (HGMMA), for one warp."""
     tf32 = 2 if "TF32" in i.modifiers else 1
     macs = gpu.tensor_macs / 4 / tf32
@@ -199,10 +200,10 @@ def _matrix(i: Instruction, gpu: Gpu) -> Timing:
     read = columns * depth * element_bytes / 4
     read += 16 * depth * element_bytes if both_shared else 0
     return Timing(
-        Kind.MATRIX,
+        Kind.WGMMA,
         Pipe.TENSOR,
         16 * columns * depth / macs,
-        _MATRIX_LATENCY,
+        _WGMMA_LATENCY,
         shared_cycles=read / 128,
         commits=any(re.match("gsb", operand) for operand in i.operands),
     )

@@ -124,27 +124,27 @@ def disassemble(cubin: bytes, name: str = "") -> dict[str, Kernel]:
 def parse(printed: str, name: str = "") -> Iterator[Kernel]:
     """The kernels, or one of them, in what ``nvdisasm -hex -c -gi`` printed."""
     sections = re.split(r"^\.text\.([\w$.]+):$", printed, flags=re.MULTILINE)
-    for found, section in zip(sections[1::2], sections[2::2], strict=True):
-        if name in ("", found):
-            yield Kernel(found, tuple(_instructions(section)))
+    for matches, section in zip(sections[1::2], sections[2::2], strict=True):
+        if name in ("", matches):
+            yield Kernel(matches, tuple(_instructions(section)))
 
 
 def _instructions(section: str) -> Iterator[Instruction]:
     labels: dict[str, int] = {}
-    found: list[tuple[re.Match[str], int, str]] = []
+    matches: list[tuple[re.Match[str], int, str]] = []
     source, begins, lines = "", True, iter(section.splitlines())
     for line in lines:
         if match := _INSTRUCTION.match(line):
             upper = _SECOND_HALF.match(next(lines))
             if upper is None:
                 raise ValueError(f"an instruction's second half is missing below {line!r}")
-            found.append((match, int(upper[1], 16), source))
+            matches.append((match, int(upper[1], 16), source))
             begins = True
         elif label := _LABEL.match(line):
-            labels[label[1]] = len(found)
+            labels[label[1]] = len(matches)
         elif begins and (position := _SOURCE.match(line)):  # the callers' callers follow
             source, begins = _place(*position.groups()), False
-    for index, (match, upper_half, source) in enumerate(found):
+    for index, (match, upper_half, source) in enumerate(matches):
         _, guard, name, operands, _ = match.groups()
         opcode, *modifiers = name.split(".")
         # 4 bits of stall count, 1 of yield, 3 each of the write and the read scoreboard, 6 to wait.
@@ -179,9 +179,9 @@ def _scoreboard(number: int) -> int | None:
 
 
 def _target(opcode: str, operands: str, labels: dict[str, int]) -> int | None:
-    found = _TARGET.search(operands)
-    if found:
-        return labels.get(found[1])
+    matches = _TARGET.search(operands)
+    if matches:
+        return labels.get(matches[1])
     if opcode in ("BRA", "BSSY", "CALL") and (address := re.search(r"0x([0-9a-f]+)$", operands)):
         return int(address[1], 16) // INSTRUCTION_BYTES
     return None

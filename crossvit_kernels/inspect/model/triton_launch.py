@@ -82,7 +82,7 @@ def recorded_launch(recorded: launcher.Launch, compute_capability: int) -> tuple
 
 def _parameters(recorded: launcher.Launch, programs: launcher.Programs) -> list[Any]:
     """Those that are passed: neither constants nor tensors that are None."""
-    found: list[Any] = []
+    parameters: list[Any] = []
     tensors = iter((*recorded.tensors, *programs.tensors))
     weights = iter(recorded.weights)
     sizes = iter((*recorded.sizes, *programs.sizes))
@@ -91,9 +91,9 @@ def _parameters(recorded: launcher.Launch, programs: launcher.Programs) -> list[
         if parameter.is_constexpr:
             continue
         if name.endswith("_ptr"):
-            found.append(next(tensors))
+            parameters.append(next(tensors))
         elif name == "w":
-            found += next(weights)
+            parameters += next(weights)
         else:
-            found.append(float(recorded.eps or 0.0) if name == "eps" else int(next(sizes)))
-    return [parameter for parameter in found if parameter is not None]
+            parameters.append(float(recorded.eps or 0.0) if name == "eps" else int(next(sizes)))
+    return [parameter for parameter in parameters if parameter is not None]

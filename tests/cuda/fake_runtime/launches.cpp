@@ -1,6 +1,7 @@
 // Launches of common/cuda/launch.h, as nvcc sees it, on a runtime without a device.
 
 #include <cstdio>
+#include <cstring>
 #include <thread>
 
 #include "common/cuda/launch.h"
@@ -25,6 +26,35 @@ cudaError_t start(void (*which)(int), int shared_bytes, int cluster = 1) {
   return crossvit::launch(which, config, 1);
 }
 
+struct Sizes {
+  char kind;
+  double eps;
+};
+void kernel_with_sizes(int, Sizes, const float*) {}
+
+// Recorded launches are not run; their parameters lie at multiples of their alignments.
+void expect_recording() {
+  crossvit::Recording recorded = {1000, {}};
+  const int before = fake::launches;
+  crossvit::LaunchConfig config;
+  config.grid = dim3{3, 2, 1};
+  config.shared_bytes = 500;
+  {
+    const crossvit::RecordingScope scope(&recorded);
+    expect(crossvit::shared_bytes_of_block(0) == 1000, "the recording's limit counts");
+    expect(crossvit::launch(kernel_with_sizes, config, 7, Sizes{'x', 0.5}, nullptr) == cudaSuccess,
+           "it is recorded");
+  }
+  expect(fake::launches == before && recorded.launches.size() == 1, "it is not run");
+  expect(!crossvit::recording, "the recording ends");
+  const crossvit::RecordedLaunch& launch = recorded.launches[0];
+  expect(launch.grid[0] == 3 && launch.grid[1] == 2 && launch.shared_bytes == 500, "its shape");
+  expect(launch.parameters.size() == 32, "4 bytes, 4 unused, 16 and 8");
+  double eps = 0;
+  std::memcpy(&eps, launch.parameters.data() + 16, sizeof eps);
+  expect(launch.parameters[0] == 7 && launch.parameters[8] == 'x' && eps == 0.5, "its parameters");
+}
+
 }  // namespace
 
 int main() {
@@ -46,5 +76,6 @@ int main() {
   expect(start(kernel_with_clusters, 0, 8) == cudaErrorInvalidClusterSize, "no cluster");
   expect(fake::launches == before, "it was not launched");
   expect(start(kernel_with_clusters, 0) == cudaSuccess, "code for sm_80 runs without");
+  expect_recording();
   return failures;
 }

@@ -37,9 +37,9 @@ class Registers:
             "UP": [False] * 7 + [True],
         }
 
-    def covers_active(self, where: Any) -> bool:
+    def covers_active(self, mask: Any) -> bool:
         """Whether a condition holds in all lanes that go together."""
-        return isinstance(self.active, np.ndarray) and bool((where >= self.active).all())
+        return isinstance(self.active, np.ndarray) and bool((mask >= self.active).all())
 
     def of(self, rows: Any) -> Registers:
         """A copy for some of the warps."""
@@ -75,10 +75,10 @@ def _register(name: str) -> tuple[str, int]:
         return name[:-1], 255
     if name in ("PT", "UPT"):
         return name[:-1], 7
-    found = _REGISTER.match(name)
-    if not found:
+    match = _REGISTER.match(name)
+    if not match:
         raise ValueError(f"{name!r} is no register")
-    return found[1], int(found[2])
+    return match[1], int(match[2])
 
 
 def is_predicate(operand: str) -> bool:
@@ -156,11 +156,11 @@ class Translator:
 
     def address(self, operand: str) -> Reader:
         """Of ``[R4+UR5+0x10]`` or ``desc[UR6][R2.64+0x10]``."""
-        found = _ADDRESS.match(operand)
-        if not found:
+        match = _ADDRESS.match(operand)
+        if not match:
             return lambda _: None
         terms: list[Reader] = []
-        for term in found[1].replace("+-", "+_").split("+"):
+        for term in match[1].replace("+-", "+_").split("+"):
             name = term.replace("_", "-")
             if name.startswith("-0x"):
                 terms.append(functools.partial(_constant, int(name, 16)))
@@ -177,9 +177,9 @@ class Translator:
 
     def _scaled(self, operand: str) -> Reader:
         """Of ``R4.X16``, a register times 16."""
-        found = re.fullmatch(r"(.*?)(?:\.U32|\.X(\d+))?", operand)
-        assert found is not None
-        read, scale = self.reader(found[1]), int(found[2] or 1)
+        match = re.fullmatch(r"(.*?)(?:\.U32|\.X(\d+))?", operand)
+        assert match is not None
+        read, scale = self.reader(match[1]), int(match[2] or 1)
         if scale == 1:
             return read
         return lambda registers: None if (value := read(registers)) is None else value * scale
@@ -190,7 +190,7 @@ class Translator:
         plain = opcode[1:] if opcode.startswith("U") and opcode[1:] in _BUILDERS else opcode
         builder = _BUILDERS.get(plain)
         built = builder(self, instruction, instruction.operands) if builder else None
-        return built or _forget(instruction)
+        return built or _unknown_result(instruction)
 
 
 def _place(text: str) -> int:
@@ -206,31 +206,31 @@ def _next(register: str) -> str:
     """The register that follows; zero's and immediates' is zero."""
     if constant := _CONSTANT.match(register):
         return f"c[0x{constant[1]}][{_place(constant[2]) + 4:#x}]"
-    found = _REGISTER.match(register)
-    return f"{found[1]}{int(found[2]) + 1}" if found and found[1] in ("R", "UR") else "RZ"
+    match = _REGISTER.match(register)
+    return f"{match[1]}{int(match[2]) + 1}" if match and match[1] in ("R", "UR") else "RZ"
 
 
-def write(registers: Registers, name: str, value: Value, where: Value) -> None:
+def write(registers: Registers, name: str, value: Value, mask: Value) -> None:
     """Write a register in the lanes where a condition holds."""
     bank_name, index = _register(name)
     if index == (7 if "P" in bank_name else 255):
         return
     bank = registers.banks[bank_name]
-    if bank_name[0] == "U" and isinstance(where, np.ndarray):
-        where = where.any(axis=1, keepdims=True)  # one for all lanes of a warp
-    if where is True:
+    if bank_name[0] == "U" and isinstance(mask, np.ndarray):
+        mask = mask.any(axis=1, keepdims=True)  # one for all lanes of a warp
+    if mask is True:
         bank[index] = value
-    elif where is None or value is None:
+    elif mask is None or value is None:
         bank[index] = None
-    elif where is not False:
-        if bank[index] is None and (bank_name in ("R", "UR") or registers.covers_active(where)):
+    elif mask is not False:
+        if bank[index] is None and (bank_name in ("R", "UR") or registers.covers_active(mask)):
             # Compilers read it only where it has been written: in the same lanes.
             bank[index] = value
             return
-        bank[index] = lanes.select(where, value, bank[index])
+        bank[index] = lanes.select(mask, value, bank[index])
 
 
-def _forget(instruction: Instruction) -> Function | None:
+def _unknown_result(instruction: Instruction) -> Function | None:
     """Results that are not known: of all registers that the instruction writes."""
     operands = [operand for operand in instruction.operands[:2] if operand]
     if not operands or instruction.opcode in _WITHOUT_RESULT:
@@ -240,14 +240,14 @@ def _forget(instruction: Instruction) -> Function | None:
         if is_predicate(operand):
             names.append(operand)
             continue
-        if _REGISTER.match(operand) and not names_a_register(names):
-            names += _results(instruction, operand)
+        if _REGISTER.match(operand) and not any_register(names):
+            names += _result_registers(instruction, operand)
         break
     if not names:
         return None
 
-    def forget(registers: Registers, where: Value) -> None:
-        if where is False:
+    def forget(registers: Registers, mask: Value) -> None:
+        if mask is False:
             return
         for name in names:
             write(registers, name, None, True)
@@ -255,7 +255,7 @@ def _forget(instruction: Instruction) -> Function | None:
     return forget
 
 
-def names_a_register(names: Sequence[str]) -> bool:
+def any_register(names: Sequence[str]) -> bool:
     return any(not is_predicate(name) for name in names)
 
 
@@ -267,7 +267,7 @@ _WITHOUT_RESULT = frozenset(
 )
 
 
-def _results(instruction: Instruction, first: str) -> list[str]:
+def _result_registers(instruction: Instruction, first: str) -> list[str]:
     """The registers from the first on that an instruction writes."""
     opcode, modifiers = instruction.opcode, instruction.modifiers
     if opcode in ("LDG", "LDS", "LDL", "LD", "LDSM", "LDC", "ULDC", "LDCU"):
@@ -300,19 +300,19 @@ def builds(*opcodes: str) -> Callable[[_Builder], _Builder]:
     return declare
 
 
-def words_of(
+def word_function(
     compute: Callable[..., Value], destination: str, *readers: Reader, count: int = 1
 ) -> Function:
     """A function that writes one word, or two, of what is computed from known operands."""
     upper = _next(destination)
 
-    def run(registers: Registers, where: Value) -> None:
-        if where is False:
+    def run(registers: Registers, mask: Value) -> None:
+        if mask is False:
             return
         values = [read(registers) for read in readers]
         value = None if any(v is None for v in values) else compute(*values)
-        write(registers, destination, None if value is None else value & WORD, where)
+        write(registers, destination, None if value is None else value & WORD, mask)
         if count == 2:
-            write(registers, upper, None if value is None else value >> 32 & WORD, where)
+            write(registers, upper, None if value is None else value >> 32 & WORD, mask)
 
     return run
