@@ -294,16 +294,19 @@ def linear(
     """
     dtype = weight_ptr.dtype.element_ty
     row = tl.arange(0, IMAGES)
+    rows = ()
+    for i in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        a = load_tile(a_ptr, row * a_stride, used, i * BLOCK_K, K, BLOCK_K).to(tl.float32)
+        if gain_ptr is not None:
+            a = a * load_vector(gain_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
+        if shift_ptr is not None:
+            a = a + load_vector(shift_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
+        rows = rows + (a.to(dtype),)
     for n in range(0, N, BLOCK_N):
         column = n + tl.arange(0, BLOCK_N)
         exists = column < N
         total = tl.zeros((IMAGES, BLOCK_N), tl.float32)
         for i in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-            a = load_tile(a_ptr, row * a_stride, used, i * BLOCK_K, K, BLOCK_K).to(tl.float32)
-            if gain_ptr is not None:
-                a = a * load_vector(gain_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
-            if shift_ptr is not None:
-                a = a + load_vector(shift_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
             if TRANSPOSED:
                 k = i * BLOCK_K + tl.arange(0, BLOCK_K)
                 offsets = k[:, None] * N + column[None, :]
@@ -311,7 +314,7 @@ def linear(
                 w = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
             else:
                 w = tl.trans(load_tile(weight_ptr, column * K, exists, i * BLOCK_K, K, BLOCK_K))
-            total = tl.dot(a.to(dtype), w, total, input_precision=PRECISION)
+            total = tl.dot(rows[i], w, total, input_precision=PRECISION)
         if bias_ptr is not None:
             total += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
         if scale is not None:
