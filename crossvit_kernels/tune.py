@@ -56,10 +56,11 @@ BLOCK_KERNELS = {
     for kernel in (
         InBlock(layers.NORM_LINEAR, "msa", "split", False),
         InBlock(layers.LINEAR, "ffn", "split", False),
-        InBlock(layers.LINEAR_NORM_BACKWARD, "ffn", "split", True),
+        InBlock(layers.NORM_BACKWARD, "ffn", "split", True),
         InBlock(msa.ATTENTION, "msa", "split", False),
         InBlock(msa.ATTENTION_PROJECTION, "msa", "fused", False),
-        InBlock(msa.ATTENTION_BACKWARD, "msa", "split", True),
+        InBlock(msa.BACKWARD_QUERIES, "msa", "split", True),
+        InBlock(msa.BACKWARD_KEYS, "msa", "split", True),
         InBlock(ffn.FFN, "ffn", "fused", False),
         InBlock(ffn.FFN_HIDDEN_BACKWARD, "ffn", "split", True),
     )
@@ -177,7 +178,8 @@ def heads_of(channels: int, heads: int | None) -> int:
 
 def width_of(kernel: str, channels: int, heads: int | None) -> int:
     """Return the width that keys the kernel's table: C, or the head dimension."""
-    alone = kernel in ("attention", "attention backward")
+    of_a_head = (msa.ATTENTION, msa.BACKWARD_QUERIES, msa.BACKWARD_KEYS)
+    alone = kernel in [table.name for table in of_a_head]
     return channels // heads_of(channels, heads) if alone else channels
 
 

@@ -103,8 +103,7 @@ def triton_device() -> str:
         # In the interpreter steps cost time, not registers: use fewer, larger ones.
         configs.PROGRAMS = 4
         larger = {448: configs.RowTile(32, 64, 128, 4, 1)}
-        larger_in = configs.NORM_LINEAR, FFN, ATTENTION_PROJECTION, configs.LINEAR_NORM_BACKWARD
-        for table in larger_in:
+        for table in (configs.NORM_LINEAR, FFN, ATTENTION_PROJECTION):
             table.on_sm[tables.sm(torch.device("cpu")), 4] = larger
         return "cpu"
     return "cuda"

@@ -324,7 +324,7 @@ def test_no_kernel_is_modelled_slower_than_committed() -> None:
     found = json.loads(run(*command, "--kernel", "attention_core"))["rows"]
     found += json.loads(run(*command, "--kernel", "linear", "--channels", "192"))["rows"]
     # Attention at C = 192 runs its projection as a kernel of its own.
-    assert len([row for row in found if row["backend"] == "triton"]) == 8
+    assert len([row for row in found if row["backend"] == "triton"]) == 6
     for row in found:
         assert row["backend"] == "cuda" or not row["modelled"]["unknown_branches"]
         assert row["modelled"]["microseconds"] <= 1.05 * kept[_key(row)], row

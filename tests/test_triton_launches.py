@@ -66,16 +66,18 @@ def call(batch, tokens, keep="fast", with_cls=True, scaled=False):
 
 for batch, tokens in ((1, 1), (2, 16), (64, 17), (33, 64)):
     call(batch, tokens)
-both = {"norm_linear", "linear", "linear_norm_backward"}  # called by both halves
-few = both | {"attention", "attention_backward", "ffn_hidden_backward"}
+# Called by both halves.
+both = {"norm_linear", "linear", "norm_backward", "normalize"}
+attention_backward = {"attention_backward_queries", "attention_backward_keys"}
+few = both | attention_backward | {"attention", "ffn_hidden_backward"}
 assert set(launched) == few, launched.keys()
 assert all(len(kernels) == 1 + (name in both) for name, kernels in launched.items()), launched
 launched.clear()
 call(65, 160)
 call(128, 133)
-many = {"norm_linear", "linear_norm_backward", "attention_backward", "ffn_hidden_backward"}
+twice = {"norm_backward", "normalize"}
+many = twice | attention_backward | {"norm_linear", "ffn_hidden_backward"}
 assert set(launched) == many | {"attention_projection", "ffn_forward"}, launched.keys()
-twice = {"linear_norm_backward"}
 assert all(len(kernels) == 1 + (name in twice) for name, kernels in launched.items())
 call(2, 3, keep="lean", with_cls=False, scaled=True)
 """

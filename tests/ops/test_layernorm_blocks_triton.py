@@ -14,7 +14,7 @@ from torch import Tensor
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, MsaWeights
 from crossvit_kernels.modules import TransformerBlock
-from crossvit_kernels.ops.common import configs
+from crossvit_kernels.ops.common import configs, triton_linear
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs
 from crossvit_kernels.ops.operator import OPERATIONS
@@ -54,6 +54,26 @@ def test_msa(variant: str, keep: str, dtype: torch.dtype, triton_device: str) ->
 def test_ffn(variant: str, dtype: torch.dtype, triton_device: str) -> None:
     ffn(96, 384, 3, 37, dtype=dtype, scaled=True, device=triton_device)
     ffn(40, 88, 2, 21, dtype=dtype, device=triton_device)
+
+
+@pytest.mark.parametrize("with_cls", [False, True])
+def test_layernorm_before_its_product(with_cls: bool, triton_device: str, monkeypatch) -> None:
+    """What wide blocks with many rows run, in inference and training."""
+    monkeypatch.setattr(configs, "FEW_ROWS", 0)
+    monkeypatch.setattr(configs.NORM_LINEAR, "_apart_from", 0)
+    options = {"dtype": torch.bfloat16, "device": triton_device}
+    with configs.VARIANTS.choose("split"):
+        msa(64, 4, 2, 21, bias=not with_cls, with_cls=with_cls, **options)
+        ffn(40, 88, 2, 21, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gelu_in_16_bits_is_rounded_once(dtype: torch.dtype, triton_device: str) -> None:
+    x = torch.linspace(-9, 9, 16 * 128, device=triton_device).to(dtype).view(1, -1, 16)
+    one = torch.eye(16, device=triton_device, dtype=dtype)
+    y = triton_linear.linear(x, one, None, gelu=True).double()
+    exact = torch.nn.functional.gelu(x.double())
+    assert ((y - exact).abs() <= 0.502 * torch.finfo(dtype).eps * exact.abs() + 4e-7).all()
 
 
 @pytest.mark.slow_on_cpu

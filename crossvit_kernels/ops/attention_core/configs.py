@@ -150,7 +150,7 @@ BACKWARD = PassTable(
             (128, TokenPass(128, 32, 8, 2)),
             (192, TokenPass(64, 32, 4, 3)),
             (224, TokenPass(128, 32, 8, 2)),
-            (384, TokenPass(128, 32, 8, 3)),
+            (384, TokenPass(64, 16, 4, 3)),
             (448, TokenPass(64, 32, 8, 2)),
             (768, TokenPass(128, 16, 8, 2)),
             (1536, TokenPass(128, 16, 16, 2)),

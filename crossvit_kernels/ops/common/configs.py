@@ -89,10 +89,11 @@ class RowTable(Table[RowTile]):
     Args:
         name, rows, on_sm: See Table.
         few: Replaces rows for FEW_ROWS rows of tokens or fewer.
-        second: First fallback by element size, tried before smaller tiles.
         fused_up_to: The width up to which one kernel is predicted to be faster than two
             (docs/performance.md): beyond it only tiles of 64 rows fit, which read weights, keys and
             values too often.
+        apart_from: The width from which LayerNorm is a kernel of its own, unless rows are few: it
+            costs two token matrices, and the product then reads weights half as often.
         library_from: The width from which torch's libraries do the step: tiles that hold whole rows
             become too small.
         library_in_float32: Whether they do it in float32 at any width: float32 has no tensor cores,
@@ -106,31 +107,22 @@ class RowTable(Table[RowTile]):
         *,
         few: Mapping[int, Rows[RowTile]] | None = None,
         on_sm: Mapping[tuple[int, int], Mapping[int, RowTile]] | None = None,
-        second: Mapping[int, RowTile] | None = None,
         fused_up_to: int = 0,
+        apart_from: int | None = None,
         library_from: int | None = None,
         library_in_float32: bool = False,
     ) -> None:
         super().__init__(name, rows, RowTile.and_smaller, on_sm)
         self._few = RowTable(f"{name} of few rows", few) if few else None
         self._few_sizes = set(few or ())
-        self._second = second or {}
         self._fused_up_to, self._library_from = fused_up_to, library_from
+        self._apart_from = apart_from
         self._library_in_float32 = library_in_float32
 
     def for_rows(self, num_rows: int, element_size: int) -> RowTable:
         """Return the table for this many rows of tokens."""
         few = self._few if num_rows <= FEW_ROWS and element_size in self._few_sizes else None
         return few or self
-
-    def _measured_or_from_table(
-        self, device: str, sm: int, width: int, element_size: int
-    ) -> tuple[tuple[RowTile, ...], bool]:
-        configs, measured = super()._measured_or_from_table(device, sm, width, element_size)
-        second = self._second.get(element_size)
-        if second is not None:
-            configs = (*configs[: 1 + measured], second, *configs[1 + measured :])
-        return configs, measured
 
     def fused(self, num_rows: int, channels: int, element_size: int) -> bool:
         """Whether to run this fused kernel in place of two.
@@ -144,6 +136,12 @@ class RowTable(Table[RowTile]):
         if variant == "fused":
             return True
         return num_rows > FEW_ROWS and channels <= self._fused_up_to and element_size == 2
+
+    def apart(self, num_rows: int, channels: int) -> bool:
+        """Whether LayerNorm runs before this kernel's product instead of inside it."""
+        if self._only is not None or self._apart_from is None or num_rows <= FEW_ROWS:
+            return False
+        return channels >= self._apart_from and VARIANTS.asked_for in ("auto", "split")
 
     def by_library(self, width: int, element_size: int) -> bool:
         """Whether torch's libraries do this step of a split block."""
@@ -182,6 +180,7 @@ NORM_LINEAR = RowTable(
             384: RowTile(64, 64, 128, 8, 2),
         },
     },
+    apart_from=257,
     library_from=449,
     library_in_float32=True,
 )
@@ -189,7 +188,10 @@ NORM_LINEAR = RowTable(
 LINEAR = RowTable(
     "linear",
     {
-        2: ((ANY, RowTile(128, 128, 64, 8, 3)),),
+        2: (
+            (192, RowTile(128, 64, 32, 4, 4)),
+            (ANY, RowTile(128, 128, 64, 8, 3)),
+        ),
         4: ((ANY, RowTile(64, 64, 32, 8, 2)),),
     },
     few={
@@ -198,37 +200,20 @@ LINEAR = RowTable(
     library_in_float32=True,
 )
 
-LINEAR_NORM_BACKWARD = RowTable(
-    "linear norm backward",
+NORMALIZE = RowTable(
+    "normalize",
     {
-        2: (
-            (96, RowTile(64, 64, 32, 8, 2)),
-            (128, RowTile(64, 64, 128, 8, 2)),
-            (192, RowTile(64, 64, 64, 8, 2)),
-            (224, RowTile(64, 64, 32, 8, 2)),
-            (448, RowTile(64, 64, 64, 8, 2)),
-        ),
-        4: ((448, RowTile(32, 16, 32, 8, 1)),),
+        2: ((768, RowTile(16, 16, 128, 4, 1)), (1536, RowTile(16, 16, 128, 8, 1))),
+        4: ((1536, RowTile(16, 16, 64, 8, 1)),),
     },
-    on_sm={
-        (80, 2): {
-            192: RowTile(32, 64, 64, 8, 2),
-            224: RowTile(32, 64, 64, 8, 2),
-            448: RowTile(32, 64, 64, 8, 2),
-        },
-        (100, 2): {
-            448: RowTile(32, 64, 64, 8, 2),
-        },
-    },
-    library_from=449,
-    library_in_float32=True,
 )
 
 NORM_BACKWARD = RowTable(
     "norm backward",
     {
         2: (
-            (768, RowTile(32, 16, 128, 8, 1)),
+            (192, RowTile(32, 16, 64, 4, 1)),
+            (448, RowTile(16, 16, 128, 4, 1)),
             (1536, RowTile(16, 16, 128, 8, 1)),
         ),
         4: ((1536, RowTile(16, 16, 64, 8, 1)),),

@@ -35,6 +35,30 @@ def prepared(x: Tensor, cls: Tensor | None = None) -> Tokens:
     return Tokens(launcher.aligned_rows(x), None if cls is None else launcher.aligned_rows(cls))
 
 
+def normalize(
+    tokens: Tokens,
+    norm: tuple[Tensor, Tensor],
+    eps: float,
+    dtype: torch.dtype,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return LN(x) [B, N, C] in dtype; writes mean and rstd [B, N] if given."""
+    from crossvit_kernels.ops.common import triton_linear_kernels as kernels
+
+    x, cls = tokens
+    normed = x.new_empty(x.shape, dtype=dtype)
+    num_rows, channels = tokens.num_rows, x.shape[2]
+    launcher.start(
+        kernels.normalize,
+        lambda shape: Programs((-(-num_rows // shape.rows), 1, 1)),
+        (x, cls, *norm, normed, *(statistics or (None, None))),
+        (num_rows, x.shape[1], *tokens.strides),
+        configs.candidates(configs.NORMALIZE, normed, num_rows, channels, channels),
+        eps=eps,
+    )
+    return normed
+
+
 def norm_linear(
     tokens: Tokens,
     norm: tuple[Tensor, Tensor],
@@ -51,6 +75,8 @@ def norm_linear(
     (batch, num_tokens, channels), columns = x.shape, weight.shape[0]
     if configs.NORM_LINEAR.by_library(channels, weight.element_size()):
         return _norm_then_linear(tokens, norm, weight, bias, eps, statistics, gelu)
+    if configs.NORM_LINEAR.apart(tokens.num_rows, channels):
+        return linear(normalize(tokens, norm, eps, weight.dtype, statistics), weight, bias, gelu)
     out = x.new_empty(batch, num_tokens, columns, dtype=weight.dtype)
     num_rows = tokens.num_rows
     mean, rstd = statistics or (None, None)
@@ -93,15 +119,13 @@ def _norm_then_linear(
     for out, values in zip(statistics or (), computed, strict=False):
         out.copy_(values.squeeze(-1))
     normed = normed.to(weight.dtype)
-    if gelu and bias is not None:
-        return linear_gelu(normed, weight, bias)
-    return F.linear(normed, weight, bias)
+    return linear(normed, weight, bias, gelu) if gelu else F.linear(normed, weight, bias)
 
 
-def linear_gelu(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return gelu(a W^T + b) [B, N, W's rows] for a [B, N, W's columns]."""
+def linear(a: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """Return a W^T + b or its GELU [B, N, W's rows] for a [B, N, W's columns]."""
     out = a.new_empty(*a.shape[:2], weight.shape[0])
-    _linear(a, weight, bias, None, None, out)
+    _linear(a, weight, bias, None, None, out, gelu)
     return out
 
 
@@ -124,10 +148,11 @@ def linear_residual(
 def _linear(
     a: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     tokens: Tokens | None,
     residual_scale: Tensor | None,
     out: Tensor,
+    gelu: bool = False,
 ) -> None:
     from crossvit_kernels.ops.common import triton_linear_kernels as kernels
 
@@ -144,6 +169,7 @@ def _linear(
         (a, weight, bias, x, cls, residual_scale, out),
         (num_rows, out.shape[1], *(tokens.strides if tokens else (0, 0, 0))),
         configs.candidates(configs.LINEAR, weight, num_rows, columns, terms),
+        (gelu,),
     )
 
 
@@ -153,57 +179,48 @@ def empty_result(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Gradients(NamedTuple):
-    """The results of linear_norm_backward."""
+    """The results of norm_backward."""
 
     dx: Tensor  # [B, N, C]
     dcls: Tensor | None  # [B, C]
-    normed: Tensor  # LN(x) [B, N, C], in the dtype of the products
     d_norm_weight: Tensor  # [C]
     d_norm_bias: Tensor
     sum_dy: Tensor  # [C]: sum of residual_scale * dy
 
 
-def linear_norm_backward(
+def norm_backward(
     d: Tensor,
-    weight: Tensor,
     dy: Tensor,
     residual_scale: Tensor | None,
     tokens: Tokens,
     norm: tuple[Tensor, Tensor],
     statistics: tuple[Tensor, Tensor],
 ) -> Gradients:
-    """Backward from d [B, N, W's rows], the gradient of LN(x) W^T; adds dy [B, N, C] to dx.
+    """LayerNorm's backward from d [B N, C], the gradient of LN(x); adds dy [B, N, C] to dx.
 
     d and dy are contiguous.
     """
     from crossvit_kernels.ops.common import triton_linear_kernels as kernels
 
     x, cls = tokens
-    terms, channels = weight.shape
-    in_one = not configs.LINEAR_NORM_BACKWARD.by_library(channels, weight.element_size())
-    if in_one:
-        table, inner = configs.LINEAR_NORM_BACKWARD, terms
-    else:
-        table, inner, d = configs.NORM_BACKWARD, channels, d @ weight
+    num_rows, channels = tokens.num_rows, x.shape[2]
     dx, dcls = x.new_empty(x.shape), None if cls is None else x.new_empty(cls.shape)
-    normed = x.new_empty(x.shape, dtype=weight.dtype)
 
     def programs(shape: LayerShape) -> Programs:
-        tiles = -(-tokens.num_rows // shape.rows)
+        tiles = -(-num_rows // shape.rows)
         shares = x.new_empty(tiles, 3, channels, dtype=torch.float32)
         return Programs((tiles, 1, 1), (shares,))
 
     (shares,) = launcher.start(
-        kernels.linear_norm_backward,
+        kernels.norm_backward,
         programs,
-        (d, weight, dy, residual_scale, x, cls, *statistics, *norm, dx, dcls, normed),
-        (tokens.num_rows, x.shape[1], *tokens.strides),
-        configs.candidates(table, weight, tokens.num_rows, channels, inner),
-        (in_one,),
+        (d, dy, residual_scale, x, cls, *statistics, norm[0], dx, dcls),
+        (num_rows, x.shape[1], *tokens.strides),
+        configs.candidates(configs.NORM_BACKWARD, d, num_rows, channels, channels),
     )
-    dtypes = norm[0].dtype, norm[1].dtype, weight.dtype
+    dtypes = norm[0].dtype, norm[1].dtype, d.dtype
     sums = (shares[:, i].sum(dim=0).to(dtype) for i, dtype in enumerate(dtypes))
-    return Gradients(dx, dcls, normed, *sums)
+    return Gradients(dx, dcls, *sums)
 
 
 def weight_gradient(d: Tensor, rows: Tensor, wanted: bool) -> Any:

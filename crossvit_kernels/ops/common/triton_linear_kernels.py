@@ -22,6 +22,50 @@ from crossvit_kernels.ops.common.triton_tiles import (
 
 
 @triton.jit(do_not_specialize=SIZES)
+def normalize(
+    x_ptr,  # [B, N, C]
+    cls_ptr,  # [B, C] or None
+    norm_weight_ptr,  # [C]
+    norm_bias_ptr,  # [C]
+    normed_ptr,  # [B, N, C]
+    mean_ptr,  # [B, N] or None
+    rstd_ptr,  # [B, N] or None
+    num_rows,
+    num_tokens,
+    x_batch_stride,
+    x_token_stride,
+    cls_stride,
+    eps,
+    L: tl.constexpr,
+):
+    """LN(x), and the statistics of its rows. Grid: tiles."""
+    C: tl.constexpr = L.channels
+    CHUNK: tl.constexpr = L.chunk
+    ROWS: tl.constexpr = L.rows
+    NUM: tl.constexpr = L.num_chunks
+    ALIGN: tl.constexpr = L.align
+    row, used, image, token = rows_of(tl.program_id(0), num_rows, num_tokens, ROWS)
+    normed, mean, rstd = normalized_rows(
+        x_ptr,
+        offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN),
+        cls_ptr,
+        image.to(tl.int64) * aligned(cls_stride, ALIGN),
+        token,
+        used,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        eps,
+        normed_ptr.dtype.element_ty,
+        L,
+    )
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean, mask=used)
+        tl.store(rstd_ptr + row, rstd, mask=used)
+    for i in tl.static_range(NUM):
+        store_tile(normed_ptr, row * C, used, normed[i], i * CHUNK, C, CHUNK)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def norm_linear(
     x_ptr,  # [B, N, C]
     cls_ptr,  # [B, C] or None
@@ -89,7 +133,7 @@ def norm_linear(
         if bias_ptr is not None:
             y += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
         if GELU:
-            y = gelu(y)
+            y = gelu(y, dtype)
         store_tile(out_ptr, row * OUT, used, y, n, OUT, COLUMNS)
 
 
@@ -97,7 +141,7 @@ def norm_linear(
 def linear(
     a_ptr,  # [B, N, inner]
     weight_ptr,  # [C, inner]
-    bias_ptr,  # [C]
+    bias_ptr,  # [C] or None
     x_ptr,  # [B, N, C] or None
     cls_ptr,  # [B, C] or None
     scale_ptr,  # [B] or None
@@ -108,8 +152,9 @@ def linear(
     x_token_stride,
     cls_stride,
     L: tl.constexpr,
+    GELU: tl.constexpr,
 ):
-    """y = x + r (a W^T + b), or gelu(a W^T + b) without x. Grid: tiles of rows x of columns.
+    """y = x + r (a W^T + b), or a W^T + b or its GELU without x. Grid: tiles of rows x of columns.
 
     a [rows, inner], W [channels, inner].
     """
@@ -131,21 +176,21 @@ def linear(
         a = load_tile(a_ptr, row * TERMS, used, k, TERMS, STEP)
         w = load_tile(weight_ptr, column * TERMS, exists, k, TERMS, STEP)
         y = tl.dot(a, tl.trans(w), y, input_precision=PRECISION)
-    y += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
     if x_ptr is not None:
         offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
         cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)
         x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, n, C, COLUMNS)
         y = x.to(tl.float32) + y * load_residual_scale(scale_ptr, image, used)[:, None]
-    else:
-        y = gelu(y)
+    if GELU:
+        y = gelu(y, y_ptr.dtype.element_ty)
     store_tile(y_ptr, row * C, used, y, n, C, COLUMNS)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def linear_norm_backward(
-    d_ptr,  # [B, N, inner], or of C
-    weight_ptr,  # [inner, C]
+def norm_backward(
+    d_ptr,  # [B, N, C]
     dy_ptr,  # [B, N, C]
     scale_ptr,  # [B] or None
     x_ptr,  # [B, N, C]
@@ -153,10 +198,8 @@ def linear_norm_backward(
     mean_ptr,  # [B, N]
     rstd_ptr,  # [B, N]
     norm_weight_ptr,  # [C]
-    norm_bias_ptr,  # [C]
     dx_ptr,  # [B, N, C]
     dcls_ptr,  # [B, C] or None
-    normed_ptr,  # [B, N, C]
     shares_ptr,  # [tiles, 3, C]
     num_rows,
     num_tokens,
@@ -164,40 +207,19 @@ def linear_norm_backward(
     x_token_stride,
     cls_stride,
     L: tl.constexpr,
-    PRODUCT: tl.constexpr,
 ):
-    """dx = dy + LayerNorm's backward of d W; d [rows, inner], W [inner, C]. Grid: tiles.
+    """dx = dy + LayerNorm's backward of d, the gradient of its result. Grid: tiles.
 
-    Without PRODUCT, d [rows, C] is that product itself. Also writes LN(x), which the weights'
-    gradient needs, and each tile's share of three sums: the gradients of LayerNorm's weight and
-    bias, and r dy, the gradient of the update's bias.
+    Also writes each tile's share of three sums: the gradients of LayerNorm's weight and bias, and
+    r dy, the gradient of the update's bias.
     """
     C: tl.constexpr = L.channels
-    TERMS: tl.constexpr = L.inner
     CHUNK: tl.constexpr = L.chunk
     NUM: tl.constexpr = L.num_chunks
     ROWS: tl.constexpr = L.rows
-    STEP: tl.constexpr = L.columns
-    PRECISION: tl.constexpr = L.precision
     ALIGN: tl.constexpr = L.align
     tile = tl.program_id(0)
     row, used, image, token = rows_of(tile, num_rows, num_tokens, ROWS)
-    dnormed = ()
-    if PRODUCT:
-        for _ in tl.static_range(NUM):
-            dnormed = dnormed + (tl.zeros((ROWS, CHUNK), tl.float32),)
-        for k in range(0, TERMS, STEP):
-            d = load_tile(d_ptr, row * TERMS, used, k, TERMS, STEP)
-            term = k + tl.arange(0, STEP)
-            for i in tl.static_range(NUM):
-                w = load_tile(weight_ptr, term * C, term < TERMS, i * CHUNK, C, CHUNK)
-                total = tl.dot(d, w, dnormed[0], input_precision=PRECISION)
-                dnormed = dnormed[1:] + (total,)
-    else:
-        for i in tl.static_range(NUM):
-            d = load_tile(d_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32)
-            dnormed = dnormed + (d,)
-
     offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
     cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)
     is_cls = token == 0
@@ -206,18 +228,20 @@ def linear_norm_backward(
     scale = load_residual_scale(scale_ptr, image, used)[:, None]
     a = tl.zeros((ROWS,), tl.float32)
     b = tl.zeros((ROWS,), tl.float32)
+    ds = ()
     for i in tl.static_range(NUM):
+        ds = ds + (load_tile(d_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32),)
+    for i in tl.static_range(NUM):
+        d = ds[i]
         x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
         xhat = centred(x, mean, i * CHUNK, C, CHUNK) * rstd
-        weight = load_vector(norm_weight_ptr, i * CHUNK, C, CHUNK)[None, :]
-        normed = xhat * weight + load_vector(norm_bias_ptr, i * CHUNK, C, CHUNK)[None, :]
-        store_tile(normed_ptr, row * C, used, normed, i * CHUNK, C, CHUNK)
         c = i * CHUNK + tl.arange(0, CHUNK)
         share = shares_ptr + tile.to(tl.int64) * (3 * C) + c
-        tl.store(share, tl.sum(dnormed[i] * xhat, axis=0), mask=c < C)
-        tl.store(share + C, tl.sum(dnormed[i], axis=0), mask=c < C)
-        a += tl.sum(dnormed[i] * weight, axis=1)
-        b += tl.sum(dnormed[i] * weight * xhat, axis=1)
+        tl.store(share, tl.sum(d * xhat, axis=0), mask=c < C)
+        tl.store(share + C, tl.sum(d, axis=0), mask=c < C)
+        dxhat = d * load_vector(norm_weight_ptr, i * CHUNK, C, CHUNK)[None, :]
+        a += tl.sum(dxhat, axis=1) / C
+        b += tl.sum(dxhat * xhat, axis=1) / C
     for i in tl.static_range(NUM):
         weight = load_vector(norm_weight_ptr, i * CHUNK, C, CHUNK)[None, :]
         # Reloaded, from L1: keeping x would take too many registers.
@@ -227,7 +251,7 @@ def linear_norm_backward(
         c = i * CHUNK + tl.arange(0, CHUNK)
         share = shares_ptr + tile.to(tl.int64) * (3 * C) + 2 * C + c
         tl.store(share, tl.sum(dy * scale, axis=0), mask=c < C)
-        dx = (dnormed[i] * weight - a[:, None] / C - xhat * (b[:, None] / C)) * rstd + dy
+        dx = (ds[i] * weight - a[:, None] - xhat * b[:, None]) * rstd + dy
         if dcls_ptr is not None:
             dcls_offsets = image.to(tl.int64) * C
             store_tile(dcls_ptr, dcls_offsets, used & is_cls, dx, i * CHUNK, C, CHUNK)

@@ -221,16 +221,50 @@ def normal_distribution(x):
 
 
 @triton.jit
-def gelu(x):
-    """x Phi(x), exact."""
-    return x * normal_distribution(x)
+def normal_tail(x):
+    """1 - Phi(|x|) and exp(-x^2 / 2): half the instructions of erf, for results in 16 bits.
+
+    The ratio of both is a polynomial in t = 1 / (1 + c |x|); c and the coefficients are a minimax
+    fit. Errors are below 6e-7, those of x times the tail below 3e-7 and 3e-4 of it.
+    """
+    t = tl.rsqrt(1.0 + 0.23 * tl.abs(x))  # a reciprocal would take seven instructions more
+    t = t * t
+    ratio = 0.599980137 * t - 0.946215317
+    ratio = ratio * t + 1.00769368
+    ratio = ratio * t - 0.353475154
+    ratio = ratio * t + 0.20338157
+    ratio = ratio * t - 0.011364827
+    density = tl.exp2(x * x * (-0.5 * LOG2E))
+    return ratio * density, density
 
 
 @triton.jit
-def gelu_slope(x, distribution):
-    """The derivative of gelu, from distribution = Phi(x)."""
-    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return distribution + x * density
+def gelu(x, dtype: tl.constexpr):
+    """x Phi(x), to be rounded to dtype."""
+    if dtype == tl.float32:
+        y = x * normal_distribution(x)
+    else:
+        tail, _ = normal_tail(x)
+        y = tl.maximum(x, 0.0) - tl.abs(x) * tail
+    return y
+
+
+@triton.jit
+def distribution_and_density(x, dtype: tl.constexpr):
+    """Phi(x) and exp(-x^2 / 2), for results in dtype."""
+    if dtype == tl.float32:
+        distribution = normal_distribution(x)
+        density = tl.exp(-0.5 * x * x)
+    else:
+        tail, density = normal_tail(x)
+        distribution = tl.where(x > 0, 1.0 - tail, tail)
+    return distribution, density
+
+
+@triton.jit
+def gelu_slope(x, distribution, density):
+    """The derivative of gelu, from Phi(x) and exp(-x^2 / 2)."""
+    return distribution + x * (0.3989422804014327 * density)
 
 
 @triton.jit
@@ -260,16 +294,19 @@ def linear(
     """
     dtype = weight_ptr.dtype.element_ty
     row = tl.arange(0, IMAGES)
+    rows = ()
+    for i in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        a = load_tile(a_ptr, row * a_stride, used, i * BLOCK_K, K, BLOCK_K).to(tl.float32)
+        if gain_ptr is not None:
+            a = a * load_vector(gain_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
+        if shift_ptr is not None:
+            a = a + load_vector(shift_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
+        rows = rows + (a.to(dtype),)
     for n in range(0, N, BLOCK_N):
         column = n + tl.arange(0, BLOCK_N)
         exists = column < N
         total = tl.zeros((IMAGES, BLOCK_N), tl.float32)
         for i in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-            a = load_tile(a_ptr, row * a_stride, used, i * BLOCK_K, K, BLOCK_K).to(tl.float32)
-            if gain_ptr is not None:
-                a = a * load_vector(gain_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
-            if shift_ptr is not None:
-                a = a + load_vector(shift_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
             if TRANSPOSED:
                 k = i * BLOCK_K + tl.arange(0, BLOCK_K)
                 offsets = k[:, None] * N + column[None, :]
@@ -277,7 +314,7 @@ def linear(
                 w = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
             else:
                 w = tl.trans(load_tile(weight_ptr, column * K, exists, i * BLOCK_K, K, BLOCK_K))
-            total = tl.dot(a.to(dtype), w, total, input_precision=PRECISION)
+            total = tl.dot(rows[i], w, total, input_precision=PRECISION)
         if bias_ptr is not None:
             total += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
         if scale is not None:
@@ -386,7 +423,7 @@ def norm_gelu_backward(
     weight = load_vector(weight_ptr, 0, WIDTH, PADDED)[None, :]
     n = xhat * weight + load_vector(bias_ptr, 0, WIDTH, PADDED)[None, :]
     dn = load_rows(dbias_ptr, d_stride, used, WIDTH, PADDED)
-    dn = dn * gelu_slope(n, normal_distribution(n))
+    dn = dn * gelu_slope(n, normal_distribution(n), tl.exp(-0.5 * n * n))
     tl.debug_barrier()
     store_rows(dbias_ptr, d_stride, used, dn, WIDTH, PADDED)
     store_rows(dweight_ptr, d_stride, used, dn * xhat, WIDTH, PADDED)

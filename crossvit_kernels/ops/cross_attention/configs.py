@@ -117,7 +117,7 @@ BACKWARD = PassTable(
             (96, TokenPass(32, 16, 8, 2)),
             (128, TokenPass(128, 32, 8, 2)),
             (192, TokenPass(64, 32, 4, 3)),
-            (384, TokenPass(128, 16, 8, 2)),
+            (384, TokenPass(64, 16, 4, 3)),
             (448, TokenPass(64, 16, 8, 2)),
             (768, TokenPass(128, 16, 8, 2)),
             (1536, TokenPass(128, 16, 16, 2)),
@@ -173,6 +173,8 @@ class Fusion:
 
 # The variant and its batch threshold are predicted (docs/performance.md), not measured.
 _FUSION = Fusion()
+# Whole rows of 16 images run out of registers on four warps.
+_FUSION_OF_EIGHT = Fusion(most_images=8)
 # Backward in one kernel runs out of registers, as do whole rows of 16 images.
 _FUSION_IN_THREE = Fusion(one_kernel_up_to=0, most_images=8)
 
@@ -184,6 +186,8 @@ def fusion(table: Table[TokenPass], sm: int, channels: int) -> Fusion:
         return _FUSION_IN_THREE
     if table is BACKWARD and channels > 384 and sm == 80:
         return Fusion(block_n=32)  # A100
+    if table is BACKWARD and channels > 192:
+        return _FUSION_OF_EIGHT
     return _FUSION
 
 

@@ -217,7 +217,7 @@ def after_tokens(
     HEAD: tl.constexpr = F.padded_head
     PADDED_CLS: tl.constexpr = F.padded_cls
     PADDED: tl.constexpr = F.padded
-    BLOCK: tl.constexpr = min(F.padded, 256)
+    BLOCK: tl.constexpr = min(F.padded, 128)
     PRECISION: tl.constexpr = F.precision
     for head in range(H):
         linear(

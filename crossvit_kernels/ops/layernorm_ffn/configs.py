@@ -38,15 +38,9 @@ FFN_HIDDEN_BACKWARD = RowTable(
     "ffn hidden backward",
     {
         2: (
-            (128, RowTile(128, 128, 32, 8, 3)),
-            (ANY, RowTile(128, 128, 64, 8, 3)),
+            (256, RowTile(64, 64, 32, 4, 3)),
+            (ANY, RowTile(64, 128, 32, 8, 3)),
         ),
         4: ((ANY, RowTile(32, 64, 32, 8, 1)),),
     },
-    on_sm={
-        (80, 2): {
-            ANY: RowTile(128, 128, 32, 8, 3),
-        },
-    },
-    second={2: RowTile(128, 128, 32, 8, 3)},
 )

@@ -62,13 +62,14 @@ def backward(
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
     dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype).view(-1, channels)
-    activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, tokens, w, saved)
     affine = w.norm_weight, w.norm_bias
-    grads = layers.linear_norm_backward(dhidden, w.fc1_weight, dy, scale, tokens, affine, saved)
+    normed = layers.normalize(tokens, affine, eps, w.fc1_weight.dtype)
+    activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, normed, w)
+    grads = layers.norm_backward(dhidden @ w.fc1_weight, dy, scale, tokens, affine, saved)
     d_weights = FfnWeights(
         norm_weight=grads.d_norm_weight,
         norm_bias=grads.d_norm_bias,
-        fc1_weight=layers.weight_gradient(dhidden, grads.normed, wants.fc1_weight),
+        fc1_weight=layers.weight_gradient(dhidden, normed, wants.fc1_weight),
         fc1_bias=d_fc1_bias,
         fc2_weight=layers.weight_gradient(dupdate, activated, wants.fc2_weight),
         fc2_bias=grads.sum_dy,
@@ -96,26 +97,25 @@ def _in_one_kernel(
 
 
 def _hidden_backward(
-    dupdate: Tensor, tokens: Tokens, w: FfnWeights, saved: Saved
+    dupdate: Tensor, normed: Tensor, w: FfnWeights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the activated hidden units, the gradient before GELU [B N, F], and fc1_bias's."""
     from crossvit_kernels.ops.layernorm_ffn import triton_kernels as kernels
 
-    x, (hidden, channels) = tokens.x, w.fc1_weight.shape
-    num_rows = tokens.num_rows
-    activated = x.new_empty(num_rows, hidden, dtype=w.fc1_weight.dtype)
+    num_rows, (hidden, channels) = dupdate.shape[0], w.fc1_weight.shape
+    activated = normed.new_empty(num_rows, hidden)
     dhidden = torch.empty_like(activated)
 
     def programs(shape: LayerShape) -> Programs:
         tiles, blocks = -(-num_rows // shape.rows), -(-hidden // shape.columns)
-        shares = x.new_empty(tiles, hidden, dtype=torch.float32)
+        shares = normed.new_empty(tiles, hidden, dtype=torch.float32)
         return Programs((tiles * blocks, 1, 1), (shares,))
 
     (shares,) = launcher.start(
         kernels.ffn_hidden_backward,
         programs,
-        (dupdate, x, *saved, *w[:5], activated, dhidden),
-        (num_rows, x.shape[1], *x.stride()[:2]),
+        (dupdate, normed, w.fc1_weight, w.fc1_bias, w.fc2_weight, activated, dhidden),
+        (num_rows,),
         candidates(configs.FFN_HIDDEN_BACKWARD, w.fc1_weight, num_rows, channels, hidden),
     )
     return activated, dhidden, shares.sum(dim=0).to(w.fc1_bias.dtype)

@@ -7,13 +7,13 @@ import triton.language as tl
 
 from crossvit_kernels.ops.common.triton_tiles import (
     SIZES,
+    distribution_and_density,
     gelu,
     gelu_slope,
     load_residual_scale,
     load_tile,
     load_tokens,
     load_vector,
-    normal_distribution,
     normalized_rows,
     offsets_of,
     rows_of,
@@ -70,7 +70,7 @@ def ffn_forward(
             w = load_tile(fc1_weight_ptr, unit * C, exists, i * CHUNK, C, CHUNK)
             hidden = tl.dot(normed[i], tl.trans(w), hidden, input_precision=PRECISION)
         hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
-        activated = gelu(hidden).to(dtype)
+        activated = gelu(hidden, dtype).to(dtype)
         for i in tl.static_range(NUM):
             c = i * CHUNK + tl.arange(0, CHUNK)
             w = load_tile(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
@@ -89,11 +89,7 @@ def ffn_forward(
 @triton.jit(do_not_specialize=SIZES)
 def ffn_hidden_backward(
     dupdate_ptr,  # [B, N, C]
-    x_ptr,  # [B, N, C]
-    mean_ptr,  # [B, N]
-    rstd_ptr,  # [B, N]
-    norm_weight_ptr,  # [C]
-    norm_bias_ptr,  # [C]
+    normed_ptr,  # [B, N, C]
     fc1_weight_ptr,  # [F, C]
     fc1_bias_ptr,  # [F]
     fc2_weight_ptr,  # [C, F]
@@ -101,12 +97,9 @@ def ffn_hidden_backward(
     dhidden_ptr,  # [B, N, F]
     shares_ptr,  # [tiles, F]
     num_rows,
-    num_tokens,
-    x_batch_stride,
-    x_token_stride,
     L: tl.constexpr,
 ):
-    """gelu(h) and dh of h = LN(x) W_1^T + b_1, from dupdate [rows, C]. Grid: tiles x hidden blocks.
+    """gelu(h) and dh of h = n W_1^T + b_1, from dupdate and n = LN(x). Grid: tiles x hidden blocks.
 
     Both products share one loop over the channels. Also writes each tile's share of b_1's gradient.
     """
@@ -116,35 +109,29 @@ def ffn_hidden_backward(
     ROWS: tl.constexpr = L.rows
     COLUMNS: tl.constexpr = L.columns
     PRECISION: tl.constexpr = L.precision
-    ALIGN: tl.constexpr = L.align
     BLOCKS: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // BLOCKS
     n = (tl.program_id(0) - tile * BLOCKS) * COLUMNS
-    row, used, image, token = rows_of(tile, num_rows, num_tokens, ROWS)
-    offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    used = row < num_rows
     dtype = fc1_weight_ptr.dtype.element_ty
     unit = n + tl.arange(0, COLUMNS)
     exists = unit < HIDDEN
-    mean = tl.load(mean_ptr + row, mask=used, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + row, mask=used, other=0.0)[:, None]
     hidden = tl.zeros((ROWS, COLUMNS), tl.float32)
     dactivated = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, C, STEP):
         c = k + tl.arange(0, STEP)
-        x = load_tile(x_ptr, offsets, used, k, C, STEP).to(tl.float32)
-        weight = tl.load(norm_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        bias = tl.load(norm_bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        normed = ((x - mean) * rstd * weight + bias).to(dtype)
+        normed = load_tile(normed_ptr, row * C, used, k, C, STEP)
         w = load_tile(fc1_weight_ptr, unit * C, exists, k, C, STEP)
         hidden = tl.dot(normed, tl.trans(w), hidden, input_precision=PRECISION)
         dupdate = load_tile(dupdate_ptr, row * C, used, k, C, STEP)
         w = load_tile(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
         dactivated = tl.dot(dupdate, w, dactivated, input_precision=PRECISION)
     hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
-    distribution = normal_distribution(hidden)
+    distribution, density = distribution_and_density(hidden, dtype)
     activated = (hidden * distribution).to(dtype)  # stored early, to free registers
     store_tile(activated_ptr, row * HIDDEN, used, activated, n, HIDDEN, COLUMNS)
-    dhidden = (dactivated * gelu_slope(hidden, distribution)).to(dtype)
+    dhidden = (dactivated * gelu_slope(hidden, distribution, density)).to(dtype)
     store_tile(dhidden_ptr, row * HIDDEN, used, dhidden, n, HIDDEN, COLUMNS)
     tl.store(
         shares_ptr + tile.to(tl.int64) * HIDDEN + unit,

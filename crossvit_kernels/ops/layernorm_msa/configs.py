@@ -9,7 +9,7 @@ ATTENTION = RowTable(
     {
         2: (
             (32, RowTile(64, 64, 16, 4, 3)),
-            (64, RowTile(128, 64, 16, 8, 3)),
+            (64, RowTile(64, 32, 16, 4, 3)),
             (128, RowTile(128, 64, 16, 8, 2)),
         ),
         4: ((128, RowTile(32, 32, 16, 8, 1)),),
@@ -44,18 +44,24 @@ ATTENTION_PROJECTION = RowTable(
     fused_up_to=128,
 )
 
-ATTENTION_BACKWARD = RowTable(
-    "attention backward",
+BACKWARD_QUERIES = RowTable(
+    "attention backward queries",
     {
         2: (
-            (64, RowTile(128, 64, 16, 8, 2)),
-            (128, RowTile(64, 32, 16, 8, 2)),
+            (64, RowTile(64, 32, 16, 4, 3)),
+            (128, RowTile(64, 32, 16, 4, 2)),
         ),
         4: ((128, RowTile(32, 32, 16, 8, 1)),),
     },
-    on_sm={
-        (80, 2): {
-            64: RowTile(128, 32, 16, 8, 2),
-        },
+)
+
+BACKWARD_KEYS = RowTable(
+    "attention backward keys",
+    {
+        2: (
+            (64, RowTile(64, 32, 16, 4, 3)),
+            (128, RowTile(64, 32, 16, 8, 2)),
+        ),
+        4: ((128, RowTile(32, 32, 16, 8, 1)),),
     },
 )

@@ -15,7 +15,7 @@ from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.common import triton_linear as layers
-from crossvit_kernels.ops.common.configs import LayerShape, candidates
+from crossvit_kernels.ops.common.configs import LayerShape, RowTable, candidates
 from crossvit_kernels.ops.common.triton_linear import Tokens
 from crossvit_kernels.ops.layernorm_msa import configs
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
@@ -88,15 +88,19 @@ def backward(
         heads = _attention(qkv, None, num_heads)
     dupdate = norm.scale_update(dy, scale, w.out_weight.dtype).view(-1, channels)
     dqkv, sums = _attention_backward(qkv, heads, dupdate @ w.out_weight, lse, num_heads)
-    grads = layers.linear_norm_backward(dqkv, w.qkv_weight, dy, scale, tokens, affine, (mean, rstd))
-    dqkv = dqkv.view(-1, 3 * channels)
+    dnormed = dqkv @ w.qkv_weight
+    grads = layers.norm_backward(dnormed, dy, scale, tokens, affine, (mean, rstd))
+    d_qkv_weight: Any = None
+    if wants.qkv_weight:
+        normed = layers.normalize(tokens, affine, eps, w.qkv_weight.dtype)
+        d_qkv_weight = layers.weight_gradient(dqkv.view(-1, 3 * channels), normed, True)
     return gradients(
         grads.dx,
         grads.dcls,
         MsaWeights(
             norm_weight=grads.d_norm_weight,
             norm_bias=grads.d_norm_bias,
-            qkv_weight=layers.weight_gradient(dqkv, grads.normed, wants.qkv_weight),
+            qkv_weight=d_qkv_weight,
             qkv_bias=None if w.qkv_bias is None else sums.to(w.qkv_bias.dtype),
             out_weight=layers.weight_gradient(dupdate, heads, wants.out_weight),
             out_bias=grads.sum_dy,
@@ -179,28 +183,25 @@ def _attention_backward(
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
 
     batch, num_tokens, channels = heads.shape
-    dqkv = torch.empty_like(qkv)
-    attention_configs = candidates(
-        configs.ATTENTION_BACKWARD,
-        qkv,
-        batch * num_tokens,
-        channels,
-        0,
-        width=channels // num_heads,
-    )
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
 
-    def programs(shape: LayerShape) -> Programs:
-        tiles = -(-num_tokens // shape.rows)
-        shares = qkv.new_empty(batch * tiles, 3 * channels, dtype=torch.float32)
-        return Programs((batch * num_heads * tiles, 1, 1), (shares,), (tiles,))
+    def start(kernel: Any, table: RowTable, tensors: tuple[Tensor, ...], parts: int) -> Tensor:
+        """Launch over tiles of queries or keys; return the sums of that many gradients."""
 
-    tensors = qkv, heads, dheads, lse, dqkv
-    (shares,) = launcher.start(
-        kernels.attention_backward,
-        programs,
-        tensors,
-        (num_tokens,),
-        attention_configs,
-        (num_heads,),
+        def programs(shape: LayerShape) -> Programs:
+            tiles = -(-num_tokens // shape.rows)
+            shares = qkv.new_empty(batch * tiles, parts * channels, dtype=torch.float32)
+            return Programs((batch * num_heads * tiles, 1, 1), (shares,), (tiles,))
+
+        sizes = qkv, batch * num_tokens, channels, 0, channels // num_heads
+        found = candidates(table, *sizes)
+        (shares,) = launcher.start(kernel, programs, tensors, (num_tokens,), found, (num_heads,))
+        return shares.sum(dim=0)
+
+    of_queries = qkv, heads, dheads, lse, delta, dqkv
+    of_keys = qkv, dheads, lse, delta, dqkv
+    sums = (
+        start(kernels.attention_backward_queries, configs.BACKWARD_QUERIES, of_queries, 1),
+        start(kernels.attention_backward_keys, configs.BACKWARD_KEYS, of_keys, 2),
     )
-    return dqkv, shares.sum(dim=0)
+    return dqkv, torch.cat(sums)

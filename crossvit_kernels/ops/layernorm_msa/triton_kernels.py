@@ -22,6 +22,44 @@ from crossvit_kernels.ops.common.triton_tiles import (
 
 
 @triton.jit
+def attend_step(
+    peak,
+    total,
+    acc,
+    q,
+    q_ptr,  # [N, 3 C]: one head of q, then k, v
+    n,
+    num_tokens,
+    D: tl.constexpr,
+    A: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Adds KEYS keys to an online softmax. LAST: some of them may be past the last token.
+
+    peak is the largest product of a query and a key, without the scale: exponents are then one
+    multiply-add each.
+    """
+    C: tl.constexpr = A.channels
+    KEYS: tl.constexpr = A.columns
+    PRECISION: tl.constexpr = A.precision
+    SCALE: tl.constexpr = LOG2E * D**-0.5
+    key = n + tl.arange(0, KEYS)
+    exists = key < (num_tokens if LAST else n + KEYS)
+    offsets = key.to(tl.int64) * (3 * C)
+    k = load_tile(q_ptr + C, offsets, exists, 0, D, D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if LAST:
+        s = tl.where(exists[None, :], s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, axis=1))
+    decay = tl.exp2((peak - new_peak) * SCALE)
+    p = tl.exp2(s * SCALE - (new_peak * SCALE)[:, None])  # a multiply-add
+    total = total * decay + tl.sum(p, axis=1)
+    v = load_tile(q_ptr + 2 * C, offsets, exists, 0, D, D)
+    acc = tl.dot(p.to(k.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return new_peak, total, acc
+
+
+@triton.jit
 def attend(
     qkv_ptr,  # [N, 3 C]
     head,
@@ -35,28 +73,17 @@ def attend(
     """Attention of ROWS queries in one head of one image [ROWS, D], and their log-sum-exp."""
     ROWS: tl.constexpr = A.rows
     KEYS: tl.constexpr = A.columns
-    PRECISION: tl.constexpr = A.precision
-    dtype = qkv_ptr.dtype.element_ty
     q_ptr = qkv_ptr + head * D
     q = load_tile(q_ptr, row.to(tl.int64) * (3 * C), used, 0, D, D)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D), tl.float32)
-    for n in range(0, num_tokens, KEYS):
-        key = n + tl.arange(0, KEYS)
-        exists = key < num_tokens
-        offsets = key.to(tl.int64) * (3 * C)
-        k = load_tile(q_ptr + C, offsets, exists, 0, D, D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (LOG2E * D**-0.5)
-        s = tl.where(exists[None, :], s, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, axis=1))
-        decay = tl.exp2(peak - new_peak)
-        p = tl.exp2(s - new_peak[:, None])
-        total = total * decay + tl.sum(p, axis=1)
-        peak = new_peak
-        v = load_tile(q_ptr + 2 * C, offsets, exists, 0, D, D)
-        acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return acc / total[:, None], (peak + tl.log2(total)) / LOG2E
+    whole = num_tokens - num_tokens % KEYS
+    for n in range(0, whole, KEYS):
+        peak, total, acc = attend_step(peak, total, acc, q, q_ptr, n, num_tokens, D, A, False)
+    if whole < num_tokens:
+        peak, total, acc = attend_step(peak, total, acc, q, q_ptr, whole, num_tokens, D, A, True)
+    return acc / total[:, None], peak * D**-0.5 + tl.log2(total) / LOG2E
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -144,142 +171,146 @@ def attention_projection(
 
 
 @triton.jit
-def rows_at(
-    ptr,  # [N, stride]
-    stride,
-    row,
-    used,
-    D: tl.constexpr,
-):
-    """Loads rows of one head."""
-    return load_tile(ptr, row.to(tl.int64) * stride, used, 0, D, D)
-
-
-@triton.jit
-def keys_backward(
+def queries_step(
+    dq,
+    q,
+    do,
+    lse,
+    delta,
     q_ptr,  # [N, 3 C]: one head of q, then k, v
-    o_ptr,  # [N, C]: one head
-    do_ptr,  # [N, C]
-    lse_ptr,  # [N]
-    dq_ptr,  # [N, 3 C]
-    share_ptr,  # [3 C]
-    tile_rows,
-    used,
+    n,
     num_tokens,
     D: tl.constexpr,
     A: tl.constexpr,
+    LAST: tl.constexpr,
 ):
-    """Computes dk and dv of ROWS keys, summed over all queries, and their sums over these keys."""
+    """Adds KEYS keys' share to dq. LAST: some of them may be past the last token."""
     C: tl.constexpr = A.channels
-    ROWS: tl.constexpr = A.rows
-    STEP: tl.constexpr = A.columns
+    KEYS: tl.constexpr = A.columns
     PRECISION: tl.constexpr = A.precision
-    dtype = q_ptr.dtype.element_ty
-    k = rows_at(q_ptr + C, 3 * C, tile_rows, used, D)
-    v = rows_at(q_ptr + 2 * C, 3 * C, tile_rows, used, D)
+    key = n + tl.arange(0, KEYS)
+    exists = key < (num_tokens if LAST else n + KEYS)
+    offsets = key.to(tl.int64) * (3 * C)
+    k = load_tile(q_ptr + C, offsets, exists, 0, D, D)
+    v = load_tile(q_ptr + 2 * C, offsets, exists, 0, D, D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (LOG2E * D**-0.5) - lse[:, None]
+    if LAST:
+        s = tl.where(exists[None, :], s, float("-inf"))
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = tl.exp2(s) * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_backward_queries(
+    qkv_ptr,  # [B, N, 3 C]
+    heads_ptr,  # [B, N, C]
+    dheads_ptr,  # [B, N, C]
+    lse_ptr,  # [B, h, N]
+    delta_ptr,  # [B, h, N]
+    dqkv_ptr,  # [B, N, 3 C]
+    shares_ptr,  # [B tiles, C]
+    num_tokens,
+    num_tiles,
+    A: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """dq [B, N, C] of dqkv, each tile's sum of it, and delta, the rows' sums of o do.
+
+    Grid: images x heads x tiles of queries.
+    """
+    C: tl.constexpr = A.channels
+    D: tl.constexpr = A.channels // HEADS
+    ROWS: tl.constexpr = A.rows
+    KEYS: tl.constexpr = A.columns
+    pair = tl.program_id(0) // num_tiles
+    tile = tl.program_id(0) - pair * num_tiles
+    row = tile * ROWS + tl.arange(0, ROWS)
+    used = row < num_tokens
+    image = pair // HEADS
+    head = pair % HEADS
+    first = image.to(tl.int64) * num_tokens
+    q_ptr = qkv_ptr + first * (3 * C) + head * D
+    offsets = row.to(tl.int64) * C
+    of_head = first * C + head * D
+    of_rows = pair.to(tl.int64) * num_tokens + row
+    q = load_tile(q_ptr, 3 * offsets, used, 0, D, D)
+    do = load_tile(dheads_ptr + of_head, offsets, used, 0, D, D)
+    o = load_tile(heads_ptr + of_head, offsets, used, 0, D, D)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+    tl.store(delta_ptr + of_rows, delta, mask=used)
+    lse = tl.load(lse_ptr + of_rows, mask=used, other=float("inf")) * LOG2E
+    dq = tl.zeros((ROWS, D), tl.float32)
+    whole = num_tokens - num_tokens % KEYS
+    for n in range(0, whole, KEYS):
+        dq = queries_step(dq, q, do, lse, delta, q_ptr, n, num_tokens, D, A, False)
+    if whole < num_tokens:
+        dq = queries_step(dq, q, do, lse, delta, q_ptr, whole, num_tokens, D, A, True)
+    dq = dq * D**-0.5
+    store_tile(dqkv_ptr + first * (3 * C) + head * D, 3 * offsets, used, dq, 0, D, D)
+    share_ptr = shares_ptr + (image * num_tiles + tile).to(tl.int64) * C + head * D
+    tl.store(share_ptr + tl.arange(0, D), tl.sum(tl.where(used[:, None], dq, 0.0), axis=0))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_backward_keys(
+    qkv_ptr,  # [B, N, 3 C]
+    dheads_ptr,  # [B, N, C]
+    lse_ptr,  # [B, h, N]
+    delta_ptr,  # [B, h, N]
+    dqkv_ptr,  # [B, N, 3 C]
+    shares_ptr,  # [B tiles, 2, C]
+    num_tokens,
+    num_tiles,
+    A: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """dk and dv [B, N, C] of dqkv, and each tile's sums of them. Grid: images x heads x tiles of
+    keys.
+    """
+    C: tl.constexpr = A.channels
+    D: tl.constexpr = A.channels // HEADS
+    ROWS: tl.constexpr = A.rows
+    QUERIES: tl.constexpr = A.columns
+    PRECISION: tl.constexpr = A.precision
+    dtype = qkv_ptr.dtype.element_ty
+    pair = tl.program_id(0) // num_tiles
+    tile = tl.program_id(0) - pair * num_tiles
+    key = tile * ROWS + tl.arange(0, ROWS)
+    used = key < num_tokens
+    image = pair // HEADS
+    head = pair % HEADS
+    first = image.to(tl.int64) * num_tokens
+    q_ptr = qkv_ptr + first * (3 * C) + head * D
+    do_ptr = dheads_ptr + first * C + head * D
+    lse_ptr += pair.to(tl.int64) * num_tokens
+    delta_ptr += pair.to(tl.int64) * num_tokens
+    offsets = key.to(tl.int64) * (3 * C)
+    k = load_tile(q_ptr + C, offsets, used, 0, D, D)
+    v = load_tile(q_ptr + 2 * C, offsets, used, 0, D, D)
     dk = tl.zeros((ROWS, D), tl.float32)
     dv = tl.zeros((ROWS, D), tl.float32)
-    for n in range(0, num_tokens, STEP):
-        row = n + tl.arange(0, STEP)
+    for n in range(0, num_tokens, QUERIES):
+        row = n + tl.arange(0, QUERIES)
         exists = row < num_tokens
-        q = rows_at(q_ptr, 3 * C, row, exists, D)
-        do = rows_at(do_ptr, C, row, exists, D)
-        o = rows_at(o_ptr, C, row, exists, D)
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
-        lse = tl.load(lse_ptr + row, mask=exists, other=float("inf")) * LOG2E
+        row_offsets = row.to(tl.int64) * C
+        q = load_tile(q_ptr, 3 * row_offsets, exists, 0, D, D)
+        do = load_tile(do_ptr, row_offsets, exists, 0, D, D)
+        # Queries past the last are 0, as is their do: they add nothing.
+        lse = tl.load(lse_ptr + row, mask=exists, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + row, mask=exists, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (LOG2E * D**-0.5)
         p = tl.exp2(s - lse[None, :])
         dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
-    offsets = tile_rows.to(tl.int64) * (3 * C)
     dk = dk * D**-0.5
-    store_tile(dq_ptr + C, offsets, used, dk, 0, D, D)
-    store_tile(dq_ptr + 2 * C, offsets, used, dv, 0, D, D)
+    dk_ptr = dqkv_ptr + first * (3 * C) + C + head * D
+    store_tile(dk_ptr, offsets, used, dk, 0, D, D)
+    store_tile(dk_ptr + C, offsets, used, dv, 0, D, D)
     # Padding keys have gradients too: those of k = v = 0.
+    share_ptr = shares_ptr + (image * num_tiles + tile).to(tl.int64) * (2 * C) + head * D
     c = tl.arange(0, D)
-    tl.store(share_ptr + C + c, tl.sum(tl.where(used[:, None], dk, 0.0), axis=0))
-    tl.store(share_ptr + 2 * C + c, tl.sum(tl.where(used[:, None], dv, 0.0), axis=0))
-
-
-@triton.jit
-def queries_backward(
-    q_ptr,  # [N, 3 C]: one head of q, then k, v
-    o_ptr,  # [N, C]: one head
-    do_ptr,  # [N, C]
-    lse_ptr,  # [N]
-    dq_ptr,  # [N, 3 C]
-    share_ptr,  # [3 C]
-    tile_rows,
-    used,
-    num_tokens,
-    D: tl.constexpr,
-    A: tl.constexpr,
-):
-    """Computes dq of ROWS queries, summed over all keys, and its sum over these queries."""
-    C: tl.constexpr = A.channels
-    ROWS: tl.constexpr = A.rows
-    STEP: tl.constexpr = A.columns
-    PRECISION: tl.constexpr = A.precision
-    dtype = q_ptr.dtype.element_ty
-    q = rows_at(q_ptr, 3 * C, tile_rows, used, D)
-    do = rows_at(do_ptr, C, tile_rows, used, D)
-    o = rows_at(o_ptr, C, tile_rows, used, D)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
-    lse = tl.load(lse_ptr + tile_rows, mask=used, other=float("inf")) * LOG2E
-    dq = tl.zeros((ROWS, D), tl.float32)
-    for n in range(0, num_tokens, STEP):
-        row = n + tl.arange(0, STEP)
-        exists = row < num_tokens
-        k = rows_at(q_ptr + C, 3 * C, row, exists, D)
-        v = rows_at(q_ptr + 2 * C, 3 * C, row, exists, D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (LOG2E * D**-0.5)
-        p = tl.where(exists[None, :], tl.exp2(s - lse[:, None]), 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(dtype), k, dq, input_precision=PRECISION)
-    dq = dq * D**-0.5
-    store_tile(dq_ptr, tile_rows.to(tl.int64) * (3 * C), used, dq, 0, D, D)
-    tl.store(share_ptr + tl.arange(0, D), tl.sum(tl.where(used[:, None], dq, 0.0), axis=0))
-
-
-@triton.jit(do_not_specialize=SIZES)
-def attention_backward(
-    qkv_ptr,  # [B, N, 3 C]
-    heads_ptr,  # [B, N, C]
-    dheads_ptr,  # [B, N, C]
-    lse_ptr,  # [B, h, N]
-    dqkv_ptr,  # [B, N, 3 C]
-    shares_ptr,  # [B tiles, 3 C]
-    num_tokens,
-    num_tiles,
-    A: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    """dq, dk and dv [B, N, 3 C], and each tile's sum of them. Grid: images x heads x tiles.
-
-    A program processes a tile's rows first as keys, then as queries: no two add to the same sum, so
-    there are no atomics and results are reproducible.
-    """
-    C: tl.constexpr = A.channels
-    D: tl.constexpr = A.channels // HEADS
-    ROWS: tl.constexpr = A.rows
-    pair = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) - pair * num_tiles
-    tile_rows = tile * ROWS + tl.arange(0, ROWS)
-    used = tile_rows < num_tokens
-    first = (pair // HEADS).to(tl.int64) * num_tokens
-    head = pair % HEADS
-    q_ptr = qkv_ptr + first * (3 * C) + head * D
-    o_ptr = heads_ptr + first * C + head * D
-    do_ptr = dheads_ptr + first * C + head * D
-    lse_ptr += pair.to(tl.int64) * num_tokens
-    dq_ptr = dqkv_ptr + first * (3 * C) + head * D
-    share_ptr = shares_ptr + (pair // HEADS * num_tiles + tile).to(tl.int64) * (3 * C) + head * D
-    keys_backward(
-        q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, share_ptr, tile_rows, used, num_tokens, D, A
-    )
-    queries_backward(
-        q_ptr, o_ptr, do_ptr, lse_ptr, dq_ptr, share_ptr, tile_rows, used, num_tokens, D, A
-    )
+    tl.store(share_ptr + c, tl.sum(tl.where(used[:, None], dk, 0.0), axis=0))
+    tl.store(share_ptr + C + c, tl.sum(tl.where(used[:, None], dv, 0.0), axis=0))
