@@ -51,8 +51,8 @@ Problem = tuple[int, int, int, int, int, float]
 def cluster_shape(problem: Problem, sms: Multiprocessors) -> ClusterShape:
     """Choose the fewest images per cluster with which all blocks run at once; not measured.
 
-    By the cycle model, two blocks that share an image's tokens take longer to exchange partials than
-    they save.
+    By the cycle model, two blocks that share an image's tokens take longer to exchange partials
+    than they save.
     """
     assert extension.cuda_kernels is not None
     floats = extension.cuda_kernels.functions.cross_attention_states
