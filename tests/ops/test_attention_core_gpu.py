@@ -119,6 +119,21 @@ def test_large_mean_small_spread(dtype: torch.dtype, gpu: Gpu) -> None:
     check_rule(inputs, mask, dtype, 1e-6, gpu.name, gpu.device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [[0], [3], [0, 1], [0, 1, 2, 3], [100]], ids=str)
+def test_massive_activations(channels: list[int], dtype: torch.dtype, gpu: Gpu) -> None:
+    """A few channels far from the others, also those from which deviations are taken."""
+    inputs, mask = make(2, 40, 4, 192, dtype)
+    inputs[1][..., channels] *= 50
+    check_rule(inputs, mask, dtype, 1e-6, gpu.name, gpu.device)
+
+
+def test_large_float16_tokens(gpu: Gpu) -> None:
+    inputs, mask = make(2, 40, 4, 192, torch.float16)
+    inputs[1].copy_((inputs[1].clamp(-2, 2) * 1e4).half())
+    check_rule(inputs, mask, torch.float16, 1e-6, gpu.name, gpu.device)
+
+
 def test_huge_scores_do_not_overflow(gpu: Gpu) -> None:
     (u, x, _), _ = make(2, 40, 3, 64)
     u, x = u.float().to(gpu.device) * 1e4, x.float().to(gpu.device)

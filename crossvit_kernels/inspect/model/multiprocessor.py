@@ -311,11 +311,11 @@ class Multiprocessor:
         memory, gpu = self._memory, self._gpu
         self._l2_bytes += moved
         # What comes from DRAM takes the L2's time at DRAM's pace, and leaves the rest to hits.
-        rate = memory.l2_rate
-        if self._dram > started:
+        begin, rate = max(self._l2, started), memory.l2_rate
+        if self._dram > begin:
             rate = max(rate - memory.dram_rate, 0.25 * rate)
         hits = moved * (1 - from_dram.get(step.tensor, 0.0))
-        self._l2 = max(self._l2, started) + hits / rate
+        self._l2 = begin + hits / rate
         if self._misses(step, started, from_dram):
             return self._dram + gpu.dram_latency
         return self._l2 + gpu.l2_latency

@@ -133,8 +133,8 @@ class RowLoads {
 };
 
 // Scores of a tile's tokens against kSets matrices of rows (u, or dm and u), with the statistics of
-// LayerNorm from the same read. Sums over a token's channels are relative to one of its own: a mean
-// far above the spread then costs no precision.
+// LayerNorm from the same read. Sums over a token's channels are relative to one of its own, or to a
+// mean: one far above the spread then costs no precision.
 template <class P, int kSets>
 class TileScores {
  public:
@@ -263,10 +263,15 @@ class TileScores {
     return slice;
   }
 
-  // The same in float's own precision.
+  // The same in float's own precision, relative to the slice's mean: one more read of the tile.
   __device__ SliceStatistics multiply_floats(const T* tile, float (&products)[kSets][2][4]) const {
     const int g = lane_index() / 4, pitch = P::tile_pitch(channels_);
-    const float centre[2] = {tile[g * pitch], tile[(g + 8) * pitch]};
+    float centre[2] = {0, 0};
+#pragma unroll 2
+    for (int c = lane_index() % 4; c < slice_.units * 16; c += 4) {
+      for (int i = 0; i < 2; ++i) centre[i] += tile[(g + 8 * i) * pitch + c];
+    }
+    for (float& c : centre) c = sum_of_row(c) * inverse_width_;
     float sums[2] = {0, 0}, squares[2] = {0, 0};
     slice_.template for_each_unit<P::kUnroll>([&](int unit) {
       ColumnsOfB<T> x = load_columns(tile + unit * 16, pitch);
