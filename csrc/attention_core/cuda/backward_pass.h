@@ -1,6 +1,7 @@
 #pragma once
 
 #include "attention_core/cuda/partials.h"
+#include "attention_core/cuda/row_loads.h"
 
 // The backward pass: reads the tokens once, writes their gradient once, and sums du. Probabilities
 // are recomputed from lse (docs/derivation.md).

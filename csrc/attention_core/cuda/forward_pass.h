@@ -1,6 +1,7 @@
 #pragma once
 
 #include "attention_core/cuda/partials.h"
+#include "attention_core/cuda/row_loads.h"
 
 // The forward pass: online softmax, and sums of raw tokens whose means are subtracted at the end
 // (docs/derivation.md).
