@@ -215,7 +215,7 @@ class TokenPass {
   template <class Sums, class Visit>
   __device__ void for_each_gathered(const TilePartials<P>& tiles, int count, const Range& range,
                                     Visit visit) const {
-    constexpr int kItems = sizeof(T) == 4 ? 1 : 2, kTiles = 4;  // whose loads are in flight
+    constexpr int kItems = kHasFewRegisters<T> ? 1 : 2, kTiles = 4;  // whose loads are in flight
     const int warp_groups = P::warp_groups(channels_), num_tiles = P::tiles_of(range);
     const int items = warp_groups * count;
 #pragma unroll 1

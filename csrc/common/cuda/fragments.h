@@ -15,6 +15,16 @@ namespace crossvit {
 using bf16 = __nv_bfloat16;
 using half = __half;
 
+// Whether a kernel has no registers to spare for more loads in flight: the fusion's in float, as
+// the compiler allocates them before sm_90.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <class T>
+constexpr bool kHasFewRegisters = sizeof(T) == 4;
+#else
+template <class T>
+constexpr bool kHasFewRegisters = false;
+#endif
+
 template <class T>
 struct PairOf {
   using type = uint32_t;

@@ -122,7 +122,7 @@ __device__ void find_statistics(RowStatistics* statistics, int begin, int step, 
 template <class T, class Load, class Visit>
 __device__ __forceinline__ void for_each_element(int begin, int step, int count, int width,
                                                  const Layer& norm, Load load, Visit visit) {
-  constexpr int kRows = sizeof(T) == 4 ? 1 : 4;  // float has no registers to spare
+  constexpr int kRows = kHasFewRegisters<T> ? 1 : 4;
   const Elements<T> weights(norm.weight), biases(norm.bias);
 #pragma unroll 1
   for (int c = thread_index(); c < width; c += block_threads()) {
