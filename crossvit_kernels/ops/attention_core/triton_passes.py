@@ -120,9 +120,8 @@ def load_for_statistics(
 ):
     """The tile x once more, from L1 or L2, for all but products.
 
-    A tile that products and other code read lies in shared memory without a swizzle, and products
-    then read it with 8-way bank conflicts. The other policy keeps the compiler from merging both
-    loads. Centred tiles are made in registers, where there is nothing to gain.
+    A tile that products and other code read lies in shared memory without a swizzle: 8-way bank
+    conflicts. The other policy keeps both loads apart. Centred tiles are made in registers.
     """
     if not CENTRE:
         x = load_tile(ptr, offsets, used, first, C, CHUNK, KEEP=True)
