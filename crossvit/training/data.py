@@ -7,6 +7,7 @@ batches, whatever the number of workers.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class Sample(NamedTuple):
     image: Tensor  # [C, H, W]
     target: int
     problems: list[str]
+    position: int = 0
 
 
 class Batch(NamedTuple):
@@ -47,11 +49,13 @@ class Batch(NamedTuple):
         images: [B, C, H, W], as the transform makes them: uint8, or normalised float32.
         targets: int64 [B]; ``NOT_COUNTED`` for padding and unreadable images of an evaluation.
         problems: For each unreadable image, its name and the reason.
+        positions: int64 [B], in the epoch's order.
     """
 
     images: Tensor
     targets: Tensor
     problems: list[str]
+    positions: Tensor
 
 
 class UnreadableImage(ValueError):
@@ -93,7 +97,7 @@ class Images(Dataset[Sample]):
             raise UnreadableImage(f"{tries} unreadable images in a row, the last: {problems[-1]}")
         with seeded(self.seed, draw.epoch, draw.position):
             image = self.transform(image or Image.new(self.source.mode, (64, 64)))
-        return Sample(image, target, problems)
+        return Sample(image, target, problems, draw.position)
 
     def _read(self, index: int) -> tuple[Any, int]:
         from PIL import Image
@@ -133,7 +137,8 @@ class StreamedImages(IterableDataset[Sample]):
                 continue
             with seeded(self.seed, self.epoch, worker, n):
                 tensor = self.transform(image)
-            yield Sample(tensor, NOT_COUNTED if target is None else int(target), [])
+            label = NOT_COUNTED if target is None else int(target)
+            yield Sample(tensor, label, [], worker << 40 | n)
 
 
 class TrainingBatches:
@@ -166,7 +171,7 @@ class TrainingBatches:
     ) -> None:
         self.num_images, self.batch_size, self.accumulation = num_images, batch_size, accumulation
         self.seed, self.rank, self.world_size, self.repeats = seed, rank, world_size, repeats
-        self.epoch, self.first_step = 0, 0
+        self.epoch, self.first_batch = 0, 0
 
     @property
     def steps(self) -> int:
@@ -180,12 +185,12 @@ class TrainingBatches:
         return order.repeat_interleave(self.repeats)[: self.num_images]
 
     def __len__(self) -> int:
-        return (self.steps - self.first_step) * self.accumulation
+        return self.steps * self.accumulation - self.first_batch
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, order = self.epoch, self.order()
         micro = self.batch_size * self.world_size
-        for batch in range(self.first_step * self.accumulation, self.steps * self.accumulation):
+        for batch in range(self.first_batch, self.steps * self.accumulation):
             positions = range(batch * micro + self.rank, (batch + 1) * micro, self.world_size)
             yield [Draw(int(order[p]), epoch, p) for p in positions]
 
@@ -220,6 +225,7 @@ def collate(samples: list[Sample]) -> Batch:
         torch.stack([sample.image for sample in samples]),
         torch.tensor([sample.target for sample in samples]),
         [problem for sample in samples for problem in sample.problems],
+        torch.tensor([sample.position for sample in samples]),
     )
 
 
@@ -249,7 +255,11 @@ class Loader:
         share: tuple[int, int] | None = None,
     ) -> None:
         self.images, self.batches, self.skip_bad, self.share = images, batches, skip_bad, share
-        options: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory}
+        options: dict[str, Any] = {
+            "collate_fn": collate,
+            "pin_memory": pin_memory,
+            "worker_init_fn": _ignore_signals,
+        }
         if isinstance(images, StreamedImages):
             # A stream's order follows from the seed in processes of its own, new ones each epoch.
             workers = max(workers, 1)
@@ -264,14 +274,18 @@ class Loader:
             options |= {"batch_sampler": batches, "persistent_workers": workers > 0}
         self._loader: DataLoader[Any] = DataLoader(images, num_workers=workers, **options)
 
-    def start(self, epoch: int, step: int = 0) -> None:
-        """Let the next iteration begin at a step of an epoch."""
+    def start(self, epoch: int, batch: int = 0) -> None:
+        """Let the next iteration begin at a batch of an epoch."""
         if isinstance(self.images, StreamedImages):
-            self.images.epoch, self.images.skipped_batches = epoch, step
+            self.images.epoch, self.images.skipped_batches = epoch, batch
             self.images.source.dataset.set_epoch(epoch)
             self.generator.manual_seed(derive(self.images.seed, epoch))
         elif isinstance(self.batches, TrainingBatches):
-            self.batches.epoch, self.batches.first_step = epoch, step
+            self.batches.epoch, self.batches.first_batch = epoch, batch
+
+    def close(self) -> None:
+        """End the worker processes."""
+        del self._loader
 
     def __iter__(self) -> Iterator[Batch]:
         batches = self._loader if self.share is None else _turns(self._loader, *self.share)
@@ -281,6 +295,12 @@ class Loader:
                     f"unreadable image: {batch.problems[0]} (--skip-bad skips and counts them)"
                 )
             yield batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Let the main process alone answer SIGTERM and Ctrl-C, which may go to all of them."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _turns(batches: Iterable[Batch], rank: int, world_size: int) -> Iterator[Batch]:

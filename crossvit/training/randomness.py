@@ -16,11 +16,14 @@ def derive(*path: int) -> int:
 
 
 def seed_all(*path: int) -> None:
-    """Seed Python's, NumPy's and torch's generators, on all devices."""
+    """Seed Python's, NumPy's and torch's generators, of the CPU and of the current GPU."""
     seed = derive(*path)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
+    # Not torch.manual_seed, which formats and keeps a stack trace where CUDA is not initialised.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 @contextmanager

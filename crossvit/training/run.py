@@ -1,0 +1,344 @@
+"""One run: its folder, what it resumes from, its epochs, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import math
+import signal
+import types
+from pathlib import Path
+from typing import IO, Any
+
+from crossvit.checkpoints import save_checkpoint
+from crossvit.training import state
+from crossvit.training.distributed import Processes
+from crossvit.training.engine import Diverged, StepResult, endless
+from crossvit.training.evaluation import Metrics, evaluate
+from crossvit.training.progress import Display, Meter, memory_mb
+from crossvit.training.recipes import Recipe
+from crossvit.training.records import Records, environment, write_json
+from crossvit.training.setup import Setup
+
+#: Exit codes: finished; told to stop, and the state is saved (sysexits.h: try again); Ctrl-C.
+FINISHED, STOPPED, INTERRUPTED = 0, 75, 130
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is; saved with each checkpoint. Sums are of the current epoch."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    loss_sum: float = 0.0  # of finite steps
+    finite_steps: int = 0
+    skipped_steps: int = 0
+    bad_in_a_row: int = 0
+    unreadable: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    best_top1: float = -1.0
+
+    def next_epoch(self) -> None:
+        """Begin the next epoch."""
+        best, bad = self.best_top1, self.bad_in_a_row
+        self.__init__(epoch=self.epoch + 1, best_top1=best, bad_in_a_row=bad)  # type: ignore[misc]
+
+    def count(self, result: StepResult) -> None:
+        """Count a step."""
+        self.step_in_epoch += 1
+        self.unreadable += result.unreadable
+        if result.finite:
+            self.loss_sum += result.loss
+            self.finite_steps += 1
+            self.bad_in_a_row = 0
+        else:
+            self.skipped_steps += 1
+            self.bad_in_a_row += 1
+
+
+class Signals:
+    """Remembers SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C; a second Ctrl-C interrupts."""
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        self._previous = {
+            number: signal.signal(number, self._remember)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        }
+
+    def _remember(self, number: int, frame: types.FrameType | None) -> None:
+        if number == signal.SIGINT and self.code is not None:
+            raise KeyboardInterrupt
+        self.code = INTERRUPTED if number == signal.SIGINT else STOPPED
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """Trains from the last checkpoint in a folder, or from the start, to the end.
+
+    Args:
+        folder: Of the run; made if missing.
+        options: From the command line.
+        recipe: Of the run.
+        processes: This process among all.
+        setup: Images, model, and what trains it.
+        signals: What this process was told.
+
+    Raises:
+        ValueError: The folder has a run with another recipe or model, or unreadable checkpoints.
+        BlockingIOError: Another process trains in the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: argparse.Namespace,
+        recipe: Recipe,
+        processes: Processes,
+        setup: Setup,
+        signals: Signals,
+    ) -> None:
+        self.folder, self.options, self.recipe = folder, options, recipe
+        self.processes, self.setup, self.engine = processes, setup, setup.engine
+        self.signals, self.progress = signals, Progress()
+        self.checkpoints = state.Checkpoints(folder / "checkpoints", options.keep_checkpoints)
+        if processes.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(folder)
+            self.checkpoints.clean()
+        processes.wait()
+        self._resume()
+        if processes.first:
+            write_json(folder / "run.json", self._description())
+        self.display = Display(processes.first, recipe.epochs * setup.steps, self.step)
+        self.records = None
+        if processes.first:
+            self.records = Records(folder, self.progress.epoch, self.step)
+
+    @property
+    def step(self) -> int:
+        """Steps so far."""
+        return self.progress.epoch * self.setup.steps + self.progress.step_in_epoch
+
+    # Saving and resuming
+
+    def _description(self) -> dict[str, Any]:
+        options = {k: v for k, v in vars(self.options).items() if not k.startswith("recipe")}
+        return {
+            "recipe": dataclasses.asdict(self.recipe),
+            "identity": self.setup.identity,
+            "options": json.loads(json.dumps(options, default=str)),
+            "processes": self.processes.world_size,
+            "environment": environment(),
+        }
+
+    def _resume(self) -> None:
+        content = self.checkpoints.load_latest()
+        found = -1.0 if content is None else float(content["step"])
+        if self.processes.sums(found)[0] != found * self.processes.world_size:
+            raise ValueError(
+                f"output: {self.folder} is not the same folder for all processes; it must be on "
+                "storage that all of them see"
+            )
+        if content is None:
+            return
+        self._check_identity()
+        self.progress = Progress(**content["progress"])
+        engine = self.engine
+        state.restore(engine.model, content["model"])
+        state.restore_optimizer(engine.model, engine.optimizer, content["optimizer"])
+        if engine.ema is not None and content["ema"] is not None:
+            state.restore(engine.ema.module, content["ema"])
+
+    def _check_identity(self) -> None:
+        """Refuse to continue another run."""
+        path = self.folder / "run.json"
+        if self.options.allow_changes or not path.is_file():
+            return
+        stored, mine = json.loads(path.read_text()), json.loads(json.dumps(self._description()))
+        for part in ("recipe", "identity"):
+            for name, value in mine[part].items():
+                old = stored.get(part, {}).get(name)
+                if old != value:
+                    raise ValueError(
+                        f"output: {self.folder} has a run with {name} = {_short(old)}, not "
+                        f"{_short(value)}; choose another --output, or --allow-changes"
+                    )
+
+    def save(self) -> None:
+        """Write a checkpoint; all processes call this.
+
+        Raises:
+            OSError: It cannot be written; the earlier ones are kept.
+        """
+        engine = self.engine
+        content = {
+            "step": self.step,
+            "progress": dataclasses.asdict(self.progress),
+            "model": state.model_state(engine.model),
+            "optimizer": state.optimizer_state(engine.model, engine.optimizer),
+            "ema": None if engine.ema is None else state.model_state(engine.ema.module),
+        }
+        if self.processes.first:
+            self.checkpoints.save(self.step, content)
+
+    def _export(self, model: Any, name: str) -> None:
+        if self.options.fsdp or self.processes.first:  # all processes have a part of a sharded one
+            save_checkpoint(model, self.folder / name)
+
+    # Training
+
+    def train(self) -> int:
+        """Train to the end, or until a signal; return the exit code.
+
+        Raises:
+            Diverged: Too many steps in a row were not finite.
+            OSError: A file cannot be written.
+            ValueError: An image cannot be read.
+        """
+        if self.step:
+            self.display.say(f"{self.folder}: continues after step {self.step}")
+        while self.progress.epoch < self.recipe.epochs:
+            if self._train_epoch():
+                return self._stop()
+            self._finish_epoch()
+        averaged = self.engine.ema is not None
+        self._export(self.engine.ema.module if averaged else self.engine.model, "last.safetensors")
+        self.display.say(f"finished: {self.folder}")
+        return FINISHED
+
+    def _train_epoch(self) -> bool:
+        """Train to the end of the epoch; return whether to stop before it."""
+        progress, steps, engine = self.progress, self.setup.steps, self.engine
+        first = progress.step_in_epoch * engine.accumulation
+        batches = endless(self.setup.train, progress.epoch, first)
+        meter = Meter(self.recipe.global_batch)
+        before = progress.seconds, progress.waited
+        while progress.step_in_epoch < steps:
+            step = self.step
+            told = self.signals.code is not None
+            result = engine.step(batches, progress.epoch, step, told)
+            progress.count(result)
+            meter.add(result.waited)
+            progress.seconds, progress.waited = before[0] + meter.seconds, before[1] + meter.waited
+            self._show(step, result, meter)
+            if progress.bad_in_a_row >= self.options.max_bad_steps:
+                raise Diverged(self._divergence(result))
+            if result.stop:
+                return True
+            if self.step % self.options.save_every == 0 and not progress.bad_in_a_row:
+                self.save()
+        return False
+
+    def _show(self, step: int, result: StepResult, meter: Meter) -> None:
+        lr = max(group["lr"] for group in self.engine.optimizer.param_groups)
+        epoch = self.progress.epoch
+        self.display.step(epoch, result.loss, lr, meter, self.processes.device)
+        if self.records is None:
+            return
+        if self.engine.problems:
+            self.records.add_unreadable(self.engine.problems)
+            self.engine.problems.clear()
+        if (step + 1) % self.options.log_every == 0:
+            row = {"step": step, "epoch": epoch, "loss": result.loss, "lr": lr}
+            self.records.add_step(row | {"grad_norm": result.grad_norm})
+
+    def _divergence(self, result: StepResult) -> str:
+        kept = self.checkpoints.paths()
+        advice = f"the last checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
+        return (
+            f"{self.progress.bad_in_a_row} steps in a row, to step {self.step}, had no finite loss "
+            f"and gradient (loss {result.loss}, norm {result.grad_norm}); {advice}; try a lower "
+            "--lr, or --clip-grad 1"
+        )
+
+    def _stop(self) -> int:
+        code = self.signals.code or STOPPED
+        if self.progress.bad_in_a_row:
+            self.display.say("stopped; not saved, as the last step was not finite")
+        else:
+            self.save()
+            self.display.say(f"stopped after step {self.step}, which is saved")
+        return code
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, record, export the best, and save."""
+        progress, engine = self.progress, self.engine
+        row: dict[str, Any] = {"epoch": progress.epoch, "step": self.step}
+        if not progress.bad_in_a_row:
+            self.save()  # an evaluation may take longer than a node waits before it kills
+        for prefix, model in (("val", engine.model), ("ema", engine.ema and engine.ema.module)):
+            if model is not None and self.setup.val is not None:
+                metrics, problems = evaluate(model, self.setup.val, self.processes, engine.autocast)
+                row |= {f"{prefix}_{k}": getattr(metrics, k) for k in ("loss", "top1", "top5")}
+                if prefix == "val":
+                    progress.unreadable += metrics.unreadable
+                self._keep_best(model, metrics, problems)
+        self._record(row)
+        progress.next_epoch()
+        if not progress.bad_in_a_row:
+            self.save()
+
+    def _keep_best(self, model: Any, metrics: Metrics, problems: list[str]) -> None:
+        if self.records is not None and problems:
+            self.records.add_unreadable(problems)
+        if metrics.top1 > self.progress.best_top1:
+            self.progress.best_top1 = metrics.top1
+            self._export(model, "best.safetensors")
+
+    def _record(self, row: dict[str, Any]) -> None:
+        progress = self.progress
+        loss = progress.loss_sum / progress.finite_steps if progress.finite_steps else math.nan
+        seconds = max(progress.seconds, 1e-9)
+        row |= {
+            "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
+            "train_loss": loss,
+            "images_per_s": progress.step_in_epoch * self.recipe.global_batch / seconds,
+            "data_wait": progress.waited / seconds,
+            "seconds": progress.seconds,
+            "memory_mb": memory_mb(self.processes.device),
+            "unreadable": progress.unreadable,
+            "skipped_steps": progress.skipped_steps,
+        }
+        if self.records is not None:
+            self.records.add_epoch(row)
+        text = f"epoch {progress.epoch}: training loss {loss:.4f}"
+        for prefix, name in (("val", "held out"), ("ema", "averaged weights")):
+            if f"{prefix}_top1" in row:
+                text += (
+                    f", {name} {row[f'{prefix}_top1']:.2%} top-1 {row[f'{prefix}_top5']:.2%} top-5"
+                )
+        self.display.say(f"{text}, {row['images_per_s']:.0f} images/s")
+
+    def close(self) -> None:
+        """End the workers and close the files."""
+        self.setup.train.close()
+        if self.setup.val is not None:
+            self.setup.val.close()
+        self.display.close()
+        if self.records is not None:
+            self.records.close()
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Keep other runs out of a folder until this process ends, however it does."""
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the workers
+    except BlockingIOError:
+        raise BlockingIOError(f"output: another process trains in {folder}") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

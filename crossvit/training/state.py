@@ -1,0 +1,175 @@
+"""Checkpoint files of a run: written whole or not at all, read without running code.
+
+One file holds everything, unsharded, however many processes trained: a run may go on with
+another number of them, with DDP or FSDP. torch.distributed.checkpoint converts the states; its
+sharded files are not used because their metadata is a pickle, which could run code when it is
+read, and a CrossViT with its optimizer fits one file.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+logger = logging.getLogger("crossvit.train")
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d+)\.pt")
+_UNFINISHED = ".unfinished"
+
+
+def write_whole(path: Path, write: Any) -> None:
+    """Write a file so that neither a crash nor a reader sees half of it.
+
+    Args:
+        path: Of the file.
+        write: Called with the open binary file.
+
+    Raises:
+        OSError: It cannot be written; an earlier file of this name is untouched.
+    """
+    unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
+    try:
+        with unfinished.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        why = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
+        raise OSError(error.errno, f"cannot write {path}: {why or error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Checkpoints:
+    """The checkpoints of a run, of which the last few are kept.
+
+    Args:
+        folder: Where they are; made if missing.
+        keep: How many.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """All checkpoints, the latest first."""
+        found = [path for path in self.folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=_step, reverse=True)
+
+    def save(self, step: int, content: dict[str, Any]) -> Path:
+        """Write a checkpoint, then delete those that are too old.
+
+        Raises:
+            OSError: It cannot be written; the earlier ones are kept.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.pt"
+        write_whole(path, lambda file: _torch_save(content | {"format": FORMAT}, file))
+        for old in self.paths()[self.keep :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def clean(self) -> None:
+        """Remove what a killed process left unfinished."""
+        for path in self.folder.glob(f".*{_UNFINISHED}"):
+            path.unlink(missing_ok=True)
+
+    def load_latest(self) -> dict[str, Any] | None:
+        """Return the latest checkpoint that can be read; None if there is none.
+
+        Raises:
+            ValueError: There are some, but none can be read.
+        """
+        paths = self.paths()
+        for path in paths:
+            try:
+                return load(path)
+            except ValueError as error:
+                logger.warning("%s", error)
+        if paths:
+            raise ValueError(f"no checkpoint in {self.folder} can be read; remove them to restart")
+        return None
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _torch_save(content: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # torch's writer hides the error of the file that it wrote to.
+        cause = error.__context__ or error.__cause__
+        if isinstance(cause, OSError):
+            raise cause from error
+        raise OSError(errno.EIO, str(error)) from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this trainer.
+
+    Raises:
+        ValueError: It is damaged, of another version, or holds more than tensors and numbers.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this trainer: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of this version of the trainer")
+    return content
+
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_LOAD = StateDictOptions(full_state_dict=True)
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """The unsharded weights on the CPU; all processes of a sharded model call this."""
+    return dict(get_model_state_dict(model, options=_WHOLE))
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's unsharded state by parameter names; all processes call this."""
+    return dict(get_optimizer_state_dict(model, optimizer, options=_WHOLE))
+
+
+def restore(model: nn.Module, state: dict[str, Any]) -> None:
+    """Set the weights to those of ``model_state``."""
+    set_model_state_dict(model, state, options=_LOAD)
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Set an optimizer's state to that of ``optimizer_state``."""
+    set_optimizer_state_dict(model, optimizer, state, options=_LOAD)
