@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +67,20 @@ def _fail(message: str) -> int:
 
 def _train(options: Any, recipe: Recipe) -> int:
     from crossvit.training.distributed import start_processes, stop_processes
-    from crossvit.training.run import FINISHED, Run, Signals
+    from crossvit.training.run import FINISHED, Run, Signals, locked
     from crossvit.training.setup import prepare
 
     folder = options.output or Path("runs", f"{options.model}-{recipe.name}")
     processes = start_processes(options.device, options.fsdp)
-    signals = Signals()
-    try:
-        setup = prepare(options, recipe, processes)
-        run = Run(folder, options, recipe, processes, setup, signals)
-        try:
-            for line in (*recipe.lines(), *setup.notes):
-                run.display.say(line)
-            code = run.train()
-        finally:
-            run.close()
-    finally:
-        signals.restore()
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        if processes.first:
+            stack.enter_context(locked(folder))
+        setup = stack.enter_context(closing(prepare(options, recipe, processes)))
+        run = stack.enter_context(closing(Run(folder, options, recipe, processes, setup, signals)))
+        for line in (*recipe.lines(), *setup.notes):
+            run.display.say(line)
+        code = run.train()
     stop_processes()
     if code == FINISHED and options.plot is not None and processes.first:
         _plot(options, [folder])

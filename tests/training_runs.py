@@ -107,6 +107,7 @@ def _main(command: list[str], environment: dict[str, Any], hook: Any, hook_argum
     log = os.open(f"{output}.log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of the loaders' workers
     torch.set_num_threads(1)  # of several, each would wait for the others on a busy machine
     if hook is not None:
         hook(*hook_arguments)

@@ -97,7 +97,7 @@ def replicate(model: CrossViT, processes: Processes) -> nn.Module:
         return model
     devices = [processes.device] if processes.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(
-        model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        model, device_ids=devices, gradient_as_bucket_view=True
     )
 
 

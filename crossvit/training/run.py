@@ -9,8 +9,10 @@ import json
 import math
 import signal
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from crossvit.checkpoints import save_checkpoint
 from crossvit.training import state
@@ -64,18 +66,19 @@ class Signals:
 
     def __init__(self) -> None:
         self.code: int | None = None
-        self._previous = {
-            number: signal.signal(number, self._remember)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        }
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
 
     def _remember(self, number: int, frame: types.FrameType | None) -> None:
         if number == signal.SIGINT and self.code is not None:
             raise KeyboardInterrupt
         self.code = INTERRUPTED if number == signal.SIGINT else STOPPED
 
-    def restore(self) -> None:
-        """Put the former handlers back."""
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -84,7 +87,7 @@ class Run:
     """Trains from the last checkpoint in a folder, or from the start, to the end.
 
     Args:
-        folder: Of the run; made if missing.
+        folder: Of the run.
         options: From the command line.
         recipe: Of the run.
         processes: This process among all.
@@ -93,7 +96,6 @@ class Run:
 
     Raises:
         ValueError: The folder has a run with another recipe or model, or unreadable checkpoints.
-        BlockingIOError: Another process trains in the folder.
     """
 
     def __init__(
@@ -110,8 +112,6 @@ class Run:
         self.signals, self.progress = signals, Progress()
         self.checkpoints = state.Checkpoints(folder / "checkpoints", options.keep_checkpoints)
         if processes.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(folder)
             self.checkpoints.clean()
         processes.wait()
         self._resume()
@@ -318,25 +318,28 @@ class Run:
         self.display.say(f"{text}, {row['images_per_s']:.0f} images/s")
 
     def close(self) -> None:
-        """End the workers and close the files."""
-        self.setup.train.close()
-        if self.setup.val is not None:
-            self.setup.val.close()
+        """Close the files."""
         self.display.close()
         if self.records is not None:
             self.records.close()
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Keep other runs out of a folder until this process ends, however it does."""
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the workers
-    except BlockingIOError:
-        raise BlockingIOError(f"output: another process trains in {folder}") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, until the block or this process ends, however it does.
+
+    Raises:
+        BlockingIOError: Another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the workers
+        except BlockingIOError:
+            raise BlockingIOError(f"output: another process trains in {folder}") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def _short(value: Any) -> str:

@@ -48,6 +48,12 @@ class Setup:
     identity: dict[str, Any]
     notes: list[str]
 
+    def close(self) -> None:
+        """End the workers that read images."""
+        for loader in (self.train, self.val):
+            if loader is not None:
+                loader.close()
+
 
 def settle_vector_math() -> None:
     """Compute exp and log once on one thread: if several threads are the first of a process to do

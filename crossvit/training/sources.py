@@ -104,7 +104,10 @@ def open_source(
         if data.lower().startswith("torch/"):
             del options["input_img_mode"]  # torchvision's data sets do not know it
     else:
-        options |= {"root": str(_folder(Path(data), split)), "class_map": class_to_index}
+        folder = _folder(Path(data), split)
+        if class_to_index is not None:
+            _refuse_other_classes(folder, class_to_index)
+        options |= {"root": str(folder), "class_map": class_to_index}
     try:
         dataset = create_dataset(data if named else "", split=split, search_split=False, **options)
     except ImportError as error:
@@ -113,7 +116,10 @@ def open_source(
         raise ValueError(f"data: cannot open {data}, split {split!r}: {_reason(error)}") from error
     streams = data.lower().startswith(_STREAMS)
     source = Source(dataset, data, streams, _classes(dataset), mode)
-    _check(source, split, class_to_index, folder=not named)
+    if not streams and len(source) == 0:
+        raise ValueError(f"data: {data}, split {split!r}, has no images")
+    if not named and "" in (source.class_to_index or {}):
+        raise ValueError(f"data: {folder} has images in no class folder; expected CLASS/IMAGE")
     return source
 
 
@@ -150,31 +156,18 @@ def _classes(dataset: Any) -> dict[str, int] | None:
     return None
 
 
-def _check(source: Source, split: str, expected: dict[str, int] | None, folder: bool) -> None:
-    if len(source) == 0 and not source.streams:
-        raise ValueError(f"data: {source.name}, split {split!r}, has no images")
-    if not folder:
-        return
-    labels = getattr(source.dataset.reader, "samples", None)
-    root = getattr(source.dataset.reader, "root", source.name)
-    if source.class_to_index and "" in source.class_to_index:
-        raise ValueError(f"data: {root} has images in no class folder; expected {root}/CLASS/IMAGE")
-    if expected is not None and labels is not None:
-        # timm leaves out images of other classes silently.
-        unknown = sorted(_image_classes(Path(root)) - set(expected))
-        if unknown:
-            raise ValueError(
-                f"data: {root} has classes that the training images do not: "
-                f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}"
-            )
-
-
-def _image_classes(root: Path) -> set[str]:
+def _refuse_other_classes(folder: Path, expected: dict[str, int]) -> None:
+    """Raise ValueError if there are classes that timm would leave out silently."""
     from timm.data.readers.img_extensions import get_img_extensions
 
     extensions = get_img_extensions(as_set=True)
-    files = (path for path in root.rglob("*") if path.suffix.lower() in extensions)
-    return {path.parent.name for path in files}
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in extensions)
+    other = sorted({path.parent.name for path in images} - set(expected))
+    if other:
+        raise ValueError(
+            f"data: {folder} has classes that the training images do not: "
+            f"{', '.join(other[:5])}{', ...' if len(other) > 5 else ''}"
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -40,8 +40,11 @@ def assert_same(actual: Path, expected: Path) -> None:
     for key, values in moments.items():
         for moment, t in values.items():
             assert torch.equal(a["optimizer"]["state"][key][moment], t), f"{key}: {moment}"
-    for file in ("last.safetensors", "best.safetensors", "steps.csv"):
-        assert (actual / file).read_bytes() == (expected / file).read_bytes(), file
+    for file in ("last.safetensors", "best.safetensors"):
+        exports = [load_model(run / file).state_dict() for run in (actual, expected)]
+        for key, t in exports[1].items():
+            assert torch.equal(exports[0][key], t), f"{file}: {key}"
+    assert (actual / "steps.csv").read_text() == (expected / "steps.csv").read_text()
     measured = ("images_per_s", "data_wait", "seconds", "memory_mb")
     rows = [read_table(run / "epochs.csv") for run in (actual, expected)]
     assert len(rows[0]) == len(rows[1]) == 3
