@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from crossvit.configs import Size, branch_sizes
@@ -12,7 +13,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_PCT = 0.875
 
 
-def eval_transform(size: int | Size, protocol: str = "released", crop_pct: float = CROP_PCT) -> Any:
+def eval_transform(
+    size: int | Size,
+    crop_pct: float = CROP_PCT,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    *,
+    protocol: str = "released",
+) -> Any:
     """Resize an image (bicubic), crop the centre, normalise as for ImageNet.
 
     The released code and the paper's text (section 4.1) differ in the crop, of which the S branch
@@ -25,10 +33,12 @@ def eval_transform(size: int | Size, protocol: str = "released", crop_pct: float
     Args:
         size: Side of the S branch's image, e.g. 240; the shorter side of an image is resized. Or
             (height, width), both resized.
-        protocol: "released" or "paper", which crops the L branch's size of ``branch_sizes``: 224
-            for 240, 384 for 408, 480 for 504.
         crop_pct: Ratio of the crop to the resized image, whose side is rounded down. Both say
             224 / 256; timm takes 1 at 408 pixels.
+        mean: Of each channel, subtracted.
+        std: Of each channel, divided by.
+        protocol: "released" or "paper", which crops the L branch's size of ``branch_sizes``: 224
+            for 240, 384 for 408, 480 for 504.
 
     Returns:
         A torchvision transform from a PIL image to a float32 tensor [3, height, width].
@@ -61,6 +71,6 @@ def eval_transform(size: int | Size, protocol: str = "released", crop_pct: float
             transforms.Resize(resized, transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(crop),
             transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            transforms.Normalize(mean, std),
         ]
     )
