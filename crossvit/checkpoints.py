@@ -148,6 +148,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "config": dataclasses.asdict(core.config),
         "num_classes": core.num_classes,
         "in_chans": core.in_chans,
+        "dynamic_img_size": core.dynamic_img_size,
         "qkv_bias": "blocks.0.blocks.0.0.attn.qkv.bias" in state,
         "reread_patches": checkpoint_targets.unwrap_any(core.blocks[0]).reread_patches,
     }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 Size = tuple[int, int]  # height, width, in pixels
 ImageSize = int | Size | tuple[Size, Size]
+Ratio = tuple[int, int]  # numerator, denominator
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Config:
 
 #: Ratio of the L branch's image side to the S branch's: 224 for 240.
 _L_SCALE = (14, 15)
+SAME_SCALE = ((1, 1), (1, 1))
 
 # Name -> width of S (L is twice as wide), heads, M, mlp ratio.
 _TABLE_1 = {
@@ -98,7 +99,11 @@ def named_config(name: str) -> Config:
     raise ValueError(f"unknown model {name!r}: expected one of {', '.join(_CONFIGS)}")
 
 
-def branch_sizes(img_size: Any, patch_sizes: tuple[int, int]) -> tuple[Size, Size]:
+def branch_sizes(
+    img_size: Any,
+    patch_sizes: tuple[int, int],
+    l_scale: tuple[Ratio, Ratio] = (_L_SCALE, _L_SCALE),
+) -> tuple[Size, Size]:
     """Return (height, width) of each branch's image, in whole patches.
 
     Args:
@@ -106,6 +111,7 @@ def branch_sizes(img_size: Any, patch_sizes: tuple[int, int]) -> tuple[Size, Siz
             and the L branch 14/15 of it (224 for 240), both rounded up to whole patches. Or
             ((height, width), (height, width)), one for each branch, exact.
         patch_sizes: P_s and P_l.
+        l_scale: Another ratio than 14/15, of heights and of widths.
 
     Raises:
         ValueError: A size is not positive, or a branch's size is not a multiple of its patch.
@@ -118,10 +124,9 @@ def branch_sizes(img_size: Any, patch_sizes: tuple[int, int]) -> tuple[Size, Siz
             f"img_size: expected an int, (h, w) or ((h, w), (h, w)), found {img_size!r}"
         )
     if all(isinstance(side, int) for side in img_size):
-        sides = [img_size, [side * _L_SCALE[0] / _L_SCALE[1] for side in img_size]]
         sizes = [
-            tuple(math.ceil(side / patch) * patch for side in branch)
-            for branch, patch in zip(sides, patch_sizes, strict=True)
+            whole_patches((img_size[0], img_size[1]), patch, scale)
+            for patch, scale in zip(patch_sizes, (SAME_SCALE, l_scale), strict=True)
         ]
     else:
         sizes = [tuple(branch) if isinstance(branch, (tuple, list)) else () for branch in img_size]
@@ -133,3 +138,25 @@ def branch_sizes(img_size: Any, patch_sizes: tuple[int, int]) -> tuple[Size, Siz
     if min(min(size) for size in sizes) <= 0:
         raise ValueError(f"img_size: expected positive sizes, found {img_size!r}")
     return sizes[0], sizes[1]
+
+
+def whole_patches(size: Size, patch: int, scale: tuple[Ratio, Ratio] = SAME_SCALE) -> Size:
+    """Scale (height, width), rounded up to whole patches."""
+    # In integers: torch.compile's may be symbolic.
+    height, width = (
+        -(-side * numerator // (denominator * patch)) * patch
+        for side, (numerator, denominator) in zip(size, scale, strict=True)
+    )
+    return height, width
+
+
+def scale_of_l_branch(img_size: ImageSize) -> tuple[Ratio, Ratio]:
+    """Return the L branch's height over the S branch's as (numerator, denominator), and widths.
+
+    Args:
+        img_size: As in ``branch_sizes``; sizes of both branches give their own ratio.
+    """
+    if isinstance(img_size, int) or isinstance(img_size[0], int):
+        return _L_SCALE, _L_SCALE
+    (small_h, small_w), (large_h, large_w) = img_size
+    return (large_h, small_h), (large_w, small_w)
