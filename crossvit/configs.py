@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,11 @@ _TABLE_1 = {
 _DAGGERS = ("9", "15", "18")
 _IMG_SIZES = (240, 408, 504)
 
+#: Side of the L branch's image, in the authors' names, to that of the S branch, in ours and timm's.
+_LARGE_SIZES = {"224": 240, "384": 408, "480": 504}
+_LARGE_SIZE = re.compile(r"_(224|384|480)$")
+_TIMM_PREFIX = re.compile(r"^(?:hf[-_]hub:)?timm/")
+
 
 def _named() -> dict[str, Config]:
     configs = {}
@@ -87,16 +94,38 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in _CONFIGS if fnmatchcase(name, pattern)]
 
 
+def canonical_name(name: str) -> str:
+    """Return the name in ``list_models`` that a model's other names stand for.
+
+    These are names without a size (240 pixels), the authors' names, after the image of the L branch
+    (``crossvit_15_224``, ``crossvit_15_dagger_384``), timm's, with the tag of its weights
+    (``crossvit_15_240.in1k``), and the ids of timm's models on the Hugging Face hub.
+
+    Raises:
+        ValueError: The name is unknown; the message has the nearest known ones.
+        TypeError: It is not a string.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a string, found {type(name).__name__}")
+    base = _TIMM_PREFIX.sub("", name).removesuffix(".in1k")
+    by_large_size = _LARGE_SIZE.sub(lambda match: f"_{_LARGE_SIZES[match[1]]}", base)
+    for candidate in (base, f"{base}_240", by_large_size):
+        if candidate in _CONFIGS:
+            return candidate
+    close = difflib.get_close_matches(by_large_size.lower(), _CONFIGS, n=3)
+    meant = f"did you mean {', '.join(close)}? " if close else ""
+    raise ValueError(
+        f"unknown model {name!r}: {meant}crossvit.list_models() has all {len(_CONFIGS)} names"
+    )
+
+
 def named_config(name: str) -> Config:
-    """Return the configuration of a named model; without a size at the end, for 240 pixels.
+    """Return the configuration of a named model; ``canonical_name`` lists the accepted names.
 
     Raises:
         ValueError: The name is unknown.
     """
-    for candidate in (name, f"{name}_240"):
-        if candidate in _CONFIGS:
-            return _CONFIGS[candidate]
-    raise ValueError(f"unknown model {name!r}: expected one of {', '.join(_CONFIGS)}")
+    return _CONFIGS[canonical_name(name)]
 
 
 def branch_sizes(

@@ -307,15 +307,6 @@ class CrossViT(IntermediateFeatures, nn.Module):
         return [norm(b.tokens()) for norm, b in zip(self.norm, branches, strict=True)]
 
 
-def create_model(name: str, use_fused: bool = False, **options: Any) -> CrossViT:
-    """Make a named model, with the arguments of ``CrossViT``.
-
-    Raises:
-        ValueError: The name is unknown or sizes do not fit each other.
-    """
-    return CrossViT(name, use_fused=use_fused, **options)
-
-
 def _drop_paths(config: Config, rate: float) -> list[list[float]]:
     """The rates of each multi-scale block, as in the released code."""
     # There a single cross-attention block is L = 0 and takes no step of its own.

@@ -1,0 +1,1 @@
+"""The trainer behind ``python -m crossvit.train``; needs the extra ``train``."""
