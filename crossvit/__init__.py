@@ -1,10 +1,11 @@
 """CrossViT (ICCV 2021) on the kernels of crossvit_kernels."""
 
 from crossvit.attention_maps import BlockAttention, attention_maps
-from crossvit.checkpoints import load_checkpoint, load_model, official_url, save_checkpoint
+from crossvit.checkpoints import load_checkpoint, load_model, read_class_names, save_checkpoint
 from crossvit.configs import Config, list_models
 from crossvit.macs import count_macs
-from crossvit.model import CrossViT, create_model
+from crossvit.model import CrossViT
+from crossvit.pretrained import create_model, official_url
 
 __all__ = [
     "BlockAttention",
@@ -17,5 +18,6 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "official_url",
+    "read_class_names",
     "save_checkpoint",
 ]

@@ -19,10 +19,8 @@ from crossvit.configs import Config, Size, branch_sizes
 from crossvit.embed import resize_position_embedding
 from crossvit.model import CrossViT
 
-_RELEASE = "https://github.com/IBM/CrossViT/releases/download/weights-0.1"
-_RELEASED_240 = ("tiny", "small", "base", "9", "15", "18", "9_dagger", "15_dagger", "18_dagger")
-_RELEASED_408 = ("15_dagger", "18_dagger")
 _METADATA_KEY = "crossvit"
+_CLASS_NAMES_KEY = "class_names"
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 Grids = Sequence[Size]
@@ -81,14 +79,7 @@ def load_checkpoint(
     core = checkpoint_targets.unwrap(model)
     content, metadata = _read(source)
     expected = checkpoint_targets.tensors(model)
-    without_heads = replace_head or core.num_classes == 0
-    entries = checkpoint_layouts.find(
-        content,
-        [*expected, *(f"head.{b}.{kind}" for b in (0, 1) for kind in ("weight", "bias"))],
-        [key for key in expected if not (without_heads and key.startswith("head."))],
-        indexed_fusion=core.config.cross_depth > 1,
-        use_ema=use_ema,
-    )
+    entries = _entries(core, expected, content, replace_head, use_ema)
     _fit_heads(entries.state, expected, core.num_classes, replace_head)
     grids = _checked_grids(grid_sizes) or _grids(metadata)
     _fit_position_embeddings(entries, core, grids)
@@ -101,41 +92,81 @@ def load_checkpoint(
 
 
 def load_model(
-    source: str | os.PathLike[str], *, replace_head: bool = False, **options: Any
+    source: str | os.PathLike[str],
+    *,
+    name: str | Config | None = None,
+    replace_head: bool = False,
+    use_ema: bool = True,
+    **options: Any,
 ) -> CrossViT:
-    """Return the model saved by ``save_checkpoint``, with its weights.
+    """Return the model of a checkpoint, with its weights.
 
     Args:
         source: A local file, a URL or a hub id.
+        name: The architecture, a name or a ``Config``; needed if the file was not written by
+            ``save_checkpoint``. The number of classes is the checkpoint's either way.
         replace_head: Keep the new heads, e.g. for another ``num_classes``.
+        use_ema: As for ``load_checkpoint``.
         **options: Arguments of ``CrossViT`` to change, e.g. ``use_fused=True``.
 
     Raises:
-        ValueError: The file does not describe its model. ``load_checkpoint`` lists the other
-            errors.
+        ValueError: The file does not describe its model and there is no ``name``.
+            ``load_checkpoint`` lists the other errors.
     """
     path = checkpoint_files.locate(source)
-    _, metadata = checkpoint_files.read(path)
+    content, metadata = checkpoint_files.read(path)
     description = _description(metadata)
-    if description is None:
+    if description is None and name is None:
         raise ValueError(
-            f"{source}: does not describe its model; build it and use load_checkpoint(model, ...)"
+            f"{source}: does not describe its model: give its architecture, such as "
+            'name="crossvit_15_240"'
         )
-    config = _config(description.pop("config"))
-    model = CrossViT(config, **{**description, **options})
-    return load_checkpoint(model, path, replace_head=replace_head)
+    options = {**(description or {}), **options}
+    config = options.pop("config", None)
+    model = CrossViT(_config(config) if name is None else name, **options)
+    if "num_classes" not in options:
+        model.reset_classifier(_num_classes(model, content, use_ema))
+    return load_checkpoint(model, path, replace_head=replace_head, use_ema=use_ema)
 
 
-def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def read_class_names(source: str | os.PathLike[str]) -> list[str] | None:
+    """Return the names of a checkpoint's classes, if ``save_checkpoint`` wrote them.
+
+    Args:
+        source: A local file, a URL or a hub id.
+
+    Raises:
+        ValueError: They are damaged. ``load_checkpoint`` lists the other errors.
+    """
+    _, metadata = checkpoint_files.read(checkpoint_files.locate(source))
+    if (text := metadata.get(_CLASS_NAMES_KEY)) is None:
+        return None
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source}: the names of its classes are damaged")
+    return names
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Write weights and the model's description as safetensors, atomically.
 
     Args:
         model: A CrossViT, which may be wrapped as for ``load_checkpoint``; keys are the model's
             own. All ranks of a sharded model must call this; the first writes.
         path: Path of the file; must end in ``.safetensors``.
+        class_names: Names of the classes, in the order of the logits.
 
     Raises:
-        ValueError: The path does not end in ``.safetensors``, or the model is on ``meta``.
+        ValueError: The path does not end in ``.safetensors``, the model is on ``meta``, or there
+            is not one name for each class.
         TypeError: The model is not a CrossViT.
         ImportError: safetensors is not installed.
     """
@@ -143,11 +174,17 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"path: expected one that ends in .safetensors, found {path}")
     core = checkpoint_targets.unwrap(model)
+    if class_names is not None and len(class_names) != core.num_classes:
+        raise ValueError(
+            f"class_names: expected {core.num_classes}, one for each class, found "
+            f"{len(class_names)}"
+        )
     state = checkpoint_targets.tensors(model)
     description = {
         "config": dataclasses.asdict(core.config),
         "num_classes": core.num_classes,
         "in_chans": core.in_chans,
+        "dynamic_img_size": core.dynamic_img_size,
         "qkv_bias": "blocks.0.blocks.0.0.attn.qkv.bias" in state,
         "reread_patches": checkpoint_targets.unwrap_any(core.blocks[0]).reread_patches,
     }
@@ -160,31 +197,41 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors[key] = t.clone() if start in memory else t
         memory.add(start)
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(description)}
+    if class_names is not None:
+        metadata[_CLASS_NAMES_KEY] = json.dumps(list(class_names))
     if checkpoint_targets.writes(model):
         checkpoint_files.write_safetensors(path, tensors, metadata)
-
-
-def official_url(name: str) -> str:
-    """Return the URL of the authors' ImageNet weights of a named model.
-
-    Args:
-        name: As in ``list_models``; released are the nine models at 240 pixels, and 15_dagger
-            and 18_dagger at 408.
-
-    Raises:
-        ValueError: This model's weights were not released.
-    """
-    released = {f"crossvit_{model}_240": f"crossvit_{model}_224" for model in _RELEASED_240}
-    released |= {f"crossvit_{model}_408": f"crossvit_{model}_384" for model in _RELEASED_408}
-    if name not in released:
-        raise ValueError(f"no weights of {name!r} were released, only of {', '.join(released)}")
-    return f"{_RELEASE}/{released[name]}.pth"
 
 
 def _read(source: Source) -> tuple[Mapping[str, Any], dict[str, str]]:
     if isinstance(source, Mapping):
         return source, {}
     return checkpoint_files.read(checkpoint_files.locate(source))
+
+
+def _entries(
+    model: CrossViT,
+    expected: Mapping[str, Tensor],
+    content: Mapping[str, Any],
+    replace_head: bool,
+    use_ema: bool,
+) -> Entries:
+    """The entries of a model in a checkpoint."""
+    without_heads = replace_head or model.num_classes == 0
+    return checkpoint_layouts.find(
+        content,
+        [*expected, *(f"head.{b}.{kind}" for b in (0, 1) for kind in ("weight", "bias"))],
+        [key for key in expected if not (without_heads and key.startswith("head."))],
+        indexed_fusion=model.config.cross_depth > 1,
+        use_ema=use_ema,
+    )
+
+
+def _num_classes(model: CrossViT, content: Mapping[str, Any], use_ema: bool) -> int:
+    """The number of classes of a checkpoint of this architecture; 0 if it has no heads."""
+    state = _entries(model, model.state_dict(), content, True, use_ema).state
+    head = state.get("head.0.weight")
+    return len(head) if head is not None and head.dim() == 2 else 0
 
 
 def _fit_heads(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import difflib
+import re
 from dataclasses import dataclass
 from typing import Any
 
 Size = tuple[int, int]  # height, width, in pixels
 ImageSize = int | Size | tuple[Size, Size]
+Ratio = tuple[int, int]  # numerator, denominator
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Config:
 
 #: Ratio of the L branch's image side to the S branch's: 224 for 240.
 _L_SCALE = (14, 15)
+SAME_SCALE = ((1, 1), (1, 1))
 
 # Name -> width of S (L is twice as wide), heads, M, mlp ratio.
 _TABLE_1 = {
@@ -51,6 +54,11 @@ _TABLE_1 = {
 }
 _DAGGERS = ("9", "15", "18")
 _IMG_SIZES = (240, 408, 504)
+
+#: Side of the L branch's image, in the authors' names, to that of the S branch, in ours and timm's.
+_LARGE_SIZES = {"224": 240, "384": 408, "480": 504}
+_LARGE_SIZE = re.compile(r"_(224|384|480)$")
+_TIMM_PREFIX = re.compile(r"^(?:hf[-_]hub:)?timm/")
 
 
 def _named() -> dict[str, Config]:
@@ -86,19 +94,45 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in _CONFIGS if fnmatchcase(name, pattern)]
 
 
+def canonical_name(name: str) -> str:
+    """Return the name in ``list_models`` that a model's other names stand for.
+
+    These are names without a size (240 pixels), the authors' names, after the image of the L branch
+    (``crossvit_15_224``, ``crossvit_15_dagger_384``), timm's, with the tag of its weights
+    (``crossvit_15_240.in1k``), and the ids of timm's models on the Hugging Face hub.
+
+    Raises:
+        ValueError: The name is unknown; the message has the nearest known ones.
+        TypeError: It is not a string.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a string, found {type(name).__name__}")
+    base = _TIMM_PREFIX.sub("", name).removesuffix(".in1k")
+    by_large_size = _LARGE_SIZE.sub(lambda match: f"_{_LARGE_SIZES[match[1]]}", base)
+    for candidate in (base, f"{base}_240", by_large_size):
+        if candidate in _CONFIGS:
+            return candidate
+    close = difflib.get_close_matches(by_large_size.lower(), _CONFIGS, n=3)
+    meant = f"did you mean {', '.join(close)}? " if close else ""
+    raise ValueError(
+        f"unknown model {name!r}: {meant}crossvit.list_models() has all {len(_CONFIGS)} names"
+    )
+
+
 def named_config(name: str) -> Config:
-    """Return the configuration of a named model; without a size at the end, for 240 pixels.
+    """Return the configuration of a named model; ``canonical_name`` lists the accepted names.
 
     Raises:
         ValueError: The name is unknown.
     """
-    for candidate in (name, f"{name}_240"):
-        if candidate in _CONFIGS:
-            return _CONFIGS[candidate]
-    raise ValueError(f"unknown model {name!r}: expected one of {', '.join(_CONFIGS)}")
+    return _CONFIGS[canonical_name(name)]
 
 
-def branch_sizes(img_size: Any, patch_sizes: tuple[int, int]) -> tuple[Size, Size]:
+def branch_sizes(
+    img_size: Any,
+    patch_sizes: tuple[int, int],
+    l_scale: tuple[Ratio, Ratio] = (_L_SCALE, _L_SCALE),
+) -> tuple[Size, Size]:
     """Return (height, width) of each branch's image, in whole patches.
 
     Args:
@@ -106,6 +140,7 @@ def branch_sizes(img_size: Any, patch_sizes: tuple[int, int]) -> tuple[Size, Siz
             and the L branch 14/15 of it (224 for 240), both rounded up to whole patches. Or
             ((height, width), (height, width)), one for each branch, exact.
         patch_sizes: P_s and P_l.
+        l_scale: Another ratio than 14/15, of heights and of widths.
 
     Raises:
         ValueError: A size is not positive, or a branch's size is not a multiple of its patch.
@@ -118,10 +153,9 @@ def branch_sizes(img_size: Any, patch_sizes: tuple[int, int]) -> tuple[Size, Siz
             f"img_size: expected an int, (h, w) or ((h, w), (h, w)), found {img_size!r}"
         )
     if all(isinstance(side, int) for side in img_size):
-        sides = [img_size, [side * _L_SCALE[0] / _L_SCALE[1] for side in img_size]]
         sizes = [
-            tuple(math.ceil(side / patch) * patch for side in branch)
-            for branch, patch in zip(sides, patch_sizes, strict=True)
+            whole_patches((img_size[0], img_size[1]), patch, scale)
+            for patch, scale in zip(patch_sizes, (SAME_SCALE, l_scale), strict=True)
         ]
     else:
         sizes = [tuple(branch) if isinstance(branch, (tuple, list)) else () for branch in img_size]
@@ -133,3 +167,25 @@ def branch_sizes(img_size: Any, patch_sizes: tuple[int, int]) -> tuple[Size, Siz
     if min(min(size) for size in sizes) <= 0:
         raise ValueError(f"img_size: expected positive sizes, found {img_size!r}")
     return sizes[0], sizes[1]
+
+
+def whole_patches(size: Size, patch: int, scale: tuple[Ratio, Ratio] = SAME_SCALE) -> Size:
+    """Scale (height, width), rounded up to whole patches."""
+    # In integers: torch.compile's may be symbolic.
+    height, width = (
+        -(-side * numerator // (denominator * patch)) * patch
+        for side, (numerator, denominator) in zip(size, scale, strict=True)
+    )
+    return height, width
+
+
+def scale_of_l_branch(img_size: ImageSize) -> tuple[Ratio, Ratio]:
+    """Return the L branch's height over the S branch's as (numerator, denominator), and widths.
+
+    Args:
+        img_size: As in ``branch_sizes``; sizes of both branches give their own ratio.
+    """
+    if isinstance(img_size, int) or isinstance(img_size[0], int):
+        return _L_SCALE, _L_SCALE
+    (small_h, small_w), (large_h, large_w) = img_size
+    return (large_h, small_h), (large_w, small_w)

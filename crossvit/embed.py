@@ -18,7 +18,8 @@ class PatchEmbed(nn.Module):
     """Embeds an image as patch tokens with one convolution, or the dagger models' three.
 
     Args:
-        img_size: (H, W) of the image, multiples of patch_size.
+        img_size: (H, W) of the image, multiples of patch_size. Only records the size: other
+            multiples work as well.
         patch_size: P.
         in_chans: Channels of the image.
         dim: C.
@@ -60,8 +61,8 @@ class PatchEmbed(nn.Module):
 
     def _project_patches(self, x: Tensor, proj: nn.Conv2d) -> Tensor:
         """Apply the convolution as one matrix product, which gives tokens in rows."""
-        (height, width), p = self.grid_size, self.patch_size
-        patches = x.unflatten(2, (height, p)).unflatten(4, (width, p)).permute(0, 2, 4, 1, 3, 5)
+        p = self.patch_size
+        patches = x.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
 
 
@@ -91,7 +92,9 @@ def resize_image(x: Tensor, size: Size) -> Tensor:
 
 
 def resize_position_embedding(embedding: Tensor, old_grid: Size, new_grid: Size) -> Tensor:
-    """Resize a branch's position embedding to another grid of patches, bicubically in float32.
+    """Resize a branch's position embedding to another grid of patches, bicubically.
+
+    Computed in float32, or in float64 for a float64 embedding.
 
     Args:
         embedding: [1, 1 + old height * old width, C], CLS first.
@@ -104,7 +107,8 @@ def resize_position_embedding(embedding: Tensor, old_grid: Size, new_grid: Size)
     if old_grid == new_grid:
         return embedding
     cls, patches = embedding[:, :1], embedding[:, 1:]
-    image = patches.unflatten(1, old_grid).permute(0, 3, 1, 2).float()
+    dtype = torch.promote_types(embedding.dtype, torch.float32)
+    image = patches.unflatten(1, old_grid).permute(0, 3, 1, 2).to(dtype)
     image = F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False, antialias=True)
     patches = image.flatten(2).transpose(1, 2).to(embedding.dtype)
     return torch.cat([cls, patches], dim=1)

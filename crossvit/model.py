@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossvit.configs import Config, branch_sizes, named_config
-from crossvit.embed import PatchEmbed, resize_image
+from crossvit.configs import (
+    SAME_SCALE,
+    Config,
+    Size,
+    branch_sizes,
+    named_config,
+    scale_of_l_branch,
+    whole_patches,
+)
+from crossvit.embed import PatchEmbed, resize_image, resize_position_embedding
+from crossvit.features import IntermediateFeatures
 from crossvit.fusion import EPS, Branch, MultiScaleBlock
 
 
-class CrossViT(nn.Module):
+class CrossViT(IntermediateFeatures, nn.Module):
     """A CrossViT, either a model of the paper or one of any other sizes.
 
     Args:
@@ -35,6 +44,9 @@ class CrossViT(nn.Module):
         qkv_bias: Whether query, key and value projections have biases.
         reread_patches: With ``cross_depth`` > 1, whether every cross-attention block reads the
             other branch's patches. In the released code only the first does.
+        dynamic_img_size: Let the grids of patches follow the images of each call, with position
+            embeddings resized (bicubic). False: images of another size are resized to the
+            model's, as in the released code.
         **changes: Fields of ``Config`` to change, e.g. ``img_size=256``,
             ``patch_sizes=(8, 16)``, ``num_blocks=6``.
 
@@ -64,12 +76,14 @@ class CrossViT(nn.Module):
         drop_path_rate: float = 0.0,
         qkv_bias: bool = True,
         reread_patches: bool = False,
+        dynamic_img_size: bool = False,
         **changes: Any,
     ) -> None:
         super().__init__()
         config = name if isinstance(name, Config) else named_config(name)
         self.config = config = dataclasses.replace(config, **changes)
         self.num_classes, self.in_chans = num_classes, in_chans
+        self.dynamic_img_size = dynamic_img_size
         self.num_features = sum(config.dims)
         self.grad_checkpointing = False
         sizes = branch_sizes(config.img_size, config.patch_sizes)
@@ -98,8 +112,8 @@ class CrossViT(nn.Module):
     # Setup
 
     @property
-    def grid_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each branch, in patches."""
+    def grid_sizes(self) -> list[Size]:
+        """(height, width) of each branch at the model's own image size, in patches."""
         return [embed.grid_size for embed in self.patch_embed]
 
     def set_fused(
@@ -175,8 +189,8 @@ class CrossViT(nn.Module):
         """Compute class scores of images.
 
         Args:
-            x: Images [B, in_chans, H, W], which each branch resizes (bicubic) to its own size if
-                needed; or a pair of them in the branches' sizes.
+            x: Images [B, in_chans, H, W], which each branch resizes (bicubic) to the size in
+                ``image_sizes(x)``; or a pair of them in these sizes.
 
         Returns:
             Logits [B, num_classes], the mean of both heads; without heads, the features
@@ -190,8 +204,7 @@ class CrossViT(nn.Module):
 
     def forward_features(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """All tokens of both branches, [B, 1 + N, C], after the last LayerNorm."""
-        branches = self._encode(self.embed(x))
-        return [norm(b.tokens()) for norm, b in zip(self.norm, branches, strict=True)]
+        return self._normed(self._encode(self.embed(x)))
 
     def forward_head(self, features: Sequence[Tensor], pre_logits: bool = False) -> Tensor:
         """Compute logits from the result of ``forward_features``, or from each branch's CLS [B, C].
@@ -216,7 +229,7 @@ class CrossViT(nn.Module):
         """Patch tokens of both branches as maps [B, C, height, width], after the last LayerNorm."""
         small, large = (
             tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
-            for tokens, grid in zip(self.forward_features(x), self.grid_sizes, strict=True)
+            for tokens, grid in zip(self.forward_features(x), self.grid_sizes_of(x), strict=True)
         )
         return small, large
 
@@ -230,40 +243,68 @@ class CrossViT(nn.Module):
         # getattr, not get_parameter: replicas and sharded models hold plain tensors.
         cls_token, pos_embed = (getattr(self, f"{name}_{b}") for name in ("cls_token", "pos_embed"))
         cls = cls_token.to(patches.dtype).expand(image.shape[0], -1, -1)
+        if self.dynamic_img_size:
+            grid = self._grid_size(b, *image.shape[-2:])
+            pos_embed = resize_position_embedding(pos_embed, self.grid_sizes[b], grid)
         tokens = torch.cat([cls, patches], dim=1) + pos_embed
         return Branch(self.pos_drop(tokens))
+
+    def image_sizes(self, x: Tensor | Sequence[Tensor]) -> list[Size]:
+        """Return (height, width) of the image that each branch sees of x, in pixels.
+
+        They are the model's own; with ``dynamic_img_size`` those of x, rounded up to whole patches,
+        and of one image the L branch sees the model's share (224 for 240).
+        """
+        if not self.dynamic_img_size:
+            return [embed.img_size for embed in self.patch_embed]
+        one_image = isinstance(x, Tensor)
+        scales = SAME_SCALE, scale_of_l_branch(self.config.img_size) if one_image else SAME_SCALE
+        pair = (x, x) if one_image else x
+        return [
+            whole_patches((image.shape[-2], image.shape[-1]), patch, scale)
+            for image, patch, scale in zip(pair, self.config.patch_sizes, scales, strict=True)
+        ]
+
+    def grid_sizes_of(self, x: Tensor | Sequence[Tensor]) -> list[Size]:
+        """Return (height, width) of each branch for the images x, in patches."""
+        return [self._grid_size(b, *size) for b, size in enumerate(self.image_sizes(x))]
+
+    def _grid_size(self, b: int, height: int, width: int) -> Size:
+        patch = self.config.patch_sizes[b]
+        return height // patch, width // patch
 
     def _images(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """The image of each branch in its size."""
         pair = [x, x] if isinstance(x, Tensor) else list(x)
         if len(pair) != 2:
             raise ValueError(f"x: expected images or a pair of them, found {len(pair)} tensors")
-        sizes = [embed.img_size for embed in self.patch_embed]
-        for image, size in zip(pair, sizes, strict=True):
-            if image.dim() != 4 or image.shape[1] != self.in_chans:
+        for image in pair:
+            if image.dim() != 4 or image.shape[1] != self.in_chans or 0 in image.shape[2:]:
                 shape = list(image.shape)
                 raise ValueError(f"x: expected shape [B, {self.in_chans}, H, W], found {shape}")
+        sizes = self.image_sizes(x)
+        for image, size in zip(pair, sizes, strict=True):
             if not isinstance(x, Tensor) and image.shape[-2:] != size:
                 shape = list(image.shape)
                 raise ValueError(f"x: expected images of {size} for this branch, found {shape}")
         return [resize_image(image, size) for image, size in zip(pair, sizes, strict=True)]
 
     def _encode(self, branches: tuple[Branch, Branch]) -> tuple[Branch, Branch]:
+        for after_block in self._after_blocks(branches):
+            branches = after_block
+        return branches
+
+    def _after_blocks(self, branches: tuple[Branch, Branch]) -> Iterator[tuple[Branch, Branch]]:
+        """Yield the branches after each multi-scale block."""
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 branches = checkpoint(block, *branches, use_reentrant=False)
             else:
                 branches = block(*branches)
-        return branches
+            yield branches
 
-
-def create_model(name: str, use_fused: bool = False, **options: Any) -> CrossViT:
-    """Make a named model, with the arguments of ``CrossViT``.
-
-    Raises:
-        ValueError: The name is unknown or sizes do not fit each other.
-    """
-    return CrossViT(name, use_fused=use_fused, **options)
+    def _normed(self, branches: Sequence[Branch]) -> list[Tensor]:
+        return [norm(b.tokens()) for norm, b in zip(self.norm, branches, strict=True)]
 
 
 def _drop_paths(config: Config, rate: float) -> list[list[float]]:

@@ -4,8 +4,9 @@ Every function runs on the backend that ``backend`` names, or on the fastest usa
 None or ``"auto"`` (see ``use_backend``). All of them support autograd (first derivatives),
 ``torch.compile(fullgraph=True)``, ``torch.export`` and autocast: under autocast linear layers run
 in autocast's dtype as in eager mode, while tokens are read in their own precision and statistics
-stay in float32. Attention dropout and a ``residual_scale`` that requires a gradient are not fused:
-the reference runs.
+stay in float32. Two arguments of some are not fused, and run the reference: ``dropout_p`` (of
+``attention_pool``, ``cross_attention_fusion`` and ``layernorm_msa``) above 0, and a
+``residual_scale`` (of the fusions and the two halves of a block) that requires a gradient.
 """
 
 from __future__ import annotations

@@ -14,13 +14,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     "test_layouts.py",
-    "test_autograd_contract.py",
     "ops/test_attention_core.py",
-    "ops/test_attention_pool.py",
     "ops/test_cross_attention.py",
     "ops/test_layernorm_blocks.py",
 )
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+# A compiler for CXX. The last -O counts: -O1 compiles in half the time of the build's -O3.
+SANITIZING_COMPILER = """#!/bin/sh
+exec c++ "$@" -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \\
+    -fno-omit-frame-pointer
+"""
 
 
 def runtime(name: str) -> str:
@@ -40,7 +42,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("sanitized") / "crossvit"
     ignored = shutil.ignore_patterns("build", ".git", "*.so", "__pycache__", "results", ".venv")
     shutil.copytree(ROOT, tree, ignore=ignored)
-    environment = {"CXX": f"c++ {SANITIZE}", "CROSSVIT_BUILD_CUDA": "0"}
+    compiler = tree.parent / "c++"
+    compiler.write_text(SANITIZING_COMPILER)
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "CROSSVIT_BUILD_CUDA": "0"}
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=tree,
@@ -81,13 +86,11 @@ cpu.forward_pass(torch.randn(2, 4, 16), torch.randn(2, 5, 16), None, None, 1e-6)
 
 
 @pytest.mark.slow
-def test_it_sees_reads_past_the_end(tree: Path) -> None:
+def test_cpu_kernels(tree: Path) -> None:
+    # Both in one test, because workers of pytest-xdist would each build the extension.
     result = python(tree, "-c", READS_TOO_FAR)
     assert result.returncode and "heap-buffer-overflow" in result.stderr, result.stderr
 
-
-@pytest.mark.slow
-def test_cpu_kernels(tree: Path) -> None:
     tests = [f"tests/{name}" for name in TESTS]
     result = python(tree, "-m", "pytest", "-q", "-n", "0", "-x", *tests)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from crossvit import Config, CrossViT, create_model, load_checkpoint, load_model, save_checkpoint
 from crossvit import checkpoint_files as files
-from crossvit.checkpoints import official_url
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -293,13 +292,6 @@ def test_missing_packages_are_named(saved, monkeypatch):
     ):
         with pytest.raises(ImportError, match=r"pip install 'crossvit-kernels\[checkpoints\]'"):
             call()
-
-
-def test_official_urls():
-    assert official_url("crossvit_15_dagger_408").endswith("weights-0.1/crossvit_15_dagger_384.pth")
-    assert official_url("crossvit_9_240").endswith("/crossvit_9_224.pth")
-    with pytest.raises(ValueError, match="crossvit_tiny_240"):
-        official_url("crossvit_tiny_408")
 
 
 TIMM_MODELS = [
