@@ -82,12 +82,12 @@ def evaluate(
     device = next(model.parameters()).device
     totals = _Totals(num_heads, device)
     with _evaluation_mode(model):
-        for images, targets, *problems in loader:
+        for images, targets, *others in loader:
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = forward(images.to(device, non_blocking=True))
             _check_targets(targets, logits[0])
             totals.add(logits, targets.to(device, non_blocking=True))
-            totals.problems += [text for texts in problems for text in texts]
+            totals.problems += others[0] if others else []
     totals.unreadable = len(totals.problems)
     if distributed and dist.is_available() and dist.is_initialized():
         totals.all_reduce()

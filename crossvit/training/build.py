@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossvit.checkpoints import load_checkpoint, official_url
-from crossvit.model import CrossViT, create_model
+from crossvit.checkpoints import load_checkpoint
+from crossvit.model import CrossViT
+from crossvit.pretrained import released_weights
 from crossvit.training.randomness import derive, seed_all
 from crossvit.training.recipes import Recipe
 from crossvit.training.sources import INSTALL
@@ -45,7 +46,7 @@ def make_model(
         in_chans: Channels of the images.
         seed: Of the run.
         changes: Further arguments of ``CrossViT``, such as ``img_size``.
-        checkpoint: Anything that ``load_checkpoint`` takes, or ``official``.
+        checkpoint: Anything that ``load_checkpoint`` takes, ``official`` or ``timm``.
         replace_head: Keep new heads, for other classes than the checkpoint's.
 
     Raises:
@@ -53,7 +54,7 @@ def make_model(
         TypeError: There is no such argument.
     """
     seed_all(seed)
-    model = create_model(
+    model = CrossViT(
         name,
         num_classes=num_classes,
         in_chans=in_chans,
@@ -62,7 +63,8 @@ def make_model(
         **changes,
     )
     if checkpoint is not None:
-        source = official_url(name) if checkpoint == "official" else checkpoint
+        released = checkpoint in ("official", "timm")
+        source = released_weights(name, checkpoint) if released else checkpoint
         try:
             load_checkpoint(model, source, replace_head=replace_head)
         except ValueError as error:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from crossvit.evaluation import NOT_COUNTED
 from crossvit.training.randomness import derive, seeded
 from crossvit.training.sources import Source
 
 #: Unreadable images in a row that may be replaced: after so many, the disk is to blame.
 MAX_REPLACED = 100
-NOT_COUNTED = -1
 
 Transform = Callable[[Any], Tensor]
 

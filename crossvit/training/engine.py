@@ -56,7 +56,7 @@ class Engine:
         augmentation: Of batches.
         recipe: Gives smoothing and clipping.
         processes: This process among all.
-        autocast: Context of forward passes.
+        autocast: Dtype of forward passes; None for that of the parameters.
         accumulation: Forward and backward passes per step.
         seed: Of the run.
         channels_last: Memory format of images.
@@ -70,7 +70,7 @@ class Engine:
     augmentation: Augmentation
     recipe: Recipe
     processes: Processes
-    autocast: torch.autocast
+    autocast: torch.dtype | None
     accumulation: int
     seed: int
     channels_last: bool = False
@@ -88,7 +88,7 @@ class Engine:
         self.schedule.set(step)
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.processes.device)
-        waited, unreadable = 0.0, 0
+        waited, unreadable, device = 0.0, 0, self.processes.device
         for turn in range(self.accumulation):
             start = time.perf_counter()
             batch = next(batches)
@@ -99,7 +99,7 @@ class Engine:
             x, targets = self._prepare(batch, key)
             with accumulating(self.parallel, last=turn == self.accumulation - 1):
                 seed_all(self.seed, *key, 2)  # drop path and dropout
-                with self.autocast:
+                with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
                     logits = self.parallel(x)
                 loss = self._loss(logits.float(), targets)
                 (loss / self.accumulation).backward()

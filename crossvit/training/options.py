@@ -110,7 +110,7 @@ def _add_model(group: Any) -> None:
     add(
         "--checkpoint",
         metavar="SOURCE",
-        help="start from weights: official, a file, a URL or a hub id",
+        help="start from weights: official, timm, a file, a URL or a hub id",
     )
     add("--replace-head", action="store_true", help="new heads, for other classes")
     add("--freeze", nargs="+", default=[], metavar="PATTERN", help="parameters not to train")

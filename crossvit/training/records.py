@@ -58,6 +58,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 EPOCHS = (
     *("epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5"),
+    *("val_small_top1", "val_large_top1"),
     *("ema_loss", "ema_top1", "ema_top5", "images_per_s", "data_wait", "seconds", "memory_mb"),
     *("unreadable", "skipped_steps"),
 )
@@ -76,7 +77,6 @@ class Records:
     def __init__(self, folder: Path, epoch: int, step: int) -> None:
         self.epochs = Table(folder / "epochs.csv", EPOCHS, epoch)
         self.steps = Table(folder / "steps.csv", STEPS, step)
-        self.unreadable = folder / "unreadable.txt"
         self._board = _tensorboard(folder / "tensorboard", step)
 
     def add_step(self, row: Row) -> None:
@@ -88,14 +88,6 @@ class Records:
         """Record an epoch."""
         self.epochs.add(row)
         self._add_scalars("epoch", row, row["step"])
-
-    def add_unreadable(self, problems: list[str]) -> None:
-        """Append names of unreadable images, each once."""
-        known = self.unreadable.read_text().splitlines() if self.unreadable.is_file() else []
-        new = [problem for problem in dict.fromkeys(problems) if problem not in known]
-        if new:
-            with self.unreadable.open("a", encoding="utf-8") as file:
-                file.writelines(f"{problem}\n" for problem in new)
 
     def _add_scalars(self, group: str, row: Mapping[str, Any], step: int) -> None:
         if self._board is not None:
@@ -109,6 +101,15 @@ class Records:
         self.steps.close()
         if self._board is not None:
             self._board.close()
+
+
+def add_unreadable(path: Path, problems: list[str]) -> None:
+    """Append names of unreadable images to a file, each once; any process may call this."""
+    known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    new = [problem for problem in dict.fromkeys(problems) if problem not in known]
+    if new:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{problem}\n" for problem in new))
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

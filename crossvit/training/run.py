@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from crossvit.checkpoints import save_checkpoint
+from crossvit.evaluation import Evaluation, evaluate
 from crossvit.training import state
 from crossvit.training.distributed import Processes
 from crossvit.training.engine import Diverged, StepResult, endless
-from crossvit.training.evaluation import Metrics, evaluate
 from crossvit.training.progress import Display, Meter, memory_mb
 from crossvit.training.recipes import Recipe
-from crossvit.training.records import Records, environment, write_json
+from crossvit.training.records import Records, add_unreadable, environment, write_json
 from crossvit.training.setup import Setup
 
 #: Exit codes: finished; told to stop, and the state is saved (sysexits.h: try again); Ctrl-C.
@@ -191,7 +191,8 @@ class Run:
 
     def _export(self, model: Any, name: str) -> None:
         if self.options.fsdp or self.processes.first:  # all processes have a part of a sharded one
-            save_checkpoint(model, self.folder / name)
+            names = self.setup.class_names
+            save_checkpoint(model, self.folder / name, class_names=names)
 
     # Training
 
@@ -243,9 +244,6 @@ class Run:
         self.display.step(epoch, result.loss, lr, meter, self.processes.device)
         if self.records is None:
             return
-        if self.engine.problems:
-            self.records.add_unreadable(self.engine.problems)
-            self.engine.problems.clear()
         if (step + 1) % self.options.log_every == 0:
             row = {"step": step, "epoch": epoch, "loss": result.loss, "lr": lr}
             self.records.add_step(row | {"grad_norm": result.grad_norm})
@@ -274,23 +272,26 @@ class Run:
         row: dict[str, Any] = {"epoch": progress.epoch, "step": self.step}
         if not progress.bad_in_a_row:
             self.save()  # an evaluation may take longer than a node waits before it kills
-        for prefix, model in (("val", engine.model), ("ema", engine.ema and engine.ema.module)):
-            if model is not None and self.setup.val is not None:
-                metrics, problems = evaluate(model, self.setup.val, self.processes, engine.autocast)
-                row |= {f"{prefix}_{k}": getattr(metrics, k) for k in ("loss", "top1", "top5")}
+        averaged = None if engine.ema is None else engine.ema.module
+        for prefix, model in (("val", engine.model), ("ema", averaged)):
+            # A model whose steps are not finite would give logits that are not.
+            if model is not None and self.setup.val is not None and not progress.bad_in_a_row:
+                result = evaluate(model, self.setup.val, dtype=engine.autocast)
+                row |= _columns(prefix, result)
+                self._keep_best(model, result)
                 if prefix == "val":
-                    progress.unreadable += metrics.unreadable
-                self._keep_best(model, metrics, problems)
+                    progress.unreadable += result.unreadable
+                    engine.problems += result.problems
+        add_unreadable(self.folder / "unreadable.txt", engine.problems)
+        engine.problems.clear()
         self._record(row)
         progress.next_epoch()
         if not progress.bad_in_a_row:
             self.save()
 
-    def _keep_best(self, model: Any, metrics: Metrics, problems: list[str]) -> None:
-        if self.records is not None and problems:
-            self.records.add_unreadable(problems)
-        if metrics.top1 > self.progress.best_top1:
-            self.progress.best_top1 = metrics.top1
+    def _keep_best(self, model: Any, result: Evaluation) -> None:
+        if result.mean.top1 > self.progress.best_top1:
+            self.progress.best_top1 = result.mean.top1
             self._export(model, "best.safetensors")
 
     def _record(self, row: dict[str, Any]) -> None:
@@ -312,9 +313,8 @@ class Run:
         text = f"epoch {progress.epoch}: training loss {loss:.4f}"
         for prefix, name in (("val", "held out"), ("ema", "averaged weights")):
             if f"{prefix}_top1" in row:
-                text += (
-                    f", {name} {row[f'{prefix}_top1']:.2%} top-1 {row[f'{prefix}_top5']:.2%} top-5"
-                )
+                top1, top5 = (row[f"{prefix}_{k}"] for k in ("top1", "top5"))
+                text += f", {name} top-1 {top1:.2f} % top-5 {top5:.2f} %"
         self.display.say(f"{text}, {row['images_per_s']:.0f} images/s")
 
     def close(self) -> None:
@@ -340,6 +340,14 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+
+
+def _columns(prefix: str, result: Evaluation) -> dict[str, float]:
+    """An evaluation's columns in the table of epochs."""
+    columns = {"loss": result.loss, "top1": result.mean.top1, "top5": result.mean.top5}
+    if prefix == "val" and result.small and result.large:
+        columns |= {"small_top1": result.small.top1, "large_top1": result.large.top1}
+    return {f"{prefix}_{name}": value for name, value in columns.items()}
 
 
 def _short(value: Any) -> str:

@@ -38,6 +38,7 @@ class Setup:
         val: Batches of the validation images, or None.
         steps: Steps of an epoch.
         identity: What a run cannot change when it is resumed, besides its recipe.
+        class_names: By class number, if the images tell them.
         notes: Lines for the user.
     """
 
@@ -46,6 +47,7 @@ class Setup:
     val: Loader | None
     steps: int
     identity: dict[str, Any]
+    class_names: list[str] | None
     notes: list[str]
 
     def close(self) -> None:
@@ -211,7 +213,8 @@ def prepare(options: argparse.Namespace, recipe: Recipe, processes: Processes) -
         f"{processes.device.type}, peak lr {recipe.peak_lr:g}",
     ]
     val_loader = _validation_loader(options, recipe, processes, val, size, batch_size)
-    return Setup(engine, loader, val_loader, steps, identity, notes)
+    names = train.class_names if train.num_classes == num_classes else None
+    return Setup(engine, loader, val_loader, steps, identity, names, notes)
 
 
 def _training_loader(
@@ -317,7 +320,7 @@ def _engine(
         ),
         recipe=recipe,
         processes=processes,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=amp),
+        autocast=torch.bfloat16 if amp else None,
         accumulation=accumulation,
         seed=options.seed,
         channels_last=options.channels_last,

@@ -22,6 +22,8 @@ from crossvit.training import state
 from crossvit.training.engine import Engine
 from crossvit.training.records import read_table
 
+pytestmark = pytest.mark.usefixtures("trainer")
+
 
 def keep_first_step(path: str) -> None:
     """Write the first step's inputs, parameters and unsharded gradients, by rank 0."""

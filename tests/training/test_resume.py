@@ -13,6 +13,8 @@ from crossvit import load_model
 from crossvit.training import state
 from crossvit.training.records import read_table
 
+pytestmark = pytest.mark.usefixtures("trainer")
+
 SIGKILLED = -9
 
 
