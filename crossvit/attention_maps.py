@@ -10,6 +10,7 @@ from torch import Tensor
 
 from crossvit.fusion import Branch, MultiScaleBlock
 from crossvit.model import CrossViT
+from crossvit.vit import VisionTransformer
 from crossvit_kernels.modules.layers import self_attention_weights
 
 
@@ -41,7 +42,14 @@ def attention_maps(model: CrossViT, x: Tensor | Sequence[Tensor]) -> list[BlockA
         One entry for each multi-scale block. ``model.grid_sizes`` gives the layout of a
         branch's patches: ``maps[-1].fusion[0][0][..., 1:].unflatten(-1, model.grid_sizes[1])`` is
         where the S branch's last fusion looks, [B, h, height, width].
+
+    Raises:
+        TypeError: The model is a VisionTransformer.
     """
+    if isinstance(getattr(model, "_orig_mod", model), VisionTransformer):
+        raise TypeError(
+            "model: expected a CrossViT, found a VisionTransformer, which has no fusions"
+        )
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
