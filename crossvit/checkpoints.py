@@ -332,7 +332,8 @@ def _checked_grids(grid_sizes: Any, num_branches: int) -> Grids | None:
         grids = []
     if len(grids) != num_branches or min(map(min, grids)) < 1:
         raise ValueError(
-            f"grid_sizes: expected {num_branches} x (height, width) in patches, found {grid_sizes}"
+            f"grid_sizes: expected (height, width) in patches of each branch, "
+            f"{num_branches} in all, found {grid_sizes}"
         )
     return grids
 
