@@ -107,6 +107,8 @@ def test_released_weights_are_those_of_timm():
     for name in (*list_pretrained("crossvit*"), *deit):
         theirs.add(get_pretrained_cfg(name).hf_hub_id)
         assert released_weights(name) == get_pretrained_cfg(name).hf_hub_id
+    for name in deit:
+        assert official_url(name) == get_pretrained_cfg(name).url
     ours = set()
     for name in list_models():
         with contextlib.suppress(ValueError):
