@@ -46,6 +46,10 @@ TINY = Config(**SIZES)
         ("timm/crossvit_9_dagger_240.in1k", "crossvit_9_dagger_240"),
         ("hf_hub:timm/crossvit_9_240.in1k", "crossvit_9_240"),
         ("hf-hub:timm/crossvit_tiny_240", "crossvit_tiny_240"),
+        ("crossvit_small_class_224", "crossvit_small_class_240"),
+        ("crossvit_small_patch8", "crossvit_small_patch8_224"),
+        ("timm/deit_tiny_patch16_224.fb_in1k", "deit_tiny_patch16_224"),
+        ("deit_base_patch16", "deit_base_patch16_224"),
     ],
 )
 def test_aliases(alias, name):
@@ -99,9 +103,12 @@ def test_released_weights_are_those_of_timm():
     from timm.models import get_pretrained_cfg, list_pretrained
 
     theirs = set()
-    for name in list_pretrained("crossvit*"):
+    deit = [f"{name}.fb_in1k" for name in list_models("deit*")]
+    for name in (*list_pretrained("crossvit*"), *deit):
         theirs.add(get_pretrained_cfg(name).hf_hub_id)
         assert released_weights(name) == get_pretrained_cfg(name).hf_hub_id
+    for name in deit:
+        assert official_url(name) == get_pretrained_cfg(name).url
     ours = set()
     for name in list_models():
         with contextlib.suppress(ValueError):
