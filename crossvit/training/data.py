@@ -7,6 +7,7 @@ batches, whatever the number of workers.
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -119,7 +120,11 @@ class Images(Dataset[Sample]):
 
 
 class StreamedImages(IterableDataset[Sample]):
-    """Images of a stream, in its order; the first ``skip`` of each worker are not transformed."""
+    """Images of a stream, in its order.
+
+    Batches come from the workers in turn, the first from worker 0. Each leaves out as many as its
+    share of ``skipped_batches``, in whole turns, without transforming them.
+    """
 
     def __init__(self, source: Source, transform: Transform, seed: int = 0) -> None:
         self.source, self.transform, self.seed = source, transform, seed
@@ -129,9 +134,7 @@ class StreamedImages(IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # Batches come from the workers in turn.
-        turns = self.skipped_batches // workers + (worker < self.skipped_batches % workers)
-        skip = turns * self.batch_size
+        skip = self.skipped_batches // workers * self.batch_size
         for n, (image, target) in enumerate(self.source.dataset):
             if n < skip:
                 continue
@@ -255,7 +258,9 @@ class Loader:
         share: tuple[int, int] | None = None,
     ) -> None:
         self.images, self.batches, self.skip_bad, self.share = images, batches, skip_bad, share
+        self.generator = torch.Generator()  # else the loader draws from torch's own
         options: dict[str, Any] = {
+            "generator": self.generator,
             "collate_fn": collate,
             "pin_memory": pin_memory,
             "worker_init_fn": _ignore_signals,
@@ -268,8 +273,7 @@ class Loader:
                 reader = images.source.dataset.reader
                 reader.dist_rank, reader.dist_num_replicas = 0, 1
             images.source.dataset.set_loader_cfg(num_workers=workers)
-            self.generator = torch.Generator()
-            options |= {"batch_size": batch_size, "generator": self.generator}
+            options["batch_size"] = batch_size
         else:
             options |= {"batch_sampler": batches, "persistent_workers": workers > 0}
         self._loader: DataLoader[Any] = DataLoader(images, num_workers=workers, **options)
@@ -288,7 +292,12 @@ class Loader:
         del self._loader
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self._loader if self.share is None else _turns(self._loader, *self.share)
+        batches: Iterable[Batch] = self._loader
+        if self.share is not None:
+            batches = _turns(batches, *self.share)
+        elif isinstance(self.images, StreamedImages):
+            rest = self.images.skipped_batches % self._loader.num_workers  # of a whole turn
+            batches = itertools.islice(batches, rest, None)
         for batch in batches:
             if batch.problems and not self.skip_bad:
                 raise UnreadableImage(
@@ -305,16 +314,15 @@ def _ignore_signals(worker: int) -> None:
 
 def _turns(batches: Iterable[Batch], rank: int, world_size: int) -> Iterator[Batch]:
     """Every world_size-th batch; at the end, padding for those who have one less."""
-    mine, count = None, 0
-    for count, batch in enumerate(batches, start=1):
-        if (count - 1) % world_size == rank:
-            mine = batch
-        if count % world_size == 0 and mine is not None:
-            yield mine
-    last = count % world_size
-    if last and mine is not None:
-        absent = mine._replace(targets=torch.full_like(mine.targets, NOT_COUNTED), problems=[])
-        yield mine if rank < last else absent
+    turn: list[Batch] = []
+    for batch in batches:
+        turn.append(batch)
+        if len(turn) == world_size:
+            yield turn[rank]
+            turn = []
+    if turn:
+        padding = turn[0]._replace(targets=torch.full_like(turn[0].targets, NOT_COUNTED))
+        yield turn[rank] if rank < len(turn) else padding._replace(problems=[])
 
 
 def evaluation_loader(

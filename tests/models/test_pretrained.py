@@ -210,3 +210,16 @@ def test_class_names(tmp_path):
         save_file({"x": torch.ones(1)}, path, {"class_names": text})
         with pytest.raises(ValueError, match="the names of its classes are damaged"):
             read_class_names(path)
+
+
+def test_equal_models_make_equal_files(tmp_path):
+    model = CrossViT(TINY, num_classes=2)
+    path = tmp_path / "a.safetensors"
+    contents = set()
+    for _ in range(8):
+        save_checkpoint(model, path, class_names=["é", "b"])
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    assert int.from_bytes(contents.pop()[:8], "little") % 8 == 0
+    assert read_class_names(path) == ["é", "b"]
+    assert torch.equal(load_model(path).head[0].weight, model.head[0].weight)
