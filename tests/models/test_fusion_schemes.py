@@ -146,6 +146,7 @@ def test_fused_equals_eager(name: str, autocast: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["no projections", "l2", "all"])
+@pytest.mark.slow_on_cpu
 def test_fused_equals_eager_on_triton(name: str, triton_device: str) -> None:
     model = scheme(name, num_blocks=1, depths=(1, 1)).train()
     compare(model, 48, backend="triton", device=triton_device)
