@@ -265,7 +265,7 @@ def test_released_weights(folder, run, monkeypatch, tmp_path):
         return path
 
     monkeypatch.setattr(files, "locate", locate)
-    monkeypatch.setattr("crossvit.model.named_config", lambda name: TINY)
+    monkeypatch.setattr("crossvit.create.named_config", lambda name: TINY)
     assert run(folder, "timm", "--model", "crossvit_9_224")["model"] == "crossvit_9_224"
     assert sources[0] == "timm/crossvit_9_240.in1k"
     run(folder, "official", "--model", "crossvit_9_240.in1k")
