@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -261,6 +262,38 @@ def test_checkpoints(name: str, tmp_path) -> None:
     assert torch.equal(larger.norm[0].weight, model.norm[0].weight)
     with pytest.raises(ValueError, match="does not fit the model"):
         load_checkpoint(CrossViT(TINY, num_classes=7), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fusion": "pairwise"}, "fusion: the checkpoint's is 'class', the model's 'pairwise'"),
+        ({"num_heads": (4, 2)}, r"num_heads: the checkpoint's is \(2, 2\), the model's \(4, 2\)"),
+    ],
+)
+def test_what_shapes_do_not_show_is_refused(changes: dict, message: str, tmp_path) -> None:
+    pytest.importorskip("safetensors")
+    save_checkpoint(scheme("class"), tmp_path / "model.safetensors")
+    other = scheme("class", **changes)
+    before = other.norm[0].weight.clone()
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(other, tmp_path / "model.safetensors")
+    assert torch.equal(other.norm[0].weight, before)
+
+
+def test_descriptions_from_before_there_were_embeddings(tmp_path) -> None:
+    safetensors = pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    model, path = scheme("l2 reread", embed="conv"), tmp_path / "model.safetensors"
+    save_checkpoint(model, path)
+    with safetensors.safe_open(path, "pt") as file:
+        description = json.loads(file.metadata()["crossvit"])
+    new = ("embed", "fusion", "projections", "cls_token", "t2t_layers", "reread_patches")
+    config = {key: v for key, v in description["config"].items() if key not in new}
+    description |= {"config": {**config, "conv_stem": True}, "reread_patches": True}
+    save_file(model.state_dict(), path, {"crossvit": json.dumps(description)})
+    assert load_model(path).config == model.config
 
 
 @pytest.mark.parametrize("name", SCHEMES)
