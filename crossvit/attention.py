@@ -18,15 +18,15 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from crossvit.attention_maps import attention_maps
 from crossvit.checkpoints import load_checkpoint, load_model, official_url
-from crossvit.configs import Size
-from crossvit.model import CrossViT, create_model
+from crossvit.configs import Config, Size, named_config
+from crossvit.model import CrossViT
 from crossvit.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 
 #: What a map covers of the image below it.
@@ -73,7 +73,7 @@ def fusion_maps(model: CrossViT, x: Tensor, heads: str = "mean") -> list[FusionM
         raise ValueError(f"heads: expected 'mean' or 'all', found {heads!r}")
     if x.dim() != 4 or len(x) != 1:
         raise ValueError(f"x: expected one image [1, C, H, W], found {list(x.shape)}")
-    check_cross_attention(model)
+    check_cross_attention(model.config)
     return list(_fusion_maps(model, x, heads))
 
 
@@ -91,17 +91,16 @@ def _fusion_maps(model: CrossViT, x: Tensor, heads: str) -> Iterator[FusionMap]:
                     yield FusionMap(b, k, layer, number, row[0].item(), patches)
 
 
-def check_cross_attention(model: Any) -> None:
-    """Check that a model has cross-attention to look at.
+def check_cross_attention(config: Any) -> None:
+    """Check that models of a configuration have cross-attention to draw.
 
     Raises:
-        ValueError: It has none.
+        ValueError: They have none.
     """
-    config = model.config
-    if len(getattr(model, "blocks", ())) == 0 or not isinstance(model, CrossViT):
+    if not isinstance(config, Config):
         raise ValueError("the model has one branch, and so no cross-attention to draw")
-    if (fusion := getattr(config, "fusion", "cross")) != "cross":
-        raise ValueError(f"the model's fusion is {fusion!r}: it has no cross-attention to draw")
+    if config.fusion != "cross":
+        raise ValueError(f"the model has fusion={config.fusion!r}: no cross-attention to draw")
 
 
 def draw(maps: Sequence[FusionMap], image: Tensor) -> Any:
@@ -189,19 +188,22 @@ def open_model(checkpoint: str, name: str | None, img_size: int | None) -> Cross
     options: dict[str, Any] = {"num_classes": 0}
     if img_size is not None:
         options["img_size"] = img_size
-    if name is None:
-        if checkpoint == "official":
-            raise ValueError("--checkpoint official needs --model NAME")
-        try:
-            return load_model(checkpoint, **options)
-        except ValueError as error:
-            if "does not describe its model" in str(error):
-                problem = "does not describe its model: name it with --model"
-                raise ValueError(f"{checkpoint}: {problem}") from error
+    if name is not None:
+        config = named_config(name)
+        check_cross_attention(config)
+        source = official_url(name) if checkpoint == "official" else checkpoint
+        return load_checkpoint(CrossViT(name, **options), source)
+    if checkpoint == "official":
+        raise ValueError("--checkpoint official needs --model NAME")
+    try:
+        model: Any = load_model(checkpoint, **options)
+    except ValueError as error:
+        if "does not describe its model" not in str(error):
             raise
-    model = create_model(name, **options)
-    check_cross_attention(model)
-    return load_checkpoint(model, official_url(name) if checkpoint == "official" else checkpoint)
+        problem = "does not describe its model: name it with --model"
+        raise ValueError(f"{checkpoint}: {problem}") from error
+    check_cross_attention(model.config)
+    return cast(CrossViT, model)
 
 
 def draw_file(options: argparse.Namespace) -> None:
@@ -218,7 +220,6 @@ def draw_file(options: argparse.Namespace) -> None:
     if not options.image.is_file():
         raise ValueError(f"{options.image}: no such file")
     model = open_model(options.checkpoint, options.model, options.img_size).eval()
-    check_cross_attention(model)
     picture = open_image(options.image, model.in_chans)
     mean, std = (
         values if model.in_chans == 3 else (sum(values) / len(values),)

@@ -92,6 +92,26 @@ def test_it_draws_a_map_for_each_fusion(files, capsys, monkeypatch):
     assert figures[1].axes[-1].images[-1].get_array().shape == (6, 6)
 
 
+def test_models_without_cross_attention_are_refused(files, capsys):
+    for fusion in ("none", "all", "class", "pairwise"):
+        model = CrossViT(TINY, fusion=fusion)
+        with pytest.raises(ValueError, match=f"fusion='{fusion}': no cross-attention"):
+            attention.fusion_maps(model, torch.randn(1, 3, 48, 48))
+    save_checkpoint(model, "pairwise.safetensors")
+    for arguments, message in (
+        (["pairwise.safetensors"], "fusion='pairwise': no cross-attention"),
+        (["model.pth", "--model", "crossvit_small_all_240"], "fusion='all': no cross-attention"),
+        (["model.pth", "--model", "deit_tiny_patch16_224"], "the model has one branch"),
+    ):
+        assert attention.main([files[0], "--checkpoint", *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_without_cls_tokens_the_queries_are_drawn(files):
+    save_checkpoint(CrossViT(TINY, cls_token=False), "nocls.safetensors")
+    assert attention.main([files[0], "--checkpoint", "nocls.safetensors", "--dpi", "40"]) == 0
+
+
 def test_it_draws_grey_models(files):
     save_checkpoint(CrossViT(TINY, in_chans=1), "grey.safetensors")
     assert attention.main([files[0], "--checkpoint", "grey.safetensors", "--dpi", "40"]) == 0
