@@ -107,12 +107,13 @@ def draw_shapes(
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     for image, labels in zip(images, classes, strict=True):
         for kind in (1, 2):
-            radius = uniform(height / 12, height / 5, 1)
+            radius = uniform(height / 10, height / 4, 1)
             dy = (y - uniform(0, height, 1)).abs()
             dx = (x - uniform(0, width, 1)).abs()
             distance = (dy.square() + dx.square()).sqrt() if kind == 1 else torch.maximum(dy, dx)
             inside = distance <= radius
-            image[:, inside] = 0.5 * image[:, inside] + uniform(-1, 1, 3, 1)
+            colour = uniform(0.5, 1.5, 3, 1) * (uniform(-1, 1, 3, 1) < 0).float().mul(2).sub(1)
+            image[:, inside] = 0.3 * image[:, inside] + colour
             labels[inside] = kind
     return images, classes
 
