@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,11 +23,17 @@ import torch
 from torch import Tensor
 
 from crossvit.attention_maps import attention_maps
-from crossvit.checkpoints import load_checkpoint, load_model, official_url
+from crossvit.checkpoints import load_model
+from crossvit.command_line import RELEASED, output_file, positive, run
 from crossvit.configs import Config, Size, named_config
 from crossvit.model import CrossViT
+from crossvit.predict import open_image
+from crossvit.pretrained import released_weights
 from crossvit.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 
+_PROGRAM = "crossvit.attention"
+#: Channels of a model -> mode of Pillow.
+_MODES = {1: "L", 3: "RGB"}
 #: What a map covers of the image below it.
 _OPACITY = 0.7
 _INCHES = 2.2  # side of a map
@@ -157,56 +162,26 @@ def _figure_class() -> Any:
 # The command
 
 
-def open_image(path: Path, channels: int) -> Any:
-    """Open an image, rotated as its EXIF data says, in the channels of a model.
+def open_model(source: str, name: str | None, img_size: int | None, use_ema: bool) -> CrossViT:
+    """Make the model of a checkpoint in evaluation mode.
 
     Raises:
-        ValueError: It cannot be read, or a model has neither 1 nor 3 channels.
-        ImportError: Pillow is not installed.
+        ValueError: The checkpoint cannot be read, does not fit or needs a name, or the model has no
+            cross-attention. ``load_checkpoint`` lists the other errors.
     """
-    modes = {1: "L", 3: "RGB"}
-    if channels not in modes:
-        raise ValueError(f"the model has in_chans={channels}: images have 1 or 3")
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError("images need Pillow: pip install pillow") from error
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(modes[channels])
-    except Exception as error:  # decoders raise anything
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: {reason}") from error
-
-
-def open_model(checkpoint: str, name: str | None, img_size: int | None) -> CrossViT:
-    """Make the model of a checkpoint, without heads.
-
-    Raises:
-        ValueError: The checkpoint cannot be read, does not fit, or needs a name.
-    """
-    options: dict[str, Any] = {"num_classes": 0}
-    if img_size is not None:
-        options["img_size"] = img_size
     if name is not None:
-        config = named_config(name)
-        check_cross_attention(config)
-        source = official_url(name) if checkpoint == "official" else checkpoint
-        return load_checkpoint(CrossViT(name, **options), source)
-    if checkpoint == "official":
-        raise ValueError("--checkpoint official needs --model NAME")
-    try:
-        model: Any = load_model(checkpoint, **options)
-    except ValueError as error:
-        if "does not describe its model" not in str(error):
-            raise
-        problem = "does not describe its model: name it with --model"
-        raise ValueError(f"{checkpoint}: {problem}") from error
+        check_cross_attention(named_config(name))
+    if source in RELEASED:
+        if name is None:
+            raise ValueError(f"--checkpoint {source}: needs --model, such as crossvit_15_240")
+        source = released_weights(name, source)
+    changes: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    model: Any = load_model(source, name=name, use_ema=use_ema, **changes)
     check_cross_attention(model.config)
-    return cast(CrossViT, model)
+    return cast(CrossViT, model.eval())
 
 
-def draw_file(options: argparse.Namespace) -> None:
+def draw_file(options: argparse.Namespace) -> int:
     """Do what the command line says.
 
     Raises:
@@ -215,29 +190,31 @@ def draw_file(options: argparse.Namespace) -> None:
         ImportError: A package is not installed.
     """
     _figure_class()
-    if not options.out.parent.is_dir():
-        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
     if not options.image.is_file():
         raise ValueError(f"{options.image}: no such file")
-    model = open_model(options.checkpoint, options.model, options.img_size).eval()
-    picture = open_image(options.image, model.in_chans)
+    model = open_model(options.checkpoint, options.model, options.img_size, options.use_ema)
+    if model.in_chans not in _MODES:
+        raise ValueError(f"the model has in_chans={model.in_chans}: images have 1 or 3")
+    picture = open_image(options.image, _MODES[model.in_chans])
     mean, std = (
         values if model.in_chans == 3 else (sum(values) / len(values),)
         for values in (IMAGENET_MEAN, IMAGENET_STD)
     )
-    size: int | Size = model.patch_embed[0].img_size
-    size = size[0] if isinstance(size, tuple) and size[0] == size[1] else size
+    height, width = model.patch_embed[0].img_size
+    size: int | Size = height if height == width else (height, width)
     x = eval_transform(size, mean=mean, std=std)(picture)
     shown = x * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     shown = shown.clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3)
     figure = draw(fusion_maps(model, x.unsqueeze(0), options.heads), shown)
     figure.savefig(options.out, dpi=options.dpi)
+    print(options.out)
+    return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m crossvit.attention",
+        prog=f"python -m {_PROGRAM}",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -248,40 +225,38 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--checkpoint",
         required=True,
         metavar="SOURCE",
-        help="a file, URL or hub id; or official, the weights that the paper's authors published",
+        help="a file, URL or hub id; or weights trained on ImageNet: timm (on the hub) or official "
+        "(the authors')",
     )
-    add("--out", type=Path, default=Path("maps.png"), metavar="FILE", help="default: maps.png")
     add(
         "--model",
         metavar="NAME",
-        help="e.g. crossvit_15_240; files of save_checkpoint describe their model and need none",
+        help="e.g. crossvit_15_240; not needed for files written by crossvit.save_checkpoint",
     )
-    add("--img-size", type=_positive, metavar="PIXELS", help="of the S branch's image")
+    add(
+        "--no-ema",
+        dest="use_ema",
+        action="store_false",
+        help="take the trained weights of a training checkpoint, not their average",
+    )
+    add("--img-size", type=positive, metavar="PIXELS", help="side of the S branch's image")
     add("--heads", choices=("mean", "all"), default="mean", help="default: mean")
-    add("--dpi", type=_positive, default=150, help="pixels per inch; default: 150")
+    add(
+        "--out",
+        type=output_file,
+        default=Path("maps.png"),
+        metavar="FILE",
+        help="picture to write, in the format of its name; default: maps.png",
+    )
+    add("--dpi", type=positive, default=150, metavar="N", help="pixels per inch; default: 150")
     options: argparse.Namespace = parser.parse_args(arguments)
     return options
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, found {text!r}")
-    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, or 1 after a line that says what is wrong."""
     options = parse(arguments)
-    try:
-        draw_file(options)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
-        text = textwrap.shorten(" ".join(lines[:2]), 250, placeholder=" ...")
-        print(f"crossvit.attention: {text}{more}", file=sys.stderr)
-        return 1
-    print(options.out)
-    return 0
+    return run(_PROGRAM, lambda: draw_file(options))
 
 
 if __name__ == "__main__":

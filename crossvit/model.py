@@ -147,7 +147,7 @@ class CrossViT(IntermediateFeatures, Backbone):
         branches = self._encode(self.embed(x))
         if self.config.cls_token:
             return [norm(b.cls) for norm, b in zip(self.norm, branches, strict=True)]
-        return [tokens.mean(dim=1) for tokens in self._normed(branches)]
+        return [tokens.mean(dim=1) for tokens in self._final(branches)]
 
     def forward_features(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """All tokens of both after the last LayerNorm, [B, 1 + N, C]; [B, N, C] without CLS."""

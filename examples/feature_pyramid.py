@@ -4,7 +4,8 @@
 
 The branches of a CrossViT give feature maps of two resolutions, which torchvision's
 FeaturePyramidNetwork merges. A small model, trained from scratch, finds discs and squares in noise,
-and is tested on larger images than it was trained on (dynamic_img_size). A few minutes on two cores.
+and is tested on larger images than it was trained on (dynamic_img_size), in a few minutes on two
+cores.
 
 FeaturePyramid is also a backbone for torchvision's detectors:
 

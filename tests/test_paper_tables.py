@@ -235,10 +235,35 @@ def test_accuracy_is_that_of_evaluate(short, monkeypatch, tmp_path, capsys):
     assert "crossvit_tiny_240: crossvit.evaluate failed" in capsys.readouterr().err
 
 
+def test_accuracy_of_images_with_timm(bench, tmp_path):
+    """crossvit.evaluate on a folder in ImageNet's layout."""
+    for package in ("timm", "torchvision", "rich", "PIL"):
+        pytest.importorskip(package)
+    from PIL import Image
+
+    name = "crossvit_tiny_240"
+    model = crossvit.create_model(name)
+    with torch.no_grad():
+        for b, shift in enumerate((3.0, 1.0)):  # class 0 from S, class 1 from L: 0 of the mean
+            model.head[b].weight.zero_()
+            model.head[b].bias.zero_()[b] = shift
+    torch.save(model.state_dict(), tmp_path / f"{name}.pth")
+    for number, wordnet_id in enumerate(("n01440764", "n01443537")):
+        folder = tmp_path / "val" / wordnet_id
+        folder.mkdir(parents=True)
+        for i in range(2 * number + 1):
+            Image.new("RGB", (50, 40), (90 * i, 60, 30)).save(folder / f"{i}.png")
+    measure = bench.paper_accuracy.measure_accuracy
+    checkpoint = bench.paper_accuracy.find_checkpoint({"model": name}, str(tmp_path))
+    found = measure(name, tmp_path / "val", checkpoint, 4, torch.device("cpu"), "float32")
+    assert found["images"] == 4 and found["checkpoint"] == checkpoint
+    assert (found["top1"], found["top1_s"], found["top1_l"]) == (25.0, 25.0, 75.0)
+
+
 def test_official_checkpoints_are_the_released_ones(bench):
     find = bench.paper_accuracy.find_checkpoint
     found = {printed["model"]: find(printed, "official") for _, printed in ours(bench)}
-    assert sum(source == "official" for source in found.values()) == 11
+    assert sum(source == "official" for source in found.values()) == 11 + 3
     assert found["crossvit_18_dagger_504"] is None and found["crossvit_small_all_240"] is None
 
 
