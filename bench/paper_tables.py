@@ -201,6 +201,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--accuracy and --checkpoints: expected both or neither")
     if options.accuracy and not options.accuracy.is_dir():
         parser.error(f"--accuracy {options.accuracy}: no such folder")
+    if options.markdown and not options.markdown.parent.is_dir():
+        parser.error(f"--markdown {options.markdown}: no such folder")
     releases = (None, *paper_accuracy.RELEASES)
     if options.checkpoints not in releases and not Path(options.checkpoints).is_dir():
         parser.error(f"--checkpoints {options.checkpoints}: no such folder")

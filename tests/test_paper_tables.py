@@ -22,7 +22,6 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "paper.md"
 NOT_ROUNDED = {
     ("All-Attention", "mparams"): "see its note",
     ("E", "mparams"): "the paper rounds down",
-    ("D, patches read again", "gmacs"): "not a row of the paper",
     ("Class Token", "gmacs"): "5.350 is printed as 5.4",
 }
 
@@ -274,6 +273,7 @@ def test_official_checkpoints_are_the_released_ones(bench):
         (["--accuracy", "."], "expected both or neither"),
         (["--accuracy", "missing", "--checkpoints", "timm"], "--accuracy missing: no such folder"),
         (["--accuracy", ".", "--checkpoints", "missing"], "--checkpoints missing: no such folder"),
+        (["--markdown", "missing/a.md"], "--markdown missing/a.md: no such folder"),
         (["--batch", "0"], "expected a positive whole number"),
         (["--table", "2"], "is --tables meant?"),
     ],
