@@ -2,15 +2,18 @@
 
 from crossvit.attention_maps import BlockAttention, attention_maps
 from crossvit.checkpoints import load_checkpoint, load_model, read_class_names, save_checkpoint
-from crossvit.configs import Config, list_models
+from crossvit.configs import Config, VitConfig, list_models
 from crossvit.macs import count_macs
 from crossvit.model import CrossViT
 from crossvit.pretrained import create_model, official_url
+from crossvit.vit import VisionTransformer
 
 __all__ = [
     "BlockAttention",
     "Config",
     "CrossViT",
+    "VisionTransformer",
+    "VitConfig",
     "attention_maps",
     "count_macs",
     "create_model",

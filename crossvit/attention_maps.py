@@ -10,20 +10,22 @@ from torch import Tensor
 
 from crossvit.fusion import Branch, MultiScaleBlock
 from crossvit.model import CrossViT
-from crossvit_kernels.modules import TransformerBlock
-from crossvit_kernels.modules.layers import attention_weights
+from crossvit.vit import VisionTransformer
+from crossvit_kernels.modules.layers import self_attention_weights
 
 
 class BlockAttention(NamedTuple):
     """Attention weights of one multi-scale block, each row a distribution; pairs are (S, L).
 
-    Rows and columns are in token order: the CLS, then patches row by row.
+    Rows and columns are in token order: the CLS, then patches row by row. Without CLS tokens,
+    self-attention has patches only; in the fusions the query is their mean.
     """
 
     #: Of each transformer block of either branch, [B, h, 1 + N, 1 + N].
     self_attention: tuple[list[Tensor], list[Tensor]]
     #: Of each cross-attention block: a branch's CLS (column 0) over the other branch's patches,
-    #: [B, h, 1 + N_other] at the other branch's h.
+    #: [B, h, 1 + N_other] at the other branch's h. All-attention: its CLS over the tokens of L and
+    #: then those of S, [B, h, (1 + N_L) + (1 + N_S)]. Other fusions have no attention.
     fusion: tuple[list[Tensor], list[Tensor]]
 
 
@@ -40,7 +42,14 @@ def attention_maps(model: CrossViT, x: Tensor | Sequence[Tensor]) -> list[BlockA
         One entry for each multi-scale block. ``model.grid_sizes`` gives the layout of a
         branch's patches: ``maps[-1].fusion[0][0][..., 1:].unflatten(-1, model.grid_sizes[1])`` is
         where the S branch's last fusion looks, [B, h, height, width].
+
+    Raises:
+        TypeError: The model is a VisionTransformer.
     """
+    if isinstance(getattr(model, "_orig_mod", model), VisionTransformer):
+        raise TypeError(
+            "model: expected a CrossViT, found a VisionTransformer, which has no fusions"
+        )
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -61,16 +70,7 @@ def _block_attention(block: MultiScaleBlock, small: Branch, large: Branch) -> Bl
     for b, branch in enumerate((small, large)):
         tokens = branch.tokens()
         for layer in block.blocks[b]:
-            self_attention[b].append(_self_attention(layer, tokens))
+            self_attention[b].append(self_attention_weights(layer, tokens))
             tokens = layer(tokens)
-        encoded.append(Branch(tokens))
-    fusion = tuple(
-        block.cross_attention_weights(b, encoded[b].cls, encoded[1 - b].patches) for b in (0, 1)
-    )
-    return BlockAttention(self_attention, (fusion[0], fusion[1]))
-
-
-def _self_attention(layer: TransformerBlock, x: Tensor) -> Tensor:
-    attn = layer.attn
-    q, k, _ = attn.qkv(layer.norm1(x)).chunk(3, dim=-1)
-    return attention_weights(q, k, attn.num_heads, attn.scale)
+        encoded.append(branch.with_tokens(tokens))
+    return BlockAttention(self_attention, block.fusion_attention(*encoded))

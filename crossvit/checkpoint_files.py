@@ -235,7 +235,8 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file atomically: neither readers nor a crash see half of it.
+    """Write a file atomically: neither readers nor a crash see half of it. Equal content makes
+    equal files.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -243,18 +244,33 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
     _import_safetensors()
     from safetensors.torch import save
 
-    content = save(dict(tensors), metadata)
+    content = memoryview(save(dict(tensors), metadata))
+    header, data = _header(content)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with unfinished.open(
             "wb"
         ) as file:  # not save_file, whose files are readable by their owner only
-            file.write(content)
+            file.write(header)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _header(content: memoryview) -> tuple[bytes, memoryview]:
+    """The header of a safetensors file with its metadata sorted, and the data after it.
+
+    safetensors itself writes metadata in another order each time.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8 : 8 + length]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data are aligned
+    return len(text).to_bytes(8, "little") + text, content[8 + length :]
 
 
 def _import_safetensors() -> Any:

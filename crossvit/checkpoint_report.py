@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from crossvit.checkpoint_layouts import Entries
-from crossvit.configs import Config, list_models, named_config
+from crossvit.configs import Config, VitConfig, config_grids, list_models, named_config
 
 _LINES = 10
+AnyConfig = Config | VitConfig
 
 
-def refuse_misfits(entries: Entries, expected: Mapping[str, Tensor], config: Config) -> None:
+def refuse_misfits(entries: Entries, expected: Mapping[str, Tensor], config: AnyConfig) -> None:
     """Check that a checkpoint has exactly the tensors of a model.
 
     Raises:
@@ -95,7 +97,7 @@ def _torn(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[s
 
 
 def _hints(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: Config
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: AnyConfig
 ) -> list[str]:
     hints = []
     heads = [key for key in expected if key.startswith("head.")]
@@ -113,30 +115,66 @@ def _hints(
 
 
 def _is_one(state: Mapping[str, Tensor]) -> bool:
-    return "pos_embed_0" in state and "norm.0.weight" in state
+    return {"pos_embed_0", "norm.0.weight"} <= set(state) or {"pos_embed", "norm.weight"} <= set(
+        state
+    )
 
 
-def _looks_like(state: Mapping[str, Tensor], config: Config) -> str | None:
-    """The named model with the checkpoint's widths, depth and patches, if it is another one."""
+def _looks_like(state: Mapping[str, Tensor], config: AnyConfig) -> str | None:
+    """The named model with the checkpoint's sizes and fusion, if it is another one."""
     try:
-        dims = tuple(int(state[f"pos_embed_{b}"].shape[-1]) for b in (0, 1))
-        hidden = [state[f"blocks.0.blocks.{b}.0.mlp.fc1.weight"].shape[0] for b in (0, 1)]
-        patches = state["pos_embed_0"].shape[1] - 1
+        traits = _traits_of_state(state)
     except (KeyError, IndexError):
         return None
-    depth = re.compile(r"blocks\.0\.blocks\.1\.(\d+)\.")
-    depths = {int(m[1]) for key in state if (m := depth.match(key))}
-    conv_stem = "patch_embed.0.proj.0.weight" in state
     for name in list_models():
         named = named_config(name)
-        side = int(named.img_size) // named.patch_sizes[0] if isinstance(named.img_size, int) else 0
-        if (
-            named.dims == dims
-            and [int(d * r) for d, r in zip(dims, named.mlp_ratios, strict=True)] == hidden
-            and named.depths[1] == len(depths)
-            and named.conv_stem == conv_stem
-            and side * side == patches
-        ):
-            same = dataclasses.replace(named, img_size=config.img_size) == config
+        if _traits(named) == traits:
+            same = type(named) is type(config) and _traits(_at(named, config)) == _traits(config)
             return None if same else name
     return None
+
+
+def _at(named: AnyConfig, config: AnyConfig) -> AnyConfig:
+    """A configuration with the image size of another one."""
+    return dataclasses.replace(named, img_size=config.img_size)  # type: ignore[arg-type]
+
+
+def _traits(config: AnyConfig) -> tuple[object, ...]:
+    """What the keys and shapes of a state dict tell of a configuration."""
+    patches = math.prod(config_grids(config)[0])
+    if isinstance(config, VitConfig):
+        return (config.dim,), (int(config.dim * config.mlp_ratio),), config.depth, patches
+    hidden = tuple(int(d * r) for d, r in zip(config.dims, config.mlp_ratios, strict=True))
+    fusion = "class" if config.fusion == "pairwise" else config.fusion
+    depths = config.num_blocks, *config.depths, config.cross_depth
+    return config.dims, hidden, depths, patches, config.embed, fusion, config.cls_token
+
+
+def _traits_of_state(state: Mapping[str, Tensor]) -> tuple[object, ...]:
+    def count(pattern: str) -> int:
+        return len({m[1] for key in state if (m := re.match(pattern, key))})
+
+    if "pos_embed" in state:
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+        patches, dim = state["pos_embed"].shape[1] - 1, state["pos_embed"].shape[2]
+        return (dim,), (hidden,), count(r"blocks\.(\d+)\."), patches
+    dims = tuple(int(state[f"pos_embed_{b}"].shape[2]) for b in (0, 1))
+    hidden_units = tuple(state[f"blocks.0.blocks.{b}.0.mlp.fc1.weight"].shape[0] for b in (0, 1))
+    cls_token = "cls_token_0" in state
+    fusion = "none"
+    if "blocks.0.fusion.attn.qkv.weight" in state:
+        fusion = "all"
+    elif any(key.startswith("blocks.0.fusion.") for key in state):
+        fusion = "cross"
+    elif any(key.startswith("blocks.0.projs.") for key in state):
+        fusion = "class"
+    depths = (
+        count(r"blocks\.(\d+)\."),
+        *(count(rf"blocks\.0\.blocks\.{b}\.(\d+)\.") for b in (0, 1)),
+        count(r"blocks\.0\.fusion\.0\.(\d+)\.") or 1,
+    )
+    patches = state["pos_embed_0"].shape[1] - cls_token
+    embed = "conv" if "patch_embed.0.proj.0.weight" in state else "patch"
+    if "patch_embed.0.project.weight" in state:
+        embed = "t2t"
+    return dims, hidden_units, depths, patches, embed, fusion, cls_token

@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossvit.backbone import Backbone
 from crossvit.checkpoint_layouts import WRAPPERS, unwrapped_name
-from crossvit.model import CrossViT
 
 
-def unwrap(model: Any) -> CrossViT:
-    """Return the CrossViT inside torch.compile, DataParallel, DistributedDataParallel, FSDP, ...
+def unwrap(model: Any) -> Backbone:
+    """Return the model inside torch.compile, DataParallel, DistributedDataParallel, FSDP, ...
 
     Raises:
         TypeError: There is none.
     """
     inner = unwrap_any(model)
-    if not isinstance(inner, CrossViT):
-        raise TypeError(f"model: expected a CrossViT, {_found(model)}")
+    if not isinstance(inner, Backbone):
+        raise TypeError(f"model: expected a CrossViT or VisionTransformer, {_found(model)}")
     return inner
 
 
 def unwrap_any(module: Any) -> Any:
     """The module inside all wrappers, or the argument itself."""
-    while isinstance(module, nn.Module) and not isinstance(module, CrossViT):
+    while isinstance(module, nn.Module) and not isinstance(module, Backbone):
         inner = next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
         if inner is None:
             break
@@ -38,10 +38,10 @@ def unwrap_any(module: Any) -> Any:
 def _found(model: Any) -> str:
     kind = f"found {type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, nn.Module):
-        names = [name for name, module in model.named_modules() if isinstance(module, CrossViT)]
+        names = [name for name, module in model.named_modules() if isinstance(module, Backbone)]
         if names:
             return f"{kind}, which has one at .{names[0]}"
-    if isinstance(model, type) and issubclass(model, CrossViT):
+    if isinstance(model, type) and issubclass(model, Backbone):
         return "found the class; pass a model"
     return kind
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a CrossViT in the official, timm's and our own layout."""
+"""Checkpoints of models in the official, timm's and our own layout."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from crossvit import checkpoint_files, checkpoint_layouts, checkpoint_targets
+from crossvit.backbone import Backbone
 from crossvit.checkpoint_layouts import Entries, logger
 from crossvit.checkpoint_report import refuse_misfits
-from crossvit.configs import Config, Size, branch_sizes
+from crossvit.configs import Config, Size, VitConfig, config_grids
+from crossvit.create import make_model
 from crossvit.embed import resize_position_embedding
 from crossvit.model import CrossViT
+from crossvit.vit import VisionTransformer
 
 _METADATA_KEY = "crossvit"
 _CLASS_NAMES_KEY = "class_names"
@@ -73,15 +76,16 @@ def load_checkpoint(
         ValueError: The file is damaged or unsafe, the number of classes differs, the weights or the
             grid are ambiguous, or keys are missing, unexpected or of another shape; the message
             names at most ten of them.
-        TypeError: The model is not a CrossViT, or the source is none of the above.
+        TypeError: The model is not one of this package, or the source is none of the above.
         ImportError: The source needs a package that is not installed.
     """
     core = checkpoint_targets.unwrap(model)
     content, metadata = _read(source)
+    _check_architecture(metadata, core.config)
     expected = checkpoint_targets.tensors(model)
     entries = _entries(core, expected, content, replace_head, use_ema)
-    _fit_heads(entries.state, expected, core.num_classes, replace_head)
-    grids = _checked_grids(grid_sizes) or _grids(metadata)
+    _fit_heads(entries.state, expected, core, replace_head)
+    grids = _checked_grids(grid_sizes, len(core.grid_sizes)) or _grids(metadata)
     _fit_position_embeddings(entries, core, grids)
     refuse_misfits(entries, expected, core.config)
     checkpoint_targets.load(model, entries.state)
@@ -94,11 +98,11 @@ def load_checkpoint(
 def load_model(
     source: str | os.PathLike[str],
     *,
-    name: str | Config | None = None,
+    name: str | Config | VitConfig | None = None,
     replace_head: bool = False,
     use_ema: bool = True,
     **options: Any,
-) -> CrossViT:
+) -> CrossViT | VisionTransformer:
     """Return the model of a checkpoint, with its weights.
 
     Args:
@@ -107,7 +111,7 @@ def load_model(
             ``save_checkpoint``. The number of classes is the checkpoint's either way.
         replace_head: Keep the new heads, e.g. for another ``num_classes``.
         use_ema: As for ``load_checkpoint``.
-        **options: Arguments of ``CrossViT`` to change, e.g. ``use_fused=True``.
+        **options: Arguments of the model to change, e.g. ``use_fused=True``.
 
     Raises:
         ValueError: The file does not describe its model and there is no ``name``.
@@ -123,7 +127,7 @@ def load_model(
         )
     options = {**(description or {}), **options}
     config = options.pop("config", None)
-    model = CrossViT(_config(config) if name is None else name, **options)
+    model = make_model(_config(config) if name is None else name, **options)
     if "num_classes" not in options:
         model.reset_classifier(_num_classes(model, content, use_ema))
     return load_checkpoint(model, path, replace_head=replace_head, use_ema=use_ema)
@@ -159,7 +163,7 @@ def save_checkpoint(
     """Write weights and the model's description as safetensors, atomically.
 
     Args:
-        model: A CrossViT, which may be wrapped as for ``load_checkpoint``; keys are the model's
+        model: One of this package, which may be wrapped as for ``load_checkpoint``; keys are its
             own. All ranks of a sharded model must call this; the first writes.
         path: Path of the file; must end in ``.safetensors``.
         class_names: Names of the classes, in the order of the logits.
@@ -167,7 +171,7 @@ def save_checkpoint(
     Raises:
         ValueError: The path does not end in ``.safetensors``, the model is on ``meta``, or there
             is not one name for each class.
-        TypeError: The model is not a CrossViT.
+        TypeError: The model is not one of this package.
         ImportError: safetensors is not installed.
     """
     path = Path(path)
@@ -185,8 +189,7 @@ def save_checkpoint(
         "num_classes": core.num_classes,
         "in_chans": core.in_chans,
         "dynamic_img_size": core.dynamic_img_size,
-        "qkv_bias": "blocks.0.blocks.0.0.attn.qkv.bias" in state,
-        "reread_patches": checkpoint_targets.unwrap_any(core.blocks[0]).reread_patches,
+        "qkv_bias": any(key.endswith(".attn.qkv.bias") for key in state),
     }
     tensors: dict[str, Tensor] = {}
     memory = set()
@@ -210,7 +213,7 @@ def _read(source: Source) -> tuple[Mapping[str, Any], dict[str, str]]:
 
 
 def _entries(
-    model: CrossViT,
+    model: Backbone,
     expected: Mapping[str, Tensor],
     content: Mapping[str, Any],
     replace_head: bool,
@@ -220,24 +223,38 @@ def _entries(
     without_heads = replace_head or model.num_classes == 0
     return checkpoint_layouts.find(
         content,
-        [*expected, *(f"head.{b}.{kind}" for b in (0, 1) for kind in ("weight", "bias"))],
+        [*expected, *(f"{head}.{kind}" for head in model.heads for kind in ("weight", "bias"))],
         [key for key in expected if not (without_heads and key.startswith("head."))],
-        indexed_fusion=model.config.cross_depth > 1,
+        indexed_fusion=getattr(model.config, "cross_depth", 1) > 1,
         use_ema=use_ema,
     )
 
 
-def _num_classes(model: CrossViT, content: Mapping[str, Any], use_ema: bool) -> int:
+def _num_classes(model: Backbone, content: Mapping[str, Any], use_ema: bool) -> int:
     """The number of classes of a checkpoint of this architecture; 0 if it has no heads."""
     state = _entries(model, model.state_dict(), content, True, use_ema).state
-    head = state.get("head.0.weight")
+    head = state.get(f"{model.heads[0]}.weight")
     return len(head) if head is not None and head.dim() == 2 else 0
 
 
+def _check_architecture(metadata: Mapping[str, str], config: Config | VitConfig) -> None:
+    """Refuse what the shapes of weights do not show.
+
+    Raises:
+        ValueError: The file was saved from a model that computes something else.
+    """
+    description = _description(metadata)
+    saved = {} if description is None else description["config"]
+    for name in ("fusion", "num_heads", "reread_patches"):
+        ours = getattr(config, name, None)
+        if name in saved and ours is not None and saved[name] != ours:
+            raise ValueError(f"{name}: the checkpoint's is {saved[name]!r}, the model's {ours!r}")
+
+
 def _fit_heads(
-    state: dict[str, Tensor], expected: Mapping[str, Tensor], num_classes: int, replace_head: bool
+    state: dict[str, Tensor], expected: Mapping[str, Tensor], model: Backbone, replace_head: bool
 ) -> None:
-    head = state.get("head.0.weight")
+    head, num_classes = state.get(f"{model.heads[0]}.weight"), model.num_classes
     if replace_head or num_classes == 0:
         for key in [key for key in state if key.startswith("head.")]:
             del state[key]
@@ -249,19 +266,23 @@ def _fit_heads(
         )
 
 
-def _fit_position_embeddings(entries: Entries, model: CrossViT, grid_sizes: Grids | None) -> None:
+def _fit_position_embeddings(entries: Entries, model: Backbone, grid_sizes: Grids | None) -> None:
     """Resize the position embeddings to the model's grids."""
     patches = {}
-    for b in (0, 1):
-        t = entries.state.get(f"pos_embed_{b}")
-        if t is not None and t.dim() == 3 and t.shape[1] > 1 and t.is_floating_point():
-            patches[b] = t.shape[1] - 1  # others are reported with the other keys
+    prefix = model.num_prefix_tokens
+    if prefix != any(key.startswith("cls_token") for key in entries.state):
+        return  # reported with the other keys
+    for b, key in enumerate(model.position_embeddings):
+        t = entries.state.get(key)
+        if t is not None and t.dim() == 3 and t.shape[1] > prefix and t.is_floating_point():
+            patches[b] = t.shape[1] - prefix  # others are reported with the other keys
     noted = entries.grid_sizes  # may be outdated: it survives replacing the tensors
     if noted and any(math.prod(noted[b]) != count for b, count in patches.items()):
         noted = None
-    grids = grid_sizes or noted or _assumed_grids(patches, model.grid_sizes, entries.notes)
+    grids = grid_sizes or noted or _assumed_grids(patches, model, entries.notes)
     for b, count in patches.items():
-        key, (height, width), new_grid = f"pos_embed_{b}", grids[b], model.grid_sizes[b]
+        key, (height, width) = model.position_embeddings[b], grids[b]
+        new_grid = model.grid_sizes[b]
         if height * width != count:
             raise ValueError(
                 f"{key}: has {count} patches, which are not {height} x {width}: name "
@@ -272,20 +293,21 @@ def _fit_position_embeddings(entries: Entries, model: CrossViT, grid_sizes: Grid
             entries.state[key] = resize_position_embedding(embedding, (height, width), new_grid)
 
 
-def _assumed_grids(patches: Mapping[int, int], model_grids: Grids, notes: list[str]) -> Grids:
+def _assumed_grids(patches: Mapping[int, int], model: Backbone, notes: list[str]) -> Grids:
     """The grids of a checkpoint that records only the numbers of patches.
 
     Raises:
         ValueError: They fit both the model's grids and different square ones.
     """
-    sides = [math.isqrt(patches.get(b, 1)) for b in (0, 1)]
+    model_grids = model.grid_sizes
+    sides = [math.isqrt(patches.get(b, 1)) for b in range(len(model_grids))]
     squares = [(side, side) for side in sides]
     fit_model = all(math.prod(model_grids[b]) == count for b, count in patches.items())
     fit_squares = all(math.prod(squares[b]) == count for b, count in patches.items())
     if not fit_model or all(model_grids[b] == squares[b] for b in patches):
         return squares
     if fit_squares:
-        names = " and ".join(f"pos_embed_{b} {patches[b]}" for b in patches)
+        names = " and ".join(f"{model.position_embeddings[b]} {patches[b]}" for b in patches)
         raise ValueError(
             f"the checkpoint does not say whether its patches ({names}) are the model's grids, "
             f"{_text(model_grids)}, or square ones, {_text(squares)}: name them with "
@@ -301,16 +323,17 @@ def _text(grids: Grids) -> str:
     return " and ".join(f"{height} x {width}" for height, width in grids)
 
 
-def _checked_grids(grid_sizes: Any) -> Grids | None:
+def _checked_grids(grid_sizes: Any, num_branches: int) -> Grids | None:
     if grid_sizes is None:
         return None
     try:
         grids = [(int(height), int(width)) for height, width in grid_sizes]
     except (TypeError, ValueError):
         grids = []
-    if len(grids) != 2 or min(map(min, grids)) < 1:
+    if len(grids) != num_branches or min(map(min, grids)) < 1:
         raise ValueError(
-            f"grid_sizes: expected (height, width) in patches of both branches, found {grid_sizes}"
+            f"grid_sizes: expected (height, width) in patches of each branch, "
+            f"{num_branches} in all, found {grid_sizes}"
         )
     return grids
 
@@ -333,15 +356,14 @@ def _grids(metadata: Mapping[str, str]) -> Grids | None:
     if description is None:
         return None
     config = _config(description["config"])
-    sizes = branch_sizes(config.img_size, config.patch_sizes)
-    return [
-        (height // patch, width // patch)
-        for (height, width), patch in zip(sizes, config.patch_sizes, strict=True)
-    ]
+    return config_grids(config)
 
 
-def _config(fields: Mapping[str, Any]) -> Config:
+def _config(fields: Mapping[str, Any]) -> Config | VitConfig:
     def tuples(value: Any) -> Any:
         return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
 
-    return Config(**{name: tuples(value) for name, value in fields.items()})
+    fields = {name: tuples(value) for name, value in fields.items()}
+    if "conv_stem" in fields:  # before there was embed
+        fields["embed"] = "conv" if fields.pop("conv_stem") else "patch"
+    return Config(**fields) if "dims" in fields else VitConfig(**fields)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossvit.configs import Size
+from crossvit.configs import Config, Size, stem_strides
+from crossvit.t2t import TokensToToken
 from crossvit_kernels.modules import plain_layers
 
 _ONE_CONVOLUTION = plain_layers.layers({"proj": nn.Conv2d})
@@ -23,11 +24,10 @@ class PatchEmbed(nn.Module):
         patch_size: P.
         in_chans: Channels of the image.
         dim: C.
-        conv_stem: Use three convolutions with ReLU between them, for patches of 12 or 16 pixels
-            only.
+        conv_stem: Use three convolutions with ReLU between them; see ``stem_strides``.
 
     Raises:
-        ValueError: conv_stem with another patch size, or with a dim not divisible by 4.
+        ValueError: conv_stem with a patch size without such strides, or a dim not divisible by 4.
     """
 
     def __init__(
@@ -66,21 +66,32 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
 
 
+def make_embedding(config: Config, b: int, img_size: Size, in_chans: int) -> nn.Module:
+    """Make the patch embedding of branch b, of ``config.embed``."""
+    patch_size, dim = config.patch_sizes[b], config.dims[b]
+    if config.embed == "t2t":
+        return TokensToToken(img_size, patch_size, in_chans, dim, config.t2t_layers)
+    return PatchEmbed(img_size, patch_size, in_chans, dim, config.embed == "conv")
+
+
 def _conv_stem(patch_size: int, in_chans: int, dim: int) -> nn.Sequential:
-    if patch_size not in (12, 16):
-        raise ValueError(f"conv_stem: its strides make patches of 12 or 16, not of {patch_size}")
+    strides = stem_strides(patch_size)
+    if strides is None:
+        raise ValueError(f"conv_stem: no three strides multiply to a patch of {patch_size}")
     if dim % 4:
         raise ValueError(f"conv_stem: needs a width that 4 divides, found {dim}")
-    # The first has stride 4; the others multiply to 3 or 4.
-    (stride_2, padding_2), (stride_3, padding_3) = (
-        ((3, 0), (1, 1)) if patch_size == 12 else ((2, 1), (2, 1))
-    )
+
+    def convolution(dim_in: int, dim_out: int, stride: int) -> nn.Conv2d:
+        kernel_size = max(3, stride)
+        padding = 0 if stride == kernel_size else 1
+        return nn.Conv2d(dim_in, dim_out, kernel_size, stride, padding)
+
     return nn.Sequential(
-        nn.Conv2d(in_chans, dim // 4, kernel_size=7, stride=4, padding=3),
+        nn.Conv2d(in_chans, dim // 4, kernel_size=7, stride=strides[0], padding=3),
         nn.ReLU(inplace=True),
-        nn.Conv2d(dim // 4, dim // 2, kernel_size=3, stride=stride_2, padding=padding_2),
+        convolution(dim // 4, dim // 2, strides[1]),
         nn.ReLU(inplace=True),
-        nn.Conv2d(dim // 2, dim, kernel_size=3, stride=stride_3, padding=padding_3),
+        convolution(dim // 2, dim, strides[2]),
     )
 
 
@@ -97,16 +108,17 @@ def resize_position_embedding(embedding: Tensor, old_grid: Size, new_grid: Size)
     Computed in float32, or in float64 for a float64 embedding.
 
     Args:
-        embedding: [1, 1 + old height * old width, C], CLS first.
+        embedding: [1, 1 + old height * old width, C], CLS first; or without the CLS.
         old_grid: (height, width) in patches.
         new_grid: (height, width) in patches.
 
     Returns:
-        [1, 1 + new height * new width, C] in the same dtype.
+        [1, 1 + new height * new width, C] in the same dtype; without the CLS if there was none.
     """
     if old_grid == new_grid:
         return embedding
-    cls, patches = embedding[:, :1], embedding[:, 1:]
+    prefix = embedding.shape[1] - old_grid[0] * old_grid[1]
+    cls, patches = embedding[:, :prefix], embedding[:, prefix:]
     dtype = torch.promote_types(embedding.dtype, torch.float32)
     image = patches.unflatten(1, old_grid).permute(0, 3, 1, 2).to(dtype)
     image = F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False, antialias=True)

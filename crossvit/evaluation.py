@@ -67,8 +67,8 @@ def evaluate(
     Args:
         model: A CrossViT, which may be wrapped by torch.compile, DistributedDataParallel or
             ``fully_shard``; or another module that makes logits [B, num_classes] of images.
-        loader: Batches that begin with images [B, C, H, W] and targets, int64 [B], and may go on
-            with a list of the batch's unreadable images. Those with the target -1 do not count.
+        loader: Batches of images [B, C, H, W] and targets, int64 [B], of which -1 does not count;
+            a third item, if any, lists what was unreadable, further ones are not used.
         dtype: Autocast to it (bfloat16 or float16); None for no autocast.
         distributed: If a process group is initialised, sum over its processes, each of which calls
             this with its own share of the images.

@@ -69,7 +69,8 @@ class IntermediateFeatures:
             x: Images as ``forward`` takes them.
             indices: The features, numbered as in ``feature_info``; negative ones count from the
                 end. An int n: the last n. None: all.
-            return_prefix_tokens: Also return each feature's CLS [B, 1, C], in a tuple with it.
+            return_prefix_tokens: Also return each feature's CLS [B, 1, C], in a tuple with it;
+                [B, 0, C] without CLS tokens.
             norm: Apply the branch's last LayerNorm to the features.
             stop_early: Skip the blocks after the last one needed.
             output_fmt: "NCHW": maps [B, C, height, width]; "NLC": patch tokens [B, N, C].
@@ -97,7 +98,7 @@ class IntermediateFeatures:
             ]
         else:
             features = [taken.patches for taken in found]
-        prefixes = [taken.cls for taken in found]
+        prefixes = [taken.prefix_tokens for taken in found]
         result: dict[str, Any] = {"image_intermediates": features}
         if output_dict and return_prefix_tokens:
             result["image_intermediates_prefix"] = prefixes
@@ -149,7 +150,7 @@ class IntermediateFeatures:
             for b, branch in enumerate(branches):
                 if (number := b * num_blocks + k) in numbers:
                     layer = self.norm[b] if norm else nn.Identity()
-                    feature = layer(branch.patches), layer(branch.cls.unsqueeze(1))
+                    feature = layer(branch.patches), layer(branch.prefix_tokens)
                     found[number] = _Feature(b, *feature)
             if k == last:
                 break
@@ -159,7 +160,7 @@ class IntermediateFeatures:
 class _Feature(NamedTuple):
     branch: int
     patches: Tensor  # [B, N, C]
-    cls: Tensor  # [B, 1, C]
+    prefix_tokens: Tensor  # [B, 1, C]
 
 
 def take_indices(num_features: int, indices: Indices) -> list[int]:

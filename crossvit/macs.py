@@ -4,40 +4,89 @@ from __future__ import annotations
 
 from torch import nn
 
+from crossvit.configs import Config
 from crossvit.embed import PatchEmbed
 from crossvit.model import CrossViT
+from crossvit.t2t import TOKEN_DIM, PerformerAttention, TokensToToken
+from crossvit.vit import VisionTransformer
 
 
-def count_macs(model: CrossViT) -> int:
+def count_macs(model: CrossViT | VisionTransformer) -> int:
     """Count the multiply-accumulates of one image in eager mode, including attention's products.
 
     Counted as in the paper: with keys and values in the fusions, without LayerNorm, softmax, GELU
-    and the resizing of the image. The fused path needs fewer.
+    and the resizing of images and tokens. The fused path needs fewer.
     """
+    if isinstance(model, VisionTransformer):
+        c, (height, width) = model.config.dim, model.grid_sizes[0]
+        block = _transformer_block(1 + height * width, c, model.config.mlp_ratio)
+        return _embedding(model.patch_embed) + model.config.depth * block + c * model.num_classes
     config = model.config
-    tokens = [1 + height * width for height, width in model.grid_sizes]
-    macs = sum(_patch_embedding(model, b) for b in (0, 1))
+    tokens = [model.num_prefix_tokens + height * width for height, width in model.grid_sizes]
+    macs = config.num_blocks * _FUSIONS[config.fusion](config, tokens)
     for b, (n, c) in enumerate(zip(tokens, config.dims, strict=True)):
-        hidden = int(c * config.mlp_ratios[b])
-        block = n * (4 * c * c + 2 * c * hidden) + 2 * n * n * c
+        block = _transformer_block(n, c, config.mlp_ratios[b])
         macs += config.num_blocks * config.depths[b] * block
-        macs += config.num_blocks * _fusion(
-            model, b, cls_dim=c, c=config.dims[1 - b], n=tokens[1 - b]
-        )
+        macs += _embedding(model.patch_embed[b])
         macs += c * model.num_classes
     return macs
 
 
-def _fusion(model: CrossViT, b: int, cls_dim: int, c: int, n: int) -> int:
-    """f and g, and L times: q and output for one row, k and v for n, scores and weighted sum."""
-    reread = model.blocks[0].reread_patches
-    rows = [n] + [n if reread else 1] * (model.config.cross_depth - 1)
-    return 2 * cls_dim * c + sum(2 * c * c + 2 * row * c * c + 2 * row * c for row in rows)
+def _transformer_block(n: int, c: int, mlp_ratio: float) -> int:
+    return _self_attention(n, c) + 2 * n * c * int(c * mlp_ratio)
 
 
-def _patch_embedding(model: CrossViT, b: int) -> int:
-    embed: PatchEmbed = model.patch_embed[b]
+def _self_attention(n: int, c: int) -> int:
+    """Projections, scores and weighted sum of n tokens."""
+    return 4 * n * c * c + 2 * n * n * c
+
+
+def _no_fusion(config: Config, tokens: list[int]) -> int:
+    return 0
+
+
+def _all_attention(config: Config, tokens: list[int]) -> int:
+    """f and g of all tokens of both branches, and their attention at the width of L."""
+    c = config.dims[1]
+    lifts = sum(2 * n * dim * c for n, dim in zip(tokens, config.dims, strict=True))
+    return lifts + _self_attention(sum(tokens), c)
+
+
+def _class_token(config: Config, tokens: list[int]) -> int:
+    """f and g of the S branch, for its CLS."""
+    return 2 * config.dims[0] * config.dims[1]
+
+
+def _pairwise(config: Config, tokens: list[int]) -> int:
+    """f and g of the S branch, for all of its tokens."""
+    return 2 * tokens[0] * config.dims[0] * config.dims[1]
+
+
+def _cross_attention(config: Config, tokens: list[int]) -> int:
+    """f and g, and L times: q and output for one row, k and v for all, scores and weighted sum."""
+    macs = 0
+    for b in (0, 1):
+        # The query's row and the other branch's patches.
+        n, c = tokens[1 - b] + (0 if config.cls_token else 1), config.dims[1 - b]
+        rows = [n] + [n if config.reread_patches else 1] * (config.cross_depth - 1)
+        macs += 2 * config.dims[b] * c * config.projections
+        macs += sum(2 * c * c + 2 * row * c * c + 2 * row * c for row in rows)
+    return macs
+
+
+_FUSIONS = {
+    "none": _no_fusion,
+    "all": _all_attention,
+    "class": _class_token,
+    "pairwise": _pairwise,
+    "cross": _cross_attention,
+}
+
+
+def _embedding(embed: PatchEmbed | TokensToToken) -> int:
     height, width = embed.img_size
+    if isinstance(embed, TokensToToken):
+        return _tokens_to_token(embed)
     macs = 0
     for layer in embed.proj.modules():
         if isinstance(layer, nn.Conv2d):
@@ -46,3 +95,18 @@ def _patch_embedding(model: CrossViT, b: int) -> int:
             height, width = (height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1
             macs += height * width * layer.out_channels * layer.in_channels * kh * kw
     return macs
+
+
+def _tokens_to_token(embed: TokensToToken) -> int:
+    (height, width), macs, d = embed.img_size, 0, TOKEN_DIM
+    layers = (embed.attention1, embed.attention2)
+    for split, layer in zip(embed.soft_splits, layers, strict=False):
+        height, width = height // split.stride, width // split.stride
+        n = height * width
+        macs += n * (layer.attn.qkv.weight.numel() + 3 * d * d)  # and the output, the MLP
+        if isinstance(layer.attn, PerformerAttention):
+            m = len(layer.attn.features)
+            macs += 4 * n * d * m + n * m  # features, both products, their norm
+        else:
+            macs += 2 * n * n * d
+    return macs + embed.grid_size[0] * embed.grid_size[1] * embed.project.weight.numel()

@@ -7,7 +7,9 @@ from typing import Any
 from crossvit import checkpoint_files
 from crossvit.checkpoints import load_checkpoint
 from crossvit.configs import canonical_name, list_models
+from crossvit.create import make_model
 from crossvit.model import CrossViT
+from crossvit.vit import VisionTransformer
 
 _RELEASE = "https://github.com/IBM/CrossViT/releases/download/weights-0.1"
 #: Name -> file of the authors' release, which is named after the image of the L branch.
@@ -19,13 +21,20 @@ _RELEASED = {
     **{f"crossvit_{n}_dagger_240": f"crossvit_{n}_dagger_224.pth" for n in (9, 15, 18)},
     **{f"crossvit_{n}_dagger_408": f"crossvit_{n}_dagger_384.pth" for n in (15, 18)},
 }
+#: Name -> file of DeiT's release.
+_DEIT_RELEASE = "https://dl.fbaipublicfiles.com/deit"
+_RELEASED_DEIT = {
+    "deit_tiny_patch16_224": "deit_tiny_patch16_224-a1311bcf.pth",
+    "deit_small_patch16_224": "deit_small_patch16_224-cd65a155.pth",
+    "deit_base_patch16_224": "deit_base_patch16_224-b5f2ef4d.pth",
+}
 _SOURCES = ("timm", "official")
 
 
 def create_model(
     name: str, use_fused: bool = False, *, pretrained: bool | str = False, **options: Any
-) -> CrossViT:
-    """Make a named model, with the arguments of ``CrossViT``.
+) -> CrossViT | VisionTransformer:
+    """Make a named model, with the arguments of ``CrossViT``; DeiT's are ``VisionTransformer``.
 
     Args:
         name: A name from ``list_models``, or what stands for one: without a size
@@ -36,7 +45,7 @@ def create_model(
             "official" from the authors' release. They are downloaded once and cached. Another
             ``img_size`` resizes the position embeddings; another ``num_classes`` keeps its new
             heads.
-        **options: Arguments of ``CrossViT``, e.g. ``num_classes=10``.
+        **options: Arguments of the model's class, e.g. ``num_classes=10``.
 
     Raises:
         ValueError: The name is unknown, sizes do not fit each other, or there are no such weights.
@@ -44,13 +53,13 @@ def create_model(
         ImportError: The weights need a package that is not installed.
     """
     if pretrained is False:
-        return CrossViT(name, use_fused=use_fused, **options)
+        return make_model(name, use_fused=use_fused, **options)
     source = released_weights(name, pretrained)
     if (channels := options.get("in_chans", 3)) != 3:
         raise ValueError(f"in_chans: the pretrained weights are for 3, found {channels}")
     # First, as it may fail, and making a model takes seconds.
     path = checkpoint_files.locate(source)
-    model = CrossViT(name, use_fused=use_fused, **options)
+    model = make_model(name, use_fused=use_fused, **options)
     return load_checkpoint(model, path, replace_head=model.num_classes != 1000)
 
 
@@ -71,6 +80,9 @@ def released_weights(name: str, pretrained: bool | str = True) -> str:
         advice = "; load_model(source, name=...) takes files, URLs and hub ids"
         raise ValueError(f"pretrained: expected {expected}, found {pretrained!r}{advice}")
     name = canonical_name(name)
+    if name in _RELEASED_DEIT:
+        official = f"{_DEIT_RELEASE}/{_RELEASED_DEIT[name]}"
+        return official if pretrained == "official" else f"timm/{name}.fb_in1k"
     if name not in _RELEASED:
         raise ValueError(f"no weights of {name!r} were released{_advice(name)}")
     return f"{_RELEASE}/{_RELEASED[name]}" if pretrained == "official" else f"timm/{name}.in1k"

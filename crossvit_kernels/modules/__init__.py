@@ -20,7 +20,7 @@ have in common:
 - Under torch.func's transforms, torch.jit.trace and the ONNX exporters layers are called as well.
 """
 
-from crossvit_kernels.modules.blocks import TransformerBlock
+from crossvit_kernels.modules.blocks import SelfAttentionBlock, TransformerBlock
 from crossvit_kernels.modules.fusion import CrossAttentionFusion
 from crossvit_kernels.modules.layers import CrossAttentionBlock, drop_path_scale
 from crossvit_kernels.modules.pooling import (
@@ -37,6 +37,7 @@ __all__ = [
     "CrossAttentionBlock",
     "CrossAttentionFusion",
     "MAPHead",
+    "SelfAttentionBlock",
     "TransformerBlock",
     "drop_path_scale",
 ]

@@ -86,11 +86,11 @@ def fuse_layer_by_layer(
 def attend_to_patches(
     y: Tensor, patches: Tensor, block: CrossAttentionBlock, backend: str | None
 ) -> Tensor:
-    """Return ``y + CA(LN([y || patches]))``, in one operation if the block's layers are plain.
+    """Return ``y + CA(LN([y || patches]))``, by ``attention_pool`` if the block's layers are plain.
 
     Args:
         y: [B, 1, C].
-        patches: [B, N, C].
+        patches: [B, N, C]; with N = 0 the layers are called, on one row per image.
         block: The block that computes it.
         backend: Name of a backend, or None.
 
@@ -98,7 +98,8 @@ def attend_to_patches(
         [B, 1, C].
     """
     layers, reason = plain_layers.find({"fusion": block}, _CROSS_ATTENTION_LAYERS)
-    if calls_layers(block, backend, reason):
+    # A row alone attends to itself with weight 1: the layers' gradients of q and k are exactly 0.
+    if calls_layers(block, backend, reason) or patches.shape[1] == 0:
         return block(torch.cat([y, patches], dim=1))
     _, norm, attn, *projections = layers
     affine = (norm.weight, norm.bias)

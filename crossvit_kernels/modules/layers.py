@@ -7,6 +7,7 @@ They run if ``backend`` is "reference", and if kernels may not read the paramete
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,21 @@ def attention_weights(q: Tensor, k: Tensor, num_heads: int, scale: float) -> Ten
     """Return the weights of ``attend``, [B, h, Q, N], without dropout and mask."""
     q, k = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k))
     return (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)
+
+
+def self_attention_weights(block: Any, x: Tensor) -> Tensor:
+    """Return the weights of a block's self-attention, without dropout.
+
+    Args:
+        block: Has timm's ``norm1`` and ``attn``.
+        x: Tokens [B, N, C].
+
+    Returns:
+        [B, h, N, N].
+    """
+    attn = block.attn
+    q, k, _ = attn.qkv(block.norm1(x)).chunk(3, dim=-1)
+    return attention_weights(q, k, attn.num_heads, attn.scale)
 
 
 def drop_path_scale(batch: int, drop_path: float, training: bool, like: Tensor) -> Tensor | None:

@@ -2,78 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from accuracy import assert_within_rule
-from torch import Tensor
+from model_cases import compare, randomised
 
-from crossvit import CrossViT, create_model, list_models
+from crossvit import create_model, list_models
+from crossvit.configs import named_config
 from crossvit_kernels.ops.common import configs
 
 WIDTHS = ["tiny", "small", "base", "9", "15", "18", "9_dagger", "15_dagger", "18_dagger"]
-
-
-def randomised(model: CrossViT) -> CrossViT:
-    """Move biases and norms away from 0 and 1, so that a missing term shows."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p) if p.dim() == 1 else 0)
-    return model
-
-
-def run(
-    model: CrossViT,
-    x: Tensor,
-    dtype: torch.dtype,
-    fused: bool,
-    autocast: bool,
-    **choice: str | None,
-) -> dict[str, Tensor]:
-    """Return logits and gradients by name; every run draws the same drop path."""
-    model = copy.deepcopy(model).to(x.device, dtype).set_fused(fused, **choice)
-    torch.manual_seed(7)
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
-        logits = model(x.to(dtype))
-    upstream = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64, device=x.device)
-    upstream = upstream.view_as(logits)
-    gradients = torch.autograd.grad(logits, list(model.parameters()), upstream.to(logits.dtype))
-    names = [name for name, _ in model.named_parameters()]
-    return {"logits": logits.detach(), **dict(zip(names, gradients, strict=True))}
-
-
-def without_zeros(name: str, gradient: Tensor) -> Tensor | None:
-    """The entries of a gradient that are not exactly zero: softmax cancels key biases."""
-    if name.endswith("wk.bias"):
-        return None
-    if name.endswith("qkv.bias"):
-        q, _, v = gradient.chunk(3)
-        return torch.cat([q, v])
-    return gradient
-
-
-def compare(
-    model: CrossViT,
-    size: int,
-    batch: int = 2,
-    autocast: bool = False,
-    device: str = "cpu",
-    **choice: str | None,
-) -> None:
-    """Compare with eager; choice: backend and keep of the fused run."""
-    x = torch.randn(batch, 3, size, size).to(device)
-    dtype = torch.bfloat16 if autocast else torch.float32
-    exact = run(model, x, torch.float64, fused=False, autocast=False)
-    eager = run(model, x, torch.float32, fused=False, autocast=autocast)
-    fused = run(model, x, torch.float32, fused=True, autocast=autocast, **choice)
-    for name in exact:
-        kept = [without_zeros(name, result[name]) for result in (fused, eager, exact)]
-        if kept[0] is not None:
-            assert_within_rule(*kept, name, dtype)
-        else:
-            scale = exact[name.replace("wk", "wq")].abs().max().item()
-            assert fused[name].abs().max().item() <= torch.finfo(dtype).eps * scale
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
@@ -136,4 +73,11 @@ def test_compiles_without_graph_breaks() -> None:
 
 
 def test_names_cover_every_width() -> None:
-    assert {f"crossvit_{name}_240" for name in WIDTHS} == set(list_models("*_240"))
+    def widths(name: str) -> tuple[tuple[int, int], str]:
+        config = named_config(name)
+        return config.dims, config.embed
+
+    others = ("crossvit_small_width384_240", "crossvit_18_t2t_240", "crossvit_18_t2t_performer_240")
+    assert {widths(f"crossvit_{name}") for name in WIDTHS} == {
+        widths(name) for name in list_models("*_240") if name not in others
+    }

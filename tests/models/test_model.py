@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from crossvit import Config, CrossViT, attention_maps, count_macs, create_model, list_models
+from crossvit import (
+    Config,
+    CrossViT,
+    VisionTransformer,
+    attention_maps,
+    count_macs,
+    create_model,
+    list_models,
+)
 from crossvit.configs import branch_sizes, named_config
 from crossvit.embed import resize_position_embedding
 
@@ -25,6 +31,18 @@ PAPER = {
     "crossvit_15_dagger_408": (28_500_080, 21.399),
     "crossvit_18_dagger_408": (44_606_560, 32.409),
     "crossvit_18_dagger_504": (44_887_904, 56.602),
+    # Table 6, and section 4.3 without CLS
+    "crossvit_small_none": (23_738_960, 5.350),
+    "crossvit_small_class": (24_186_512, 5.350),
+    "crossvit_small_pairwise": (24_186_512, 5.527),
+    "crossvit_small_all": (26_854_544, 7.583),
+    "crossvit_small_nocls": (26_855_120, 5.588),
+    "crossvit_18_t2t": (43_548_604, 12.462),
+    "crossvit_18_t2t_performer": (43_549_372, 9.511),
+    # Table 2
+    "deit_tiny_patch16": (5_717_416, 1.254),
+    "deit_small_patch16": (22_050_664, 4.599),
+    "deit_base_patch16": (86_567_656, 17.564),
 }
 
 TINY = Config(
@@ -37,28 +55,49 @@ def tiny() -> CrossViT:
     return CrossViT(TINY, use_fused=True, num_classes=7).eval()
 
 
+# Name: parameters in M without pos_embed, multiply-accumulates in G.
+ABLATIONS = {
+    "crossvit_small_patch8": (26.658, 6.731),
+    "crossvit_small_width384": (31.404, 7.697),
+    "crossvit_small_n2": (28.038, 6.333),
+    "crossvit_small_l2": (28.926, 5.618),
+    "crossvit_small_l2_reread": (28.926, 5.881),
+    "crossvit_small_k6m2": (31.156, 6.599),
+}
+
+
+def create_model_on_meta(name):
+    with torch.device("meta"):
+        return create_model(name)
+
+
+def num_parameters(model, but=()):
+    return sum(p.numel() for name, p in model.named_parameters() if name not in but)
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_parameters_and_macs_are_the_papers(name):
-    with torch.device("meta"):
-        model = create_model(name)
+    model = create_model_on_meta(name)
     parameters, giga = PAPER[name]
-    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert num_parameters(model) == parameters
     assert round(count_macs(model) / 1e9, 3) == giga
 
 
-def test_ablations_have_the_papers_macs():
-    def giga(**changes):
-        with torch.device("meta"):
-            return round(count_macs(CrossViT("crossvit_small", **changes)) / 1e9, 3)
-
-    assert giga(patch_sizes=(8, 16), img_size=((224, 224), (224, 224))) == 6.731
-    assert giga(depths=(2, 4)) == 6.333
-    assert giga(cross_depth=2) == 5.618
-    assert giga(num_blocks=6, depths=(1, 2)) == 6.599
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_have_the_papers_parameters_and_macs(name):
+    model = create_model_on_meta(name)
+    without_positions = num_parameters(model, but=model.position_embeddings)
+    assert (round(without_positions / 1e6, 3), round(count_macs(model) / 1e9, 3)) == ABLATIONS[name]
 
 
 def test_names():
-    assert len(list_models()) == 27
+    assert list_models("crossvit_small*_240") == [
+        f"crossvit_{name}_240"
+        for name in (
+            "small", "small_none", "small_class", "small_pairwise", "small_all", "small_width384",
+            "small_n2", "small_l2", "small_l2_reread", "small_k6m2", "small_nocls",
+        )
+    ]  # fmt: skip
     assert list_models("*_9_*_240") == ["crossvit_9_dagger_240"]
     assert CrossViT(use_fused=True).config == named_config("crossvit_15")
     with pytest.raises(ValueError, match=r"crossvit_16.* did you mean crossvit_1[58]"):
@@ -218,9 +257,12 @@ def test_attention_maps_are_those_of_the_forward_pass():
     torch.testing.assert_close(block.fuse(0, small.cls, large.patches), expected)
 
 
-def test_stem_is_refused_early_where_it_cannot_work():
-    with pytest.raises(ValueError, match="12 or 16"):
-        CrossViT(dataclasses.replace(TINY, conv_stem=True, patch_sizes=(8, 16)))
+def test_names_of_other_architectures():
+    assert isinstance(create_model("deit_tiny_patch16_224", img_size=32), VisionTransformer)
+    with pytest.raises(ValueError, match=r"deit_tiny_patch16_224.*create_model"):
+        CrossViT("deit_tiny_patch16_224")
+    with pytest.raises(ValueError, match=r"crossvit_9.*create_model"):
+        VisionTransformer("crossvit_9")
 
 
 def test_set_fused(tiny):

@@ -46,6 +46,10 @@ TINY = Config(**SIZES)
         ("timm/crossvit_9_dagger_240.in1k", "crossvit_9_dagger_240"),
         ("hf_hub:timm/crossvit_9_240.in1k", "crossvit_9_240"),
         ("hf-hub:timm/crossvit_tiny_240", "crossvit_tiny_240"),
+        ("crossvit_small_class_224", "crossvit_small_class_240"),
+        ("crossvit_small_patch8", "crossvit_small_patch8_224"),
+        ("timm/deit_tiny_patch16_224.fb_in1k", "deit_tiny_patch16_224"),
+        ("deit_base_patch16", "deit_base_patch16_224"),
     ],
 )
 def test_aliases(alias, name):
@@ -99,9 +103,12 @@ def test_released_weights_are_those_of_timm():
     from timm.models import get_pretrained_cfg, list_pretrained
 
     theirs = set()
-    for name in list_pretrained("crossvit*"):
+    deit = [f"{name}.fb_in1k" for name in list_models("deit*")]
+    for name in (*list_pretrained("crossvit*"), *deit):
         theirs.add(get_pretrained_cfg(name).hf_hub_id)
         assert released_weights(name) == get_pretrained_cfg(name).hf_hub_id
+    for name in deit:
+        assert official_url(name) == get_pretrained_cfg(name).url
     ours = set()
     for name in list_models():
         with contextlib.suppress(ValueError):
@@ -203,3 +210,16 @@ def test_class_names(tmp_path):
         save_file({"x": torch.ones(1)}, path, {"class_names": text})
         with pytest.raises(ValueError, match="the names of its classes are damaged"):
             read_class_names(path)
+
+
+def test_equal_models_make_equal_files(tmp_path):
+    model = CrossViT(TINY, num_classes=2)
+    path = tmp_path / "a.safetensors"
+    contents = set()
+    for _ in range(8):
+        save_checkpoint(model, path, class_names=["é", "b"])
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    assert int.from_bytes(contents.pop()[:8], "little") % 8 == 0
+    assert read_class_names(path) == ["é", "b"]
+    assert torch.equal(load_model(path).head[0].weight, model.head[0].weight)

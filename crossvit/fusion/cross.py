@@ -1,8 +1,4 @@
-"""Cross-attention fusion and the multi-scale block (the paper's section 3.3, Figures 2 and 4).
-
-A branch is its tokens x [B, 1 + N, C] and, after a fusion, a new CLS that stands in for row 0 of x,
-which saves a copy of x.
-"""
+"""Cross-attention fusion (Eq. 5-7, Figure 4)."""
 
 from __future__ import annotations
 
@@ -13,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import crossvit_kernels as ck
+from crossvit.backbone import EPS
 from crossvit.configs import Config
+from crossvit.fusion.block import MultiScaleBlock
+from crossvit.fusion.branch import Branch
 from crossvit_kernels.graphs import side_by_side
-from crossvit_kernels.modules import CrossAttentionBlock, TransformerBlock, plain_layers
+from crossvit_kernels.modules import CrossAttentionBlock, plain_layers
 from crossvit_kernels.modules.base import calls_layers
 from crossvit_kernels.modules.fusion import (
     FusionLayers,
@@ -25,51 +24,17 @@ from crossvit_kernels.modules.fusion import (
 )
 from crossvit_kernels.modules.layers import attention_weights, lift
 
-EPS = 1e-6  # of every LayerNorm
 
-_FIRST_BLOCK = plain_layers.layers({"0": TransformerBlock})
+class CrossFusionBlock(MultiScaleBlock):
+    """A multi-scale block with cross-attention fusion: each CLS reads the other branch's patches.
 
-
-class Branch(NamedTuple):
-    """The tokens of a branch; ``new_cls``, if any, stands in for row 0."""
-
-    x: Tensor  # [B, 1 + N, C]
-    new_cls: Tensor | None = None  # [B, C]
-
-    @property
-    def cls(self) -> Tensor:
-        """[B, C]."""
-        return self.x[:, 0] if self.new_cls is None else self.new_cls
-
-    @property
-    def patches(self) -> Tensor:
-        """[B, N, C], a view."""
-        return self.x[:, 1:]
-
-    def tokens(self) -> Tensor:
-        """[B, 1 + N, C] in one tensor; a copy if there is a new CLS."""
-        if self.new_cls is None:
-            return self.x
-        return torch.cat([self.new_cls.unsqueeze(1), self.patches], dim=1)
-
-
-class MultiScaleBlock(nn.Module):
-    """One multi-scale transformer encoder: both branches' blocks, then both fusions (Figure 2).
-
-    Args:
-        config: The architecture.
-        drop_paths: A rate for each transformer block of the deeper branch, and L more if L > 1;
-            fusions use the last.
-        qkv_bias: Whether query, key and value projections have biases.
-        attn_drop: Attention dropout.
-        reread_patches: With L > 1, whether every cross-attention block reads the patches. In the
-            released code the later blocks see only the CLS.
+    Without CLS tokens the query is the mean of the branch's own patches, and the result is added to
+    each of them (``Branch``). One fused operation computes a fusion if there are f and g and L = 1;
+    otherwise each cross-attention is an ``attention_pool``, which all backends have, and f and g
+    are PyTorch's layers on one row per image. The arguments are those of ``MultiScaleBlock``.
     """
 
-    blocks: Any  # ModuleLists like the next three, indexed by branch
-    projs: Any  # f
-    fusion: Any
-    revert_projs: Any  # g
+    fusion: Any  # a ModuleList, indexed by branch
 
     def __init__(
         self,
@@ -77,37 +42,25 @@ class MultiScaleBlock(nn.Module):
         drop_paths: list[float],
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
-        reread_patches: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(config, drop_paths, qkv_bias, attn_drop)
         self.num_heads = config.num_heads
-        self.cross_depth, self.reread_patches = config.cross_depth, reread_patches
-        self.backend: str | None = None
+        self.cross_depth, self.reread_patches = config.cross_depth, config.reread_patches
         dims = config.dims
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                TransformerBlock(
-                    dims[b],
-                    config.num_heads[b],
-                    mlp_ratio=config.mlp_ratios[b],
-                    qkv_bias=qkv_bias,
-                    eps=EPS,
-                    attn_drop=attn_drop,
-                    drop_path=drop_paths[i],
-                )
-                for i in range(config.depths[b])
-            )
-            for b in (0, 1)
-        )
+
+        def project(dim_in: int, dim_out: int) -> nn.Module:
+            return lift(dim_in, dim_out, EPS) if config.projections else nn.Identity()
+
         # Fusion b updates branch b's CLS and runs at the width of the other branch.
-        self.projs = nn.ModuleList(lift(dims[b], dims[1 - b], EPS) for b in (0, 1))
+        self.projs = nn.ModuleList(project(dims[b], dims[1 - b]) for b in (0, 1))
         self.fusion = nn.ModuleList(
             self._cross_attention(
                 dims[1 - b], self.num_heads[1 - b], qkv_bias, attn_drop, drop_paths[-1]
             )
             for b in (0, 1)
         )
-        self.revert_projs = nn.ModuleList(lift(dims[1 - b], dims[b], EPS) for b in (0, 1))
+        self.revert_projs = nn.ModuleList(project(dims[1 - b], dims[b]) for b in (0, 1))
+        self.one_operation = config.projections and config.cross_depth == 1
 
     def _cross_attention(self, dim: int, num_heads: int, qkv_bias: bool, *rates: float) -> Any:
         blocks = [
@@ -143,12 +96,7 @@ class MultiScaleBlock(nn.Module):
             return list(self.fusion)
         return [block for blocks in self.fusion for block in blocks]
 
-    def forward(self, small: Branch, large: Branch) -> tuple[Branch, Branch]:
-        """Return the branches after one multi-scale block, each with a new CLS."""
-        small, large = side_by_side(
-            lambda: self.encode(0, small), lambda: self.encode(1, large), like=small.x
-        )
-        # Both fusions read the branches from before fusion.
+    def fuse_branches(self, small: Branch, large: Branch) -> tuple[Branch, Branch]:
         inputs = (small.cls, large.patches), (large.cls, small.patches)
         first, second = (self._fused_inputs(b, *inputs[b]) for b in (0, 1))
         if first is not None and second is not None and first.options == second.options:
@@ -161,19 +109,7 @@ class MultiScaleBlock(nn.Module):
                 lambda: self._fuse(1, *inputs[1], second),
                 like=small.x,
             )
-        return Branch(small.x, new[0]), Branch(large.x, new[1])
-
-    def encode(self, b: int, branch: Branch) -> Branch:
-        """Apply the transformer blocks of branch b (Eq. 1)."""
-        x, new_cls = branch
-        if new_cls is not None:
-            # Hooks, and modules that replace the block, get plain tokens.
-            _, reason = plain_layers.find(self.blocks[b]._modules, _FIRST_BLOCK)
-            if reason is not None:
-                x, new_cls = branch.tokens(), None
-        for block in self.blocks[b]:
-            x, new_cls = block(x) if new_cls is None else block(x, new_cls), None
-        return Branch(x, new_cls)
+        return small.with_cls(new[0]), large.with_cls(new[1])
 
     def fuse(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
         """Compute branch b's new CLS from its CLS [B, C] and the other's patches (Eq. 5-7)."""
@@ -183,8 +119,8 @@ class MultiScaleBlock(nn.Module):
         if fused is not None:
             options = {**fused.inputs._asdict(), **fused.options}
             return ck.cross_attention_fusion(**options, backend=self.backend)
-        if self.cross_depth > 1:
-            return self._fuse_repeatedly(b, cls, patches)
+        if not self.one_operation:
+            return self._fuse_in_steps(b, cls, patches)
         return fuse_layer_by_layer(cls, patches, *self._parts(b).values())
 
     def _parts(self, b: int) -> dict[str, nn.Module]:
@@ -196,7 +132,7 @@ class MultiScaleBlock(nn.Module):
 
     def _fused_inputs(self, b: int, cls: Tensor, patches: Tensor) -> _FusedCall | None:
         """The inputs of the fused operation for branch b; None if layers must be called."""
-        if self.cross_depth > 1:
+        if not self.one_operation:
             return None
         modules = self._parts(b)
         layers = FusionLayers.find(modules, read=self.backend != "reference")
@@ -210,10 +146,12 @@ class MultiScaleBlock(nn.Module):
             {"eps": layers.eps, "dropout_p": layers.dropout_p},
         )
 
-    def _fuse_repeatedly(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
-        """L > 1: several cross-attentions between one f and one g."""
+    def _fuse_in_steps(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
+        """f, each cross-attention, g."""
         y, blocks = self.projs[b](cls).unsqueeze(1), self.fusion[b]
-        if not self.reread_patches and plain_layers.why_not_plain(
+        if self.cross_depth == 1:
+            blocks = (blocks,)
+        elif not self.reread_patches and plain_layers.why_not_plain(
             blocks, nn.Sequential, self.cross_depth
         ):
             y, blocks = blocks(torch.cat([y, patches], dim=1)), ()
@@ -226,8 +164,14 @@ class MultiScaleBlock(nn.Module):
         """The patches that cross-attention block ``index`` reads."""
         return patches if index == 0 or self.reread_patches else patches[:, :0]
 
-    def cross_attention_weights(self, b: int, cls: Tensor, patches: Tensor) -> list[Tensor]:
-        """Attention weights of branch b's CLS [B, C] in each cross-attention, [B, h, 1 + N]."""
+    def fusion_attention(self, small: Branch, large: Branch) -> tuple[list[Tensor], list[Tensor]]:
+        """Attention weights of each branch's query in each cross-attention, [B, h, 1 + N]."""
+        return (
+            self._cross_attention_weights(0, small.cls, large.patches),
+            self._cross_attention_weights(1, large.cls, small.patches),
+        )
+
+    def _cross_attention_weights(self, b: int, cls: Tensor, patches: Tensor) -> list[Tensor]:
         y = self.projs[b](cls).unsqueeze(1)
         blocks = [self.fusion[b]] if self.cross_depth == 1 else list(self.fusion[b])
         maps = []

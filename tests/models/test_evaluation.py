@@ -92,7 +92,7 @@ def test_images_that_do_not_count(data):
     padded = torch.cat([images, torch.full((2, 3, 48, 48), math.nan)])
     targets = torch.cat([targets, torch.tensor([-1, -1])])
     loader = [
-        (*batch, ["a.png: truncated"] * (n == 0))
+        (*batch, ["a.png: truncated"] * (n == 0), torch.arange(4))
         for n, batch in enumerate(batches(padded, targets, 4))
     ]
     found = evaluate(tiny(), loader)
