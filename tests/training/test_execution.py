@@ -39,13 +39,26 @@ def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
         ("--keep lean --grad-checkpointing", 1e-6),
         ("--channels-last", 1e-5),
         ("--amp bf16", 2e-2),
-        pytest.param("--compile", 1e-5, marks=pytest.mark.slow),
     ],
 )
 def test_options(
     data: Path, tmp_path: Path, plain: list[float], more: str, tolerance: float
 ) -> None:
     assert losses(data, tmp_path / "run", more) == pytest.approx(plain, rel=tolerance)
+
+
+@pytest.mark.slow
+def test_compile(data: Path, tmp_path: Path, plain: list[float], monkeypatch) -> None:
+    """The model is traced whole; tests/test_compile.py tests what the traces compile to."""
+    compiled, original = [], torch.nn.Module.compile
+
+    def trace_only(self: torch.nn.Module) -> None:
+        compiled.append(self)
+        original(self, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace_only)
+    assert losses(data, tmp_path / "run", "--compile") == pytest.approx(plain, rel=1e-5)
+    assert len(compiled) == 1
 
 
 def test_sharding_in_one_process(data: Path, tmp_path: Path, plain: list[float]) -> None:
@@ -76,6 +89,23 @@ def test_finetuning_at_another_size(data: Path, tmp_path: Path) -> None:
     tuned = load_model(output / "last.safetensors")
     assert tuned.num_classes == 3 and tuned.grid_sizes == [(2, 2), (2, 2)]
     torch.testing.assert_close(tuned.patch_embed[0].proj.weight, model.patch_embed[0].proj.weight)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "deit_tiny_patch16_224 --model-args dim=16 num_heads=2 depth=2 img_size=32",
+        f"crossvit_small_nocls_240 {runs.TINY}",
+        f"crossvit_small_all_240 {runs.TINY} --fsdp",
+    ],
+)
+def test_other_models(data: Path, tmp_path: Path, model: str) -> None:
+    """DeiT, and variants of the paper, are trained like CrossViT."""
+    output = tmp_path / "run"
+    command = runs.arguments(data, output, runs.TWO_STEPS, "--workers 0 --model", model)
+    assert runs.run(command) == [0], runs.printed(output)
+    assert len(read_table(output / "steps.csv")) == 2
+    load_model(output / "last.safetensors")
 
 
 def test_plots(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def test_only_18_repeats_images() -> None:
 
 
 def test_weight_decay_spares_biases_norms_positions_and_cls() -> None:
-    model = tiny(conv_stem=True)
+    model = tiny(embed="conv")
     optimizer = build.make_optimizer(model, IMAGENET, new_head=False)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {
