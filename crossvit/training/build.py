@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossvit import create
+from crossvit.backbone import Backbone
 from crossvit.checkpoints import load_checkpoint
-from crossvit.model import CrossViT
+from crossvit.configs import Config
 from crossvit.pretrained import released_weights
 from crossvit.training.randomness import derive, seed_all
 from crossvit.training.recipes import Recipe
@@ -36,7 +38,7 @@ def make_model(
     changes: dict[str, Any],
     checkpoint: str | None = None,
     replace_head: bool = False,
-) -> CrossViT:
+) -> Backbone:
     """Make a model on the CPU, initialised from the seed or from a checkpoint.
 
     Args:
@@ -45,7 +47,7 @@ def make_model(
         num_classes: Of both heads.
         in_chans: Channels of the images.
         seed: Of the run.
-        changes: Further arguments of ``CrossViT``, such as ``img_size``.
+        changes: Further arguments of the model's class, such as ``img_size``.
         checkpoint: Anything that ``load_checkpoint`` takes, ``official`` or ``timm``.
         replace_head: Keep new heads, for other classes than the checkpoint's.
 
@@ -54,7 +56,7 @@ def make_model(
         TypeError: There is no such argument.
     """
     seed_all(seed)
-    model = CrossViT(
+    model = create.make_model(
         name,
         num_classes=num_classes,
         in_chans=in_chans,
@@ -98,7 +100,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
     return sum(frozen)
 
 
-def make_optimizer(model: CrossViT, recipe: Recipe, new_head: bool) -> torch.optim.Optimizer:
+def make_optimizer(model: Backbone, recipe: Recipe, new_head: bool) -> torch.optim.Optimizer:
     """Make timm's optimizer, without decay of biases, norms, position embeddings and CLS tokens.
 
     Raises:
@@ -170,11 +172,12 @@ def make_ema(model: nn.Module, recipe: Recipe, foreach: bool) -> Any:
     return ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=recipe.ema_warmup, foreach=foreach)
 
 
-def repeats(recipe: Recipe, model: CrossViT) -> int:
+def repeats(recipe: Recipe, model: Backbone) -> int:
     """Draws of an image per epoch: the paper repeats images for CrossViT-18 only."""
     if recipe.repeats:
         return recipe.repeats
-    return 3 if model.config.dims == (224, 448) and model.config.depths == (1, 6) else 1
+    config = model.config
+    return 3 if isinstance(config, Config) and config.dims == (224, 448) else 1
 
 
 def channel_statistics(recipe: Recipe, in_chans: int) -> tuple[Tensor, Tensor]:

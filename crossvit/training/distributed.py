@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from crossvit.backbone import Backbone
 from crossvit.fusion import MultiScaleBlock
-from crossvit.model import CrossViT
 from crossvit_kernels.modules import TransformerBlock
 
 
@@ -80,18 +80,18 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
-def shard(model: CrossViT, processes: Processes) -> None:
+def shard(model: Backbone, processes: Processes) -> None:
     """Spread a model's parameters, gradients and optimizer state over the processes (FSDP2)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for module in reversed(list(model.modules())):
-        if isinstance(module, (TransformerBlock, MultiScaleBlock, CrossViT)):
+        if isinstance(module, (TransformerBlock, MultiScaleBlock, Backbone)):
             fully_shard(module, mesh=mesh)
 
 
-def replicate(model: CrossViT, processes: Processes) -> nn.Module:
+def replicate(model: Backbone, processes: Processes) -> nn.Module:
     """Let several processes average their gradients (DDP); one process gets the model itself."""
     if processes.world_size == 1:
         return model

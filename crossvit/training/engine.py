@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossvit.model import CrossViT
+from crossvit.backbone import Backbone
 from crossvit.training.build import Augmentation, Schedule
 from crossvit.training.data import Batch, Loader
 from crossvit.training.distributed import Processes, accumulating, whole
@@ -62,7 +62,7 @@ class Engine:
         channels_last: Memory format of images.
     """
 
-    model: CrossViT
+    model: Backbone
     parallel: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule

@@ -64,12 +64,13 @@ def _plot_accuracy(axes: Any, epochs: list[int], rows: Any, style: str, name: st
 
 def _plot_differences(axes: Any, runs: Sequence[Path]) -> None:
     """Relative difference of the losses to the first run's, at each step that both recorded."""
-    first = _losses(runs[0])
+    first, scale = _losses(runs[0]), "linear"
     for run in runs[1:]:
         steps = sorted(set(first) & set(losses := _losses(run)))
-        values = [abs(losses[step] - first[step]) / first[step] for step in steps]
+        values = [abs(losses[step] - first[step]) / first[step] or math.nan for step in steps]
+        scale = "log" if any(value > 0 for value in values) else scale
         axes.plot(steps, values, linewidth=0.7, label=f"{run.name} to {runs[0].name}")
-    axes.set(title="relative difference of the loss", xlabel="step", yscale="log")
+    axes.set(title="relative difference of the loss", xlabel="step", yscale=scale)
 
 
 def _losses(run: Path) -> dict[int, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crossvit.model import CrossViT
+from crossvit.backbone import Backbone
 from crossvit.training import build
 from crossvit.training.data import (
     Images,
@@ -198,7 +198,7 @@ def prepare(options: argparse.Namespace, recipe: Recipe, processes: Processes) -
         "classes": train.class_names or [],
     }
     frozen = build.freeze(model, options.freeze)
-    size = model.patch_embed[0].img_size
+    size = _image_size(model)
     loader, steps = _training_loader(
         options, recipe, processes, train, model, size, (batch_size, accumulation)
     )
@@ -217,12 +217,20 @@ def prepare(options: argparse.Namespace, recipe: Recipe, processes: Processes) -
     return Setup(engine, loader, val_loader, steps, identity, names, notes)
 
 
+def _image_size(model: Backbone) -> tuple[int, int]:
+    """(height, width) of the images that a model takes, in pixels: the S branch's."""
+    first: Any = model.patch_embed
+    if isinstance(first, nn.ModuleList):
+        first = first[0]
+    return first.img_size
+
+
 def _training_loader(
     options: argparse.Namespace,
     recipe: Recipe,
     processes: Processes,
     source: Source,
-    model: CrossViT,
+    model: Backbone,
     size: tuple[int, int],
     batch: tuple[int, int],
 ) -> tuple[Loader, int]:
@@ -287,7 +295,7 @@ def _engine(
     options: argparse.Namespace,
     recipe: Recipe,
     processes: Processes,
-    model: CrossViT,
+    model: Backbone,
     steps: int,
     accumulation: int,
 ) -> Engine:
