@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from crossvit import Config, CrossViT, create_model, save_checkpoint
+from crossvit import Config, CrossViT, VisionTransformer, VitConfig, create_model, save_checkpoint
 
 pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -312,6 +312,15 @@ def test_other_sizes_and_grey_images(folder, checkpoint, run, tmp_path):
     default = run(folder, tmp_path / "grey.safetensors")
     shifted = run(folder, tmp_path / "grey.safetensors", "--mean", "0.1", "--std", "0.5")
     assert default["images"] == 23 and default["loss"] != shifted["loss"]
+
+
+def test_a_plain_vit_has_no_branches(folder, run, tmp_path):
+    config = VitConfig(dim=32, num_heads=2, depth=1, img_size=48)
+    model = VisionTransformer(config, num_classes=3)
+    save_checkpoint(model, tmp_path / "a.safetensors", class_names=list(COUNTS))
+    result = run(folder, tmp_path / "a.safetensors", "--transform", "paper")
+    assert result["images"] == 23 and result["small"] is result["large"] is None
+    assert "S branch" not in result["line"]
 
 
 # Several processes
