@@ -69,7 +69,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         which = ("-k", "few_tokens") if dry else ()
         command = (*tool, python, "-m", "pytest", "-m", "sanitizer", *which, "tests")
         suite.append(Stage("sanitizer", command, 60))
-    return suite + _benchmarks(out, device, quick, dry)
+    return [*suite, *_benchmarks(out, device, quick, dry), _paper_tables(out, device, dry)]
 
 
 def compilation() -> list[Stage]:
@@ -159,6 +159,14 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
     for model in MODELS[1:]:
         suite += models(model, True)
     return suite
+
+
+def _paper_tables(out: Path, device: str, dry: bool) -> Stage:
+    """The paper's throughputs beside DeiT's; in a dry run only what is counted."""
+    which = ("--tables", "1") if dry else ("--tables", "2,4", "--throughput")
+    files = ("--json", str(out / "paper-tables.json"), "--markdown", str(out / "paper-tables.md"))
+    program = str(BENCH / "paper_tables.py")
+    return Stage("paper-tables", (sys.executable, program, "--device", device, *which, *files), 150)
 
 
 def run(stage: Stage, out: Path, seconds: float) -> int:

@@ -187,7 +187,8 @@ def measure_point(run: Contest, name: str, batch: int, mode: str) -> None:
     torch.manual_seed(0)
     reference = crossvit.create_model(name, **size_option(options))
     state = reference.state_dict()
-    height, width = reference.patch_embed[0].img_size
+    embeds = reference.patch_embed
+    height, width = (embeds[0] if isinstance(embeds, nn.ModuleList) else embeds).img_size
     gflop = 2e-9 * crossvit.count_macs(reference) * batch * (3 if mode == "train" else 1)
     matmul_gflops = run.ceilings.matmul_flops_per_second / 1e9
 

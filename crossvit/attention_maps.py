@@ -39,9 +39,9 @@ def attention_maps(model: CrossViT, x: Tensor | Sequence[Tensor]) -> list[BlockA
         x: Images as ``CrossViT.forward`` takes them.
 
     Returns:
-        One entry for each multi-scale block. ``model.grid_sizes`` gives the layout of a
-        branch's patches: ``maps[-1].fusion[0][0][..., 1:].unflatten(-1, model.grid_sizes[1])`` is
-        where the S branch's last fusion looks, [B, h, height, width].
+        One entry for each multi-scale block. ``model.grid_sizes_of(x)`` has the layout of each
+        branch's patches: with ``grids`` so, where the S branch's last fusion looks is
+        ``maps[-1].fusion[0][0][..., 1:].unflatten(-1, grids[1])``, [B, h, height, width].
 
     Raises:
         TypeError: The model is a VisionTransformer.

@@ -343,7 +343,10 @@ def _description(metadata: Mapping[str, str]) -> dict[str, Any] | None:
         return None
     try:
         description = json.loads(text)
-        description["config"] = dataclasses.asdict(_config(description["config"]))
+        fields = dict(description["config"])
+        if "reread_patches" in description:  # before it was one of Config
+            fields["reread_patches"] = description.pop("reread_patches")
+        description["config"] = dataclasses.asdict(_config(fields))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"the checkpoint's description of its model is damaged, or of another version: {error}"
@@ -364,6 +367,6 @@ def _config(fields: Mapping[str, Any]) -> Config | VitConfig:
         return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
 
     fields = {name: tuples(value) for name, value in fields.items()}
-    if "conv_stem" in fields:  # before there was embed
+    if "conv_stem" in fields:  # before there were other embeddings
         fields["embed"] = "conv" if fields.pop("conv_stem") else "patch"
     return Config(**fields) if "dims" in fields else VitConfig(**fields)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 from crossvit.checkpoints import load_model, read_class_names
+from crossvit.configs import canonical_name
 from crossvit.pretrained import released_weights
 from crossvit.transforms import CROP_PCT, IMAGENET_MEAN, IMAGENET_STD, eval_transform
 
@@ -116,16 +119,20 @@ def open_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, 
         ValueError: The options do not fit each other, or the model has no heads. ``load_model``
             lists the other errors.
     """
-    source = options.checkpoint
+    source, name = options.checkpoint, options.model
     if source in RELEASED:
-        if options.model is None:
+        if name is None:
             raise ValueError(f"--checkpoint {source}: needs --model, such as crossvit_15_240")
-        source = released_weights(options.model, source)
+        source = released_weights(name, source)
+    elif name is None and not os.path.exists(source):
+        with contextlib.suppress(ValueError):
+            name = canonical_name(source)  # a hub id of timm's
     changes = {} if options.img_size is None else {"img_size": options.img_size}
     fused = not options.eager
-    model = load_model(
-        source, name=options.model, use_ema=options.use_ema, use_fused=fused, **changes
-    )
+    try:
+        model = load_model(source, name=name, use_ema=options.use_ema, use_fused=fused, **changes)
+    except ValueError as error:
+        raise ValueError(re.sub(r'name="(\w+)"', r"--model \1", str(error))) from error
     if model.num_classes == 0:
         raise ValueError(f"{source}: has no heads, so the model has no classes")
     return model.to(device).eval(), source

@@ -170,7 +170,8 @@ def _evaluate(options: argparse.Namespace, processes: Processes) -> int:
         )
     if processes.first:
         report = _report(options, weights, processes, result.images / seconds, seconds)
-        print(_line(report, result))
+        if str(options.json) != "-":
+            print(_line(report, result))
         if options.json:
             results = dataclasses.asdict(result)
             del results["problems"]  # of this process alone
@@ -244,7 +245,10 @@ def _parser() -> argparse.ArgumentParser:
     command_line.add_image_options(parser, batch_size=64)
     command_line.add_model_options(parser)
     parser.add_argument(
-        "--json", type=command_line.output_file, metavar="FILE", help="write the result to a file"
+        "--json",
+        type=command_line.output_file,
+        metavar="FILE",
+        help="write the result to a file; - is standard output, in place of the line",
     )
     return parser
 

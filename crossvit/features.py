@@ -1,4 +1,4 @@
-"""Feature maps of every multi-scale block, with timm's interface for backbones."""
+"""Feature maps of every block, with timm's interface for backbones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from crossvit.configs import Config, Size, scale_of_l_branch
-from crossvit.fusion import Branch
+from crossvit.configs import Config, VitConfig, scale_of_l_branch
+from crossvit.fusion.branch import Branch
 
 Indices = int | Sequence[int] | None
 
@@ -18,19 +18,17 @@ Indices = int | Sequence[int] | None
 class IntermediateFeatures:
     """``forward_intermediates``, ``feature_info`` and ``prune_intermediate_layers`` as in timm.
 
-    A model of K multi-scale blocks has 2 K features: those of the S branch after each block, then
-    those of the L branch, so that strides grow as in a pyramid. Feature ``b * K + k`` is branch b's
-    after block k. timm's ``FeatureGetterNet`` and what is built on it take the model.
+    A CrossViT of K multi-scale blocks has 2 K features: those of the S branch after each block,
+    then those of the L branch, so that strides grow as in a pyramid; feature ``b * K + k`` is
+    branch b's after block k. A plain vision transformer has one after each block. timm's
+    ``FeatureGetterNet`` and what is built on it take the models.
     """
 
-    config: Config
+    config: Any
     blocks: Any
     norm: Any
-    embed: Callable[[Any], Sequence[Branch]]
+    num_prefix_tokens: int
     reset_classifier: Callable[[int], None]
-    grid_sizes_of: Callable[[Any], Sequence[Size]]
-    _after_blocks: Callable[[Any], Iterator[Sequence[Branch]]]
-    _normed: Callable[[Any], list[Tensor]]
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -42,13 +40,13 @@ class IntermediateFeatures:
         """
         return [
             {
-                "num_chs": self.config.dims[b],
-                "reduction": _reduction(self.config, b),
+                "num_chs": dim,
+                "reduction": reduction,
                 "module": f"blocks.{k}",
                 "branch": b,
                 "block": k,
             }
-            for b in (0, 1)
+            for b, (dim, reduction) in enumerate(_widths_and_reductions(self.config))
             for k in range(len(self.blocks))
         ]
 
@@ -69,8 +67,8 @@ class IntermediateFeatures:
             x: Images as ``forward`` takes them.
             indices: The features, numbered as in ``feature_info``; negative ones count from the
                 end. An int n: the last n. None: all.
-            return_prefix_tokens: Also return each feature's CLS [B, 1, C], in a tuple with it;
-                [B, 0, C] without CLS tokens.
+            return_prefix_tokens: Also return each feature's CLS [B, 1, C], in a tuple with it, if
+                the model has CLS tokens.
             norm: Apply the branch's last LayerNorm to the features.
             stop_early: Skip the blocks after the last one needed.
             output_fmt: "NCHW": maps [B, C, height, width]; "NLC": patch tokens [B, N, C].
@@ -89,25 +87,16 @@ class IntermediateFeatures:
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', found {output_fmt!r}")
         numbers = take_indices(len(self.feature_info), indices)
-        branches, found = self._take(x, numbers, norm, stop_early)
-        if output_fmt == "NCHW":
-            grids = self.grid_sizes_of(x)
-            features = [
-                taken.patches.transpose(1, 2).unflatten(2, grids[taken.branch]).contiguous()
-                for taken in found
-            ]
-        else:
-            features = [taken.patches for taken in found]
-        prefixes = [taken.prefix_tokens for taken in found]
-        result: dict[str, Any] = {"image_intermediates": features}
-        if output_dict and return_prefix_tokens:
-            result["image_intermediates_prefix"] = prefixes
-        if not intermediates_only:
-            result["image_features"] = self._normed(branches)
+        final, found = self._take(x, numbers, norm, stop_early, not intermediates_only)
+        features = [f.as_map() if output_fmt == "NCHW" else f.patches for f in found]
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        prefixes = [f.prefix_tokens for f in found] if with_prefix else []
         if output_dict:
-            return result
-        pairs = list(zip(features, prefixes, strict=True)) if return_prefix_tokens else features
-        return pairs if intermediates_only else (result["image_features"], pairs)
+            result: dict[str, Any] = {"image_intermediates": features}
+            result |= {"image_intermediates_prefix": prefixes} if with_prefix else {}
+            return result if intermediates_only else result | {"image_features": final}
+        taken = list(zip(features, prefixes, strict=True)) if with_prefix else features
+        return taken if intermediates_only else (final, taken)
 
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
@@ -130,37 +119,56 @@ class IntermediateFeatures:
         numbers = take_indices(len(self.feature_info), indices)
         kept = 1 + max(number % num_blocks for number in numbers)
         self.blocks = self.blocks[:kept]
-        self.config = dataclasses.replace(self.config, num_blocks=kept)
+        size = {"num_blocks" if isinstance(self.config, Config) else "depth": kept}
+        self.config = dataclasses.replace(self.config, **size)
         if prune_norm:
-            self.norm = nn.ModuleList(nn.Identity() for _ in self.norm)
+            branches = isinstance(self.norm, nn.ModuleList)
+            identities = nn.ModuleList(nn.Identity() for _ in self._norms())
+            self.norm = identities if branches else nn.Identity()
         if prune_head:
             self.reset_classifier(0)
         return [number // num_blocks * kept + number % num_blocks for number in numbers]
 
+    def _norms(self) -> list[nn.Module]:
+        """The last LayerNorm of each branch."""
+        return list(self.norm) if isinstance(self.norm, nn.ModuleList) else [self.norm]
+
+    def _run_blocks(self, x: Any) -> Iterator[Sequence[Branch]]:
+        """Yield the branches of images after each block."""
+        raise NotImplementedError
+
+    def _final(self, branches: Sequence[Branch]) -> Any:
+        """The result of ``forward_features`` from the branches after the last block."""
+        raise NotImplementedError
+
     def _take(
-        self, x: Tensor | Sequence[Tensor], numbers: list[int], norm: bool, stop_early: bool
-    ) -> tuple[Sequence[Branch], list[_Feature]]:
-        """Run the blocks; return what the last one computed, and the features by number."""
+        self, x: Any, numbers: list[int], norm: bool, stop_early: bool, with_final: bool
+    ) -> tuple[Any, list[_Feature]]:
+        """Run the blocks; return the final features, and the numbered ones in order."""
         num_blocks = len(self.blocks)
         last = max(number % num_blocks for number in numbers) if stop_early else num_blocks - 1
         found: dict[int, _Feature] = {}
-        branches: Sequence[Branch] = self.embed(x)
-        for k, after_block in enumerate(self._after_blocks(branches)):
-            branches = after_block
+        final = None
+        for k, branches in enumerate(self._run_blocks(x)):
             for b, branch in enumerate(branches):
                 if (number := b * num_blocks + k) in numbers:
-                    layer = self.norm[b] if norm else nn.Identity()
-                    feature = layer(branch.patches), layer(branch.prefix_tokens)
-                    found[number] = _Feature(b, *feature)
+                    layer = self._norms()[b] if norm else nn.Identity()
+                    found[number] = _Feature(
+                        branch.grid, layer(branch.patches), layer(branch.prefix_tokens)
+                    )
             if k == last:
+                final = self._final(branches) if with_final else None
                 break
-        return branches, [found[number] for number in sorted(found)]
+        return final, [found[number] for number in sorted(found)]
 
 
 class _Feature(NamedTuple):
-    branch: int
+    grid: tuple[int, int]
     patches: Tensor  # [B, N, C]
     prefix_tokens: Tensor  # [B, 1, C]
+
+    def as_map(self) -> Tensor:
+        return self.patches.transpose(1, 2).unflatten(2, self.grid).contiguous()
 
 
 def take_indices(num_features: int, indices: Indices) -> list[int]:
@@ -183,20 +191,18 @@ def take_indices(num_features: int, indices: Indices) -> list[int]:
         except TypeError:
             raise TypeError(f"indices: expected ints, found {index!r}") from None
         if not -num_features <= index < num_features:
-            raise ValueError(
-                f"indices: expected {-num_features} to {num_features - 1}, found {index}"
-            )
+            expected = f"{-num_features} to {num_features - 1}"
+            raise ValueError(f"indices: expected {expected}, found {index}")
         numbers.add(index % num_features)
     if not numbers:
         raise ValueError("indices: expected at least one feature, found none")
     return sorted(numbers)
 
 
-def _reduction(config: Config, b: int) -> float:
-    """Side of branch b's patch in pixels of the S branch's image."""
-    patch = config.patch_sizes[b]
-    if b == 0:
-        return patch
+def _widths_and_reductions(config: Config | VitConfig) -> list[tuple[int, float]]:
+    """C of each branch, and the side of its patches in pixels of the first branch's image."""
+    if isinstance(config, VitConfig):
+        return [(config.dim, config.patch_size)]
     (numerator, denominator), _ = scale_of_l_branch(config.img_size)
-    reduction = patch * denominator / numerator
-    return int(reduction) if reduction.is_integer() else reduction
+    small, large = config.patch_sizes[0], config.patch_sizes[1] * denominator / numerator
+    return [(config.dims[0], small), (config.dims[1], int(large) if large % 1 == 0 else large)]

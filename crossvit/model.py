@@ -147,11 +147,11 @@ class CrossViT(IntermediateFeatures, Backbone):
         branches = self._encode(self.embed(x))
         if self.config.cls_token:
             return [norm(b.cls) for norm, b in zip(self.norm, branches, strict=True)]
-        return [tokens.mean(dim=1) for tokens in self._normed(branches)]
+        return [tokens.mean(dim=1) for tokens in self._final(branches)]
 
     def forward_features(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """All tokens of both after the last LayerNorm, [B, 1 + N, C]; [B, N, C] without CLS."""
-        return self._normed(self._encode(self.embed(x)))
+        return self._final(self._encode(self.embed(x)))
 
     def forward_head(self, features: Sequence[Tensor], pre_logits: bool = False) -> Tensor:
         """Compute logits from the result of ``forward_features``, or from each branch's CLS [B, C].
@@ -249,7 +249,10 @@ class CrossViT(IntermediateFeatures, Backbone):
             branches = self._run_block(block, *branches)
             yield branches
 
-    def _normed(self, branches: Sequence[Branch]) -> list[Tensor]:
+    def _run_blocks(self, x: Tensor | Sequence[Tensor]) -> Iterator[Sequence[Branch]]:
+        return self._after_blocks(self.embed(x))
+
+    def _final(self, branches: Sequence[Branch]) -> list[Tensor]:
         return [norm(b.tokens()) for norm, b in zip(self.norm, branches, strict=True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from crossvit.backbone import EPS, Backbone, pool
 from crossvit.configs import Size, VitConfig, config_grids, named_config, whole_patches
 from crossvit.embed import PatchEmbed, resize_image, resize_position_embedding
+from crossvit.features import IntermediateFeatures
+from crossvit.fusion import Branch
 from crossvit_kernels.modules import TransformerBlock
 
 
-class VisionTransformer(Backbone):
+class VisionTransformer(IntermediateFeatures, Backbone):
     """A vision transformer whose blocks run on the kernels: timm's ``VisionTransformer``.
 
     Args:
@@ -94,7 +97,7 @@ class VisionTransformer(Backbone):
 
     @property
     def grid_sizes(self) -> list[Size]:
-        """(height, width) of the only branch, in patches."""
+        """(height, width) of the only branch at the model's own image size, in patches."""
         return [self.patch_embed.grid_size]
 
     def _make_head(self, num_classes: int) -> nn.Module:
@@ -167,3 +170,12 @@ class VisionTransformer(Backbone):
         for block in self.blocks:
             tokens = self._run_block(block, tokens)
         return tokens
+
+    def _run_blocks(self, x: Tensor) -> Iterator[Sequence[Branch]]:
+        tokens, (grid,) = self.embed(x), self.grid_sizes_of(x)
+        for block in self.blocks:
+            tokens = self._run_block(block, tokens)
+            yield [Branch(tokens, None, grid)]
+
+    def _final(self, branches: Sequence[Branch]) -> Tensor:
+        return cast(Tensor, self.norm(branches[0].x))

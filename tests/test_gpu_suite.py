@@ -23,7 +23,7 @@ def test_dry_run(suite, tmp_path, capsys) -> None:
     fusions = "fusion-Ti-S", "fusion-Ti-pair"
     for name in ("imports", "tests", "sanitizer", "core", *fusions, "blocks-Ti"):
         assert stages[name]["status"] == 0
-    assert stages["models-crossvit_tiny_240"]["status"] == 0
+    assert stages["models-crossvit_tiny_240"]["status"] == stages["paper-tables"]["status"] == 0
     blocks = json.loads((tmp_path / "blocks-Ti.json").read_text())["results"]
     assert {"ours (auto)", "ours (cpu)", "ours (triton, lean)"} <= {r["contender"] for r in blocks}
     rows = json.loads((tmp_path / "core.json").read_text())["results"]
@@ -46,6 +46,7 @@ def test_on_a_gpu_every_width_is_measured(suite, tmp_path) -> None:
     assert ("compile" in stages) == torch.cuda.is_available()
     assert "--compile-budget" in stages["fusion-15-S"].command
     assert "--no-compile" in stages["fusion-9-L"].command
+    assert "--throughput" in stages["paper-tables"].command
     assert "batch=1,8,64,256,1024" in stages["fusion-15-L"].command
 
 

@@ -11,7 +11,9 @@ from accuracy import assert_within_rule
 from torch import Tensor
 
 from crossvit import Config, CrossViT, load_checkpoint, load_model, save_checkpoint
+from crossvit.configs import VitConfig
 from crossvit.embed import resize_position_embedding
+from crossvit.vit import VisionTransformer
 
 TINY = Config(
     dims=(32, 64), num_heads=(2, 2), depths=(1, 2), mlp_ratios=(2.0, 2.0), num_blocks=3, img_size=48
@@ -169,6 +171,31 @@ def test_gradients_of_features(x):
         assert_within_rule(*results, f"result {i}")
 
 
+@pytest.mark.parametrize("fusion", ["none", "all", "class", "pairwise", "without CLS"])
+def test_every_fusion_scheme_has_features(x, fusion):
+    changes = {"cls_token": False} if fusion == "without CLS" else {"fusion": fusion}
+    model = CrossViT(TINY, use_fused=True, dynamic_img_size=True, num_classes=7, **changes).eval()
+    x = torch.randn(2, 3, 72, 60)
+    features = model.forward_intermediates(x, [2, 5], return_prefix_tokens=True, norm=True)[1]
+    assert isinstance(features[0], tuple) == (fusion != "without CLS")
+    maps = [f[0] if isinstance(f, tuple) else f for f in features]
+    for feature, expected in zip(maps, model.forward_feature_maps(x), strict=True):
+        torch.testing.assert_close(feature, expected)
+    assert [tuple(m.shape[2:]) for m in maps] == [(6, 5), (5, 4)]
+    of_size = CrossViT(TINY, img_size=(72, 60), num_classes=7, **changes)
+    expected = load_checkpoint(of_size, model.state_dict()).set_fused().eval()(x)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("embed", ["conv", "t2t"])
+def test_every_embedding_follows_the_images(embed):
+    model = CrossViT(TINY, embed=embed, dynamic_img_size=True, num_classes=7).eval()
+    of_size = CrossViT(TINY, embed=embed, img_size=(72, 60), num_classes=7)
+    x = torch.randn(1, 3, 72, 60)
+    expected = load_checkpoint(of_size, model.state_dict()).eval()(x)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_gradient_checkpointing_keeps_features(tiny, x):
     expected = tiny.forward_intermediates(x, intermediates_only=True)
     tiny.set_grad_checkpointing()
@@ -274,3 +301,48 @@ def test_one_graph_for_every_size():
             x = torch.randn(2, 3, *size)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
+
+
+# The plain vision transformer
+
+
+@pytest.fixture
+def deit() -> VisionTransformer:
+    config = VitConfig(dim=64, num_heads=2, depth=3, patch_size=16, img_size=48)
+    return VisionTransformer(config, use_fused=True, num_classes=7).eval()
+
+
+def test_a_plain_transformer_has_features_and_follows_images(deit):
+    model = VisionTransformer(deit.config, dynamic_img_size=True, num_classes=7).eval()
+    model.load_state_dict(deit.state_dict())
+    x = torch.randn(2, 3, 60, 33)
+    of_size = VisionTransformer(deit.config, img_size=(60, 33), num_classes=7).eval()
+    load_checkpoint(of_size, deit.state_dict())
+    torch.testing.assert_close(model(x), of_size(x))
+    final, features = model.forward_intermediates(x, [0, 2], norm=True)
+    torch.testing.assert_close(features[1], of_size.forward_feature_maps(x))
+    assert features[0].shape == (2, 64, 4, 3)
+    torch.testing.assert_close(final, of_size.forward_features(x))
+    x = torch.randn(2, 3, 60, 60)  # resized otherwise
+    assert deit.forward_feature_maps(x).shape == (2, 64, 3, 3)
+    indices = model.prune_intermediate_layers([0], prune_norm=True)
+    assert indices == [0] and model.config.depth == len(model.blocks) == 1
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 64)
+
+
+def test_features_of_a_plain_transformer_are_timms():
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("deit_tiny_patch16_224", depth=2, dynamic_img_size=True).eval()
+    ours = VisionTransformer("deit_tiny_patch16_224", depth=2, dynamic_img_size=True).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, 96, 64)
+    for options in (
+        {"indices": [0, -1], "norm": True},
+        {"indices": 1, "output_fmt": "NLC", "stop_early": True},
+        {"return_prefix_tokens": True, "output_dict": True},
+        {"intermediates_only": True},
+    ):
+        pairs = (m.forward_intermediates(x, **options) for m in (ours, theirs))
+        torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-4)
+    for ours_info, info in zip(ours.feature_info, theirs.feature_info, strict=True):
+        assert {key: ours_info[key] for key in info} == info

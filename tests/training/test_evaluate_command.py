@@ -14,15 +14,16 @@ import pytest
 import torch
 from torch import nn
 
-from crossvit import Config, CrossViT, create_model, save_checkpoint
+from crossvit import Config, CrossViT, VisionTransformer, VitConfig, create_model, save_checkpoint
 
 pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 pytest.importorskip("safetensors")
+pytest.importorskip("rich")
 Image = pytest.importorskip("PIL.Image")
 
 from crossvit import checkpoint_files as files  # noqa: E402
-from crossvit import command_line, evaluate, imagenet  # noqa: E402
+from crossvit import command_line, configs, evaluate, imagenet  # noqa: E402
 from crossvit.transforms import eval_transform  # noqa: E402
 
 TINY = Config(
@@ -121,6 +122,12 @@ def test_accuracies_are_those_of_torchvisions_folder(folder, checkpoint, run):
     rounded = run(folder, checkpoint, "--dtype", "bfloat16")
     assert rounded["loss"] == pytest.approx(result["loss"], rel=0.05)
     assert rounded["loss"] != result["loss"]
+
+
+def test_json_on_standard_output(folder, checkpoint, capsys):
+    arguments = ["--data", str(folder), "--checkpoint", str(checkpoint), "--workers", "0"]
+    assert evaluate.main([*arguments, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 23
 
 
 def test_data_by_name(folder, checkpoint, run):
@@ -234,7 +241,8 @@ def test_what_is_wrong(folder, checkpoint, refused, tmp_path, data, weights, opt
 
 def test_other_architectures_and_files(folder, checkpoint, refused, tmp_path):
     torch.save(tiny().state_dict(), tmp_path / "plain.pth")
-    assert "does not describe its model" in refused(folder, tmp_path / "plain.pth")
+    message = "does not describe its model: give its architecture, such as --model crossvit_15_240"
+    assert message in refused(folder, tmp_path / "plain.pth")
     save_checkpoint(CrossViT(TINY, num_classes=0), tmp_path / "a.safetensors")
     assert "has no heads" in refused(folder, tmp_path / "a.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:1000])
@@ -265,9 +273,12 @@ def test_released_weights(folder, run, monkeypatch, tmp_path):
         return path
 
     monkeypatch.setattr(files, "locate", locate)
-    monkeypatch.setattr("crossvit.model.named_config", lambda name: TINY)
+    monkeypatch.setitem(configs._CONFIGS, "crossvit_9_240", TINY)
     assert run(folder, "timm", "--model", "crossvit_9_224")["model"] == "crossvit_9_224"
     assert sources[0] == "timm/crossvit_9_240.in1k"
+    assert run(folder, "timm/crossvit_9_240.in1k")["images"] == 23
+    torch.save(tiny().state_dict(), path := tmp_path / "a.pth")  # which does not describe its model
+    assert run(folder, "timm/crossvit_9_240.in1k")["images"] == 23
     run(folder, "official", "--model", "crossvit_9_240.in1k")
     assert sources[-1].endswith("/weights-0.1/crossvit_9_224.pth")
 
@@ -301,6 +312,15 @@ def test_other_sizes_and_grey_images(folder, checkpoint, run, tmp_path):
     default = run(folder, tmp_path / "grey.safetensors")
     shifted = run(folder, tmp_path / "grey.safetensors", "--mean", "0.1", "--std", "0.5")
     assert default["images"] == 23 and default["loss"] != shifted["loss"]
+
+
+def test_a_plain_vit_has_no_branches(folder, run, tmp_path):
+    config = VitConfig(dim=32, num_heads=2, depth=1, img_size=48)
+    model = VisionTransformer(config, num_classes=3)
+    save_checkpoint(model, tmp_path / "a.safetensors", class_names=list(COUNTS))
+    result = run(folder, tmp_path / "a.safetensors", "--transform", "paper")
+    assert result["images"] == 23 and result["small"] is result["large"] is None
+    assert "S branch" not in result["line"]
 
 
 # Several processes
