@@ -41,7 +41,7 @@ def draw(runs: Sequence[Path], path: Path, title: str = "") -> None:
         loss.plot(number, _column(rows, "train_loss"), style, label=run.name)
         _plot_accuracy(accuracy, number, rows, style, run.name)
     loss.set(title="training loss, mean of an epoch", xlabel="epoch")
-    accuracy.set(title="held-out accuracy", xlabel="epoch")
+    accuracy.set(title="held-out accuracy, %", xlabel="epoch")
     if len(runs) > 1:
         _plot_differences(last, runs)
     else:

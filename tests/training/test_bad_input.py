@@ -94,7 +94,8 @@ def test_models_and_checkpoints(fails: Callable[..., str], data: Path, tmp_path:
     )
     save_checkpoint(tiny, tmp_path / "five.safetensors")
     (tmp_path / "no.pth").write_bytes(b"no checkpoint")
-    assert "does not fit the model" in fails(data, f"--checkpoint {tmp_path}/other.safetensors")
+    message = fails(data, f"--checkpoint {tmp_path}/other.safetensors")
+    assert "num_heads: the checkpoint's is (3, 3), the model's (2, 2)" in message
     message = fails(data, f"--checkpoint {tmp_path}/five.safetensors")
     assert "has 5 classes, the model 3" in message and "--replace-head" in message
     assert "no checkpoint" in fails(data, f"--checkpoint {tmp_path}/no.pth")
