@@ -21,7 +21,8 @@ TRAIN = f"{TINY} --global-batch 8 --epochs 3 --warmup-epochs 1 --ema-decay 0.9 -
 PLAIN = "--mixup 0 --cutmix 0 --drop-path 0"
 
 #: Two steps of 16 images without randomness, to compare numbers of processes.
-TWO_STEPS = f"{PLAIN} --global-batch 16 --epochs 1 --warmup-epochs 0 --lr 0.05 --log-every 1"
+TWO_STEPS = f"{PLAIN} --global-batch 16 --epochs 1 --warmup-epochs 0 --lr 0.05 --clip-grad 0.1"
+TWO_STEPS += " --log-every 1"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["training_runs", "crossvit.training.run", "timm.data"])
@@ -128,7 +129,7 @@ def die_before_step(step: int) -> None:
 
     original = Engine.step
 
-    def dies(self: Engine, batches: Any, epoch: int, number: int, stop: bool) -> Any:
+    def dies(self: Engine, batches: Any, epoch: int, number: int, stop: Any) -> Any:
         if number == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, batches, epoch, number, stop)

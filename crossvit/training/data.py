@@ -191,11 +191,11 @@ class TrainingBatches:
         return self.steps * self.accumulation - self.first_batch
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        epoch, order = self.epoch, self.order()
+        epoch, order = self.epoch, self.order().tolist()
         micro = self.batch_size * self.world_size
         for batch in range(self.first_batch, self.steps * self.accumulation):
             positions = range(batch * micro + self.rank, (batch + 1) * micro, self.world_size)
-            yield [Draw(int(order[p]), epoch, p) for p in positions]
+            yield [Draw(order[p], epoch, p) for p in positions]
 
 
 class EvaluationBatches:

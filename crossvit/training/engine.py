@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -76,14 +76,16 @@ class Engine:
     channels_last: bool = False
     problems: list[str] = dataclasses.field(default_factory=list)
 
-    def step(self, batches: Iterator[Batch], epoch: int, step: int, stop: bool) -> StepResult:
+    def step(
+        self, batches: Iterator[Batch], epoch: int, step: int, stop: Callable[[], bool]
+    ) -> StepResult:
         """Train on the next global batch.
 
         Args:
             batches: This process's; ``accumulation`` are taken.
             epoch: Number of the epoch.
             step: Number of the step in the run. Everything random follows from it.
-            stop: Whether this process was told to stop.
+            stop: Says whether this process was told to stop; asked at the end of the step.
         """
         self.schedule.set(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,7 +109,7 @@ class Engine:
         norm = self._gradient_norm()
         world_size = self.processes.world_size
         sums = self.processes.sums(
-            loss_sum.item() / self.accumulation / world_size, unreadable, float(stop)
+            loss_sum.item() / self.accumulation / world_size, unreadable, float(stop())
         )
         finite = bool(torch.isfinite(norm)) and abs(sums[0]) < float("inf")
         if finite:
@@ -151,14 +153,14 @@ class Engine:
             self.ema.update(self.model, step=step + 1 if self.recipe.ema_warmup else None)
 
 
-def endless(loader: Loader, epoch: int, batch: int) -> Iterator[Batch]:
+def endless(loader: Loader, epoch: int, first: int) -> Iterator[Batch]:
     """The batches of an epoch from one on; a stream that ends early starts again."""
-    loader.start(epoch, batch)
-    while True:
-        count = 0
-        for batch_ in loader:
-            count += 1
-            yield batch_
-        if not count:
-            return
-        loader.start(epoch, 0)
+    loader.start(epoch, first)
+    empty = False
+    while not empty:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        loader.start(epoch)
+    raise ValueError("data: the training images end before the epoch does, and give no batch")

@@ -43,10 +43,10 @@ class Progress:
     waited: float = 0.0
     best_top1: float = -1.0
 
-    def next_epoch(self) -> None:
-        """Begin the next epoch."""
-        best, bad = self.best_top1, self.bad_in_a_row
-        self.__init__(epoch=self.epoch + 1, best_top1=best, bad_in_a_row=bad)  # type: ignore[misc]
+    def next_epoch(self) -> Progress:
+        """The beginning of the next epoch."""
+        bad = self.bad_in_a_row
+        return Progress(epoch=self.epoch + 1, best_top1=self.best_top1, bad_in_a_row=bad)
 
     def count(self, result: StepResult) -> None:
         """Count a step."""
@@ -72,6 +72,10 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._remember)
         return self
+
+    def received(self) -> bool:
+        """Whether there was a signal."""
+        return self.code is not None
 
     def _remember(self, number: int, frame: types.FrameType | None) -> None:
         if number == signal.SIGINT and self.code is not None:
@@ -224,8 +228,7 @@ class Run:
         before = progress.seconds, progress.waited
         while progress.step_in_epoch < steps:
             step = self.step
-            told = self.signals.code is not None
-            result = engine.step(batches, progress.epoch, step, told)
+            result = engine.step(batches, progress.epoch, step, self.signals.received)
             progress.count(result)
             meter.add(result.waited)
             progress.seconds, progress.waited = before[0] + meter.seconds, before[1] + meter.waited
@@ -285,7 +288,7 @@ class Run:
         add_unreadable(self.folder / "unreadable.txt", engine.problems)
         engine.problems.clear()
         self._record(row)
-        progress.next_epoch()
+        self.progress = progress.next_epoch()
         if not progress.bad_in_a_row:
             self.save()
 

@@ -171,5 +171,5 @@ def _refuse_other_classes(folder: Path, expected: dict[str, int]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).strip()
+    text = str(error).strip().replace("download=True", "--download")
     return text or type(error).__name__

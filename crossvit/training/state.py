@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +34,7 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 _UNFINISHED = ".unfinished"
 
 
-def write_whole(path: Path, write: Any) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write a file so that neither a crash nor a reader sees half of it.
 
     Args:
