@@ -79,10 +79,13 @@ class Display:
     def _start_bar(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeRemainingColumn as Remaining
+        from rich.table import Column
 
-        text = TextColumn("{task.description}")
-        columns = (BarColumn(), MofNCompleteColumn(), Remaining(elapsed_when_finished=True), text)
-        self._bar = Progress(*columns, console=self.console)
+        # On a narrow terminal the text is cut, not the time left.
+        text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))
+        bar, left = BarColumn(bar_width=12), Remaining(elapsed_when_finished=True)
+        columns = (bar, MofNCompleteColumn(), left, text)
+        self._bar = Progress(*columns, console=self.console, expand=True)
         self._task = self._bar.add_task("", total=self.total, completed=self.done)
         self._bar.start()
 
@@ -99,8 +102,8 @@ class Display:
         if self._bar is None and now - self._last_line < _LINE_EVERY:
             return
         text = (
-            f"epoch {epoch} loss {loss:.4f} lr {lr:.2e} {meter.images_per_s:.0f} images/s, "
-            f"{meter.data_wait:.0%} waiting for data, {memory_mb(device):.0f} MiB"
+            f"loss {loss:.4f} {meter.images_per_s:.0f} images/s, {meter.data_wait:.0%} waiting for "
+            f"data, lr {lr:.1e} epoch {epoch} {memory_mb(device):.0f} MiB"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=text)
