@@ -17,6 +17,7 @@ import torch
 from crossvit.checkpoints import load_model, read_class_names
 from crossvit.configs import canonical_name
 from crossvit.pretrained import released_weights
+from crossvit.training.data import reader_died
 from crossvit.transforms import CROP_PCT, IMAGENET_MEAN, IMAGENET_STD, eval_transform
 
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -210,8 +211,13 @@ def run(program: str, command: Callable[[], int]) -> int:
     try:
         return command()
     except (OSError, ValueError, TypeError, ImportError, torch.OutOfMemoryError) as error:
-        where = f"[rank {rank}] " if rank else ""
-        print(f"{program}: {where}{one_line(error)}", file=sys.stderr, flush=True)
+        message = one_line(error)
+    except RuntimeError as error:
+        message = reader_died(error)
+        if not message:
+            raise
+    where = f"[rank {rank}] " if rank else ""
+    print(f"{program}: {where}{message}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # The others may wait for this process, and it for them: end at once, torchrun ends them.
         os._exit(1)

@@ -144,9 +144,13 @@ def _evaluate(options: argparse.Namespace, processes: Processes) -> int:
     )
     names = names_of_classes(options, weights, source, model.num_classes)
     numbers = class_numbers(source, names, model.num_classes)
-    if names is None and processes.first:
-        print(f"{_PROGRAM}: the checkpoint does not name its classes, so {source.name}'s are taken "
-              "in their own order", file=sys.stderr)  # fmt: skip
+    if processes.first and (names is None or source.class_names is None):
+        whose = "the checkpoint does" if names is None else "the images do"
+        print(
+            f"{_PROGRAM}: {whose} not name the classes: those of {source.name} are taken for the "
+            "model's by their numbers",
+            file=sys.stderr,
+        )
     loader = evaluation_loader(
         source,
         transform,

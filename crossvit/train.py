@@ -35,11 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _fail("interrupted; the last checkpoint is kept")
     except _expected_errors() as error:
         code = _fail(str(error))
-    except Exception:
-        if not _several_processes():
+    except Exception as error:
+        if message := _advice(error):
+            code = _fail(message)
+        elif not _several_processes():
             raise
-        traceback.print_exc()
-        code = FAILED
+        else:
+            traceback.print_exc()
+            code = FAILED
     if code and _several_processes():
         # The other processes may wait for this one: end at once, and torchrun ends them.
         sys.stdout.flush()
@@ -56,6 +59,17 @@ def _expected_errors() -> tuple[type[BaseException], ...]:
     from crossvit.training.engine import Diverged
 
     return ValueError, TypeError, OSError, ImportError, Diverged
+
+
+def _advice(error: Exception) -> str:
+    """What a user can do about an error of the machine; "" for others."""
+    import torch
+
+    from crossvit.training.data import reader_died
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{error}: try a smaller --batch-size, --keep lean or --grad-checkpointing"
+    return reader_died(error)
 
 
 def _fail(message: str) -> int:

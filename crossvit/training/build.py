@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -209,7 +210,24 @@ def training_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Any],
         "auto_augment": recipe.auto_augment or None,
         "interpolation": recipe.interpolation,
     }
-    return create_transform((3, *size), is_training=True, normalize=False, **options)
+    transform = create_transform((3, *size), is_training=True, normalize=False, **options)
+    for step in transform.transforms:
+        for op in _augmentations(step):
+            if op.name.startswith("Posterize"):
+                op.level_fn = functools.partial(_at_least_one_bit, op.level_fn)
+    return transform
+
+
+def _augmentations(step: Any) -> Iterator[Any]:
+    """The operations of timm's RandAugment, AutoAugment or AugMix."""
+    yield from getattr(step, "ops", ())
+    for policy in getattr(step, "policy", ()):
+        yield from policy
+
+
+def _at_least_one_bit(level_fn: Callable[..., Any], level: float, hparams: Any) -> tuple[int]:
+    """Bits of a colour to keep; timm draws 0 for one image in 700, which new Pillow refuses."""
+    return (max(1, level_fn(level, hparams)[0]),)
 
 
 class Augmentation:

@@ -7,7 +7,9 @@ batches, whatever the number of workers.
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -304,6 +306,25 @@ class Loader:
                     f"unreadable image: {batch.problems[0]} (--skip-bad skips and counts them)"
                 )
             yield batch
+
+
+def reader_died(error: BaseException) -> str:
+    """Say what a user can do if a worker process was killed; "" for other errors."""
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return "a process that reads images was killed; is there enough memory? Try fewer --workers"
+    return ""
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Kill workers that still run when this process ends.
+
+    They ignore SIGTERM, with which multiprocessing ends them before it waits for them, and may
+    themselves wait for a lock of one that was killed.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _ignore_signals(worker: int) -> None:

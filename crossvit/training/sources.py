@@ -150,9 +150,9 @@ def _folder(path: Path, split: str) -> Path:
 
 def _classes(dataset: Any) -> dict[str, int] | None:
     for owner in (getattr(dataset, "reader", None), dataset):
-        classes = getattr(owner, "class_to_idx", None)
-        if classes:
-            return dict(classes)
+        for attribute in ("class_to_idx", "class_name_to_idx"):  # the latter of tar files
+            if classes := getattr(owner, attribute, None):
+                return dict(classes)
     return None
 
 

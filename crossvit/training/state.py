@@ -85,7 +85,8 @@ class Checkpoints:
         return sorted(found, key=_step, reverse=True)
 
     def save(self, step: int, content: dict[str, Any]) -> Path:
-        """Write a checkpoint, then delete those that are too old.
+        """Write a checkpoint, then delete those that are too old, and those of later steps: the run
+        did not continue from them, as they were damaged or of other options.
 
         Raises:
             OSError: It cannot be written; the earlier ones are kept.
@@ -93,7 +94,9 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
         write_whole(path, lambda file: _torch_save(content | {"format": FORMAT}, file))
-        for old in self.paths()[self.keep :]:
+        paths = self.paths()
+        later = paths.index(path)
+        for old in (*paths[:later], *paths[later + self.keep :]):
             old.unlink(missing_ok=True)
         return path
 

@@ -24,6 +24,7 @@ Image = pytest.importorskip("PIL.Image")
 
 from crossvit import checkpoint_files as files  # noqa: E402
 from crossvit import command_line, configs, evaluate, imagenet  # noqa: E402
+from crossvit.training import sources  # noqa: E402
 from crossvit.transforms import eval_transform  # noqa: E402
 
 TINY = Config(
@@ -161,7 +162,25 @@ def test_classes_without_names_are_in_their_order(folder, checkpoint, run, tmp_p
     save_checkpoint(tiny(), tmp_path / "a.safetensors")
     result = run(folder, tmp_path / "a.safetensors")
     assert accuracies(result) == accuracies(run(folder, checkpoint))
-    assert "the checkpoint does not name its classes" in result["stderr"]
+    assert "the checkpoint does not name the classes" in result["stderr"]
+
+
+def test_images_without_class_names_are_in_their_order(folder, run, monkeypatch, tmp_path):
+    save_checkpoint(tiny(), path := tmp_path / "a.safetensors", class_names=["eel", "cat", "dog"])
+    by_name = run(folder, path)
+    monkeypatch.setattr(sources.Source, "class_names", None)
+    by_number = run(folder, path)
+    assert "the images do not name the classes" in by_number["stderr"]
+    save_checkpoint(tiny(), path)
+    assert accuracies(by_number) == accuracies(run(folder, path)) != accuracies(by_name)
+
+
+def test_targets_that_are_no_class(folder, refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(sources.Source, "class_names", None)
+    save_checkpoint(tiny(2), tmp_path / "a.safetensors")
+    assert "target: expected a class of the model, from 0 to 1" in refused(
+        folder, tmp_path / "a.safetensors"
+    )
 
 
 def test_some_classes_of_imagenet(run, tmp_path):

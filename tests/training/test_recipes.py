@@ -203,3 +203,24 @@ def test_freezing_heads_only_trains_the_rest() -> None:
     optimizer = build.make_optimizer(model, IMAGENET, new_head=False)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for n, p in model.named_parameters() if not n.startswith("head.")}
+
+
+def test_posterize_keeps_a_bit():
+    """timm draws 0 bits at the highest level, which new Pillow refuses."""
+    from PIL import Image
+
+    image = Image.new("RGB", (24, 24), (90, 100, 110))
+    for policy in ("rand-m9-mstd0.5-inc1", "original", "augmix-m10-w3"):
+        recipe = dataclasses.replace(IMAGENET, auto_augment=policy)
+        transform = build.training_transform(recipe, (24, 24))
+        posterize = [
+            op
+            for step in transform.transforms
+            for op in build._augmentations(step)
+            if op.name.startswith("Posterize")
+        ]
+        assert posterize
+        for op in posterize:
+            op.prob, op.magnitude_std = 1.0, 0.0
+            for op.magnitude in (0, 9, 10):
+                op(image)
