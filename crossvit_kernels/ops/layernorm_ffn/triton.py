@@ -119,7 +119,7 @@ def _hidden_backward(
     (shares,) = launcher.start(
         kernels.ffn_hidden_backward,
         programs,
-        (fc2[0], normed, w.fc1_weight, w.fc1_bias, fc2[1], dactivated, activated, dhidden),
+        (normed, w.fc1_weight, w.fc1_bias, *fc2, dactivated, activated, dhidden),
         (num_rows,),
         candidates(configs.FFN_HIDDEN_BACKWARD, w.fc1_weight, num_rows, channels, hidden),
     )

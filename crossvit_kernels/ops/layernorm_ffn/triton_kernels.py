@@ -89,10 +89,10 @@ def ffn_forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def ffn_hidden_backward(
-    dupdate_ptr,  # [B, N, C] or None
     normed_ptr,  # [B, N, C]
     fc1_weight_ptr,  # [F, C]
     fc1_bias_ptr,  # [F]
+    dupdate_ptr,  # [B, N, C] or None
     fc2_weight_ptr,  # [C, F] or None
     dactivated_ptr,  # [B, N, F] or None
     activated_ptr,  # [B, N, F]
