@@ -62,7 +62,7 @@ BLOCK_KERNELS = {
         InBlock(msa.BACKWARD_QUERIES, "msa", "split", True),
         InBlock(msa.BACKWARD_KEYS, "msa", "split", True),
         InBlock(ffn.FFN, "ffn", "fused", False),
-        InBlock(ffn.FFN_HIDDEN_BACKWARD, "ffn", "split", True),
+        InBlock(ffn.FFN_HIDDEN_BACKWARD, "ffn", "auto", True),
     )
 }
 PASSES = {

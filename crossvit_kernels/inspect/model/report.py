@@ -162,6 +162,13 @@ def document(gpu: Gpu, rows_as_json: Sequence[dict[str, Any]]) -> dict[str, Any]
     }
 
 
+def _a_line_each(of_rows: dict[str, Any]) -> str:
+    """Return a document as JSON with a line for each row."""
+    lines = ",".join(f"\n  {json.dumps(row)}" for row in of_rows["rows"])
+    head = json.dumps({**of_rows, "rows": []}, indent=1)
+    return head.replace('"rows": []', f'"rows": [{lines}\n ]') + "\n"
+
+
 def as_json(row: Row) -> dict[str, Any]:
     modelled = {name: _rounded(value) for name, value in vars(row.modelled).items()}
     del modelled["instructions"]
@@ -196,7 +203,7 @@ def keep(path: Path, gpu: Gpu, todo: Sequence[Job], processes: int) -> None:
     for number, job_rows in enumerate(rows(pending, processes), 1):
         kept += map(as_json, job_rows)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(document(gpu, kept), indent=1) + "\n")
+        part.write_text(_a_line_each(document(gpu, kept)))
         os.replace(part, path)
         print(f"inspect: {number} of {len(pending)}", file=sys.stderr, flush=True)
 

@@ -130,7 +130,7 @@ FORWARD = PassTable(
             (256, TokenPass(128, 64, 4, 3)),
             (384, TokenPass(64, 32, 4, 3)),
             (448, TokenPass(64, 32, 4, 3)),
-            (768, TokenPass(128, 32, 8, 2)),
+            (768, TokenPass(64, 16, 4, 3)),
             (1536, TokenPass(128, 16, 8, 2)),
         ),
         4: (

@@ -46,6 +46,11 @@ class LayerShape(InChunks):
     align: int = tables.ALIGN
     normalize: bool = True
 
+    @property
+    def part(self) -> int:
+        """Columns of a product that are finished and stored together: a quarter of the widest."""
+        return max(min(self.columns, 32), self.columns // 4)
+
     def describe(self) -> str:
         """Describe it, for the report of ``crossvit_kernels.inspect``."""
         return f"C {self.channels}, {self.inner}, {self.rows}x{self.columns}x{self.chunk}"
@@ -75,10 +80,10 @@ class RowTile:
         They have fewer rows or stages, which leaves results bitwise unchanged; smaller steps along
         the other sizes would not.
         """
-        fewer = max(self.num_stages - 1, 1)
+        fewer, least = max(self.num_stages - 1, 1), min(self.rows, 16)
         steps = ((1, self.num_stages), (2, self.num_stages), (1, fewer), (2, fewer), (4, fewer))
         return tuple(
-            dataclasses.replace(self, rows=max(self.rows // share, 16), num_stages=stages)
+            dataclasses.replace(self, rows=max(self.rows // share, least), num_stages=stages)
             for share, stages in (*steps, (2, 1), (4, 1))
         )
 
@@ -94,10 +99,6 @@ class RowTable(Table[RowTile]):
             values too often.
         apart_from: The width from which LayerNorm is a kernel of its own, unless rows are few: it
             costs two token matrices, and the product then reads weights half as often.
-        library_from: The width from which torch's libraries do the step: tiles that hold whole rows
-            become too small.
-        library_in_float32: Whether they do it in float32 at any width: float32 has no tensor cores,
-            and our products are plain loops.
     """
 
     def __init__(
@@ -109,15 +110,11 @@ class RowTable(Table[RowTile]):
         on_sm: Mapping[tuple[int, int], Mapping[int, RowTile]] | None = None,
         fused_up_to: int = 0,
         apart_from: int | None = None,
-        library_from: int | None = None,
-        library_in_float32: bool = False,
     ) -> None:
         super().__init__(name, rows, RowTile.and_smaller, on_sm)
         self._few = RowTable(f"{name} of few rows", few) if few else None
         self._few_sizes = set(few or ())
-        self._fused_up_to, self._library_from = fused_up_to, library_from
-        self._apart_from = apart_from
-        self._library_in_float32 = library_in_float32
+        self._fused_up_to, self._apart_from = fused_up_to, apart_from
 
     def for_rows(self, num_rows: int, element_size: int) -> RowTable:
         """Return the table for this many rows of tokens."""
@@ -137,18 +134,13 @@ class RowTable(Table[RowTile]):
             return True
         return num_rows > FEW_ROWS and channels <= self._fused_up_to and element_size == 2
 
-    def apart(self, num_rows: int, channels: int) -> bool:
+    def apart(self, num_rows: int, channels: int, element_size: int) -> bool:
         """Whether LayerNorm runs before this kernel's product instead of inside it."""
+        if channels > self.widest(element_size):
+            return True
         if self._only is not None or self._apart_from is None or num_rows <= FEW_ROWS:
             return False
         return channels >= self._apart_from and VARIANTS.asked_for in ("auto", "split")
-
-    def by_library(self, width: int, element_size: int) -> bool:
-        """Whether torch's libraries do this step of a split block."""
-        variant = VARIANTS.asked_for
-        if variant == "library" or (self._library_from is not None and width >= self._library_from):
-            return True
-        return variant == "auto" and element_size == 4 and self._library_in_float32
 
 
 NORM_LINEAR = RowTable(
@@ -181,8 +173,6 @@ NORM_LINEAR = RowTable(
         },
     },
     apart_from=257,
-    library_from=449,
-    library_in_float32=True,
 )
 
 LINEAR = RowTable(
@@ -197,13 +187,16 @@ LINEAR = RowTable(
     few={
         2: ((ANY, RowTile(64, 64, 64, 4, 3)),),
     },
-    library_in_float32=True,
 )
 
 NORMALIZE = RowTable(
     "normalize",
     {
-        2: ((768, RowTile(16, 16, 128, 4, 1)), (1536, RowTile(16, 16, 128, 8, 1))),
+        2: (
+            (448, RowTile(16, 16, 128, 4, 1)),
+            (768, RowTile(16, 16, 256, 8, 1)),
+            (1536, RowTile(16, 16, 128, 8, 1)),
+        ),
         4: ((1536, RowTile(16, 16, 64, 8, 1)),),
     },
 )
@@ -212,8 +205,9 @@ NORM_BACKWARD = RowTable(
     "norm backward",
     {
         2: (
-            (192, RowTile(32, 16, 64, 4, 1)),
-            (448, RowTile(16, 16, 128, 4, 1)),
+            (192, RowTile(16, 16, 64, 2, 1)),
+            (448, RowTile(8, 16, 128, 2, 1)),
+            (768, RowTile(8, 16, 256, 4, 1)),
             (1536, RowTile(16, 16, 128, 8, 1)),
         ),
         4: ((1536, RowTile(16, 16, 64, 8, 1)),),

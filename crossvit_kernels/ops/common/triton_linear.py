@@ -13,6 +13,7 @@ from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import configs
 from crossvit_kernels.ops.common import torch_norm as layer_norm
 from crossvit_kernels.ops.common.configs import LayerShape
+from crossvit_kernels.ops.common.library import Step
 
 
 class Tokens(NamedTuple):
@@ -65,6 +66,7 @@ def norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
+    step: Step,
     statistics: tuple[Tensor, Tensor] | None = None,
     gelu: bool = False,
 ) -> Tensor:
@@ -73,12 +75,15 @@ def norm_linear(
 
     x, cls = tokens
     (batch, num_tokens, channels), columns = x.shape, weight.shape[0]
-    if configs.NORM_LINEAR.by_library(channels, weight.element_size()):
-        return _norm_then_linear(tokens, norm, weight, bias, eps, statistics, gelu)
-    if configs.NORM_LINEAR.apart(tokens.num_rows, channels):
-        return linear(normalize(tokens, norm, eps, weight.dtype, statistics), weight, bias, gelu)
+    num_rows, size = tokens.num_rows, weight.element_size()
+    by_library = step.by_library(num_rows, channels, size)
+    if by_library or configs.NORM_LINEAR.apart(num_rows, channels, size):
+        normed = normalize(tokens, norm, eps, weight.dtype, statistics)
+        if by_library:
+            product = F.linear(normed, weight, bias)
+            return F.gelu(product) if gelu else product
+        return linear(normed, weight, bias, gelu)
     out = x.new_empty(batch, num_tokens, columns, dtype=weight.dtype)
-    num_rows = tokens.num_rows
     mean, rstd = statistics or (None, None)
 
     def programs(shape: LayerShape) -> Programs:
@@ -99,29 +104,6 @@ def norm_linear(
     return out
 
 
-def _norm_then_linear(
-    tokens: Tokens,
-    norm: tuple[Tensor, Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    statistics: tuple[Tensor, Tensor] | None,
-    gelu: bool,
-) -> Tensor:
-    """norm_linear in two steps: torch's LayerNorm and a matrix product."""
-    x, cls = tokens
-    normed, *computed = layer_norm.forward(x, *norm, eps)
-    if cls is not None:
-        normed_cls, *cls_statistics = layer_norm.forward(cls, *norm, eps)
-        normed[:, 0] = normed_cls
-        for all_rows, row_0 in zip(computed, cls_statistics, strict=True):
-            all_rows[:, 0] = row_0
-    for out, values in zip(statistics or (), computed, strict=False):
-        out.copy_(values.squeeze(-1))
-    normed = normed.to(weight.dtype)
-    return linear(normed, weight, bias, gelu) if gelu else F.linear(normed, weight, bias)
-
-
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """Return a W^T + b or its GELU [B, N, W's rows] for a [B, N, W's columns]."""
     out = a.new_empty(*a.shape[:2], weight.shape[0])
@@ -135,9 +117,10 @@ def linear_residual(
     bias: Tensor,
     tokens: Tokens,
     residual_scale: Tensor | None,
+    step: Step,
 ) -> Tensor:
     """Return x + residual_scale * (a W^T + b) [B, N, C] for a [B, N, W's columns]."""
-    if configs.LINEAR.by_library(weight.shape[0], weight.element_size()):
+    if step.by_library(tokens.num_rows, weight.shape[0], weight.element_size()):
         update = F.linear(a, weight, bias)
         return layer_norm.add_residual(tokens.x, update, residual_scale, tokens.cls)
     y = empty_result(tokens.x, weight)

@@ -10,6 +10,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
     aligned,
     centred,
     gelu,
+    in_parts,
     load_residual_scale,
     load_tile,
     load_tokens,
@@ -166,26 +167,32 @@ def linear(
     PRECISION: tl.constexpr = L.precision
     ALIGN: tl.constexpr = L.align
     BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    PART: tl.constexpr = L.part
     tile = tl.program_id(0) // BLOCKS
     n = (tl.program_id(0) - tile * BLOCKS) * COLUMNS
     row, used, image, token = rows_of(tile, num_rows, num_tokens, ROWS)
     column = n + tl.arange(0, COLUMNS)
     exists = column < C
-    y = tl.zeros((ROWS, COLUMNS), tl.float32)
+    product = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, TERMS, STEP):
         a = load_tile(a_ptr, row * TERMS, used, k, TERMS, STEP)
         w = load_tile(weight_ptr, column * TERMS, exists, k, TERMS, STEP)
-        y = tl.dot(a, tl.trans(w), y, input_precision=PRECISION)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
-    if x_ptr is not None:
-        offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
-        cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)
-        x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, n, C, COLUMNS)
-        y = x.to(tl.float32) + y * load_residual_scale(scale_ptr, image, used)[:, None]
-    if GELU:
-        y = gelu(y, y_ptr.dtype.element_ty)
-    store_tile(y_ptr, row * C, used, y, n, C, COLUMNS)
+        product = tl.dot(a, tl.trans(w), product, input_precision=PRECISION)
+    parts = in_parts(product, ROWS, COLUMNS, PART)
+    for i in tl.static_range(COLUMNS // PART):
+        first = n + i * PART
+        inside = used & (first < C)  # the last parts may be past the last column
+        y = parts[i]
+        if bias_ptr is not None:
+            y += load_vector(bias_ptr, first, C, PART)[None, :]
+        if x_ptr is not None:
+            offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+            cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)
+            x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, inside, first, C, PART)
+            y = x.to(tl.float32) + y * load_residual_scale(scale_ptr, image, used)[:, None]
+        if GELU:
+            y = gelu(y, y_ptr.dtype.element_ty)
+        store_tile(y_ptr, row * C, inside, y, first, C, PART)
 
 
 @triton.jit(do_not_specialize=SIZES)

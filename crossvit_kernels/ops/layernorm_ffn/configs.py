@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from crossvit_kernels.gpu.tables import ANY
 from crossvit_kernels.ops.common.configs import RowTable, RowTile
+from crossvit_kernels.ops.common.library import Figures, Step
 
 FFN = RowTable(
     "ffn",
@@ -38,9 +39,23 @@ FFN_HIDDEN_BACKWARD = RowTable(
     "ffn hidden backward",
     {
         2: (
-            (256, RowTile(64, 64, 32, 4, 3)),
-            (ANY, RowTile(64, 128, 32, 8, 3)),
+            (256, RowTile(128, 64, 32, 8, 3)),
+            (ANY, RowTile(128, 128, 32, 8, 4)),
         ),
         4: ((ANY, RowTile(32, 64, 32, 8, 1)),),
     },
+    few={
+        2: (
+            (256, RowTile(64, 64, 32, 4, 3)),
+            (ANY, RowTile(64, 128, 32, 8, 3)),
+        ),
+    },
 )
+
+# Who does a step, and the model's figures as the reason: from bench/library_model.py.
+#: LayerNorm, the first layer and GELU.
+FC1 = Step({192: Figures(129.4, 154.7), 384: Figures(134.9, 177.0)})
+#: The second layer and the residual.
+FC2 = Step({192: Figures(71.0, 89.9), 384: Figures(93.1, 109.9)})
+#: Backward: hidden units and their gradient, whose product is ours or cuBLAS's.
+HIDDEN_GRADIENT = Step({192: Figures(196.9, 244.7), 384: Figures(334.9, 300.2)})

@@ -49,8 +49,9 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
     if configs.FFN.fused(tokens.num_rows, x.shape[2], w.fc1_weight.element_size()):
         return _in_one_kernel(tokens, w, scale, eps, saved), saved
     affine = w.norm_weight, w.norm_bias
-    hidden = layers.norm_linear(tokens, affine, w.fc1_weight, w.fc1_bias, eps, saved, gelu=True)
-    return layers.linear_residual(hidden, w.fc2_weight, w.fc2_bias, tokens, scale), saved
+    fc1, fc2 = (w.fc1_weight, w.fc1_bias), (w.fc2_weight, w.fc2_bias)
+    hidden = layers.norm_linear(tokens, affine, *fc1, eps, configs.FC1, saved, gelu=True)
+    return layers.linear_residual(hidden, *fc2, tokens, scale, configs.FC2), saved
 
 
 def backward(
@@ -105,6 +106,10 @@ def _hidden_backward(
     num_rows, (hidden, channels) = dupdate.shape[0], w.fc1_weight.shape
     activated = normed.new_empty(num_rows, hidden)
     dhidden = torch.empty_like(activated)
+    dactivated = None
+    fc2: tuple[Tensor | None, Tensor | None] = dupdate, w.fc2_weight
+    if configs.HIDDEN_GRADIENT.by_library(num_rows, channels, normed.element_size()):
+        dactivated, fc2 = dupdate @ w.fc2_weight, (None, None)
 
     def programs(shape: LayerShape) -> Programs:
         tiles, blocks = -(-num_rows // shape.rows), -(-hidden // shape.columns)
@@ -114,7 +119,7 @@ def _hidden_backward(
     (shares,) = launcher.start(
         kernels.ffn_hidden_backward,
         programs,
-        (dupdate, normed, w.fc1_weight, w.fc1_bias, w.fc2_weight, activated, dhidden),
+        (normed, w.fc1_weight, w.fc1_bias, *fc2, dactivated, activated, dhidden),
         (num_rows,),
         candidates(configs.FFN_HIDDEN_BACKWARD, w.fc1_weight, num_rows, channels, hidden),
     )

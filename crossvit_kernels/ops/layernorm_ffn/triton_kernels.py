@@ -10,6 +10,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
     distribution_and_density,
     gelu,
     gelu_slope,
+    in_parts,
     load_residual_scale,
     load_tile,
     load_tokens,
@@ -88,20 +89,22 @@ def ffn_forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def ffn_hidden_backward(
-    dupdate_ptr,  # [B, N, C]
     normed_ptr,  # [B, N, C]
     fc1_weight_ptr,  # [F, C]
     fc1_bias_ptr,  # [F]
-    fc2_weight_ptr,  # [C, F]
+    dupdate_ptr,  # [B, N, C] or None
+    fc2_weight_ptr,  # [C, F] or None
+    dactivated_ptr,  # [B, N, F] or None
     activated_ptr,  # [B, N, F]
     dhidden_ptr,  # [B, N, F]
     shares_ptr,  # [tiles, F]
     num_rows,
     L: tl.constexpr,
 ):
-    """gelu(h) and dh of h = n W_1^T + b_1, from dupdate and n = LN(x). Grid: tiles x hidden blocks.
+    """gelu(h) of h = n W_1^T + b_1, n = LN(x), and dh. Grid: tiles x hidden blocks.
 
-    Both products share one loop over the channels. Also writes each tile's share of b_1's gradient.
+    dh is from dactivated, or from dupdate W_2: both products then share one loop over the channels.
+    Also writes each tile's share of b_1's gradient.
     """
     C: tl.constexpr = L.channels
     HIDDEN: tl.constexpr = L.inner
@@ -110,6 +113,7 @@ def ffn_hidden_backward(
     COLUMNS: tl.constexpr = L.columns
     PRECISION: tl.constexpr = L.precision
     BLOCKS: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
+    PART: tl.constexpr = L.part
     tile = tl.program_id(0) // BLOCKS
     n = (tl.program_id(0) - tile * BLOCKS) * COLUMNS
     row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -120,21 +124,28 @@ def ffn_hidden_backward(
     hidden = tl.zeros((ROWS, COLUMNS), tl.float32)
     dactivated = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, C, STEP):
-        c = k + tl.arange(0, STEP)
         normed = load_tile(normed_ptr, row * C, used, k, C, STEP)
         w = load_tile(fc1_weight_ptr, unit * C, exists, k, C, STEP)
         hidden = tl.dot(normed, tl.trans(w), hidden, input_precision=PRECISION)
-        dupdate = load_tile(dupdate_ptr, row * C, used, k, C, STEP)
-        w = load_tile(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
-        dactivated = tl.dot(dupdate, w, dactivated, input_precision=PRECISION)
-    hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
-    distribution, density = distribution_and_density(hidden, dtype)
-    activated = (hidden * distribution).to(dtype)  # stored early, to free registers
-    store_tile(activated_ptr, row * HIDDEN, used, activated, n, HIDDEN, COLUMNS)
-    dhidden = (dactivated * gelu_slope(hidden, distribution, density)).to(dtype)
-    store_tile(dhidden_ptr, row * HIDDEN, used, dhidden, n, HIDDEN, COLUMNS)
-    tl.store(
-        shares_ptr + tile.to(tl.int64) * HIDDEN + unit,
-        tl.sum(dhidden.to(tl.float32), axis=0),
-        mask=exists,
-    )
+        if dactivated_ptr is None:
+            c = k + tl.arange(0, STEP)
+            dupdate = load_tile(dupdate_ptr, row * C, used, k, C, STEP)
+            w = load_tile(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
+            dactivated = tl.dot(dupdate, w, dactivated, input_precision=PRECISION)
+    parts = in_parts(hidden, ROWS, COLUMNS, PART)
+    ds = in_parts(dactivated, ROWS, COLUMNS, PART)
+    for i in tl.static_range(COLUMNS // PART):
+        first = n + i * PART
+        inside = used & (first < HIDDEN)  # the last parts may be past the last unit
+        h = parts[i] + load_vector(fc1_bias_ptr, first, HIDDEN, PART)[None, :]
+        distribution, density = distribution_and_density(h, dtype)
+        store_tile(activated_ptr, row * HIDDEN, inside, h * distribution, first, HIDDEN, PART)
+        if dactivated_ptr is not None:
+            d = load_tile(dactivated_ptr, row * HIDDEN, inside, first, HIDDEN, PART).to(tl.float32)
+        else:
+            d = ds[i]
+        dhidden = (d * gelu_slope(h, distribution, density)).to(dtype)
+        store_tile(dhidden_ptr, row * HIDDEN, inside, dhidden, first, HIDDEN, PART)
+        c = first + tl.arange(0, PART)
+        share = shares_ptr + tile.to(tl.int64) * HIDDEN + c
+        tl.store(share, tl.sum(dhidden.to(tl.float32), axis=0), mask=c < HIDDEN)

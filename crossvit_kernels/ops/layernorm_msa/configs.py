@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from crossvit_kernels.ops.common.configs import RowTable, RowTile
+from crossvit_kernels.ops.common.library import Figures, Step
 
 ATTENTION = RowTable(
     "attention",
@@ -65,3 +66,11 @@ BACKWARD_KEYS = RowTable(
         4: ((128, RowTile(32, 32, 16, 8, 1)),),
     },
 )
+
+# Who does a step, and the model's figures as the reason: from bench/library_model.py.
+#: LayerNorm, q, k and v.
+QKV = Step({192: Figures(85.9, 98.7), 384: Figures(114.5, 122.0)})
+#: Of q, k and v.
+SELF_ATTENTION = Step({192: Figures(137.2, 182.6), 384: Figures(72.4, 84.3)}, in_float32=False)
+#: And the residual.
+PROJECTION = Step({192: Figures(32.3, 54.6), 384: Figures(43.6, 60.5)})

@@ -60,14 +60,14 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
     scale = None if residual_scale is None else residual_scale.contiguous()
     saved = empty_saved(inputs, "lean") if keep else None
     statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
-    affine = w.norm_weight, w.norm_bias
-    qkv = layers.norm_linear(tokens, affine, w.qkv_weight, w.qkv_bias, eps, statistics)
+    qkv = _qkv(tokens, w, eps, statistics)
     if configs.ATTENTION_PROJECTION.fused(tokens.num_rows, x.shape[2], qkv.element_size()):
         heads = qkv.new_empty(x.shape) if keep == "fast" else None
         y = _attention_projection(qkv, heads, lse, w, tokens, scale, num_heads)
     else:
         heads = _attention(qkv, lse, num_heads)
-        y = layers.linear_residual(heads, w.out_weight, w.out_bias, tokens, scale)
+        output = w.out_weight, w.out_bias
+        y = layers.linear_residual(heads, *output, tokens, scale, configs.PROJECTION)
     if saved and heads is not None and keep == "fast":
         saved = saved._replace(qkv=qkv, heads=heads)
     return y, saved
@@ -84,7 +84,7 @@ def backward(
     affine = w.norm_weight, w.norm_bias
     mean, rstd, lse, qkv, heads = saved
     if not qkv.numel():
-        qkv = layers.norm_linear(tokens, affine, w.qkv_weight, w.qkv_bias, eps)
+        qkv = _qkv(tokens, w, eps)
         heads = _attention(qkv, None, num_heads)
     dupdate = norm.scale_update(dy, scale, w.out_weight.dtype).view(-1, channels)
     dqkv, sums = _attention_backward(qkv, heads, dupdate @ w.out_weight, lse, num_heads)
@@ -108,13 +108,25 @@ def backward(
     )
 
 
+def _qkv(
+    tokens: Tokens,
+    w: MsaWeights,
+    eps: float,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return the queries, keys and values [B, N, 3 C] of LN(x); writes mean and rstd if given."""
+    norm = w.norm_weight, w.norm_bias
+    return layers.norm_linear(tokens, norm, w.qkv_weight, w.qkv_bias, eps, configs.QKV, statistics)
+
+
 def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
     """Return the concatenated heads [B, N, C] of qkv [B, N, 3 C]; writes lse [B, h, N] if given."""
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
 
     batch, num_tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    by_library = configs.ATTENTION.by_library(channels // num_heads, qkv.element_size())
-    if by_library and (qkv.is_cpu or qkv.element_size() == 2):
+    num_rows, size = batch * num_tokens, qkv.element_size()
+    by_library = configs.SELF_ATTENTION.by_library(num_rows, channels, size)
+    if by_library and (qkv.is_cpu or size == 2):
         return _flash_attention(qkv, lse, num_heads)
     heads = qkv.new_empty(batch, num_tokens, channels)
     attention_configs = candidates(

@@ -1,0 +1,152 @@
+"""Compare steps of a transformer block with torch's composition of them, by the cycle model.
+
+    python bench/library_model.py [--json FILE]
+
+256 images in bfloat16 on an H200: our kernels beside LayerNorm, cuBLAS, flash attention and
+elementwise kernels. Nothing here is measured. Of the composition,
+
+- a pass over memory is its bytes at the bandwidth that a copy reaches;
+- a product of cuBLAS is modelled as the plain one that bench/model_validation.py holds to what is
+  published of cuBLAS (128 x 128, the best of its tiles at these sizes; 128 x 64 for C = 192);
+- flash attention is modelled as the forward pass that it holds to the FlashAttention-3 paper.
+
+The tables of layernorm_msa/configs.py and layernorm_ffn/configs.py are from this program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import model_validation as plain
+import torch
+
+from crossvit_kernels import supported
+from crossvit_kernels.inspect.ahead_of_time import DTYPES
+from crossvit_kernels.inspect.model.estimate import estimate
+from crossvit_kernels.inspect.model.gpus import H200
+from crossvit_kernels.inspect.model.workloads import MODELS, workloads
+from crossvit_kernels.ops.common.configs import VARIANTS
+
+IMAGES = 256
+
+
+class Block(NamedTuple):
+    """A block of a model: rows of tokens by channels."""
+
+    model: str
+    channels: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        return IMAGES * self.tokens
+
+    @property
+    def hidden(self) -> int:
+        return MODELS[self.model].hidden_ratio * self.channels
+
+
+#: Of CrossViT-15.
+BLOCKS = (Block("15", 192, 401), Block("15", 384, 197))
+
+
+def ours(block: Block, operation: str, direction: str, variant: str) -> list[tuple[str, float]]:
+    """Our kernels of an operation in order, and their modelled microseconds."""
+    with VARIANTS.choose(variant):
+        (workload,) = (
+            w
+            for w in workloads(block.model, DTYPES["bf16"], IMAGES)
+            if (w.operation.name, w.direction, w.channels) == (operation, direction, block.channels)
+        )
+        launches = workload.launches("triton", H200)
+        return [(launch.kernel.name, estimate(launch, H200).microseconds) for launch, _ in launches]
+
+
+def memory_pass(block: Block, columns: int) -> float:
+    """Microseconds to move so many columns of all rows, in 16 bits."""
+    return 2 * block.rows * columns / (H200.dram_bytes_per_second * H200.achievable_dram) * 1e6
+
+
+def product(block: Block, columns: int, terms: int) -> float:
+    """Microseconds of a plain product [rows, terms] times [terms, columns]."""
+    width = 128 if columns % 128 == 0 else 64
+    rows, grid = block.rows, (block.rows // 128 * (columns // width),)
+    shapes = (rows, terms), (terms, columns), (rows, columns)
+    tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    parameters = [*tensors, rows, columns, terms]
+    constants = [128, width, 64, 8]
+    warps = 8 if width == 128 else 4
+    launch = plain.compiled(H200, plain.matmul_kernel, parameters, constants, grid, warps, 3)
+    return estimate(launch, H200).microseconds
+
+
+def flash_attention(block: Block) -> float:
+    """Microseconds of attention over tokens padded to its tiles."""
+    heads = MODELS[block.model].heads
+    padded, head_dim = -(-block.tokens // 128) * 128, block.channels // heads
+    tensors = [
+        torch.empty(IMAGES * heads, padded, head_dim, dtype=torch.bfloat16, device="meta")
+        for _ in range(4)
+    ]
+    launch = plain.compiled(
+        H200,
+        plain.attention_kernel,
+        [*tensors, padded, 0.125],
+        [128, 64, head_dim],
+        (padded // 128, IMAGES * heads),
+        4,
+        3,
+    )
+    return estimate(launch, H200).microseconds
+
+
+def steps(block: Block) -> Iterator[tuple[str, float, float]]:
+    """Steps by the names of their tables: modelled microseconds of ours and of the library's."""
+    c, hidden = block.channels, block.hidden
+    norm, residual = memory_pass(block, 2 * c), memory_pass(block, 3 * c)
+    *before, (_, attention), (_, projection) = ours(block, "layernorm_msa", "forward", "split")
+    yield "QKV", sum(us for _, us in before), norm + product(block, 3 * c, c)
+    yield "SELF_ATTENTION", attention, flash_attention(block)
+    yield "PROJECTION", projection, product(block, c, c) + residual
+    *before, (_, fc2) = ours(block, "layernorm_ffn", "forward", "split")
+    fc1 = product(block, hidden, c)
+    yield "FC1", sum(us for _, us in before), norm + fc1 + memory_pass(block, 2 * hidden)
+    yield "FC2", fc2, product(block, c, hidden) + residual
+    # One kernel for both products, or cuBLAS's before one that reads its result.
+    both, one = (
+        dict(ours(block, "layernorm_ffn", "backward", variant))["ffn_hidden_backward"]
+        for variant in ("split", "library")
+    )
+    yield "HIDDEN_GRADIENT", both, one + fc1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="a file for the results")
+    options = parser.parse_args()
+    print(f"{'C':>4} {'step':16} {'ours':>7} {'library':>7}  modelled us on an H200")
+    rows = []
+    for block in BLOCKS:
+        for step, our_us, library_us in steps(block):
+            print(f"{block.channels:4} {step:16} {our_us:7.1f} {library_us:7.1f}", flush=True)
+            figures = {"ours": round(our_us, 1), "library": round(library_us, 1)}
+            rows.append({"step": step, "channels": block.channels, **figures})
+    if options.json:
+        result = {
+            "what": "a model of machine code, not a measurement",
+            "date": datetime.date.today().isoformat(),
+            "versions": {name: supported.installed_version(name) for name in ("torch", "triton")},
+            "gpu": H200.name,
+            "images": IMAGES,
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
