@@ -83,7 +83,8 @@ class NinjaBuild(build_ext):
                     for level, flags in ISA_FLAGS.items()
                 }
             elif source.startswith("csrc/bindings/"):
-                variants = {stem: bindings} if cuda or source != "csrc/bindings/cuda.cpp" else {}
+                needs_cuda = source.startswith("csrc/bindings/cuda")
+                variants = {stem: bindings} if cuda or not needs_cuda else {}
             for name, extra in variants.items():
                 objects.append(f"{name}.o")
                 lines += [f"build {name}.o: {rule} {ROOT / source}", f"  extra = {extra}"]

@@ -137,7 +137,7 @@ def contenders(part: str, size: BlockSize, options: argparse.Namespace) -> list[
             within = functools.partial(configs.VARIANTS.choose, variant)
             shown = "" if variant == "auto" else variant
             candidates.append(our_contender(backend, call, options, shown, within=within))
-        if backend == "triton" and part != "ffn":
+        if backend in ("triton", "cuda") and part != "ffn":
             lean = ours(part, size, backend, keep="lean")
             candidates.append(our_contender(backend, lean, options, "lean"))
     return candidates

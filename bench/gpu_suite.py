@@ -54,6 +54,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         "cross_attention_cuda",
         "cross_attention_pair",
         "layernorm_blocks_triton",
+        "layernorm_blocks_cuda",
     )
     tests = [f"tests/ops/test_{name}.py" for name in names]
     if dry:

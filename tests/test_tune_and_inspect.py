@@ -14,7 +14,7 @@ import torch
 import crossvit_kernels as ck
 from crossvit_kernels import graphs, tune
 from crossvit_kernels.gpu import tables, tuned
-from crossvit_kernels.inspect import extension_code, machine_code
+from crossvit_kernels.inspect import block_code, extension_code, machine_code
 
 
 @pytest.fixture
@@ -339,6 +339,20 @@ def test_inspect_reads_the_extension() -> None:
     bf16 = {"bf16 C <= 192, 8 rows", "bf16 C <= 768, 16 rows", "bf16 C <= 1536, 8 rows"}
     assert configs == {*bf16, "fp32 C <= 1184, 8 rows"}
     assert all(row["wide_loads"] > 0 and row["shared_bytes"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_kernels_of_blocks_do_not_spill() -> None:
+    if 90 not in extension_code.targets():
+        pytest.skip("the extension was built without CUDA, or not for sm_90")
+    blocks = [(192, 6, 576), (768, 12, 3072)]
+    rows = list(block_code.reports(90, ["bf16", "fp16", "fp32"], blocks, ""))
+    # LayerNorm and its backward, by width; four kinds of linear layers; attention, by head width.
+    assert len(rows) == len({(row.kernel, row.config) for row in rows}) == 3 * (4 + 4 + 6)
+    assert {row.kernel.removesuffix(" (CUDA)") for row in rows} == set(block_code.NAMES)
+    assert all(row.spills == 0 and 0 < row.occupancy <= 1 for row in rows)
+    products = [row for row in rows if "layer_norm" not in row.kernel]
+    assert all(row.tensor_core_instructions and row.wide_loads for row in products)
 
 
 @pytest.mark.usefixtures("triton_compiles")

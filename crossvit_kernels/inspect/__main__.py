@@ -29,7 +29,7 @@ from pathlib import Path
 
 from crossvit_kernels import extension, supported
 from crossvit_kernels.gpu import launcher
-from crossvit_kernels.inspect import ahead_of_time, extension_code, machine_code
+from crossvit_kernels.inspect import ahead_of_time, block_code, extension_code, machine_code
 from crossvit_kernels.inspect.ahead_of_time import reports
 from crossvit_kernels.inspect.compile_cases import BLOCKS, WIDTHS, compile_cases, extremes
 from crossvit_kernels.inspect.machine_code import Report
@@ -40,7 +40,9 @@ MODELS = ("tiny", "small", "base", "9", "15", "18")
 _SECONDS_OF_SILENCE = 5
 
 
-def extension_reports(options: argparse.Namespace) -> Iterator[Report]:
+def extension_reports(
+    options: argparse.Namespace, blocks: Sequence[tuple[int, int, int]]
+) -> Iterator[Report]:
     """Report on the CUDA kernels, for the architectures that the extension was built for."""
     if not extension.cuda_kernels:
         reason = extension.missing or extension.NO_CUDA
@@ -48,9 +50,9 @@ def extension_reports(options: argparse.Namespace) -> Iterator[Report]:
         return
     for arch in options.arch:
         if arch in extension_code.targets():
-            yield from extension_code.reports(
-                arch, options.dtype, options.channels, options.kernel or ""
-            )
+            name = options.kernel or ""
+            yield from extension_code.reports(arch, options.dtype, options.channels, name)
+            yield from block_code.reports(arch, options.dtype, blocks, name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.json:
         print(_HEADER, flush=True)
     for report in itertools.chain(
-        _with_progress(reports(cases, options.processes), len(cases)), extension_reports(options)
+        _with_progress(reports(cases, options.processes), len(cases)),
+        extension_reports(options, blocks),
     ):
         rows.append(report)
         if not options.json:

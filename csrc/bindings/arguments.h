@@ -66,5 +66,6 @@ inline cross_attention::Weights to_weights(const std::vector<ParameterArg>& args
 
 // Defines the functions that launch CUDA kernels.
 void define_cuda(pybind11::module_& m);
+void define_cuda_blocks(pybind11::module_& m);
 
 }  // namespace crossvit::bindings

@@ -170,6 +170,8 @@ void define_cuda(py::module_& m) {
       py::arg("weights"), py::arg("residual_scale"), py::arg("vectors"), py::arg("dcls"),
       py::arg("dx"), py::arg("gradients"), py::arg("dz"), py::arg("du"), py::arg("scratch"),
       py::arg("states"), py::arg("cluster_shape"), py::arg("place"), Released());
+
+  define_cuda_blocks(m);
 }
 
 }  // namespace crossvit::bindings

@@ -12,12 +12,18 @@ from types import ModuleType
 import host_compiler
 
 CSRC = host_compiler.ROOT / "csrc"
-KERNELS = tuple(
-    CSRC / operation / f"cuda/{direction}.cu"
-    for operation in ("attention_core", "cross_attention")
-    for direction in ("forward", "backward")
+KERNELS = (
+    *(CSRC / f"common/cuda/{name}.cu" for name in ("layer_norm", "linear")),
+    *(
+        CSRC / operation / f"cuda/{direction}.cu"
+        for operation in ("attention_core", "cross_attention", "layernorm_msa", "layernorm_ffn")
+        for direction in ("forward", "backward")
+    ),
 )
-_BINDINGS = CSRC / "bindings/cuda.cpp", host_compiler.ROOT / "tests/cuda/shim/module.cpp"
+_BINDINGS = (
+    *(CSRC / f"bindings/{name}.cpp" for name in ("cuda", "cuda_blocks")),
+    host_compiler.ROOT / "tests/cuda/shim/module.cpp",
+)
 _NAME = "cuda_on_cpu"
 
 

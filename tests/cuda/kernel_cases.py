@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accuracy import outputs_and_gradients, representable
+from block_cases import ffn_weights, msa_weights
 from core_cases import make
 from fusion_cases import make_weights
 from torch import Tensor
 
 import crossvit_kernels as ck
-from crossvit_kernels import FusionWeights
+from crossvit_kernels import FfnWeights, FusionWeights, MsaWeights
 from crossvit_kernels.ops.attention_core import reference
 
 DTYPE = torch.bfloat16
@@ -92,6 +93,40 @@ class Fusion:
         return [numbers, *given, *exact]
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Half a transformer block; MSA has heads, FFN hidden units."""
+
+    batch: int
+    tokens: int
+    channels: int
+    heads: int = 0
+    hidden: int = 0
+
+    def arrays(self) -> list[np.ndarray]:
+        size = self.batch, self.tokens, self.channels
+        x, dy, cls = (torch.randn(*s).double() for s in (size, size, size[::2]))
+        weights = msa_weights(size[2]) if self.heads else ffn_weights(size[2], self.hidden)
+        x, dy, cls, *weights = (representable(t, DTYPE) for t in (x, dy, cls, *weights))
+        scale = torch.tensor([1.25, 0.5]).double()[: self.batch]
+        options = {"residual_scale": scale, "backend": "reference"}
+
+        def msa(x: Tensor, cls: Tensor, *w: Tensor) -> Tensor:
+            return ck.layernorm_msa(x, MsaWeights(*w), self.heads, cls=cls, **options)
+
+        def ffn(x: Tensor, *w: Tensor) -> Tensor:
+            return ck.layernorm_ffn(x, FfnWeights(*w), **options)
+
+        inputs = [x, cls, *weights] if self.heads else [x, *weights]
+        function = msa if self.heads else ffn
+        y, *gradients = outputs_and_gradients(function, inputs, [dy], torch.float64)
+        exact = [y, *gradients[: -len(weights)], torch.stack(gradients[-6:-4])]
+        numbers = _numbers(2 if self.heads else 3, *size, self.heads or self.hidden)
+        dupdate = scale.view(-1, 1, 1) * dy
+        given = bits(x), bits(cls if self.heads else None), floats(scale), bits(dy), bits(dupdate)
+        return [numbers, *given, *map(bits, weights), *(t.numpy() for t in exact)]
+
+
 # Small because ThreadSanitizer is slow, but with more than one of everything: images, splits of an
 # image, passes over it, warp groups, tiles per group, ring stages; clusters, their blocks, and
 # images per block.
@@ -105,6 +140,9 @@ CASES = {
     "fusion, aliased": Fusion(5, 70, 48, 64, 3, images=3, blocks=2, aliased=True),
     "fusion, shared": Fusion(3, 70, 80, 32, 10, images=2, blocks=4),
     "fusion, wide": Fusion(3, 40, 112, 48, 7, images=3, blocks=2),
+    "msa": Block(2, 53, 48, heads=3),
+    "msa, few tokens": Block(1, 5, 32, heads=1),
+    "ffn": Block(2, 37, 48, hidden=136),
     "fusion, wide, aliased": Fusion(3, 40, 112, 48, 7, images=3, blocks=2, aliased=True),
 }
 

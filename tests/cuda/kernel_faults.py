@@ -5,14 +5,27 @@ kernels/run_case.cpp is the program that runs them.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+import block_faults
 import host_build
 import host_compiler
-
-Change = tuple[str, str, str]  # file, text that occurs in it once, replacement
+from fault import (
+    BARRIER,
+    CLUSTER_BARRIER,
+    WARP_BARRIER,
+    Build,
+    Change,
+    Fault,
+    barrier_of_a_block,
+    left_out,
+    no_barrier,
+    no_warp_barrier,
+    overflow,
+    race,
+    wrong,
+)
 
 PLAN, SCORES, PARTIALS, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
     f"attention_core/cuda/{name}.h"
@@ -54,9 +67,9 @@ REDUCED: list[Change] = [
         "aliased = bytes(false) > max_bytes || ::crossvit::choice::aliased;",
     ),
     ("attention_core/cuda/kernels.h", "kSplitTokens = 1024;", "kSplitTokens = 128;"),
+    *block_faults.REDUCED,
 ]
 
-RACE, OVERFLOW = "ThreadSanitizer: data race", "AddressSanitizer: heap-buffer-overflow"
 # Names in kernel_cases.CASES.
 CORE, CORE_WIDE, CORE_SHARED = "core", "core, wide", "core, shared"
 FUSION, FUSION_ALIASED, FUSION_WIDE, FUSION_SHARED = (
@@ -65,64 +78,6 @@ FUSION, FUSION_ALIASED, FUSION_WIDE, FUSION_SHARED = (
     "fusion, wide",
     "fusion, shared",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Build:
-    sanitizer: str | None = None
-
-    def __str__(self) -> str:
-        return self.sanitizer or "plain"
-
-
-BUILDS = PLAIN, THREAD, ADDRESS = Build(), Build("thread"), Build("address")
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """Changes that apply if FAULT is true, and the report of a run of a case."""
-
-    changes: Sequence[Change]
-    case: str
-    says: str
-    build: Build = PLAIN
-
-
-def race(case: str, *changes: Change) -> Fault:
-    return Fault(changes, case, RACE, THREAD)
-
-
-def overflow(case: str, *changes: Change) -> Fault:
-    return Fault(changes, case, OVERFLOW, ADDRESS)
-
-
-def wrong(case: str, result: str, *changes: Change) -> Fault:
-    return Fault(changes, case, f"wrong result: {result}, error")
-
-
-def left_out(file: str, text: str, context: str | None = None) -> Change:
-    """Remove a text that occurs once in the context."""
-    context = context or text
-    before, after = context.split(text)
-    return file, context, f"{before}if (!FAULT) {text}{after}"
-
-
-BARRIER, WARP_BARRIER, CLUSTER_BARRIER = "__syncthreads();", "__syncwarp();", "cluster_sync();"
-
-
-def no_barrier(file: str, context: str) -> Change:
-    return left_out(file, BARRIER, context)
-
-
-def no_warp_barrier(file: str, context: str) -> Change:
-    return left_out(file, WARP_BARRIER, context)
-
-
-def barrier_of_a_block(file: str, context: str) -> Change:
-    """Replace a cluster's barrier by the block's: harder to catch than removing it."""
-    before, after = context.split(CLUSTER_BARRIER)
-    return file, context, f"{before}{{ if (FAULT) {BARRIER} else {CLUSTER_BARRIER} }}{after}"
-
 
 STORE_PARTIALS = "if (!tiles) store_partials();"
 
@@ -349,6 +304,7 @@ FAULTS: dict[str, Fault] = {
         FUSION_SHARED,
         barrier_of_a_block(BLOCK, f"  }}\n  {CLUSTER_BARRIER}\n}}\n\n// This block's columns"),
     ),
+    **block_faults.FAULTS,
     **{
         f"fusion {Path(file).stem}: no cluster sync after {name}": race(
             FUSION_ALIASED, barrier_of_a_block(file, context)

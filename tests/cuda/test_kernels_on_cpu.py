@@ -18,13 +18,14 @@ import kernel_cases
 import kernel_faults
 import pytest
 import torch
+from block_cases import ffn_weights, msa_weights
 from core_cases import make
+from fault import BUILDS, OVERFLOW, PLAIN, RACE, Build
 from fusion_cases import fusion_and_gradients, make_weights
-from kernel_faults import OVERFLOW, PLAIN, RACE, Build
 from torch import Tensor
 
 import crossvit_kernels as ck
-from crossvit_kernels import FusionWeights
+from crossvit_kernels import FfnWeights, FusionWeights, MsaWeights
 from crossvit_kernels.ops.cross_attention import cuda
 from crossvit_kernels.ops.cross_attention.cuda import ClusterShape
 
@@ -90,6 +91,25 @@ def test_fusion_in_any_order(
     in_any_order(lambda: fusion_and_gradients(*inputs, weights, heads, "cuda"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(2, 70, 80, 5), (1, 40, 64, 1)], ids=str)
+def test_blocks_in_any_order(
+    in_any_order: Callable[..., None], sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    """Heads of up to 32 channels and up to 64."""
+    batch, num_tokens, channels, heads = sizes
+    x = torch.randn(batch, num_tokens, channels).to(dtype).requires_grad_()
+    msa = MsaWeights(*(w.to(dtype).requires_grad_() for w in msa_weights(channels)))
+    ffn = FfnWeights(*(w.to(dtype).requires_grad_() for w in ffn_weights(channels, 136)))
+
+    def results() -> tuple[Tensor, ...]:
+        y = ck.layernorm_msa(x, msa, heads, backend="cuda")
+        z = ck.layernorm_ffn(y, ffn, backend="cuda")
+        return z, *torch.autograd.grad(z.float().square().sum(), [x, *msa, *ffn])
+
+    in_any_order(results)
+
+
 # Runs a case in a build, with a seed and a fault.
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -102,7 +122,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         pending = {
             build: pool.submit(kernel_faults.program, build)
-            for build in kernel_faults.BUILDS
+            for build in BUILDS
             if host_compiler.why_not(build.sanitizer) is None
         }
         folder = tmp_path_factory.mktemp("cases")
@@ -146,7 +166,7 @@ def broken_runs(run: Run, request: pytest.FixtureRequest) -> Iterator[dict[str, 
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("build", kernel_faults.BUILDS, ids=str)
+@pytest.mark.parametrize("build", BUILDS, ids=str)
 @pytest.mark.parametrize("case", kernel_cases.CASES)
 def test_nothing_to_report(run: Run, case: str, build: Build) -> None:
     """Correct results, with the same bits in every order."""

@@ -39,6 +39,16 @@ def test_whole_model_on_triton(autocast: bool, triton_device: str) -> None:
         compare(randomised(model).train(), 48, batch=batch, **choice)
 
 
+@pytest.mark.slow_on_cpu
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_whole_model_on_cuda(autocast: bool, cuda_device: str) -> None:
+    """All of CrossViT-9 on a small image by CUDA's kernels; on the CPU if there is no GPU."""
+    drop_path_rate, keep = (0.2, "lean") if autocast else (0.0, "fast")
+    model = create_model("crossvit_9", img_size=48, num_classes=10, drop_path_rate=drop_path_rate)
+    choice = {"autocast": autocast, "device": cuda_device, "backend": "cuda", "keep": keep}
+    compare(randomised(model).train(), 48, batch=2, **choice)
+
+
 def test_drop_path_draws_the_same_masks() -> None:
     """Same seed, same dropped images: outputs differ only by rounding."""
     model = create_model(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.ops.flops import Flops
-from crossvit_kernels.ops.layernorm_ffn import cpu, reference, triton
+from crossvit_kernels.ops.layernorm_ffn import cpu, cuda, reference, triton
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
 from crossvit_kernels.ops.operator import Operation
 
@@ -42,10 +42,11 @@ def _flops_of_one_layer(shapes: Any) -> int:
 layernorm_ffn = Operation(
     "layernorm_ffn",
     FfnInputs,
-    {"cpu": cpu, "triton": triton},
+    {"cpu": cpu, "cuda": cuda, "triton": triton},
     _reference,
     _empty_outputs,
     Flops(_flops_forward, _flops_backward),
     weights=FfnWeights,
     norms=("norm",),
+    order={80: ("triton", "cuda")},
 )

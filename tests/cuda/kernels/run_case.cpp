@@ -14,6 +14,8 @@
 #include "common/cuda/gpu.h"
 #include "cross_attention/cuda/kernels.h"
 #include "kernels/choice.h"
+#include "layernorm_ffn/cuda/kernels.h"
+#include "layernorm_msa/cuda/kernels.h"
 
 namespace crossvit {
 namespace {
@@ -195,6 +197,115 @@ bool run_fusion(File& file, const int64_t* settings) {
   return results.report();
 }
 
+// The inputs of half a transformer block: [B, N, C] with, for MSA, a CLS.
+struct BlockInputs {
+  int64_t batch, tokens, channels, heads_or_hidden;
+  Array x, cls, scale, dy, dupdate;
+  std::vector<Array> weights;
+
+  BlockInputs(File& file, const int64_t* settings)
+      : batch(settings[0]),
+        tokens(settings[1]),
+        channels(settings[2]),
+        heads_or_hidden(settings[3]),
+        x(file.next()),
+        cls(file.next()),
+        scale(file.next()),
+        dy(file.next()),
+        dupdate(file.next()) {
+    for (int i = 0; i < 6; ++i) weights.push_back(file.next());
+  }
+
+  template <class Problem>
+  Problem problem() const {
+    return {batch, tokens, channels, heads_or_hidden, 1e-6, DType::kBFloat16};
+  }
+  template <class Weights>
+  Weights layers() const {
+    const auto layer = [&](int i) -> cross_attention::Layer {
+      return {{weights[2 * i].as(), DType::kBFloat16}, {weights[2 * i + 1].as(), DType::kBFloat16}};
+    };
+    return {layer(0), layer(1), layer(2)};
+  }
+  attention_core::Tokens tokens_of(const Array& all, const Array& first) const {
+    return {all.as(), DType::kBFloat16, tokens * channels, channels, first.as(), channels};
+  }
+  // Rows of this width for all tokens.
+  Array rows(int64_t width) const { return Array(batch * tokens * width * int64_t{sizeof(bf16)}); }
+};
+
+// The gradients of LayerNorm's weight and bias.
+Array sum_of_shares(const Array& shares, int64_t channels) {
+  const int64_t width = 2 * channels;
+  Array sums(width * int64_t{sizeof(float)});
+  for (int64_t c = 0; c < width; ++c) {
+    sums.as<float>()[c] = 0;
+    for (int64_t i = c; i < shares.bytes / int64_t{sizeof(float)}; i += width) {
+      sums.as<float>()[c] += shares.as<float>()[i];
+    }
+  }
+  return sums;
+}
+
+bool run_msa(File& file, const int64_t* settings) {
+  namespace msa = layernorm_msa::cuda;
+  const BlockInputs in(file, settings);
+  const Array expected_y = file.next(), expected_dx = file.next(), expected_dcls = file.next();
+  const Array expected_dnorm = file.next();
+  const auto problem = in.problem<msa::Problem>();
+  const auto weights = in.layers<msa::Weights>();
+  const auto x = in.tokens_of(in.x, in.cls);
+  const int64_t width = in.channels;
+  const Array normed = in.rows(width), qkv = in.rows(3 * width), heads = in.rows(width);
+  const Array lse(in.batch * in.heads_or_hidden * in.tokens * int64_t{sizeof(float)});
+  const Array y = like<bf16>(expected_y);
+  msa::forward({problem, x, weights, in.scale.as<float>(), normed.as(), qkv.as(), heads.as(),
+                lse.as<float>(), y.as()},
+               {});
+  const Array dheads = in.rows(width), dqkv = in.rows(3 * width), dnormed = in.rows(width);
+  const Array terms(msa::query_term_floats(problem) * int64_t{sizeof(float)});
+  const Array shares(msa::norm_share_floats(problem) * int64_t{sizeof(float)});
+  const Array again = in.rows(width), dx = like<bf16>(expected_dx);
+  const Array dcls = like<bf16>(expected_dcls);
+  msa::backward({problem, x, weights, qkv.as(), heads.as(), lse.as<float>(), in.dy.as(),
+                 in.dupdate.as(), dheads.as(), terms.as<float>(), dqkv.as(), dnormed.as(),
+                 again.as(), in.tokens_of(dx, dcls), shares.as<float>()},
+                {});
+  Results results;
+  results.compare<bf16>("y", y, expected_y);
+  results.compare<bf16>("dx", dx, expected_dx);
+  results.compare<bf16>("dcls", dcls, expected_dcls);
+  results.compare<float>("dnorm", sum_of_shares(shares, width), expected_dnorm);
+  for (const Array* array : {&lse, &dqkv, &again}) results.hash(*array);
+  return results.report();
+}
+
+bool run_ffn(File& file, const int64_t* settings) {
+  namespace ffn = layernorm_ffn::cuda;
+  const BlockInputs in(file, settings);
+  const Array expected_y = file.next(), expected_dx = file.next(), expected_dnorm = file.next();
+  const auto problem = in.problem<ffn::Problem>();
+  const auto weights = in.layers<ffn::Weights>();
+  const auto x = in.tokens_of(in.x, in.cls);
+  const int64_t width = in.channels, hidden_width = in.heads_or_hidden;
+  const Array normed = in.rows(width), activated = in.rows(hidden_width);
+  const Array y = like<bf16>(expected_y);
+  ffn::forward({problem, x, weights, in.scale.as<float>(), normed.as(), activated.as(), y.as()},
+               {});
+  const Array again = in.rows(hidden_width), dhidden = in.rows(hidden_width);
+  const Array shares(ffn::norm_share_floats(problem) * int64_t{sizeof(float)});
+  const Array dnormed = in.rows(width), dx = like<bf16>(expected_dx);
+  ffn::backward({problem, x, weights, in.dy.as(), in.dupdate.as(), normed.as(), again.as(),
+                 dhidden.as(), dnormed.as(), in.tokens_of(dx, in.cls), shares.as<float>()},
+                {});
+  Results results;
+  results.compare<bf16>("y", y, expected_y);
+  results.compare<bf16>("dx", dx, expected_dx);
+  results.compare<float>("dnorm", sum_of_shares(shares, width), expected_dnorm);
+  for (const Array* array : {&normed, &again, &dhidden}) results.hash(*array);
+  return results.report();
+}
+
 }  // namespace
 }  // namespace crossvit
 
@@ -204,8 +315,8 @@ int main(int count, char** arguments) {
     if (count > 2) choice::fault = std::atoi(arguments[2]);
     File file(arguments[1]);
     const Array settings = file.next();
-    const bool fusion = settings.as<int64_t>()[0];
-    const auto run = fusion ? run_fusion : run_core;
+    constexpr decltype(&run_core) kRuns[] = {run_core, run_fusion, run_msa, run_ffn};
+    const auto run = kRuns[settings.as<int64_t>()[0]];
     return run(file, settings.as<int64_t>() + 1) ? 0 : 1;
   } catch (const std::exception& fault) {
     std::printf("fault: %s\n", fault.what());

@@ -1,0 +1,68 @@
+"""What the CUDA backends of both halves of a transformer block share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels import extension
+from crossvit_kernels.backends import autocast_dtype
+from crossvit_kernels.extension import Arguments
+from crossvit_kernels.gpu import launcher
+
+
+def why_not(x: Tensor, matrix: Tensor) -> str | None:
+    """Return why no CUDA kernel takes tokens x [B, N, C] beside this weight matrix, or None."""
+    if reason := extension.why_not_cuda_kernels(x):
+        return reason
+    widest = functions().layernorm_msa_widest
+    if x.shape[2] % 8:
+        return f"{x.shape[2]} channels are no multiple of 8"
+    if x.shape[2] > widest:
+        return f"{x.shape[2]} channels are more than {widest}"
+    dtype = autocast_dtype(x) or matrix.dtype  # without autocast all have one dtype
+    if dtype != x.dtype and (x.dtype != torch.float32 or dtype == torch.float64):
+        return f"the matrices are in {dtype}, the tokens in {x.dtype}"
+    return "there are no tokens" if x.numel() == 0 else None
+
+
+def functions() -> Any:
+    """Return the launchers of the extension."""
+    assert extension.cuda_kernels is not None
+    return extension.cuda_kernels.functions
+
+
+def aligned_weights(weights: Any, matrix_dtype: torch.dtype) -> Any:
+    """Return a NamedTuple of weights as kernels read them: aligned, vectors of no third dtype."""
+
+    def aligned(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        t = t if t.dtype in (matrix_dtype, torch.float32) else t.float()
+        return launcher.aligned_rows(t)
+
+    return type(weights)(*map(aligned, weights))
+
+
+def aligned_scale(residual_scale: Tensor | None) -> Tensor | None:
+    return None if residual_scale is None else residual_scale.float().contiguous()
+
+
+def problem(x: Tensor, matrix: Tensor, heads_or_hidden: int, eps: float) -> tuple[Any, ...]:
+    """Return the sizes of half a block, as the extension takes them."""
+    return *x.shape, heads_or_hidden, eps, extension.DTYPE_CODES[matrix.dtype]
+
+
+def weight_arguments(args: Arguments, weights: Any) -> list[tuple[int, int]]:
+    return [args.parameter(p) for p in weights]
+
+
+def norm_gradients(shares: Tensor, weights: Any) -> dict[str, Tensor]:
+    """Return the gradients of LayerNorm's parameters from the blocks' shares [., 2, C]."""
+    shares = shares.view(-1, 2, weights.norm_weight.shape[0])
+    return {
+        "norm_weight": shares[:, 0].sum(dim=0).to(weights.norm_weight.dtype),
+        "norm_bias": shares[:, 1].sum(dim=0).to(weights.norm_bias.dtype),
+    }

@@ -1,0 +1,158 @@
+"""layernorm_msa on the CUDA kernels of the extension: LayerNorm, two linear layers and attention.
+
+The gradients of weights are products and sums over all tokens, computed by torch's libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels import extension
+from crossvit_kernels.extension import Arguments
+from crossvit_kernels.gpu import launcher
+from crossvit_kernels.ops.common import cuda_blocks as blocks
+from crossvit_kernels.ops.common import torch_norm as norm
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
+
+
+class Saved(NamedTuple):
+    """What forward keeps for backward; lean keeps no qkv and no heads."""
+
+    lse: Tensor  # [B, h, N], float32
+    qkv: Tensor  # [B, N, 3 C] or empty
+    heads: Tensor  # [B, N, C] or empty: attention's output
+
+
+def why_not(inputs: MsaInputs) -> str | None:
+    x, weights, num_heads, *_ = inputs
+    if reason := blocks.why_not(x, weights.qkv_weight):
+        return reason
+    head_dim, widest = x.shape[2] // num_heads, blocks.functions().layernorm_msa_widest_head
+    if head_dim % 8:
+        return f"{head_dim} channels of a head are no multiple of 8"
+    if head_dim > widest:
+        return f"{head_dim} channels of a head are more than {widest}"
+    return None
+
+
+def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
+    x, w, num_heads, *_ = inputs
+    batch, num_tokens, channels = x.shape
+    like = x.new_empty(0, dtype=w.qkv_weight.dtype)
+    return Saved(
+        lse=x.new_empty(batch, num_heads, num_tokens, dtype=torch.float32),
+        qkv=like.new_empty(batch, num_tokens, 3 * channels) if keep == "fast" else like,
+        heads=like.new_empty(x.shape) if keep == "fast" else torch.empty_like(like),
+    )
+
+
+def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
+    inputs = _readable(inputs)
+    y, rows = inputs.x.new_empty(inputs.x.shape), empty_saved(inputs, "fast")
+    _run_forward(inputs, eps, rows, rows.lse if keep else None, y)
+    if keep == "lean":
+        return y, empty_saved(inputs, keep)._replace(lse=rows.lse)
+    return y, rows if keep else None
+
+
+def backward(
+    douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
+) -> MsaInputs:
+    """Compute the gradients; products that are not wanted are None."""
+    (dy,), inputs, wants = douts, _readable(inputs), wanted.weights
+    x, w, _, scale, _ = inputs
+    if not saved.qkv.numel():
+        saved = empty_saved(inputs, "fast")._replace(lse=saved.lse)
+        _run_forward(inputs, eps, saved, None, None)
+    dy, channels = dy.contiguous(), x.shape[2]
+    dupdate = norm.scale_update(dy, scale, w.out_weight.dtype).contiguous().view(-1, channels)
+    d_weights: dict[str, Any] = {}
+    if wants.out_weight:
+        d_weights["out_weight"] = dupdate.t() @ saved.heads.view(-1, channels)
+    if wants.out_bias:
+        d_weights["out_bias"] = dupdate.sum(dim=0)
+    dx = dcls = None
+    if wanted.x or wanted.cls or any(wants[:4]):
+        dx, dcls, dqkv, normed, shares = _run_backward(inputs, eps, dy, dupdate, saved)
+        if wants.qkv_weight:
+            d_weights["qkv_weight"] = dqkv.t() @ normed
+        if wants.qkv_bias:
+            d_weights["qkv_bias"] = dqkv.sum(dim=0)
+        d_weights |= blocks.norm_gradients(shares, w)
+    return gradients(dx, dcls, MsaWeights._make(map(d_weights.get, MsaWeights._fields)))
+
+
+def _readable(inputs: MsaInputs) -> MsaInputs:
+    """Return the inputs as kernels read them."""
+    x, w, num_heads, scale, cls = inputs
+    return MsaInputs(
+        launcher.aligned_rows(x),
+        blocks.aligned_weights(w, w.qkv_weight.dtype),
+        num_heads,
+        blocks.aligned_scale(scale),
+        None if cls is None else launcher.aligned_rows(cls),
+    )
+
+
+def _run_forward(
+    inputs: MsaInputs, eps: float, to: Saved, lse: Tensor | None, y: Tensor | None
+) -> None:
+    """Write qkv and heads, and, if given, lse and the block's result y."""
+    x, w, num_heads, scale, cls = inputs
+    dtype, normed, args = to.qkv.dtype, torch.empty_like(to.heads), Arguments(x.device)
+    blocks.functions().layernorm_msa_forward(
+        problem=blocks.problem(x, w.qkv_weight, num_heads, eps),
+        x=args.tokens(x, cls),
+        weights=blocks.weight_arguments(args, w),
+        residual_scale=args.pointer(scale, torch.float32),
+        normed=args.pointer(normed, dtype),
+        qkv=args.pointer(to.qkv, dtype),
+        heads=args.pointer(to.heads, dtype),
+        lse=args.pointer(lse, torch.float32),
+        y=args.pointer(y, x.dtype),
+        place=extension.place(x),
+    )
+
+
+class _Gradients(NamedTuple):
+    dx: Tensor  # [B, N, C]
+    dcls: Tensor | None  # [B, C]
+    dqkv: Tensor  # [B N, 3 C]
+    normed: Tensor  # [B N, C]
+    shares: Tensor  # [., 2, C], of LayerNorm's gradients
+
+
+def _run_backward(
+    inputs: MsaInputs, eps: float, dy: Tensor, dupdate: Tensor, saved: Saved
+) -> _Gradients:
+    functions, (x, w, num_heads, _, cls), (lse, qkv, heads) = blocks.functions(), inputs, saved
+    problem, dtype = blocks.problem(x, w.qkv_weight, num_heads, eps), qkv.dtype
+    query_terms, shares = map(lse.new_empty, functions.layernorm_msa_scratch(problem))
+    dheads, dnormed, normed = (torch.empty_like(heads) for _ in range(3))
+    dqkv, dx = torch.empty_like(qkv), x.new_empty(x.shape)
+    dcls = None if cls is None else x.new_empty(cls.shape)
+    args = Arguments(x.device)
+    functions.layernorm_msa_backward(
+        problem=problem,
+        x=args.tokens(x, cls),
+        weights=blocks.weight_arguments(args, w),
+        qkv=args.pointer(qkv, dtype),
+        heads=args.pointer(heads, dtype),
+        lse=args.pointer(lse, torch.float32),
+        dy=args.pointer(dy, x.dtype),
+        dupdate=args.pointer(dupdate, dtype),
+        dheads=args.pointer(dheads, dtype),
+        query_terms=args.pointer(query_terms, torch.float32),
+        dqkv=args.pointer(dqkv, dtype),
+        dnormed=args.pointer(dnormed, dtype),
+        normed=args.pointer(normed, dtype),
+        dx=args.tokens(dx, dcls),
+        norm_shares=args.pointer(shares, torch.float32),
+        place=extension.place(x),
+    )
+    channels = x.shape[2]
+    return _Gradients(dx, dcls, dqkv.view(-1, 3 * channels), normed.view(-1, channels), shares)

@@ -1,0 +1,32 @@
+// Linear layers over rows of tokens, on tensor cores.
+#pragma once
+
+#include "common/cuda/token_rows.h"
+
+namespace crossvit {
+
+// What a linear layer computes. Backward's products are with W as it is stored, without a bias.
+enum class Linear {
+  kForward,       // out = a W^T + b or, with x, x + r (a W^T + b)
+  kGelu,          // out = gelu(a W^T + b)
+  kBackward,      // out = a W
+  kGeluBackward,  // out = (a W) gelu'(h), and h = gelu(h)
+};
+
+template <class T>
+struct LinearParams {
+  const T* a;       // [rows, terms]
+  const T* weight;  // [columns, terms]; backward [terms, columns]
+  int64_t rows;
+  int terms, columns;  // multiples of 8
+  Elements<T> bias;    // [columns], or null
+  TokenRows<T> x;      // [rows, columns]; its data is null if there is no residual
+  const float* scale;  // r: [images], or null
+  T* hidden;           // h: [rows, columns]
+  MutableElements<T> out;
+};
+
+template <Linear kKind, class T>
+void linear(const LinearParams<T>& params, cudaStream_t stream);
+
+}  // namespace crossvit

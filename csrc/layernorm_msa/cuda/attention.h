@@ -1,0 +1,227 @@
+#pragma once
+
+#include "common/cuda/math.h"
+#include "common/cuda/pipeline.h"
+
+// What attention's kernels share. A block has 64 rows of one head of one image, queries or keys,
+// each of its four warps 16; it walks over all tokens in steps, as keys or queries. A head's
+// channels, up to kHeadDim, are padded with zeros in shared memory.
+
+namespace crossvit::layernorm_msa {
+
+constexpr int kRowsOfBlock = 64;
+constexpr int kAttentionThreads = 128;
+constexpr float kLog2E = 1.4426950408889634f;
+
+template <class T>
+struct AttentionParams {
+  const T* qkv;         // [B, N, 3, h, d]
+  T* heads;             // [B, N, h, d]
+  float* lse;           // [B, h, N], or null
+  const T* dheads;      // [B, N, h, d], for backward, as are those below
+  float2* query_terms;  // [B, h, N rounded up to kRowsOfBlock]: lse in base 2, and o . do
+  T* dqkv;              // [B, N, 3, h, d]
+  int64_t batch;
+  int num_tokens, num_heads, head_dim;
+
+  __host__ __device__ int tiles() const { return ceil_div(num_tokens, kRowsOfBlock); }
+  // From products of q and k to exponents in base 2.
+  __device__ float exponent_scale() const { return kLog2E * scale(); }
+  __device__ float scale() const { return 1 / sqrtf(static_cast<float>(head_dim)); }
+};
+
+// The head of an image and the rows that are a block's. Grid: images, heads, tiles of rows.
+struct BlockOfHead {
+  int64_t image, pair;  // pair: image and head
+  int head, first, rows;
+
+  template <class T>
+  __device__ explicit BlockOfHead(const AttentionParams<T>& a) {
+    const int tiles = a.tiles();
+    pair = blockIdx.x / tiles;
+    first = static_cast<int>(blockIdx.x % tiles) * kRowsOfBlock;
+    image = pair / a.num_heads;
+    head = static_cast<int>(pair % a.num_heads);
+    rows = minimum(a.num_tokens - first, kRowsOfBlock);
+  }
+};
+
+// One of q, k, v of a head, or of the tensors like them: rows of all tokens, `stride` apart.
+template <class E>
+struct HeadRows {
+  E* data;
+  int stride;
+
+  __device__ E* row(int token) const { return data + int64_t{token} * stride; }
+};
+
+template <class T, class E>
+__device__ HeadRows<E> rows_of_qkv(E* qkv, const AttentionParams<T>& a, const BlockOfHead& block,
+                                   int which) {
+  const int width = a.num_heads * a.head_dim;
+  const int offset = which * width + block.head * a.head_dim;
+  return {qkv + block.image * a.num_tokens * 3 * width + offset, 3 * width};
+}
+
+template <class T, class E>
+__device__ HeadRows<E> rows_of_heads(E* heads, const AttentionParams<T>& a,
+                                     const BlockOfHead& block) {
+  const int width = a.num_heads * a.head_dim;
+  return {heads + block.image * a.num_tokens * width + block.head * a.head_dim, width};
+}
+
+// A kernel of attention for heads of up to kMaxHeadDim channels, with kStepRows rows a step.
+template <class E, int kMaxHeadDim, int kStepRows, int kNumStages>
+struct AttentionPlan {
+  using T = E;
+  static constexpr int kHeadDim = kMaxHeadDim, kStep = kStepRows, kStages = kNumStages;
+  static constexpr int kUnits = kHeadDim / 16, kColumnTiles = kHeadDim / 8;
+  using RowTile = Tile<T, kRowsOfBlock, kHeadDim>;
+  using StepTile = Tile<T, kStep, kHeadDim>;
+
+  static __device__ void copy_rows(T* tile, const HeadRows<const T>& from, int first, int rows,
+                                   int head_dim) {
+    RowTile::template copy<kAttentionThreads>(tile, from.row(first), from.stride, rows, head_dim);
+  }
+  static __device__ void copy_step(T* tile, const HeadRows<const T>& from, int first, int rows,
+                                   int head_dim) {
+    StepTile::template copy<kAttentionThreads>(tile, from.row(first), from.stride, rows, head_dim);
+  }
+};
+
+// The 16 rows of a warp as operands: in registers, or for floats, of which there would be too many,
+// in shared memory.
+template <class P>
+class WarpRows {
+  using T = typename P::T;
+  static constexpr bool kInRegisters = sizeof(T) == 2;
+
+ public:
+  __device__ __forceinline__ explicit WarpRows(const T* tile)
+      : rows_(tile + warp_index() * 16 * P::RowTile::kPitch) {}
+
+  // Once the tile is there.
+  __device__ __forceinline__ void load() {
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (int unit = 0; unit < P::kUnits; ++unit) fragments_[unit] = from_tile(unit);
+    }
+  }
+
+  __device__ __forceinline__ FragmentA<T> operator[](int unit) const {
+    if constexpr (kInRegisters) {
+      return fragments_[unit];
+    } else {
+      return from_tile(unit);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ FragmentA<T> from_tile(int unit) const {
+    return load_rows(rows_ + 16 * unit, P::RowTile::kPitch);
+  }
+
+  const T* rows_;
+  FragmentA<T> fragments_[kInRegisters ? P::kUnits : 1];
+};
+
+// Sums of 16 rows and 8 kTiles columns in a warp's registers.
+template <int kTiles>
+struct Sums {
+  float of[kTiles][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) of[i][j] = 0;
+    }
+  }
+};
+
+// Excludes columns from `count` on from a softmax.
+template <int kTiles>
+__device__ __forceinline__ void exclude(Sums<kTiles>& s, int count) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (8 * j + lane_index() % 4 * 2 + i % 2 >= count) s.of[j][i] = -INFINITY;
+    }
+  }
+}
+
+// Products of the warp's rows with the rows of a step: rows of kStep columns.
+template <class P>
+__device__ __forceinline__ Sums<P::kStep / 8> products_with_step(const WarpRows<P>& rows,
+                                                                 const typename P::T* step) {
+  Sums<P::kStep / 8> sums;
+  sums.clear();
+#pragma unroll
+  for (int unit = 0; unit < P::kUnits; ++unit) {
+    const FragmentA<typename P::T> a = rows[unit];
+#pragma unroll
+    for (int j = 0; j < P::kStep / 16; ++j) {
+      constexpr int kPitch = P::StepTile::kPitch;
+      const auto b = load_columns(step + 16 * j * kPitch + 16 * unit, kPitch);
+      multiply(sums.of[2 * j], a, b.side[0]);
+      multiply(sums.of[2 * j + 1], a, b.side[1]);
+    }
+  }
+  return sums;
+}
+
+// sums += weights times the rows of a step; weights [16, kStep] as products_with_step() returns
+// them, rounded to T.
+template <class P>
+__device__ __forceinline__ void add_weighted_step(Sums<P::kColumnTiles>& sums,
+                                                  const Sums<P::kStep / 8>& weights,
+                                                  const typename P::T* step) {
+  using T = typename P::T;
+#pragma unroll
+  for (int j = 0; j < P::kStep / 16; ++j) {
+    const float(&left)[4] = weights.of[2 * j];
+    const float(&right)[4] = weights.of[2 * j + 1];
+    const FragmentA<T> a = {{pack<T>(left[0], left[1]), pack<T>(left[2], left[3]),
+                             pack<T>(right[0], right[1]), pack<T>(right[2], right[3])}};
+#pragma unroll
+    for (int unit = 0; unit < P::kUnits; ++unit) {
+      constexpr int kPitch = P::StepTile::kPitch;
+      const auto b = load_transposed_columns(step + 16 * j * kPitch + 16 * unit, kPitch);
+      multiply(sums.of[2 * unit], a, b.side[0]);
+      multiply(sums.of[2 * unit + 1], a, b.side[1]);
+    }
+  }
+}
+
+// Stores the warp's 16 rows times a factor each (of rows g and g + 8): through its rows of a tile,
+// which no other warp reads, so that a lane stores 16 bytes.
+template <class P>
+__device__ __forceinline__ void store_rows(const Sums<P::kColumnTiles>& sums, float upper,
+                                           float lower, typename P::T* tile,
+                                           const HeadRows<typename P::T>& to,
+                                           const BlockOfHead& block, int head_dim) {
+  using T = typename P::T;
+  constexpr int kPitch = P::RowTile::kPitch, kUnit = P::RowTile::kUnit;
+  T* const rows = tile + warp_index() * 16 * kPitch;
+  T* const from = rows + lane_index() / 4 * kPitch + lane_index() % 4 * 2;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < P::kColumnTiles; ++i) {
+    const float(&sum)[4] = sums.of[i];
+    store_pair(from + 8 * i, pack<T>(sum[0] * upper, sum[1] * upper));
+    store_pair(from + 8 * kPitch + 8 * i, pack<T>(sum[2] * lower, sum[3] * lower));
+  }
+  __syncwarp();
+  constexpr int kUnitsOfRow = P::kHeadDim / kUnit;
+#pragma unroll
+  for (int i = lane_index(); i < 16 * kUnitsOfRow; i += 32) {
+    const int row = i / kUnitsOfRow, column = i % kUnitsOfRow * kUnit;
+    const int token = warp_index() * 16 + row;
+    if (token >= block.rows || column >= head_dim) continue;
+    *reinterpret_cast<uint4*>(to.row(block.first + token) + column) =
+        *reinterpret_cast<const uint4*>(rows + row * kPitch + column);
+  }
+}
+
+}  // namespace crossvit::layernorm_msa
