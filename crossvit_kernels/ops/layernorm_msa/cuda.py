@@ -63,7 +63,8 @@ def backward(
     douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
 ) -> MsaInputs:
     """Compute the gradients; products that are not wanted are None."""
-    (dy,), inputs, wants = douts, _readable(inputs), wanted.weights
+    (dy,), cls, wants = douts, inputs.cls, wanted.weights
+    inputs = _readable(inputs)
     x, w, _, scale, _ = inputs
     if not saved.qkv.numel():
         saved = empty_saved(inputs, "fast")._replace(lse=saved.lse)
@@ -82,6 +83,7 @@ def backward(
             d_weights["qkv_weight"] = dqkv.t() @ normed
         if wants.qkv_bias:
             d_weights["qkv_bias"] = dqkv.sum(dim=0)
+        dcls = None if cls is None else dcls.to(cls.dtype)
         d_weights |= blocks.norm_gradients(shares, w)
     return gradients(dx, dcls, MsaWeights._make(map(d_weights.get, MsaWeights._fields)))
 
@@ -94,7 +96,7 @@ def _readable(inputs: MsaInputs) -> MsaInputs:
         blocks.aligned_weights(w, w.qkv_weight.dtype),
         num_heads,
         blocks.aligned_scale(scale),
-        None if cls is None else launcher.aligned_rows(cls),
+        None if cls is None else launcher.aligned_rows(cls.to(x.dtype)),
     )
 
 
