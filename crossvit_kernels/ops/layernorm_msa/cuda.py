@@ -83,7 +83,8 @@ def backward(
             d_weights["qkv_weight"] = dqkv.t() @ normed
         if wants.qkv_bias:
             d_weights["qkv_bias"] = dqkv.sum(dim=0)
-        dcls = None if cls is None else dcls.to(cls.dtype)
+        if cls is not None and dcls is not None:
+            dcls = dcls.to(cls.dtype)
         d_weights |= blocks.norm_gradients(shares, w)
     return gradients(dx, dcls, MsaWeights._make(map(d_weights.get, MsaWeights._fields)))
 
