@@ -38,8 +38,11 @@ Accuracy is top-1 in percent, of the mean of both heads unless a branch is named
 
 def introduction(options: argparse.Namespace, device: str) -> str:
     """Return the title, and how the columns were measured."""
-    chosen = " --throughput" * options.throughput
-    chosen += f" --accuracy {options.accuracy}" if options.accuracy else ""
+    every = list(paper_rows.tables())
+    chosen = "" if options.tables == every else f" --tables {','.join(options.tables)}"
+    chosen += " --throughput" * options.throughput
+    if options.accuracy:
+        chosen += f" --accuracy {options.accuracy} --checkpoints {options.checkpoints}"
     text = INTRODUCTION + THROUGHPUT * options.throughput + ACCURACY * bool(options.accuracy)
     text = text.format(**vars(options) | {"chosen": chosen, "device": device})
     paragraphs = (textwrap.fill(part.strip(), WIDTH) for part in text.split("\n\n"))

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from crossvit.checkpoint_targets import unwrap
 from crossvit.fusion import Branch, MultiScaleBlock
 from crossvit.model import CrossViT
-from crossvit.vit import VisionTransformer
 from crossvit_kernels.modules.layers import self_attention_weights
 
 
@@ -30,12 +30,13 @@ class BlockAttention(NamedTuple):
 
 
 @torch.no_grad()
-def attention_maps(model: CrossViT, x: Tensor | Sequence[Tensor]) -> list[BlockAttention]:
+def attention_maps(model: nn.Module, x: Tensor | Sequence[Tensor]) -> list[BlockAttention]:
     """Return the attention weights of all multi-scale blocks, as in evaluation mode.
 
     Args:
-        model: In either mode; dropout and drop path are not applied. Layers, and so their
-            hooks, are called more often than in ``forward``.
+        model: A CrossViT, which may be wrapped as for ``load_checkpoint``, in either mode; dropout
+            and drop path are not applied. Layers, and so their hooks, are called more often than
+            in ``forward``.
         x: Images as ``CrossViT.forward`` takes them.
 
     Returns:
@@ -44,18 +45,19 @@ def attention_maps(model: CrossViT, x: Tensor | Sequence[Tensor]) -> list[BlockA
         ``maps[-1].fusion[0][0][..., 1:].unflatten(-1, grids[1])``, [B, h, height, width].
 
     Raises:
-        TypeError: The model is a VisionTransformer.
+        TypeError: The model is a VisionTransformer, or none of this package.
     """
-    if isinstance(getattr(model, "_orig_mod", model), VisionTransformer):
+    core = unwrap(model)
+    if not isinstance(core, CrossViT):
         raise TypeError(
             "model: expected a CrossViT, found a VisionTransformer, which has no fusions"
         )
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(module, module.training) for module in core.modules()]
+    core.eval()
     try:
-        branches = model.embed(x)
+        branches = core.embed(x)
         maps = []
-        for block in model.blocks:
+        for block in core.blocks:
             maps.append(_block_attention(block, *branches))
             branches = block(*branches)
         return maps

@@ -85,8 +85,8 @@ class Backbone(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Make new heads for another number of classes; 0 for none."""
         old = next(self.parameters())
-        self.num_classes = num_classes
         self.head = self._make_head(num_classes).to(old.device, old.dtype)
+        self.num_classes = num_classes
         self.head.apply(init_linear)
         self.head.train(self.training)
 

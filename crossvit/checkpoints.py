@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -189,7 +190,8 @@ def save_checkpoint(
         "num_classes": core.num_classes,
         "in_chans": core.in_chans,
         "dynamic_img_size": core.dynamic_img_size,
-        "qkv_bias": any(key.endswith(".attn.qkv.bias") for key in state),
+        # Of the blocks: a performer's projections in the embedding always have one.
+        "qkv_bias": any(re.match(r"blocks\..*\.attn\.qkv\.bias$", key) for key in state),
     }
     tensors: dict[str, Tensor] = {}
     memory = set()
@@ -245,7 +247,7 @@ def _check_architecture(metadata: Mapping[str, str], config: Config | VitConfig)
     """
     description = _description(metadata)
     saved = {} if description is None else description["config"]
-    for name in ("fusion", "num_heads", "reread_patches"):
+    for name in ("fusion", "num_heads", "patch_sizes", "reread_patches"):
         ours = getattr(config, name, None)
         if name in saved and ours is not None and saved[name] != ours:
             raise ValueError(f"{name}: the checkpoint's is {saved[name]!r}, the model's {ours!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 Size = tuple[int, int]  # height, width, in pixels
@@ -44,7 +45,8 @@ class Config:
         t2t_layers: Attention of the tokens-to-token modules, "transformer" or "performer".
 
     Raises:
-        ValueError: A field is unknown, or two do not fit each other.
+        ValueError: A value is unknown or not positive, or two fields do not fit each other.
+        TypeError: A field is of another type.
     """
 
     dims: tuple[int, int]
@@ -66,6 +68,15 @@ class Config:
         _one_of("fusion", self.fusion, FUSIONS)
         _one_of("embed", self.embed, EMBEDDINGS)
         _one_of("t2t_layers", self.t2t_layers, T2T_LAYERS)
+        for name in ("dims", "num_heads", "depths", "mlp_ratios", "patch_sizes"):
+            _pair(name, getattr(self, name))
+        for name in ("dims", "num_heads", "patch_sizes"):
+            _positive(name, *getattr(self, name))
+        _positive("mlp_ratios", *self.mlp_ratios, kind=Real)
+        _positive("num_blocks", self.num_blocks)
+        _positive("cross_depth", self.cross_depth)
+        if min(self.depths) < 0 or max(self.depths) == 0:
+            raise ValueError(f"depths: expected 0 or more, and not twice 0, found {self.depths}")
         cross = {
             "cross_depth": self.cross_depth != 1,
             "reread_patches": self.reread_patches,
@@ -77,8 +88,6 @@ class Config:
                     f"{name}={getattr(self, name)}: expected fusion='cross', "
                     f"found fusion={self.fusion!r}"
                 )
-        if self.cross_depth < 1:
-            raise ValueError(f"cross_depth: expected at least 1, found {self.cross_depth}")
         if not self.projections and self.dims[0] != self.dims[1]:
             raise ValueError(f"projections=False: expected equal widths, found dims={self.dims}")
         if not self.cls_token and self.fusion not in ("cross", "none"):
@@ -112,6 +121,10 @@ class VitConfig:
         mlp_ratio: Hidden units of the feed-forward networks per channel.
         patch_size: In pixels.
         img_size: Side of a square image, or its (height, width); rounded up to whole patches.
+
+    Raises:
+        ValueError: A number is not positive.
+        TypeError: A field is of another type.
     """
 
     dim: int
@@ -120,6 +133,15 @@ class VitConfig:
     mlp_ratio: float = 4.0
     patch_size: int = 16
     img_size: int | Size = 224
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_heads", "depth", "patch_size"):
+            _positive(name, getattr(self, name))
+        _positive("mlp_ratio", self.mlp_ratio, kind=Real)
+        if isinstance(self.img_size, (tuple, list)) and any(
+            isinstance(side, (tuple, list)) for side in self.img_size
+        ):
+            raise TypeError(f"img_size: expected an int or (h, w), found {self.img_size!r}")
 
 
 def stem_strides(patch_size: int) -> tuple[int, int, int] | None:
@@ -142,6 +164,20 @@ def stem_strides(patch_size: int) -> tuple[int, int, int] | None:
 def _one_of(name: str, value: str, expected: tuple[str, ...]) -> None:
     if value not in expected:
         raise ValueError(f"{name}: expected one of {', '.join(expected)}, found {value!r}")
+
+
+def _pair(name: str, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair, found {value!r}")
+
+
+def _positive(name: str, *values: Any, kind: type = Integral) -> None:
+    found = values[0] if len(values) == 1 else values
+    if not all(isinstance(value, kind) for value in values):
+        expected = "integers" if kind is Integral else "numbers"
+        raise TypeError(f"{name}: expected {expected}, found {found!r}")
+    if min(values) <= 0:
+        raise ValueError(f"{name}: expected more than 0, found {found}")
 
 
 #: Ratio of the L branch's image side to the S branch's: 224 for 240.

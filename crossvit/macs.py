@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+from crossvit.checkpoint_targets import unwrap
 from crossvit.configs import Config
 from crossvit.embed import PatchEmbed
-from crossvit.model import CrossViT
 from crossvit.t2t import TOKEN_DIM, PerformerAttention, TokensToToken
 from crossvit.vit import VisionTransformer
 
 
-def count_macs(model: CrossViT | VisionTransformer) -> int:
+def count_macs(model: nn.Module) -> int:
     """Count the multiply-accumulates of one image in eager mode, including attention's products.
 
     Counted as in the paper: with keys and values in the fusions, without LayerNorm, softmax, GELU
     and the resizing of images and tokens. The fused path needs fewer.
+
+    Args:
+        model: It may be wrapped as for ``load_checkpoint``.
+
+    Raises:
+        TypeError: The model is not one of this package.
     """
+    return _count(unwrap(model))
+
+
+def _count(model: Any) -> int:
     if isinstance(model, VisionTransformer):
         c, (height, width) = model.config.dim, model.grid_sizes[0]
         block = _transformer_block(1 + height * width, c, model.config.mlp_ratio)

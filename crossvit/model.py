@@ -224,9 +224,15 @@ class CrossViT(IntermediateFeatures, Backbone):
 
     def _images(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """The image of each branch in its size."""
+        if not isinstance(x, (Tensor, tuple, list)):
+            raise ValueError(f"x: expected images or a pair of them, found {type(x).__name__}")
         pair = [x, x] if isinstance(x, Tensor) else list(x)
-        if len(pair) != 2:
-            raise ValueError(f"x: expected images or a pair of them, found {len(pair)} tensors")
+        if len(pair) != 2 or not all(isinstance(image, Tensor) for image in pair):
+            found = ", ".join(type(image).__name__ for image in pair)
+            raise ValueError(f"x: expected images or a pair of them, found [{found}]")
+        if pair[0].shape[:1] != pair[1].shape[:1]:
+            shapes = " and ".join(str(list(image.shape)) for image in pair)
+            raise ValueError(f"x: expected as many images for both branches, found {shapes}")
         for image in pair:
             if image.dim() != 4 or image.shape[1] != self.in_chans or 0 in image.shape[2:]:
                 shape = list(image.shape)

@@ -8,6 +8,7 @@ are T2T-ViT's, with timm's for the layers of a block.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple, cast
 
@@ -160,7 +161,7 @@ class PerformerAttention(nn.Module):
     def forward(self, x: Tensor, eager: bool) -> Tensor:
         """Map x [B, N, dim_in] to [B, N, 64]; there is one form for fused and eager."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        with torch.autocast(x.device.type, enabled=False):  # the exponentials need their range
+        with _without_autocast(x.device.type):  # the exponentials need their range
             q, k = self._features_of(q), self._features_of(k)
             norm = q @ k.sum(dim=1).unsqueeze(-1) + 1e-8
             pooled = (q @ (k.transpose(1, 2) @ v.to(k.dtype))) / norm
@@ -171,3 +172,9 @@ class PerformerAttention(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         exponent = x @ self.features.to(x.dtype).T - x.square().sum(dim=-1, keepdim=True) / 2
         return exponent.exp() / math.sqrt(len(self.features))
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()  # meta has none

@@ -132,6 +132,12 @@ def test_macs_are_those_that_torch_counts(bench):
         assert counter.get_total_flops() / 2 == pytest.approx(counted, rel=1e-3), name
 
 
+def test_the_document_names_the_command_that_wrote_it(bench):
+    options = bench.parse(["--tables", "6,7", "--throughput"])
+    text = " ".join(bench.paper_markdown.introduction(options, "cpu").split())
+    assert "`python bench/paper_tables.py --tables 6,7 --throughput`" in text
+
+
 # What is measured
 
 TINY = {"row": "CrossViT-Ti", "model": "crossvit_tiny_240", "top1": Decimal("73.4")}

@@ -140,3 +140,10 @@ def test_macs_and_checkpoints(embed: str, tmp_path) -> None:
     save_checkpoint(model, tmp_path / "model.safetensors")
     loaded = load_model(tmp_path / "model.safetensors").eval()
     assert loaded.config == model.config and torch.equal(loaded(x), expected)
+
+
+@pytest.mark.parametrize("layers", ["transformer", "performer"])
+def test_tokens_to_token_on_meta(layers: str) -> None:
+    with torch.device("meta"):
+        embed = TokensToToken((24, 36), 12, 3, 32, layers)
+        assert embed(torch.empty(2, 3, 24, 36)).shape == (2, 6, 32)

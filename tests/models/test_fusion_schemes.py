@@ -259,6 +259,24 @@ def test_checkpoints(name: str, tmp_path) -> None:
         load_checkpoint(CrossViT(TINY, num_classes=7), model.state_dict())
 
 
+def test_checkpoints_without_biases_of_qkv_but_the_embeddings(tmp_path) -> None:
+    pytest.importorskip("safetensors")
+    options = {"embed": "t2t", "t2t_layers": "performer", "num_blocks": 1, "img_size": 48}
+    model = CrossViT(TINY, num_classes=7, qkv_bias=False, **options).eval()
+    save_checkpoint(model, tmp_path / "model.safetensors")
+    x = torch.randn(X)
+    assert torch.equal(load_model(tmp_path / "model.safetensors").eval()(x), model(x))
+
+
+@pytest.mark.parametrize("embed", ["conv", "t2t"])
+def test_checkpoints_of_other_patch_sizes_are_refused(embed: str, tmp_path) -> None:
+    pytest.importorskip("safetensors")
+    save_checkpoint(CrossViT(TINY, num_classes=7, embed=embed), tmp_path / "model.safetensors")
+    other = CrossViT(TINY, num_classes=7, embed=embed, patch_sizes=(16, 8))
+    with pytest.raises(ValueError, match=r"patch_sizes: the checkpoint's is \(12, 16\)"):
+        load_checkpoint(other, tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -340,11 +358,32 @@ def test_attention_maps_of_all_attention_are_those_of_each_cls() -> None:
         ({"fusion": "class", "cls_token": False}, "cls_token=False: .*fusion='class'"),
         ({"fusion": "pairwise", "cls_token": False}, "cls_token=False: .*fusion='pairwise'"),
         ({"fusion": "all", "cls_token": False}, "cls_token=False: .*fusion='all'"),
-        ({"cross_depth": 0}, "cross_depth: expected at least 1, found 0"),
+        ({"cross_depth": 0}, "cross_depth: expected more than 0, found 0"),
+        ({"num_blocks": 0}, "num_blocks: expected more than 0, found 0"),
+        ({"dims": (32, -64)}, r"dims: expected more than 0, found \(32, -64\)"),
+        ({"patch_sizes": (0, 16)}, r"patch_sizes: expected more than 0, found \(0, 16\)"),
+        ({"mlp_ratios": (0.0, 2.0)}, r"mlp_ratios: expected more than 0, found \(0.0, 2.0\)"),
+        ({"depths": (-1, 2)}, r"depths: expected 0 or more, .*found \(-1, 2\)"),
+        ({"depths": (0, 0)}, r"depths: .*not twice 0, found \(0, 0\)"),
     ],
 )
 def test_options_that_do_not_fit(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        CrossViT(TINY, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dims": (32,)}, r"dims: expected a pair, found \(32,\)"),
+        ({"num_heads": 2}, "num_heads: expected a pair, found 2"),
+        ({"patch_sizes": (12.0, 16.0)}, "patch_sizes: expected integers, found"),
+        ({"num_blocks": 1.5}, "num_blocks: expected integers, found 1.5"),
+        ({"mlp_ratios": ("3", 3)}, "mlp_ratios: expected numbers, found"),
+    ],
+)
+def test_options_of_another_type(changes: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         CrossViT(TINY, **changes)
 
 

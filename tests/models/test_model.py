@@ -159,6 +159,35 @@ def test_one_image_or_two_ready_made(tiny):
         tiny(x[:, :1])
     with pytest.raises(ValueError, match="pair"):
         tiny((x,))
+    with pytest.raises(ValueError, match="pair of them, found NoneType"):
+        tiny(None)
+    with pytest.raises(ValueError, match=r"pair of them, found \[Tensor, NoneType\]"):
+        tiny((x, None))
+    with pytest.raises(ValueError, match="as many images for both branches"):
+        tiny((x[:1], resized))
+
+
+def test_a_pair_of_unequal_batches_is_refused_without_fusion_as_well():
+    model = CrossViT(TINY, fusion="none", num_blocks=1)
+    x = torch.randn(2, 3, 48, 48)
+    with pytest.raises(ValueError, match=r"found \[1, 3, 48, 48\] and \[2, 3, 48, 48\]"):
+        model((x[:1], x))
+
+
+def test_counts_and_maps_of_wrapped_models(tiny):
+    wrapped = torch.nn.DataParallel(tiny)
+    assert count_macs(wrapped) == count_macs(tiny)
+    assert len(attention_maps(wrapped, torch.randn(1, 3, 48, 48))) == len(tiny.blocks)
+    for function in (count_macs, lambda model: attention_maps(model, torch.randn(1, 3, 48, 48))):
+        with pytest.raises(TypeError, match=r"model: expected a CrossViT.*found torch\.nn.*Linear"):
+            function(torch.nn.Linear(2, 2))
+
+
+def test_a_number_of_classes_of_another_type_changes_nothing(tiny):
+    before = tiny.num_classes
+    with pytest.raises(TypeError):
+        tiny.reset_classifier("a")
+    assert tiny.num_classes == before
 
 
 def test_heads_and_features(tiny):

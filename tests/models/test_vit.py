@@ -156,5 +156,11 @@ def test_bad_input() -> None:
         VisionTransformer(TINY, depths=3)
     with pytest.raises(ValueError, match="img_size: expected positive sizes"):
         VisionTransformer(TINY, img_size=0)
+    with pytest.raises(TypeError, match=r"img_size: expected an int or \(h, w\), found"):
+        VisionTransformer(TINY, img_size=((32, 32), (32, 32)))
+    with pytest.raises(ValueError, match="depth: expected more than 0, found 0"):
+        VisionTransformer(TINY, depth=0)
+    with pytest.raises(TypeError, match=r"patch_size: expected integers, found \(16, 16\)"):
+        VisionTransformer(TINY, patch_size=(16, 16))
     with pytest.raises(TypeError, match="model: expected a CrossViT"):
         attention_maps(tiny(), torch.randn(X))
