@@ -83,7 +83,7 @@ def backward(
             d_weights["qkv_weight"] = dqkv.t() @ normed
         if wants.qkv_bias:
             d_weights["qkv_bias"] = dqkv.sum(dim=0)
-        dcls = None if cls is None else dcls.to(cls.dtype)
+        dcls = None if cls is None or dcls is None else dcls.to(cls.dtype)
         d_weights |= blocks.norm_gradients(shares, w)
     return gradients(dx, dcls, MsaWeights._make(map(d_weights.get, MsaWeights._fields)))
 
