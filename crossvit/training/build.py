@@ -199,7 +199,11 @@ def channel_statistics(recipe: Recipe, in_chans: int) -> tuple[Tensor, Tensor]:
 
 
 def training_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Any], Tensor]:
-    """Make timm's augmentation, from a PIL image to uint8 [C, height, width]."""
+    """Make timm's augmentation, from a PIL image to uint8 [C, height, width].
+
+    Raises:
+        ValueError: timm has no such policy of augmentation.
+    """
     from timm.data.transforms_factory import create_transform
 
     options: dict[str, Any] = {
@@ -210,7 +214,10 @@ def training_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Any],
         "auto_augment": recipe.auto_augment or None,
         "interpolation": recipe.interpolation,
     }
-    transform = create_transform((3, *size), is_training=True, normalize=False, **options)
+    try:
+        transform = create_transform((3, *size), is_training=True, normalize=False, **options)
+    except (AssertionError, KeyError, ValueError) as error:  # timm asserts that it knows a policy
+        raise ValueError(f"auto_augment: {recipe.auto_augment!r}: {error}") from error
     for step in transform.transforms:
         for op in _augmentations(step):
             if op.name.startswith("Posterize"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from crossvit.training.state import write_whole
+from crossvit.training.state import cannot_write, write_whole
 
 Row = dict[str, Any]
 
@@ -39,8 +39,11 @@ class Table:
 
     def add(self, row: Row) -> None:
         """Append a row; missing columns stay empty."""
-        self._writer.writerow(row)
-        self._file.flush()
+        try:
+            self._writer.writerow(row)
+            self._file.flush()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -156,10 +156,16 @@ class Run:
         self._check_identity()
         self.progress = Progress(**content["progress"])
         engine = self.engine
-        state.restore(engine.model, content["model"])
-        state.restore_optimizer(engine.model, engine.optimizer, content["optimizer"])
-        if engine.ema is not None and content["ema"] is not None:
-            state.restore(engine.ema.module, content["ema"])
+        try:
+            state.restore(engine.model, content["model"])
+            state.restore_optimizer(engine.model, engine.optimizer, content["optimizer"])
+            if engine.ema is not None:  # averages that begin here begin with the weights
+                state.restore(engine.ema.module, content["ema"] or content["model"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"output: the checkpoints in {self.folder} are of another model or optimizer; "
+                "choose another --output, and --checkpoint to start from a model's weights"
+            ) from error
 
     def _check_identity(self) -> None:
         """Refuse to continue another run."""
@@ -195,8 +201,11 @@ class Run:
 
     def _export(self, model: Any, name: str) -> None:
         if self.options.fsdp or self.processes.first:  # all processes have a part of a sharded one
-            names = self.setup.class_names
-            save_checkpoint(model, self.folder / name, class_names=names)
+            path = self.folder / name
+            try:
+                save_checkpoint(model, path, class_names=self.setup.class_names)
+            except OSError as error:
+                raise state.cannot_write(path, error) from error
 
     # Training
 

@@ -303,7 +303,7 @@ def _engine(
     model.set_fused(not options.eager, options.backend, options.keep)
     model.set_grad_checkpointing(options.grad_checkpointing)
     model.to(device)
-    if options.channels_last:
+    if options.channels_last and not options.fsdp:  # which shards contiguous parameters only
         model.to(memory_format=torch.channels_last)
     model.train()
     ema = build.make_ema(model, recipe, foreach=not options.fsdp)

@@ -53,10 +53,15 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         unfinished.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        why = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
-        raise OSError(error.errno, f"cannot write {path}: {why or error}") from error
+        raise cannot_write(path, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> OSError:
+    """The same error with a message that names the file."""
+    why = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
+    return OSError(error.errno, f"cannot write {path}: {why or error}")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -175,5 +180,14 @@ def restore(model: nn.Module, state: dict[str, Any]) -> None:
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Set an optimizer's state to that of ``optimizer_state``."""
+    """Set an optimizer's state to that of ``optimizer_state``, but not its hyper-parameters.
+
+    Those are the recipe's, which may have been changed. The learning rate is the saved one, until
+    the next step sets it.
+    """
+    own = [
+        {k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups
+    ]
     set_optimizer_state_dict(model, optimizer, state, options=_LOAD)
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)

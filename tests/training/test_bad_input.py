@@ -81,6 +81,7 @@ def test_models_and_checkpoints(fails: Callable[..., str], data: Path, tmp_path:
     assert "no parameter is called" in fails(data, "--freeze nothing.*")
     assert "leaves nothing to train" in fails(data, "--freeze *")
     assert "opt: nothing" in fails(data, "--opt nothing")
+    assert "auto_augment: 'nothing'" in fails(data, "--auto-augment nothing")
     save_checkpoint(create_model("crossvit_tiny", num_classes=3), tmp_path / "other.safetensors")
     tiny = create_model(
         "crossvit_tiny",

@@ -128,3 +128,9 @@ def test_tensorboard(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     losses(data, tmp_path / "run")
     assert list((tmp_path / "run/tensorboard").glob("events.*"))
+
+
+def test_sharded_parameters_with_images_in_channels_last(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    more = "--workers 0 --epochs 1 --warmup-epochs 0 --fsdp --channels-last"
+    assert runs.run(runs.arguments(data, output, more)) == [0], runs.printed(output)
