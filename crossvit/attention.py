@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from crossvit.attention_maps import attention_maps
@@ -203,7 +202,8 @@ def draw_file(options: argparse.Namespace) -> int:
     height, width = model.patch_embed[0].img_size
     size: int | Size = height if height == width else (height, width)
     x = eval_transform(size, mean=mean, std=std)(picture)
-    shown = x * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    scale, shift = (x.new_tensor(values).view(-1, 1, 1) for values in (std, mean))
+    shown = x * scale + shift
     shown = shown.clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3)
     figure = draw(fusion_maps(model, x.unsqueeze(0), options.heads), shown)
     figure.savefig(options.out, dpi=options.dpi)

@@ -63,8 +63,10 @@ def class_numbers(source: Source, names: Sequence[str] | None, num_classes: int)
         )
     if repeated := [name for name in theirs if names.count(name) > 1]:
         raise ValueError(f"several classes of the model are called {_shortened(repeated)}")
-    numbers = torch.tensor([names.index(name) for name in theirs])
-    return None if torch.equal(numbers, torch.arange(len(numbers))) else numbers
+    numbers = [names.index(name) for name in theirs]
+    if numbers == list(range(len(numbers))):
+        return None
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def names_of_classes(

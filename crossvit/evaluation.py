@@ -118,7 +118,7 @@ class _Totals:
 
     def all_reduce(self) -> None:
         """Sum over all processes."""
-        unreadable = torch.tensor([self.unreadable]).to(self.sums)
+        unreadable = self.sums.new_tensor([self.unreadable])
         flat = torch.cat([self.sums, self.hits.flatten(), unreadable])
         dist.all_reduce(flat)
         self.sums, self.unreadable = flat[:3], int(flat[-1])
@@ -142,7 +142,7 @@ class _Totals:
 def _ranks(logits: Tensor, targets: Tensor) -> Tensor:
     """The number of classes that come before the target; int64 [B]."""
     own = logits.gather(1, targets[:, None])
-    classes = torch.arange(logits.shape[1], device=logits.device)
+    classes = torch.arange(logits.shape[1], dtype=torch.int64, device=logits.device)
     before = (logits == own) & (classes < targets[:, None])
     return ((logits > own) | before).sum(dim=1)
 

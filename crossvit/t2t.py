@@ -155,7 +155,7 @@ class PerformerAttention(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(dim_in, 3 * TOKEN_DIM)
         self.proj = nn.Linear(TOKEN_DIM, TOKEN_DIM)
-        features = nn.init.orthogonal_(torch.empty(num_features, TOKEN_DIM))
+        features = nn.init.orthogonal_(self.proj.weight.new_empty(num_features, TOKEN_DIM))
         self.register_buffer("features", features * math.sqrt(num_features))
 
     def forward(self, x: Tensor, eager: bool) -> Tensor:

@@ -189,7 +189,7 @@ def channel_statistics(recipe: Recipe, in_chans: int) -> tuple[Tensor, Tensor]:
     """
     found = []
     for name in ("mean", "std"):
-        values = torch.tensor(getattr(recipe, name))
+        values = torch.tensor(getattr(recipe, name), dtype=torch.float32, device="cpu")
         if len(values) != in_chans and in_chans == 1:
             values = values.mean().reshape(1)
         if len(values) != in_chans:

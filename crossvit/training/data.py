@@ -185,8 +185,10 @@ class TrainingBatches:
 
     def order(self) -> Tensor:
         """The image of each position in the epoch, int64 [num_images]."""
-        generator = torch.Generator().manual_seed(derive(self.seed, self.epoch))
-        order = torch.randperm(self.num_images, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(derive(self.seed, self.epoch))
+        order = torch.randperm(
+            self.num_images, generator=generator, dtype=torch.int64, device="cpu"
+        )
         return order.repeat_interleave(self.repeats)[: self.num_images]
 
     def __len__(self) -> int:
@@ -228,9 +230,9 @@ def collate(samples: list[Sample]) -> Batch:
     """Make a batch of samples."""
     return Batch(
         torch.stack([sample.image for sample in samples]),
-        torch.tensor([sample.target for sample in samples]),
+        torch.tensor([sample.target for sample in samples], dtype=torch.int64, device="cpu"),
         [problem for sample in samples for problem in sample.problems],
-        torch.tensor([sample.position for sample in samples]),
+        torch.tensor([sample.position for sample in samples], dtype=torch.int64, device="cpu"),
     )
 
 

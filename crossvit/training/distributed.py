@@ -60,7 +60,7 @@ def start_processes(device: str | None, fsdp: bool) -> Processes:
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
-        chosen = torch.empty(0, device=name).device
+        chosen = torch.empty(0, dtype=torch.float32, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name}: {str(error).splitlines()[0]}") from error
     if chosen.type == "cuda":

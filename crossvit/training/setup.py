@@ -64,7 +64,8 @@ def settle_vector_math() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.float64):
-        x = torch.rand(64, 512, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator("cpu").manual_seed(0)
+        x = torch.rand(64, 512, dtype=dtype, device="cpu", generator=generator)
         torch.logsumexp(x, dim=-1).exp_().log_()
         x.softmax(dim=-1).erf_().sqrt_()
     torch.set_num_threads(threads)
