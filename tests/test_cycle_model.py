@@ -296,6 +296,7 @@ WITH_CUDA = pytest.param("cuda", marks=pytest.mark.skipif(
 ))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", WITH_CUDA])
 def test_a_launch_is_modelled_at_its_real_size(backend: str) -> None:
     """One image of CrossViT-15's smaller branch: every token is read once."""

@@ -241,6 +241,7 @@ def launches(gpu: Gpu, batch: int, direction: str) -> list[Launch]:
 
 
 @needs_cuda
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_what_would_be_launched_is_recorded(direction: str) -> None:
     """Both operations at both widths; clusters where the GPU has them."""

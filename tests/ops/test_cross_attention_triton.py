@@ -55,6 +55,7 @@ def test_frozen_tokens(variant: str, triton_device: str) -> None:
     check_frozen_tokens("triton", triton_device)
 
 
+@pytest.mark.slow_on_cpu
 def test_many_frozen_tokens(triton_device: str) -> None:
     check_frozen_tokens("triton", triton_device, num_tokens=4100)
 
