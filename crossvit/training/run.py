@@ -261,12 +261,16 @@ class Run:
             self.records.add_step(row | {"grad_norm": result.grad_norm})
 
     def _divergence(self, result: StepResult) -> str:
+        bad = self.progress.bad_in_a_row
+        # Bad steps change nothing: what spoilt the weights is the step before them.
+        spoilt = self.checkpoints.set_aside(self.step - bad) if self.processes.first else None
         kept = self.checkpoints.paths()
-        advice = f"the last checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
+        advice = f"the last checkpoint is {kept[0]}" if kept else "there is no checkpoint before it"
+        if spoilt:
+            advice = f"the weights before them are in {spoilt}, which no run continues; {advice}"
         return (
-            f"{self.progress.bad_in_a_row} steps in a row, to step {self.step}, had no finite loss "
-            f"and gradient (loss {result.loss}, norm {result.grad_norm}); {advice}; try a lower "
-            "--lr, or --clip-grad 1"
+            f"{bad} steps in a row, to step {self.step}, had no finite loss and gradient (loss "
+            f"{result.loss}, norm {result.grad_norm}); {advice}; try a lower --lr, or --clip-grad 1"
         )
 
     def _stop(self) -> int:

@@ -105,6 +105,13 @@ class Checkpoints:
             old.unlink(missing_ok=True)
         return path
 
+    def set_aside(self, step: int) -> Path | None:
+        """Rename the checkpoint of a step, so that no run continues from it; None without one."""
+        path = self.folder / f"step-{step:08d}.pt"
+        if not path.exists():
+            return None
+        return path.rename(path.with_name(f"diverged-{path.name}"))
+
     def clean(self) -> None:
         """Remove what a killed process left unfinished."""
         for path in self.folder.glob(f".*{_UNFINISHED}"):

@@ -176,11 +176,24 @@ def test_a_diverging_run_stops(data: Path, tmp_path: Path, capsys) -> None:
     assert main(runs.arguments(data, output, *more)) == 1
     message = capsys.readouterr().err
     assert "3 steps in a row" in message and "try a lower --lr" in message
-    latest = state.Checkpoints(output / "checkpoints", 3).load_latest()
-    assert latest is not None and str(output / "checkpoints") in message
-    assert latest["progress"]["bad_in_a_row"] == 0
+    checkpoints = state.Checkpoints(output / "checkpoints", 3)
+    latest = checkpoints.load_latest()
+    assert latest is not None and f"the last checkpoint is {checkpoints.paths()[0]}" in message
+    (spoilt,) = (output / "checkpoints").glob("diverged-*.pt")
+    assert str(spoilt) in message and state.load(spoilt)["step"] == latest["step"] + 1
     for t in (*latest["model"].values(), *latest["ema"].values()):
         assert t.isfinite().all()
+
+
+def test_a_run_that_diverges_later_keeps_what_was_before(data: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "run"
+    more = (runs.PLAIN, "--save-every 1 --max-bad-steps 2 --workers 0")
+    assert main(runs.arguments(data, output, *more, "--epochs 1")) == 0
+    before = state.Checkpoints(output / "checkpoints", 3).paths()[0]
+    again = "--epochs 2 --allow-changes --lr 1e30 --lr-batch 0"
+    assert main(runs.arguments(data, output, *more, again)) == 1
+    kept = state.Checkpoints(output / "checkpoints", 3).paths()
+    assert kept[0] == before and f"the last checkpoint is {before}" in capsys.readouterr().err
 
 
 def test_a_folder_with_another_run(data: Path, tmp_path: Path, capsys) -> None:
