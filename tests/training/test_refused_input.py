@@ -185,7 +185,9 @@ def test_a_diverging_run_stops(data: Path, tmp_path: Path, capsys) -> None:
         assert t.isfinite().all()
 
 
-def test_a_run_that_diverges_later_keeps_what_was_before(data: Path, tmp_path: Path, capsys) -> None:
+def test_a_run_that_diverges_later_keeps_what_was_before(
+    data: Path, tmp_path: Path, capsys
+) -> None:
     output = tmp_path / "run"
     more = (runs.PLAIN, "--save-every 1 --max-bad-steps 2 --workers 0")
     assert main(runs.arguments(data, output, *more, "--epochs 1")) == 0
