@@ -181,11 +181,11 @@ def die_while_evaluating(count: int) -> None:
 
     original, seen = module.evaluate, 0
 
-    def dies(*evaluated: Any) -> Any:
+    def dies(*evaluated: Any, **options: Any) -> Any:
         nonlocal seen
         seen += 1
         if seen == count:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*evaluated)
+        return original(*evaluated, **options)
 
     module.evaluate = dies
