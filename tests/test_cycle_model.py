@@ -320,7 +320,9 @@ def test_no_kernel_is_modelled_slower_than_committed() -> None:
     table = json.loads((ROOT / "bench/results/model/h200.json").read_text())
     if table["versions"]["triton"] != supported.installed_version("triton"):
         pytest.skip(f"the table is of Triton {table['versions']['triton']}")
-    kept = {_key(row): row["modelled"]["microseconds"] for row in table["rows"]}
+    kept: dict[tuple, list[float]] = {}  # in the order of their launches
+    for row in table["rows"]:
+        kept.setdefault(_key(row), []).append(row["modelled"]["microseconds"])
     command = ("-m", "crossvit_kernels.inspect", "--model", "--batch", "64", "--json")
     found = json.loads(run(*command, "--kernel", "attention_core"))["rows"]
     found += json.loads(run(*command, "--kernel", "linear", "--channels", "192"))["rows"]
@@ -328,7 +330,7 @@ def test_no_kernel_is_modelled_slower_than_committed() -> None:
     assert len([row for row in found if row["backend"] == "triton"]) == 6
     for row in found:
         assert row["backend"] == "cuda" or not row["modelled"]["unknown_branches"]
-        assert row["modelled"]["microseconds"] <= 1.05 * kept[_key(row)], row
+        assert row["modelled"]["microseconds"] <= 1.05 * kept[_key(row)].pop(0), row
 
 
 def _key(row: dict) -> tuple:
