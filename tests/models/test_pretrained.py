@@ -158,7 +158,7 @@ def test_pretrained_models_of_other_sizes_and_classes(served):
 
 
 def test_pretrained_without_a_network(monkeypatch, tmp_path):
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"timm/crossvit_9_240\.in1k: not in the cache"):
