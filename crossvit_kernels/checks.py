@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -134,15 +135,16 @@ def weights(
     shapes: Shapes,
     sizes: dict[str, int],
     like: Tensor,
+    absent: Collection[str] = (),
 ) -> None:
-    """Check every field of a NamedTuple of weights: shape, device, dtype."""
+    """Check every field of a NamedTuple of weights: shape, device, dtype; absent ones are None."""
     if not isinstance(given, kind):
         raise TypeError(f"weights: expected {kind.__name__}, found {type(given).__name__}")
     # The fast path for valid weights, as host time matters; only a mismatch is examined.
     if not torch.compiler.is_compiling() and _fit(given, shapes, sizes, like):
         return
     for name, t in zip(given._fields, given, strict=True):
-        if t is None and name in _OPTIONAL:
+        if t is None and (name in _OPTIONAL or name in absent):
             continue
         tensor(f"weights.{name}", t, *(sizes[letter] for letter in shapes[name]))
     same_device_and_dtype(

@@ -25,7 +25,11 @@ from crossvit_kernels.ops.attention_pool import op as pool_op
 from crossvit_kernels.ops.attention_pool.parameters import Norm, PoolCall, PoolParameters
 from crossvit_kernels.ops.cross_attention.op import cross_attention_fusion as fusion
 from crossvit_kernels.ops.cross_attention.reference import SHAPES as FUSION_SHAPES
-from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import (
+    FusionInputs,
+    FusionWeights,
+    absent_weights,
+)
 from crossvit_kernels.ops.layernorm_ffn.op import layernorm_ffn as ffn
 from crossvit_kernels.ops.layernorm_ffn.reference import SHAPES as FFN_SHAPES
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
@@ -186,13 +190,15 @@ def cross_attention_fusion(
 
     The CLS of one branch, projected to the other branch's width by f, attends to itself and the
     other branch's patch tokens; the result is added to f(cls) and projected back by g. f and g are
-    LayerNorm -> GELU -> Linear.
+    LayerNorm -> GELU -> Linear, or the identity if their weights are None. Several
+    cross-attentions in a row are calls of which only the first has f and only the last has g.
 
     Args:
-        cls: CLS tokens [B, C_cls].
+        cls: CLS tokens [B, C_cls]; [B, C] without f.
         tokens: The other branch's patch tokens [B, N, C] without its CLS; any strides with unit
             last, so ``x[:, 1:]`` is fine. N may be 0; the CLS then attends only to itself.
-        weights: ``FusionWeights``. The gradient of k_bias is exactly zero: softmax drops it.
+        weights: ``FusionWeights``. The gradient of k_bias is exactly zero: softmax drops it. So are
+            those of q and k without tokens.
         num_heads: h; divides C.
         eps: The eps of all three LayerNorms.
         residual_scale: [B]: factor of each image's attention update (drop path), or None.
@@ -200,12 +206,13 @@ def cross_attention_fusion(
         backend: Name of a backend, or None.
 
     Returns:
-        The new CLS tokens [B, C_cls].
+        The new CLS tokens [B, C_cls]; [B, C] without g.
 
     Raises:
         ValueError: A shape, stride, device, eps or head count does not fit, or the backend cannot
             run the call.
-        TypeError: A dtype does not fit, or weights is not a FusionWeights.
+        TypeError: A dtype does not fit, weights is not a FusionWeights, or only some of the weights
+            of f or of g are None.
 
     Source: CrossViT (ICCV 2021), Eq. 5-7 and Figure 4.
     """
@@ -361,7 +368,17 @@ def _check_fusion(
     channels = tokens.shape[2]
     checks.some_channels("tokens", tokens)
     checks.unit_stride("tokens", tokens)
-    checks.weights(weights, FusionWeights, FUSION_SHAPES, {"C": channels, "C_cls": cls_dim}, cls)
+    absent = absent_weights(weights) if isinstance(weights, FusionWeights) else ()
+    if "proj_weight" in absent:
+        if cls_dim != channels:
+            raise ValueError(
+                f"cls: expected the tokens' width {channels}, as there is no f (weights.proj_*), "
+                f"found {cls_dim}"
+            )
+        back = getattr(weights, "back_weight", None)
+        cls_dim = back.shape[0] if isinstance(back, Tensor) and back.dim() == 2 else channels
+    sizes = {"C": channels, "C_cls": cls_dim}
+    checks.weights(weights, FusionWeights, FUSION_SHAPES, sizes, cls, absent)
     checks.same_device_and_dtype("cls", cls, tokens=tokens)
     checks.heads(num_heads, C=channels)
     checks.residual_scale(residual_scale, batch, cls.device)

@@ -9,6 +9,7 @@ from torch import Tensor
 import crossvit_kernels as ck
 from crossvit_kernels import FusionWeights
 from crossvit_kernels.gpu import launcher
+from crossvit_kernels.ops.cross_attention.reference import F_FIELDS, G_FIELDS
 
 # (C_cls, C, heads) of both fusions of CrossViT-Ti, S, B, 9, 15 and 18.
 NAMED_WIDTHS = [
@@ -37,6 +38,16 @@ def make_weights(cls_dim: int, channels: int, biases: bool = True) -> FusionWeig
         *linear(cls_dim, channels),
     )
     return weights if biases else weights._replace(q_bias=None, k_bias=None, v_bias=None)
+
+
+#: Which of f and g are the identity.
+IDENTITIES = ("f", "g", "fg")
+
+
+def without(weights: FusionWeights, identity: str) -> FusionWeights:
+    """Return the weights without those of f, of g, or of both ("fg")."""
+    names = [*F_FIELDS * ("f" in identity), *G_FIELDS * ("g" in identity)]
+    return weights._replace(**dict.fromkeys(names))
 
 
 def fusion_and_gradients(
@@ -73,16 +84,21 @@ def check_rule(
     mean: float = 0.0,
     backend: str = "cpu",
     device: str = "cpu",
+    identity: str = "",
 ) -> None:
-    """Check the new CLS and the gradients of the CLS, the tokens and every weight."""
-    weights = make_weights(cls_dim, channels, biases)
+    """Check the new CLS and the gradients of the CLS, the tokens and every weight.
+
+    ``identity`` says which of f and g are the identity.
+    """
+    weights = without(make_weights(cls_dim, channels, biases), identity)
     inputs = [
-        torch.randn(batch, cls_dim).double(),
+        torch.randn(batch, channels if "f" in identity else cls_dim).double(),
         mean + torch.randn(batch, num_tokens, channels).double(),
         *weights,
     ]
     inputs = [None if t is None else representable(t, dtype).to(device) for t in inputs]
-    upstream = [representable(torch.randn(batch, cls_dim).double(), dtype).to(device)]
+    new_dim = channels if "g" in identity else cls_dim
+    upstream = [representable(torch.randn(batch, new_dim).double(), dtype).to(device)]
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
 
     def run(backend: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,16 +94,34 @@ def _fusion(cls: Tensor, tokens: Tensor, *weights: Tensor, backend: str | None =
 
 def _plain_fusion(cls: Tensor, tokens: Tensor, *weights: Tensor) -> Tensor:
     w = ck.FusionWeights(*weights)
-    f = F.linear(
-        F.gelu(norm(cls, w.proj_norm_weight, w.proj_norm_bias)), w.proj_weight, w.proj_bias
-    )
+    f = cls
+    if w.proj_weight is not None:
+        f = F.linear(F.gelu(norm(cls, w.proj_norm_weight, w.proj_norm_bias)), *w[2:4])
     x = norm(torch.cat([f.unsqueeze(1), tokens], dim=1), w.norm_weight, w.norm_bias)
     q = F.linear(x[:, :1], w.q_weight, w.q_bias)
     k, v = F.linear(x, w.k_weight, w.k_bias), F.linear(x, w.v_weight, w.v_bias)
     y = f + F.linear(attend(q, k, v, HEADS), w.out_weight, w.out_bias)[:, 0]
+    if w.back_weight is None:
+        return y
     return F.linear(
         F.gelu(norm(y, w.back_norm_weight, w.back_norm_bias)), w.back_weight, w.back_bias
     )
+
+
+def _fusion_without_f(cls: Tensor, tokens: Tensor, *weights: Tensor, **options: Any) -> Tensor:
+    return _fusion(cls, tokens, *[None] * 4, *weights, **options)
+
+
+def _fusion_without_g(cls: Tensor, tokens: Tensor, *weights: Tensor, **options: Any) -> Tensor:
+    return _fusion(cls, tokens, *weights, *[None] * 4, **options)
+
+
+def _plain_fusion_without_f(cls: Tensor, tokens: Tensor, *weights: Tensor) -> Tensor:
+    return _plain_fusion(cls, tokens, *[None] * 4, *weights)
+
+
+def _plain_fusion_without_g(cls: Tensor, tokens: Tensor, *weights: Tensor) -> Tensor:
+    return _plain_fusion(cls, tokens, *weights, *[None] * 4)
 
 
 def _pair(cls: Tensor, tokens: Tensor, *weights: Tensor, backend: str | None = None) -> Tensor:
@@ -147,6 +166,8 @@ _FUSION = {
     **{f"{kind}_{n}": (C, C) if kind == "w" else (C,) for n in "qkvo" for kind in "wb"},
     **{"back_norm_weight": (C,), "back_norm_bias": (C,), "w_back": (C_CLS, C), "b_back": (C_CLS,)},
 }
+_WITHOUT_F = {k: v for k, v in _FUSION.items() if "proj" not in k} | {"cls": (BATCH, C)}
+_WITHOUT_G = {k: v for k, v in _FUSION.items() if "back" not in k}
 _X = {"x": (BATCH, TOKENS, C)}
 _MSA = {"w_qkv": (3 * C, C), "b_qkv": (3 * C,), "w_out": (C, C), "b_out": (C,)}
 _FFN = {"w_fc1": (40, C), "b_fc1": (40,), "w_fc2": (C, 40), "b_fc2": (C,)}
@@ -159,6 +180,12 @@ OPERATIONS = {
         {"query": (BATCH, 1, C), "tokens": (BATCH, TOKENS, C), **_POOL}, _pool, _plain_pool
     ),
     "cross_attention_fusion": Operation(_FUSION, _fusion, _plain_fusion),
+    "cross_attention_fusion, no f": Operation(
+        _WITHOUT_F, _fusion_without_f, _plain_fusion_without_f
+    ),
+    "cross_attention_fusion, no g": Operation(
+        _WITHOUT_G, _fusion_without_g, _plain_fusion_without_g
+    ),
     "cross_attention_fusion_pair": Operation(_FUSION, _pair, _plain_pair),
     "layernorm_msa": Operation({**_X, "cls": (BATCH, C), **_AFFINE, **_MSA}, _msa, _plain_msa),
     "layernorm_ffn": Operation({**_X, **_AFFINE, **_FFN}, _ffn, _plain_ffn),

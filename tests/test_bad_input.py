@@ -10,6 +10,7 @@ import torch
 
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, FusionWeights, MsaWeights
+from crossvit_kernels.ops.cross_attention.reference import F_FIELDS, G_FIELDS
 
 B, N, C, C_CLS, HIDDEN, HEADS = 2, 5, 12, 8, 20, 3
 DOUBLE, INT = torch.float64, torch.int64
@@ -122,6 +123,16 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (msa, {"dropout_p": -0.1}, ValueError, "^dropout_p: "),
     (msa, {"keep": "all"}, ValueError, "^keep: expected one of"),
     (msa, {"backend": "fpga"}, ValueError, "unknown backend 'fpga'"),
+    # f and g that are the identity
+    (fusion, dict.fromkeys(F_FIELDS), ValueError, f"^cls: .*width {C}, .*no f .*found {C_CLS}"),
+    (fusion, {"proj_bias": None}, TypeError, "^weights.proj_bias: expected a tensor"),
+    (fusion, dict.fromkeys(G_FIELDS[:3]), TypeError, "^weights.back_norm_weight: "),
+    (
+        fusion,
+        {**dict.fromkeys(F_FIELDS), "cls": torch.zeros(B, C), "back_bias": torch.zeros(C)},
+        ValueError,
+        rf"^weights.back_bias: expected shape \[{C_CLS}\]",
+    ),
     # layernorm_ffn
     (ffn, {"x": torch.zeros(B, N, C, C)}, ValueError, "^x: "),
     (ffn, {"x": torch.zeros(B, N, C).int()}, TypeError, "^x: "),

@@ -29,9 +29,8 @@ class CrossFusionBlock(MultiScaleBlock):
     """A multi-scale block with cross-attention fusion: each CLS reads the other branch's patches.
 
     Without CLS tokens the query is the mean of the branch's own patches, and the result is added to
-    each of them (``Branch``). One fused operation computes a fusion if there are f and g and L = 1;
-    otherwise each cross-attention is an ``attention_pool``, which all backends have, and f and g
-    are PyTorch's layers on one row per image. The arguments are those of ``MultiScaleBlock``.
+    each of them (``Branch``). A fused operation computes each cross-attention, the first with f and
+    the last with g. The arguments are those of ``MultiScaleBlock``.
     """
 
     fusion: Any  # a ModuleList, indexed by branch
@@ -60,7 +59,6 @@ class CrossFusionBlock(MultiScaleBlock):
             for b in (0, 1)
         )
         self.revert_projs = nn.ModuleList(project(dims[1 - b], dims[b]) for b in (0, 1))
-        self.one_operation = config.projections and config.cross_depth == 1
 
     def _cross_attention(self, dim: int, num_heads: int, qkv_bias: bool, *rates: float) -> Any:
         blocks = [
@@ -92,17 +90,24 @@ class CrossFusionBlock(MultiScaleBlock):
             block.attn.attn_drop = rate
 
     def _cross_attention_blocks(self) -> list[Any]:
-        if self.cross_depth == 1:
-            return list(self.fusion)
-        return [block for blocks in self.fusion for block in blocks]
+        return [block for b in (0, 1) for block in self._blocks_of(b)]
+
+    def _blocks_of(self, b: int) -> list[Any]:
+        """The cross-attention blocks of branch b."""
+        return [self.fusion[b]] if self.cross_depth == 1 else list(self.fusion[b])
 
     def fuse_branches(self, small: Branch, large: Branch) -> tuple[Branch, Branch]:
         inputs = (small.cls, large.patches), (large.cls, small.patches)
-        first, second = (self._fused_inputs(b, *inputs[b]) for b in (0, 1))
-        if first is not None and second is not None and first.options == second.options:
-            new: Sequence[Tensor] = ck.cross_attention_fusion_pair(
-                first.inputs, second.inputs, backend=self.backend, **first.options
-            )
+        first, second = (self._fused_calls(b, *inputs[b]) for b in (0, 1))
+        if first is not None and second is not None and _options(first) == _options(second):
+            new: Sequence[Tensor] = (small.cls, large.cls)
+            for one, other in zip(first, second, strict=True):
+                new = ck.cross_attention_fusion_pair(
+                    one.inputs._replace(cls=new[0]),
+                    other.inputs._replace(cls=new[1]),
+                    backend=self.backend,
+                    **one.options,
+                )
         else:
             new = side_by_side(
                 lambda: self._fuse(0, *inputs[0], first),
@@ -113,47 +118,63 @@ class CrossFusionBlock(MultiScaleBlock):
 
     def fuse(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
         """Compute branch b's new CLS from its CLS [B, C] and the other's patches (Eq. 5-7)."""
-        return self._fuse(b, cls, patches, self._fused_inputs(b, cls, patches))
+        return self._fuse(b, cls, patches, self._fused_calls(b, cls, patches))
 
-    def _fuse(self, b: int, cls: Tensor, patches: Tensor, fused: _FusedCall | None) -> Tensor:
+    def _fuse(
+        self, b: int, cls: Tensor, patches: Tensor, fused: list[_FusedCall] | None
+    ) -> Tensor:
         if fused is not None:
-            options = {**fused.inputs._asdict(), **fused.options}
-            return ck.cross_attention_fusion(**options, backend=self.backend)
-        if not self.one_operation:
+            for call in fused:
+                options = {**call.inputs._asdict(), **call.options, "cls": cls}
+                cls = ck.cross_attention_fusion(**options, backend=self.backend)
+            return cls
+        if self.cross_depth > 1:
             return self._fuse_in_steps(b, cls, patches)
-        return fuse_layer_by_layer(cls, patches, *self._parts(b).values())
+        return fuse_layer_by_layer(cls, patches, *self._parts(b)[0].values())
 
-    def _parts(self, b: int) -> dict[str, nn.Module]:
-        return {
-            "proj": self.projs[b],
-            "fusion": self.fusion[b],
-            "revert_proj": self.revert_projs[b],
-        }
+    def _parts(self, b: int) -> list[dict[str, nn.Module]]:
+        """f, cross-attention and g of each operation; the identity where another has f or g."""
+        blocks = self._blocks_of(b)
+        last = len(blocks) - 1
+        return [
+            {
+                "proj": _IDENTITY if index else self.projs[b],
+                "fusion": block,
+                "revert_proj": self.revert_projs[b] if index == last else _IDENTITY,
+            }
+            for index, block in enumerate(blocks)
+        ]
 
-    def _fused_inputs(self, b: int, cls: Tensor, patches: Tensor) -> _FusedCall | None:
-        """The inputs of the fused operation for branch b; None if layers must be called."""
-        if not self.one_operation:
+    def _why_not_blocks(self, b: int) -> str | None:
+        """Why the cross-attention blocks cannot be taken from their Sequential, or None."""
+        if self.cross_depth == 1:
             return None
-        modules = self._parts(b)
-        layers = FusionLayers.find(modules, read=self.backend != "reference")
-        reason = layers.reason and f"fusion of branch {b}: {layers.reason}"
-        if calls_layers(self, self.backend, reason):
+        return plain_layers.why_not_plain(self.fusion[b], nn.Sequential, self.cross_depth)
+
+    def _fused_calls(self, b: int, cls: Tensor, patches: Tensor) -> list[_FusedCall] | None:
+        """The operations of branch b, for its first CLS; None if layers must be called."""
+        if (reason := self._why_not_blocks(b)) is not None:
+            calls_layers(self, self.backend, f"fusion of branch {b}: it {reason}")
             return None
-        assert layers.weights is not None
-        scale = block_drop_path(self.fusion[b], cls)
-        return _FusedCall(
-            ck.FusionInputs(cls, patches, layers.weights, layers.num_heads, scale),
-            {"eps": layers.eps, "dropout_p": layers.dropout_p},
-        )
+        calls = []
+        for index, modules in enumerate(self._parts(b)):
+            layers = FusionLayers.find(modules, read=self.backend != "reference")
+            reason = layers.reason and f"fusion of branch {b}: {layers.reason}"
+            if calls_layers(self, self.backend, reason):
+                return None
+            assert layers.weights is not None
+            tokens = self._patches_seen(index, patches)
+            inputs = ck.FusionInputs(cls, tokens, layers.weights, layers.num_heads)
+            calls.append(_FusedCall(inputs, {"eps": layers.eps, "dropout_p": layers.dropout_p}))
+        return [
+            call._replace(inputs=call.inputs._replace(residual_scale=block_drop_path(block, cls)))
+            for call, block in zip(calls, self._blocks_of(b), strict=True)
+        ]
 
     def _fuse_in_steps(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
         """f, each cross-attention, g."""
         y, blocks = self.projs[b](cls).unsqueeze(1), self.fusion[b]
-        if self.cross_depth == 1:
-            blocks = (blocks,)
-        elif not self.reread_patches and plain_layers.why_not_plain(
-            blocks, nn.Sequential, self.cross_depth
-        ):
+        if not self.reread_patches and self._why_not_blocks(b):
             y, blocks = blocks(torch.cat([y, patches], dim=1)), ()
         for index, block in enumerate(blocks):
             y = attend_to_patches(y, self._patches_seen(index, patches), block, self.backend)
@@ -173,7 +194,7 @@ class CrossFusionBlock(MultiScaleBlock):
 
     def _cross_attention_weights(self, b: int, cls: Tensor, patches: Tensor) -> list[Tensor]:
         y = self.projs[b](cls).unsqueeze(1)
-        blocks = [self.fusion[b]] if self.cross_depth == 1 else list(self.fusion[b])
+        blocks = self._blocks_of(b)
         maps = []
         for index, block in enumerate(blocks):
             tokens = torch.cat([y, self._patches_seen(index, patches)], dim=1)
@@ -189,3 +210,10 @@ class CrossFusionBlock(MultiScaleBlock):
 class _FusedCall(NamedTuple):
     inputs: ck.FusionInputs
     options: dict[str, Any]
+
+
+_IDENTITY = nn.Identity()
+
+
+def _options(calls: list[_FusedCall]) -> list[dict[str, Any]]:
+    return [call.options for call in calls]

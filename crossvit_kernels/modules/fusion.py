@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from crossvit_kernels.modules.layers import (
     init_linears,
     lift,
 )
-from crossvit_kernels.ops.cross_attention.reference import FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import FusionWeights, absent_weights
 
 _LIFT = {"": nn.Sequential, ".0": nn.LayerNorm, ".1": nn.GELU, ".2": nn.Linear}
 _CROSS_ATTENTION: dict[str, type[nn.Module]] = {
@@ -29,13 +29,27 @@ _CROSS_ATTENTION: dict[str, type[nn.Module]] = {
     **{f"fusion.attn.{name}": nn.Linear for name in ("wq", "wk", "wv", "proj")},
 }
 _CROSS_ATTENTION_LAYERS = plain_layers.layers(_CROSS_ATTENTION)
-_FUSION_LAYERS = plain_layers.layers(
-    {
-        **{f"proj{key}": kind for key, kind in _LIFT.items()},
-        **_CROSS_ATTENTION,
-        **{f"revert_proj{key}": kind for key, kind in _LIFT.items()},
-    }
-)
+_NO_LIFT = (None,) * 4
+
+
+def _lift_layers(name: str, is_identity: bool) -> dict[str, type[nn.Module]]:
+    if is_identity:
+        return {name: nn.Identity}
+    return {f"{name}{key}": kind for key, kind in _LIFT.items()}
+
+
+#: By whether f and g are the identity.
+_FUSION_LAYERS = {
+    (no_f, no_g): plain_layers.layers(
+        {
+            **_lift_layers("proj", no_f),
+            **_CROSS_ATTENTION,
+            **_lift_layers("revert_proj", no_g),
+        }
+    )
+    for no_f in (False, True)
+    for no_g in (False, True)
+}
 
 
 class FusionLayers(NamedTuple):
@@ -50,25 +64,38 @@ class FusionLayers(NamedTuple):
 
     @classmethod
     def find(cls, children: Mapping[str, nn.Module | None], read: bool = True) -> FusionLayers:
-        """Find the layers in ``proj``, ``fusion`` and ``revert_proj``.
+        """Find the layers in ``proj``, ``fusion`` and ``revert_proj``; f and g may be Identity.
 
         Args:
             children: The three, by these names.
             read: Whether to read the parameters, which computes those that are parametrized.
         """
-        layers, reason = plain_layers.find(children, _FUSION_LAYERS)
+        no_f, no_g = (
+            isinstance(children.get(name), nn.Identity) for name in ("proj", "revert_proj")
+        )
+        layers, reason = plain_layers.find(children, _FUSION_LAYERS[no_f, no_g])
         if reason is not None:
             return cls(None, 0.0, 1, 0.0, reason, layers)
-        _, norm_cls, _, linear_cls, _, norm, attn, wq, wk, wv, out, _, norm_back, _, back = layers
+        end_of_f = 1 if no_f else len(_LIFT)
+        f, rest = layers[:end_of_f], layers[end_of_f:]
+        _, norm, attn, wq, wk, wv, out, *g = rest
         eps = norm.eps
-        if norm_cls.eps != eps or norm_back.eps != eps:
+        if any(lift[1].eps != eps for lift in (f, g) if len(lift) > 1):
             return cls(None, 0.0, 1, 0.0, "its LayerNorms have different eps", layers)
         weights = None
         if read:
-            read_layers = (norm_cls, linear_cls, norm, wq, wk, wv, out, norm_back, back)
-            weights = FusionWeights(*plain_layers.parameters(*read_layers))
-            reason = plain_layers.why_not_weights(weights)
+            weights = FusionWeights(
+                *_lift_parameters(f),
+                *plain_layers.parameters(norm, wq, wk, wv, out),
+                *_lift_parameters(g),
+            )
+            reason = plain_layers.why_not_weights(weights, absent_weights(weights))
         return cls(weights, eps, attn.num_heads, attn.dropout_p, reason, layers)
+
+
+def _lift_parameters(layers: list[Any]) -> Sequence[Any]:
+    """The parameters of f or g from its layers; None for each if it is the identity."""
+    return plain_layers.parameters(layers[1], layers[3]) if len(layers) > 1 else _NO_LIFT
 
 
 def fuse_layer_by_layer(

@@ -9,7 +9,7 @@ that is a tensor subclass. Parametrizations are fine: reading the weight compute
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -94,8 +94,8 @@ def parameters(*owners: nn.Module) -> list[Any]:
     return [p for layer in owners for p in (layer.weight, layer.bias)]
 
 
-def why_not_weights(weights: Any) -> str | None:
-    """Return why operations cannot take a NamedTuple of weights, or None."""
+def why_not_weights(weights: Any, absent: Collection[str] = ()) -> str | None:
+    """Return why operations cannot take a NamedTuple of weights, or None; absent ones are None."""
     if (
         not torch.compiler.is_compiling()
         and _PLAIN_TENSORS.issuperset(map(type, weights))
@@ -104,12 +104,17 @@ def why_not_weights(weights: Any) -> str | None:
     ):
         return None
     for name, w in zip(weights._fields, weights, strict=True):
-        if w is None and name not in _OPTIONAL:
+        if w is None and name not in _OPTIONAL and name not in absent:
             return f"there is no {name}"
     dtypes = {w.dtype for w in weights if w is not None}
-    if len(dtypes) > 1 and not torch.is_autocast_enabled(weights[0].device.type):
+    if len(dtypes) > 1 and not _is_autocast_on(weights):
         return f"its parameters are in {' and '.join(sorted(map(str, dtypes)))}"
     return why_not_tensors(weights)
+
+
+def _is_autocast_on(weights: Any) -> bool:
+    device = next(w.device.type for w in weights if w is not None)
+    return bool(torch.is_autocast_enabled(device))
 
 
 def why_not_tensors(tensors: Iterable[Tensor | None]) -> str | None:

@@ -13,7 +13,7 @@ struct Problem {
   int64_t batch;
   int64_t num_tokens;  // without the CLS
   int64_t channels;
-  int64_t cls_channels;
+  int64_t cls_channels;  // those of f and g; without either channels
   int64_t num_heads;
   double eps;
 };

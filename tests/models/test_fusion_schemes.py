@@ -156,8 +156,9 @@ def test_fused_equals_eager_on_triton(name: str, triton_device: str) -> None:
 OPERATIONS = {
     "none": {"layernorm_msa", "layernorm_ffn"},
     "all": {"layernorm_msa", "layernorm_ffn"},
-    "no projections": {"layernorm_msa", "layernorm_ffn", "attention_core"},
-    "l2": {"layernorm_msa", "layernorm_ffn", "attention_core"},
+    "no projections": {"layernorm_msa", "layernorm_ffn", "cross_attention_fusion"},
+    "l2": {"layernorm_msa", "layernorm_ffn", "cross_attention_fusion"},
+    "l2 reread": {"layernorm_msa", "layernorm_ffn", "cross_attention_fusion"},
     "no cls": {"layernorm_msa", "layernorm_ffn", "cross_attention_fusion"},
 }
 
@@ -175,6 +176,8 @@ def test_what_the_kernels_run(name: str, cpu_backend: str) -> None:
     assert calls.keys() == OPERATIONS[name]
     # Three transformer blocks in each of two multi-scale blocks.
     assert calls["layernorm_msa"] == 6 + (2 if name == "all" else 0)
+    if "cross_attention_fusion" in calls:
+        assert calls["cross_attention_fusion"] == 4 * model.config.cross_depth
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_within_rule
-from fusion_cases import NAMED_WIDTHS, check_rule, make_weights
+from fusion_cases import IDENTITIES, NAMED_WIDTHS, check_rule, make_weights, without
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -42,6 +42,45 @@ def test_large_mean_small_spread(dtype: torch.dtype) -> None:
     check_rule(64, 96, 3, batch=8, num_tokens=50, dtype=dtype, mean=100.0)
 
 
+@pytest.mark.parametrize("identity", IDENTITIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_without_f_or_g(identity: str, dtype: torch.dtype) -> None:
+    """Also of widths that are no multiple of a vector."""
+    check_rule(96, 192, 6, 9, 30, dtype, scaled=True, identity=identity)
+    check_rule(44, 63, 9, 3, 150, dtype, biases=False, identity=identity)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("tokens_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_autocast_without_f_or_g(identity: str, tokens_dtype: torch.dtype, backend: str) -> None:
+    """Eager's dtypes: without both, the sum of a float32 CLS and a bfloat16 update is float32."""
+    weights = without(cast(make_weights(32, 48), torch.float32), identity)
+    leaves = [None if w is None else w.requires_grad_() for w in weights]
+    cls = torch.randn(3, 48 if "f" in identity else 32, requires_grad=True)
+    tokens = torch.randn(3, 9, 48).to(tokens_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ck.cross_attention_fusion(cls, tokens, FusionWeights(*leaves), 6, backend=backend)
+    assert out.dtype == (torch.float32 if identity == "fg" else torch.bfloat16)
+    assert out.shape == (3, 48 if "g" in identity else 32)
+    leaves = [cls, *(w for w in leaves if w is not None)]
+    gradients = torch.autograd.grad(out.float().sum(), leaves)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_a_cls_alone_moves_neither_q_nor_k(num_tokens: int) -> None:
+    """Its attention is 1 whatever they are, and AdamW would turn rounding into full steps."""
+    weights = cast(make_weights(32, 48), torch.float32)
+    weights = FusionWeights(*(w.requires_grad_() for w in weights))
+    out = ck.cross_attention_fusion(
+        torch.randn(3, 32), torch.randn(3, num_tokens, 48), weights, 6, backend="cpu"
+    )
+    leaves = weights.q_weight, weights.q_bias, weights.k_weight
+    for gradient in torch.autograd.grad(out.square().sum(), leaves):
+        assert bool(gradient.any()) == (num_tokens > 0)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     cls_dim=st.integers(2, 40).map(lambda i: 8 * i),
@@ -52,10 +91,12 @@ def test_large_mean_small_spread(dtype: torch.dtype) -> None:
     dtype=st.sampled_from([torch.float64, torch.float32]),
     biases=st.booleans(),
     scaled=st.booleans(),
+    identity=st.sampled_from(["", *IDENTITIES]),
 )
-def test_fuzz(cls_dim, head_dim, heads, batch, num_tokens, dtype, biases, scaled):
+def test_fuzz(cls_dim, head_dim, heads, batch, num_tokens, dtype, biases, scaled, identity):
     torch.manual_seed(2)
-    check_rule(cls_dim, head_dim * heads, heads, batch, num_tokens, dtype, biases, scaled)
+    sizes = cls_dim, head_dim * heads, heads, batch, num_tokens
+    check_rule(*sizes, dtype, biases, scaled, identity=identity)
 
 
 def test_gradcheck() -> None:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from accuracy import assert_within_rule
 from fusion_cases import (
+    IDENTITIES,
     NAMED_WIDTHS,
     check_frozen_tokens,
     check_rule,
     fusion_and_gradients,
     make_weights,
+    without,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,6 +52,13 @@ def test_rule(cluster_shape: ClusterShape, dtype: torch.dtype, cuda_device: str)
     """Batches larger than a cluster's, no biases, head counts that are no power of two."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=cuda_device)
     check(128, 80, 10, 2, 33, dtype=dtype, biases=False, device=cuda_device)
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_without_f_or_g(cluster_shape: ClusterShape, identity: str, cuda_device: str) -> None:
+    sizes = 64, 96, 3, 6, 21
+    check(*sizes, scaled=True, identity=identity, device=cuda_device)
+    check(*sizes, dtype=torch.bfloat16, biases=False, identity=identity, device=cuda_device)
 
 
 def test_frozen_tokens(cluster_shape: ClusterShape, cuda_device: str) -> None:
@@ -257,10 +266,35 @@ def test_autocast(cuda_device: str) -> None:
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients)
 
 
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_autocast_without_f_or_g(identity: str, cuda_device: str) -> None:
+    """The sum of a float32 CLS and a 16-bit update is float32, and as exact as eager's."""
+    weights = make_weights(48, 48)
+
+    def run(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(1)
+        w = without(FusionWeights(*(w.to(cuda_device, dtype) for w in weights)), identity)
+        cls, tokens = torch.randn(3, 48), torch.randn(3, 9, 48).bfloat16()
+        cls, tokens = cls.to(cuda_device, dtype), tokens.to(cuda_device)
+        if dtype == torch.float64:
+            return fusion_and_gradients(cls, tokens.double(), w, 3, backend)
+        with torch.autocast(cuda_device, torch.bfloat16):
+            return fusion_and_gradients(cls, tokens, w, 3, backend)
+
+    exact, eager = run("reference", torch.float64), run("reference", torch.float32)
+    actual = run("cuda", torch.float32)
+    assert [t.dtype for t in actual] == [t.dtype for t in eager]
+    for name, a, e, x in zip(("new_cls", "cls", "tokens"), actual, eager, exact, strict=True):
+        assert_within_rule(a, e, x, name, torch.bfloat16)
+
+
 @pytest.mark.slow_on_cpu
-def test_operators_are_what_they_say(cuda_device: str) -> None:
+@pytest.mark.parametrize("identity", ["", *IDENTITIES])
+def test_operators_are_what_they_say(identity: str, cuda_device: str) -> None:
     weights = FusionWeights(*(w.float().to(cuda_device) for w in make_weights(32, 16)))
-    cls, tokens = torch.randn(3, 32, device=cuda_device), torch.randn(3, 5, 16).to(cuda_device)
+    weights = without(weights, identity)
+    width = 16 if "f" in identity else 32
+    cls, tokens = torch.randn(3, width, device=cuda_device), torch.randn(3, 5, 16).to(cuda_device)
     scale = torch.rand(3, device=cuda_device)
     inputs = FusionInputs(cls, tokens, weights, 2, scale)
     check_operators(OPERATIONS["cross_attention_fusion"], inputs, 1e-6, "cuda")

@@ -6,13 +6,16 @@ import dataclasses
 
 import pytest
 import torch
+from accuracy import assert_within_rule
 from fusion_cases import (
+    IDENTITIES,
     NAMED_WIDTHS,
     check_frozen_tokens,
     check_rule,
     fusion_and_gradients,
     launches,
     make_weights,
+    without,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -49,6 +52,13 @@ def test_rule(variant: str, dtype: torch.dtype, triton_device: str) -> None:
     """Batches larger than a program's, widths that are no multiple of a block, no biases."""
     check(64, 96, 3, 6, 40, dtype=dtype, scaled=True, device=triton_device)
     check(120, 72, 9, 2, 33, dtype=dtype, biases=False, device=triton_device)
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_without_f_or_g(variant: str, identity: str, triton_device: str) -> None:
+    sizes = 64, 96, 3, 6, 21
+    check(*sizes, scaled=True, identity=identity, device=triton_device)
+    check(*sizes, dtype=torch.bfloat16, biases=False, identity=identity, device=triton_device)
 
 
 def test_frozen_tokens(variant: str, triton_device: str) -> None:
@@ -162,9 +172,33 @@ def test_compiled_without_a_graph_break(triton_device: str) -> None:
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_autocast_without_f_or_g(identity: str, triton_device: str) -> None:
+    """The sum of a float32 CLS and a 16-bit update is float32, and as exact as eager's."""
+    weights = make_weights(48, 48)
+
+    def run(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(1)
+        w = without(FusionWeights(*(w.to(triton_device, dtype) for w in weights)), identity)
+        cls, tokens = torch.randn(3, 48), torch.randn(3, 9, 48).bfloat16()
+        cls, tokens = cls.to(triton_device, dtype), tokens.to(triton_device)
+        if dtype == torch.float64:
+            return fusion_and_gradients(cls, tokens.double(), w, 3, backend)
+        with torch.autocast(triton_device, torch.bfloat16):
+            return fusion_and_gradients(cls, tokens, w, 3, backend)
+
+    exact, eager = run("reference", torch.float64), run("reference", torch.float32)
+    actual = run("triton", torch.float32)
+    assert [t.dtype for t in actual] == [t.dtype for t in eager]
+    for name, a, e, x in zip(("new_cls", "cls", "tokens"), actual, eager, exact, strict=True):
+        assert_within_rule(a, e, x, name, torch.bfloat16)
+
+
 @pytest.mark.slow_on_cpu
-def test_operators_are_what_they_say(triton_device: str) -> None:
+@pytest.mark.parametrize("identity", ["", *IDENTITIES])
+def test_operators_are_what_they_say(identity: str, triton_device: str) -> None:
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(24, 16)))
+    weights = without(weights, identity)
     cls, tokens = torch.randn(3, 24, device=triton_device), torch.randn(3, 5, 16).to(triton_device)
     scale = torch.rand(3, device=triton_device)
     inputs = FusionInputs(cls, tokens, weights, 4, scale)

@@ -23,7 +23,12 @@ from crossvit_kernels.extension import _C
 from crossvit_kernels.ops.attention_core import cpu as core
 from crossvit_kernels.ops.cross_attention import layout
 from crossvit_kernels.ops.cross_attention.layout import Gradients, Saved, empty_saved
-from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import (
+    FusionInputs,
+    FusionWeights,
+    cls_dim,
+    empty_new_cls,
+)
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
@@ -37,7 +42,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
     batch, num_tokens, channels = tokens.shape
     dtype = accumulate_dtype(tokens)
     saved = empty_saved(inputs, keep)
-    new_cls = cls.new_empty(cls.shape, dtype=w.back_weight.dtype)
+    new_cls = empty_new_cls(inputs)
     if residual_scale is not None:
         residual_scale = residual_scale.to(dtype).contiguous()
     cls = cls.contiguous() if dtype != torch.float64 else cls.to(dtype).contiguous()
@@ -47,7 +52,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
         args = extension.Arguments(tokens.device)
         tokens = extension.unit_stride(tokens)  # alive until the kernel returns
         _C.cross_attention_forward(
-            problem=(batch, num_tokens, channels, cls.shape[1], num_heads, eps),
+            problem=(batch, num_tokens, channels, cls_dim(inputs), num_heads, eps),
             cls=args.parameter(cls),
             tokens=args.tokens(tokens, None),
             weights=[args.parameter(p) for p in parameters],
@@ -72,9 +77,11 @@ def backward(
     scale = per_head[1] ** -0.5
 
     # g, residual, W_o
-    dout = d_new_cls.to(dtype)
-    affine = w.back_norm_weight, w.back_norm_bias
-    dy, *d_back_norm = _norm_gelu_backward(dout @ w.back_weight, v.y, *affine, eps)
+    dy = dout = d_new_cls.to(dtype)
+    d_back_norm: Sequence[Tensor | None] = (None, None)
+    if w.back_weight is not None:
+        affine = w.back_norm_weight, w.back_norm_bias
+        dy, *d_back_norm = _norm_gelu_backward(dout @ w.back_weight, v.y, *affine, eps)
     dupdate = dy if residual_scale is None else dy * residual_scale.to(dtype).unsqueeze(-1)
     do = dupdate @ w.out_weight
 
@@ -110,8 +117,11 @@ def backward(
     if wanted.weights.norm_bias:
         dbeta = dnormed + dz.sum(dim=0)
 
-    affine = w.proj_norm_weight, w.proj_norm_bias
-    dcls, *d_proj_norm = _norm_gelu_backward(dy0 @ w.proj_weight, cls.to(dtype), *affine, eps)
+    dcls = dy0
+    d_proj_norm: Sequence[Tensor | None] = (None, None)
+    if w.proj_weight is not None:
+        affine = w.proj_norm_weight, w.proj_norm_bias
+        dcls, *d_proj_norm = _norm_gelu_backward(dy0 @ w.proj_weight, cls.to(dtype), *affine, eps)
     between = dy0, dgamma, dbeta, dq, do, dupdate
     g = Gradients._make((*d_proj_norm, *between, *d_back_norm, dout))
     return layout.input_gradients(inputs, wanted, v, g, du, dcls, dtokens)
@@ -132,9 +142,10 @@ def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, statistics: Sequence[T
 
 
 def _norm_gelu_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    dout: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx of gelu(LayerNorm(x)), and each image's share of the affine gradients."""
+    assert weight is not None and bias is not None
     statistics = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
     d = torch.ops.aten.gelu_backward(dout, torch.addcmul(bias, statistics[0], weight))
     return _norm_backward(d, x, weight, statistics), d * statistics[0], d

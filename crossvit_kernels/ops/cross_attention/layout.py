@@ -6,6 +6,7 @@ csrc/cross_attention/layout.h.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.backends import accumulate_dtype
-from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights, cls_dim
 
 
 class Saved(NamedTuple):
@@ -26,7 +27,7 @@ class Saved(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """The vectors in Saved.vectors."""
+    """The vectors in Saved.vectors. Those of f or g are not written if it is the identity."""
 
     activated: Any  # [B, C_cls]: gelu(LN_f(cls))
     y0: Any  # [B, C]: f(cls)
@@ -45,7 +46,8 @@ class Gradients(NamedTuple):
     """The fields of an image's row of gradients [B, gradient_size].
 
     Fields named after a vector parameter are an image's share of its gradient; the others are
-    gradients of a layer's output, whose sums are those of its bias.
+    gradients of a layer's output, whose sums are those of its bias. Those of f or g are not written
+    if it is the identity.
     """
 
     proj_norm_weight: Any  # C_cls
@@ -81,9 +83,9 @@ def empty_saved(inputs: FusionInputs, keep: str) -> Saved:
 
 
 def _shapes(inputs: FusionInputs) -> list[tuple[int, ...]]:
-    (batch, cls_dim), channels, heads = inputs.cls.shape, inputs.tokens.shape[2], inputs.num_heads
+    (batch, _, channels), heads = inputs.tokens.shape, inputs.num_heads
     per_head = (heads, batch, channels)
-    return [(batch, cls_dim), *[(batch, channels)] * 6, per_head, per_head, (batch, heads)]
+    return [(batch, cls_dim(inputs)), *[(batch, channels)] * 6, per_head, per_head, (batch, heads)]
 
 
 def empty_gradients(inputs: FusionInputs) -> Tensor:
@@ -98,8 +100,8 @@ def gradients(rows: Tensor, inputs: FusionInputs) -> Gradients:
 
 
 def _gradient_sizes(inputs: FusionInputs) -> list[int]:
-    cls_dim, channels = inputs.cls.shape[1], inputs.tokens.shape[2]
-    return [cls_dim, cls_dim, *[channels] * 8, cls_dim]
+    own, channels = cls_dim(inputs), inputs.tokens.shape[2]
+    return [own, own, *[channels] * 8, own]
 
 
 def input_gradients(
@@ -119,7 +121,7 @@ def input_gradients(
         v: The saved vectors.
         g: The gradients of all images.
         du: [h, B, C].
-        dcls: [B, C_cls].
+        dcls: [B, C_cls]; [B, C] without f.
         dtokens: [B, N, C], or None.
     """
     weights = inputs.weights
@@ -152,9 +154,18 @@ def input_gradients(
         "back_weight": lambda: g.new_cls.t() @ v.back_activated,
         "back_bias": lambda: g.new_cls.sum(dim=0),
     }
+    if inputs.tokens.shape[1] == 0:
+        # The CLS attends to itself with weight 1, whatever q and k are. What rounding leaves of
+        # their gradients must not move them: AdamW would make full steps of it.
+        for name in ("q_weight", "q_bias", "k_weight"):
+            formulas[name] = functools.partial(_zeros, getattr(weights, name), du.dtype)
     pairs = zip(weights._asdict().items(), wanted.weights, strict=True)
     d_weights = FusionWeights._make(
         formulas[name]().to(w.dtype) if want and w is not None else None
         for (name, w), want in pairs
     )
     return FusionInputs(dcls.to(inputs.cls.dtype), cast(Tensor, dtokens), d_weights, 0)
+
+
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(like, dtype=dtype)

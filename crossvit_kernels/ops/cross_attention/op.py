@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -20,29 +21,32 @@ def _reference(inputs: FusionInputs, eps: float, dropout_p: float) -> Tensor:
 
 
 def _empty_outputs(inputs: FusionInputs) -> tuple[Tensor]:
-    cls, weights = inputs.cls, inputs.weights
-    return (cls.new_empty(cls.shape, dtype=weights.back_weight.dtype),)
+    return (reference.empty_new_cls(inputs),)
 
 
 def _flops_forward(shapes: Any) -> int:
-    lift, square, core = _flops_of_steps(shapes)
-    return 2 * lift + 4 * square + core
+    lift, square, core, lifts = _flops_of_steps(shapes)
+    return lifts * lift + 4 * square + core
 
 
 def _flops_backward(shapes: Any, wanted: Any) -> int:
     """Input gradients of all layers, the token pass, and the wanted weight gradients."""
-    lift, square, core = _flops_of_steps(shapes)
+    lift, square, core, lifts = _flops_of_steps(shapes)
     w = wanted.weights
-    lifts = 2 + w.proj_weight + w.back_weight
+    lifts += w.proj_weight + w.back_weight
     squares = 4 + w.q_weight + w.k_weight + w.v_weight + w.out_weight
     return lifts * lift + squares * square + (3 + 2 * wanted.tokens) * core // 2
 
 
-def _flops_of_steps(shapes: Any) -> tuple[int, int, int]:
-    """f or g; one of W_q, W_k, W_v and W_o for one row per image; the token pass."""
-    (batch, cls_dim), (_, num_tokens, channels) = shapes.cls, shapes.tokens
+def _flops_of_steps(shapes: Any) -> tuple[int, int, int, int]:
+    """f or g; one of W_q, W_k, W_v and W_o for one row per image; the token pass; how many of f
+    and g are not the identity.
+    """
+    (batch, num_tokens, channels), w = shapes.tokens, shapes.weights
     core = 4 * batch * shapes.num_heads * (num_tokens + 1) * channels
-    return 2 * batch * cls_dim * channels, 2 * batch * channels * channels, core
+    lifts = [shape for shape in (w.proj_weight, w.back_weight) if shape is not None]
+    lift = 2 * batch * math.prod(lifts[0]) if lifts else 0
+    return lift, 2 * batch * channels * channels, core, len(lifts)
 
 
 cross_attention_fusion = Operation(

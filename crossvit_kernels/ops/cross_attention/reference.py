@@ -1,7 +1,7 @@
 """The fusion of one branch in plain PyTorch, with materialised keys and values: the definition.
 
 Notation as in the paper (CrossViT, ICCV 2021), Eq. 5-7, for the branch that owns ``cls``. f and g
-are LayerNorm -> GELU -> Linear.
+are LayerNorm -> GELU -> Linear, or the identity.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ class FusionWeights(NamedTuple):
     """Parameters of ``cross_attention_fusion``, for a CLS of width C_cls and tokens of width C.
 
     Linear weights are [out, in] as in ``torch.nn.Linear``. The biases of q, k and v may be None.
+    So may all four of f: f is then the identity, for a CLS of the tokens' width C. And all four of
+    g: the new CLS then has the width C.
     """
 
-    proj_norm_weight: Tensor  # f: LayerNorm [C_cls], GELU, Linear C_cls -> C
-    proj_norm_bias: Tensor
-    proj_weight: Tensor
-    proj_bias: Tensor
+    proj_norm_weight: Tensor | None  # f: LayerNorm [C_cls], GELU, Linear C_cls -> C
+    proj_norm_bias: Tensor | None
+    proj_weight: Tensor | None
+    proj_bias: Tensor | None
     norm_weight: Tensor  # LayerNorm [C] of the CLS and the tokens together
     norm_bias: Tensor
     q_weight: Tensor  # [C, C] each, heads concatenated along the rows
@@ -33,10 +35,10 @@ class FusionWeights(NamedTuple):
     v_bias: Tensor | None
     out_weight: Tensor
     out_bias: Tensor
-    back_norm_weight: Tensor  # g: LayerNorm [C], GELU, Linear C -> C_cls
-    back_norm_bias: Tensor
-    back_weight: Tensor
-    back_bias: Tensor
+    back_norm_weight: Tensor | None  # g: LayerNorm [C], GELU, Linear C -> C_cls
+    back_norm_bias: Tensor | None
+    back_weight: Tensor | None
+    back_bias: Tensor | None
 
 
 #: Sizes by letter, for checks.weights.
@@ -62,14 +64,48 @@ SHAPES = {
 }
 
 
+#: The parameters of f and of g: all None if it is the identity.
+F_FIELDS = ("proj_norm_weight", "proj_norm_bias", "proj_weight", "proj_bias")
+G_FIELDS = ("back_norm_weight", "back_norm_bias", "back_weight", "back_bias")
+
+
+def absent_weights(weights: FusionWeights) -> tuple[str, ...]:
+    """Return the names of the parameters of f, and of g, if all four are None."""
+    absent: tuple[str, ...] = ()
+    for weight, names in ((weights.proj_weight, F_FIELDS), (weights.back_weight, G_FIELDS)):
+        if weight is None and all(getattr(weights, name) is None for name in names):
+            absent += names
+    return absent
+
+
 class FusionInputs(NamedTuple):
     """The arguments of one fusion, for ``cross_attention_fusion_pair``."""
 
-    cls: Tensor  # [B, C_cls]
+    cls: Tensor  # [B, C_cls]; [B, C] if f is the identity
     tokens: Tensor  # [B, N, C]: the other branch's patches
     weights: FusionWeights
     num_heads: int
     residual_scale: Tensor | None = None  # [B]
+
+
+def cls_dim(inputs: FusionInputs) -> int:
+    """Return C_cls, the width that f maps from and g to; C if both are the identity."""
+    cls, tokens, weights, *_ = inputs
+    if weights.proj_weight is not None:
+        return int(cls.shape[1])
+    if weights.back_weight is not None:
+        return int(weights.back_weight.shape[0])
+    return int(tokens.shape[2])
+
+
+def empty_new_cls(inputs: FusionInputs) -> Tensor:
+    """Allocate the result: [B, C_cls] in the dtype of g; [B, C] if g is the identity."""
+    cls, tokens, w, *_ = inputs
+    if w.back_weight is not None:
+        return cls.new_empty(cls.shape[0], w.back_weight.shape[0], dtype=w.back_weight.dtype)
+    y0_dtype = cls.dtype if w.proj_weight is None else w.proj_weight.dtype
+    dtype = torch.promote_types(y0_dtype, w.out_weight.dtype)
+    return cls.new_empty(cls.shape[0], tokens.shape[2], dtype=dtype)
 
 
 def cross_attention_fusion(
@@ -81,20 +117,25 @@ def cross_attention_fusion(
     residual_scale: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Return the new CLS [B, C_cls] of cls [B, C_cls] and tokens [B, N, C]."""
+    """Return the new CLS [B, C_cls] of cls [B, C_cls] and tokens [B, N, C].
+
+    Without f, cls is [B, C]; without g, so is the result.
+    """
     w = weights
     batch, _, channels = tokens.shape
 
-    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (num_heads, channels // num_heads)).transpose(1, 2)
 
     # Eq. 5: the projected CLS joins the other branch's patch tokens.
-    f_cls = F.linear(
-        F.gelu(norm(cls, w.proj_norm_weight, w.proj_norm_bias)), w.proj_weight, w.proj_bias
-    )
+    f_cls = cls
+    if w.proj_weight is not None:
+        f_cls = F.linear(
+            F.gelu(norm(cls, w.proj_norm_weight, w.proj_norm_bias)), w.proj_weight, w.proj_bias
+        )
     joined = norm(torch.cat([f_cls.unsqueeze(1), tokens], dim=1), w.norm_weight, w.norm_bias)
 
     # Eq. 6: the CLS is the only query.
@@ -110,6 +151,8 @@ def cross_attention_fusion(
     if residual_scale is not None:
         update = update * residual_scale.to(update.dtype).unsqueeze(-1)
     y = f_cls + update
+    if w.back_weight is None:
+        return y
     return F.linear(
         F.gelu(norm(y, w.back_norm_weight, w.back_norm_bias)), w.back_weight, w.back_bias
     )

@@ -19,7 +19,12 @@ from crossvit_kernels.ops.attention_core.configs import PassTable
 from crossvit_kernels.ops.cross_attention import configs, layout
 from crossvit_kernels.ops.cross_attention.configs import Variant
 from crossvit_kernels.ops.cross_attention.layout import Saved, empty_saved
-from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
+from crossvit_kernels.ops.cross_attention.reference import (
+    FusionInputs,
+    FusionWeights,
+    cls_dim,
+    empty_new_cls,
+)
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
@@ -42,9 +47,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
     call = _prepared(inputs, configs.FORWARD)
     cls, x, w, scale, variant = call
     kernels, (batch, num_tokens, _) = _kernels()[0], x.shape
-    contiguous = torch.contiguous_format
-    new_cls = torch.empty_like(inputs.cls, dtype=w.back_weight.dtype, memory_format=contiguous)
-    saved = empty_saved(inputs, keep)
+    new_cls, saved = empty_new_cls(inputs), empty_saved(inputs, keep)
     if not batch:
         return new_cls, saved
     kept, groups = saved.vectors, (-(-batch // variant.shape.images), 1, 1)
@@ -164,7 +167,7 @@ def _prepared(inputs: FusionInputs, table: PassTable) -> _Call:
     cls, x = launcher.aligned_rows(inputs.cls), launcher.aligned_rows(inputs.tokens)
     w = launcher.contiguous(inputs.weights)
     scale = None if inputs.residual_scale is None else inputs.residual_scale.contiguous()
-    variant = configs.variant(table, x, cls.shape[1], inputs.num_heads, w.q_weight.dtype)
+    variant = configs.variant(table, x, cls_dim(inputs), inputs.num_heads, w.q_weight.dtype)
     return _Call(cls, x, w, scale, variant)
 
 

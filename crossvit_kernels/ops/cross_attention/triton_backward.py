@@ -24,7 +24,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
     store_tile,
 )
 from crossvit_kernels.ops.cross_attention.layout import Gradients
-from crossvit_kernels.ops.cross_attention.triton_forward import images_of, vectors_of
+from crossvit_kernels.ops.cross_attention.triton_forward import cls_width, images_of, vectors_of
 
 # Not specialised on.
 SIZES = ("batch", "num_tokens", "cls_stride", "dout_stride", "x_batch_stride", "x_token_stride")
@@ -83,34 +83,37 @@ def before_tokens(
     PADDED_CLS: tl.constexpr = F.padded_cls
     PADDED: tl.constexpr = F.padded
     PRECISION: tl.constexpr = F.precision
-    store_rows(
-        g.new_cls,
-        SIZE,
-        used,
-        load_rows(dout_ptr, dout_stride, used, CLS_DIM, PADDED_CLS),
-        CLS_DIM,
-        PADDED_CLS,
-    )
-    linear(
-        dout_ptr,
-        dout_stride,
-        w.back_weight,
-        None,
-        g.back_norm_bias,
-        SIZE,
-        used,
-        CLS_DIM,
-        C,
-        K,
-        N,
-        PRECISION,
-        TRANSPOSED=True,
-    )
-    tl.debug_barrier()
-    weight, bias = w.back_norm_weight, w.back_norm_bias
-    dy = norm_gelu_backward(
-        v.y, C, weight, bias, g.back_norm_weight, g.back_norm_bias, SIZE, used, eps, C, PADDED
-    )
+    if w.back_weight is None:
+        dy = load_rows(dout_ptr, dout_stride, used, C, PADDED)
+    else:
+        store_rows(
+            g.new_cls,
+            SIZE,
+            used,
+            load_rows(dout_ptr, dout_stride, used, CLS_DIM, PADDED_CLS),
+            CLS_DIM,
+            PADDED_CLS,
+        )
+        linear(
+            dout_ptr,
+            dout_stride,
+            w.back_weight,
+            None,
+            g.back_norm_bias,
+            SIZE,
+            used,
+            CLS_DIM,
+            C,
+            K,
+            N,
+            PRECISION,
+            TRANSPOSED=True,
+        )
+        tl.debug_barrier()
+        weight, bias = w.back_norm_weight, w.back_norm_bias
+        dy = norm_gelu_backward(
+            v.y, C, weight, bias, g.back_norm_weight, g.back_norm_bias, SIZE, used, eps, C, PADDED
+        )
     image = first + tl.arange(0, IMAGES)
     residual_scale = load_residual_scale(scale_ptr, image, used)
     store_rows(g.y0, SIZE, used, dy, C, PADDED)
@@ -264,38 +267,40 @@ def after_tokens(
         store_tile(g.norm_weight, row * SIZE, used, dgain, i * BLOCK, C, BLOCK)
         store_tile(g.norm_bias, row * SIZE, used, dshift, i * BLOCK, C, BLOCK)
     tl.debug_barrier()
-    weight = w.proj_weight
-    linear(
-        g.y0,
-        SIZE,
-        weight,
-        None,
-        g.proj_norm_bias,
-        SIZE,
-        used,
-        C,
-        CLS_DIM,
-        K,
-        N,
-        PRECISION,
-        TRANSPOSED=True,
-    )
-    tl.debug_barrier()
-    weight, bias = w.proj_norm_weight, w.proj_norm_bias
-    dcls = norm_gelu_backward(
-        cls_ptr,
-        cls_stride,
-        weight,
-        bias,
-        g.proj_norm_weight,
-        g.proj_norm_bias,
-        SIZE,
-        used,
-        eps,
-        CLS_DIM,
-        PADDED_CLS,
-    )
-    store_rows(dcls_ptr, CLS_DIM, used, dcls, CLS_DIM, PADDED_CLS)
+    if w.proj_weight is None:
+        store_rows(dcls_ptr, C, used, load_rows(g.y0, SIZE, used, C, PADDED), C, PADDED)
+    else:
+        linear(
+            g.y0,
+            SIZE,
+            w.proj_weight,
+            None,
+            g.proj_norm_bias,
+            SIZE,
+            used,
+            C,
+            CLS_DIM,
+            K,
+            N,
+            PRECISION,
+            TRANSPOSED=True,
+        )
+        tl.debug_barrier()
+        weight, bias = w.proj_norm_weight, w.proj_norm_bias
+        dcls = norm_gelu_backward(
+            cls_ptr,
+            cls_stride,
+            weight,
+            bias,
+            g.proj_norm_weight,
+            g.proj_norm_bias,
+            SIZE,
+            used,
+            eps,
+            CLS_DIM,
+            PADDED_CLS,
+        )
+        store_rows(dcls_ptr, CLS_DIM, used, dcls, CLS_DIM, PADDED_CLS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -325,7 +330,6 @@ def fusion_backward(
     C: tl.constexpr = S.channels
     ALIGN: tl.constexpr = S.align
     COUNT: tl.constexpr = F.images
-    CLS_DIM: tl.constexpr = F.cls_dim
     first, used = images_of(tl.program_id(0), batch, F)
     first_image = first.to(tl.int64)
     vectors = vectors_of(vectors_ptr, batch, first, F)
@@ -369,7 +373,7 @@ def fusion_backward(
     tl.debug_barrier()
     cls_stride = aligned(cls_stride, ALIGN)
     cls_ptr += first_image * cls_stride
-    dcls_ptr += first_image * CLS_DIM
+    dcls_ptr += first_image * cls_width(w, F)
     after_tokens(cls_ptr, cls_stride, dcls_ptr, w, vectors, gradients, dz_ptr, du_ptr, used, eps, F)
 
 
@@ -423,14 +427,13 @@ def fusion_backward_after(
 ):
     """Everything after the token pass. Grid: groups of images."""
     C: tl.constexpr = F.channels
-    CLS_DIM: tl.constexpr = F.cls_dim
     first, used = images_of(tl.program_id(0), batch, F)
     first_image = first.to(tl.int64)
     cls_stride = aligned(cls_stride, ALIGN)
     after_tokens(
         cls_ptr + first_image * cls_stride,
         cls_stride,
-        dcls_ptr + first_image * CLS_DIM,
+        dcls_ptr + first_image * cls_width(w, F),
         w,
         vectors_of(vectors_ptr, batch, first, F),
         gradients_of(gradients_ptr, first, F),

@@ -11,7 +11,9 @@ from crossvit_kernels.ops.common.triton_tiles import (
     aligned,
     linear,
     load_residual_scale,
+    load_rows,
     norm_rows,
+    store_rows,
 )
 from crossvit_kernels.ops.cross_attention.layout import Vectors
 
@@ -59,8 +61,32 @@ def images_of(program, batch, F: tl.constexpr):
 
 
 @triton.jit
+def cls_width(
+    w,
+    F: tl.constexpr,
+):
+    """The width of the CLS: without f the tokens'."""
+    if w.proj_weight is None:
+        return F.channels
+    else:
+        return F.cls_dim
+
+
+@triton.jit
+def new_cls_width(
+    w,
+    F: tl.constexpr,
+):
+    """The width of the new CLS: without g the tokens'."""
+    if w.back_weight is None:
+        return F.channels
+    else:
+        return F.cls_dim
+
+
+@triton.jit
 def before_tokens(
-    cls_ptr,  # [B, C_cls]
+    cls_ptr,  # [B, C_cls]; without f [B, C]
     cls_stride,
     w,
     v,
@@ -79,23 +105,25 @@ def before_tokens(
     PADDED_CLS: tl.constexpr = F.padded_cls
     PADDED: tl.constexpr = F.padded
     PRECISION: tl.constexpr = F.precision
-    weight, bias = w.proj_norm_weight, w.proj_norm_bias
-    norm_rows(
-        cls_ptr,
-        cls_stride,
-        weight,
-        bias,
-        v.activated,
-        CLS_DIM,
-        used,
-        eps,
-        CLS_DIM,
-        PADDED_CLS,
-        GELU=True,
-    )
-    tl.debug_barrier()
-    weight, bias = w.proj_weight, w.proj_bias
-    linear(v.activated, CLS_DIM, weight, bias, v.y0, C, used, CLS_DIM, C, K, N, PRECISION)
+    if w.proj_weight is None:
+        store_rows(v.y0, C, used, load_rows(cls_ptr, cls_stride, used, C, PADDED), C, PADDED)
+    else:
+        norm_rows(
+            cls_ptr,
+            cls_stride,
+            w.proj_norm_weight,
+            w.proj_norm_bias,
+            v.activated,
+            CLS_DIM,
+            used,
+            eps,
+            CLS_DIM,
+            PADDED_CLS,
+            GELU=True,
+        )
+        tl.debug_barrier()
+        weight, bias = w.proj_weight, w.proj_bias
+        linear(v.activated, CLS_DIM, weight, bias, v.y0, C, used, CLS_DIM, C, K, N, PRECISION)
     tl.debug_barrier()
     norm_rows(v.y0, C, w.norm_weight, w.norm_bias, v.normed, C, used, eps, C, PADDED, GELU=False)
     tl.debug_barrier()
@@ -161,7 +189,7 @@ def tokens_of_image(
 @triton.jit
 def after_tokens(
     scale_ptr,  # [B] or None
-    out_ptr,  # [B, C_cls]
+    out_ptr,  # [B, C_cls]; without g [B, C]
     w,
     v,
     first,
@@ -219,23 +247,26 @@ def after_tokens(
         residual_ptr=v.y0,
     )
     tl.debug_barrier()
-    weight, bias = w.back_norm_weight, w.back_norm_bias
-    norm_rows(v.y, C, weight, bias, v.back_activated, C, used, eps, C, PADDED, GELU=True)
-    tl.debug_barrier()
-    linear(
-        v.back_activated,
-        C,
-        w.back_weight,
-        w.back_bias,
-        out_ptr,
-        CLS_DIM,
-        used,
-        C,
-        CLS_DIM,
-        K,
-        N,
-        PRECISION,
-    )
+    if w.back_weight is None:
+        store_rows(out_ptr, C, used, load_rows(v.y, C, used, C, PADDED), C, PADDED)
+    else:
+        weight, bias = w.back_norm_weight, w.back_norm_bias
+        norm_rows(v.y, C, weight, bias, v.back_activated, C, used, eps, C, PADDED, GELU=True)
+        tl.debug_barrier()
+        linear(
+            v.back_activated,
+            C,
+            w.back_weight,
+            w.back_bias,
+            out_ptr,
+            CLS_DIM,
+            used,
+            C,
+            CLS_DIM,
+            K,
+            N,
+            PRECISION,
+        )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -257,7 +288,6 @@ def fusion_forward(
 ):
     """The whole fusion of F.images images. Grid: groups of images."""
     ALIGN: tl.constexpr = S.align
-    CLS_DIM: tl.constexpr = F.cls_dim
     COUNT: tl.constexpr = F.images
     first, used = images_of(tl.program_id(0), batch, F)
     vectors = vectors_of(vectors_ptr, batch, first, F)
@@ -270,7 +300,7 @@ def fusion_forward(
             first * 0 + image, x_ptr, x_batch_stride, x_token_stride, num_tokens, w, vectors, eps, S
         )
     tl.debug_barrier()
-    out_ptr += first.to(tl.int64) * CLS_DIM
+    out_ptr += first.to(tl.int64) * new_cls_width(w, F)
     after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F)
 
 
@@ -303,7 +333,7 @@ def fusion_after(
     F: tl.constexpr,
 ):
     """Everything after the token pass. Grid: groups of images."""
-    CLS_DIM: tl.constexpr = F.cls_dim
     first, used = images_of(tl.program_id(0), batch, F)
     vectors = vectors_of(vectors_ptr, batch, first, F)
-    after_tokens(scale_ptr, out_ptr + first.to(tl.int64) * CLS_DIM, w, vectors, first, used, eps, F)
+    out_ptr += first.to(tl.int64) * new_cls_width(w, F)
+    after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F)

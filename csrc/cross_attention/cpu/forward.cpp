@@ -27,14 +27,16 @@ class Fusion {
         head_dim_(channels_ / problem_.num_heads),
         stride_(padded<Scalar>(channels_)),
         cls_stride_(padded<Scalar>(cls_channels_)),
+        has_f_(params.weights.proj.weight.data != nullptr),
+        has_g_(params.weights.back.weight.data != nullptr),
         batch_(round_up(problem_.batch, kImages)),
         saved_(VectorsOf<Scalar>::at(static_cast<Scalar*>(params.vectors), problem_)),
-        proj_(matrix(params.weights.proj, channels_, cls_channels_)),
+        proj_(matrix(params.weights.proj, has_f_ ? channels_ : 0, cls_channels_)),
         query_(matrix(params.weights.query, channels_, channels_)),
         key_(params.weights.key.weight, channels_, channels_, true),
         value_(params.weights.value.weight, channels_, channels_, head_dim_ % 2 == 0),
         out_(matrix(params.weights.out, channels_, channels_)),
-        back_(matrix(params.weights.back, cls_channels_, channels_)),
+        back_(matrix(params.weights.back, has_g_ ? cls_channels_ : 0, channels_)),
         vectors_(9 * stride_ + 3 * cls_stride_),
         proj_norm_{vectors_.load(params.weights.proj_norm.weight, cls_channels_),
                    vectors_.load(params.weights.proj_norm.bias, cls_channels_)},
@@ -108,13 +110,7 @@ class Fusion {
   // y0 = f(cls), q = W_q LN(y0) + b_q, kt_h = W_k,h^T q_h / sqrt(d), u_h = gamma * kt_h
   void before_tokens(Block& block, int64_t first) {
     const int count = images(first);
-    for (int i = 0; i < count; ++i) {
-      Scalar* const cls = block.cls + i * cls_stride_;
-      load_row(cls, params_.cls, (first + i) * cls_channels_, cls_channels_);
-      norm_gelu(cls, cls, proj_norm_, cls_channels_);
-      write_row(saved_.activated + (first + i) * cls_channels_, cls, cls_channels_);
-    }
-    linear(block.c, stride_, block.cls, cls_stride_, proj_.rows, proj_bias_, channels_);
+    project(block, first, count);
     for (int i = 0; i < count; ++i) {
       const Scalar* const y0 = block.c + i * stride_;
       write_row(saved(saved_.y0, first + i), y0, channels_);
@@ -145,6 +141,21 @@ class Fusion {
     }
   }
 
+  // block.c = f(cls)
+  void project(Block& block, int64_t first, int count) {
+    for (int i = 0; i < count; ++i) {
+      if (!has_f_) {
+        load_row(block.c + i * stride_, params_.cls, (first + i) * channels_, channels_);
+        continue;
+      }
+      Scalar* const cls = block.cls + i * cls_stride_;
+      load_row(cls, params_.cls, (first + i) * cls_channels_, cls_channels_);
+      norm_gelu(cls, cls, proj_norm_, cls_channels_);
+      write_row(saved_.activated + (first + i) * cls_channels_, cls, cls_channels_);
+    }
+    if (has_f_) linear(block.c, stride_, block.cls, cls_stride_, proj_.rows, proj_bias_, channels_);
+  }
+
   // o_h = W_v,h (gamma * m_h + beta) + b_v,h, y = y0 + r (W_o o + b_o), new_cls = g(y)
   void after_tokens(Block& block, int64_t first) {
     const int count = images(first);
@@ -166,11 +177,17 @@ class Fusion {
       const Scalar* const y0 = saved(saved_.y0, first + i);
       for (int64_t c = 0; c < channels_; ++c) y[c] = y0[c] + y[c] * scale;
       write_row(saved(saved_.y, first + i), y, channels_);
+      if (!has_g_) {
+        write_new_cls(first + i, y, channels_);
+        continue;
+      }
       norm_gelu(block.a + i * stride_, y, back_norm_, channels_);
       write_row(saved(saved_.back_activated, first + i), block.a + i * stride_, channels_);
     }
+    if (!has_g_) return;
     linear(block.new_cls, cls_stride_, block.a, stride_, back_.rows, back_bias_, cls_channels_);
-    for (int i = 0; i < count; ++i) write_new_cls(first + i, block.new_cls + i * cls_stride_);
+    for (int i = 0; i < count; ++i)
+      write_new_cls(first + i, block.new_cls + i * cls_stride_, cls_channels_);
   }
 
   void norm_gelu(Scalar* to, const Scalar* from, const LayerNorm<Scalar>& norm, int64_t channels) {
@@ -186,16 +203,18 @@ class Fusion {
     if (c < count) store_partial<Scalar>(to + c, load(from + c), count - c);
   }
 
-  void write_new_cls(int64_t b, const Scalar* from) {
+  void write_new_cls(int64_t b, const Scalar* from, int64_t channels) {
     visit<Scalar>({params_.new_cls, params_.new_cls_dtype}, [&](const auto* data) {
       using Element = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-      write_row(const_cast<Element*>(data) + b * cls_channels_, from, cls_channels_);
+      write_row(const_cast<Element*>(data) + b * channels, from, channels);
     });
   }
 
   const ForwardParams& params_;
   const Problem& problem_;
-  const int64_t channels_, cls_channels_, head_dim_, stride_, cls_stride_, batch_;
+  const int64_t channels_, cls_channels_, head_dim_, stride_, cls_stride_;
+  const bool has_f_, has_g_;  // else they are the identity
+  const int64_t batch_;
   const VectorsOf<Scalar> saved_;
   const Matrix<Scalar> proj_, query_, key_, value_, out_, back_;
   PaddedVectors<Scalar> vectors_;
