@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +42,7 @@ class Backbone(nn.Module):
         self, num_classes: int, in_chans: int, num_features: int, num_prefix_tokens: int
     ) -> None:
         super().__init__()
+        check_num_classes(num_classes)
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features, self.num_prefix_tokens = num_features, num_prefix_tokens
         self.grad_checkpointing = False
@@ -85,6 +87,7 @@ class Backbone(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Make new heads for another number of classes; 0 for none."""
         old = next(self.parameters())
+        check_num_classes(num_classes)
         self.head = self._make_head(num_classes).to(old.device, old.dtype)
         self.num_classes = num_classes
         self.head.apply(init_linear)
@@ -131,3 +134,16 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def check_num_classes(num_classes: int) -> None:
+    """Check for a number of classes; 0 is a model without heads.
+
+    Raises:
+        ValueError: It is negative.
+        TypeError: It is no integer.
+    """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral):
+        raise TypeError(f"num_classes: expected an integer, found {num_classes!r}")
+    if num_classes < 0:
+        raise ValueError(f"num_classes: expected 0 or more, found {num_classes}")

@@ -140,7 +140,9 @@ def _receive(response: Any, url: str) -> bytes:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the content of a safetensors or torch.save file, and the metadata of the former.
+    """Return the content of a safetensors or torch.save file, and its metadata.
+
+    Those of the latter are texts by name in an entry "metadata", as the trainer writes it.
 
     The index of a sharded checkpoint stands for all its files, which are in the same folder.
 
@@ -173,7 +175,14 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a state dict, found {type(content).__name__}")
     # Copying to another type would lose the versions and grids that modules add.
-    return content if isinstance(content, dict) else dict(content), {}
+    content = content if isinstance(content, dict) else dict(content)
+    return content, _texts(content.get("metadata"))
+
+
+def _texts(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, Mapping):
+        return {}
+    return {key: text for key, text in metadata.items() if isinstance(text, str)}
 
 
 def _refused(path: Path, error: pickle.UnpicklingError) -> ValueError:

@@ -25,6 +25,7 @@ from crossvit.vit import VisionTransformer
 
 _METADATA_KEY = "crossvit"
 _CLASS_NAMES_KEY = "class_names"
+_NORMALIZATION_KEY = "normalization"
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 Grids = Sequence[Size]
@@ -155,11 +156,33 @@ def read_class_names(source: str | os.PathLike[str]) -> list[str] | None:
     return names
 
 
+def read_normalization(
+    source: str | os.PathLike[str],
+) -> tuple[list[float], list[float]] | None:
+    """Return the mean and standard deviation of each channel that ``save_checkpoint`` recorded.
+
+    Args:
+        source: A local file, a URL or a hub id.
+
+    Raises:
+        ValueError: They are damaged. ``load_checkpoint`` lists the other errors.
+    """
+    _, metadata = checkpoint_files.read(checkpoint_files.locate(source))
+    if (text := metadata.get(_NORMALIZATION_KEY)) is None:
+        return None
+    try:
+        mean, std = ([float(value) for value in values] for values in json.loads(text))
+    except (ValueError, TypeError):
+        raise ValueError(f"{source}: the mean and standard deviation are damaged") from None
+    return mean, std
+
+
 def save_checkpoint(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
     class_names: Sequence[str] | None = None,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> None:
     """Write weights and the model's description as safetensors, atomically.
 
@@ -168,21 +191,48 @@ def save_checkpoint(
             own. All ranks of a sharded model must call this; the first writes.
         path: Path of the file; must end in ``.safetensors``.
         class_names: Names of the classes, in the order of the logits.
+        normalization: Mean and standard deviation of each channel that images were normalized
+            with. ``python -m crossvit.evaluate`` and ``predict`` use them.
 
     Raises:
         ValueError: The path does not end in ``.safetensors``, the model is on ``meta``, or there
-            is not one name for each class.
+            is not one name for each class, or one mean and deviation for each channel.
         TypeError: The model is not one of this package.
         ImportError: safetensors is not installed.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path: expected one that ends in .safetensors, found {path}")
+    metadata = describe(model, class_names=class_names, normalization=normalization)
+    tensors: dict[str, Tensor] = {}
+    memory = set()
+    for key, t in checkpoint_targets.tensors(model).items():
+        t = t.detach().cpu().contiguous()
+        # Tied parameters are written twice: safetensors has no references.
+        start = t.untyped_storage().data_ptr()
+        tensors[key] = t.clone() if start in memory else t
+        memory.add(start)
+    if checkpoint_targets.writes(model):
+        checkpoint_files.write_safetensors(path, tensors, {"format": "pt", **metadata})
+
+
+def describe(
+    model: nn.Module,
+    *,
+    class_names: Sequence[str] | None = None,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> dict[str, str]:
+    """Return what ``save_checkpoint`` records besides the weights, as texts."""
     core = checkpoint_targets.unwrap(model)
     if class_names is not None and len(class_names) != core.num_classes:
         raise ValueError(
             f"class_names: expected {core.num_classes}, one for each class, found "
             f"{len(class_names)}"
+        )
+    if normalization is not None and [*map(len, normalization)] != [core.in_chans] * 2:
+        raise ValueError(
+            f"normalization: expected {core.in_chans} means and as many deviations, one for each "
+            f"channel, found {normalization}"
         )
     state = checkpoint_targets.tensors(model)
     description = {
@@ -193,19 +243,12 @@ def save_checkpoint(
         # Of the blocks: a performer's projections in the embedding always have one.
         "qkv_bias": any(re.match(r"blocks\..*\.attn\.qkv\.bias$", key) for key in state),
     }
-    tensors: dict[str, Tensor] = {}
-    memory = set()
-    for key, t in state.items():
-        t = t.detach().cpu().contiguous()
-        # Tied parameters are written twice: safetensors has no references.
-        start = t.untyped_storage().data_ptr()
-        tensors[key] = t.clone() if start in memory else t
-        memory.add(start)
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps(description)}
+    metadata = {_METADATA_KEY: json.dumps(description)}
     if class_names is not None:
         metadata[_CLASS_NAMES_KEY] = json.dumps(list(class_names))
-    if checkpoint_targets.writes(model):
-        checkpoint_files.write_safetensors(path, tensors, metadata)
+    if normalization is not None:
+        metadata[_NORMALIZATION_KEY] = json.dumps([list(values) for values in normalization])
+    return metadata
 
 
 def _read(source: Source) -> tuple[Mapping[str, Any], dict[str, str]]:
@@ -347,7 +390,8 @@ def _description(metadata: Mapping[str, str]) -> dict[str, Any] | None:
         description = json.loads(text)
         fields = dict(description["config"])
         if "reread_patches" in description:  # before it was one of Config
-            fields["reread_patches"] = description.pop("reread_patches")
+            reread = description.pop("reread_patches")
+            fields["reread_patches"] = reread and fields.get("cross_depth", 1) > 1
         description["config"] = dataclasses.asdict(_config(fields))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(

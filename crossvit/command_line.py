@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from crossvit.checkpoints import load_model, read_class_names
+from crossvit.checkpoints import load_model, read_class_names, read_normalization
 from crossvit.configs import canonical_name
 from crossvit.pretrained import released_weights
 from crossvit.training.data import reader_died
@@ -31,7 +31,8 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: str | None = 
     add(
         "--model",
         metavar="NAME",
-        help="e.g. crossvit_15_240; not needed for files written by crossvit.save_checkpoint",
+        help="e.g. crossvit_15_240; not needed for files written by crossvit.save_checkpoint or "
+        "crossvit.train",
     )
     add(
         "--checkpoint",
@@ -81,8 +82,9 @@ def add_image_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
         metavar="SHARE",
         help="side of the crop over the resized image's; default: 224/256; timm: 1.0 at 408 pixels",
     )
-    add("--mean", type=float, nargs="+", metavar="M", help="of each channel; default: ImageNet's")
-    add("--std", type=float, nargs="+", metavar="S", help="of each channel; default: ImageNet's")
+    recorded = "of each channel; default: what the checkpoint records, else ImageNet's"
+    add("--mean", type=float, nargs="+", metavar="M", help=recorded)
+    add("--std", type=float, nargs="+", metavar="S", help=recorded)
     add(
         "--batch-size",
         type=positive,
@@ -159,8 +161,11 @@ def class_names(options: argparse.Namespace, source: str, num_classes: int) -> l
     return names
 
 
-def make_transform(options: argparse.Namespace, model: Any) -> Any:
+def make_transform(options: argparse.Namespace, model: Any, source: str | None = None) -> Any:
     """Return the transform of PIL images that the options choose for a model.
+
+    Mean and standard deviation are, if not given, those that its checkpoint records, else
+    ImageNet's.
 
     Raises:
         ValueError: There is not one mean and standard deviation for each channel, or the crop is
@@ -170,12 +175,14 @@ def make_transform(options: argparse.Namespace, model: Any) -> Any:
     branches = model.patch_embed
     if not isinstance(branches, torch.nn.ModuleList):
         branches = [branches]  # of a plain ViT
+    recorded = None if source is None else read_normalization(source)
+    mean, std = recorded or (IMAGENET_MEAN, IMAGENET_STD)
     height, width = branches[-1 if options.transform == "paper" else 0].img_size
     return eval_transform(
         height if height == width else (height, width),  # a pair would not keep the aspect
         options.crop_pct,
-        _per_channel("--mean", options.mean, IMAGENET_MEAN, model.in_chans),
-        _per_channel("--std", options.std, IMAGENET_STD, model.in_chans),
+        _per_channel("--mean", options.mean, mean, model.in_chans),
+        _per_channel("--std", options.std, std, model.in_chans),
     )
 
 
@@ -183,7 +190,8 @@ def _per_channel(
     name: str, found: list[float] | None, default: Sequence[float], channels: int
 ) -> Sequence[float]:
     if found is None:  # grey: the average of the colours
-        return [sum(default) / len(default)] if channels == 1 else default
+        grey = channels == 1 and len(default) > 1
+        return [sum(default) / len(default)] if grey else default
     if len(found) != channels:
         raise ValueError(f"{name}: expected {channels}, one for each channel, found {len(found)}")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -75,6 +75,8 @@ class Config:
         _positive("mlp_ratios", *self.mlp_ratios, kind=Real)
         _positive("num_blocks", self.num_blocks)
         _positive("cross_depth", self.cross_depth)
+        if not all(isinstance(depth, Integral) for depth in self.depths):
+            raise TypeError(f"depths: expected integers, found {self.depths!r}")
         if min(self.depths) < 0 or max(self.depths) == 0:
             raise ValueError(f"depths: expected 0 or more, and not twice 0, found {self.depths}")
         cross = {
@@ -88,6 +90,10 @@ class Config:
                     f"{name}={getattr(self, name)}: expected fusion='cross', "
                     f"found fusion={self.fusion!r}"
                 )
+        if self.reread_patches and self.cross_depth == 1:
+            raise ValueError(
+                "reread_patches=True: expected cross_depth of more than 1, found cross_depth=1"
+            )
         if not self.projections and self.dims[0] != self.dims[1]:
             raise ValueError(f"projections=False: expected equal widths, found dims={self.dims}")
         if not self.cls_token and self.fusion not in ("cross", "none"):
@@ -142,6 +148,22 @@ class VitConfig:
             isinstance(side, (tuple, list)) for side in self.img_size
         ):
             raise TypeError(f"img_size: expected an int or (h, w), found {self.img_size!r}")
+
+
+def changed(config: Any, changes: dict[str, Any]) -> Any:
+    """Return a configuration with other fields.
+
+    Raises:
+        ValueError: See the configuration's class.
+        TypeError: There is no such field, or it is of another type.
+    """
+    known = [field.name for field in fields(config)]
+    for name in changes:
+        if name not in known:
+            raise TypeError(
+                f"{name}: no argument of the model; its architecture has {', '.join(known)}"
+            )
+    return replace(config, **changes)
 
 
 def stem_strides(patch_size: int) -> tuple[int, int, int] | None:

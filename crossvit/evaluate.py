@@ -134,7 +134,7 @@ def _line(report: dict[str, Any], result: Evaluation) -> str:
 
 def _evaluate(options: argparse.Namespace, processes: Processes) -> int:
     model, weights = open_model(options, processes.device)
-    transform = make_transform(options, model)
+    transform = make_transform(options, model, weights)
     source = open_source(
         options.data,
         options.split,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from crossvit.configs import (
     Size,
     VitConfig,
     branch_sizes,
+    changed,
     named_config,
     scale_of_l_branch,
     whole_patches,
@@ -81,7 +81,7 @@ class CrossViT(IntermediateFeatures, Backbone):
         config = name if isinstance(name, (Config, VitConfig)) else named_config(name)
         if not isinstance(config, Config):
             raise ValueError(f"{name!r}: no CrossViT; create_model makes models of any kind")
-        config = dataclasses.replace(config, **changes)
+        config = changed(config, changes)
         super().__init__(num_classes, in_chans, sum(config.dims), int(config.cls_token))
         self.config, self.dynamic_img_size = config, dynamic_img_size
         sizes = branch_sizes(config.img_size, config.patch_sizes)

@@ -124,7 +124,7 @@ def _command(options: argparse.Namespace) -> int:
     model, source = open_model(options, start_processes(options.device, fsdp=False).device)
     if model.in_chans not in (1, 3):
         raise ValueError(f"{source}: expected a model of 1 or 3 channels, found {model.in_chans}")
-    transform = make_transform(options, model)
+    transform = make_transform(options, model, source)
     names = names_of_classes(options, source, model.num_classes)
     results: list[dict[str, Any]] = []
     unreadable: list[str] = []

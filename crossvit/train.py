@@ -81,9 +81,12 @@ def _fail(message: str) -> int:
 
 def _train(options: Any, recipe: Recipe) -> int:
     from crossvit.training.distributed import start_processes, stop_processes
+    from crossvit.training.plots import check_matplotlib
     from crossvit.training.run import FINISHED, Run, Signals, locked
     from crossvit.training.setup import prepare
 
+    if options.plot is not None:  # now, not after hours of training
+        check_matplotlib()
     folder = options.output or Path("runs", f"{options.model}-{recipe.name}")
     processes = start_processes(options.device, options.fsdp)
     with ExitStack() as stack:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -10,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from crossvit.backbone import EPS, Backbone, pool
-from crossvit.configs import Size, VitConfig, config_grids, named_config, whole_patches
+from crossvit.configs import (
+    Size,
+    VitConfig,
+    changed,
+    config_grids,
+    named_config,
+    whole_patches,
+)
 from crossvit.embed import PatchEmbed, resize_image, resize_position_embedding
 from crossvit.features import IntermediateFeatures
 from crossvit.fusion import Branch
@@ -67,7 +73,7 @@ class VisionTransformer(IntermediateFeatures, Backbone):
         config = named_config(name) if isinstance(name, str) else name
         if not isinstance(config, VitConfig):
             raise ValueError(f"{name!r}: not a plain vision transformer; see create_model")
-        config = dataclasses.replace(config, **changes)
+        config = changed(config, changes)
         super().__init__(num_classes, in_chans, config.dim, num_prefix_tokens=1)
         self.config, self.dynamic_img_size = config, dynamic_img_size
         dim, patch = config.dim, config.patch_size

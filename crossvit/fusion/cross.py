@@ -120,9 +120,7 @@ class CrossFusionBlock(MultiScaleBlock):
         """Compute branch b's new CLS from its CLS [B, C] and the other's patches (Eq. 5-7)."""
         return self._fuse(b, cls, patches, self._fused_calls(b, cls, patches))
 
-    def _fuse(
-        self, b: int, cls: Tensor, patches: Tensor, fused: list[_FusedCall] | None
-    ) -> Tensor:
+    def _fuse(self, b: int, cls: Tensor, patches: Tensor, fused: list[_FusedCall] | None) -> Tensor:
         if fused is not None:
             for call in fused:
                 options = {**call.inputs._asdict(), **call.options, "cls": cls}

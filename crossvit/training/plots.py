@@ -25,15 +25,11 @@ def draw(runs: Sequence[Path], path: Path, title: str = "") -> None:
         ValueError: A folder has no records yet.
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
+    figure = _figure_class()(figsize=(12, 3.6), layout="constrained")
     epochs = {run: read_table(run / "epochs.csv") for run in runs}
     for run, rows in epochs.items():
         if not rows:
             raise ValueError(f"plot: {run} has no records of an epoch")
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
     figure.suptitle(title)
     loss, last, accuracy = figure.subplots(1, 3)
     for (run, rows), style in zip(epochs.items(), _STYLES * len(epochs), strict=False):
@@ -53,6 +49,23 @@ def draw(runs: Sequence[Path], path: Path, title: str = "") -> None:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
+
+
+def check_matplotlib() -> None:
+    """Check that plots can be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    _figure_class()
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
+    return Figure
 
 
 def _plot_accuracy(axes: Any, epochs: list[int], rows: Any, style: str, name: str) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from crossvit.checkpoints import save_checkpoint
+from crossvit.checkpoints import describe, save_checkpoint
 from crossvit.evaluation import Evaluation, evaluate
 from crossvit.training import state
 from crossvit.training.distributed import Processes
@@ -195,6 +195,7 @@ class Run:
             "model": state.model_state(engine.model),
             "optimizer": state.optimizer_state(engine.model, engine.optimizer),
             "ema": None if engine.ema is None else state.model_state(engine.ema.module),
+            "metadata": describe(engine.model, **self._recorded()),
         }
         if self.processes.first:
             self.checkpoints.save(self.step, content)
@@ -203,9 +204,14 @@ class Run:
         if self.options.fsdp or self.processes.first:  # all processes have a part of a sharded one
             path = self.folder / name
             try:
-                save_checkpoint(model, path, class_names=self.setup.class_names)
+                save_checkpoint(model, path, **self._recorded())
             except OSError as error:
                 raise state.cannot_write(path, error) from error
+
+    def _recorded(self) -> dict[str, Any]:
+        """What checkpoints say about the data."""
+        setup = self.setup
+        return {"class_names": setup.class_names, "normalization": setup.normalization}
 
     # Training
 

@@ -39,6 +39,7 @@ class Setup:
         steps: Steps of an epoch.
         identity: What a run cannot change when it is resumed, besides its recipe.
         class_names: By class number, if the images tell them.
+        normalization: Mean and standard deviation of each channel.
         notes: Lines for the user.
     """
 
@@ -48,6 +49,7 @@ class Setup:
     steps: int
     identity: dict[str, Any]
     class_names: list[str] | None
+    normalization: tuple[list[float], list[float]]
     notes: list[str]
 
     def close(self) -> None:
@@ -215,7 +217,8 @@ def prepare(options: argparse.Namespace, recipe: Recipe, processes: Processes) -
     ]
     val_loader = _validation_loader(options, recipe, processes, val, size, batch_size)
     names = train.class_names if train.num_classes == num_classes else None
-    return Setup(engine, loader, val_loader, steps, identity, names, notes)
+    mean, std = (t.tolist() for t in build.channel_statistics(recipe, options.in_chans))
+    return Setup(engine, loader, val_loader, steps, identity, names, (mean, std), notes)
 
 
 def _image_size(model: Backbone) -> tuple[int, int]:

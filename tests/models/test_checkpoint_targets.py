@@ -25,7 +25,7 @@ TINY = Config(
 
 
 def tiny() -> CrossViT:
-    return CrossViT(TINY, num_classes=5, reread_patches=True).eval()
+    return CrossViT(TINY, num_classes=5, cross_depth=2, reread_patches=True).eval()
 
 
 def compiled_blocks(model: CrossViT) -> nn.Module:
@@ -92,7 +92,7 @@ def test_wrapped_models(name, tmp_path):
         assert saved.keys() == model.state_dict().keys()
         assert all(torch.equal(t, saved[key]) for key, t in model.state_dict().items())
     loaded = load_model(tmp_path / "a.safetensors")
-    assert loaded.config == dataclasses.replace(TINY, reread_patches=True)
+    assert loaded.config == dataclasses.replace(TINY, cross_depth=2, reread_patches=True)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -361,6 +361,8 @@ def test_attention_maps_of_all_attention_are_those_of_each_cls() -> None:
         ({"fusion": "class", "cls_token": False}, "cls_token=False: .*fusion='class'"),
         ({"fusion": "pairwise", "cls_token": False}, "cls_token=False: .*fusion='pairwise'"),
         ({"fusion": "all", "cls_token": False}, "cls_token=False: .*fusion='all'"),
+        ({"reread_patches": True}, "reread_patches=True: .*found cross_depth=1"),
+        ({"num_classes": -1}, "num_classes: expected 0 or more, found -1"),
         ({"cross_depth": 0}, "cross_depth: expected more than 0, found 0"),
         ({"num_blocks": 0}, "num_blocks: expected more than 0, found 0"),
         ({"dims": (32, -64)}, r"dims: expected more than 0, found \(32, -64\)"),
@@ -378,6 +380,9 @@ def test_options_that_do_not_fit(changes: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"depths": ("a", "b")}, r"depths: expected integers, found \('a', 'b'\)"),
+        ({"num_classes": 2.0}, "num_classes: expected an integer, found 2.0"),
+        ({"depth": 3}, "depth: no argument of the model; its architecture has dims, num_heads"),
         ({"dims": (32,)}, r"dims: expected a pair, found \(32,\)"),
         ({"num_heads": 2}, "num_heads: expected a pair, found 2"),
         ({"patch_sizes": (12.0, 16.0)}, "patch_sizes: expected integers, found"),

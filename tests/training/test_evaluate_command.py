@@ -24,6 +24,7 @@ Image = pytest.importorskip("PIL.Image")
 
 from crossvit import checkpoint_files as files  # noqa: E402
 from crossvit import command_line, configs, evaluate, imagenet  # noqa: E402
+from crossvit.checkpoints import describe  # noqa: E402
 from crossvit.training import sources  # noqa: E402
 from crossvit.transforms import eval_transform  # noqa: E402
 
@@ -331,6 +332,38 @@ def test_other_sizes_and_grey_images(folder, checkpoint, run, tmp_path):
     default = run(folder, tmp_path / "grey.safetensors")
     shifted = run(folder, tmp_path / "grey.safetensors", "--mean", "0.1", "--std", "0.5")
     assert default["images"] == 23 and default["loss"] != shifted["loss"]
+
+
+def test_the_checkpoint_says_how_images_were_normalized(folder, checkpoint, run, tmp_path):
+    path = tmp_path / "own.safetensors"
+    own = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    save_checkpoint(tiny(), path, class_names=list(COUNTS), normalization=own)
+    recorded, default = run(folder, path), run(folder, checkpoint)
+    mean_and_std = ["--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.6", "0.7"]
+    given = run(folder, checkpoint, *mean_and_std)
+    assert recorded["loss"] == given["loss"] != default["loss"]
+    imagenets = ["--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225"]
+    imagenets = run(folder, path, *imagenets)
+    assert imagenets["loss"] == default["loss"]
+    with pytest.raises(ValueError, match="normalization: expected 3 means and as many dev"):
+        save_checkpoint(tiny(), path, normalization=((0.5,), (0.5,)))
+
+
+def test_checkpoints_of_the_trainer_describe_themselves(folder, run, tmp_path):
+    """Their weights, averages, classes and normalization, without --model."""
+    model = tiny()
+    own = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    content = {
+        "format": 1,
+        "model": tiny().state_dict(),
+        "ema": None,
+        "metadata": describe(model, class_names=list(COUNTS), normalization=own),
+    }
+    torch.save(content, tmp_path / "step-00000001.pt")
+    path = tmp_path / "same.safetensors"
+    save_checkpoint(model, path, class_names=list(COUNTS), normalization=own)
+    expected, found = run(folder, path), run(folder, tmp_path / "step-00000001.pt")
+    assert found["loss"] == expected["loss"] and not found["stderr"]
 
 
 def test_a_plain_vit_has_no_branches(folder, run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,9 @@ def test_batches_that_cannot_be(fails: Callable[..., str], data: Path) -> None:
 
 def test_models_and_checkpoints(fails: Callable[..., str], data: Path, tmp_path: Path) -> None:
     assert "unknown model 'vit'" in fails(data, "--model vit")
-    assert "depth" in fails(data, "--model-args depth=3")
+    assert "depth: no argument of the model" in fails(data, "--model-args depth=3")
+    assert "dims: expected a pair, found 'abc'" in fails(data, "--model-args dims=abc")
+    assert "depths: expected a pair, found 'a,b'" in fails(data, "--model-args depths=a,b")
     assert "no parameter is called" in fails(data, "--freeze nothing.*")
     assert "leaves nothing to train" in fails(data, "--freeze *")
     assert "opt: nothing" in fails(data, "--opt nothing")
@@ -101,6 +104,12 @@ def test_models_and_checkpoints(fails: Callable[..., str], data: Path, tmp_path:
     assert "has 5 classes, the model 3" in message and "--replace-head" in message
     assert "no checkpoint" in fails(data, f"--checkpoint {tmp_path}/no.pth")
     assert "no such file" in fails(data, f"--checkpoint {tmp_path}/missing.pth")
+
+
+def test_plots_without_matplotlib(fails: Callable[..., str], data: Path, monkeypatch) -> None:
+    """Before the training, not after it."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "plots need matplotlib" in fails(data, "--data-root nowhere --plot")
 
 
 def test_wrong_options_exit_with_2(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
