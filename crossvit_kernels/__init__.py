@@ -13,6 +13,7 @@ from crossvit_kernels.graphs import make_graphed
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
 from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
+from crossvit_kernels.verify.state import verification
 
 __version__ = "0.1.0"
 
@@ -30,4 +31,5 @@ __all__ = [
     "layernorm_msa",
     "make_graphed",
     "use_backend",
+    "verification",
 ]

@@ -10,6 +10,7 @@ from crossvit_kernels.ops.attention_core.op import OPERATION as CORE
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.attention_pool import absorbed, reference
 from crossvit_kernels.ops.attention_pool.parameters import PoolCall, PoolParameters
+from crossvit_kernels.verify import state
 
 register_operation("attention_pool", tuple(CORE.backends))
 
@@ -38,6 +39,7 @@ def attention_pool(
         tokens.device,
         lambda module: not_fused or module.why_not(CoreInputs(query, tokens, key_mask, None)),
         prefer_reference=_keys_are_cheaper(num_queries, head_dim, tokens.device),
+        is_retired=lambda backend: f"{CORE.name}/{backend}" in state.retired_names,
     )
     if name == "reference":
         return reference.attention_pool(query, tokens, parameters, call, key_mask)
