@@ -51,8 +51,8 @@ class Retired(NamedTuple):
 # The context's mode, and whether it believes evidence.
 _mode: str | None = None
 _believes = True
-# device -> whether its kernels are verified; emptied when the mode changes.
-_watched: dict[torch.device, bool] = {}
+#: device -> whether its kernels are verified, as ``watches`` found; emptied when the mode changes.
+watched: dict[torch.device, bool] = {}
 _lock = threading.Lock()
 
 #: Directions and details of variants that were found right: a set that only grows.
@@ -94,19 +94,19 @@ def verification(mode: str, trust_evidence: bool = True) -> Iterator[None]:
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {MODES}, found {mode!r}")
     previous, (_mode, _believes) = (_mode, _believes), (mode, trust_evidence)
-    _watched.clear()
+    watched.clear()
     try:
         yield
     finally:
         _mode, _believes = previous
-        _watched.clear()
+        watched.clear()
 
 
 def watches(device: torch.device) -> bool:
     """Whether kernels on a device are verified; a dict look-up after the first call."""
-    known = _watched.get(device)
+    known = watched.get(device)
     if known is None:
-        known = _watched[device] = _decide(device)
+        known = watched[device] = _decide(device)
     return known
 
 
@@ -117,6 +117,8 @@ def checks_again() -> bool:
 
 def _decide(device: torch.device) -> bool:
     current = mode()
+    if device.type == "meta":
+        return False
     if current != "first":
         return current == "always"
     return not (_believes and evidence(device))
@@ -185,7 +187,7 @@ def forget() -> None:
         retired.clear()
         _unverified.clear()
         retired_names = frozenset()
-    _watched.clear()
+    watched.clear()
 
 
 def report() -> list[str]:
