@@ -1,6 +1,8 @@
 """Fused kernels for CrossViT: single-query cross-attention and transformer blocks."""
 
 from crossvit_kernels.backends import backends, use_backend
+from crossvit_kernels.calibration.calibrate import calibrate
+from crossvit_kernels.calibration.store import batch_invariant
 from crossvit_kernels.functional import (
     attention_core,
     attention_pool,
@@ -25,6 +27,8 @@ __all__ = [
     "attention_core",
     "attention_pool",
     "backends",
+    "batch_invariant",
+    "calibrate",
     "cross_attention_fusion",
     "cross_attention_fusion_pair",
     "layernorm_ffn",

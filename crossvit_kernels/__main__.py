@@ -10,6 +10,7 @@ import torch
 import crossvit_kernels as ck
 from crossvit_kernels import extension, identity, supported
 from crossvit_kernels.backends import ENVIRONMENT_VARIABLE
+from crossvit_kernels.calibration import store
 from crossvit_kernels.verify import state
 
 _CPU = torch.device("cpu")
@@ -46,6 +47,17 @@ def _extension() -> str:
     )
 
 
+def _calibrated() -> list[str]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = store.entries(device)
+    lines = [f"calibrated    {len(rows)} calls on this {device.type} ({store.file()})"]
+    for row in rows:
+        way = "train" if row["training"] else "forward"
+        sizes = f"N {row['num_tokens']}, sizes {row['sizes']}, class {row['batch_class']}"
+        lines.append(f"              {row['operation']} {way}, {sizes}: {row['choice']}")
+    return lines
+
+
 def report() -> str:
     """Return versions, devices, and each backend with the reason if it is not usable."""
     environment = {
@@ -69,7 +81,7 @@ def report() -> str:
     lines += [f"warning: {sentence}" for sentence in supported.warnings()]
     requested = f" ({ENVIRONMENT_VARIABLE} chooses one)"
     backends = f"backends{requested}", str(ck.backends())
-    return "\n".join([*lines, "", *backends, "", *state.report()])
+    return "\n".join([*lines, "", *backends, "", *state.report(), *_calibrated()])
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from crossvit_kernels.backends import (
     why_no_kernel,
     why_not_fused,
 )
+from crossvit_kernels.ops.describe import describe
 from crossvit_kernels.ops.flops import Flops, tell_counters
 from crossvit_kernels.ops.registration import register
 from crossvit_kernels.verify import guard, state
@@ -110,13 +111,24 @@ class Operation:
         backend: str | None = None,
     ) -> Any:
         """Return the output, or a tuple of them, on the named or the first usable backend."""
-        chosen = self.choose(inputs, dropout_p, backend)
+        chosen = self.choose(
+            inputs,
+            dropout_p,
+            backend,
+            lambda values, name: self(values, eps, keep=keep, backend=name),
+        )
         if chosen == "reference":
             return self.reference(inputs, eps, dropout_p)
         return self.run(self.autocast(inputs), eps, keep, chosen)
 
-    def choose(self, inputs: Any, dropout_p: float, backend: str | None) -> str:
-        """Choose the backend of a call.
+    def choose(
+        self,
+        inputs: Any,
+        dropout_p: float,
+        backend: str | None,
+        run: Callable[[Any, str], Any] | None = None,
+    ) -> str:
+        """Choose the backend of a call; run(inputs, backend) repeats it, to be measured.
 
         Raises:
             ValueError: The named backend cannot run it.
@@ -133,6 +145,7 @@ class Operation:
             self.tokens(inputs).device,
             lambda module: not_fused or module.why_not(inputs),
             is_retired=lambda name: guard.is_retired(self, name, inputs),
+            call=None if run is None or not_fused else lambda: describe(self, inputs, run),
         )
 
     def tokens(self, inputs: Any) -> Tensor:
