@@ -63,6 +63,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     suite = [
         *(() if dry else (Stage("build", build, 120), *compilation())),
         Stage("imports", (python, "-m", "crossvit_kernels"), 60),
+        _verification(dry),
         Stage("tests", (python, "-m", "pytest", "tests/gpu", *tests), 200),
     ]
     if dry or shutil.which("compute-sanitizer"):
@@ -71,6 +72,13 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         command = (*tool, python, "-m", "pytest", "-m", "sanitizer", *which, "tests")
         suite.append(Stage("sanitizer", command, 60))
     return [*suite, *_benchmarks(out, device, quick, dry), _paper_tables(out, device, dry)]
+
+
+def _verification(dry: bool) -> Stage:
+    """Compare every kernel with the reference, before anything is measured."""
+    sizes = ("--channels", "16", "--batch", "1", "--tokens", "5") if dry else ()
+    only = ("--backends", "cpu") if dry else ()
+    return Stage("verify", (sys.executable, "-m", "crossvit_kernels.verify", *sizes, *only), 120)
 
 
 def compilation() -> list[Stage]:

@@ -1,6 +1,8 @@
 """Fused kernels for CrossViT: single-query cross-attention and transformer blocks."""
 
 from crossvit_kernels.backends import backends, use_backend
+from crossvit_kernels.calibration.calibrate import calibrate
+from crossvit_kernels.calibration.store import batch_invariant
 from crossvit_kernels.functional import (
     attention_core,
     attention_pool,
@@ -13,6 +15,7 @@ from crossvit_kernels.graphs import make_graphed
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
 from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
+from crossvit_kernels.verify.state import verification
 
 __version__ = "0.1.0"
 
@@ -24,10 +27,13 @@ __all__ = [
     "attention_core",
     "attention_pool",
     "backends",
+    "batch_invariant",
+    "calibrate",
     "cross_attention_fusion",
     "cross_attention_fusion_pair",
     "layernorm_ffn",
     "layernorm_msa",
     "make_graphed",
     "use_backend",
+    "verification",
 ]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 
 import torch
 
 import crossvit_kernels as ck
-from crossvit_kernels import extension, supported
+from crossvit_kernels import extension, identity, supported
 from crossvit_kernels.backends import ENVIRONMENT_VARIABLE
+from crossvit_kernels.calibration import store
+from crossvit_kernels.verify import state
+
+_CPU = torch.device("cpu")
 
 
 def _version(package: str) -> str:
@@ -19,15 +22,6 @@ def _version(package: str) -> str:
 
 def _tested(package: str) -> str:
     return f"(tested: {supported.tested_range(package)})"
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _gpus() -> str:
@@ -53,6 +47,17 @@ def _extension() -> str:
     )
 
 
+def _calibrated() -> list[str]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = store.entries(device)
+    lines = [f"calibrated    {len(rows)} calls on this {device.type} ({store.file()})"]
+    for row in rows:
+        way = "train" if row["training"] else "forward"
+        sizes = f"N {row['num_tokens']}, sizes {row['sizes']}, class {row['batch_class']}"
+        lines.append(f"              {row['operation']} {way}, {sizes}: {row['choice']}")
+    return lines
+
+
 def report() -> str:
     """Return versions, devices, and each backend with the reason if it is not usable."""
     environment = {
@@ -67,7 +72,7 @@ def report() -> str:
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'} {_tested('torch')}",
         "triton": f"{_version('triton')} {_tested('triton')}",
         "numpy": _version("numpy"),
-        "cpu": f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "cpu": f"{identity.device_name(_CPU)}, {torch.get_num_threads()} torch threads",
         "gpu": _gpus(),
         "environment": " ".join(f"{k}={v}" for k, v in environment.items()) or "nothing set",
     }
@@ -75,7 +80,8 @@ def report() -> str:
     lines = [f"{name:{width}}{value}" for name, value in rows.items()]
     lines += [f"warning: {sentence}" for sentence in supported.warnings()]
     requested = f" ({ENVIRONMENT_VARIABLE} chooses one)"
-    return "\n".join([*lines, "", f"backends{requested}", str(ck.backends())])
+    backends = f"backends{requested}", str(ck.backends())
+    return "\n".join([*lines, "", *backends, "", *state.report(), *_calibrated()])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from crossvit_kernels import extension
+from crossvit_kernels.calibration import store
 from crossvit_kernels.gpu import launcher
+from crossvit_kernels.verify import state
 
 #: On a CPU "triton" runs only in its interpreter, very slowly. "reference" is eager PyTorch, on any
 #: device.
@@ -145,6 +147,8 @@ def choose(
     device: torch.device,
     why_not: Callable[[Any], str | None],
     prefer_reference: bool = False,
+    is_retired: Callable[[str], bool] | None = None,
+    call: Callable[[], Any] | None = None,
 ) -> str:
     """Choose the backend that runs a call of ``operation``.
 
@@ -156,6 +160,10 @@ def choose(
         device: The device of the call's tensors.
         why_not: Returns why a module cannot run this call, or None.
         prefer_reference: Whether the reference is faster here; a named backend takes precedence.
+        is_retired: Whether verification retired a backend's kernels for this call, which another
+            then runs.
+        call: Returns the call as a ``calibration.store.Call``, for which a backend may have been
+            measured.
 
     Raises:
         ValueError: The backend is unknown, or was named and cannot run the call.
@@ -163,10 +171,20 @@ def choose(
     name = requested or _requested or os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     check_name(name)
     if name == "auto":
-        if not prefer_reference:
-            for candidate in order(operation, device):
-                if candidate in modules and why_not(modules[candidate]) is None:
-                    return candidate
+        candidates = () if prefer_reference else order(operation, device)
+        if call is not None:
+            if store.recorder is not None and not torch.compiler.is_compiling():
+                store.recorder(call())
+            measured = store.choice(device, operation, call)
+            if measured == "reference":
+                return measured
+            candidates = (measured, *candidates) if measured else candidates
+        for candidate in candidates:
+            if candidate not in modules or why_not(modules[candidate]) is not None:
+                continue
+            if state.retired_names and is_retired is not None and is_retired(candidate):
+                continue
+            return candidate
         return "reference"
     if name == "reference" or (name in modules and why_not(modules[name]) is None):
         return name

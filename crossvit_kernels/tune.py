@@ -5,6 +5,8 @@ size to a JSON file, under the device's name. The library loads that file when i
 kernel: the one that CROSSVIT_KERNELS_TUNED names, else crossvit_kernels/tuned.json in the user's
 cache. Existing entries for other widths and devices are kept. When a configuration changes, results
 stay within the same error bounds but are not bitwise the same.
+
+With ``--model`` it calibrates a model, on a GPU or a CPU: ``--model --help`` has its options.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from crossvit_kernels import functional
+from crossvit_kernels.calibration import command
 from crossvit_kernels.gpu import launcher, tables, tuned
 from crossvit_kernels.gpu.tables import Table
 from crossvit_kernels.ops.attention_core import configs as core
@@ -111,7 +114,10 @@ def main(
     arguments: Sequence[str] | None = None, measure: Callable[[Run], float] | None = None
 ) -> int:
     """Tune; measure returns the seconds of a run, by default on the GPU with rotated inputs."""
-    options = _parse(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if any(word.split("=")[0] == "--model" for word in given):
+        return command.main(given)
+    options = _parse(given)
     reason = launcher.missing()
     if reason:
         print(f"tune: {reason}", file=sys.stderr)

@@ -1,11 +1,6 @@
-"""The project's rule for how far a result may be from the float64 reference.
+"""Asserts the project's rule for how far a result may be from the float64 reference.
 
-For a dtype T: the RMS error is at most k times the RMS error that the eager module makes in T on
-the same inputs, and the largest error at most 2 k times its largest. k = 2 in bfloat16 and float16,
-8 in float32 and float64, where the order of summation differs. One eps(T) of the reference's own
-RMS is added, so that rounding is allowed even if eager's result happens to be exact.
-Eager float64 is the reference itself: its error is estimated by that of eager float32, scaled by
-the ratio of their eps.
+The rule is crossvit_kernels/verify/rule.py, which users' machines apply as well.
 """
 
 from __future__ import annotations
@@ -15,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-FACTOR = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 8, torch.float64: 8}
+from crossvit_kernels.verify.rule import Tally
 
 
 def rms(t: Tensor) -> float:
@@ -36,24 +31,11 @@ def assert_within_rule(
     eager is computed in float32.
     """
     dtype = dtype or actual.dtype
-    assert actual.shape == exact.shape, (name, actual.shape, exact.shape)
-    if exact.numel() == 0:
-        return
-    error = (actual.double() - exact).abs()
-    eager_error = (eager.double() - exact).abs()
-    if dtype == torch.float64:
-        eager_error *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    else:
-        assert actual.dtype == eager.dtype, (name, actual.dtype, eager.dtype)
-    factor = FACTOR[dtype]
-    floor = torch.finfo(dtype).eps * rms(exact) + absolute_floor
-    assert rms(error) <= factor * rms(eager_error) + floor, (
-        f"{name}: RMS error {rms(error):.3g}, eager's {rms(eager_error):.3g}, floor {floor:.3g}"
-    )
-    largest, eager_largest = error.max().item(), eager_error.max().item()
-    assert largest <= 2 * factor * eager_largest + 2 * floor + absolute_floor, (
-        f"{name}: largest error {largest:.3g}, eager's {eager_largest:.3g}, floor {floor:.3g}"
-    )
+    assert dtype == torch.float64 or actual.dtype == eager.dtype or not exact.numel(), name
+    assert exact.isfinite().all(), f"{name}: the exact result is not finite"
+    tally = Tally(dtype, absolute_floor)
+    reason = tally.add(actual, eager, exact) or tally.violation()
+    assert reason is None, f"{name}: {reason}"
 
 
 def outputs_and_gradients(

@@ -18,7 +18,6 @@ have the same structure. keep says what forward keeps for backward; "" if there 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,12 +33,13 @@ from crossvit_kernels.backends import (
     why_no_kernel,
     why_not_fused,
 )
+from crossvit_kernels.ops.describe import describe
 from crossvit_kernels.ops.flops import Flops, tell_counters
+from crossvit_kernels.ops.registration import register
+from crossvit_kernels.verify import guard, state
 
 #: By name, for the autograd Function: a name is easier to trace than an object.
 OPERATIONS: dict[str, Operation] = {}
-
-_LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
 
 Tensors = Sequence[Tensor | None]
 
@@ -79,20 +79,20 @@ class Operation:
         self.name, self.backends, self.reference = name, dict(implementations), reference
         self.num_outputs, self._flops = num_outputs, flops
         self._make, self._make_weights, self._norms = inputs, weights, norms
-        self._empty_outputs = empty_outputs
+        self.empty_outputs = empty_outputs
         special = ("weights", "num_heads")
         self._names = tuple(field for field in inputs._fields if field not in special)
         self._tensor_indices = tuple(map(inputs._fields.index, self._names))
         self._weights_index = inputs._fields.index("weights") if weights else -1
         self._tokens_index = inputs._fields.index(tokens)
         self._has_heads = "num_heads" in inputs._fields
-        self._forward_operator = _register(
+        self._forward_operator = register(
             f"{name}_forward(Tensor?[] tensors, int num_heads, float? eps, str keep, str backend) "
             "-> Tensor[]",
             self._forward,
             self._forward_fake,
         )
-        self._backward_operator = _register(
+        self._backward_operator = register(
             f"{name}_backward(Tensor?[] douts, Tensor?[] tensors, Tensor[] saved, bool[] wanted, "
             "int num_heads, float? eps, str backend) -> Tensor[]",
             self._backward,
@@ -111,13 +111,24 @@ class Operation:
         backend: str | None = None,
     ) -> Any:
         """Return the output, or a tuple of them, on the named or the first usable backend."""
-        chosen = self.choose(inputs, dropout_p, backend)
+        chosen = self.choose(
+            inputs,
+            dropout_p,
+            backend,
+            lambda values, name: self(values, eps, keep=keep, backend=name),
+        )
         if chosen == "reference":
             return self.reference(inputs, eps, dropout_p)
         return self.run(self.autocast(inputs), eps, keep, chosen)
 
-    def choose(self, inputs: Any, dropout_p: float, backend: str | None) -> str:
-        """Choose the backend of a call.
+    def choose(
+        self,
+        inputs: Any,
+        dropout_p: float,
+        backend: str | None,
+        run: Callable[[Any, str], Any] | None = None,
+    ) -> str:
+        """Choose the backend of a call; run(inputs, backend) repeats it, to be measured.
 
         Raises:
             ValueError: The named backend cannot run it.
@@ -131,9 +142,19 @@ class Operation:
             self.name,
             backend,
             self.backends,
-            inputs[self._tokens_index].device,
+            self.tokens(inputs).device,
             lambda module: not_fused or module.why_not(inputs),
+            is_retired=lambda name: guard.is_retired(self, name, inputs),
+            call=None if run is None or not_fused else lambda: describe(self, inputs, run),
         )
+
+    def tokens(self, inputs: Any) -> Tensor:
+        """Return the tokens [B, N, C] of inputs."""
+        return inputs[self._tokens_index]
+
+    def module(self, backend: str) -> Any:
+        """Return the module of a backend."""
+        return self.backends[backend]
 
     def run(self, inputs: Any, eps: float | None, keep: str, backend: str) -> Any:
         """Compute the outputs on one backend, with autograd if a tensor requires grad."""
@@ -142,15 +163,21 @@ class Operation:
         if needs_grad(*tensors):
             return _Function.apply(self.name, num_heads, eps, keep, backend, *tensors)
         if is_plain_eager(tensors):
-            return self.backends[backend].forward(inputs, eps, "")[0]
+            return self._run_forward(backend, inputs, eps, "")[0]
         outputs = self.forward(tensors, num_heads, eps, "", backend)
         return outputs[0] if self.num_outputs == 1 else tuple(outputs)
+
+    def _run_forward(self, backend: str, inputs: Any, eps: float | None, keep: str) -> Any:
+        """Return outputs and saved of a backend, verified where nothing proves its kernels."""
+        if state.watched.get(self.tokens(inputs).device, True):
+            return guard.forward(self, backend, inputs, eps, keep)
+        return self.module(backend).forward(inputs, eps, keep)
 
     def autocast(self, inputs: Any) -> Any:
         """Return inputs with the weights of linear layers in autocast's dtype."""
         if not self._make_weights:
             return inputs
-        like = inputs[self._tokens_index]
+        like = self.tokens(inputs)
         if autocast_dtype(like) is None:
             return inputs
         weights = _autocast_linears(inputs.weights, like, self._norms)
@@ -218,7 +245,7 @@ class Operation:
         self, tensors: Tensors, num_heads: int, eps: float | None, keep: str, backend: str
     ) -> list[Tensor]:
         inputs = self.inputs(tensors, num_heads)
-        outputs, saved = self.backends[backend].forward(inputs, eps, keep)
+        outputs, saved = self._run_forward(backend, inputs, eps, keep)
         kept = saved if keep and saved else ()
         return [*(outputs if isinstance(outputs, tuple) else (outputs,)), *kept]
 
@@ -226,8 +253,8 @@ class Operation:
         self, tensors: Tensors, num_heads: int, eps: float | None, keep: str, backend: str
     ) -> list[Tensor]:
         inputs = self.inputs(tensors, num_heads)
-        saved = self.backends[backend].empty_saved(inputs, keep) if keep else ()
-        return [*self._empty_outputs(inputs), *saved]
+        saved = self.module(backend).empty_saved(inputs, keep) if keep else ()
+        return [*self.empty_outputs(inputs), *saved]
 
     def _backward(
         self,
@@ -239,10 +266,14 @@ class Operation:
         eps: float | None,
         backend: str,
     ) -> list[Tensor]:
-        module = self.backends[backend]
+        module = self.module(backend)
         inputs, wants = self.inputs(tensors, num_heads), self.inputs(wanted)
-        gradients = self.flat(module.backward(douts, inputs, module.Saved(*saved), eps, wants))
-        like = inputs[self._tokens_index]
+        kept = module.Saved(*saved)
+        if state.watched.get(self.tokens(inputs).device, True):
+            gradients = self.flat(guard.backward(self, backend, douts, inputs, kept, eps, wants))
+        else:
+            gradients = self.flat(module.backward(douts, inputs, kept, eps, wants))
+        like = self.tokens(inputs)
         return [g if want else like.new_empty(0) for g, want in zip(gradients, wanted, strict=True)]
 
     def _backward_fake(
@@ -255,7 +286,7 @@ class Operation:
         eps: float | None,
         backend: str,
     ) -> list[Tensor]:
-        like = self.inputs(tensors, num_heads)[self._tokens_index]
+        like = self.tokens(self.inputs(tensors, num_heads))
         return _empty_gradients(tensors, wanted, like)
 
 
@@ -292,37 +323,6 @@ class _Function(torch.autograd.Function):
         else:
             gradients = operation.backward(douts, tensors, saved, wanted, num_heads, eps, backend)
         return (None,) * 5 + tuple(gradients)
-
-
-def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register the operator of a schema, for CPU and CUDA tensors.
-
-    Operators are functional (no argument is written to) and carry no autograd formula.
-
-    Args:
-        schema: ``name(arguments) -> results`` without the namespace.
-        kernel: The implementation.
-        fake: Returns empty results of the right shapes, dtypes and devices, for tracing.
-    """
-    name = schema[: schema.index("(")]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for device_type in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, _without_autocast(kernel, device_type.lower()), device_type)
-    torch.library.register_fake(f"crossvit_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.crossvit_kernels, name).default
-
-
-def _without_autocast(kernel: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """Run without autocast: ``Operation.autocast`` has already cast the weights."""
-
-    @functools.wraps(kernel)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled(device_type):
-            return kernel(*args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
-            return kernel(*args, **kwargs)
-
-    return run
 
 
 def _save(ctx: Any, inputs: Tensors, results: list[Tensor], count: int = 1) -> Any:

@@ -18,7 +18,9 @@ def attention_core(
     inputs: CoreInputs, norm_eps: float | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Return (m, lse) on the chosen backend; see functional.attention_core."""
-    chosen = OPERATION.choose(inputs, 0.0, backend)
+    chosen = OPERATION.choose(
+        inputs, 0.0, backend, lambda values, name: attention_core(values, norm_eps, name)
+    )
     if chosen == "reference":
         return _reference(inputs, norm_eps, 0.0)
     u, x = inputs.u, inputs.x

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from crossvit_kernels.backends import choose, register_operation, why_not_fused
+from crossvit_kernels.calibration.store import Call
 from crossvit_kernels.ops.attention_core.op import OPERATION as CORE
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.attention_pool import absorbed, reference
 from crossvit_kernels.ops.attention_pool.parameters import PoolCall, PoolParameters
+from crossvit_kernels.ops.describe import described
+from crossvit_kernels.verify import state
 
 register_operation("attention_pool", tuple(CORE.backends))
 
@@ -31,6 +36,17 @@ def attention_pool(
         dropout_p=call.dropout_p,
     )
     num_queries, head_dim = query.shape[1], parameters.w_k.shape[0] // call.num_heads
+
+    def describe_call() -> Call:
+        def run(values: Any, backend: str) -> Tensor:
+            query, tokens, tensors, norms, key_mask, _ = values
+            again = PoolParameters._make((*tensors, *norms, parameters.norm_eps))
+            return attention_pool(query, tokens, again, call, key_mask, backend)[0]
+
+        norms = parameters.query_norm, parameters.token_norm
+        values = query, tokens, parameters[:8], norms, key_mask, call.num_heads
+        return described("attention_pool", tokens, values, run)
+
     name = choose(
         "attention_pool",
         backend,
@@ -38,6 +54,8 @@ def attention_pool(
         tokens.device,
         lambda module: not_fused or module.why_not(CoreInputs(query, tokens, key_mask, None)),
         prefer_reference=_keys_are_cheaper(num_queries, head_dim, tokens.device),
+        is_retired=lambda backend: f"{CORE.name}/{backend}" in state.retired_names,
+        call=None if not_fused else describe_call,
     )
     if name == "reference":
         return reference.attention_pool(query, tokens, parameters, call, key_mask)

@@ -1,0 +1,1 @@
+"""Measures which backend runs a call fastest on this machine, and remembers it."""

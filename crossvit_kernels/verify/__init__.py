@@ -1,0 +1,1 @@
+"""Verification at first use: a kernel is compared with the reference where nothing proves it."""

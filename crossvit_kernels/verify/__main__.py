@@ -1,0 +1,96 @@
+"""``python -m crossvit_kernels.verify``: compare every backend here with the reference.
+
+Runs each operation, forward and backward, at the widths of models, on all usable backends of this
+machine's device. Exits with status 1 if one is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels import functional, identity
+from crossvit_kernels.backends import backends
+from crossvit_kernels.ops.cross_attention.reference import FusionWeights
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
+from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
+from crossvit_kernels.verify import state
+from crossvit_kernels.verify.compare import tensors_of
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Verify, print what was found, and return 1 if anything was retired, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m crossvit_kernels.verify", description=__doc__)
+    add = parser.add_argument
+    add("--channels", type=int, nargs="+", default=[96, 192, 384])
+    add("--batch", type=int, nargs="+", default=[1, 64, 256])
+    add("--tokens", type=int, default=197)
+    add("--backends", nargs="+", help="by default all that are usable")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    usable = [name for name, ok in backends().items() if ok and name != "reference"]
+    state.forget()
+    with state.verification("first", trust_evidence=False):
+        for channels in options.channels:
+            for batch in options.batch:
+                for dtype in _DTYPES:
+                    calls = _calls(batch, options.tokens, channels, dtype, device)
+                    for name in options.backends or usable:
+                        for call in calls:
+                            _verify(call, name)
+        print(identity.key(device))
+        print("\n".join(state.report()))
+    return 1 if state.retired else 0
+
+
+Verified = Callable[[str], Any]
+
+
+def _calls(
+    batch: int, num_tokens: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> list[Verified]:
+    heads, generator = max(channels // 64, 1), torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        t = torch.randn(shape, dtype=torch.float32, device=device, generator=generator)
+        return (t if len(shape) != 2 else t * shape[1] ** -0.5).to(dtype).requires_grad_()
+
+    c, hidden = channels, 3 * channels
+    x, cls, u = random(batch, num_tokens, c), random(batch, c), random(batch, heads, c)
+    affine = random(c), random(c)
+    msa = MsaWeights(*affine, random(3 * c, c), random(3 * c), random(c, c), random(c))
+    ffn = FfnWeights(*affine, random(hidden, c), random(hidden), random(c, hidden), random(c))
+    fusion = FusionWeights(
+        *(
+            random(c, c) if name.endswith("weight") and "norm" not in name else random(c)
+            for name in FusionWeights._fields
+        )
+    )
+    return [
+        lambda name: functional.attention_core(u, x, backend=name),
+        lambda name: functional.cross_attention_fusion(cls, x, fusion, heads, backend=name),
+        lambda name: functional.layernorm_msa(x, msa, heads, backend=name),
+        lambda name: functional.layernorm_ffn(x, ffn, backend=name),
+    ]
+
+
+def _verify(call: Verified, backend: str) -> None:
+    try:
+        with torch.no_grad():
+            call(backend)
+        outputs = tensors_of(call(backend))
+    except ValueError as error:  # no kernel takes it
+        print(f"{backend}: {str(error).splitlines()[0]}", flush=True)
+        return
+    torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
