@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,8 +43,8 @@ class Launcher:
         seconds: Time spent in each.
     """
 
-    def __init__(self, sm: int, order: int, change: Callable[[str], str] = str) -> None:
-        self.sm, self.order, self.change = sm, order, change
+    def __init__(self, sm: int, order: int, without: str = "") -> None:
+        self.sm, self.order, self.without = sm, order, without
         self.counters: dict[str, ptx.Counters] = {}
         self.seconds: dict[str, float] = {}
         self._kernels: dict[Any, Any] = {}
@@ -53,7 +54,12 @@ class Launcher:
         key = repr((case.name, *case.specialization[1:3], candidate, case.specialization.constants))
         if key not in self._kernels:
             compiled = compile_for(case, "cuda", self.sm, candidate)
-            (kernel,) = ptx.kernels(self.change(compiled.asm["ptx"])).values()
+            text = compiled.asm["ptx"]
+            if self.without:
+                text = re.sub(
+                    rf"^\s*(@\S+\s+)?({self.without})[^;\n]*;", "", text, flags=re.MULTILINE
+                )
+            (kernel,) = ptx.kernels(text).values()
             self._kernels[key] = kernel, compiled.metadata, candidate
         return self._kernels[key]
 
@@ -131,9 +137,9 @@ def execute(
 
 
 @contextmanager
-def executing(sm: int, order: int = 0, change: Callable[[str], str] = str) -> Iterator[Launcher]:
+def executing(sm: int, order: int = 0, without: str = "") -> Iterator[Launcher]:
     """Execute the Triton backend's launches on CPU tensors as if they were on a GPU."""
-    start = Launcher(sm, order, change)
+    start = Launcher(sm, order, without)
     with (
         mock.patch.object(launcher, "start", start),
         mock.patch.object(launcher, "_INTERPRETING", True),
@@ -199,7 +205,9 @@ class Digest:
         self.check(actual, *rest, **options)
 
 
-def run_case(name: str, sm: int, dtype: str, order: int) -> tuple[list[bytes], Launcher]:
+def run_case(
+    name: str, sm: int, dtype: str, order: int, without: str = ""
+) -> tuple[list[bytes], Launcher]:
     """Run a case under the accuracy rule; return its results' bits and the launcher."""
     import accuracy
     import block_cases
@@ -210,7 +218,7 @@ def run_case(name: str, sm: int, dtype: str, order: int) -> tuple[list[bytes], L
     digest.check = accuracy.assert_within_rule  # type: ignore[attr-defined]
     torch.manual_seed(0)
     with (
-        executing(sm, order) as start,
+        executing(sm, order, without) as start,
         mock.patch.object(block_cases, "assert_within_rule", digest),
         mock.patch.object(core_cases, "assert_within_rule", digest),
         mock.patch.object(fusion_cases, "assert_within_rule", digest),
@@ -226,6 +234,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--orders", type=int, default=2, help="schedules, which must agree bitwise")
     parser.add_argument("--counters", action="store_true", help="print what each kernel did")
+    parser.add_argument("--without", default="", help="leave out instructions of these names")
     options = parser.parse_args()
     failed = 0
     for name in options.cases or CASES:
@@ -234,7 +243,7 @@ def main() -> None:
                 began, expected, problem = time.perf_counter(), None, ""
                 try:
                     for order in range(options.orders):
-                        bits, start = run_case(name, sm, dtype, order)
+                        bits, start = run_case(name, sm, dtype, order, options.without)
                         assert expected in (None, bits), f"order {order} has other bits"
                         expected = bits
                 except (ptx.Fault, ptx.Unknown, AssertionError) as error:

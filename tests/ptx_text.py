@@ -57,8 +57,11 @@ COPIES = kernel("""
     st.global.b32 [%rd5], %r5;
 """)
 
+_BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+
 #: Two bulk copies into one buffer after another, each awaited at an mbarrier's next phase.
-BULK = kernel("""
+BULK = kernel(
+    """
     mul.wide.u32 %rd3, %r1, 4;
     add.s64 %rd5, %rd1, %rd3;
     shl.b32 %r3, %r1, 2;
@@ -68,21 +71,22 @@ BULK = kernel("""
     bar.sync 0;
     @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r7], 512;
     mov.b32 %r8, 0;
-    @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r8], [%rd2], 512, [%r7];
+    @%p1 {_BULK} [%r8], [%rd2], 512, [%r7];
 first:
     mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r7], 0;
     @!%p2 bra first;
     ld.shared.b32 %r5, [%r3];
     bar.sync 0;
     @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r7], 512;
-    @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r8], [%rd2+512], 512, [%r7];
+    @%p1 {_BULK} [%r8], [%rd2+512], 512, [%r7];
 second:
     mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r7], 1;
     @!%p2 bra second;
     ld.shared.b32 %r6, [%r3];
     add.s32 %r5, %r5, %r6;
     st.global.b32 [%rd5], %r5;
-""")
+""".replace("{_BULK}", _BULK)
+)
 
 #: Two CTAs of a cluster exchange 128 words through distributed shared memory.
 CLUSTER = kernel("""
@@ -180,7 +184,8 @@ FAULTS = {
     "mbarrier not initialised": (BULK, "@%p1 mbarrier.init.shared::cta.b64 [%r7], 1;", ""),
     "cluster barrier left out": (
         CLUSTER,
-        "barrier.cluster.arrive.release.aligned;\n    barrier.cluster.wait.acquire.aligned;\n    mov",
+        "barrier.cluster.arrive.release.aligned;\n    "
+        "barrier.cluster.wait.acquire.aligned;\n    mov",
         "mov",
     ),
     "proxy fence left out": (warp_group(), "fence.proxy.async.shared::cta;", ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import ptx
 import pytest
 import torch
+from ptx.memory import conflicts
 from ptx_text import BULK, CLUSTER, COPIES, FAULTS, IN_SOME_ORDERS, REVERSE, kernel, warp_group
 
 _SHARED_BYTES = 4096
@@ -222,6 +224,13 @@ def test_unknown_instructions_are_named() -> None:
         run(kernel("dp4a.u32.u32 %r2, %r1, %r1, %r1;"), words())
 
 
+@pytest.mark.parametrize(
+    "step, size, extra", [(4, 4, 0), (8, 4, 1), (128, 4, 31), (0, 4, 0), (16, 16, 0)]
+)
+def test_bank_conflicts(step: int, size: int, extra: int) -> None:
+    assert conflicts(np.arange(32) * step, size) == extra
+
+
 def test_counters() -> None:
     (code,) = ptx.kernels(REVERSE).values()
     memory = ptx.Memory()
@@ -232,24 +241,41 @@ def test_counters() -> None:
     assert counters["ld"] == 4 * 4 and counters["bank conflicts"] == 0
 
 
-def _launch(*arguments: str) -> None:
+def _launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parents[1]
     environment["PYTHONPATH"] = str(root)
     command = [sys.executable, str(root / "tests/ptx_launches.py"), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert not done.returncode, done.stdout + done.stderr
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", ["80", "90"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_triton_kernels(dtype: str, sm: str) -> None:
-    _launch("layernorm_ffn_split", "--sm", sm, "--dtypes", dtype)
+    done = _launch("layernorm_ffn_split", "--sm", sm, "--dtypes", dtype)
+    assert not done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case, sm", [("attention_core", "80"), ("cross_attention_fusion", "80")])
-def test_more_triton_kernels(case: str, sm: str) -> None:
-    _launch(case, "--sm", sm, "--dtypes", "bf16", "--orders", "1")
+@pytest.mark.parametrize("case", ["attention_core", "cross_attention_fusion"])
+def test_more_triton_kernels(case: str) -> None:
+    done = _launch(case, "--sm", "80", "--dtypes", "bf16", "--orders", "1")
+    assert not done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "without, cause",
+    [
+        (r"bar\.sync", "never written|a race"),
+        (r"fence\.proxy\.async", "no fence.proxy.async"),
+        (r"cp\.async\.wait_group", "a race|no fence.proxy.async"),
+        (r"wgmma\.wait_group", "before wgmma.wait_group"),
+    ],
+)
+def test_faults_in_triton_kernels(without: str, cause: str) -> None:
+    arguments = ["--sm", "90", "--dtypes", "bf16", "--orders", "1", "--without", without]
+    done = _launch("layernorm_ffn_split", *arguments)
+    assert done.returncode and re.search(cause, done.stdout), done.stdout + done.stderr

@@ -141,10 +141,11 @@ def _bits_of(s: Segment, i: Instruction) -> None:
 def _move(s: Segment, i: Instruction) -> None:
     kind = i.parts[-1]
     to, source = i.operands
+    wide = f"u{bits(kind) // 8}"
     if source.kind == "list":
         width = bits(kind) // len(source.parts)
         parts = [
-            f"({s.get(p, f'b{width}')}.astype(u{bits(kind) // 8}) << u{bits(kind) // 8}({n * width}))"
+            f"({s.get(p, f'b{width}')}.astype({wide}) << {wide}({n * width}))"
             for n, p in enumerate(source.parts)
         ]
         s.put(to, " | ".join(parts), kind, raw=True)
@@ -235,9 +236,8 @@ def _select(s: Segment, i: Instruction) -> None:
 
 
 TABLE: dict[str, Handler] = {
-    **dict.fromkeys(
-        ["add", "sub", "and", "or", "xor", "min", "max", "neg", "abs", "not", "copysign", "fma", "div", "rem"], _arithmetic
-    ),
+    **dict.fromkeys(("add", "sub", "and", "or", "xor", "min", "max", "neg", "abs"), _arithmetic),
+    **dict.fromkeys(("not", "copysign", "fma", "div", "rem"), _arithmetic),
     **dict.fromkeys(numbers.APPROXIMATE, _arithmetic),
     **dict.fromkeys(("mul", "mad"), _multiply),
     **dict.fromkeys(("shl", "shr"), _shift),

@@ -20,7 +20,8 @@ Array = np.ndarray[Any, Any]
 class Future:
     """Stands in a register for a product that is not waited for."""
 
-    value: Any = None
+    def __init__(self, time: int) -> None:
+        self.time, self.value = time, None
 
 
 class MBarrier:
@@ -134,7 +135,7 @@ class Asynchronous:
         right = self.operand(int(b[0]), np.arange(n), k, size, bool(flips[1]))
         left = None if in_registers else self.operand(int(a[0]), rows, k, size, bool(flips[0]))
         registers = [self.R[t] for t in targets]
-        futures = [Future() for _ in targets]
+        futures = [Future(self.proxy_time) for _ in targets]
         for target, future in zip(targets, futures, strict=True):
             self.R[target] = future
 
@@ -149,7 +150,9 @@ class Asynchronous:
             for future, value in zip(futures, T.registers_of(d), strict=True):
                 future.value = value
 
-        self.later(self.open_products, land)
+        self.open_products.append(land)
+        if self.cta.cluster.early():
+            self._multiply_now()
 
     def operand(self, raw: int, rows: Array, k: int, size: int, transposed: bool) -> Array:
         """Return the addresses of a matrix in shared memory, and note that they are read."""
@@ -172,24 +175,22 @@ class Asynchronous:
         self.open_products = []
 
     def wgmma_wait(self, left: int) -> None:
+        seen = self.clock.seen
         while len(self.products) > left:
             time, actions = self.products.pop(0)
             for action in actions:
                 action()
-            seen = self.clock.seen
             seen[self.proxy] = max(time, seen[self.proxy])
-        unfinished = {id(a) for _, actions in self.products for a in actions}
-        if not unfinished and not self.open_products:
-            for n, value in enumerate(self.R):
-                if isinstance(value, Future):
-                    self.R[n] = value.value
-        else:
-            self.reveal()
-
-    def reveal(self) -> None:
         for n, value in enumerate(self.R):
-            if isinstance(value, Future) and value.value is not None and not self.products:
+            if isinstance(value, Future) and value.time <= seen[self.proxy]:
                 self.R[n] = value.value
+
+    def _multiply_now(self) -> None:
+        """Finish all products up to here: each may add to one before it."""
+        for actions in (*(a for _, a in self.products), self.open_products):
+            for action in actions:
+                action()
+            actions.clear()
 
     # mbarriers
 

@@ -130,7 +130,8 @@ def _wgmma(s: Segment, i: Instruction) -> None:
         keep = keep.replace("K0[0]", "np.zeros(32, bool)").replace("K0[1]", "np.ones(32, bool)")
         flags = [int(o.text, 0) for o in i.operands[4:]]
         s.lines.append(
-            f"w.wgmma({shape!r}, {i.parts[-3:]!r}, {targets}, {left}, {right}, {keep}, {flags}, {s.mask})"
+            f"w.wgmma({shape!r}, {i.parts[-3:]!r}, {targets}, {left}, {right}, {keep}, {flags}, "
+            f"{s.mask})"
         )
     elif i.parts[1] == "wait_group":
         s.lines.append(f"w.wgmma_wait({number(i.operands[0].text, 32)})")
@@ -220,7 +221,7 @@ TABLE: dict[str, Handler] = {
     **dict.fromkeys(("atom", "red"), _atomic),
     **dict.fromkeys(("ldmatrix", "stmatrix"), _matrix),
     **dict.fromkeys(("membar", "fence"), _fence),
-    **dict.fromkeys(["setmaxnreg", "prefetch", "prefetchu", "griddepcontrol", "applypriority"], _nothing),
+    **dict.fromkeys(("setmaxnreg", "prefetch", "prefetchu", "griddepcontrol"), _nothing),
     **{"ld": _load, "ldu": _load, "st": _store, "shfl": _shuffle, "mma": _mma, "wgmma": _wgmma},
     **{"cp": _copy, "mbarrier": _mbarrier, "mapa": _mapa, "cvta": _to_space},
 }

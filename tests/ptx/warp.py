@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -251,18 +250,8 @@ class Warp(Asynchronous):
         return (self.cta if rank == 0 else self.cta.cluster.ctas[rank - 1]), at
 
     def param(self, at: int, size: int) -> Array:
-        return self._params(at, size)
-
-    @functools.cached_property
-    def _params(self) -> Any:
-        raw = self.cta.cluster.arguments
-
-        @functools.cache
-        def read(at: int, size: int) -> Array:
-            value = int.from_bytes(raw[at : at + size], "little")
-            return np.full(32, value, _UNSIGNED[size])
-
-        return read
+        raw = self.cta.cluster.arguments[at : at + size]
+        return np.full(32, int.from_bytes(raw, "little"), _UNSIGNED[size])
 
     def _space(self, space: str, pointer: Array) -> str:
         if space != "generic":
@@ -433,8 +422,12 @@ class Warp(Asynchronous):
         if name in N.APPROXIMATE:
             value = N.APPROXIMATE[name](wide[0])
         else:
-            value = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
-                     "fma": lambda a, b, c: a * b + c}[name](*wide)  # fmt: skip
+            value = {
+                "add": lambda a, b: a + b,
+                "sub": lambda a, b: a - b,
+                "mul": lambda a, b: a * b,
+                "fma": lambda a, b, c: a * b + c,
+            }[name](*wide)
         if kind == "f16":
             return np.where(
                 value != value, np.uint16(0x7FFF), value.astype(np.float16).view(np.uint16)
