@@ -1,0 +1,6 @@
+"""Executes PTX on a CPU, with races, asynchronous copies and bounds checked. Needs only NumPy."""
+
+from ptx.execute import Counters, Fault, Memory, run
+from ptx.parse import Kernel, Unknown, kernels
+
+__all__ = ["Counters", "Fault", "Kernel", "Memory", "Unknown", "kernels", "run"]

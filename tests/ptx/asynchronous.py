@@ -1,0 +1,290 @@
+"""Asynchronous copies and products, mbarriers and fences of a warp.
+
+A copy or product happens at its issue or at its wait, as the schedule chooses. Between the two its
+bytes belong to an agent of its own, which only the wait orders before the warp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ptx import tensor_cores as T
+from ptx.memory import Clock, Fault
+
+Array = np.ndarray[Any, Any]
+
+
+class Future:
+    """Stands in a register for a product that is not waited for."""
+
+    def __init__(self, time: int) -> None:
+        self.time, self.value = time, None
+
+
+class MBarrier:
+    """An mbarrier: arrivals and bytes that are left in its phase (PTX ISA 9.7.13.15)."""
+
+    def __init__(self, count: int, agents: int) -> None:
+        self.count = self.left = count
+        self.bytes = self.phase = 0
+        self.arriving = Clock(np.zeros(agents, np.int64), np.zeros(agents, np.int64))
+        self.done = self.arriving.copy()
+
+    def update(self, arrivals: int = 0, count: int = 0, clock: Clock | None = None) -> None:
+        if clock:
+            self.arriving.join(clock)
+        self.left -= arrivals
+        self.bytes += count
+        if self.left < 0:
+            raise Fault("more arrivals at an mbarrier than it expects")
+        if self.left == 0 and self.bytes == 0:
+            self.phase += 1
+            self.left = self.count
+            self.done.join(self.arriving)
+
+
+class Asynchronous:
+    """What a warp does asynchronously."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[int, list[Callable[[], None]]]] = []
+        self.open_copies: list[Callable[[], None]] = []
+        self.products: list[tuple[int, list[Callable[[], None]]]] = []
+        self.open_products: list[Callable[[], None]] = []
+        self.copy_time = self.proxy_time = 1
+
+    def later(self, queue: list[Callable[[], None]], action: Callable[[], None]) -> None:
+        if self.cta.cluster.early():
+            action()
+        else:
+            queue.append(action)
+
+    # cp.async
+
+    def copy(self, to: Array, source: Array, size: int, used: Array | None, mask: Any) -> None:
+        count = np.full(32, size) if used is None else used.astype(np.int64)
+        if mask is not None:
+            to, source, count = to[mask], source[mask], count[mask]
+        if not to.size:
+            return
+        shared = self.cta.shared
+        index = shared.place(to, size)
+        self.counters.shared("cp.async", index, size)
+        self.copy_time += 1
+        shared.writing(shared.cells(index, size), self.copier, self.copy_time, self.clock)
+        reading = count > 0
+        if ((count != size) & reading).any():
+            raise Fault("cp.async of a part of its bytes is not modelled")
+        place = self.memory.place(source[reading], size)
+        self.counters.sectors("cp.async", place, size)
+        data = np.zeros((to.size, size), np.uint8)
+
+        def land() -> None:
+            data[reading] = self.memory.bytes[place[:, None] + np.arange(size)]
+            shared.bytes[index[:, None] + np.arange(size)] = data
+
+        self.later(self.open_copies, land)
+
+    def commit_copies(self) -> None:
+        self.copies.append((self.copy_time, self.open_copies))
+        self.open_copies = []
+
+    def wait_copies(self, left: int) -> None:
+        if left < 0:
+            self.commit_copies()
+            left = 0
+        while len(self.copies) > left:
+            time, actions = self.copies.pop(0)
+            for action in actions:
+                action()
+            self.clock.seen[self.copier] = max(time, self.clock.seen[self.copier])
+
+    def copies_arrive(self, pointer: Array, noinc: bool, mask: Any) -> None:
+        self.wait_copies(-1)
+        if not noinc:
+            barrier = self.barrier_at(pointer, mask)
+            barrier.left += 32 if mask is None else int(mask.sum())
+        self.arrive(pointer, None, mask)
+
+    # wgmma
+
+    def wgmma(
+        self,
+        shape: str,
+        kinds: list[str],
+        targets: list[int],
+        a: Any,
+        b: Array,
+        keep: Array,
+        flags: list[int],
+        mask: Any,
+    ) -> None:
+        if mask is not None:
+            raise Fault("wgmma by a part of a warp")
+        _, n, k = map(int, shape[1:].replace("n", " ").replace("k", " ").split())
+        kind, size = kinds[1], 4 if kinds[1] == "tf32" else 2
+        self.counters.add("tensor-core products", 1)
+        self.proxy_time += 1
+        rows = np.arange(16) + 16 * (self.index % 4)
+        in_registers = isinstance(a, list)
+        signs, flips = flags[:2], flags[2:] or [0, 0]
+        flips = [0, *flips[:1]] if in_registers else flips
+        right = self.operand(int(b[0]), np.arange(n), k, size, bool(flips[1]))
+        left = None if in_registers else self.operand(int(a[0]), rows, k, size, bool(flips[0]))
+        registers = [self.R[t] for t in targets]
+        futures = [Future(self.proxy_time) for _ in targets]
+        for target, future in zip(targets, futures, strict=True):
+            self.R[target] = future
+
+        def land() -> None:
+            y = T.values(self.elements(right, size), kind).T
+            x = T.left(a, kind, k) if in_registers else T.values(self.elements(left, size), kind)
+            c = np.zeros((16, n), np.float32)
+            if keep[0]:
+                old = [r.value if isinstance(r, Future) else r for r in registers]
+                c = T.accumulators(old)
+            d = T.product(x * np.float32(signs[0]), y * np.float32(signs[1]), c)
+            for future, value in zip(futures, T.registers_of(d), strict=True):
+                future.value = value
+
+        self.open_products.append(land)
+        if self.cta.cluster.early():
+            self._multiply_now()
+
+    def operand(self, raw: int, rows: Array, k: int, size: int, transposed: bool) -> Array:
+        """Return the addresses of a matrix in shared memory, and note that they are read."""
+        shared = self.cta.shared
+        at = T.Descriptor(raw).addresses(rows, k, size, transposed)
+        index = shared.place(at.reshape(-1), size)
+        cells = shared.cells(index, size)
+        shared.reading(cells, self.proxy, self.proxy_time, self.clock, proxy=True)
+        return at
+
+    def elements(self, at: Array, size: int) -> Array:
+        raw = self.cta.shared.bytes[: self.cta.shared.bytes.size // 4 * 4]
+        return raw.view(np.uint32 if size == 4 else np.uint16)[at // size]
+
+    def wgmma_fence(self) -> None:
+        """Order registers; what it orders cannot go wrong here."""
+
+    def wgmma_commit_group(self) -> None:
+        self.products.append((self.proxy_time, self.open_products))
+        self.open_products = []
+
+    def wgmma_wait(self, left: int) -> None:
+        seen = self.clock.seen
+        while len(self.products) > left:
+            time, actions = self.products.pop(0)
+            for action in actions:
+                action()
+            seen[self.proxy] = max(time, seen[self.proxy])
+        for n, value in enumerate(self.R):
+            if isinstance(value, Future) and value.time <= seen[self.proxy]:
+                self.R[n] = value.value
+
+    def _multiply_now(self) -> None:
+        """Finish all products up to here: each may add to one before it."""
+        for actions in (*(a for _, a in self.products), self.open_products):
+            for action in actions:
+                action()
+            actions.clear()
+
+    # mbarriers
+
+    def barrier_at(self, pointer: Array, mask: Any, cta: Any = None) -> MBarrier:
+        pointer = pointer if mask is None else pointer[mask]
+        if (pointer != pointer[0]).any():
+            raise Fault("lanes address several mbarriers")
+        cta, at = self.home(int(pointer[0]))
+        if at not in cta.mbarriers:
+            raise Fault(f"no mbarrier is initialised at {at}")
+        shared = cta.shared
+        cells = shared.cells(shared.place(np.array([at]), 8), 8)
+        shared.reading(cells, self.agent, self.now, self.clock, proxy=False)
+        return cta.mbarriers[at]
+
+    def init(self, pointer: Array, count: Array, mask: Any) -> None:
+        lanes = np.ones(32, bool) if mask is None else mask
+        for at, expected in {
+            (int(p), int(c)) for p, c in zip(pointer[lanes], count[lanes], strict=True)
+        }:
+            cells = self.cta.shared.cells(self.cta.shared.place(np.array([at]), 8), 8)
+            self.cta.shared.writing(cells, self.agent, self.now, self.clock)
+            self.cta.mbarriers[at] = MBarrier(expected, self.clock.seen.size)
+
+    def inval(self, pointer: Array, _: Any, mask: Any) -> None:
+        for at in {int(p) for p in (pointer if mask is None else pointer[mask])}:
+            if at not in self.cta.mbarriers:
+                raise Fault(f"no mbarrier is initialised at {at}")
+            cells = self.cta.shared.cells(np.array([at]), 8)
+            self.cta.shared.writing(cells, self.agent, self.now, self.clock)
+            del self.cta.mbarriers[at]
+
+    def arrive(self, pointer: Array, count: Any, mask: Any) -> Array:
+        lanes = 32 if mask is None else int(mask.sum())
+        if not lanes:
+            return np.zeros(32, np.uint64)
+        barrier = self.barrier_at(pointer, mask)
+        phase = barrier.phase
+        number = lanes if count is None else int((count if mask is None else count[mask]).sum())
+        barrier.update(number, clock=self.clock.copy())
+        self.tick()
+        return np.full(32, phase, np.uint64)
+
+    def expect(self, pointer: Array, count: Array, mask: Any) -> None:
+        if mask is None or mask.any():
+            barrier = self.barrier_at(pointer, mask)
+            barrier.bytes += int((count if mask is None else count[mask]).sum())
+
+    def has_completed(self, pointer: Array, state: Array, parity: bool, mask: Array) -> bool:
+        barrier = self.barrier_at(pointer, mask)
+        value = int(state[mask][0])
+        passed = (barrier.phase & 1) != (value & 1) if parity else barrier.phase > value
+        if passed:
+            self.clock.join(barrier.done)
+        return passed
+
+    # Bulk copies: TMA
+
+    def transfer(
+        self, cells: Array, action: Callable[[], int], barrier: MBarrier, cta: Any
+    ) -> None:
+        self.proxy_time += 1
+        time = self.proxy_time
+        cta.shared.writing(cells, self.proxy, time, self.clock)
+        clock = Clock(np.zeros_like(self.clock.seen), np.zeros_like(self.clock.seen))
+        clock.seen[self.proxy] = time
+
+        def land() -> None:
+            barrier.update(count=-action(), clock=clock)
+
+        cta.cluster.in_flight.append(land)
+
+    def copy_bulk(self, to: Array, source: Array, size: Array, pointer: Array, mask: Any) -> None:
+        for lane in np.nonzero(np.ones(32, bool) if mask is None else mask)[0]:
+            count = int(size[lane])
+            cta, at = self.home(int(to[lane]))
+            barrier = self.barrier_at(pointer[lane : lane + 1], None)
+            index = cta.shared.place(np.array([at]), 16)[0] + np.arange(count)
+            cta.shared.place(index[-1:], 1)
+            place = self.memory.place(source[lane] + 16 * np.arange(count // 16), 16)
+            self.counters.add("bytes by bulk copies", count)
+
+            def action(cta=cta, index=index, place=place, count=count) -> int:
+                data = self.memory.bytes[place[:, None] + np.arange(16)]
+                cta.shared.bytes[index] = data.reshape(-1)
+                return count
+
+            self.transfer(np.unique(index // cta.shared.granule), action, barrier, cta)
+
+    # Fences
+
+    def fence_proxy(self, name: str) -> None:
+        if "async" in name:
+            np.maximum(self.clock.fenced, self.clock.seen, out=self.clock.fenced)
+
+    def fence(self) -> None:
+        """Order global memory, which CTAs here see in the order of execution."""

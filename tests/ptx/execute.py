@@ -1,0 +1,243 @@
+"""Runs grids: CTA after CTA, the warps of a cluster interleaved by a seeded scheduler."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+
+from ptx import arithmetic, transfers
+from ptx.asynchronous import MBarrier
+from ptx.memory import Fault, Memory, Shared, conflicts
+from ptx.parse import Instruction, Kernel, bits
+from ptx.segment import CONTROL, Segment
+from ptx.warp import Warp
+
+__all__ = ["Counters", "Fault", "Memory", "run"]
+
+Array = np.ndarray[Any, Any]
+
+_TABLE = arithmetic.TABLE | transfers.TABLE
+
+
+class Counters(collections.Counter[str]):
+    """Counts by name: instructions of warps by class, sectors, bank conflicts, bytes."""
+
+    def add(self, name: str, count: int) -> None:
+        self[name] += count
+
+    def shared(self, name: str, index: Array, size: int) -> None:
+        self["shared bytes"] += index.size * size
+        self["bank conflicts"] += conflicts(index, size)
+
+    def sectors(self, name: str, index: Array, size: int) -> None:
+        """Count the 32-byte sectors that one access of a warp touches."""
+        self["global bytes"] += index.size * size
+        self["sectors"] += np.unique(
+            (index[:, None] + np.arange(0, size, min(size, 32))) // 32
+        ).size
+
+
+class Program:
+    """A kernel's segments, compiled when first needed."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.constants: list[Array] = []
+        starts = {0, *kernel.labels.values()}
+        for n, instruction in enumerate(kernel.code):
+            if CONTROL.match(instruction.name):
+                starts |= {n, n + 1}
+        ordered = [*sorted(s for s in starts if s < len(kernel.code)), len(kernel.code)]
+        self.ends = dict(itertools.pairwise(ordered))
+        self.known: dict[tuple[int, bool], Any] = {}
+        shared = [i for i in kernel.code if "shared" in i.parts and i.parts[0] in ("ld", "st")]
+        self.granule = min([bits(i.parts[-1]) // 8 for i in shared], default=4)
+        if any(i.parts[0] in ("ldmatrix", "stmatrix", "wgmma") for i in kernel.code):
+            self.granule = min(self.granule, 2)
+        self.granule = min(self.granule, 4)
+
+    def segment(self, begin: int, masked: bool) -> Any:
+        found = self.known.get((begin, masked))
+        if not found:
+            instructions = self.kernel.code[begin : self.ends[begin]]
+            classes = collections.Counter(_class(i) for i in instructions)
+            segment = Segment(self.kernel, masked, self.constants, _TABLE)
+            found = self.known[begin, masked] = segment.compile(instructions), classes
+        return found
+
+    @functools.cached_property
+    def post_dominators(self) -> dict[int, int | None]:
+        """Where the ways from each segment meet first: its immediate post-dominator."""
+        code, leave = self.kernel.code, len(self.kernel.code)
+        ways: dict[int, list[int]] = {}
+        for begin, end in self.ends.items():
+            ways[begin] = [end]
+            if code[begin].parts[0] == "bra":
+                target = self.kernel.labels[code[begin].operands[0].text]
+                ways[begin] = [target, end] if code[begin].guard else [target]
+            elif code[begin].parts[0] in ("ret", "exit", "trap") and not code[begin].guard:
+                ways[begin] = [leave]
+        after = {n: {*ways, leave} for n in ways} | {leave: {leave}}
+        changed = True
+        while changed:
+            changed = False
+            for n in sorted(ways, reverse=True):
+                new = {n} | set.intersection(*(after[w] for w in ways[n]))
+                changed |= new != after[n]
+                after[n] = new
+        nearest = {n: max(after[n] - {n}, key=lambda m: len(after[m])) for n in ways}
+        return {n: None if m == leave else m for n, m in nearest.items()}
+
+    def control(self, at: int) -> Instruction | None:
+        instruction = self.kernel.code[at]
+        return instruction if CONTROL.match(instruction.name) else None
+
+
+def _class(instruction: Instruction) -> str:
+    name, kind = instruction.parts[0], instruction.parts[-1]
+    if name in ("ld", "st", "atom", "red", "cp", "ldmatrix", "stmatrix", "mma", "wgmma", "shfl"):
+        return name
+    if name in ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos"):
+        return "special functions"
+    return (
+        "floating point" if kind in ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64") else "integer"
+    )
+
+
+class Cta:
+    """A thread block: shared memory, barriers and warps."""
+
+    def __init__(self, cluster: Cluster, rank: int, block: tuple[int, int, int], size: int) -> None:
+        self.cluster, self.rank, self.block = cluster, rank, block
+        warps = -(-int(np.prod(cluster.threads)) // 32)
+        self.num_warps = warps
+        self.shared = Shared(size, 3 * warps * cluster.size, cluster.program.granule)
+        self.barriers: dict[int, Any] = {}
+        self.mbarriers: dict[int, MBarrier] = {}
+
+
+class Cluster:
+    """CTAs that run together."""
+
+    def __init__(
+        self,
+        program: Program,
+        blocks: list[tuple[int, int, int]],
+        grid: Any,
+        threads: tuple[int, int, int],
+        shared_bytes: int,
+        arguments: bytes,
+        memory: Memory,
+        order: int,
+        counters: Counters,
+    ) -> None:
+        self.program, self.grid, self.threads, self.size = program, grid, threads, len(blocks)
+        self.arguments, self.memory, self.counters = arguments, memory, counters
+        self.random = random.Random(order) if order else None
+        self.in_flight: list[Any] = []
+        self.barrier: dict[str, Any] = {"arrived": 0, "phase": 0, "clock": None, "done": None}
+        size = program.kernel.static_bytes + shared_bytes
+        self.ctas = [Cta(self, n, block, size) for n, block in enumerate(blocks)]
+        self.warps = [Warp(cta, n) for cta in self.ctas for n in range(cta.num_warps)]
+
+    def early(self) -> bool:
+        return self.random.random() < 0.5 if self.random else False
+
+    def run(self) -> None:
+        """Run until every warp has exited; report a deadlock with the warps' lines."""
+        waiting: set[int] = set()
+        live = [w for w in self.warps if w.stack]
+        while live:
+            ready = [w for w in live if id(w) not in waiting]
+            if not ready:
+                if not self.in_flight:
+                    lines = ", ".join(f"warp {w.agent} in line {w.line}" for w in live)
+                    raise Fault(f"deadlock: {lines}")
+                self.land()
+                waiting.clear()
+                continue
+            warp = self.random.choice(ready) if self.random else ready[0]
+            if self.random and self.in_flight and self.random.random() < 0.3:
+                self.land()
+                waiting.clear()
+            steps = self.random.randrange(1, 9) if self.random else 1 << 30
+            if warp.step(steps):
+                waiting.clear()
+            if warp.blocked:
+                waiting.add(id(warp))
+            if not warp.stack:
+                live.remove(warp)
+        while self.in_flight:
+            self.land()
+
+    def land(self) -> None:
+        n = self.random.randrange(len(self.in_flight)) if self.random else 0
+        self.in_flight.pop(n)()
+
+
+def run(
+    kernel: Kernel,
+    grid: tuple[int, ...],
+    threads: Any,
+    arguments: list[Any],
+    memory: Memory,
+    shared_bytes: int = 0,
+    order: int = 0,
+    cluster: int = 1,
+) -> Counters:
+    """Run a grid and return what it counted.
+
+    Args:
+        kernel: From ``kernels``.
+        grid: CTAs in x, y and z.
+        threads: Threads of a CTA: a number, or x, y and z.
+        arguments: NumPy scalars or bytes.
+        memory: Global memory, changed by the kernel.
+        shared_bytes: Dynamic shared memory.
+        order: 0 runs each warp as far as it goes and delivers copies at their waits; every other
+            number is another schedule.
+        cluster: CTAs of a cluster, along x.
+
+    Raises:
+        Fault: Where a GPU could do something else, with line and cause.
+        Unknown: For an instruction that is not modelled.
+    """
+    grid = (*grid, 1, 1)[:3]
+    threads = (threads, 1, 1) if isinstance(threads, int) else tuple(threads)
+    raw = bytearray(sum(size for *_, size in kernel.params) + 256)
+    for (_, offset, size), value in zip(kernel.params, arguments, strict=True):
+        data = value if isinstance(value, bytes) else np.asarray(value).tobytes()
+        if len(data) != size:
+            raise ValueError(f"{kernel.name}: an argument has {len(data)} bytes, not {size}")
+        raw[offset : offset + size] = data
+    counters = Counters()
+    program = kernel.__dict__.setdefault("program", None) or Program(kernel)
+    kernel.__dict__["program"] = program
+    starts = [
+        (x, y, z)
+        for z in range(grid[2])
+        for y in range(grid[1])
+        for x in range(0, grid[0], cluster)
+    ]
+    if order:
+        random.Random(order).shuffle(starts)
+    with np.errstate(all="ignore"):
+        for x, y, z in starts:
+            blocks = [(x + n, y, z) for n in range(cluster)]
+            Cluster(
+                program,
+                blocks,
+                grid,
+                threads,
+                shared_bytes,
+                bytes(raw),
+                memory,
+                order and order + x + 1000 * y,
+                counters,
+            ).run()
+    return counters

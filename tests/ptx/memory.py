@@ -1,0 +1,166 @@
+"""Global memory with bounds, and shared memory that knows who ordered which access."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+GLOBAL = 1 << 40
+SHARED = 1 << 32  # of the generic address of a CTA's shared memory; a cluster's follow 16 MiB apart
+STRIDE = 1 << 24
+LOCAL = 1 << 36
+NEVER = np.int64(1) << 62
+
+
+class Fault(RuntimeError):
+    """Raised where a kernel does what a GPU may not do, or may do differently."""
+
+
+class Memory:
+    """Global memory: allocations with gaps between them."""
+
+    def __init__(self, capacity: int = 1 << 20) -> None:
+        self.bytes = np.full(capacity, 0xFF, np.uint8)
+        self.valid = np.zeros(capacity, bool)
+        self.used = 512
+
+    def add(self, data: Array) -> int:
+        """Copy an array into memory and return its address."""
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        begin, end = self.used, self.used + raw.size
+        self.used = -(-(end + 512) // 256) * 256
+        while self.used > self.bytes.size:
+            self.bytes = np.concatenate([self.bytes, np.full_like(self.bytes, 0xFF)])
+            self.valid = np.concatenate([self.valid, np.zeros_like(self.valid)])
+        self.bytes[begin:end] = raw
+        self.valid[begin:end] = True
+        return GLOBAL + begin
+
+    def read(self, address: int, like: Array) -> Array:
+        """Return a copy of an array's memory."""
+        begin = address - GLOBAL
+        return self.bytes[begin : begin + like.nbytes].view(like.dtype).reshape(like.shape).copy()
+
+    def place(self, address: Array, size: int) -> Array:
+        """Return indices of bytes; faults out of bounds or unaligned."""
+        index = address.astype(np.int64) - GLOBAL
+        if (index % size).any():
+            raise Fault(
+                f"an address {int(address[index % size != 0][0]):#x} is no multiple of {size}"
+            )
+        inside = (index >= 0) & (index < self.used)
+        kept = np.where(inside, index, 0)
+        good = inside & self.valid[kept] & self.valid[np.minimum(kept + size - 1, self.used)]
+        if not good.all():
+            raise Fault(f"global address {int(address[~good][0]):#x} is out of bounds")
+        return index
+
+
+@dataclasses.dataclass
+class Clock:
+    """What an agent has seen of the others (a vector clock), and the part that it or others
+    fenced for the asynchronous proxy.
+    """
+
+    seen: Array
+    fenced: Array
+
+    def join(self, other: Clock) -> None:
+        np.maximum(self.seen, other.seen, out=self.seen)
+        np.maximum(self.fenced, other.fenced, out=self.fenced)
+
+    def copy(self) -> Clock:
+        return Clock(self.seen.copy(), self.fenced.copy())
+
+
+class Shared:
+    """A CTA's shared memory. Each granule has its last writer and every agent's last read.
+
+    An access that no chain of barriers orders after a conflicting one is a fault, in whatever
+    order they happen to run.
+
+    Args:
+        size: In bytes.
+        agents: Warps of the cluster, then their cp.async, then their asynchronous proxies.
+        granule: Bytes of the smallest access.
+    """
+
+    def __init__(self, size: int, agents: int, granule: int) -> None:
+        self.bytes = np.full(size + 16, 0xFF, np.uint8)
+        self.size, self.agents, self.granule = size, agents, granule
+        cells = -(-size // granule) + 16
+        self.writer = np.zeros(cells, np.int64)
+        self.written = np.full(cells, NEVER, np.int64)
+        self.reads = np.zeros((agents, cells), np.int64)
+
+    def place(self, index: Array, size: int) -> Array:
+        index = index.astype(np.int64)
+        if (index % size).any():
+            raise Fault(
+                f"a shared address {int(index[index % size != 0][0])} is no multiple of {size}"
+            )
+        if (index < 0).any() or (index + size > self.size).any():
+            bad = index[(index < 0) | (index + size > self.size)][0]
+            raise Fault(f"shared address {int(bad)} is out of the {self.size} bytes")
+        return index
+
+    def cells(self, index: Array, size: int) -> Array:
+        """Return the granules of accesses."""
+        first = index // self.granule
+        count = max(1, size // self.granule)
+        return first if count == 1 else (first[:, None] + np.arange(count)).reshape(-1)
+
+    def reading(self, cells: Array, agent: int, time: int, clock: Clock, proxy: bool) -> None:
+        """Check and note a read; with proxy, by the asynchronous one."""
+        written, writer = self.written[cells], self.writer[cells]
+        late = written > clock.seen[writer]
+        if late.any():
+            if (written[late] == NEVER).any():
+                raise Fault("shared memory is read that was never written")
+            raise Fault(f"a race: read of what {self._who(writer[late][0])} writes, unordered")
+        if proxy:
+            generic = writer < self.agents * 2 // 3
+            unfenced = generic & (written > clock.fenced[writer])
+            if unfenced.any():
+                raise Fault(
+                    f"no fence.proxy.async between writes of {self._who(writer[unfenced][0])} "
+                    "and an asynchronous read"
+                )
+        self.reads[agent, cells] = time
+
+    def writing(
+        self, cells: Array, agent: int, time: int, clock: Clock, same: Array | None = None
+    ) -> None:
+        """Check and note a write. Warps may write what is there already, as Triton's replicated
+        layouts do.
+        """
+        written, writer = self.written[cells], self.writer[cells]
+        late = (written > clock.seen[writer]) & (written != NEVER)
+        if same is not None and late.any():
+            late &= ~np.repeat(same, cells.size // same.size)
+        if late.any():
+            raise Fault(f"a race: write over what {self._who(writer[late][0])} writes, unordered")
+        unread = self.reads[:, cells] > clock.seen[:, None]
+        if unread.any():
+            other = int(np.nonzero(unread.any(axis=1))[0][0])
+            raise Fault(f"a race: write over what {self._who(other)} reads, unordered")
+        self.writer[cells], self.written[cells] = agent, time
+
+    def _who(self, agent: int) -> str:
+        warps = self.agents // 3
+        kind = ("warp", "the cp.async of warp", "the asynchronous proxy of warp")[agent // warps]
+        return f"{kind} {agent % warps}"
+
+
+def conflicts(index: Array, size: int) -> int:
+    """Return the wavefronts of a shared access beyond the fewest: 32 banks of 4 bytes."""
+    lanes = max(1, 128 // size) if size > 4 else 32
+    extra = 0
+    for begin in range(0, index.size, lanes):
+        words = np.unique((index[begin : begin + lanes, None] + np.arange(0, size, 4)) // 4)
+        extra += int(np.bincount(words % 32).max()) - 1
+    return extra

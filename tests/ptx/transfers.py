@@ -1,0 +1,227 @@
+"""Translates instructions on memory, between lanes and on matrices."""
+
+from __future__ import annotations
+
+import re
+
+from ptx.parse import Instruction, Unknown, bits, number
+from ptx.segment import Handler, Segment
+
+
+def _space(i: Instruction) -> str:
+    return next((p for p in i.parts if p in ("global", "shared", "local", "param")), "generic")
+
+
+def _count(i: Instruction) -> int:
+    return next((int(p[1]) for p in i.parts if p in ("v2", "v4", "v8")), 1)
+
+
+def _load(s: Segment, i: Instruction) -> None:
+    kind = i.parts[-1]
+    targets = s.elements(i.operands[0])
+    if _space(i) == "param":
+        base = i.operands[1].parts[0]
+        at = dict((n, o) for n, o, _ in s.kernel.params)[base.text] + i.operands[1].offset
+        for n, target in enumerate(targets):
+            s.put(target, f"w.param({at + n * bits(kind) // 8}, {bits(kind) // 8})", kind, raw=True)
+        return
+    pointer = s.pointer(i.operands[1])
+    s.lines.append(
+        f"t = w.load({_space(i)!r}, {pointer}, {bits(kind) // 8}, {len(targets)}, {s.mask})"
+    )
+    for n, target in enumerate(targets):
+        s.put(target, f"t[{n}]", kind, raw=True)
+
+
+def _store(s: Segment, i: Instruction) -> None:
+    kind = f"b{bits(i.parts[-1])}"
+    sources = s.elements(i.operands[1])
+    if i.parts[1] == "async":
+        raise Unknown("st.async")
+    values = ", ".join(s.get(v, kind) for v in sources)
+    pointer = s.pointer(i.operands[0])
+    s.lines.append(f"w.store({_space(i)!r}, {pointer}, {bits(kind) // 8}, [{values}], {s.mask})")
+
+
+def _atomic(s: Segment, i: Instruction) -> None:
+    kind = i.parts[-1]
+    reduction = i.parts[0] == "red"
+    operands = i.operands if reduction else i.operands[1:]
+    which = next(
+        p for p in i.parts[1:] if p in ("add", "min", "max", "and", "or", "exch", "cas", "inc")
+    )
+    values = ", ".join(s.get(v, kind) for v in operands[1:])
+    call = f"w.atomic({which!r}, {_space(i)!r}, {s.pointer(operands[0])}, [{values}], {s.mask})"
+    if reduction:
+        s.lines.append(call)
+    else:
+        s.put(i.operands[0], call, kind)
+
+
+def _shuffle(s: Segment, i: Instruction) -> None:
+    targets = s.elements(i.operands[0])
+    a, b, c = (s.get(o, "b32") for o in i.operands[1:4])
+    s.lines.append(f"t, p = w.shuffle({i.parts[2]!r}, {a}, {b}, {c}, {s.mask})")
+    s.put(targets[0], "t", "b32", raw=True)
+    if len(targets) > 1:
+        s.put(targets[1], "p", "pred")
+
+
+def _together(s: Segment, i: Instruction) -> None:
+    """Votes, redux, elect, activemask."""
+    name = ".".join(i.parts[:2]) if i.parts[0] == "activemask" else ".".join(i.parts)
+    targets = s.elements(i.operands[0])
+    if i.parts[0] == "elect":
+        s.lines.append(f"t, p = w.elect({s.mask})")
+        s.put(targets[0], "t", "b32", raw=True)
+        s.put(targets[1], "p", "pred")
+        return
+    values = (
+        s.get(i.operands[1], "pred" if "pred" in name or "ballot" in name else i.parts[-1])
+        if len(i.operands) > 1
+        else "None"
+    )
+    out = "pred" if i.parts[-1] == "pred" else "b32"
+    s.put(targets[0], f"w.vote({name!r}, {values}, {s.mask})", out, raw=True)
+
+
+def _matrix(s: Segment, i: Instruction) -> None:
+    """ldmatrix and stmatrix."""
+    transposed = "trans" in i.parts
+    if i.parts[0] == "ldmatrix":
+        targets = s.elements(i.operands[0])
+        pointer = s.pointer(i.operands[1])
+        s.lines.append(f"t = w.load_matrix({pointer}, {len(targets)}, {transposed}, {s.mask})")
+        for n, target in enumerate(targets):
+            s.put(target, f"t[{n}]", "b32", raw=True)
+        return
+    values = ", ".join(s.get(v, "b32") for v in s.elements(i.operands[1]))
+    s.lines.append(
+        f"w.store_matrix({s.pointer(i.operands[0])}, [{values}], {transposed}, {s.mask})"
+    )
+
+
+def _mma(s: Segment, i: Instruction) -> None:
+    shape = next(p for p in i.parts if re.fullmatch(r"m\d+n\d+k\d+", p))
+    kinds = i.parts[-4:]
+    if kinds[0] != "f32" or kinds[1] != kinds[2] or kinds[1] not in ("f16", "bf16", "tf32"):
+        raise Unknown("types")
+    a, b, c = (
+        "[" + ", ".join(s.get(o, "b32") for o in s.elements(x)) + "]" for x in i.operands[1:4]
+    )
+    s.lines.append(f"t = w.mma({shape!r}, {kinds[1]!r}, {a}, {b}, {c}, {s.mask})")
+    for n, target in enumerate(s.elements(i.operands[0])):
+        s.put(target, f"t[{n}]", "b32", raw=True)
+
+
+def _wgmma(s: Segment, i: Instruction) -> None:
+    if i.parts[1] == "mma_async":
+        shape = next(p for p in i.parts if re.fullmatch(r"m\d+n\d+k\d+", p))
+        targets = [s.kernel.registers[o.text][0] for o in s.elements(i.operands[0])]
+        a = i.operands[1]
+        left = (
+            "[" + ", ".join(s.get(o, "b32") for o in a.parts) + "]"
+            if a.kind == "list"
+            else s.get(a, "b64")
+        )
+        right = s.get(i.operands[2], "b64")
+        scale = i.operands[3]
+        keep = s.get(scale, "pred") if scale.kind == "reg" else f"K0[{number(scale.text, 32)}]"
+        keep = keep.replace("K0[0]", "np.zeros(32, bool)").replace("K0[1]", "np.ones(32, bool)")
+        flags = [int(o.text, 0) for o in i.operands[4:]]
+        s.lines.append(
+            f"w.wgmma({shape!r}, {i.parts[-3:]!r}, {targets}, {left}, {right}, {keep}, {flags}, "
+            f"{s.mask})"
+        )
+    elif i.parts[1] == "wait_group":
+        s.lines.append(f"w.wgmma_wait({number(i.operands[0].text, 32)})")
+    else:
+        s.lines.append(f"w.wgmma_{i.parts[1]}()")
+
+
+def _copy(s: Segment, i: Instruction) -> None:
+    """cp.async and the bulk copies."""
+    name = i.name
+    if name == "cp.async.commit_group":
+        s.lines.append("w.commit_copies()")
+    elif name in ("cp.async.wait_group", "cp.async.wait_all"):
+        left = number(i.operands[0].text, 32) if i.operands else -1
+        s.lines.append(f"w.wait_copies({left})")
+    elif i.parts[2] in ("cg", "ca"):
+        size = number(i.operands[2].text, 32)
+        used = s.get(i.operands[3], "b32") if len(i.operands) > 3 else "None"
+        to, source = map(s.pointer, i.operands[:2])
+        s.lines.append(f"w.copy({to}, {source}, {size}, {used}, {s.mask})")
+    elif i.parts[2] == "bulk":
+        _bulk(s, i)
+    elif name.startswith("cp.async.mbarrier.arrive"):
+        s.lines.append(f"w.copies_arrive({s.pointer(i.operands[0])}, {'noinc' in name}, {s.mask})")
+    else:
+        raise Unknown(name)
+
+
+def _bulk(s: Segment, i: Instruction) -> None:
+    name = i.name
+    if i.parts[3] == "shared" and "global" in i.parts[4:]:
+        to, source, size, barrier = i.operands[:4]
+        s.lines.append(
+            f"w.copy_bulk({s.pointer(to)}, {s.pointer(source)}, {s.get(size, 'b32')}, "
+            f"{s.pointer(barrier)}, {s.mask})"
+        )
+    else:
+        raise Unknown(name)
+
+
+def _mbarrier(s: Segment, i: Instruction) -> None:
+    which = i.parts[1]
+    at = next(o for o in i.operands if o.kind == "memory")
+    pointer = s.pointer(at)
+    rest = i.operands[i.operands.index(at) + 1 :]
+    count = s.get(rest[0], "b32") if rest else "None"
+    if which == "arrive" and "expect_tx" in i.parts:
+        s.lines.append(f"w.expect({pointer}, {count}, {s.mask})")
+        count = "None"
+    if which in ("init", "inval", "arrive"):
+        s.lines.append(f"w.{which}({pointer}, {count}, {s.mask})")
+    elif which == "expect_tx":
+        s.lines.append(f"w.expect({pointer}, {count}, {s.mask})")
+    else:
+        raise Unknown(which)
+
+
+def _fence(s: Segment, i: Instruction) -> None:
+    if i.parts[1] == "proxy":
+        s.lines.append(f"w.fence_proxy({i.name!r})")
+    else:
+        s.lines.append("w.fence()")
+
+
+def _mapa(s: Segment, i: Instruction) -> None:
+    kind = f"b{bits(i.parts[-1])}"
+    a = s.get(i.operands[1], kind)
+    s.put(i.operands[0], f"w.mapa({a}, {s.get(i.operands[2], 'b32')})", kind, raw=True)
+
+
+def _to_space(s: Segment, i: Instruction) -> None:
+    kind = i.parts[-1]
+    space = _space(i)
+    base = {"global": 0, "shared": "w.window", "local": "w.local_window"}[space]
+    a = s.get(i.operands[1], kind)
+    sign = "-" if "to" in i.parts else "+"
+    text = a if space == "global" else f"({a} {sign} u{bits(kind) // 8}({base}))"
+    s.put(i.operands[0], text, kind, raw=True)
+
+
+def _nothing(s: Segment, i: Instruction) -> None:
+    """Register counts, prefetches and programmatic launches change no result."""
+
+
+TABLE: dict[str, Handler] = {
+    **dict.fromkeys(("vote", "redux", "elect", "activemask"), _together),
+    **dict.fromkeys(("atom", "red"), _atomic),
+    **dict.fromkeys(("ldmatrix", "stmatrix"), _matrix),
+    **dict.fromkeys(("membar", "fence"), _fence),
+    **dict.fromkeys(("setmaxnreg", "prefetch", "prefetchu", "griddepcontrol"), _nothing),
+    **{"ld": _load, "ldu": _load, "st": _store, "shfl": _shuffle, "mma": _mma, "wgmma": _wgmma},
+    **{"cp": _copy, "mbarrier": _mbarrier, "mapa": _mapa, "cvta": _to_space},
+}

@@ -1,0 +1,441 @@
+"""A warp: registers, active lanes, memory accesses, exchanges between lanes, barriers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ptx import numbers as N
+from ptx import tensor_cores as T
+from ptx.asynchronous import Asynchronous
+from ptx.memory import GLOBAL, LOCAL, SHARED, STRIDE, Clock, Fault
+from ptx.parse import Instruction, Operand, Unknown, number
+
+Array = np.ndarray[Any, Any]
+
+_POISON = {1: False, 8: 0xDB, 16: 0xDEAD, 32: 0xDEADBEEF, 64: 0xDEADBEEFDEADBEEF}
+_RAW = {1: bool, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_LANES = np.arange(32)
+
+
+class Warp(Asynchronous):
+    """32 lanes. Where they part, each side runs until both meet at the post-dominator."""
+
+    def __init__(self, cta: Any, index: int) -> None:
+        super().__init__()
+        cluster = cta.cluster
+        self.cta, self.index, self.memory, self.counters = (
+            cta,
+            index,
+            cluster.memory,
+            cluster.counters,
+        )
+        self.program, self.line = cluster.program, 0
+        kernel = self.program.kernel
+        self.R: list[Any] = [np.full(32, _POISON[b], _RAW[b]) for _, b in kernel.registers.values()]
+        total = cta.num_warps * cluster.size
+        self.agent = cta.rank * cta.num_warps + index
+        self.copier, self.proxy = total + self.agent, 2 * total + self.agent
+        self.clock = Clock(np.zeros(3 * total, np.int64), np.zeros(3 * total, np.int64))
+        self.clock.seen[self.agent] = 1
+        thread = 32 * index + _LANES
+        count = int(np.prod(cluster.threads))
+        # (instruction, where its lanes wait for others, lanes); the last entry runs.
+        self.stack: list[list[Any]] = [[0, None, thread < count]]
+        self.waiting: Any = None
+        self.blocked = False
+        self.window = SHARED + (cta.rank + 1) * STRIDE
+        self.local_window = LOCAL
+        self.local = np.full((32, max(8, kernel.local_bytes)), 0xFF, np.uint8)
+        self._special = self._specials(thread)
+
+    def _specials(self, thread: Array) -> dict[str, Array]:
+        cluster, (x, y, _) = self.cta.cluster, self.cta.cluster.threads
+        values: dict[str, Any] = {
+            "%laneid": _LANES,
+            "%warpid": self.index,
+            "%clock": 0,
+            "%globaltimer": 0,
+            "%tid.x": thread % x,
+            "%tid.y": thread // x % y,
+            "%tid.z": thread // (x * y),
+            "%cluster_ctarank": self.cta.rank,
+            "%cluster_nctarank": cluster.size,
+            "%cluster_ctaid.x": self.cta.rank,
+            "%cluster_nctaid.x": cluster.size,
+            "%clusterid.x": self.cta.block[0] // cluster.size,
+            "%dynamic_smem_size": 0,
+            "%lanemask_lt": (1 << _LANES) - 1,
+            "WARP_SZ": 32,
+        }
+        for n, axis in enumerate("xyz"):
+            values |= {f"%ctaid.{axis}": self.cta.block[n], f"%nctaid.{axis}": cluster.grid[n]}
+            values |= {f"%ntid.{axis}": cluster.threads[n]}
+        return {k: np.broadcast_to(np.asarray(v), 32).astype(np.uint32) for k, v in values.items()}
+
+    def special(self, name: str) -> Array:
+        if name not in self._special:
+            raise Unknown(name)
+        return self._special[name]
+
+    @property
+    def now(self) -> int:
+        return int(self.clock.seen[self.agent])
+
+    def tick(self) -> None:
+        self.clock.seen[self.agent] += 1
+
+    # Control
+
+    def step(self, segments: int) -> bool:
+        """Run some segments, until blocked or exited; return whether anything was done."""
+        done = self.blocked = False
+        try:
+            for _ in range(segments):
+                if not self.stack:
+                    break
+                if not self._segment():
+                    self.blocked = True
+                    break
+                done = True
+        except Unknown:
+            raise
+        except Fault as error:
+            raise Fault(
+                f"line {self.line}, warp {self.agent}, CTA {self.cta.block}: {error}"
+            ) from None
+        except (AttributeError, TypeError) as error:
+            if "Future" in str(error):
+                cause = "a product's register is used before wgmma.wait_group"
+                raise Fault(f"line {self.line}, warp {self.agent}: {cause}") from None
+            raise
+        return done
+
+    def _segment(self) -> bool:
+        top = self.stack[-1]
+        at, until, mask = top
+        if at == until or at >= len(self.program.kernel.code) or not mask.any():
+            self.stack.pop()
+            return True
+        if instruction := self.program.control(at):
+            self.line = instruction.line
+            return self._control(top, instruction)
+        full = bool(mask.all())
+        function, classes = self.program.segment(at, not full)
+        self.counters.update(classes)
+        function(self, self.R, None if full else mask)
+        top[0] = self.program.ends[at]
+        return True
+
+    def value(self, operand: Operand, dtype: Any = np.uint32) -> Array:
+        if operand.kind == "reg":
+            raw = self.R[self.program.kernel.registers[operand.text][0]]
+            return ~raw if operand.negated else raw
+        if operand.kind == "number":
+            return np.full(32, number(operand.text, 64)).astype(dtype)
+        if operand.kind == "symbol":
+            kernel = self.program.kernel
+            return np.full(32, kernel.shared[operand.text] + operand.offset)
+        raise Unknown(operand.kind)
+
+    def _control(self, top: list[Any], i: Instruction) -> bool:
+        at, _, mask = top
+        chosen = mask & self.value(i.guard) if i.guard else mask
+        name = i.parts[0]
+        if name == "bra":
+            self.counters.add("branches", 1)
+            self._branch(top, self.program.kernel.labels[i.operands[0].text], chosen)
+            return True
+        if name in ("ret", "exit"):
+            for entry in self.stack:
+                entry[2] = entry[2] & ~chosen
+        elif name == "trap":
+            raise Fault("trap")
+        elif chosen.any() and not self._meet(i, chosen):
+            return False
+        top[0] = at + 1
+        return True
+
+    def _branch(self, top: list[Any], target: int, chosen: Array) -> None:
+        at, _, mask = top
+        rest = mask & ~chosen
+        if not rest.any() or not chosen.any():
+            top[0] = target if chosen.any() else at + 1
+            return
+        meeting = self.program.post_dominators[at]
+        if meeting is None:
+            self.stack.pop()
+        else:
+            top[0] = meeting
+        self.stack += [[at + 1, meeting, rest], [target, meeting, chosen]]
+
+    def _meet(self, i: Instruction, mask: Array) -> bool:
+        if i.parts[0] == "nanosleep" or i.name.startswith("bar.warp"):
+            return True
+        if i.parts[0] == "mbarrier":
+            at = i.operands[1]
+            pointer = self.value(at.parts[0]).astype(np.int64) + at.offset
+            passed = self.has_completed(
+                pointer, self.value(i.operands[2]), "parity" in i.parts, mask
+            )
+            if passed:
+                index = self.program.kernel.registers[i.operands[0].text][0]
+                self.R[index] = np.where(mask, True, self.R[index])
+            return passed
+        if i.name.startswith("barrier.cluster"):
+            return self._cluster_barrier("wait" in i.parts)
+        if any((entry[2] & ~mask).any() for entry in self.stack):
+            raise Fault("a barrier in a divergent branch")
+        name = int(self.value(i.operands[0])[mask][0]) if i.operands else 0
+        needed = 32 * self.cta.num_warps
+        if len(i.operands) > 1:
+            needed = int(self.value(i.operands[1])[mask][0])
+        if "red" in i.parts:
+            raise Unknown("bar.red")
+        return self._barrier(name, needed, "arrive" not in i.parts)
+
+    def _barrier(self, name: int, needed: int, wait: bool) -> bool:
+        empty = {"arrived": 0, "phase": 0, "clock": None, "done": None}
+        barrier = self.cta.barriers.setdefault(name, empty)
+        return self._arrive_and_wait(barrier, needed, 32, wait)
+
+    def _cluster_barrier(self, wait: bool) -> bool:
+        cluster = self.cta.cluster
+        if not wait:
+            self.arrived_in = cluster.barrier["phase"]
+            self._arrive(cluster.barrier, 32 * len(cluster.warps), 32)
+            return True
+        if cluster.barrier["phase"] <= self.arrived_in:
+            return False
+        self.clock.join(cluster.barrier["done"])
+        return True
+
+    def _arrive(self, barrier: dict[str, Any], needed: int, lanes: int) -> None:
+        if barrier["clock"] is None:
+            barrier["clock"] = self.clock.copy()
+        barrier["clock"].join(self.clock)
+        self.tick()
+        barrier["arrived"] += lanes
+        if barrier["arrived"] > needed:
+            raise Fault("more warps arrive at a barrier than it expects")
+        if barrier["arrived"] == needed:
+            barrier["done"], barrier["clock"] = barrier["clock"], None
+            barrier["arrived"] = 0
+            barrier["phase"] += 1
+
+    def _arrive_and_wait(
+        self, barrier: dict[str, Any], needed: int, lanes: int, wait: bool
+    ) -> bool:
+        if self.waiting is None:
+            self.waiting = barrier["phase"]
+            self._arrive(barrier, needed, lanes)
+            if not wait:
+                self.waiting = None
+                return True
+        if barrier["phase"] <= self.waiting:
+            return False
+        self.waiting = None
+        self.clock.join(barrier["done"])
+        return True
+
+    # Memory
+
+    def home(self, pointer: int) -> tuple[Any, int]:
+        """Return the CTA and offset of a shared address."""
+        if pointer >= SHARED:
+            pointer -= SHARED
+        rank, at = divmod(pointer, STRIDE)
+        return (self.cta if rank == 0 else self.cta.cluster.ctas[rank - 1]), at
+
+    def param(self, at: int, size: int) -> Array:
+        raw = self.cta.cluster.arguments[at : at + size]
+        return np.full(32, int.from_bytes(raw, "little"), _UNSIGNED[size])
+
+    def _space(self, space: str, pointer: Array) -> str:
+        if space != "generic":
+            return space
+        first = int(pointer[0])
+        if first >= GLOBAL:
+            return "global"
+        return "local" if LOCAL <= first < LOCAL + STRIDE else "shared"
+
+    def _places(
+        self, space: str, pointer: Array, size: int, lanes: Array, data: Array | None = None
+    ) -> list[Any]:
+        """Return (bytes, which of the pointers, indices of bytes) of an access, checked."""
+        space = self._space(space, pointer)
+        step = np.arange(size)
+        if space == "global":
+            index = self.memory.place(pointer, size)
+            self.counters.sectors("global", index, size)
+            return [(self.memory.bytes, slice(None), index[:, None] + step)]
+        if space == "local":
+            index = pointer - (LOCAL if pointer[0] >= LOCAL else 0)
+            if (index < 0).any() or (index + size > self.local.shape[1]).any():
+                raise Fault("a local address is out of bounds")
+            flat = lanes * self.local.shape[1] + index
+            return [(self.local.reshape(-1), slice(None), flat[:, None] + step)]
+        pointer = np.where(pointer >= SHARED, pointer - SHARED, pointer)
+        ranks = pointer // STRIDE
+        result = []
+        for rank in np.unique(ranks) if ranks.any() else (0,):
+            which = ranks == rank
+            shared = (self.cta if rank == 0 else self.cta.cluster.ctas[rank - 1]).shared
+            index = shared.place(pointer[which] % STRIDE, size)
+            cells = shared.cells(index, size)
+            self.counters.shared("shared", index, size)
+            if data is not None:
+                same = (shared.bytes[index[:, None] + step] == data[which]).all(axis=1)
+                shared.writing(cells, self.agent, self.now, self.clock, same)
+            else:
+                shared.reading(cells, self.agent, self.now, self.clock, proxy=False)
+            result.append((shared.bytes, which, index[:, None] + step))
+        return result
+
+    def load(self, space: str, pointer: Array, size: int, count: int, mask: Any) -> list[Array]:
+        lanes = _LANES if mask is None else _LANES[mask]
+        result = np.zeros((32, count), _UNSIGNED[size])
+        if lanes.size:
+            data = np.zeros((lanes.size, size * count), np.uint8)
+            for raw, which, index in self._places(space, pointer[lanes], size * count, lanes):
+                data[which] = raw[index]
+            result[lanes] = data.view(_UNSIGNED[size])
+        return [result[:, n] for n in range(count)]
+
+    def store(self, space: str, pointer: Array, size: int, values: list[Array], mask: Any) -> None:
+        lanes = _LANES if mask is None else _LANES[mask]
+        if not lanes.size:
+            return
+        data = np.stack([v[lanes].astype(_UNSIGNED[size]) for v in values], axis=1).view(np.uint8)
+        for raw, which, index in self._places(
+            space, pointer[lanes], size * len(values), lanes, data
+        ):
+            raw[index] = data[which]
+
+    def atomic(
+        self, which: str, space: str, pointer: Array, values: list[Array], mask: Any
+    ) -> Array:
+        dtype = values[0].dtype
+        size = dtype.itemsize
+        result = np.zeros(32, dtype)
+        if self._space(space, pointer) != "global":
+            raise Unknown("atomics in shared memory")
+        operations: dict[str, Any] = {
+            "add": lambda old, v: old + v[0], "min": lambda old, v: min(old, v[0]),
+            "max": lambda old, v: max(old, v[0]), "exch": lambda old, v: v[0],
+            "and": lambda old, v: old & v[0], "or": lambda old, v: old | v[0],
+            "cas": lambda old, v: v[1] if old == v[0] else old,
+            "inc": lambda old, v: old + 1 if old < v[0] else old * 0,
+        }  # fmt: skip
+        for lane in _LANES if mask is None else _LANES[mask]:
+            index = int(self.memory.place(pointer[lane : lane + 1], size)[0])
+            word = self.memory.bytes[index : index + size].view(dtype)
+            result[lane] = word[0]
+            word[0] = operations[which](word[0], [v[lane] for v in values])
+        return result
+
+    def load_matrix(self, pointer: Array, count: int, transposed: bool, mask: Any) -> list[Array]:
+        if mask is not None:
+            raise Fault("ldmatrix by a part of a warp")
+        ((raw, _, index),) = self._places("shared", pointer[: 8 * count], 16, _LANES)
+        matrices = raw[index].view(np.uint16).reshape(count, 8, 8)
+        return [T.matrix_rows(matrix, transposed) for matrix in matrices]
+
+    def store_matrix(
+        self, pointer: Array, values: list[Array], transposed: bool, mask: Any
+    ) -> None:
+        if mask is not None:
+            raise Fault("stmatrix by a part of a warp")
+        rows = np.concatenate([T.rows_of_matrix(v, transposed) for v in values])
+        data = np.ascontiguousarray(rows).view(np.uint8)
+        pointer = pointer[: 8 * len(values)]
+        ((raw, _, index),) = self._places("shared", pointer, 16, _LANES, data)
+        raw[index] = data
+
+    def mma(
+        self, shape: str, kind: str, a: list[Array], b: list[Array], c: list[Array], mask: Any
+    ) -> list[Array]:
+        if mask is not None:
+            raise Fault("mma by a part of a warp")
+        k = int(shape.split("k")[1])
+        if shape[:6] != "m16n8k":
+            raise Unknown(shape)
+        self.counters.add("tensor-core products", 1)
+        d = T.product(T.left(a, kind, k), T.right(b, kind, k), T.accumulators(c))
+        return T.registers_of(d)
+
+    def mapa(self, address: Array, rank: Array) -> Array:
+        moved = (rank.astype(address.dtype) + address.dtype.type(1)) * address.dtype.type(STRIDE)
+        inner = address & address.dtype.type(STRIDE - 1)
+        base = address.dtype.type(SHARED) if address.dtype.itemsize == 8 else address.dtype.type(0)
+        return base + moved + inner
+
+    # Between lanes
+
+    def shuffle(self, mode: str, a: Array, b: Array, c: Array, mask: Any) -> tuple[Array, Array]:
+        lane, b, c = _LANES, b.astype(np.int64) & 31, c.astype(np.int64)
+        clamp, segment = c & 31, c >> 8 & 31
+        last = (lane & segment) | (clamp & ~segment)
+        source = {
+            "up": lambda: lane - b, "down": lambda: lane + b, "bfly": lambda: lane ^ b,
+            "idx": lambda: (lane & segment) | (b & ~segment & 31),
+        }[mode]()  # fmt: skip
+        valid = source >= last if mode == "up" else source <= last
+        source = np.where(valid, source, lane)
+        if mask is not None and not mask[source[mask]].all():
+            raise Fault("a shuffle reads a lane that does not take part")
+        return a[source], valid
+
+    def vote(self, name: str, values: Any, mask: Any) -> Array:
+        lanes = _LANES if mask is None else _LANES[mask]
+        if name.startswith("activemask"):
+            return np.full(32, sum(1 << int(n) for n in lanes), np.uint32)
+        if name.startswith("vote"):
+            active = values[lanes]
+            if "ballot" in name:
+                return np.full(32, sum(1 << int(n) for n in lanes[active]), np.uint32)
+            result = active.all() if ".all" in name else active.any()
+            if ".uni" in name:
+                result = active.all() or not active.any()
+            return np.full(32, bool(result))
+        function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
+                    "or": np.bitwise_or, "xor": np.bitwise_xor}[name.split(".")[2]]  # fmt: skip
+        return np.full(32, function.reduce(values[lanes]), values.dtype).view(np.uint32)
+
+    def elect(self, mask: Any) -> tuple[Array, Array]:
+        first = 0 if mask is None else int(_LANES[mask][0]) if mask.any() else 0
+        return np.full(32, first, np.uint32), first == _LANES
+
+    def halves(self, name: str, kind: str, *args: Array) -> Array:
+        """Compute in 16 bits, rounded once."""
+        if kind.endswith("x2"):
+            low, high = zip(*(N.halves(a) for a in args), strict=True)
+            return N.pack(self.halves(name, kind[:-2], *low), self.halves(name, kind[:-2], *high))
+        x = [getattr(N, f"from_{kind}")(a) for a in args]
+        if name in ("neg", "abs"):
+            return args[0] ^ np.uint16(0x8000) if name == "neg" else args[0] & np.uint16(0x7FFF)
+        if name in ("min", "max"):
+            return getattr(N, f"to_{kind}")(N.minimum(x[0], x[1], name == "max", False))
+        wide = [v.astype(np.float64) for v in x]
+        if name in N.APPROXIMATE:
+            value = N.APPROXIMATE[name](wide[0])
+        else:
+            value = {
+                "add": lambda a, b: a + b,
+                "sub": lambda a, b: a - b,
+                "mul": lambda a, b: a * b,
+                "fma": lambda a, b, c: a * b + c,
+            }[name](*wide)
+        if kind == "f16":
+            return np.where(
+                value != value, np.uint16(0x7FFF), value.astype(np.float16).view(np.uint16)
+            )
+        raw = value.view(np.uint64)
+        odd = raw >> np.uint64(45) & np.uint64(1)
+        near = (raw + np.uint64((1 << 44) - 1) + odd) & ~np.uint64((1 << 45) - 1)
+        normal = np.abs(value) > 2.0**-126
+        return N.to_bf16(
+            np.where(normal & np.isfinite(value), near.view(np.float64), value).astype(np.float32)
+        )

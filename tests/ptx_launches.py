@@ -1,0 +1,261 @@
+"""Runs operations' Triton kernels from their PTX on a CPU, against the float64 reference.
+
+    python tests/ptx_launches.py [CASE ...] [--sm 80 90] [--dtypes fp32 bf16] [--orders N]
+
+Needs Triton, not its interpreter: run in a process of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import ptx
+import torch
+from torch import Tensor
+
+from crossvit_kernels.gpu import launcher, tables
+from crossvit_kernels.inspect import ahead_of_time
+from crossvit_kernels.inspect.ahead_of_time import CompileCase, compile_for
+from crossvit_kernels.ops.common import configs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Launcher:
+    """Stands in for ``launcher.start``: compiles for an architecture and executes the PTX.
+
+    Attributes:
+        counters: What each kernel did, by name.
+        seconds: Time spent in each.
+    """
+
+    def __init__(self, sm: int, order: int, without: str = "") -> None:
+        self.sm, self.order, self.without = sm, order, without
+        self.counters: dict[str, ptx.Counters] = {}
+        self.seconds: dict[str, float] = {}
+        self._kernels: dict[Any, Any] = {}
+
+    def compiled(self, case: CompileCase) -> tuple[ptx.Kernel, Any, Any]:
+        candidate = case.specialization.candidates[0]
+        key = repr((case.name, *case.specialization[1:3], candidate, case.specialization.constants))
+        if key not in self._kernels:
+            compiled = compile_for(case, "cuda", self.sm, candidate)
+            text = compiled.asm["ptx"]
+            if self.without:
+                text = re.sub(
+                    rf"^\s*(@\S+\s+)?({self.without})[^;\n]*;", "", text, flags=re.MULTILINE
+                )
+            (kernel,) = ptx.kernels(text).values()
+            self._kernels[key] = kernel, compiled.metadata, candidate
+        return self._kernels[key]
+
+    def __call__(
+        self,
+        kernel: Any,
+        grid: Any,
+        tensors: Any,
+        sizes: tuple[int, ...],
+        candidates: Any,
+        constants: tuple[Any, ...] = (),
+        weights: tuple[Any, ...] = (),
+        eps: float | None = None,
+    ) -> tuple[Tensor, ...]:
+        programs = launcher._programs(grid, candidates[0])
+
+        def dtypes(group: Any) -> list[Any]:
+            return [None if t is None else t.dtype for t in group]
+
+        specialization = launcher.Specialization(
+            kernel,
+            tuple(dtypes((*tensors, *programs.tensors))),
+            tuple(type(group)(*dtypes(group)) for group in weights),
+            candidates,
+            constants,
+        )
+        case = CompileCase(specialization)
+        code, metadata, _ = self.compiled(case)
+        present = [
+            t for t in (*tensors, *programs.tensors, *sum(map(tuple, weights), ())) if t is not None
+        ]
+        numbers = [np.int32(n) for n in (*sizes, *programs.sizes)]
+        numbers += [] if eps is None else [np.float32(eps)]
+        began = time.perf_counter()
+        counters = execute(
+            code,
+            programs.grid,
+            32 * metadata.num_warps,
+            present,
+            numbers,
+            metadata.shared,
+            self.order,
+        )
+        self.seconds[case.name] = self.seconds.get(case.name, 0) + time.perf_counter() - began
+        self.counters.setdefault(case.name, ptx.Counters()).update(counters)
+        return programs.tensors
+
+
+def execute(
+    kernel: ptx.Kernel,
+    grid: Any,
+    threads: int,
+    tensors: list[Tensor],
+    numbers: list[Any],
+    shared_bytes: int,
+    order: int,
+) -> ptx.Counters:
+    """Run a kernel on tensors, whose storages become allocations of exactly their bytes."""
+    memory = ptx.Memory()
+    bases: dict[int, tuple[int, Any, Any]] = {}
+    addresses = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in bases:
+            raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
+            bases[storage.data_ptr()] = memory.add(raw), raw, storage
+        begin = bases[storage.data_ptr()][0]
+        addresses.append(np.uint64(begin + tensor.data_ptr() - storage.data_ptr()))
+    arguments = [*addresses, *numbers]
+    arguments += [np.uint64(0)] * (len(kernel.params) - len(arguments))  # Triton's scratch memory
+    counters = ptx.run(kernel, grid, threads, arguments, memory, shared_bytes, order)
+    for address, raw, _ in bases.values():
+        raw[:] = memory.read(address, raw)
+    return counters
+
+
+@contextmanager
+def executing(sm: int, order: int = 0, without: str = "") -> Iterator[Launcher]:
+    """Execute the Triton backend's launches on CPU tensors as if they were on a GPU."""
+    start = Launcher(sm, order, without)
+    with (
+        mock.patch.object(launcher, "start", start),
+        mock.patch.object(launcher, "_INTERPRETING", True),
+        mock.patch.object(launcher, "interpreter_has_bfloat16", True),
+        mock.patch.object(tables, "sm", lambda device: sm),
+        mock.patch.object(configs, "PROGRAMS", 4),
+        mock.patch.dict(ahead_of_time._NAMES, {torch.float64: "fp64"}),  # the cases' residual_scale
+    ):
+        yield start
+
+
+def _core(dtype: torch.dtype) -> None:
+    from core_cases import check_rule, make
+
+    for options in ({"extra": True}, {"masked": True}):
+        inputs, mask = make(2, 19, 3, 32, dtype, **options)
+        check_rule(inputs, mask, dtype, backend="triton")
+
+
+def _fusion(dtype: torch.dtype) -> None:
+    from fusion_cases import check_rule
+
+    check_rule(16, 32, 2, 2, 9, dtype, scaled=True, backend="triton")
+
+
+def _msa(variant: str, keep: str) -> Callable[[torch.dtype], None]:
+    def run(dtype: torch.dtype) -> None:
+        from block_cases import check_msa
+
+        with configs.VARIANTS.choose(variant):
+            options = {"with_cls": True, "scaled": True, "keep": keep}
+            check_msa(64, 2, 1, 21, dtype=dtype, backend="triton", **options)
+
+    return run
+
+
+def _ffn(variant: str) -> Callable[[torch.dtype], None]:
+    def run(dtype: torch.dtype) -> None:
+        from block_cases import check_ffn
+
+        with configs.VARIANTS.choose(variant):
+            check_ffn(64, 128, 1, 21, dtype=dtype, scaled=True, backend="triton")
+
+    return run
+
+
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "attention_core": _core,
+    "cross_attention_fusion": _fusion,
+    **{f"layernorm_ffn_{v}": _ffn(v) for v in ("fused", "split")},
+    **{f"layernorm_msa_{v}_{k}": _msa(v, k) for v in ("fused", "split") for k in ("fast", "lean")},
+}
+
+
+class Digest:
+    """Collects the bits that a case's backend returns, to compare schedules."""
+
+    def __init__(self) -> None:
+        self.bits: list[bytes] = []
+
+    def __call__(self, actual: Tensor, *rest: Any, **options: Any) -> None:
+        self.bits.append(actual.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        self.check(actual, *rest, **options)
+
+
+def run_case(
+    name: str, sm: int, dtype: str, order: int, without: str = ""
+) -> tuple[list[bytes], Launcher]:
+    """Run a case under the accuracy rule; return its results' bits and the launcher."""
+    import accuracy
+    import block_cases
+    import core_cases
+    import fusion_cases
+
+    digest = Digest()
+    digest.check = accuracy.assert_within_rule  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    with (
+        executing(sm, order, without) as start,
+        mock.patch.object(block_cases, "assert_within_rule", digest),
+        mock.patch.object(core_cases, "assert_within_rule", digest),
+        mock.patch.object(fusion_cases, "assert_within_rule", digest),
+    ):
+        CASES[name](DTYPES[dtype])
+    return digest.bits, start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("cases", nargs="*", default=[], metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--sm", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--orders", type=int, default=2, help="schedules, which must agree bitwise")
+    parser.add_argument("--counters", action="store_true", help="print what each kernel did")
+    parser.add_argument("--without", default="", help="leave out instructions of these names")
+    options = parser.parse_args()
+    failed = 0
+    for name in options.cases or CASES:
+        for sm in options.sm:
+            for dtype in options.dtypes:
+                began, expected, problem = time.perf_counter(), None, ""
+                try:
+                    for order in range(options.orders):
+                        bits, start = run_case(name, sm, dtype, order, options.without)
+                        assert expected in (None, bits), f"order {order} has other bits"
+                        expected = bits
+                except (ptx.Fault, ptx.Unknown, AssertionError) as error:
+                    problem = f"{type(error).__name__}: {error}"
+                    failed += 1
+                took = time.perf_counter() - began
+                print(f"{name} sm_{sm} {dtype}: {problem or 'ok'} ({took:.1f} s)", flush=True)
+                if options.counters and not problem:
+                    for kernel, counters in start.counters.items():
+                        print(f"  {kernel}: {dict(counters)}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
