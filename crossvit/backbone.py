@@ -225,7 +225,7 @@ def changed(model: type[nn.Module], config: AnyConfig, changes: dict[str, Any]) 
     Raises:
         TypeError: A name is neither a field nor an argument of the model's class.
     """
-    fields = {field.name for field in dataclasses.fields(config)}
+    fields: set[str] = {field.name for field in dataclasses.fields(config)}
     for name in changes:
         if name in _OF_CREATE_MODEL:
             raise TypeError(f"{model.__name__}: {name} is an argument of crossvit.create_model")

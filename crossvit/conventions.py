@@ -13,6 +13,7 @@ from crossvit.transforms import CROP_PCT, IMAGENET_MEAN, IMAGENET_STD
 
 #: From this side on timm evaluates without a margin around the crop.
 _NO_MARGIN = 384
+_CROP_PCT = {Config: CROP_PCT, VitConfig: 0.9}
 
 
 def architecture(config: Config | VitConfig) -> str | None:
@@ -22,7 +23,9 @@ def architecture(config: Config | VitConfig) -> str | None:
     """
     names = _names().get(_without_size(config), [])
     here = config_grids(config)
-    return next((n for n in names if config_grids(named_config(n)) == here), next(iter(names), None))
+    return next(
+        (n for n in names if config_grids(named_config(n)) == here), next(iter(names), None)
+    )
 
 
 def pretrained_cfg(config: Config | VitConfig, in_chans: int) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def pretrained_cfg(config: Config | VitConfig, in_chans: int) -> dict[str, Any]:
         "input_size": (in_chans, height, width),
         "fixed_input_size": has_one_image_size(config),
         "interpolation": "bicubic",
-        "crop_pct": 1.0 if min(height, width) >= _NO_MARGIN else CROP_PCT,
+        "crop_pct": 1.0 if min(height, width) >= _NO_MARGIN else _CROP_PCT[type(config)],
         "crop_mode": "center",
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
@@ -78,7 +81,7 @@ def _names() -> dict[Config | VitConfig, list[str]]:
 
 
 def _without_size(config: Config | VitConfig) -> Config | VitConfig:
-    pairs = {name: tuple(value) for name, value in vars(config).items() if type(value) is list}
+    pairs: Any = {k: tuple(value) for k, value in vars(config).items() if type(value) is list}
     return dataclasses.replace(config, **{**pairs, "img_size": 240})
 
 

@@ -110,9 +110,8 @@ def _features_of(model: Backbone, out_indices: int | Sequence[int] | None) -> nn
             error
         )
     cfg = model.pretrained_cfg
-    net = FeatureGetterNet(
-        model, default_out_indices(model) if out_indices is None else out_indices
-    )
+    indices: Any = default_out_indices(model) if out_indices is None else out_indices
+    net: Any = FeatureGetterNet(model, indices)
     net.pretrained_cfg = {k: v for k, v in cfg.items() if k not in ("num_classes", "classifier")}
     return net
 

@@ -40,7 +40,8 @@ def register() -> list[str]:
         ImportError: timm is not installed.
     """
     try:
-        from timm.models import is_model, list_models as list_timm, model_entrypoint
+        from timm.models import is_model, model_entrypoint
+        from timm.models import list_models as list_timm
     except ImportError as error:
         raise ImportError("crossvit.timm needs timm: pip install 'crossvit-kernels[train]'") from (
             error

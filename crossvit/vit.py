@@ -126,7 +126,9 @@ class VisionTransformer(IntermediateFeatures, Backbone):
             features: [B, 1 + N, C] or [B, C].
             pre_logits: Return the head's input, [B, C].
         """
-        cls = self.head_drop(pool(features, 1, self.global_pool) if features.dim() == 3 else features)
+        cls = self.head_drop(
+            pool(features, 1, self.global_pool) if features.dim() == 3 else features
+        )
         return cls if pre_logits else cast(Tensor, self.head(cls))
 
     def forward_feature_maps(self, x: Tensor) -> Tensor:
