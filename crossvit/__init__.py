@@ -7,6 +7,7 @@ from crossvit.macs import count_macs
 from crossvit.model import CrossViT
 from crossvit.pretrained import create_model, official_url
 from crossvit.vit import VisionTransformer
+from crossvit_kernels import __version__
 
 __all__ = [
     "BlockAttention",
@@ -14,6 +15,7 @@ __all__ = [
     "CrossViT",
     "VisionTransformer",
     "VitConfig",
+    "__version__",
     "attention_maps",
     "count_macs",
     "create_model",

@@ -40,8 +40,12 @@ _KINDS: dict[int, type[OSError]] = {
 }
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
+def locate(source: str | os.PathLike[str], **hub_options: Any) -> Path:
     """Return the local file of a path, a URL or a Hugging Face hub id, downloading it if needed.
+
+    Args:
+        source: Any of these.
+        **hub_options: Arguments of ``huggingface_hub.hf_hub_download``, for a hub id.
 
     Raises:
         FileNotFoundError: The source is none of these, or there are no weights.
@@ -64,9 +68,9 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if urlparse(name).scheme in ("http", "https", "file"):
         return _download(name)
     if (hub_id := _HUB_ID.fullmatch(name)) and path.suffix not in _SUFFIXES:
-        path = hub.download(hub_id[1], _HUB_FILES)
+        path = hub.download(hub_id[1], _HUB_FILES, **hub_options)
         for shard in shards(path) if path.name.endswith(_INDEX) else ():
-            hub.download(hub_id[1], [shard])
+            hub.download(hub_id[1], [shard], **hub_options)
         return path
     raise FileNotFoundError(f"{name}: no such file, and neither a URL nor a hub id (owner/name)")
 

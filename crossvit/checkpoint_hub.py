@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,13 @@ _TIMEOUT_S = 5
 _HTTP_PACKAGES = ("requests", "urllib3", "httpx", "httpx2", "httpcore")
 
 
-def download(repository: str, names: Sequence[str]) -> Path:
+def download(repository: str, names: Sequence[str], **options: Any) -> Path:
     """Return the first of these files that the repository has, downloaded or from the cache.
+
+    Args:
+        repository: ``owner/name``.
+        names: Of files in it.
+        **options: Arguments of ``huggingface_hub.hf_hub_download``, e.g. ``revision``.
 
     Raises:
         FileNotFoundError: There is no such repository, or it has none of these files.
@@ -32,11 +37,11 @@ def download(repository: str, names: Sequence[str]) -> Path:
         raise ImportError(
             f"{repository} is a hub id, which needs huggingface_hub: {INSTALL}"
         ) from error
-    cached = _cached(repository, names)
+    cached = _cached(repository, names, options)
     with _without_retries(probe=cached is None) as unreachable:
         for name in names:
             try:
-                return Path(huggingface_hub.hf_hub_download(repository, name))
+                return Path(huggingface_hub.hf_hub_download(repository, name, **options))
             except Exception as error:
                 # The error for a file not in the cache derives from that for a missing file.
                 local = isinstance(error, errors.LocalEntryNotFoundError)
@@ -51,10 +56,11 @@ def download(repository: str, names: Sequence[str]) -> Path:
     raise FileNotFoundError(f"{repository}: the repository has none of {', '.join(names)}")
 
 
-def _cached(repository: str, names: Sequence[str]) -> Path | None:
+def _cached(repository: str, names: Sequence[str], options: Mapping[str, Any]) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    cached = (try_to_load_from_cache(repository, name) for name in names)
+    where = {key: options[key] for key in ("cache_dir", "revision") if key in options}
+    cached = (try_to_load_from_cache(repository, name, **where) for name in names)
     return next((Path(path) for path in cached if isinstance(path, str)), None)
 
 

@@ -83,7 +83,7 @@ def load_checkpoint(
     """
     core = checkpoint_targets.unwrap(model)
     content, metadata = _read(source)
-    _check_architecture(metadata, core.config)
+    _check_architecture(metadata, core)
     expected = checkpoint_targets.tensors(model)
     entries = _entries(core, expected, content, replace_head, use_ema)
     _fit_heads(entries.state, expected, core, replace_head)
@@ -95,6 +95,21 @@ def load_checkpoint(
     for note in entries.notes:
         logger.info("%s: %s", name, note)
     return model
+
+
+def to_our_layout(state: Mapping[str, Any], model: Backbone) -> dict[str, Any]:
+    """Return released weights under the model's names, position embeddings in its size.
+
+    Args:
+        state: A state dict in the layout of the authors, of timm or of this package.
+        model: Of the same architecture; image size, heads and input channels may differ.
+
+    Raises:
+        ValueError: The weights or their grid are ambiguous.
+    """
+    entries = _entries(model, model.state_dict(), state, True, use_ema=True)
+    _fit_position_embeddings(entries, model, None)
+    return entries.state
 
 
 def load_model(
@@ -239,6 +254,7 @@ def describe(
         "config": dataclasses.asdict(core.config),
         "num_classes": core.num_classes,
         "in_chans": core.in_chans,
+        "global_pool": core.global_pool,
         "dynamic_img_size": core.dynamic_img_size,
         # Of the blocks: a performer's projections in the embedding always have one.
         "qkv_bias": any(re.match(r"blocks\..*\.attn\.qkv\.bias$", key) for key in state),
@@ -282,16 +298,18 @@ def _num_classes(model: Backbone, content: Mapping[str, Any], use_ema: bool) -> 
     return len(head) if head is not None and head.dim() == 2 else 0
 
 
-def _check_architecture(metadata: Mapping[str, str], config: Config | VitConfig) -> None:
+def _check_architecture(metadata: Mapping[str, str], model: Backbone) -> None:
     """Refuse what the shapes of weights do not show.
 
     Raises:
         ValueError: The file was saved from a model that computes something else.
     """
-    description = _description(metadata)
-    saved = {} if description is None else description["config"]
-    for name in ("fusion", "num_heads", "patch_sizes", "reread_patches"):
-        ours = getattr(config, name, None)
+    description = _description(metadata) or {"config": {}}
+    saved = description["config"]
+    if model.num_classes:  # else the caller pools
+        saved = {"global_pool": description.get("global_pool", model.global_pool), **saved}
+    for name in ("fusion", "num_heads", "patch_sizes", "reread_patches", "global_pool"):
+        ours = getattr(model if name == "global_pool" else model.config, name, None)
         if name in saved and ours is not None and saved[name] != ours:
             raise ValueError(f"{name}: the checkpoint's is {saved[name]!r}, the model's {ours!r}")
 

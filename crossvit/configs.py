@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -148,22 +148,6 @@ class VitConfig:
             isinstance(side, (tuple, list)) for side in self.img_size
         ):
             raise TypeError(f"img_size: expected an int or (h, w), found {self.img_size!r}")
-
-
-def changed(config: Any, changes: dict[str, Any]) -> Any:
-    """Return a configuration with other fields.
-
-    Raises:
-        ValueError: See the configuration's class.
-        TypeError: There is no such field, or it is of another type.
-    """
-    known = [field.name for field in fields(config)]
-    for name in changes:
-        if name not in known:
-            raise TypeError(
-                f"{name}: no argument of the model; its architecture has {', '.join(known)}"
-            )
-    return replace(config, **changes)
 
 
 def stem_strides(patch_size: int) -> tuple[int, int, int] | None:

@@ -28,7 +28,7 @@ class IntermediateFeatures:
     blocks: Any
     norm: Any
     num_prefix_tokens: int
-    reset_classifier: Callable[[int], None]
+    reset_classifier: Callable[..., None]
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:

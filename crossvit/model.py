@@ -8,14 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from crossvit.backbone import EPS, Backbone, pool
+from crossvit.backbone import EPS, Backbone, changed, pool
 from crossvit.configs import (
     SAME_SCALE,
     Config,
     Size,
     VitConfig,
     branch_sizes,
-    changed,
     named_config,
     scale_of_l_branch,
     whole_patches,
@@ -46,6 +45,8 @@ class CrossViT(IntermediateFeatures, Backbone):
         dynamic_img_size: Let the grids of patches follow the images of each call, with position
             embeddings resized (bicubic). False: images of another size are resized to the
             model's, as in the released code.
+        global_pool: What the heads see of each branch: "token", its CLS, or "avg", the mean of its
+            patches, the only choice without CLS tokens. None: the CLS if there is one.
         **changes: Fields of ``Config`` to change, e.g. ``img_size=256``,
             ``patch_sizes=(8, 16)``, ``num_blocks=6``, ``fusion="class"``.
 
@@ -60,6 +61,7 @@ class CrossViT(IntermediateFeatures, Backbone):
     norm: Any
     position_embeddings = ("pos_embed_0", "pos_embed_1")
     heads = ("head.0", "head.1")
+    global_pools = ("token", "avg")
 
     def __init__(
         self,
@@ -76,13 +78,15 @@ class CrossViT(IntermediateFeatures, Backbone):
         drop_path_rate: float = 0.0,
         qkv_bias: bool = True,
         dynamic_img_size: bool = False,
+        global_pool: str | None = None,
         **changes: Any,
     ) -> None:
         config = name if isinstance(name, (Config, VitConfig)) else named_config(name)
         if not isinstance(config, Config):
             raise ValueError(f"{name!r}: no CrossViT; create_model makes models of any kind")
-        config = changed(config, changes)
-        super().__init__(num_classes, in_chans, sum(config.dims), int(config.cls_token))
+        config = changed(CrossViT, config, changes)
+        cls_tokens = int(config.cls_token)
+        super().__init__(num_classes, in_chans, sum(config.dims), cls_tokens, global_pool)
         self.config, self.dynamic_img_size = config, dynamic_img_size
         sizes = branch_sizes(config.img_size, config.patch_sizes)
 
@@ -145,9 +149,12 @@ class CrossViT(IntermediateFeatures, Backbone):
     def _pooled(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """What the heads see of both branches, [B, C_S] and [B, C_L]."""
         branches = self._encode(self.embed(x))
-        if self.config.cls_token:
+        if self.global_pool == "token":
             return [norm(b.cls) for norm, b in zip(self.norm, branches, strict=True)]
-        return [tokens.mean(dim=1) for tokens in self._final(branches)]
+        return [self._pool(tokens) for tokens in self._final(branches)]
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        return pool(tokens, self.num_prefix_tokens, self.global_pool)
 
     def forward_features(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """All tokens of both after the last LayerNorm, [B, 1 + N, C]; [B, N, C] without CLS."""
@@ -160,7 +167,7 @@ class CrossViT(IntermediateFeatures, Backbone):
             features: [B, 1 + N, C], or [B, N, C] without CLS, or [B, C] for each branch.
             pre_logits: Return the heads' input features, [B, C_S + C_L].
         """
-        pooled = [pool(t, self.num_prefix_tokens) if t.dim() == 3 else t for t in features]
+        pooled = [self._pool(t) if t.dim() == 3 else t for t in features]
         cls = [self.head_drop(t) for t in pooled]
         if pre_logits or self.num_classes == 0:
             return torch.cat(cls, dim=1)

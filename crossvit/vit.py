@@ -8,15 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from crossvit.backbone import EPS, Backbone, pool
-from crossvit.configs import (
-    Size,
-    VitConfig,
-    changed,
-    config_grids,
-    named_config,
-    whole_patches,
-)
+from crossvit.backbone import EPS, Backbone, changed, pool
+from crossvit.configs import Size, VitConfig, config_grids, named_config, whole_patches
 from crossvit.embed import PatchEmbed, resize_image, resize_position_embedding
 from crossvit.features import IntermediateFeatures
 from crossvit.fusion import Branch
@@ -42,6 +35,7 @@ class VisionTransformer(IntermediateFeatures, Backbone):
         qkv_bias: Whether query, key and value projections have biases.
         dynamic_img_size: Let the grid of patches follow the images of each call, as in
             ``CrossViT``.
+        global_pool: What the head sees: "token", the CLS.
         **changes: Fields of ``VitConfig`` to change, e.g. ``img_size=(256, 320)``.
 
     Raises:
@@ -68,13 +62,14 @@ class VisionTransformer(IntermediateFeatures, Backbone):
         drop_path_rate: float = 0.0,
         qkv_bias: bool = True,
         dynamic_img_size: bool = False,
+        global_pool: str | None = None,
         **changes: Any,
     ) -> None:
         config = named_config(name) if isinstance(name, str) else name
         if not isinstance(config, VitConfig):
             raise ValueError(f"{name!r}: not a plain vision transformer; see create_model")
-        config = changed(config, changes)
-        super().__init__(num_classes, in_chans, config.dim, num_prefix_tokens=1)
+        config = changed(VisionTransformer, config, changes)
+        super().__init__(num_classes, in_chans, config.dim, 1, global_pool)
         self.config, self.dynamic_img_size = config, dynamic_img_size
         dim, patch = config.dim, config.patch_size
         height, width = config_grids(config)[0]
@@ -131,7 +126,9 @@ class VisionTransformer(IntermediateFeatures, Backbone):
             features: [B, 1 + N, C] or [B, C].
             pre_logits: Return the head's input, [B, C].
         """
-        cls = self.head_drop(pool(features, 1) if features.dim() == 3 else features)
+        cls = self.head_drop(
+            pool(features, 1, self.global_pool) if features.dim() == 3 else features
+        )
         return cls if pre_logits else cast(Tensor, self.head(cls))
 
     def forward_feature_maps(self, x: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ def _wanted_gradients(
         elif isinstance(value, tuple):
             inner = _wanted_gradients(value, want, gradient, batch, f"{name}.")
             for total, some in zip((names, actual, shared), inner, strict=True):
-                total += some  # type: ignore[operator]
+                total += some
     return names, actual, shared
 
 

@@ -382,7 +382,7 @@ def test_options_that_do_not_fit(changes: dict, message: str) -> None:
     [
         ({"depths": ("a", "b")}, r"depths: expected integers, found \('a', 'b'\)"),
         ({"num_classes": 2.0}, "num_classes: expected an integer, found 2.0"),
-        ({"depth": 3}, "depth: no argument of the model; its architecture has dims, num_heads"),
+        ({"depth": 3}, "unknown argument .depth.; did you mean depths"),
         ({"dims": (32,)}, r"dims: expected a pair, found \(32,\)"),
         ({"num_heads": 2}, "num_heads: expected a pair, found 2"),
         ({"patch_sizes": (12.0, 16.0)}, "patch_sizes: expected integers, found"),
