@@ -90,6 +90,11 @@ def batch_invariant(enabled: bool = True) -> None:
     _is_batch_invariant = bool(enabled)
 
 
+def is_batch_invariant() -> bool:
+    """Whether choices may not depend on the number of images."""
+    return _is_batch_invariant
+
+
 def file() -> Path:
     """Return the path that choices are read from and written to."""
     if os.environ.get(ENVIRONMENT_VARIABLE):

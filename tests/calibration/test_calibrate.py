@@ -20,6 +20,7 @@ from crossvit_kernels.calibration import store
 from crossvit_kernels.calibration.store import Signature
 from crossvit_kernels.modules import MAPHead, TransformerBlock
 from crossvit_kernels.modules import blocks as block_modules
+from crossvit_kernels.ops.common.library import Figures, Step
 from crossvit_kernels.ops.operator import OPERATIONS
 from crossvit_kernels.verify import state
 
@@ -216,7 +217,10 @@ def test_batch_classes_and_invariance(slow_ffn: Slow) -> None:
         together = ffn(images)
         alone = torch.cat([ffn(images[i : i + 1]) for i in range(4)])
         assert slow_ffn.calls == calls + 5 and torch.equal(together, alone)
+        step = Step({C: Figures(2.0, 1.0)})
+        assert not step.by_library(1 << 20, C, 2) and not step.by_library(1 << 20, C, 4)
         ck.batch_invariant(False)
+        assert step.by_library(1 << 20, C, 2) and step.by_library(1 << 20, C, 4)
         ffn(images)
         assert slow_ffn.calls == calls + 5
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from crossvit_kernels.calibration import store
 from crossvit_kernels.ops.common.configs import FEW_ROWS, VARIANTS
 
 
@@ -34,6 +35,8 @@ class Step(NamedTuple):
         """Whether torch's libraries do it."""
         if VARIANTS.asked_for != "auto":
             return VARIANTS.asked_for == "library"
+        if store.is_batch_invariant():
+            return False
         if element_size == 4:
             return self.in_float32
         if num_rows <= FEW_ROWS:
