@@ -368,7 +368,8 @@ def _check_fusion(
     channels = tokens.shape[2]
     checks.some_channels("tokens", tokens)
     checks.unit_stride("tokens", tokens)
-    absent = absent_weights(weights) if isinstance(weights, FusionWeights) else ()
+    lifts = (getattr(weights, name, ()) for name in ("proj_weight", "back_weight"))
+    absent = absent_weights(weights) if any(w is None for w in lifts) else ()
     if "proj_weight" in absent:
         if cls_dim != channels:
             raise ValueError(

@@ -98,7 +98,10 @@ def test_saved_tensors_may_come_back_in_another_layout(
     expected = gradients(operation.call, tensors)
     with saved_tensors_hooks(lambda t: t, other_layout):
         actual = gradients(operation.call, tensors)
-    assert_all_close(actual, expected)
+    for name, a in actual.items():
+        # torch's products may sum in another order for other strides.
+        difference, norm = (a - expected[name]).norm(), expected[name].norm()
+        assert difference <= 32 * torch.finfo(dtype).eps * (1 + norm), name
 
 
 @operations

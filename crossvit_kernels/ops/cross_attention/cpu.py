@@ -22,13 +22,14 @@ from crossvit_kernels.backends import accumulate_dtype
 from crossvit_kernels.extension import _C
 from crossvit_kernels.ops.attention_core import cpu as core
 from crossvit_kernels.ops.cross_attention import layout
-from crossvit_kernels.ops.cross_attention.layout import Gradients, Saved, empty_saved
-from crossvit_kernels.ops.cross_attention.reference import (
-    FusionInputs,
-    FusionWeights,
+from crossvit_kernels.ops.cross_attention.layout import (
+    Gradients,
+    Saved,
     cls_dim,
     empty_new_cls,
+    empty_saved,
 )
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 

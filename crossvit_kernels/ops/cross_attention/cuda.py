@@ -20,13 +20,13 @@ from crossvit_kernels.extension import Multiprocessors
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.attention_core import cuda as core
 from crossvit_kernels.ops.cross_attention import layout
-from crossvit_kernels.ops.cross_attention.layout import Saved, empty_saved
-from crossvit_kernels.ops.cross_attention.reference import (
-    FusionInputs,
-    FusionWeights,
+from crossvit_kernels.ops.cross_attention.layout import (
+    Saved,
     cls_dim,
     empty_new_cls,
+    empty_saved,
 )
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 

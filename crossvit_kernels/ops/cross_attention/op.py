@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crossvit_kernels.ops.cross_attention import cpu, cuda, reference, triton
+from crossvit_kernels.ops.cross_attention import cpu, cuda, layout, reference, triton
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 from crossvit_kernels.ops.flops import Flops
 from crossvit_kernels.ops.operator import Operation
@@ -21,7 +21,7 @@ def _reference(inputs: FusionInputs, eps: float, dropout_p: float) -> Tensor:
 
 
 def _empty_outputs(inputs: FusionInputs) -> tuple[Tensor]:
-    return (reference.empty_new_cls(inputs),)
+    return (layout.empty_new_cls(inputs),)
 
 
 def _flops_forward(shapes: Any) -> int:

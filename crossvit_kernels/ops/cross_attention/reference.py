@@ -88,26 +88,6 @@ class FusionInputs(NamedTuple):
     residual_scale: Tensor | None = None  # [B]
 
 
-def cls_dim(inputs: FusionInputs) -> int:
-    """Return C_cls, the width that f maps from and g to; C if both are the identity."""
-    cls, tokens, weights, *_ = inputs
-    if weights.proj_weight is not None:
-        return int(cls.shape[1])
-    if weights.back_weight is not None:
-        return int(weights.back_weight.shape[0])
-    return int(tokens.shape[2])
-
-
-def empty_new_cls(inputs: FusionInputs) -> Tensor:
-    """Allocate the result: [B, C_cls] in the dtype of g; [B, C] if g is the identity."""
-    cls, tokens, w, *_ = inputs
-    if w.back_weight is not None:
-        return cls.new_empty(cls.shape[0], w.back_weight.shape[0], dtype=w.back_weight.dtype)
-    y0_dtype = cls.dtype if w.proj_weight is None else w.proj_weight.dtype
-    dtype = torch.promote_types(y0_dtype, w.out_weight.dtype)
-    return cls.new_empty(cls.shape[0], tokens.shape[2], dtype=dtype)
-
-
 def cross_attention_fusion(
     cls: Tensor,
     tokens: Tensor,

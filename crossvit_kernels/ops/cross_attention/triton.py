@@ -18,13 +18,13 @@ from crossvit_kernels.ops.attention_core import triton as core
 from crossvit_kernels.ops.attention_core.configs import PassTable
 from crossvit_kernels.ops.cross_attention import configs, layout
 from crossvit_kernels.ops.cross_attention.configs import Variant
-from crossvit_kernels.ops.cross_attention.layout import Saved, empty_saved
-from crossvit_kernels.ops.cross_attention.reference import (
-    FusionInputs,
-    FusionWeights,
+from crossvit_kernels.ops.cross_attention.layout import (
+    Saved,
     cls_dim,
     empty_new_cls,
+    empty_saved,
 )
+from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 

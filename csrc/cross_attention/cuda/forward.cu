@@ -69,9 +69,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
            });
   } else {
     __syncthreads();
-    for_rows(stores, count, channels, [&](int row, int c) {
-      v.y0[(first + row) * channels + c] = y0[row * channels + c];
-    });
+    for_rows(stores, count, channels,
+             [&](int row, int c) { v.y0[(first + row) * channels + c] = y0[row * channels + c]; });
   }
   cluster_sync();
 
