@@ -72,8 +72,8 @@ void define_cuda(py::module_& m) {
   m.attr("cross_attention_row_bytes") = by_width([](DType dtype, int width) {
     return std::tuple(fusion::cuda::operand_bytes(dtype, width), fusion::cuda::float_bytes(width));
   });
-  m.attr("cross_attention_pass_bytes") = by_width(
-      [](DType dtype, int channels) { return fusion::cuda::pass_bytes(dtype, channels); });
+  m.attr("cross_attention_pass_bytes") =
+      by_width([](DType dtype, int channels) { return fusion::cuda::pass_bytes(dtype, channels); });
 
   // Launch shapes of forward and backward, for reports that launch nothing.
   m.def("attention_core_blocks", [](int dtype, int rows, int channels, int max_bytes) {
