@@ -126,7 +126,7 @@ def test_what_the_fusion_declines_does_not_fit(dtype: torch.dtype, heads: int, s
     declined = 0
     for channels in (c for c in WIDTHS if c % (8 * heads) == 0):
         for cls_dim in WIDTHS:
-            blocks = functions.cross_attention_blocks(code, cls_dim, channels, heads, most)
+            blocks = functions.cross_attention_blocks(code, cls_dim, channels, most)
             fits = all(b <= most for _, b in blocks)
             cls = torch.empty(1, cls_dim, dtype=dtype)
             tokens = torch.empty(1, 1, channels, dtype=dtype)

@@ -52,7 +52,7 @@ class Kernel:
         if self.name.startswith("attention_core"):
             blocks = functions.attention_core_blocks(code, self.rows, channels, limit)
         else:
-            blocks = functions.cross_attention_blocks(code, channels, channels, self.rows, limit)
+            blocks = functions.cross_attention_blocks(code, channels, channels, limit)
         threads, shared_bytes = blocks[self.name.endswith("backward")]
         return threads, shared_bytes
 

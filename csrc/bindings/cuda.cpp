@@ -72,10 +72,8 @@ void define_cuda(py::module_& m) {
   m.attr("cross_attention_row_bytes") = by_width([](DType dtype, int width) {
     return std::tuple(fusion::cuda::operand_bytes(dtype, width), fusion::cuda::float_bytes(width));
   });
-  m.attr("cross_attention_pass_bytes") = by_width([](DType dtype, int channels) {
-    return std::tuple(fusion::cuda::pass_bytes(dtype, channels, 8),
-                      fusion::cuda::pass_bytes(dtype, channels, 16));
-  });
+  m.attr("cross_attention_pass_bytes") =
+      by_width([](DType dtype, int channels) { return fusion::cuda::pass_bytes(dtype, channels); });
 
   // Launch shapes of forward and backward, for reports that launch nothing.
   m.def("attention_core_blocks", [](int dtype, int rows, int channels, int max_bytes) {
@@ -83,12 +81,11 @@ void define_cuda(py::module_& m) {
         to_tuple(core::cuda::forward_block(DType(dtype), rows, channels, max_bytes)),
         to_tuple(core::cuda::backward_block(DType(dtype), rows, channels, max_bytes)));
   });
-  m.def("cross_attention_blocks", [](int dtype, int cls_channels, int channels, int heads,
-                                     int max_bytes) {
+  m.def("cross_attention_blocks", [](int dtype, int cls_channels, int channels, int max_bytes) {
     const DType type = DType(dtype);
     return std::tuple(
-        to_tuple(fusion::cuda::forward_block(type, cls_channels, channels, heads, max_bytes)),
-        to_tuple(fusion::cuda::backward_block(type, cls_channels, channels, heads, max_bytes)));
+        to_tuple(fusion::cuda::forward_block(type, cls_channels, channels, max_bytes)),
+        to_tuple(fusion::cuda::backward_block(type, cls_channels, channels, max_bytes)));
   });
   m.def("record_launches", &record_launches, py::arg("run"), py::arg("shared_bytes_of_block"));
   m.attr("attention_core_split_tokens") = core::cuda::kSplitTokens;

@@ -7,27 +7,29 @@ CROSSVIT_SHIM_CACHE.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = Path(__file__).resolve().parent / "kernels"
 
+# Source lines are for the sanitizers' reports: they take a sixth of the compiler's time.
 SANITIZER_FLAGS = {
     # Misaligned vector accesses are faults on a GPU.
-    "address": ("-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all"),
-    "thread": ("-fsanitize=thread",),
+    "address": ("-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-g1"),
+    "thread": ("-fsanitize=thread", "-g1"),
     None: (),
 }
 INCLUDES = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda'}")
 # Without the last flag, two libraries in one process would share the shim's state.
-OPTIONS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique")
+OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique")
 FLAGS = (*OPTIONS, *INCLUDES)
 
 
@@ -92,9 +94,28 @@ def _run(command: Sequence[str]) -> None:
         raise CompilationError(f"{' '.join(command)}\n{done.stderr}")
 
 
+@contextlib.contextmanager
+def _alone(key: str) -> Iterator[None]:
+    """Wait until no other thread or process is at the same work."""
+    import fcntl  # only on POSIX
+
+    with (cache() / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _object(source: Path, flags: tuple[str, ...]) -> Path:
-    """Compile one source, if it or something it includes has changed."""
+    """Compile one source, if it or something it includes has changed.
+
+    The workers of pytest-xdist want the same sources at the same time: each takes what the others
+    have compiled.
+    """
     key = _digest(compiler(), *flags, str(source))
+    with _alone(key):
+        return _object_of(key, source, flags)
+
+
+def _object_of(key: str, source: Path, flags: tuple[str, ...]) -> Path:
     names = cache() / f"{key}.reads"
 
     def content_of_all_it_reads() -> str:

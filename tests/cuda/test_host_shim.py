@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -244,6 +245,22 @@ def test_a_fault_names_block_and_thread(
     monkeypatch.setenv("FAULT", "misaligned copy")
     output = host_compiler.run(programs("gemm", None)).stdout
     assert re.search(r"fault: block \(0, 0, 0\), thread \(\d+, 0, 0\): misaligned", output), output
+
+
+def test_workers_compile_a_source_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CROSSVIT_SHIM_CACHE", str(tmp_path / "cache"))
+    source, run, commands = tmp_path / "one.cpp", host_compiler._run, []
+    source.write_text("int one() { return 1; }\n")
+
+    def slowly(command: list[str]) -> None:
+        commands.append(command)
+        time.sleep(0.1)
+        run(command)
+
+    monkeypatch.setattr(host_compiler, "_run", slowly)
+    with concurrent.futures.ThreadPoolExecutor(3) as workers:
+        made = set(workers.map(host_compiler.library, 3 * [[source]]))
+    assert len(made) == 1 and sum("-c" in command for command in commands) == 1
 
 
 def test_the_portable_stack_switch() -> None:

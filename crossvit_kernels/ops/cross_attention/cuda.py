@@ -84,11 +84,11 @@ def why_not(inputs: FusionInputs) -> str | None:
         return f"the matrices are in {dtype}, the tokens in {tokens.dtype}"
     if own > core.WIDEST:
         return f"{own} channels of the CLS are more than {core.WIDEST}"
-    needed = _shared_bytes(own, channels, num_heads, tokens.dtype)
+    needed = _shared_bytes(own, channels, tokens.dtype)
     return core.why_not_shared_bytes(needed, tokens)
 
 
-def _shared_bytes(own: int, channels: int, num_heads: int, dtype: torch.dtype) -> int:
+def _shared_bytes(own: int, channels: int, dtype: torch.dtype) -> int:
     """Return a block's minimum: csrc/cross_attention/cuda/block.h has the layout."""
     assert extension.cuda_kernels is not None
     functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[dtype]
@@ -96,7 +96,7 @@ def _shared_bytes(own: int, channels: int, num_heads: int, dtype: torch.dtype) -
     pass_bytes = functions.cross_attention_pass_bytes[code][channels // 16 - 1]
     operand, floats = row_bytes[max(own, channels) // 16 - 1]
     narrow, _ = row_bytes[channels // 16 - 1]
-    return int(operand + max(floats + narrow, pass_bytes[num_heads > 8]))
+    return int(operand + max(floats + narrow, pass_bytes))
 
 
 def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]:

@@ -47,10 +47,10 @@ __device__ TilePartials<P> partials_of_split(float* tiles, const Problem& proble
   return {tiles + index * tiles_of_split(problem) * TilePartials<P>::floats(channels), channels};
 }
 
-// The plans: units, row groups, fewest and most warps of a group, stages. Wide tokens take more
-// warps rather than more registers per warp. Float tokens and 9 to 16 queries of narrow ones are
-// rare: the former share one plan, the latter have none of their own.
-inline constexpr PlanShape kFloats = {12, 1, 1, 8, 2};
+// The plans: units, row groups, fewest and most warps of a group, stages and their widest tokens.
+// Wide tokens take more warps rather than more registers per warp. Float tokens and 9 to 16 queries
+// of narrow ones are rare: the former share one plan, the latter have none of their own.
+inline constexpr PlanShape kFloats = {12, 1, 1, 8, 2, 768};
 inline constexpr PlanShape kManyRows = {12, 2, 4, 8, 2};
 inline constexpr PlanShape kNarrow = {12, 1, 1, 1, 2};
 inline constexpr PlanShape kNarrowBackward = {12, 1, 1, 1, 3};

@@ -18,6 +18,7 @@
 namespace crossvit::attention_core {
 
 constexpr int kTileTokens = 16;
+constexpr int kAnyChannels = 1 << 30;
 
 // Tokens [first, last) of an image. Tiles go round-robin to the `ranks` blocks that share it.
 struct Range {
@@ -30,11 +31,12 @@ struct PlanShape {
   int units;                             // of 16 channels per warp, at most
   int row_groups;                        // of 8 rows of u
   int min_group_warps, max_group_warps;  // powers of two
-  int stages;                            // of a warp's ring of tiles, at most
+  int stages;                            // of a warp's ring of tiles
+  int stage_channels = kAnyChannels;     // the widest tokens with so many: others have one stage
 };
 
 template <class T, int kUnits_, int kRowGroups_, int kMinGroupWarps_, int kMaxGroupWarps_,
-          int kStages_>
+          int kStages_, int kStageChannels_ = kAnyChannels>
 struct Plan {
   using Element = T;
   static constexpr int kUnits = kUnits_;
@@ -64,13 +66,8 @@ struct Plan {
     }
     return log;
   }
-  // Shared memory holds only one stage of the widest float tokens.
   __host__ __device__ static int stages(int channels) {
-    constexpr int kMaxChannelsOfTwoStages = 768;
-    return sizeof(T) == 4 && kMaxChannels > kMaxChannelsOfTwoStages &&
-                   channels > kMaxChannelsOfTwoStages
-               ? 1
-               : kStages;
+    return kStageChannels_ < kMaxChannels && channels > kStageChannels_ ? 1 : kStages;
   }
 
   static int threads(int channels, int warp_groups) {
@@ -115,7 +112,7 @@ struct Plan {
 
 template <class T, const PlanShape& kShape>
 using PlanOf = Plan<T, kShape.units, kShape.row_groups, kShape.min_group_warps,
-                    kShape.max_group_warps, kShape.stages>;
+                    kShape.max_group_warps, kShape.stages, kShape.stage_channels>;
 
 // The channels of one warp of a group.
 struct Slice {

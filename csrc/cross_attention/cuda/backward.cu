@@ -234,18 +234,18 @@ int operand_bytes(DType dtype, int64_t width) {
 int float_bytes(int64_t width) { return float_bytes_of(static_cast<int>(width)); }
 
 // Uses backward's size, the larger of the two.
-int pass_bytes(DType dtype, int64_t channels, int64_t heads) {
+int pass_bytes(DType dtype, int64_t channels) {
   int bytes = 0;
   attention_core::cuda::with_element(dtype, [&](auto element) {
-    with_fusion_plan<decltype(element)>(heads, channels, [&](auto plan) {
+    with_fusion_plan<decltype(element)>(channels, [&](auto plan) {
       bytes = BackwardPass<decltype(plan)>::bytes(static_cast<int>(channels), 1);
     });
   });
   return bytes;
 }
 
-BlockSize backward_block(DType dtype, int cls_channels, int channels, int heads, int max_bytes) {
-  return block_of<BackwardPass>(dtype, cls_channels, channels, heads, max_bytes);
+BlockSize backward_block(DType dtype, int cls_channels, int channels, int max_bytes) {
+  return block_of<BackwardPass>(dtype, cls_channels, channels, max_bytes);
 }
 
 void backward(const BackwardParams& params, const ClusterShape& shape, float* workspace,

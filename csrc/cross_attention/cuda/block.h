@@ -212,23 +212,20 @@ __device__ void copy_rows(float* to, const Parameter& from, int64_t first, int c
   }
 }
 
-// The plans: units, row groups, fewest and most warps of a group, stages. A block has eight warps
-// if its shared memory suffices. 9 to 16 heads take two passes over wide tokens and over floats,
-// for lack of registers.
+// The plans: units, row groups, fewest and most warps of a group, stages and their widest tokens. A
+// block has eight warps if its shared memory suffices. A pass has eight heads: more, which are
+// rare, take several passes over tokens that are then in L2. A kernel takes longer to compile than
+// all of attention_core's of its type, so plans are few: one for narrow tokens would be no faster.
 inline constexpr PlanShape kFloats = {12, 1, 1, 8, 1};
-inline constexpr PlanShape kManyHeads = {12, 2, 4, 4, 1};
-inline constexpr PlanShape kNarrow = {12, 1, 1, 1, 2};
-inline constexpr PlanShape kMedium = {24, 1, 1, 1, 1};
+inline constexpr PlanShape kMedium = {24, 1, 1, 1, 2, 192};
 inline constexpr PlanShape kWide = {12, 1, 4, 8, 1};
 
 // Calls run(plan).
 template <class T, class Run>
-void with_fusion_plan(int64_t heads, int64_t channels, Run&& run) {
+void with_fusion_plan(int64_t channels, Run&& run) {
   if constexpr (sizeof(T) == 4) {
     return run(PlanOf<T, kFloats>());
   } else {
-    if (heads > 8 && channels <= 768) return run(PlanOf<T, kManyHeads>());
-    if (channels <= 192) return run(PlanOf<T, kNarrow>());
     if (channels <= 384) return run(PlanOf<T, kMedium>());
     return run(PlanOf<T, kWide>());
   }
@@ -256,10 +253,10 @@ Setup setup_of(int cls_channels, int channels, int max_bytes) {
 
 // Launch shape of the kernel with this pass, whose blocks may have up to `max_bytes`.
 template <template <class> class Pass>
-BlockSize block_of(DType dtype, int cls_channels, int channels, int heads, int max_bytes) {
+BlockSize block_of(DType dtype, int cls_channels, int channels, int max_bytes) {
   BlockSize block = {};
   attention_core::cuda::with_element(dtype, [&](auto element) {
-    with_fusion_plan<decltype(element)>(heads, channels, [&](auto plan) {
+    with_fusion_plan<decltype(element)>(channels, [&](auto plan) {
       using P = decltype(plan);
       block = setup_of<P, Pass<P>>(cls_channels, channels, max_bytes).block;
     });
@@ -281,7 +278,7 @@ void start(const char* name, const Params& p, const ClusterShape& shape, float* 
   config.cluster = shape.blocks;
   config.stream = static_cast<cudaStream_t>(place.stream);
   attention_core::cuda::with_element(p.tokens.dtype, [&](auto element) {
-    with_fusion_plan<decltype(element)>(p.problem.num_heads, channels, [&](auto plan) {
+    with_fusion_plan<decltype(element)>(channels, [&](auto plan) {
       using P = decltype(plan);
       const Setup setup =
           setup_of<P, Pass<P>>(cls_channels, channels, shared_bytes_of_block(place.device));

@@ -189,8 +189,8 @@ int64_t workspace_size(const Problem& problem, const ClusterShape& shape) {
          attention_core::partial_floats(static_cast<int>(problem.channels));
 }
 
-BlockSize forward_block(DType dtype, int cls_channels, int channels, int heads, int max_bytes) {
-  return block_of<ForwardPass>(dtype, cls_channels, channels, heads, max_bytes);
+BlockSize forward_block(DType dtype, int cls_channels, int channels, int max_bytes) {
+  return block_of<ForwardPass>(dtype, cls_channels, channels, max_bytes);
 }
 
 void forward(const ForwardParams& params, const ClusterShape& shape, float* workspace,

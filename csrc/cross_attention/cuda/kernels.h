@@ -23,13 +23,13 @@ int64_t workspace_size(const Problem& problem, const ClusterShape& shape);
 // floats of a width, and the minimum of a token pass.
 int operand_bytes(DType dtype, int64_t width);
 int float_bytes(int64_t width);
-int pass_bytes(DType dtype, int64_t channels, int64_t heads);
+int pass_bytes(DType dtype, int64_t channels);
 
 // Launch shape of a kernel whose blocks may have up to `max_bytes` of shared memory.
 attention_core::cuda::BlockSize forward_block(DType dtype, int cls_channels, int channels,
-                                              int heads, int max_bytes);
+                                              int max_bytes);
 attention_core::cuda::BlockSize backward_block(DType dtype, int cls_channels, int channels,
-                                               int heads, int max_bytes);
+                                               int max_bytes);
 
 void forward(const ForwardParams& params, const ClusterShape& shape, float* workspace,
              const attention_core::cuda::Place& place);
