@@ -214,8 +214,8 @@ __device__ void copy_rows(float* to, const Parameter& from, int64_t first, int c
 
 // The plans: units, row groups, fewest and most warps of a group, stages and their widest tokens. A
 // block has eight warps if its shared memory suffices. A pass has eight heads: more, which are
-// rare, take several passes over tokens that are then in L2. A kernel takes longer to compile than
-// all of attention_core's of its type, so plans are few: one for narrow tokens would be no faster.
+// rare, take several passes over tokens that are then in L2. Each kernel takes a core many seconds
+// to compile, so plans are few: one for narrow tokens would hardly be faster, by the cycle model.
 inline constexpr PlanShape kFloats = {12, 1, 1, 8, 1};
 inline constexpr PlanShape kMedium = {24, 1, 1, 1, 2, 192};
 inline constexpr PlanShape kWide = {12, 1, 4, 8, 1};
