@@ -264,6 +264,26 @@ def test_what_models_compile_to(kernel: str) -> None:
     check_compiled("--arch", "90", "--dtype", "bf16", "--quick", "--kernel", kernel, *widths)
 
 
+# The first cross-attention of several, the last, and one between equal widths, in one kernel.
+IDENTITIES = """
+import dataclasses, json
+from crossvit_kernels.inspect import ahead_of_time, compile_cases
+cases = compile_cases.compile_cases(90, ["bf16"], [(384, 192, 6)], [], ["auto"], ["f", "g", "fg"])
+cases = [case for case in cases if case.name in ("fusion_forward", "fusion_backward")]
+reports = ahead_of_time.reports([(case, 90) for case in cases], 2)
+print(json.dumps([dataclasses.asdict(report) for report in reports]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton_compiles")
+def test_fusions_without_f_or_g_do_not_spill() -> None:
+    rows = check(run_python(IDENTITIES))
+    layers = ({"proj_weight"}, {"back_weight"}, {"proj_weight", "back_weight"})
+    found = [{*row["absent"]} & layers[2] for row in rows if row["kernel"] == "fusion_backward"]
+    assert all(layer in found for layer in layers)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("triton_compiles")
 @pytest.mark.parametrize("arch", ["80", "89", "90", "100", "120"])

@@ -31,7 +31,13 @@ from crossvit_kernels import extension, supported
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.inspect import ahead_of_time, block_code, extension_code, machine_code
 from crossvit_kernels.inspect.ahead_of_time import reports
-from crossvit_kernels.inspect.compile_cases import BLOCKS, WIDTHS, compile_cases, extremes
+from crossvit_kernels.inspect.compile_cases import (
+    BLOCKS,
+    IDENTITIES,
+    WIDTHS,
+    compile_cases,
+    extremes,
+)
 from crossvit_kernels.inspect.machine_code import Report
 from crossvit_kernels.ops.common.configs import VARIANTS
 
@@ -71,14 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.model:
         _model(options)
         return 0
-    variants, select = (
-        VARIANTS.names if options.all else ("auto",),
-        extremes if options.quick else list,
-    )
+    variants = VARIANTS.names if options.all else ("auto",)
+    select, identities = (extremes, ("",)) if options.quick else (list, IDENTITIES)
     cases = [
         (case, arch)
         for arch in options.arch
-        for case in select(compile_cases(arch, options.dtype, widths, blocks, variants))
+        for case in select(compile_cases(arch, options.dtype, widths, blocks, variants, identities))
         if options.kernel is None or options.kernel in case.name
     ]
     rows = []

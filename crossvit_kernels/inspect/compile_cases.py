@@ -43,6 +43,9 @@ BLOCKS = tuple(
     )
 )
 
+#: What a fusion may lack: f, g or both; "" for neither.
+IDENTITIES = ("", "f", "g", "fg")
+
 _EPS = 1e-6
 #: Batches for one kernel, and for three with the fewest and the most images per program.
 _BATCHES = (1, 65, 1024)
@@ -54,6 +57,7 @@ def compile_cases(
     widths: Sequence[tuple[int, int, int]] = WIDTHS,
     blocks: Sequence[tuple[int, int, int]] = BLOCKS,
     variants: Sequence[str] = configs.VARIANTS.names,
+    identities: Sequence[str] = ("",),
 ) -> list[CompileCase]:
     """Return every specialization that is launched for tokens of these dtypes and widths.
 
@@ -63,6 +67,7 @@ def compile_cases(
         widths: (C_cls, C, heads) of fusions.
         blocks: (C, heads, hidden units) of transformer blocks.
         variants: Variants of blocks: names in configs.VARIANTS.
+        identities: What fusions lack, of IDENTITIES.
     """
 
     def runs() -> Iterator[Callable[[], object]]:
@@ -71,7 +76,8 @@ def compile_cases(
             for channels, heads in sorted({(c, h) for _, c, h in widths}):
                 yield functools.partial(_core, dtype.tokens, channels, heads)
             for cls_dim, channels, heads in widths:
-                yield functools.partial(_fusion, dtype, cls_dim, channels, heads)
+                for lacking in identities:
+                    yield functools.partial(_fusion, dtype, cls_dim, channels, heads, lacking)
             for channels, heads in sorted({(c, h) for c, h, _ in blocks}):
                 yield from in_variants(functools.partial(_msa, dtype, channels, heads))
             for channels, hidden in sorted({(c, f) for c, _, f in blocks}):
@@ -120,11 +126,14 @@ def _core(dtype: torch.dtype, channels: int, num_queries: int) -> None:
     both_ways(CORE, CoreInputs(u, many, None, None), _EPS, frozen="x")
 
 
-def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int) -> None:
+def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int, lacking: str) -> None:
     """Run with and without drop path, the latter also without the tokens' gradient."""
     weights = _weights(FusionWeights, FUSION_SHAPES, {"C_cls": cls_dim, "C": channels}, dtypes)
+    absent = tuple({"f": "proj_", "g": "back_"}[layer] for layer in lacking)
+    weights = weights._replace(**{n: None for n in weights._fields if n.startswith(absent)})
+    own = channels if "f" in lacking else cls_dim
     for batch in _BATCHES:
-        cls = empty((batch, cls_dim), dtypes.tokens)
+        cls = empty((batch, own), dtypes.tokens)
         x = empty((batch, 16, channels), dtypes.tokens)
         for scale in (None, cls.new_empty(batch)):
             inputs = FusionInputs(cls, x, weights, heads, scale)

@@ -24,7 +24,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
     store_tile,
 )
 from crossvit_kernels.ops.cross_attention.layout import Gradients
-from crossvit_kernels.ops.cross_attention.triton_forward import cls_width, images_of, vectors_of
+from crossvit_kernels.ops.cross_attention.triton_forward import images_of, vectors_of
 
 # Not specialised on.
 SIZES = ("batch", "num_tokens", "cls_stride", "dout_stride", "x_batch_stride", "x_token_stride")
@@ -373,7 +373,8 @@ def fusion_backward(
     tl.debug_barrier()
     cls_stride = aligned(cls_stride, ALIGN)
     cls_ptr += first_image * cls_stride
-    dcls_ptr += first_image * cls_width(w, F)
+    OWN: tl.constexpr = C if w.proj_weight is None else F.cls_dim
+    dcls_ptr += first_image * OWN
     after_tokens(cls_ptr, cls_stride, dcls_ptr, w, vectors, gradients, dz_ptr, du_ptr, used, eps, F)
 
 
@@ -427,13 +428,14 @@ def fusion_backward_after(
 ):
     """Everything after the token pass. Grid: groups of images."""
     C: tl.constexpr = F.channels
+    OWN: tl.constexpr = C if w.proj_weight is None else F.cls_dim
     first, used = images_of(tl.program_id(0), batch, F)
     first_image = first.to(tl.int64)
     cls_stride = aligned(cls_stride, ALIGN)
     after_tokens(
         cls_ptr + first_image * cls_stride,
         cls_stride,
-        dcls_ptr + first_image * cls_width(w, F),
+        dcls_ptr + first_image * OWN,
         w,
         vectors_of(vectors_ptr, batch, first, F),
         gradients_of(gradients_ptr, first, F),

@@ -61,30 +61,6 @@ def images_of(program, batch, F: tl.constexpr):
 
 
 @triton.jit
-def cls_width(
-    w,
-    F: tl.constexpr,
-):
-    """The width of the CLS: without f the tokens'."""
-    if w.proj_weight is None:
-        return F.channels
-    else:
-        return F.cls_dim
-
-
-@triton.jit
-def new_cls_width(
-    w,
-    F: tl.constexpr,
-):
-    """The width of the new CLS: without g the tokens'."""
-    if w.back_weight is None:
-        return F.channels
-    else:
-        return F.cls_dim
-
-
-@triton.jit
 def before_tokens(
     cls_ptr,  # [B, C_cls]; without f [B, C]
     cls_stride,
@@ -300,7 +276,8 @@ def fusion_forward(
             first * 0 + image, x_ptr, x_batch_stride, x_token_stride, num_tokens, w, vectors, eps, S
         )
     tl.debug_barrier()
-    out_ptr += first.to(tl.int64) * new_cls_width(w, F)
+    NEW_CLS: tl.constexpr = F.channels if w.back_weight is None else F.cls_dim
+    out_ptr += first.to(tl.int64) * NEW_CLS
     after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F)
 
 
@@ -335,5 +312,6 @@ def fusion_after(
     """Everything after the token pass. Grid: groups of images."""
     first, used = images_of(tl.program_id(0), batch, F)
     vectors = vectors_of(vectors_ptr, batch, first, F)
-    out_ptr += first.to(tl.int64) * new_cls_width(w, F)
+    NEW_CLS: tl.constexpr = F.channels if w.back_weight is None else F.cls_dim
+    out_ptr += first.to(tl.int64) * NEW_CLS
     after_tokens(scale_ptr, out_ptr, w, vectors, first, used, eps, F)
