@@ -20,13 +20,11 @@ from crossvit_kernels.extension import Multiprocessors
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.attention_core import cuda as core
 from crossvit_kernels.ops.cross_attention import layout
-from crossvit_kernels.ops.cross_attention.layout import (
-    Saved,
-    cls_dim,
-    empty_new_cls,
-    empty_saved,
+from crossvit_kernels.ops.cross_attention.layout import Saved, empty_saved
+from crossvit_kernels.ops.cross_attention.reference import (
+    FusionInputs,
+    FusionWeights,
 )
-from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 
 __all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
@@ -70,31 +68,33 @@ def cluster_shape(problem: Problem, sms: Multiprocessors) -> ClusterShape:
 
 
 def why_not(inputs: FusionInputs) -> str | None:
-    _, tokens, weights, num_heads, _ = inputs
+    cls, tokens, weights, num_heads, _ = inputs
     if reason := core.why_not_tokens(tokens):
         return reason
-    own, channels = cls_dim(inputs), tokens.shape[-1]
-    if own % 16:
-        return f"{own} channels of the CLS are no multiple of 16"
+    if weights.proj_weight is None or weights.back_weight is None:
+        return "kernels without f or g would need more registers than a thread has"
+    cls_dim, channels = cls.shape[-1], tokens.shape[-1]
+    if cls_dim % 16:
+        return f"{cls_dim} channels of the CLS are no multiple of 16"
     if channels // num_heads % 8:
         return f"{channels // num_heads} channels of a head are no multiple of 8"
     # Without autocast all have one dtype; with it float64 does not mix with others.
     dtype = autocast_dtype(tokens) or weights.q_weight.dtype
     if dtype != tokens.dtype and (tokens.dtype != torch.float32 or dtype == torch.float64):
         return f"the matrices are in {dtype}, the tokens in {tokens.dtype}"
-    if own > core.WIDEST:
-        return f"{own} channels of the CLS are more than {core.WIDEST}"
-    needed = _shared_bytes(own, channels, tokens.dtype)
+    if cls_dim > core.WIDEST:
+        return f"{cls_dim} channels of the CLS are more than {core.WIDEST}"
+    needed = _shared_bytes(cls_dim, channels, tokens.dtype)
     return core.why_not_shared_bytes(needed, tokens)
 
 
-def _shared_bytes(own: int, channels: int, dtype: torch.dtype) -> int:
+def _shared_bytes(cls_dim: int, channels: int, dtype: torch.dtype) -> int:
     """Return a block's minimum: csrc/cross_attention/cuda/block.h has the layout."""
     assert extension.cuda_kernels is not None
     functions, code = extension.cuda_kernels.functions, extension.DTYPE_CODES[dtype]
     row_bytes = functions.cross_attention_row_bytes[code]
     pass_bytes = functions.cross_attention_pass_bytes[code][channels // 16 - 1]
-    operand, floats = row_bytes[max(own, channels) // 16 - 1]
+    operand, floats = row_bytes[max(cls_dim, channels) // 16 - 1]
     narrow, _ = row_bytes[channels // 16 - 1]
     return int(operand + max(floats + narrow, pass_bytes))
 
@@ -102,17 +102,14 @@ def _shared_bytes(own: int, channels: int, dtype: torch.dtype) -> int:
 def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]:
     cls, tokens, w, num_heads, residual_scale = inputs
     batch, num_tokens, channels = tokens.shape
-    new_cls = empty_new_cls(inputs)
-    written = (
-        new_cls if new_cls.dtype == tokens.dtype else torch.empty_like(new_cls, dtype=tokens.dtype)
-    )
+    new_cls = cls.new_empty(cls.shape, dtype=tokens.dtype)
     saved = empty_saved(inputs, keep)
     if batch:
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
         _alive, weight_args = _weights(w, tokens)
         cls = _readable(cls, x).contiguous()
-        problem = batch, num_tokens, channels, cls_dim(inputs), num_heads, eps
+        problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
         shape = cluster_shape(problem, extension.multiprocessors(x.device))
         states = _states(problem, shape, saved.vectors)
         args, float32 = extension.Arguments(x.device), torch.float32
@@ -122,24 +119,21 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
             tokens=args.tokens(x, None),
             weights=weight_args,
             residual_scale=args.pointer(scale, float32),
-            new_cls=args.pointer(written),
+            new_cls=args.pointer(new_cls),
             vectors=args.pointer(saved.vectors, float32),
             states=args.pointer(states, float32),
             cluster_shape=(shape.images, shape.blocks),
             place=extension.place(x),
         )
-    if written is not new_cls:
-        # Without g the CLS may be more precise than the tokens: the sum is in float32.
-        exact = layout.vectors(saved, inputs).y if w.back_weight is None else written
-        new_cls.copy_(exact)
-    return new_cls, saved
+    assert w.back_weight is not None  # see why_not
+    return new_cls.to(w.back_weight.dtype), saved
 
 
 def backward(
     douts: Sequence[Tensor], inputs: FusionInputs, saved: Saved, eps: float, wanted: Any
 ) -> FusionInputs:
     (d_new_cls,), (cls, tokens, weights, num_heads, residual_scale) = douts, inputs
-    batch, num_tokens, channels = tokens.shape
+    (batch, num_tokens, channels), cls_dim = tokens.shape, cls.shape[1]
     dcls = torch.empty_like(_readable(cls, tokens), memory_format=torch.contiguous_format)
     dx = tokens.new_empty(tokens.shape) if wanted.tokens else None
     rows = layout.empty_gradients(inputs)
@@ -148,7 +142,7 @@ def backward(
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
         _alive, weight_args = _weights(weights, tokens)
-        problem = batch, num_tokens, channels, cls_dim(inputs), num_heads, eps
+        problem = batch, num_tokens, channels, cls_dim, num_heads, eps
         shape = cluster_shape(problem, extension.multiprocessors(x.device))
         states = _states(problem, shape, rows)
         scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)

@@ -34,7 +34,6 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   float* residual_dy = p.residuals;
   float* token_dy0 = p.residuals + batch * channels;
   const Weights& w = p.weights;
-  const bool has_f = w.proj.weight.data, has_g = w.back.weight.data;  // else the identity
   const auto gradients_of = [&](int row) {
     return Gradients::at(p.gradients, first + row, cls_channels, channels);
   };
@@ -46,15 +45,15 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     return x;
   };
   prefetch_parameters<T>(w, cls_channels, channels);
-  copy_rows<T>(floats, p.dnew_cls, first, count, has_g ? cls_channels : channels);
+  copy_rows<T>(floats, p.dnew_cls, first, count, cls_channels);
   if (!aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
 
   // g
+  clear_rows(rows, count, cls_channels);
   const int cls_pitch = operand_pitch<T>(cls_channels), pitch = operand_pitch<T>(channels);
-  if (has_g) clear_rows(rows, count, cls_channels);
   __syncthreads();
 #pragma unroll 1
-  for (int c = thread_index(); has_g && c < cls_channels; c += block_threads()) {
+  for (int c = thread_index(); c < cls_channels; c += block_threads()) {
 #pragma unroll 4
     for (int row = 0; row < count; ++row) {
       const float value = floats[row * cls_channels + c];
@@ -72,35 +71,25 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       };
     };
   };
-  if (has_g) {
-    transposed_linears(rows, cls_pitch, w.back.weight.data, 1, cls_channels, channels,
-                       write_floats(channels));
-    cluster_sync();
-  }
+  transposed_linears(rows, cls_pitch, w.back.weight.data, 1, cls_channels, channels,
+                     write_floats(channels));
+  cluster_sync();
 
   // dy of the residual, and r dy of the update.
-  const auto write_dy = [&](int row, int c, float dy) {
-    const float update = dy * scale_of_residual(p.residual_scale, first + row);
-    rows[row * pitch + c] = from_float<T>(update);
-    if (!stores(row)) return;
-    gradients_of(row).dupdate[c] = update;
-    residual_dy[(first + row) * channels + c] = dy;
-  };
   clear_rows(rows, count, channels);
-  if (has_g) {
-    normalize_rows_backward<T, true>(
-        statistics, 0, 1, count, channels, eps, w.back_norm,
-        [&](int row, int c) { return v.y[(first + row) * channels + c]; }, floats,
-        [&](int row, int c, float dy, float dn, float xhat) {
-          write_dy(row, c, dy);
-          if (!stores(row)) return;
-          gradients_of(row).back_norm_weight[c] = dn * xhat;
-          gradients_of(row).back_norm_bias[c] = dn;
-        });
-  } else {
-    for_rows([](int) { return true; }, count, channels,
-             [&](int row, int c) { write_dy(row, c, floats[row * channels + c]); });
-  }
+  normalize_rows_backward<T, true>(
+      statistics, 0, 1, count, channels, eps, w.back_norm,
+      [&](int row, int c) { return v.y[(first + row) * channels + c]; }, floats,
+      [&](int row, int c, float dy, float dn, float xhat) {
+        const float r = scale_of_residual(p.residual_scale, first + row);
+        rows[row * pitch + c] = from_float<T>(dy * r);
+        if (!stores(row)) return;
+        const Gradients g = gradients_of(row);
+        g.back_norm_weight[c] = dn * xhat;
+        g.back_norm_bias[c] = dn;
+        g.dupdate[c] = dy * r;
+        residual_dy[(first + row) * channels + c] = dy;
+      });
   __syncthreads();
 
   // do = W_o^T dupdate, written to the operands of all blocks and to memory
@@ -191,7 +180,6 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
         const float dy0 = dx + residual_dy[offset] + token_dy0[offset];
         rows[row * pitch + c] = from_float<T>(dy0);
         if (!stores(row)) return;
-        if (!has_f) write_element<T>(p.dcls, p.cls.dtype, offset, dy0);
         float dgain = dn * xhat, dbeta = dn;
         for (int head = 0; head < heads; ++head) {
           const int64_t i = head_offset(batch, channels, head, first + row) + c;
@@ -203,7 +191,6 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
         g.norm_weight[c] = dgain;
         g.norm_bias[c] = dbeta;
       });
-  if (!has_f) return;
   cluster_sync();  // waits until no block reads its floats any more
 
   // f

@@ -105,16 +105,6 @@ struct Share {
   }
 };
 
-// Calls visit(row, c) for the rows below count for which is_used(row). Called by a block.
-template <class IsUsed, class Visit>
-__device__ void for_rows(IsUsed is_used, int count, int width, Visit visit) {
-#pragma unroll 1
-  for (int row = 0; row < count; ++row) {
-#pragma unroll 1
-    for (int c = thread_index(); is_used(row) && c < width; c += block_threads()) visit(row, c);
-  }
-}
-
 // transposed_linear for all columns of `heads` matrices of `depth` rows each, with `depth` columns
 // of the operand per head. Column blocks go round-robin to the warps of the cluster; write_of(head)
 // returns the function that writes a head's results.

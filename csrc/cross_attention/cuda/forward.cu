@@ -34,7 +34,6 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   T* queries = reinterpret_cast<T*>(memory + layout.narrow);
   float* y0 = reinterpret_cast<float*>(memory + layout.floats);
   const Weights& w = p.weights;
-  const bool has_f = w.proj.weight.data, has_g = w.back.weight.data;  // else the identity
 
   // The copies of the tokens overlap with the CLS path.
   ForwardPass<P> pass(memory + layout.pass, channels, eps, true);
@@ -45,33 +44,27 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     return x;
   };
   prefetch_parameters<T>(w, cls_channels, channels);
-  copy_rows<T>(y0, p.cls, first, count, has_f ? cls_channels : channels);
+  copy_rows<T>(y0, p.cls, first, count, cls_channels);
   if (!aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
 
+  clear_rows(rows, count, cls_channels);
+  __syncthreads();
+  normalize_rows<T, true>(
+      statistics, count, cls_channels, eps, w.proj_norm,
+      [&](int row, int c) { return y0[row * cls_channels + c]; },
+      [&](int row, int c, float value) {
+        rows[row * operand_pitch<T>(cls_channels) + c] = from_float<T>(value);
+        if (stores(row)) v.activated[(first + row) * cls_channels + c] = value;
+      });
+  cluster_sync();  // waits for the other blocks to start, and until this one has read the CLS
   const Share share = Share::of(channels);
-  if (has_f) {
-    clear_rows(rows, count, cls_channels);
-    __syncthreads();
-    normalize_rows<T, true>(
-        statistics, count, cls_channels, eps, w.proj_norm,
-        [&](int row, int c) { return y0[row * cls_channels + c]; },
-        [&](int row, int c, float value) {
-          rows[row * operand_pitch<T>(cls_channels) + c] = from_float<T>(value);
-          if (stores(row)) v.activated[(first + row) * cls_channels + c] = value;
-        });
-    cluster_sync();  // waits for the other blocks to start, and until this one has read the CLS
-    linear(rows, operand_pitch<T>(cls_channels), w.proj, cls_channels, share.first, share.last,
-           [&](int row, int c, float a, float b) {
-             if (row >= count) return;
-             const float2 value = make_float2(a, b);
-             store_in_ranks(reinterpret_cast<float2*>(y0 + row * channels + c), value);
-             *reinterpret_cast<float2*>(v.y0 + (first + row) * channels + c) = value;
-           });
-  } else {
-    __syncthreads();
-    for_rows(stores, count, channels,
-             [&](int row, int c) { v.y0[(first + row) * channels + c] = y0[row * channels + c]; });
-  }
+  linear(rows, operand_pitch<T>(cls_channels), w.proj, cls_channels, share.first, share.last,
+         [&](int row, int c, float a, float b) {
+           if (row >= count) return;
+           const float2 value = make_float2(a, b);
+           store_in_ranks(reinterpret_cast<float2*>(y0 + row * channels + c), value);
+           *reinterpret_cast<float2*>(v.y0 + (first + row) * channels + c) = value;
+         });
   cluster_sync();
 
   clear_rows(rows, count, channels);
@@ -157,13 +150,6 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
          });
   cluster_sync();
 
-  if (!has_g) {
-    for_rows(stores, count, channels, [&](int row, int c) {
-      T* to = static_cast<T*>(p.new_cls) + (first + row) * channels + c;
-      *to = from_float<T>(y0[row * channels + c]);
-    });
-    return;
-  }
   clear_rows(rows, count, channels);
   normalize_rows<T, true>(statistics, count, channels, eps, w.back_norm, load_y0,
                           [&](int row, int c, float value) {
