@@ -199,7 +199,8 @@ def test_autocast_without_f_or_g(identity: str, triton_device: str) -> None:
 def test_operators_are_what_they_say(identity: str, triton_device: str) -> None:
     weights = FusionWeights(*(w.float().to(triton_device) for w in make_weights(24, 16)))
     weights = without(weights, identity)
-    cls, tokens = torch.randn(3, 24, device=triton_device), torch.randn(3, 5, 16).to(triton_device)
+    width = 16 if "f" in identity else 24
+    cls, tokens = torch.randn(3, width).to(triton_device), torch.randn(3, 5, 16).to(triton_device)
     scale = torch.rand(3, device=triton_device)
     inputs = FusionInputs(cls, tokens, weights, 4, scale)
     check_operators(OPERATIONS["cross_attention_fusion"], inputs, 1e-6, "triton")

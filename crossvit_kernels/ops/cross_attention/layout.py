@@ -92,14 +92,11 @@ def vectors(saved: Saved, inputs: FusionInputs) -> Vectors:
 
 
 def empty_saved(inputs: FusionInputs, keep: str) -> Saved:
-    """Allocate what forward saves."""
-    tokens = inputs.tokens
-    size = sum(math.prod(shape) for shape in _shapes(inputs))
-    return Saved(
-        torch.empty(
-            size, dtype=accumulate_dtype(tokens), device=tokens.device
-        )  # size may be symbolic
-    )
+    """Allocate what forward saves; zero without f or g, whose vectors no kernel then writes."""
+    tokens, w = inputs.tokens, inputs.weights
+    size = sum(math.prod(shape) for shape in _shapes(inputs))  # may be symbolic
+    allocate = torch.zeros if w.proj_weight is None or w.back_weight is None else torch.empty
+    return Saved(allocate(size, dtype=accumulate_dtype(tokens), device=tokens.device))
 
 
 def _shapes(inputs: FusionInputs) -> list[tuple[int, ...]]:
