@@ -78,7 +78,7 @@ def test_batches_that_cannot_be(fails: Callable[..., str], data: Path) -> None:
 
 def test_models_and_checkpoints(fails: Callable[..., str], data: Path, tmp_path: Path) -> None:
     assert "unknown model 'vit'" in fails(data, "--model vit")
-    assert "depth: no argument of the model" in fails(data, "--model-args depth=3")
+    assert "unknown argument 'depth'; did you mean depths" in fails(data, "--model-args depth=3")
     assert "dims: expected a pair, found 'abc'" in fails(data, "--model-args dims=abc")
     assert "depths: expected a pair, found 'a,b'" in fails(data, "--model-args depths=a,b")
     assert "no parameter is called" in fails(data, "--freeze nothing.*")
