@@ -1,7 +1,7 @@
 """Runs a backend's forward and backward, verified at first use where nothing proves its kernels.
 
-Costs: a dict look-up a call where kernels are not watched; where they are, the key of the variant
-(some microseconds). The first call of a variant also runs the reference in float64 and in the
+Costs: a dict look-up a call where kernels are not watched; where they are, the key of the variant.
+The first call of a variant also runs the reference in float64 and in the
 call's dtype, a few images at a time.
 """
 
