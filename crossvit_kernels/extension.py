@@ -41,6 +41,13 @@ class CudaKernels(NamedTuple):
 cuda_kernels = CudaKernels(_C.cuda, "cuda") if _C and _C.cuda_architectures else None
 
 
+def why_not_cpu_kernels(x: Tensor) -> str | None:
+    """Return why no CPU kernel can take x, or None."""
+    if missing:
+        return missing
+    return None if x.device.type == "cpu" else f"the tokens are on {x.device}, not on a CPU"
+
+
 def why_not_cuda_kernels(x: Tensor) -> str | None:
     """Return why no CUDA kernel can take x, or None."""
     if cuda_kernels is None:

@@ -131,6 +131,30 @@ def test_without_the_extension() -> None:
     assert out.count("cannot be imported") >= 3 and "pip install" in out
 
 
+def test_fused_models_without_the_extension() -> None:
+    """Every operation of a model runs the reference, forward and backward."""
+    out = run_python(
+        WITHOUT_EXTENSION
+        + "from crossvit import create_model\n"
+        + "image = torch.rand(1, 3, 224, 224)\n"
+        + "for name in 'crossvit_tiny', 'deit_tiny_patch16_224':\n"
+        + "    model = create_model(name, use_fused=True).eval()\n"
+        + "    fused = model(image); fused.sum().backward()\n"
+        + "    torch.testing.assert_close(fused, model.set_fused(False)(image))\n"
+        + "def refusal(call, *args):\n"
+        + "    try: call(*args, backend='cpu')\n"
+        + "    except ValueError as e: return str(e)\n"
+        + "x, w = torch.rand(1, 4, 32), torch.ones(32)\n"
+        + "msa = ck.MsaWeights(w, w, torch.rand(96, 32), None, torch.rand(32, 32), w)\n"
+        + "ffn = ck.FfnWeights(w, w, torch.rand(64, 32), torch.rand(64), torch.rand(32, 64), w)\n"
+        + "assert 'cannot be imported' in refusal(ck.layernorm_msa, x, msa, 1)\n"
+        + "assert 'cannot be imported' in refusal(ck.layernorm_ffn, x, ffn)\n"
+        + "print('equal')\n",
+        TRITON_INTERPRET="0",
+    )
+    assert out == "equal\n"
+
+
 def test_without_triton_and_without_a_gpu() -> None:
     out = run_python(
         "import sys; sys.modules['triton'] = None\n"

@@ -218,8 +218,9 @@ def _wanted_gradients(
             shared.append(bool(prefix) or not is_per_image(value, batch))
         elif isinstance(value, tuple):
             inner = _wanted_gradients(value, want, gradient, batch, f"{name}.")
-            for total, some in zip((names, actual, shared), inner, strict=True):
-                total += some
+            names += inner[0]
+            actual += inner[1]
+            shared += inner[2]
     return names, actual, shared
 
 

@@ -19,10 +19,8 @@ def why_not(inputs: CoreInputs) -> str | None:
 
 def why_not_tokens(x: Tensor) -> str | None:
     """Return why the CPU kernel cannot take tokens x, or None."""
-    if extension.missing:
-        return extension.missing
-    if x.device.type != "cpu":
-        return f"the tokens are on {x.device}, not on a CPU"
+    if reason := extension.why_not_cpu_kernels(x):
+        return reason
     if x.dtype not in extension.DTYPE_CODES:
         return f"it has no code for {x.dtype} tokens"
     return None

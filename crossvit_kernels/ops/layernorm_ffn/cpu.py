@@ -30,8 +30,7 @@ class Saved(NamedTuple):
 
 
 def why_not(inputs: FfnInputs) -> str | None:
-    device = inputs.x.device
-    return None if device.type == "cpu" else f"the tokens are on {device}, not on a CPU"
+    return extension.why_not_cpu_kernels(inputs.x)
 
 
 def empty_saved(inputs: FfnInputs, keep: str) -> Saved:

@@ -36,10 +36,9 @@ class Saved(NamedTuple):
 
 
 def why_not(inputs: MsaInputs) -> str | None:
-    x = inputs.x
-    if x.device.type != "cpu":
-        return f"the tokens are on {x.device}, not on a CPU"
-    return "there are no tokens" if x.numel() == 0 else None
+    if reason := extension.why_not_cpu_kernels(inputs.x):
+        return reason
+    return "there are no tokens" if inputs.x.numel() == 0 else None
 
 
 def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
