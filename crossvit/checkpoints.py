@@ -27,6 +27,8 @@ _METADATA_KEY = "crossvit"
 _CLASS_NAMES_KEY = "class_names"
 _NORMALIZATION_KEY = "normalization"
 
+Normalization = tuple[list[float], list[float]]  # mean and standard deviation of each channel
+
 Source = str | os.PathLike[str] | Mapping[str, Any]
 Grids = Sequence[Size]
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,7 +71,8 @@ def load_checkpoint(
             under ``ema_model.`` and ``online_model.``), load the averaged ones, as timm does.
 
     Returns:
-        The model, as it was passed.
+        The model, as it was passed. If the file records the normalization of its images, the
+        model's ``pretrained_cfg`` has it.
 
     Raises:
         FileNotFoundError: There is no such file, repository or entry.
@@ -90,8 +93,12 @@ def load_checkpoint(
     grids = _checked_grids(grid_sizes, len(core.grid_sizes)) or _grids(metadata)
     _fit_position_embeddings(entries, core, grids)
     refuse_misfits(entries, expected, core.config)
-    checkpoint_targets.load(model, entries.state)
     name = "a state dict" if isinstance(source, Mapping) else source
+    recorded = _normalization(metadata, name)
+    checkpoint_targets.load(model, entries.state)
+    if recorded is not None:
+        mean, std = map(tuple, recorded)
+        core.pretrained_cfg = {**core.pretrained_cfg, "mean": mean, "std": std}
     for note in entries.notes:
         logger.info("%s: %s", name, note)
     return model
@@ -171,9 +178,7 @@ def read_class_names(source: str | os.PathLike[str]) -> list[str] | None:
     return names
 
 
-def read_normalization(
-    source: str | os.PathLike[str],
-) -> tuple[list[float], list[float]] | None:
+def read_normalization(source: str | os.PathLike[str]) -> Normalization | None:
     """Return the mean and standard deviation of each channel that ``save_checkpoint`` recorded.
 
     Args:
@@ -183,6 +188,10 @@ def read_normalization(
         ValueError: They are damaged. ``load_checkpoint`` lists the other errors.
     """
     _, metadata = checkpoint_files.read(checkpoint_files.locate(source))
+    return _normalization(metadata, source)
+
+
+def _normalization(metadata: Mapping[str, str], source: Any) -> Normalization | None:
     if (text := metadata.get(_NORMALIZATION_KEY)) is None:
         return None
     try:

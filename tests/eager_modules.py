@@ -55,10 +55,13 @@ class EagerCrossAttentionBlock(nn.Module):
 
 
 class EagerFusion(nn.Module):
-    def __init__(self, bias: bool = True, drop_path: float = 0.0) -> None:
+    def __init__(self, bias: bool = True, drop_path: float = 0.0, projections: bool = True) -> None:
         super().__init__()
-        self.proj = nn.Sequential(nn.LayerNorm(C_CLS, eps=1e-6), nn.GELU(), nn.Linear(C_CLS, C))
         self.fusion = EagerCrossAttentionBlock(bias, drop_path)
+        if not projections:
+            self.proj, self.revert_proj = nn.Identity(), nn.Identity()
+            return
+        self.proj = nn.Sequential(nn.LayerNorm(C_CLS, eps=1e-6), nn.GELU(), nn.Linear(C_CLS, C))
         self.revert_proj = nn.Sequential(nn.LayerNorm(C, eps=1e-6), nn.GELU(), nn.Linear(C, C_CLS))
 
     def forward(self, cls: Tensor, tokens: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ CASES = {
         lambda: EagerFusion(bias=False),
         ((B, C_CLS), X),
     ),
+    "fusion without projections": Case(
+        lambda: modules.CrossAttentionFusion(C, C, HEADS, projections=False),
+        lambda: EagerFusion(projections=False),
+        ((B, C), X),
+    ),
     "block": Case(
         lambda: modules.TransformerBlock(C, HEADS, mlp_ratio=2.0),
         EagerBlock,

@@ -213,6 +213,11 @@ def test_construction_checks_the_heads(make: Callable[[int], nn.Module]) -> None
         make(3.0)
 
 
+def test_without_projections_widths_are_equal() -> None:
+    with pytest.raises(ValueError, match="dim_own: expected dim, 24, without projections"):
+        modules.CrossAttentionFusion(C_CLS, C, HEADS, projections=False)
+
+
 @pytest.mark.parametrize("rate", ["attn_drop", "drop_path"])
 def test_construction_checks_the_rates(rate: str) -> None:
     with pytest.raises(ValueError, match=rate):

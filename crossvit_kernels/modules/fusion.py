@@ -162,9 +162,11 @@ class CrossAttentionFusion(FusedModule):
         dim_own: C_cls, the width of the branch that owns the CLS.
         dim: C, the width of the other branch, at which attention runs. num_heads is also that
             branch's. The other arguments are described in ``crossvit_kernels.modules``.
+        projections: Whether there are f and g (Eq. 5-7); False makes both the identity.
 
     Raises:
-        ValueError: num_heads does not divide dim, or a rate is not in [0, 1).
+        ValueError: num_heads does not divide dim, a rate is not in [0, 1), or there are no
+            projections between different widths.
     """
 
     proj: nn.Module
@@ -181,12 +183,15 @@ class CrossAttentionFusion(FusedModule):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         backend: str | None = None,
+        projections: bool = True,
     ) -> None:
         super().__init__(dim, num_heads, backend)
+        if not projections and dim_own != dim:
+            raise ValueError(f"dim_own: expected dim, {dim}, without projections, found {dim_own}")
         self.dim_own = dim_own
-        self.proj = lift(dim_own, dim, eps)
+        self.proj = lift(dim_own, dim, eps) if projections else nn.Identity()
         self.fusion = CrossAttentionBlock(dim, num_heads, qkv_bias, eps, attn_drop, drop_path)
-        self.revert_proj = lift(dim, dim_own, eps)
+        self.revert_proj = lift(dim, dim_own, eps) if projections else nn.Identity()
         init_linears(self)
 
     @classmethod

@@ -24,7 +24,7 @@ Image = pytest.importorskip("PIL.Image")
 
 from crossvit import checkpoint_files as files  # noqa: E402
 from crossvit import command_line, configs, evaluate, imagenet  # noqa: E402
-from crossvit.checkpoints import describe  # noqa: E402
+from crossvit.checkpoints import describe, load_model  # noqa: E402
 from crossvit.training import sources  # noqa: E402
 from crossvit.transforms import eval_transform  # noqa: E402
 
@@ -345,6 +345,8 @@ def test_the_checkpoint_says_how_images_were_normalized(folder, checkpoint, run,
     imagenets = ["--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225"]
     imagenets = run(folder, path, *imagenets)
     assert imagenets["loss"] == default["loss"]
+    cfg = load_model(path).pretrained_cfg  # of which timm makes transforms
+    assert (cfg["mean"], cfg["std"], cfg["input_size"][0]) == (*own, 3)
     with pytest.raises(ValueError, match="normalization: expected 3 means and as many dev"):
         save_checkpoint(tiny(), path, normalization=((0.5,), (0.5,)))
 
