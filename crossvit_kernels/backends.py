@@ -21,8 +21,9 @@ from crossvit_kernels.gpu import launcher
 from crossvit_kernels.verify import state
 
 #: On a CPU "triton" runs only in its interpreter, very slowly. "reference" is eager PyTorch, on any
-#: device.
-NAMES = ("cuda", "cpu", "triton", "reference")
+#: device. "library" composes torch's own kernels, scaled_dot_product_attention among them; it runs
+#: only if it is named, or was measured to be fastest (ck.calibrate).
+NAMES = ("cuda", "cpu", "triton", "library", "reference")
 
 _ON_A_CPU = ("cpu", "cuda", "triton")  # the last two for tests
 _ON_A_GPU = {0: ("triton",), 80: ("cuda", "triton")}
@@ -66,6 +67,7 @@ def backends() -> Backends:
         "cpu": extension.missing,
         "cuda": _why_not_cuda(),
         "triton": launcher.missing(),
+        "library": None,
     }
     for name, reason in reasons.items():
         if reason is None and name != "reference" and not _operations_with(name):
@@ -110,8 +112,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operation in the block on one backend, unless a call names another.
 
     Args:
-        name: One of ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``. The setting
-            applies to the process, not to a thread.
+        name: One of ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, ``"library"``,
+            ``"reference"``. The setting applies to the process, not to a thread.
 
     Raises:
         ValueError: ``name`` is no backend. A call in the block that the backend cannot run raises

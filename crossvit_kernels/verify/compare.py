@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossvit_kernels.autograd import recording
 from crossvit_kernels.verify.rule import Tally
 
 #: Bytes that the float64 reference may take: it runs on as many images at a time as fit.
@@ -67,7 +68,7 @@ def gradients(
         douts: The gradient of each output; None for zero.
         wanted: Bools in the structure of the inputs.
     """
-    with torch.enable_grad():
+    with recording():
         leaves = map_tensors(lambda t: t.detach().clone(), inputs)
         roots = [t for t, want in _pairs(leaves, wanted) if want]
         for t in roots:

@@ -23,6 +23,7 @@ from broken_kernels import (
     run,
 )
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit_kernels as ck
 from crossvit_kernels import __main__ as program
@@ -259,6 +260,20 @@ def test_the_report(broken) -> None:
     text = program.report()
     assert "1 of layernorm_ffn forward on cpu" in text
     assert "retired       layernorm_ffn backward on cpu ([2, 5, 16] float32)" in text
+
+
+def test_inside_of_a_dispatch_mode(broken) -> None:
+    """Where autograd is off by itself."""
+    tensors, call = make_ffn()
+    expected = run(call, tensors, "reference")
+    with FlopCounterMode(display=False):
+        assert_close(run(call, tensors, "cpu"), expected)
+    assert len(state.verified) == 2 and not state.retired
+    state.forget()
+    broken("layernorm_ffn", "cpu", forward=one_wrong_value)
+    with FlopCounterMode(display=False):
+        assert_close(run(call, tensors, "cpu"), expected)
+    assert len(state.retired) == 1
 
 
 def test_logging_may_be_off(broken) -> None:

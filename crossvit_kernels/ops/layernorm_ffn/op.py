@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.ops.flops import Flops
-from crossvit_kernels.ops.layernorm_ffn import cpu, cuda, reference, triton
+from crossvit_kernels.ops.layernorm_ffn import cpu, cuda, library, reference, triton
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
 from crossvit_kernels.ops.operator import Operation
 
@@ -42,7 +42,7 @@ def _flops_of_one_layer(shapes: Any) -> int:
 layernorm_ffn = Operation(
     "layernorm_ffn",
     FfnInputs,
-    {"cpu": cpu, "cuda": cuda, "triton": triton},
+    {"cpu": cpu, "cuda": cuda, "triton": triton, "library": library},
     _reference,
     _empty_outputs,
     Flops(_flops_forward, _flops_backward),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels.ops.flops import Flops
-from crossvit_kernels.ops.layernorm_msa import cpu, cuda, reference, triton
+from crossvit_kernels.ops.layernorm_msa import cpu, cuda, library, reference, triton
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
 from crossvit_kernels.ops.operator import Operation
 
@@ -50,7 +50,7 @@ def _flops_of_steps(shapes: Any) -> tuple[int, int]:
 layernorm_msa = Operation(
     "layernorm_msa",
     MsaInputs,
-    {"cpu": cpu, "cuda": cuda, "triton": triton},
+    {"cpu": cpu, "cuda": cuda, "triton": triton, "library": library},
     _reference,
     _empty_outputs,
     Flops(_flops_forward, _flops_backward),
