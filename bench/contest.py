@@ -23,7 +23,7 @@ from contender import Contender
 from measure import Timing, Tolerance
 from report import Row
 
-from crossvit_kernels import backends
+from crossvit_kernels.backends import watching
 
 #: The row of the default, without a named backend.
 HEADLINE = "ours (auto)"
@@ -198,7 +198,7 @@ class Contest:
         start = time.perf_counter()
         try:
             # A compiled function first replays its CUDA graph in its third call.
-            with backends.watching() as ran:
+            with watching() as ran:
                 for _ in range(3 if contender.captured or contender.compiled else 1):
                     results = contender.results() if contender.results else contender.call(0)
             variants = {"ran": sorted(ran)} if contender.ours else {}

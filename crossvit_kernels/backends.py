@@ -195,7 +195,8 @@ def choose(
         candidates = () if prefer_reference else order(operation, device)
         if call is not None:
             if store.recorder is not None and not torch.compiler.is_compiling():
-                store.recorder(call())
+                usual = _first(candidates, modules, why_not, is_retired)
+                store.recorder(call()._replace(usual=usual))
             measured = store.choice(device, operation, call)
             candidates = (measured, *candidates) if measured else candidates
         name = _first(candidates, modules, why_not, is_retired)

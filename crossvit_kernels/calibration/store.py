@@ -53,6 +53,7 @@ class Call(NamedTuple):
         run: (values, backend) -> outputs.
         device: The tokens'.
         autocast: Its dtype of matrix products, or None.
+        usual: The backend that the tables choose.
     """
 
     signature: Signature
@@ -60,6 +61,7 @@ class Call(NamedTuple):
     run: Callable[[Any, str], Any]
     device: torch.device
     autocast: torch.dtype | None
+    usual: str = "reference"
 
 
 #: Takes the calls whose backend is chosen automatically; set while ``calibrate`` records.
@@ -195,6 +197,11 @@ def _load(device: torch.device) -> dict[Signature, str]:
         found = _settings_of(content, key)
     _tables[device], _settings[device] = table, found
     return table
+
+
+def all_settings(device: torch.device) -> dict[str, dict[int, Any]]:
+    """Return all measured settings of a device and the installed software, by name."""
+    return _settings_of(_read(), identity.key(device))
 
 
 def entries(device: torch.device) -> list[dict[str, Any]]:
