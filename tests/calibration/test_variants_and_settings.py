@@ -205,8 +205,14 @@ def test_streams(path: Path) -> None:
 
 def test_graphs_and_streams_are_measured(monkeypatch, capsys) -> None:
     """On tensors that claim to be on a GPU, with captures that only say what they are."""
-    net, x = TransformerBlock(C, HEADS), torch.randn(2, 5, C)
-    waits = {2: 0.0, 1: 0.05}
+
+    class Waits(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.02)
+            return x
+
+    net = torch.nn.Sequential(TransformerBlock(C, HEADS), Waits())
+    x, waits = torch.randn(2, 5, C), {2: 0.0, 1: 0.01}
 
     def capture(model: Any, example: Any) -> Any:
         seconds = waits[graphs._streams]

@@ -12,6 +12,7 @@ from broken_kernels import (
     CASES,
     HEADS,
     Broken,
+    C,
     an_exception,
     assert_close,
     make_core,
@@ -232,6 +233,41 @@ def test_masked_images_and_nan(caplog) -> None:
     x[0, 0, 0] = torch.nan
     ck.attention_core(u, x, key_mask=None, backend="cpu")
     assert len(state.verified) == 2 and not state.retired
+
+
+@pytest.mark.parametrize("num_tokens", [5, 50])
+def test_gradients_that_cancel_to_zero(num_tokens: int, broken, caplog) -> None:
+    """Where softmax is saturated, d_u is rounding errors, of which eager mode happens to have none.
+
+    What is more than rounding is found there, too.
+    """
+    x = torch.randn(2, num_tokens, C)
+    u = 50 * torch.nn.functional.layer_norm(x[:, :1], (C,))
+
+    def call(u: Tensor, x: Tensor, backend: str | None = None) -> Tensor:
+        return ck.attention_core(u, x, backend=backend)[0]
+
+    expected = run(call, [u, x], "reference")
+    assert_close(run(call, [u, x], "cpu"), expected)
+    assert len(state.verified) == 2 and not state.retired and not caplog.records
+
+    def off(d_x: Tensor) -> None:
+        d_x[0] += 1e-4 * d_x.std()
+
+    state.forget()
+    broken("attention_core", "cpu", backward=off)
+    assert_close(run(call, [u, x], "cpu"), expected)
+    assert len(state.retired) == 1
+
+
+def test_the_error_of_every_step() -> None:
+    x = torch.rand(1000, dtype=torch.float64)
+    eps, state_before = torch.finfo(torch.float32).eps, torch.random.get_rng_state()
+    with compare.Rounding(torch.float32, x.device):
+        y = x * 1
+    error = (y / x - 1).abs().max().item()
+    assert eps < error <= 2 * eps
+    assert torch.equal(torch.random.get_rng_state(), state_before)
 
 
 def test_a_wrong_infinity_of_lse(broken) -> None:
