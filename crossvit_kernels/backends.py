@@ -212,7 +212,7 @@ def choose(
             f"backend {name!r} cannot run this call of {operation}. "
             + "; ".join([*reasons, "reference: can run it"])
         )
-    if _watched is not None:
+    if _watched is not None and not torch.compiler.is_compiling():
         _watched.add(f"{operation}: {name}")
     return name
 

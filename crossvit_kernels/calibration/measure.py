@@ -11,7 +11,7 @@ import torch
 
 #: What is usual is replaced only by what is faster by this share.
 MARGIN = 0.03
-#: What is slower than the fastest by this factor in the first round is not measured again.
+#: What is slower than the fastest by this factor in two rounds is not measured again.
 _HOPELESS = 4
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 50
 
@@ -40,9 +40,9 @@ def measure(runs: Mapping[Name, Run], device: torch.device, budget_s: float) -> 
             runs[name]()
             _wait(device)
             times[name].append(time.perf_counter() - start)
-        if i == 0:
-            most = _HOPELESS * min(first for (first,) in times.values())
-            names = [name for name in names if times[name][0] <= most]
+        if i == 1:
+            most = _HOPELESS * min(min(found) for found in times.values())
+            names = [name for name in names if min(times[name]) <= most]
     return {name: statistics.median(values) for name, values in times.items()}
 
 
