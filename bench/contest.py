@@ -201,7 +201,7 @@ class Contest:
             with watching() as ran:
                 for _ in range(3 if contender.captured or contender.compiled else 1):
                     results = contender.results() if contender.results else contender.call(0)
-            variants = {"ran": sorted(ran)} if contender.ours else {}
+            variants = {"ran": "; ".join(sorted(ran))} if contender.ours else {}
             return {**measure.judge(results, allowed), **variants}
         except Exception as error:  # compilers may raise anything: still measure the others
             declined = contender.may_decline and isinstance(error, ValueError)

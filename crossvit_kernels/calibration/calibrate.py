@@ -58,24 +58,22 @@ class Calibration:
     unmeasured: int = 0
 
     def __str__(self) -> str:
-        lines = [f"{'call':58} {'times in ms':44} {'choice':10} gain"]
+        rows = [("call", "times in ms", "choice", "gain")]
         for call in self.calls:
-            s = call.signature
+            s, seconds = call.signature, call.seconds
             name = f"{s.operation} {'train' if s.training else 'forward'} N {s.num_tokens} "
             name += f"{'x'.join(map(str, s.sizes))} class {s.batch_class}"
-            gain = (
-                call.seconds[call.usual] / call.seconds[call.choice]
-                if call.usual in call.seconds
-                else 1
-            )
-            lines.append(f"{name:58} {_shown(call.seconds):44} {call.choice:10} {gain:.2f}x")
+            gain = f"{seconds[call.usual] / seconds[call.choice]:.2f}x"
+            rows.append((name, _shown(seconds), call.choice, gain))
+        if self.model:
+            rows.append(("the whole model", _shown(self.model), self.choice, ""))
+        rows += [(name.replace("_", " "), "", str(v), "") for name, v in self.settings.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         if self.unmeasured:
             lines.append(
                 f"{self.unmeasured} more calls were not measured: the budget was too small"
             )
-        if self.model:
-            lines.append(f"{'the whole model':58} {_shown(self.model):44} {self.choice}")
-        lines += [f"{name.replace('_', ' '):58} {value}" for name, value in self.settings.items()]
         return "\n".join(lines)
 
 
@@ -141,13 +139,18 @@ def calibrate(
                 measured.append(_measure_call(call, 0.6 * left / (len(calls) - i)))
             progress.step("the whole model")
             runs = whole_model.runs_of(model, example, training, compare_compiled)
-            times = measure(runs, device, 0.8 * (end - time.monotonic()))
+            times = measure(
+                runs,
+                device,
+                0.8 * (end - time.monotonic()),
+                lambda name: whole_model.set_fused(model, name == "fused"),
+            )
             choice = min((n for n in times if "graph" not in n), key=lambda name: times[name])
             settings: dict[str, int] = {**whole_model.decided(times)}
+            whole_model.set_fused(model, choice == "fused")
             progress.step("threads")
             if device.type == "cpu":
                 settings |= _measure_threads(runs[choice], end - time.monotonic())
-    whole_model.set_fused(model, choice == "fused")
     if choice == "compiled":
         model.compile()
     for name, value in settings.items():
@@ -160,11 +163,13 @@ def calibrate(
 
 def _measure_threads(run: Run, budget_s: float) -> dict[str, int]:
     """Set the number of threads to the fastest, and return it as a setting."""
-    usual, *others = whole_model.thread_counts()
-    if not others:
+    counts = whole_model.thread_counts()
+    if len(counts) == 1:
         return {}
-    runs = {n: functools.partial(whole_model.with_threads, n, run) for n in (usual, *others)}
-    fastest = kept(measure(runs, torch.device("cpu"), budget_s), usual)
+    seconds = measure(
+        dict.fromkeys(counts, run), torch.device("cpu"), budget_s, torch.set_num_threads
+    )
+    fastest = kept(seconds, usual=counts[0])
     torch.set_num_threads(fastest)
     return {"threads": fastest}
 

@@ -19,15 +19,22 @@ Run = Callable[[], object]
 Name = TypeVar("Name")
 
 
-def measure(runs: Mapping[Name, Run], device: torch.device, budget_s: float) -> dict[Name, float]:
+def measure(
+    runs: Mapping[Name, Run],
+    device: torch.device,
+    budget_s: float,
+    prepare: Callable[[Name], object] = lambda name: None,
+) -> dict[Name, float]:
     """Return the median seconds of each run, measured in turn and repeatedly.
 
     Args:
         runs: By name.
         device: Whose work is waited for.
         budget_s: Seconds for all; at least three rounds are measured, after one to warm up.
+        prepare: Called with the name before each run, and not measured.
     """
-    for run in runs.values():
+    for name, run in runs.items():
+        prepare(name)
         run()
     times: dict[Name, list[float]] = {name: [] for name in runs}
     names, end = list(runs), time.monotonic() + budget_s
@@ -35,6 +42,7 @@ def measure(runs: Mapping[Name, Run], device: torch.device, budget_s: float) -> 
         if i >= _LEAST_ROUNDS and time.monotonic() > end:
             break
         for name in names if i % 2 else reversed(names):
+            prepare(name)
             _wait(device)
             start = time.perf_counter()
             runs[name]()

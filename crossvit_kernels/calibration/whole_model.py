@@ -89,19 +89,14 @@ def runs_of(
 ) -> dict[str, Run]:
     """Return runs of a model: "fused", "eager", and "compiled" if asked for; on a GPU without
     training also "graph" and "graph, one stream", if it can be captured.
+
+    Only "fused" runs with ``set_fused(model, True)``; that is up to the caller.
     """
-
-    def in_mode(module: Any, fused: bool) -> object:
-        set_fused(model, fused)
-        return run(module, example, training)
-
     runs: dict[str, Run] = {
-        "fused": functools.partial(in_mode, model, True),
-        "eager": functools.partial(in_mode, model, False),
+        name: functools.partial(run, model, example, training) for name in ("fused", "eager")
     }
     if compare_compiled:
-        runs["compiled"] = functools.partial(in_mode, torch.compile(model), False)
-        runs["compiled"]()
+        runs["compiled"] = functools.partial(run, torch.compile(model), example, training)
     if not training and _are_cuda(example):
         set_fused(model, True)
         try:
@@ -134,12 +129,6 @@ def thread_counts() -> list[int]:
     """Return numbers of threads to try: torch's, its half, and one."""
     usual = torch.get_num_threads()
     return list(dict.fromkeys((usual, max(usual // 2, 1), 1)))
-
-
-def with_threads(count: int, run: Run) -> object:
-    """Run on so many threads, and leave it at that."""
-    torch.set_num_threads(count)
-    return run()
 
 
 def use_calibrated_threads(num_images: int) -> int:
