@@ -43,8 +43,8 @@ def empty_saved(inputs: FusionInputs, keep: str) -> Saved:
     cls, x, w, num_heads, _ = inputs
     batch, num_tokens, channels = x.shape
     rows, dtype = num_tokens + 1, w.k_weight.dtype
-    mean = x.new_empty(batch, rows, 1, dtype=w.norm_weight.dtype)
     normed = x.new_empty(batch, rows, channels, dtype=dtype)
+    mean = norm.empty_mean(normed, w.norm_weight)
     heads = normed.new_empty(batch, 1, num_heads, channels // num_heads).transpose(1, 2)
     return Saved(
         f_cls=x.new_empty(

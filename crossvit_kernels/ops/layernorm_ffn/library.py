@@ -35,7 +35,7 @@ def why_not(inputs: FfnInputs) -> str | None:
 def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
     x, w, _ = inputs
     dtype = w.fc1_weight.dtype
-    mean = x.new_empty(*x.shape[:2], 1, dtype=w.norm_weight.dtype)
+    mean = norm.empty_mean(x, w.norm_weight)
     hidden = x.new_empty(*x.shape[:2], w.fc1_weight.shape[0], dtype=dtype)
     return Saved(
         normed=x.new_empty(x.shape, dtype=dtype),

@@ -44,7 +44,7 @@ def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
     qkv = x.new_empty(batch, num_tokens, 3 * channels, dtype=dtype)
     heads = x.new_empty(batch, num_tokens, num_heads, channels // num_heads, dtype=dtype)
     heads = heads.transpose(1, 2)
-    mean = x.new_empty(batch, num_tokens, 1, dtype=w.norm_weight.dtype)
+    mean = norm.empty_mean(x, w.norm_weight)
     return Saved(
         normed=x.new_empty(x.shape, dtype=dtype),
         mean=mean,
