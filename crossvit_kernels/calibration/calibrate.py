@@ -128,15 +128,20 @@ def calibrate(
     with whole_model.unchanged(model, training):
         whole_model.set_fused(model, True)
         calls = _recorded(lambda: whole_model.run(model, example, training))
-        end = time.monotonic() + budget_s
-        with Progress(len(calls) + 2, quiet) as progress:
+        with Progress(2 * len(calls) + 2, quiet) as progress:
+            contenders: list[list[str]] = []
+            for call in calls:
+                progress.step(f"verification of {call.signature.operation}")
+                contenders.append(_contenders(call))
+            end = time.monotonic() + budget_s
             measured: list[Measured] = []
             for i, call in enumerate(calls):
                 left = end - time.monotonic()
                 if left <= 0:
                     break
                 progress.step(call.signature.operation)
-                measured.append(_measure_call(call, 0.6 * left / (len(calls) - i)))
+                share = 0.6 * left / (len(calls) - i)
+                measured.append(_measure_call(call, contenders[i], share))
             progress.step("the whole model")
             runs = whole_model.runs_of(model, example, training, compare_compiled)
             times = measure(
@@ -192,8 +197,8 @@ def _recorded(run_model: Run) -> list[Call]:
     return list(found.values())
 
 
-def _measure_call(call: Call, budget_s: float) -> Measured:
-    runs = {name: functools.partial(_run_call, call, name) for name in _contenders(call)}
+def _measure_call(call: Call, contenders: list[str], budget_s: float) -> Measured:
+    runs = {name: functools.partial(_run_call, call, name) for name in contenders}
     seconds = measure(runs, call.device, budget_s)
     usual = call.usual if call.usual in runs else next(iter(runs))
     choice = kept(seconds, usual)

@@ -155,6 +155,18 @@ def test_wrong_backends_do_not_take_part(monkeypatch) -> None:
     assert set(found.seconds) == {"library", "reference"} and found.usual in found.seconds
 
 
+def test_verification_is_not_part_of_the_budget(monkeypatch) -> None:
+    """The clock starts after it: kernels are compiled there."""
+    events: list[str] = []
+    contenders, clock = calibration._contenders, time.monotonic
+    monkeypatch.setattr(
+        calibration, "_contenders", lambda call: events.append("verified") or contenders(call)
+    )
+    monkeypatch.setattr(time, "monotonic", lambda: events.append("clock") or clock())
+    ck.calibrate(model(), torch.randn(2, 5, C), quiet=True)
+    assert events[:4] == ["verified"] * 3 + ["clock"] and events.count("verified") == 3
+
+
 def test_interrupted(slow_ffn: Slow, path: Path, monkeypatch) -> None:
     net, measure_call = model(), calibration._measure_call
     net[0].backend = "reference"
