@@ -56,7 +56,8 @@ def make_graphed(
         raise ValueError(f"warmup: expected at least 1, found {warmup}")
 
     device = examples[0].device
-    if if_faster and store.bounded(store.settings(device, "graph"), len(examples[0])) is False:
+    num_images = examples[0].shape[0] if examples[0].dim() else 1
+    if if_faster and store.bounded(store.settings(device, "graph"), num_images) is False:
         return torch.inference_mode()(lambda *arguments: module(*arguments))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.inference_mode():
