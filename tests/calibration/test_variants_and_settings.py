@@ -297,3 +297,25 @@ def test_settings_outlive_new_choices(caplog, path: Path) -> None:
     path.write_text(json.dumps(content))
     store.forget()
     assert store.settings(CPU, "graph") == {} and "ignored" in caplog.text
+
+
+def test_one_backend_for_all_batches() -> None:
+    """With batch_invariant; without, a choice is that of a class of batches."""
+    tensors, call = make_ffn()
+    images = torch.randn(70, 5, C)
+    recorded: list[Any] = []
+    store.recorder = recorded.append
+    with torch.no_grad():
+        call(images[:1], *tensors[1:])
+    store.recorder = None
+    store.add(CPU, recorded[0].signature, "library", {"library": 1.0})
+    ran: dict[bool, list[set[str]]] = {False: [], True: []}
+    for invariant in ran:
+        ck.batch_invariant(invariant)
+        for count in (1, 8, 70):
+            with torch.no_grad(), watching() as seen:
+                call(images[:count], *tensors[1:])
+            ran[invariant].append(seen)
+    ck.batch_invariant(False)
+    kernels, library = {"layernorm_ffn: cpu"}, {"layernorm_ffn: library"}
+    assert ran == {False: [library, library, kernels], True: [kernels] * 3}
