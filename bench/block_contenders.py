@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import inputs
@@ -16,7 +15,6 @@ from inputs import EPS, TRAINED
 from torch import Tensor
 
 import crossvit_kernels as ck
-from crossvit_kernels.ops.common import configs
 
 PARTS = ("msa", "ffn", "block")
 _MSA, _FFN = ck.MsaWeights._fields, ck.FfnWeights._fields
@@ -132,11 +130,7 @@ def contenders(part: str, size: BlockSize, options: argparse.Namespace) -> list[
     candidates += [compiled_contender(name, call, options) for name, call in baselines.items()]
     for backend in options.backends:
         call = ours(part, size, backend)
-        variants = ("fused", "split", "library") if backend == "triton" else ("auto",)
-        for variant in variants:
-            within = functools.partial(configs.VARIANTS.choose, variant)
-            shown = "" if variant == "auto" else variant
-            candidates.append(our_contender(backend, call, options, shown, within=within))
+        candidates.append(our_contender(backend, call, options))
         if backend in ("triton", "cuda") and part != "ffn":
             lean = ours(part, size, backend, keep="lean")
             candidates.append(our_contender(backend, lean, options, "lean"))

@@ -201,13 +201,19 @@ def complete_backends(options: argparse.Namespace, available: Sequence[str]) -> 
     if names in (["all"], ["none"]):
         on_cpu = options.device.type == "cpu"
         # On a CPU the other backends are for tests: an interpreter is not a contender.
-        suited = [n for n in available if usable[n] and (n == "cpu") == on_cpu]
+        unsuited = ("cuda", "triton") if on_cpu else ("cpu",)
+        suited = [n for n in available if usable[_of(n)] and _of(n) not in unsuited]
         options.backends, options.named = ["auto", *suited] if names == ["all"] else [], []
         return
     for name in names:
         if name not in ("auto", *available, "reference"):
             expected = ", ".join(["all", "none", "auto", *available, "reference"])
             raise ValueError(f"--backends {name}: expected one of {expected}")
-        if not usable.get(name, True):
-            raise ValueError(f"--backends {name}: {usable.reasons[name]}")
+        if not usable.get(_of(name), True):
+            raise ValueError(f"--backends {name}: {usable.reasons[_of(name)]}")
     options.named = options.backends = list(dict.fromkeys(names))
+
+
+def _of(name: str) -> str:
+    """The backend of a kernel variant such as triton:split."""
+    return name.partition(":")[0]

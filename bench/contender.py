@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ class Contender:
         compiled: Whether it counts towards the compilation budget.
         may_decline: Whether a ValueError means that it does not support this size.
         skip: Why it is not run.
-        within: Context manager around its calls, forward and backward.
     """
 
     name: str
@@ -37,10 +35,9 @@ class Contender:
     compiled: bool = False
     may_decline: bool = False
     skip: str | None = None
-    within: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def on(self, inputs: Inputs) -> Contender:
-        return dataclasses.replace(self, call=inputs.numbered(self.call, self.within))
+        return dataclasses.replace(self, call=inputs.numbered(self.call))
 
 
 def our_contender(

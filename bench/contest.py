@@ -23,6 +23,8 @@ from contender import Contender
 from measure import Timing, Tolerance
 from report import Row
 
+from crossvit_kernels.backends import watching
+
 #: The row of the default, without a named backend.
 HEADLINE = "ours (auto)"
 
@@ -196,9 +198,11 @@ class Contest:
         start = time.perf_counter()
         try:
             # A compiled function first replays its CUDA graph in its third call.
-            for _ in range(3 if contender.captured or contender.compiled else 1):
-                results = contender.results() if contender.results else contender.call(0)
-            return measure.judge(results, allowed)
+            with watching() as ran:
+                for _ in range(3 if contender.captured or contender.compiled else 1):
+                    results = contender.results() if contender.results else contender.call(0)
+            variants = {"ran": "; ".join(sorted(ran))} if contender.ours else {}
+            return {**measure.judge(results, allowed), **variants}
         except Exception as error:  # compilers may raise anything: still measure the others
             declined = contender.may_decline and isinstance(error, ValueError)
             reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from inputs import EPS, TRAINED, Call, Inputs, Normal
 from torch import Tensor
 
 import crossvit_kernels as ck
-from crossvit_kernels.ops.cross_attention import configs, reference
+from crossvit_kernels.ops.cross_attention import reference
 
 Fusion = Callable[[Tensor, Tensor, ck.FusionWeights, int], Tensor]
 
@@ -251,9 +250,4 @@ def contenders(options: argparse.Namespace, shape: Shape) -> list[Contender]:
         return one_call(our_backend(backend), heads)
 
     candidates += [our_contender(backend, ours(backend), options) for backend in options.backends]
-    if "triton" in options.backends and not shape.other:
-        for variant in configs.VARIANTS.names[1:]:  # the first is "auto"
-            within = functools.partial(configs.VARIANTS.choose, variant)
-            facts = {"within": within, "may_decline": True}
-            candidates.append(our_contender("triton", ours("triton"), options, variant, **facts))
     return candidates

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import environment
 import measure
@@ -75,9 +74,7 @@ class Inputs:
         leaves += ["head"] if self.mode == "heads" else []
         return [*self.output_names, *(f"grad {name}" for name in leaves)]
 
-    def numbered(
-        self, call: Call, within: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> NumberedCall:
+    def numbered(self, call: Call) -> NumberedCall:
         """Return a function of an input set's number, whose results are ``result_names``."""
         weights, trained = list(self.weights.values()), self.mode != "forward"
         leaves_by_set = [
@@ -86,7 +83,7 @@ class Inputs:
 
         def results(index: int) -> Sequence[Tensor | None]:
             number = index % len(self.sets)
-            with within(), torch.set_grad_enabled(trained):
+            with torch.set_grad_enabled(trained):
                 outputs = call(*self.sets[number], weights)
                 if isinstance(outputs, Tensor):
                     outputs = (outputs,)

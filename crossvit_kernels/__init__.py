@@ -3,6 +3,7 @@
 from crossvit_kernels.backends import backends, use_backend
 from crossvit_kernels.calibration.calibrate import calibrate
 from crossvit_kernels.calibration.store import batch_invariant
+from crossvit_kernels.calibration.whole_model import use_calibrated_threads
 from crossvit_kernels.functional import (
     attention_core,
     attention_pool,
@@ -35,5 +36,6 @@ __all__ = [
     "layernorm_msa",
     "make_graphed",
     "use_backend",
+    "use_calibrated_threads",
     "verification",
 ]

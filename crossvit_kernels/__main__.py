@@ -55,6 +55,9 @@ def _calibrated() -> list[str]:
         way = "train" if row["training"] else "forward"
         sizes = f"N {row['num_tokens']}, sizes {row['sizes']}, class {row['batch_class']}"
         lines.append(f"              {row['operation']} {way}, {sizes}: {row['choice']}")
+    for name, values in store.all_settings(device).items():
+        found = ", ".join(f"{value} for {images} images" for images, value in values.items())
+        lines.append(f"              {name}: {found}")
     return lines
 
 

@@ -21,8 +21,9 @@ from crossvit_kernels.gpu import launcher
 from crossvit_kernels.verify import state
 
 #: On a CPU "triton" runs only in its interpreter, very slowly. "reference" is eager PyTorch, on any
-#: device.
-NAMES = ("cuda", "cpu", "triton", "reference")
+#: device. "library" composes torch's own kernels, scaled_dot_product_attention among them; it runs
+#: only if it is named, or was measured to be fastest (ck.calibrate).
+NAMES = ("cuda", "cpu", "triton", "library", "reference")
 
 _ON_A_CPU = ("cpu", "cuda", "triton")  # the last two for tests
 _ON_A_GPU = {0: ("triton",), 80: ("cuda", "triton")}
@@ -32,6 +33,9 @@ ENVIRONMENT_VARIABLE = "CROSSVIT_KERNELS_BACKEND"
 # The backend of use_backend(); None outside of it. A plain global rather than a context variable:
 # torch.compile guards on it, so compiled functions respect a change.
 _requested: str | None = None
+
+# What ``watching`` collects; None outside of it.
+_watched: set[str] | None = None
 
 # operation -> backends that have kernels for it; their order on a GPU.
 _operations: dict[str, tuple[str, ...]] = {}
@@ -66,6 +70,7 @@ def backends() -> Backends:
         "cpu": extension.missing,
         "cuda": _why_not_cuda(),
         "triton": launcher.missing(),
+        "library": None,
     }
     for name, reason in reasons.items():
         if reason is None and name != "reference" and not _operations_with(name):
@@ -110,7 +115,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operation in the block on one backend, unless a call names another.
 
     Args:
-        name: One of ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``. The setting
+        name: One of ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, ``"library"``,
+            ``"reference"``, or a variant of its kernels, such as ``"triton:split"``. The setting
             applies to the process, not to a thread.
 
     Raises:
@@ -126,8 +132,23 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
+@contextmanager
+def watching() -> Iterator[set[str]]:
+    """Collect what runs in the block: "<operation>: <backend>", and the names of Triton kernels.
+
+    Calls in compiled functions are seen only by their kernels.
+    """
+    global _watched
+    previous = _watched, launcher.launched
+    _watched = launcher.launched = set()
+    try:
+        yield _watched
+    finally:
+        _watched, launcher.launched = previous
+
+
 def check_name(name: str) -> None:
-    if name != "auto" and name not in NAMES:
+    if name != "auto" and name.partition(":")[0] not in NAMES:
         raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {sorted(NAMES)}")
 
 
@@ -174,31 +195,44 @@ def choose(
         candidates = () if prefer_reference else order(operation, device)
         if call is not None:
             if store.recorder is not None and not torch.compiler.is_compiling():
-                store.recorder(call())
+                usual = _first(candidates, modules, why_not, is_retired)
+                store.recorder(call()._replace(usual=usual))
             measured = store.choice(device, operation, call)
-            if measured == "reference":
-                return measured
             candidates = (measured, *candidates) if measured else candidates
-        for candidate in candidates:
-            if candidate not in modules or why_not(modules[candidate]) is not None:
-                continue
-            if state.retired_names and is_retired is not None and is_retired(candidate):
-                continue
-            return candidate
-        return "reference"
-    if name == "reference" or (name in modules and why_not(modules[name]) is None):
+        name = _first(candidates, modules, why_not, is_retired)
+    elif name != "reference" and (name not in modules or why_not(modules[name]) is not None):
+        reasons = [
+            f"{other}: {why_not(modules[other]) or 'can run it'}"
+            if other in modules
+            else f"{other}: no kernels for this operation"
+            for other in NAMES
+            if other != "reference"
+        ]
+        raise ValueError(
+            f"backend {name!r} cannot run this call of {operation}. "
+            + "; ".join([*reasons, "reference: can run it"])
+        )
+    if _watched is not None and not torch.compiler.is_compiling():
+        _watched.add(f"{operation}: {name}")
+    return name
+
+
+def _first(
+    candidates: tuple[str, ...],
+    modules: Mapping[str, Any],
+    why_not: Callable[[Any], str | None],
+    is_retired: Callable[[str], bool] | None,
+) -> str:
+    """Return the first candidate that can run a call, else the reference."""
+    for name in candidates:
+        if name == "reference":
+            break
+        if name not in modules or why_not(modules[name]) is not None:
+            continue
+        if state.retired_names and is_retired is not None and is_retired(name):
+            continue
         return name
-    reasons = [
-        f"{other}: {why_not(modules[other]) or 'can run it'}"
-        if other in modules
-        else f"{other}: no kernels for this operation"
-        for other in NAMES
-        if other != "reference"
-    ]
-    raise ValueError(
-        f"backend {name!r} cannot run this call of {operation}. "
-        + "; ".join([*reasons, "reference: can run it"])
-    )
+    return "reference"
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:

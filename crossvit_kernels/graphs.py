@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-#: Up to this many images side_by_side uses two streams. A guess, not measured: on one image kernels
-#: of CrossViT-15's L branch have 24 to 72 programs, and a GPU has more than 100 SMs.
+from crossvit_kernels.calibration import store
+
+#: Up to this many images side_by_side uses two streams, unless calibrate measured what is faster. A
+#: guess: on one image kernels of CrossViT-15's L branch have 24 to 72 programs, and a GPU has more
+#: than 100 SMs.
 FEW_IMAGES = 16
 
 
 def make_graphed(
-    module: nn.Module | Callable[..., Any], example: Tensor | Sequence[Tensor], warmup: int = 3
+    module: nn.Module | Callable[..., Any],
+    example: Tensor | Sequence[Tensor],
+    warmup: int = 3,
+    if_faster: bool = False,
 ) -> Callable[..., Any]:
     """Capture a module's inference as one CUDA graph.
 
@@ -26,6 +32,8 @@ def make_graphed(
         example: Its argument or arguments, CUDA tensors. Calls must use the same shapes and dtypes;
             strides may differ.
         warmup: Calls before the capture, in which kernels are compiled and tuned.
+        if_faster: Capture nothing where ``calibrate`` found a graph to be no faster, at as many
+            images or fewer; the function then runs the module.
 
     Returns:
         A function of the same arguments. Its next call overwrites the results: clone what must live
@@ -48,6 +56,9 @@ def make_graphed(
         raise ValueError(f"warmup: expected at least 1, found {warmup}")
 
     device = examples[0].device
+    num_images = examples[0].shape[0] if examples[0].dim() else 1
+    if if_faster and store.bounded(store.settings(device, "graph"), num_images) is False:
+        return torch.inference_mode()(lambda *arguments: module(*arguments))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.inference_mode():
         inputs = [t.detach().clone() for t in examples]
@@ -77,18 +88,32 @@ def make_graphed(
     return call
 
 
-_streams = True
+# None: as calibrate measured, else on few images.
+_streams: int | None = None
 
 
 @contextmanager
-def one_stream() -> Iterator[None]:
-    """Capture side_by_side's functions one after another."""
+def streams(count: int) -> Iterator[None]:
+    """Capture side_by_side's functions on one stream or on two, whatever the number of images."""
     global _streams
-    previous, _streams = _streams, False
+    previous, _streams = _streams, count
     try:
         yield
     finally:
         _streams = previous
+
+
+def wants_two_streams(num_images: int, measured: Mapping[int, bool]) -> bool:
+    """Decide whether two functions run side by side.
+
+    Args:
+        num_images: B.
+        measured: Number of images -> whether two streams were faster.
+    """
+    if _streams is not None:
+        return _streams == 2
+    known = store.bounded(measured, num_images)
+    return num_images <= FEW_IMAGES if known is None else known
 
 
 def side_by_side(first: Callable[[], Any], second: Callable[[], Any], like: Tensor) -> list[Any]:
@@ -105,10 +130,10 @@ def side_by_side(first: Callable[[], Any], second: Callable[[], Any], like: Tens
     """
     if (
         torch.compiler.is_compiling()
-        or not (_streams and like.is_cuda)
-        or like.shape[0] > FEW_IMAGES
+        or not like.is_cuda
         or torch.is_grad_enabled()
         or not torch.cuda.is_current_stream_capturing()
+        or not wants_two_streams(like.shape[0], store.settings(like.device, "side_by_side"))
     ):
         return [first(), second()]
     current, side = torch.cuda.current_stream(like.device), _side_stream(like.device)

@@ -55,7 +55,7 @@ def source() -> str:
     """Return a hash of the code that computes: Python and Triton sources, compiled extension."""
     total = hashlib.blake2b(digest_size=8)
     files = [path for name in _FOLDERS for path in sorted((_PACKAGE / name).rglob("*.py"))]
-    files.append(_PACKAGE / "extension.py")
+    files += [_PACKAGE / "extension.py", _PACKAGE / "autograd.py"]
     if not extension.missing:
         files.append(Path(extension.location()))
     for path in files:

@@ -123,7 +123,9 @@ CASES = {
 }
 operations = pytest.mark.parametrize("name", CASES)
 everywhere = pytest.mark.parametrize(
-    ("backend", "name"), [*(("cpu", name) for name in CASES), *OF_GPUS], indirect=["backend"]
+    ("backend", "name"),
+    [*(("cpu", name) for name in CASES), ("library", "layernorm_msa"), *OF_GPUS],
+    indirect=["backend"],
 )
 
 

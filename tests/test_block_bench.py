@@ -50,12 +50,14 @@ def test_what_users_get_is_timed(
     monkeypatch.setattr(ck, "layernorm_msa", spy)
     code, rows = run(bench, tmp_path / "r.json", *TINY)
     assert code == 0
-    usable = ["ours (cpu)"] if ck.backends()["cpu"] else []
+    usable = ["ours (library)", *(["ours (cpu)"] if ck.backends()["cpu"] else [])]
     assert {name for name, _ in rows} == {*BASELINES, "ours (auto)", *usable}
     assert ("auto", "fast") in seen
     for mode in ("forward", "train"):
         row = rows["ours (auto)", mode]
         assert row["status"] == "ok" and row["median_ms"] > 0 and row["times_timm"] > 0
+        assert row["ran"] == f"layernorm_ffn: {'cpu' if ck.backends()['cpu'] else 'reference'}"
+        assert "ran" not in rows["timm-like", mode]
     last = capsys.readouterr().out.splitlines()[-4:]
     assert [line.partition(":")[0] for line in last] == [
         "Fastest forward",

@@ -59,7 +59,7 @@ def test_program_writes_every_contender(tmp_path: Path) -> None:
     assert document["environment"]["torch"].startswith(torch.__version__.split("+")[0])
     assert document["ceilings"]["copy_bytes_per_second"] > 0
 
-    ours = ["ours (auto)", *(["ours (cpu)"] if ck.backends()["cpu"] else [])]
+    ours = ["ours (auto)", *(["ours (cpu)"] if ck.backends()["cpu"] else []), "ours (library)"]
     rows = {(row["contender"], row["mode"]): row for row in document["results"]}
     assert set(rows) == {
         (name, mode) for name in [*PYTORCH, *COMPILED, *ours] for mode in ("forward", "train")

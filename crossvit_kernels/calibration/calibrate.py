@@ -5,27 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from crossvit_kernels.backends import order
-from crossvit_kernels.calibration import store
+from crossvit_kernels.calibration import store, whole_model
+from crossvit_kernels.calibration.measure import Run, kept, measure
 from crossvit_kernels.calibration.progress import Progress
 from crossvit_kernels.calibration.store import Call, Signature
 from crossvit_kernels.ops.operator import OPERATIONS
 from crossvit_kernels.verify import state
 from crossvit_kernels.verify.compare import map_tensors, tensors_of
-
-#: A backend replaces the table's choice only if it is faster by this share.
-MARGIN = 0.03
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 50
-
-Run = Callable[[], object]
 
 
 @dataclasses.dataclass
@@ -51,34 +43,37 @@ class Calibration:
 
     Attributes:
         calls: Of each different call of the model.
-        model: Median seconds of the model: "fused", "eager", and "compiled" if asked for.
-        choice: How the model was set to run: the fastest of these.
+        model: Median seconds of the model: "fused", "eager", and "compiled" if asked for; on a GPU
+            without training also in a CUDA graph, on two streams and on one.
+        choice: How the model was set to run: the fastest of the first three.
+        settings: What is faster, where it was measured: "graph" (than launching), "side_by_side"
+            (than one stream), and the number of "threads" on a CPU, to which torch is set.
         unmeasured: Different calls for which there was no time.
     """
 
     calls: list[Measured]
     model: dict[str, float]
     choice: str
+    settings: dict[str, int] = dataclasses.field(default_factory=dict)
     unmeasured: int = 0
 
     def __str__(self) -> str:
-        lines = [f"{'call':58} {'times in ms':44} {'choice':10} gain"]
+        rows = [("call", "times in ms", "choice", "gain")]
         for call in self.calls:
-            s = call.signature
+            s, seconds = call.signature, call.seconds
             name = f"{s.operation} {'train' if s.training else 'forward'} N {s.num_tokens} "
             name += f"{'x'.join(map(str, s.sizes))} class {s.batch_class}"
-            gain = (
-                call.seconds[call.usual] / call.seconds[call.choice]
-                if call.usual in call.seconds
-                else 1
-            )
-            lines.append(f"{name:58} {_shown(call.seconds):44} {call.choice:10} {gain:.2f}x")
+            gain = f"{seconds[call.usual] / seconds[call.choice]:.2f}x"
+            rows.append((name, _shown(seconds), call.choice, gain))
+        if self.model:
+            rows.append(("the whole model", _shown(self.model), self.choice, ""))
+        rows += [(name.replace("_", " "), "", str(v), "") for name, v in self.settings.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         if self.unmeasured:
             lines.append(
                 f"{self.unmeasured} more calls were not measured: the budget was too small"
             )
-        if self.model:
-            lines.append(f"{'the whole model':58} {_shown(self.model):44} {self.choice}")
         return "\n".join(lines)
 
 
@@ -97,11 +92,12 @@ def calibrate(
     """Measure what runs a model fastest on this machine, and set the model to it.
 
     The model runs once, and its calls of this library's operations are recorded. For each different
-    one, all backends that pass verification and the reference are measured in turn and repeatedly.
-    The fastest is written to a file that later calls and processes read (``store.file``): calls
-    of these shapes, or of near ones, then run on it. Last, the fused model is compared with eager
-    mode, and is set to the faster. Parameters, buffers, gradients, mode and random state are
-    unchanged.
+    one, all backends and kernel variants that pass verification, and the reference, are measured in
+    turn and repeatedly. The fastest is written to a file that later calls and processes read
+    (``store.file``): calls of these shapes, or of near ones, then run on it. Then the fused model
+    is compared with eager mode, and is set to the faster. Last, on a CPU, torch is set to the
+    number of threads on which the model is fastest (``use_calibrated_threads``). Parameters,
+    buffers, gradients, mode and random state are unchanged.
 
     Args:
         model: One with this library's modules, such as a CrossViT. Calls that name a backend are
@@ -127,89 +123,60 @@ def calibrate(
         raise ValueError("example: expected the model's arguments, found none")
     if not budget_s > 0:
         raise ValueError(f"budget_s: expected seconds above 0, found {budget_s}")
-    run_model = functools.partial(_run_model, model, example, training)
-    with _unchanged(model, training):
-        set_fused(model, True)
-        calls = _recorded(run_model)
-        end = time.monotonic() + budget_s
-        with Progress(len(calls) + 1, quiet) as progress:
+    first = example[0]
+    device, num_images = first.device, first.shape[0] if first.dim() else 1
+    with whole_model.unchanged(model, training):
+        whole_model.set_fused(model, True)
+        calls = _recorded(lambda: whole_model.run(model, example, training))
+        with Progress(2 * len(calls) + 2, quiet) as progress:
+            contenders: list[list[str]] = []
+            for call in calls:
+                progress.step(f"verification of {call.signature.operation}")
+                contenders.append(_contenders(call))
+            end = time.monotonic() + budget_s
             measured: list[Measured] = []
             for i, call in enumerate(calls):
                 left = end - time.monotonic()
                 if left <= 0:
                     break
                 progress.step(call.signature.operation)
-                measured.append(_measure_call(call, 0.6 * left / (len(calls) - i)))
+                share = 0.6 * left / (len(calls) - i)
+                measured.append(_measure_call(call, contenders[i], share))
             progress.step("the whole model")
-            times = _measure_model(model, run_model, end, compare_compiled)
-    choice = min(times, key=lambda name: times[name])
-    set_fused(model, choice == "fused")
+            runs = whole_model.runs_of(model, example, training, compare_compiled)
+            times = measure(
+                runs,
+                device,
+                0.8 * (end - time.monotonic()),
+                lambda name: whole_model.set_fused(model, name == "fused"),
+            )
+            choice = min((n for n in times if "graph" not in n), key=lambda name: times[name])
+            settings: dict[str, int] = {**whole_model.decided(times)}
+            whole_model.set_fused(model, choice == "fused")
+            progress.step("threads")
+            if device.type == "cpu":
+                settings |= _measure_threads(runs[choice], end - time.monotonic())
     if choice == "compiled":
         model.compile()
-    result = Calibration(measured, times, choice, len(calls) - len(measured))
+    for name, value in settings.items():
+        store.set_setting(device, name, num_images, value)
+    result = Calibration(measured, times, choice, settings, len(calls) - len(measured))
     if not quiet:
         print(result)
     return result
 
 
-def set_fused(model: nn.Module, fused: bool) -> None:
-    """Set a model's modules to the kernels, or to eager mode; named backends stay."""
-    if hasattr(model, "set_fused"):
-        keep = next((m.keep for m in model.modules() if hasattr(m, "keep")), "fast")
-        switch: Any = model.set_fused
-        switch(fused, getattr(model, "backend", None) if fused else None, keep=keep)
-        return
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "backend")]
-    for module in modules:
-        if not fused and module.backend is None:
-            module.backend = "reference"
-        elif fused and module.backend == "reference":
-            module.backend = None
-
-
-@contextlib.contextmanager
-def _unchanged(model: nn.Module, training: bool) -> Iterator[None]:
-    """Restore modes, buffers and the random state; after an error also what the modules run."""
-    modes = {module: module.training for module in model.modules()}
-    settings = [
-        (module, name, getattr(module, name))
-        for module in modes
-        for name in ("backend", "use_fused")
-        if hasattr(module, name)
-    ]
-    buffers = {b: b.clone() for b in model.buffers()}
-    devices = sorted({t.get_device() for t in (*model.parameters(), *buffers) if t.is_cuda})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            model.train(training)
-            yield
-    except BaseException:
-        for module, name, value in settings:
-            setattr(module, name, value)
-        raise
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
-
-
-def _run_model(model: nn.Module, example: tuple[Tensor, ...], training: bool) -> object:
-    with torch.set_grad_enabled(training):
-        outputs = model(*example)
-        return _backward(outputs, list(model.parameters())) if training else outputs
-
-
-def _backward(outputs: Any, leaves: list[Tensor]) -> object:
-    """Compute gradients without adding them to ``.grad``."""
-    given = tensors_of(tuple(outputs) if isinstance(outputs, list) else outputs)
-    outs = [t for t in given if t.requires_grad]
-    wanted = [t for t in leaves if t.requires_grad]
-    if not outs or not wanted:
-        return None
-    grads = [torch.ones_like(t) for t in outs]
-    return torch.autograd.grad(outs, wanted, grads, allow_unused=True)
+def _measure_threads(run: Run, budget_s: float) -> dict[str, int]:
+    """Set the number of threads to the fastest, and return it as a setting."""
+    counts = whole_model.thread_counts()
+    if len(counts) == 1:
+        return {}
+    seconds = measure(
+        dict.fromkeys(counts, run), torch.device("cpu"), budget_s, torch.set_num_threads
+    )
+    fastest = kept(seconds, usual=counts[0])
+    torch.set_num_threads(fastest)
+    return {"threads": fastest}
 
 
 def _recorded(run_model: Run) -> list[Call]:
@@ -230,24 +197,27 @@ def _recorded(run_model: Run) -> list[Call]:
     return list(found.values())
 
 
-def _measure_call(call: Call, budget_s: float) -> Measured:
-    runs = {name: functools.partial(_run_call, call, name) for name in _contenders(call)}
+def _measure_call(call: Call, contenders: list[str], budget_s: float) -> Measured:
+    runs = {name: functools.partial(_run_call, call, name) for name in contenders}
     seconds = measure(runs, call.device, budget_s)
-    usual = next(iter(runs))
-    fastest = min(seconds, key=lambda name: seconds[name])
-    kept = usual if seconds[usual] <= seconds[fastest] * (1 + MARGIN) else fastest
-    store.add(call.device, call.signature, kept, seconds)
-    return Measured(call.signature, usual, kept, seconds)
+    usual = call.usual if call.usual in runs else next(iter(runs))
+    choice = kept(seconds, usual)
+    store.add(call.device, call.signature, choice, seconds)
+    return Measured(call.signature, usual, choice, seconds)
+
+
+#: On a CPU "cuda" and "triton" are for tests.
+_SUITED = {"cpu": ("cpu", "library"), "cuda": ("cuda", "triton", "library")}
 
 
 def _contenders(call: Call) -> list[str]:
-    """Return the backends that pass verification for a call, in the table's order."""
+    """Return the backends and variants that pass verification for a call, and the reference."""
     operation = OPERATIONS.get(call.signature.operation, OPERATIONS["attention_core"])
-    names = [n for n in order(operation.name, call.device) if n in operation.backends]
-    if call.device.type == "cpu":
-        names = [name for name in names if name == "cpu"]  # the others are interpreted
+    suited = _SUITED.get(call.device.type, ())
     passed = []
-    for name in names:
+    for name in operation.backends:
+        if name.partition(":")[0] not in suited:
+            continue
         before = len(state.retired)
         try:
             with state.verification("first", trust_evidence=False):
@@ -272,64 +242,4 @@ def _run_call(call: Call, backend: str) -> None:
     with torch.set_grad_enabled(call.signature.training), context:
         outputs = call.run(call.values, backend)
     if call.signature.training:
-        _backward(outputs, tensors_of(call.values))
-
-
-def _measure_model(
-    model: nn.Module, run_model: Run, end: float, compare_compiled: bool
-) -> dict[str, float]:
-    def run(fused: bool) -> object:
-        set_fused(model, fused)
-        return run_model()
-
-    runs: dict[str, Run] = {
-        "fused": functools.partial(run, True),
-        "eager": functools.partial(run, False),
-    }
-    if compare_compiled:
-        set_fused(model, False)
-        runs["compiled"] = _compiled(model, run_model)
-        runs["compiled"]()
-    device = next((t.device for t in model.parameters()), torch.device("cpu"))
-    return measure(runs, device, end - time.monotonic())
-
-
-def _compiled(model: nn.Module, run_model: Any) -> Run:
-    compiled = torch.compile(model)
-    _, *rest = run_model.args
-
-    def run() -> object:
-        set_fused(model, False)
-        return _run_model(compiled, *rest)  # type: ignore[arg-type]
-
-    return run
-
-
-def measure(runs: Mapping[str, Run], device: torch.device, budget_s: float) -> dict[str, float]:
-    """Return the median seconds of each run, measured in turn and repeatedly.
-
-    Args:
-        runs: By name.
-        device: Whose work is waited for.
-        budget_s: Seconds for all; at least three rounds are measured, after one to warm up.
-    """
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.monotonic() + budget_s
-    for i in range(_MOST_ROUNDS):
-        if i >= _LEAST_ROUNDS and time.monotonic() > end:
-            break
-        names = list(runs) if i % 2 else list(reversed(list(runs)))
-        for name in names:
-            _wait(device)
-            start = time.perf_counter()
-            runs[name]()
-            _wait(device)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        whole_model.backward(outputs, tensors_of(call.values))

@@ -53,6 +53,7 @@ class Call(NamedTuple):
         run: (values, backend) -> outputs.
         device: The tokens'.
         autocast: Its dtype of matrix products, or None.
+        usual: The backend that the tables choose.
     """
 
     signature: Signature
@@ -60,6 +61,7 @@ class Call(NamedTuple):
     run: Callable[[Any, str], Any]
     device: torch.device
     autocast: torch.dtype | None
+    usual: str = "reference"
 
 
 #: Takes the calls whose backend is chosen automatically; set while ``calibrate`` records.
@@ -69,6 +71,8 @@ _is_batch_invariant = False
 # device -> signature -> backend, of the file; then of shapes that were looked up.
 _tables: dict[torch.device, dict[Signature, str]] = {}
 _resolved: dict[tuple[torch.device, Signature], str | None] = {}
+# device -> name -> number of images -> what was found faster.
+_settings: dict[torch.device, dict[str, dict[int, Any]]] = {}
 
 
 def batch_class(batch: int) -> int:
@@ -148,19 +152,56 @@ def _agreed(device: torch.device, operation: str) -> str | None:
 _agreed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def settings(device: torch.device, name: str) -> Mapping[int, Any]:
+    """Return what was measured of a setting, by the number of images.
+
+    Args:
+        device: Where.
+        name: "side_by_side" (whether two streams are faster than one), "graph" (whether a CUDA
+            graph is faster than launching) or "threads" (the fastest number of them, on a CPU).
+    """
+    if device not in _settings:
+        _load(device)
+    return _settings[device].get(name, {})
+
+
+def bounded(measured: Mapping[int, bool], num_images: int) -> bool | None:
+    """Return whether something pays for so many images, or None if nothing measured says so.
+
+    What pays for some images pays for fewer; what does not, does not for more. Where measurements
+    contradict each other, that of the larger batch counts.
+    """
+    if num_images in measured:
+        return measured[num_images]
+    if any(pays and images > num_images for images, pays in measured.items()):
+        return True
+    if any(not pays and images < num_images for images, pays in measured.items()):
+        return False
+    return None
+
+
 def forget() -> None:
     """Drop what was read; the file is read again on next use."""
     _tables.clear()
     _resolved.clear()
+    _settings.clear()
 
 
 def _load(device: torch.device) -> dict[Signature, str]:
     table: dict[Signature, str] = {}
+    found: dict[str, dict[int, Any]] = {}
     if file().exists() and device.type in ("cpu", "cuda"):
-        for entry in _entries(_read(), identity.key(device)):
+        content, key = _read(), identity.key(device)
+        for entry in _entries(content, key):
             table[_signature(entry)] = str(entry["choice"])
-    _tables[device] = table
+        found = _settings_of(content, key)
+    _tables[device], _settings[device] = table, found
     return table
+
+
+def all_settings(device: torch.device) -> dict[str, dict[int, Any]]:
+    """Return all measured settings of a device and the installed software, by name."""
+    return _settings_of(_read(), identity.key(device))
 
 
 def entries(device: torch.device) -> list[dict[str, Any]]:
@@ -177,6 +218,18 @@ def _entries(content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
         _LOG.warning("%s: not what ck.calibrate writes (%r): ignored", file(), error)
         return []
     return found
+
+
+def _settings_of(content: Mapping[str, Any], key: str) -> dict[str, dict[int, Any]]:
+    try:
+        found = content["devices"].get(key, {}).get("settings", {})
+        return {
+            str(name): {int(images): value for images, value in values.items()}
+            for name, values in found.items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        _LOG.warning("%s: not what ck.calibrate writes (%r): ignored", file(), error)
+        return {}
 
 
 def _signature(entry: Mapping[str, Any]) -> Signature:
@@ -212,7 +265,7 @@ def add(
 ) -> None:
     """Add a choice to the file, in place of an earlier one for the same signature.
 
-    The file is replaced atomically, under a lock: other processes may write at the same time.
+    Other processes may write at the same time.
 
     Args:
         device: The calls'.
@@ -225,12 +278,35 @@ def add(
         "choice": chosen,
         "milliseconds": {name: round(seconds * 1e3, 4) for name, seconds in times.items()},
     }
+
+    def change(content: dict[str, Any], key: str) -> None:
+        kept = [e for e in _entries(content, key) if _signature(e) != signature]
+        content["devices"][key] = {
+            "entries": [*kept, entry],
+            "settings": _settings_of(content, key),
+        }
+
+    _rewrite(device, change)
+
+
+def set_setting(device: torch.device, name: str, num_images: int, value: bool | int) -> None:
+    """Add what was measured of a setting to the file; see ``settings`` for the arguments."""
+
+    def change(content: dict[str, Any], key: str) -> None:
+        found = _settings_of(content, key)
+        found.setdefault(name, {})[num_images] = value
+        content["devices"][key] = {"entries": _entries(content, key), "settings": found}
+
+    _rewrite(device, change)
+
+
+def _rewrite(device: torch.device, change: Callable[[dict[str, Any], str], None]) -> None:
+    """Replace the file atomically, under a lock; change(content, key) edits its content."""
     path, key = file(), identity.key(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         content = _read()
-        kept = [e for e in _entries(content, key) if _signature(e) != signature]
-        content["devices"][key] = {"entries": [*kept, entry]}
+        change(content, key)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as temporary:
             json.dump(content, temporary, indent=1)
             temporary.flush()

@@ -175,6 +175,8 @@ def start(
     Returns:
         The tensors allocated by the grid function.
     """
+    if launched is not None:
+        launched.add(kernel.__name__)
     if _record is not None:
         return _recorded(kernel, grid, tensors, sizes, candidates, constants, weights, eps)
     index = tensors[0].get_device()  # type: ignore[union-attr]
@@ -355,6 +357,8 @@ def _usage(
 
 
 _record: Callable[[Launch], None] | None = None
+#: Names of the kernels that are launched, while ``backends.watching`` collects them.
+launched: set[str] | None = None
 
 
 @contextmanager

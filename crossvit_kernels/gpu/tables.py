@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -122,7 +123,26 @@ class Variants:
 
     def __init__(self, *names: str) -> None:
         self.names = ("auto", *names)
-        self.asked_for = "auto"
+        self._of_process, self._of_thread = "auto", threading.local()
+
+    @property
+    def asked_for(self) -> str:
+        """The requested variant: that of this thread's call, or of the process."""
+        return getattr(self._of_thread, "variant", None) or self._of_process
+
+    @asked_for.setter
+    def asked_for(self, variant: str) -> None:
+        self._of_process = variant
+
+    @contextmanager
+    def in_this_thread(self, variant: str) -> Iterator[None]:
+        """Run one variant in the block where possible, whatever other threads run."""
+        previous = getattr(self._of_thread, "variant", None)
+        self._of_thread.variant = variant
+        try:
+            yield
+        finally:
+            self._of_thread.variant = previous
 
     @contextmanager
     def choose(self, variant: str) -> Iterator[None]:
@@ -133,11 +153,11 @@ class Variants:
         """
         if variant not in self.names:
             raise ValueError(f"variant: expected one of {self.names}, found {variant!r}")
-        previous, self.asked_for = self.asked_for, variant
+        previous, self._of_process = self._of_process, variant
         try:
             yield
         finally:
-            self.asked_for = previous
+            self._of_process = previous
 
 
 class Candidate(NamedTuple):

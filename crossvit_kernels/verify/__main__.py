@@ -1,7 +1,7 @@
 """``python -m crossvit_kernels.verify``: compare every backend here with the reference.
 
 Runs each operation, forward and backward, at the widths of models, on all usable backends of this
-machine's device. Exits with status 1 if one is wrong.
+machine's device and the variants of their kernels. Exits with status 1 if one is wrong.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from crossvit_kernels.backends import backends
 from crossvit_kernels.ops.cross_attention.reference import FusionWeights
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
 from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
+from crossvit_kernels.ops.operator import OPERATIONS
 from crossvit_kernels.verify import state
 from crossvit_kernels.verify.compare import tensors_of
 
@@ -32,19 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--channels", type=int, nargs="+", default=[96, 192, 384])
     add("--batch", type=int, nargs="+", default=[1, 64, 256])
     add("--tokens", type=int, default=197)
-    add("--backends", nargs="+", help="by default all that are usable")
+    add("--backends", nargs="+", help="or variants; by default all that are usable")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    usable = [name for name, ok in backends().items() if ok and name != "reference"]
+    usable = backends()
     state.forget()
     with state.verification("first", trust_evidence=False):
         for channels in options.channels:
             for batch in options.batch:
                 for dtype in _DTYPES:
                     calls = _calls(batch, options.tokens, channels, dtype, device)
-                    for name in options.backends or usable:
-                        for call in calls:
-                            _verify(call, name)
+                    for operation, call in calls.items():
+                        for name in OPERATIONS[operation].backends:
+                            if usable[name.partition(":")[0]] and _is_asked(name, options.backends):
+                                _verify(call, name)
         print(identity.key(device))
         print("\n".join(state.report()))
     return 1 if state.retired else 0
@@ -55,7 +57,7 @@ Verified = Callable[[str], Any]
 
 def _calls(
     batch: int, num_tokens: int, channels: int, dtype: torch.dtype, device: torch.device
-) -> list[Verified]:
+) -> dict[str, Verified]:
     heads, generator = max(channels // 64, 1), torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -73,12 +75,18 @@ def _calls(
             for name in FusionWeights._fields
         )
     )
-    return [
-        lambda name: functional.attention_core(u, x, backend=name),
-        lambda name: functional.cross_attention_fusion(cls, x, fusion, heads, backend=name),
-        lambda name: functional.layernorm_msa(x, msa, heads, backend=name),
-        lambda name: functional.layernorm_ffn(x, ffn, backend=name),
-    ]
+    return {
+        "attention_core": lambda name: functional.attention_core(u, x, backend=name),
+        "cross_attention_fusion": lambda name: functional.cross_attention_fusion(
+            cls, x, fusion, heads, backend=name
+        ),
+        "layernorm_msa": lambda name: functional.layernorm_msa(x, msa, heads, backend=name),
+        "layernorm_ffn": lambda name: functional.layernorm_ffn(x, ffn, backend=name),
+    }
+
+
+def _is_asked(name: str, asked: Sequence[str] | None) -> bool:
+    return not asked or name in asked or name.partition(":")[0] in asked
 
 
 def _verify(call: Verified, backend: str) -> None:

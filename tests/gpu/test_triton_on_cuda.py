@@ -145,7 +145,7 @@ def test_branches_side_by_side_in_a_graph() -> None:
     for batch in (1, 4):
         x = torch.randn(batch, 3, 96, 96, device="cuda")
         two = ck.make_graphed(model, x)
-        with graphs.one_stream():
+        with graphs.streams(1):
             one = ck.make_graphed(model, x)
         with torch.inference_mode():
             for _ in range(20):

@@ -23,7 +23,7 @@ def _at_first_use(cpu_backend: str) -> Iterator[None]:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
-    if request.param != "cpu":
+    if request.param in ("triton", "cuda"):
         request.getfixturevalue(f"{request.param}_device")
     return str(request.param)
 

@@ -12,6 +12,7 @@ from broken_kernels import (
     CASES,
     HEADS,
     Broken,
+    C,
     an_exception,
     assert_close,
     make_core,
@@ -23,6 +24,7 @@ from broken_kernels import (
     run,
 )
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit_kernels as ck
 from crossvit_kernels import __main__ as program
@@ -233,6 +235,41 @@ def test_masked_images_and_nan(caplog) -> None:
     assert len(state.verified) == 2 and not state.retired
 
 
+@pytest.mark.parametrize("num_tokens", [5, 50])
+def test_gradients_that_cancel_to_zero(num_tokens: int, broken, caplog) -> None:
+    """Where softmax is saturated, d_u is rounding errors, of which eager mode happens to have none.
+
+    What is more than rounding is found there, too.
+    """
+    x = torch.randn(2, num_tokens, C)
+    u = 50 * torch.nn.functional.layer_norm(x[:, :1], (C,))
+
+    def call(u: Tensor, x: Tensor, backend: str | None = None) -> Tensor:
+        return ck.attention_core(u, x, backend=backend)[0]
+
+    expected = run(call, [u, x], "reference")
+    assert_close(run(call, [u, x], "cpu"), expected)
+    assert len(state.verified) == 2 and not state.retired and not caplog.records
+
+    def off(d_x: Tensor) -> None:
+        d_x[0] += 1e-4 * d_x.std()
+
+    state.forget()
+    broken("attention_core", "cpu", backward=off)
+    assert_close(run(call, [u, x], "cpu"), expected)
+    assert len(state.retired) == 1
+
+
+def test_the_error_of_every_step() -> None:
+    x = torch.rand(1000, dtype=torch.float64)
+    eps, state_before = torch.finfo(torch.float32).eps, torch.random.get_rng_state()
+    with compare.Rounding(torch.float32, x.device):
+        y = x * 1
+    error = (y / x - 1).abs().max().item()
+    assert eps < error <= 2 * eps
+    assert torch.equal(torch.random.get_rng_state(), state_before)
+
+
 def test_a_wrong_infinity_of_lse(broken) -> None:
     u, x = make_core()[0]
     mask = torch.ones(2, 5, dtype=torch.bool)
@@ -259,6 +296,20 @@ def test_the_report(broken) -> None:
     text = program.report()
     assert "1 of layernorm_ffn forward on cpu" in text
     assert "retired       layernorm_ffn backward on cpu ([2, 5, 16] float32)" in text
+
+
+def test_inside_of_a_dispatch_mode(broken) -> None:
+    """Where autograd is off by itself."""
+    tensors, call = make_ffn()
+    expected = run(call, tensors, "reference")
+    with FlopCounterMode(display=False):
+        assert_close(run(call, tensors, "cpu"), expected)
+    assert len(state.verified) == 2 and not state.retired
+    state.forget()
+    broken("layernorm_ffn", "cpu", forward=one_wrong_value)
+    with FlopCounterMode(display=False):
+        assert_close(run(call, tensors, "cpu"), expected)
+    assert len(state.retired) == 1
 
 
 def test_logging_may_be_off(broken) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 class Normalized(NamedTuple):
     """LayerNorm(x) and its statistics [..., 1], all in the dtype of LayerNorm's parameters.
 
-    That is float32 under autocast, as in eager mode.
+    That is float32 under autocast, as in eager mode. On a GPU statistics are never in 16 bits.
     """
 
     normed: Tensor
@@ -23,6 +23,12 @@ class Normalized(NamedTuple):
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Normalized:
     normed = torch.native_layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps)
     return Normalized(*normed)
+
+
+def empty_mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Return memory for the statistics of x [..., C]."""
+    dtype = weight.dtype if x.is_cpu or weight.dtype.itemsize > 2 else torch.float32
+    return x.new_empty(*x.shape[:-1], 1, dtype=dtype)
 
 
 def backward(

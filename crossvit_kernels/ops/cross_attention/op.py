@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from crossvit_kernels.ops.cross_attention import cpu, cuda, layout, reference, triton
+from crossvit_kernels.ops.cross_attention import cpu, cuda, layout, library, reference, triton
+from crossvit_kernels.ops.cross_attention.configs import VARIANTS
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
 from crossvit_kernels.ops.flops import Flops
 from crossvit_kernels.ops.operator import Operation
+from crossvit_kernels.ops.variants import with_variants
 
 
 def _reference(inputs: FusionInputs, eps: float, dropout_p: float) -> Tensor:
@@ -52,7 +54,12 @@ def _flops_of_steps(shapes: Any) -> tuple[int, int, int, int]:
 cross_attention_fusion = Operation(
     "cross_attention_fusion",
     FusionInputs,
-    {"cuda": cuda, "cpu": cpu, "triton": triton},
+    {
+        "cuda": cuda,
+        "cpu": cpu,
+        **with_variants("triton", triton, VARIANTS),
+        "library": library,
+    },
     _reference,
     _empty_outputs,
     Flops(_flops_forward, _flops_backward),

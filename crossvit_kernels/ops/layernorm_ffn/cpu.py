@@ -1,57 +1,32 @@
-"""layernorm_ffn on a CPU, composed from torch's own kernels in as few passes as possible.
+"""layernorm_ffn on a CPU: forward in the extension; backward is that of torch's libraries.
 
-Time is dominated by oneDNN's and MKL's GEMMs. Without gradients GELU works in place.
+Where the extension has no kernel, or is slower, all is (library.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from crossvit_kernels import extension
 from crossvit_kernels.extension import _C
 from crossvit_kernels.ops.common import panels
-from crossvit_kernels.ops.common import torch_norm as norm
-from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights, gradients
+from crossvit_kernels.ops.layernorm_ffn import library
+from crossvit_kernels.ops.layernorm_ffn.library import Saved, backward, empty_saved
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
 
-
-class Saved(NamedTuple):
-    """What forward keeps for backward."""
-
-    normed: Tensor  # [B, N, C]
-    mean: Tensor  # [B, N, 1]
-    rstd: Tensor  # [B, N, 1]
-    hidden: Tensor  # [B, N, F]: before GELU
-    activated: Tensor  # [B, N, F]: after it
+__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
 
 def why_not(inputs: FfnInputs) -> str | None:
     return extension.why_not_cpu_kernels(inputs.x)
 
 
-def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
-    x, w, _ = inputs
-    dtype = w.fc1_weight.dtype
-    mean = x.new_empty(*x.shape[:2], 1, dtype=w.norm_weight.dtype)
-    hidden = x.new_empty(*x.shape[:2], w.fc1_weight.shape[0], dtype=dtype)
-    return Saved(
-        normed=x.new_empty(x.shape, dtype=dtype),
-        mean=mean,
-        rstd=torch.empty_like(mean),
-        hidden=hidden,
-        activated=torch.empty_like(hidden),
-    )
-
-
 def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
     x, w, residual_scale = inputs
     has_panels = w.fc1_weight.shape[0] > 0 and x.shape[2] <= panels.widest()
     if not has_panels or not extension.all_float32(x, *w):
-        return _composed(inputs, eps, keep)
+        return library.forward(inputs, eps, keep)
     y = x.new_empty(x.shape)
     saved = empty_saved(inputs, keep) if keep else None
     x = extension.unit_stride(x)
@@ -70,46 +45,3 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
         y=args.pointer(y, torch.float32),
     )
     return y, saved
-
-
-def _composed(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, residual_scale = inputs
-    normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
-    normed = normed.to(w.fc1_weight.dtype)
-    hidden = F.linear(normed, w.fc1_weight, w.fc1_bias)
-    activated = F.gelu(hidden) if keep else torch.ops.aten.gelu_(hidden)
-    update = F.linear(activated, w.fc2_weight, w.fc2_bias)
-    y = norm.add_residual(x, update, residual_scale)
-    return y, Saved(normed, mean, rstd, hidden, activated) if keep else None
-
-
-def backward(
-    douts: Sequence[Tensor], inputs: FfnInputs, saved: Saved, eps: float, wanted: Any
-) -> FfnInputs:
-    (dy,), (x, w, residual_scale) = douts, inputs
-    wants_x, wants = wanted.x, wanted.weights
-    dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).flatten(0, 1)
-    dx, d_weights = None, dict[str, Any]()
-    if wants.fc2_weight:
-        d_weights["fc2_weight"] = dupdate.t() @ saved.activated.flatten(0, 1)
-    if wants.fc2_bias:
-        d_weights["fc2_bias"] = dupdate.sum(dim=0)
-    if wants_x or any(wants[:4]):
-        hidden = saved.hidden.flatten(0, 1)
-        dhidden = torch.ops.aten.gelu_backward(dupdate @ w.fc2_weight, hidden)
-        if wants.fc1_weight:
-            d_weights["fc1_weight"] = dhidden.t() @ saved.normed.flatten(0, 1)
-        if wants.fc1_bias:
-            d_weights["fc1_bias"] = dhidden.sum(dim=0)
-        if wants_x or any(wants[:2]):
-            dx, d_weights["norm_weight"], d_weights["norm_bias"] = norm.backward(
-                (dhidden @ w.fc1_weight).view(x.shape),
-                x,
-                w.norm_weight,
-                w.norm_bias,
-                saved.mean,
-                saved.rstd,
-                (wants_x, *wants[:2]),
-            )
-            dx = dx.add_(dy) if wants_x else None
-    return gradients(dx, FfnWeights._make(map(d_weights.get, FfnWeights._fields)))

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossvit_kernels.ops.common.configs import VARIANTS
 from crossvit_kernels.ops.flops import Flops
-from crossvit_kernels.ops.layernorm_ffn import cpu, cuda, reference, triton
+from crossvit_kernels.ops.layernorm_ffn import cpu, cuda, library, reference, triton
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
 from crossvit_kernels.ops.operator import Operation
+from crossvit_kernels.ops.variants import with_variants
 
 
 def _reference(inputs: FfnInputs, eps: float, dropout_p: float) -> Tensor:
@@ -42,7 +44,12 @@ def _flops_of_one_layer(shapes: Any) -> int:
 layernorm_ffn = Operation(
     "layernorm_ffn",
     FfnInputs,
-    {"cpu": cpu, "cuda": cuda, "triton": triton},
+    {
+        "cpu": cpu,
+        "cuda": cuda,
+        **with_variants("triton", triton, VARIANTS),
+        "library": library,
+    },
     _reference,
     _empty_outputs,
     Flops(_flops_forward, _flops_backward),

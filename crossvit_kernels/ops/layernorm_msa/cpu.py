@@ -1,38 +1,21 @@
-"""layernorm_msa on a CPU, composed from torch's own kernels in as few passes as possible.
+"""layernorm_msa on a CPU: forward in the extension; backward is that of torch's libraries.
 
-q, k and v are views of one projection, and the heads' outputs are stored where the output
-projection reads them. A CLS that replaces row 0 is normalised into that row of the output, without
-a copy of the tokens.
+Where the extension has no kernel, or is slower, all is (library.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from crossvit_kernels import extension
 from crossvit_kernels.extension import _C
 from crossvit_kernels.ops.common import panels
-from crossvit_kernels.ops.common import torch_norm as norm
-from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
+from crossvit_kernels.ops.layernorm_msa import library
+from crossvit_kernels.ops.layernorm_msa.library import Saved, backward, empty_saved
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
 
-_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class Saved(NamedTuple):
-    """What forward keeps for backward: no N x N matrix."""
-
-    normed: Tensor  # [B, N, C]
-    mean: Tensor  # [B, N, 1], of x itself, even with a cls
-    rstd: Tensor  # [B, N, 1]
-    qkv: Tensor  # [B, N, 3 C]
-    heads: Tensor  # [B, h, N, d]: the attention's output
-    lse: Tensor  # [B, h, N]
+__all__ = ["Saved", "backward", "empty_saved", "forward", "why_not"]
 
 
 def why_not(inputs: MsaInputs) -> str | None:
@@ -41,29 +24,10 @@ def why_not(inputs: MsaInputs) -> str | None:
     return "there are no tokens" if inputs.x.numel() == 0 else None
 
 
-def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
-    x, w, num_heads, *_ = inputs
-    batch, num_tokens, channels = x.shape
-    dtype = w.qkv_weight.dtype
-    qkv = x.new_empty(batch, num_tokens, 3 * channels, dtype=dtype)
-    heads = x.new_empty(batch, num_tokens, num_heads, channels // num_heads, dtype=dtype)
-    statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    lse = x.new_empty(batch, num_tokens, num_heads, dtype=statistics)
-    mean = x.new_empty(batch, num_tokens, 1, dtype=w.norm_weight.dtype)
-    return Saved(
-        normed=x.new_empty(x.shape, dtype=dtype),
-        mean=mean,
-        rstd=torch.empty_like(mean),
-        qkv=qkv,
-        heads=heads.transpose(1, 2),
-        lse=lse.transpose(1, 2),
-    )
-
-
 def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
     x, w, num_heads, residual_scale, cls = inputs
     if x.shape[2] > panels.widest() or not extension.all_float32(x, cls, *w):
-        return _composed(inputs, eps, keep)
+        return library.forward(inputs, eps, keep)
     y = x.new_empty(x.shape)
     saved = empty_saved(inputs, keep) if keep else None
     qkv = saved.qkv if saved else x.new_empty(*x.shape[:2], 3 * x.shape[2])
@@ -85,102 +49,3 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
         y=args.pointer(y, torch.float32),
     )
     return y, saved
-
-
-def _composed(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, num_heads, residual_scale, cls = inputs
-    normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
-    if cls is not None:
-        normed[:, 0] = norm.forward(cls, w.norm_weight, w.norm_bias, eps).normed
-    normed = normed.to(w.qkv_weight.dtype)
-    qkv = F.linear(normed, w.qkv_weight, w.qkv_bias)
-    heads, lse = _attention(*_split(qkv, num_heads))
-    update = F.linear(_joined(heads), w.out_weight, w.out_bias)
-    y = norm.add_residual(x, update, residual_scale, cls)
-    return y, Saved(normed, mean, rstd, qkv, heads, lse) if keep else None
-
-
-def backward(
-    douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
-) -> MsaInputs:
-    (dy,), (x, w, num_heads, residual_scale, _) = douts, inputs
-    wants, wants_rows = wanted.weights, wanted.x or wanted.cls
-    channels = x.shape[-1]
-    dupdate = norm.scale_update(dy, residual_scale, w.out_weight.dtype).reshape(-1, channels)
-    dx, dcls, d_weights = None, None, dict[str, Any]()
-    if wants.out_weight:
-        d_weights["out_weight"] = dupdate.t() @ _joined(saved.heads).view(-1, channels)
-    if wants.out_bias:
-        d_weights["out_bias"] = dupdate.sum(dim=0)
-    if wants_rows or any(wants[:4]):
-        dqkv = _qkv_backward(dupdate @ w.out_weight, saved, num_heads)
-        if wants.qkv_weight:
-            d_weights["qkv_weight"] = dqkv.t() @ saved.normed.view(-1, channels)
-        if wants.qkv_bias:
-            d_weights["qkv_bias"] = dqkv.sum(dim=0)
-        if wants_rows or any(wants[:2]):
-            dx, dcls, d_weights["norm_weight"], d_weights["norm_bias"] = _norm_backward(
-                (dqkv @ w.qkv_weight).view(x.shape), dy, inputs, saved, eps, wanted
-            )
-    return gradients(dx, dcls, MsaWeights._make(map(d_weights.get, MsaWeights._fields)))
-
-
-def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int) -> Tensor:
-    """Return the gradient of qkv [B N, 3 C] from that of attention's output [B N, C]."""
-    qkv, heads = saved.qkv, saved.heads
-    dheads = dheads.view(*qkv.shape[:2], num_heads, -1).transpose(1, 2)
-    gradients = _attention_backward(
-        dheads, *_split(qkv, num_heads), heads, saved.lse, dropout_p=0.0, is_causal=False
-    )
-    return torch.stack([d.transpose(1, 2) for d in gradients], dim=2).view(-1, qkv.shape[2])
-
-
-def _norm_backward(
-    dnormed: Tensor,
-    dy: Tensor,
-    inputs: MsaInputs,
-    saved: Saved,
-    eps: float,
-    wanted: Any,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return (dx, dcls, gradients of LayerNorm's weight and bias), residual included."""
-    x, w, _, _, cls = inputs
-    wants_x, wants_cls, wants_affine = wanted.x, wanted.cls, wanted.weights[:2]
-    affine, dcls = (w.norm_weight, w.norm_bias), None
-    x_mean, x_rstd = saved.mean, saved.rstd
-    if cls is not None:
-        # Row 0 belongs to cls: with dnormed zeroed there, x's own row 0 contributes nothing.
-        _, mean, rstd = norm.forward(cls, *affine, eps)
-        dcls, *d_affine_cls = norm.backward(
-            dnormed[:, 0], cls, *affine, mean, rstd, (wants_cls, *wants_affine)
-        )
-        dnormed[:, 0] = 0
-        if not x[:, 0].isfinite().all():  # 0 * NaN would
-            x, x_mean, x_rstd = map(_without_row_0, (x, x_mean, x_rstd))
-    dx, *d_affine = norm.backward(dnormed, x, *affine, x_mean, x_rstd, (wants_x, *wants_affine))
-    if wants_x:
-        dx.add_(dy)
-    if cls is not None:
-        if wants_x:
-            dx[:, 0] = 0
-        if dcls is not None:
-            dcls += dy[:, 0]
-        for total, share in zip(d_affine, d_affine_cls, strict=True):
-            if total is not None:
-                total += share
-    return dx, dcls, d_affine[0], d_affine[1]
-
-
-def _without_row_0(t: Tensor) -> Tensor:
-    return torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], dim=1)
-
-
-def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split [B, N, 3 C] into views q, k, v [B, h, N, d]."""
-    q, k, v = qkv.view(*qkv.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-    return q, k, v
-
-
-def _joined(heads: Tensor) -> Tensor:
-    """View heads [B, h, N, d] as [B, N, C], the layout in which attention stores them."""
-    return heads.transpose(1, 2).flatten(2)

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossvit_kernels.ops.common.configs import VARIANTS
 from crossvit_kernels.ops.flops import Flops
-from crossvit_kernels.ops.layernorm_msa import cpu, cuda, reference, triton
+from crossvit_kernels.ops.layernorm_msa import cpu, cuda, library, reference, triton
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
 from crossvit_kernels.ops.operator import Operation
+from crossvit_kernels.ops.variants import with_variants
 
 #: Choices of what forward keeps for backward.
 KEEP = ("fast", "lean")
@@ -50,7 +52,12 @@ def _flops_of_steps(shapes: Any) -> tuple[int, int]:
 layernorm_msa = Operation(
     "layernorm_msa",
     MsaInputs,
-    {"cpu": cpu, "cuda": cuda, "triton": triton},
+    {
+        "cpu": cpu,
+        "cuda": cuda,
+        **with_variants("triton", triton, VARIANTS),
+        "library": library,
+    },
     _reference,
     _empty_outputs,
     Flops(_flops_forward, _flops_backward),
