@@ -1,8 +1,10 @@
-"""Runs operations' Triton kernels from their PTX on a CPU, against the float64 reference.
+"""Runs operations' kernels from their PTX on a CPU, against the float64 reference.
 
     python tests/ptx_launches.py [CASE ...] [--sm 80 90] [--dtypes fp32 bf16] [--orders N]
+    python tests/ptx_launches.py --backend cuda [CASE ...] [--dtypes fp32 bf16] [--orders N]
 
-Needs Triton, not its interpreter: run in a process of its own, without TRITON_INTERPRET.
+Triton's need Triton, not its interpreter: run in a process of its own, without TRITON_INTERPRET.
+CUDA's need an extension built with them.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ if __name__ == "__main__":
 
 import numpy as np
 import ptx
+import ptx_cuda
 import torch
 from torch import Tensor
 
+from crossvit_kernels import extension
 from crossvit_kernels.gpu import launcher, tables
 from crossvit_kernels.inspect import ahead_of_time
 from crossvit_kernels.inspect.ahead_of_time import CompileCase, compile_for
@@ -117,23 +121,19 @@ def execute(
     shared_bytes: int,
     order: int,
 ) -> ptx.Counters:
-    """Run a kernel on tensors, whose storages become allocations of exactly their bytes."""
+    """Run a kernel on tensors; of all memory, it may touch their storages."""
     memory = ptx.Memory()
-    bases: dict[int, tuple[int, Any, Any]] = {}
-    addresses = []
     for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in bases:
-            raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
-            bases[storage.data_ptr()] = memory.add(raw), raw, storage
-        begin = bases[storage.data_ptr()][0]
-        addresses.append(np.uint64(begin + tensor.data_ptr() - storage.data_ptr()))
-    arguments = [*addresses, *numbers]
+        memory.add(storage_of(tensor))
+    arguments = [*(np.uint64(tensor.data_ptr()) for tensor in tensors), *numbers]
     arguments += [np.uint64(0)] * (len(kernel.params) - len(arguments))  # Triton's scratch memory
-    counters = ptx.run(kernel, grid, threads, arguments, memory, shared_bytes, order)
-    for address, raw, _ in bases.values():
-        raw[:] = memory.read(address, raw)
-    return counters
+    return ptx.run(kernel, grid, threads, arguments, memory, shared_bytes, order)
+
+
+def storage_of(tensor: Tensor) -> Any:
+    """Return all of a tensor's memory as bytes."""
+    raw = torch.empty(0, dtype=torch.uint8, device="cpu")
+    return raw.set_(tensor.detach().untyped_storage()).numpy()
 
 
 @contextmanager
@@ -151,46 +151,61 @@ def executing(sm: int, order: int = 0, without: str = "") -> Iterator[Launcher]:
         yield start
 
 
-def _core(dtype: torch.dtype) -> None:
+def _core(dtype: torch.dtype, backend: str) -> None:
     from core_cases import check_rule, make
 
     for options in ({"extra": True}, {"masked": True}):
         inputs, mask = make(2, 19, 3, 32, dtype, **options)
-        check_rule(inputs, mask, dtype, backend="triton")
+        check_rule(inputs, mask, dtype, backend=backend)
 
 
-def _fusion(dtype: torch.dtype) -> None:
+def _fusion(dtype: torch.dtype, backend: str) -> None:
     from fusion_cases import check_rule
 
-    check_rule(16, 32, 2, 2, 9, dtype, scaled=True, backend="triton")
+    check_rule(16, 32, 2, 2, 9, dtype, scaled=True, backend=backend)
 
 
-def _msa(variant: str, keep: str) -> Callable[[torch.dtype], None]:
-    def run(dtype: torch.dtype) -> None:
+def _msa(keep: str) -> Callable[[torch.dtype, str], None]:
+    def run(dtype: torch.dtype, backend: str) -> None:
         from block_cases import check_msa
 
-        with configs.VARIANTS.choose(variant):
-            options = {"with_cls": True, "scaled": True, "keep": keep}
-            check_msa(64, 2, 1, 21, dtype=dtype, backend="triton", **options)
+        options = {"with_cls": True, "scaled": True, "keep": keep, "backend": backend}
+        check_msa(64, 2, 1, 21, dtype=dtype, **options)
 
     return run
 
 
-def _ffn(variant: str) -> Callable[[torch.dtype], None]:
-    def run(dtype: torch.dtype) -> None:
-        from block_cases import check_ffn
+def _ffn(dtype: torch.dtype, backend: str) -> None:
+    from block_cases import check_ffn
 
-        with configs.VARIANTS.choose(variant):
-            check_ffn(64, 128, 1, 21, dtype=dtype, scaled=True, backend="triton")
-
-    return run
+    check_ffn(64, 128, 1, 21, dtype=dtype, scaled=True, backend=backend)
 
 
-CASES: dict[str, Callable[[torch.dtype], None]] = {
-    "attention_core": _core,
-    "cross_attention_fusion": _fusion,
-    **{f"layernorm_ffn_{v}": _ffn(v) for v in ("fused", "split")},
-    **{f"layernorm_msa_{v}_{k}": _msa(v, k) for v in ("fused", "split") for k in ("fast", "lean")},
+def _variant(name: str, run: Callable[[torch.dtype, str], None]) -> Any:
+    """One of Triton's ways to launch a block."""
+
+    def run_variant(dtype: torch.dtype, backend: str) -> None:
+        with configs.VARIANTS.choose(name):
+            run(dtype, backend)
+
+    return run_variant
+
+
+_BLOCKS = {
+    "layernorm_ffn": _ffn,
+    **{f"layernorm_msa_{keep}": _msa(keep) for keep in ("fast", "lean")},
+}
+#: By backend and name: checks an operation with tokens of a dtype.
+CASES: dict[str, dict[str, Callable[[torch.dtype, str], None]]] = {
+    backend: {"attention_core": _core, "cross_attention_fusion": _fusion, **blocks}
+    for backend, blocks in {
+        "cuda": _BLOCKS,
+        "triton": {
+            f"{name}_{v}": _variant(v, run)
+            for name, run in _BLOCKS.items()
+            for v in ("fused", "split")
+        },
+    }.items()
 }
 
 
@@ -206,8 +221,8 @@ class Digest:
 
 
 def run_case(
-    name: str, sm: int, dtype: str, order: int, without: str = ""
-) -> tuple[list[bytes], Launcher]:
+    backend: str, name: str, sm: int, dtype: str, order: int, without: str = ""
+) -> tuple[list[bytes], Launcher | ptx_cuda.Functions]:
     """Run a case under the accuracy rule; return its results' bits and the launcher."""
     import accuracy
     import block_cases
@@ -217,33 +232,41 @@ def run_case(
     digest = Digest()
     digest.check = accuracy.assert_within_rule  # type: ignore[attr-defined]
     torch.manual_seed(0)
+    as_on_a_gpu: Any = ptx_cuda.executing(order, without)
+    if backend == "triton":
+        as_on_a_gpu = executing(sm, order, without)
     with (
-        executing(sm, order, without) as start,
+        as_on_a_gpu as start,
         mock.patch.object(block_cases, "assert_within_rule", digest),
         mock.patch.object(core_cases, "assert_within_rule", digest),
         mock.patch.object(fusion_cases, "assert_within_rule", digest),
     ):
-        CASES[name](DTYPES[dtype])
+        CASES[backend][name](DTYPES[dtype], backend)
     return digest.bits, start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("cases", nargs="*", default=[], metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--sm", type=int, nargs="+", default=[80, 90])
+    names = {backend: ", ".join(cases) for backend, cases in CASES.items()}
+    parser.add_argument("cases", nargs="*", default=[], metavar="CASE", help=str(names))
+    parser.add_argument("--backend", choices=CASES, default="triton")
+    parser.add_argument("--sm", type=int, nargs="+", help="default: 80 90, for CUDA what was built")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--orders", type=int, default=2, help="schedules, which must agree bitwise")
     parser.add_argument("--counters", action="store_true", help="print what each kernel did")
     parser.add_argument("--without", default="", help="leave out instructions of these names")
     options = parser.parse_args()
-    failed = 0
-    for name in options.cases or CASES:
-        for sm in options.sm:
+    backend, failed = options.backend, 0
+    if backend == "cuda" and (reason := ptx_cuda.why_not()):
+        parser.exit(1, f"{reason}\n")
+    built = [int(re.match(r"\d+", a)[0]) for a in extension.cuda_architectures()[-1:]]
+    for name in options.cases or CASES[backend]:
+        for sm in built if backend == "cuda" else options.sm or [80, 90]:
             for dtype in options.dtypes:
                 began, expected, problem = time.perf_counter(), None, ""
                 try:
                     for order in range(options.orders):
-                        bits, start = run_case(name, sm, dtype, order, options.without)
+                        bits, start = run_case(backend, name, sm, dtype, order, options.without)
                         assert expected in (None, bits), f"order {order} has other bits"
                         expected = bits
                 except (ptx.Fault, ptx.Unknown, AssertionError) as error:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import ptx
+import ptx_cuda
+import ptx_launches
 import pytest
 import torch
 from ptx.memory import conflicts
@@ -24,11 +26,10 @@ def run(text: str, data: np.ndarray, order: int = 0, ctas: int = 1) -> np.ndarra
     """Run a kernel of (out, in) in CTAs of 128 threads; return out, as large as in."""
     (code,) = ptx.kernels(text).values()
     memory = ptx.Memory()
-    source = memory.add(data)
-    out = memory.add(np.zeros_like(data))
-    arguments = [np.uint64(out), np.uint64(source)]
+    source, out = np.ascontiguousarray(data), np.zeros_like(data)
+    arguments = [np.uint64(memory.add(array)) for array in (out, source)]
     ptx.run(code, (ctas,), 128, arguments, memory, _SHARED_BYTES, order, cluster=ctas)
-    return memory.read(out, data)
+    return out
 
 
 def unary(body: str, x: np.ndarray) -> np.ndarray:
@@ -87,6 +88,21 @@ def test_conversions_to_16_bits(kind: str, dtype: torch.dtype) -> None:
     expected = torch.from_numpy(x).to(dtype).view(torch.int16).numpy().view(np.uint16)
     got = unary(body, x)
     assert (got & 0xFFFF == expected).all() and (got >> 16 == expected).all()
+
+
+def test_floats_are_rounded_down() -> None:
+    x = np.random.default_rng(0).standard_normal(128).astype(np.float32)
+    body = "mov.b32 %f1, %r2; fma.rm.f32 %f2, %f1, %f1, 0fBF800000; mov.b32 %r3, %f2;"
+    exact = x.astype(np.longdouble) ** 2 - 1
+    near = exact.astype(np.float32)
+    expected = np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
+    assert (unary(body, x).view(np.float32) == expected).all()
+
+
+def test_saturation() -> None:
+    x = np.array([-1.5, 0.25, 1.5, np.nan] * 32, np.float32)
+    body = "mov.b32 %f1, %r2; cvt.sat.f32.f32 %f2, %f1; mov.b32 %r3, %f2;"
+    assert (unary(body, x).view(np.float32) == [0, 0.25, 1, 0] * 32).all()
 
 
 def test_nan_and_subnormals() -> None:
@@ -272,6 +288,34 @@ def test_triton_kernels(dtype: str, sm: str) -> None:
 def test_more_triton_kernels(case: str) -> None:
     done = _launch(case, "--sm", "80", "--dtypes", "bf16", "--orders", "1")
     assert not done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ptx_launches.CASES["cuda"])
+def test_cuda_kernels(case: str) -> None:
+    """In two schedules, which give the same bits."""
+    if reason := ptx_cuda.why_not():
+        pytest.skip(reason)
+    done = _launch(case, "--backend", "cuda", "--dtypes", "bf16")
+    assert not done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case, without, cause",
+    [
+        ("layernorm_ffn", r"bar\.sync|barrier\.sync", "never written|a race"),
+        ("layernorm_ffn", r"cp\.async\.wait_group", "never written|a race"),
+        ("attention_core", r"cp\.async\.wait_group", "a race"),
+        ("cross_attention_fusion", r"barrier\.cluster\.\w+", "never written|a race"),
+    ],
+)
+def test_faults_in_cuda_kernels(case: str, without: str, cause: str) -> None:
+    if reason := ptx_cuda.why_not():
+        pytest.skip(reason)
+    arguments = ["--dtypes", "bf16", "--orders", "1", "--without", without]
+    done = _launch(case, "--backend", "cuda", *arguments)
+    assert done.returncode and re.search(cause, done.stdout), done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -219,9 +219,11 @@ print(json.dumps([dataclasses.asdict(report) for report in reports]))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("triton_compiles")
-@pytest.mark.parametrize("sm", ["89", "120"])
+@pytest.mark.parametrize(
+    "sm",
+    [pytest.param("89", marks=pytest.mark.slow), pytest.param("120", marks=pytest.mark.exhaustive)],
+)
 def test_devices_with_99_kb_of_shared_memory(sm: str) -> None:
     """RTX 4090 and L4, RTX 5090: smaller candidates run where the preferred one does not fit."""
     assert len(check(run_python(SMALL_SHARED_MEMORY, sm))) == 4
@@ -295,7 +297,7 @@ def test_what_kernels_compile_to_at_all_widths(kernel: str, dtype: str, arch: st
     check_compiled("--arch", arch, "--dtype", dtype, "--kernel", kernel, *forms)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("triton_compiles")
 def test_portable_to_amd() -> None:
     """The kernels compile for gfx942; nothing more is known."""

@@ -39,6 +39,9 @@ def _arithmetic(s: Segment, i: Instruction) -> None:
         return
     a = s.args(i, kind)
     floating = kind in ("f32", "f64")
+    if i.name == "fma.rm.f32":  # of expf
+        s.put(i.operands[0], f"N.fma_down({', '.join(a)})", kind)
+        return
     if floating:
         if {"rz", "rm", "rp"} & set(i.parts) or "sat" in i.parts:
             raise Unknown("rounding")
@@ -163,9 +166,11 @@ def _move(s: Segment, i: Instruction) -> None:
 def _convert(s: Segment, i: Instruction) -> None:
     kinds = [p for p in i.parts[1:] if p not in _ROUND]
     how = {*i.parts} & _ROUND
-    if len(kinds) != 2 or how & {"sat", "relu", "satfinite", "rm", "rp"}:
+    if len(kinds) != 2 or how & {"relu", "satfinite", "rm", "rp"}:
         raise Unknown("form")
     to, source = kinds
+    if "sat" in how and to not in ("f32", "f64"):
+        raise Unknown("form")
     a = s.args(i, source if source not in ("f16", "bf16") else "b16")
     if source in ("f16", "bf16"):
         a = [f"N.from_{source}({x})" for x in a]
@@ -183,6 +188,8 @@ def _convert(s: Segment, i: Instruction) -> None:
         if integral:
             function = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}[integral]
             value = f"np.{function}({value})"
+        if "sat" in how:  # NaN becomes 0
+            value = f"np.fmin(np.fmax({value}, 0), 1)"
         s.put(i.operands[0], f"{value}.astype(f{bits(to) // 8})", to)
     elif source in ("f32", "f64"):
         rounding = next(r for r in ("rni", "rzi", "rmi", "rpi") if r in how)

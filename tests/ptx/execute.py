@@ -131,7 +131,7 @@ class Cluster:
         grid: Any,
         threads: tuple[int, int, int],
         shared_bytes: int,
-        arguments: bytes,
+        arguments: Array,
         memory: Memory,
         order: int,
         counters: Counters,
@@ -209,7 +209,7 @@ def run(
     """
     grid = (*grid, 1, 1)[:3]
     threads = (threads, 1, 1) if isinstance(threads, int) else tuple(threads)
-    raw = bytearray(sum(size for *_, size in kernel.params) + 256)
+    raw = bytearray(max((offset + size for _, offset, size in kernel.params), default=0))
     for (_, offset, size), value in zip(kernel.params, arguments, strict=True):
         data = value if isinstance(value, bytes) else np.asarray(value).tobytes()
         if len(data) != size:
@@ -235,7 +235,7 @@ def run(
                 grid,
                 threads,
                 shared_bytes,
-                bytes(raw),
+                np.frombuffer(raw, np.uint8),
                 memory,
                 order and order + x + 1000 * y,
                 counters,

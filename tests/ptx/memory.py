@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-GLOBAL = 1 << 40
+GLOBAL = 1 << 40  # no allocation of a process lies below
 SHARED = 1 << 32  # of the generic address of a CTA's shared memory; a cluster's follow 16 MiB apart
 STRIDE = 1 << 24
+PARAM = 1 << 35  # of a kernel's parameters
 LOCAL = 1 << 36
 NEVER = np.int64(1) << 62
 
@@ -21,43 +23,43 @@ class Fault(RuntimeError):
 
 
 class Memory:
-    """Global memory: allocations with gaps between them."""
+    """Global memory: this process's own, of which a kernel may touch what was added.
 
-    def __init__(self, capacity: int = 1 << 20) -> None:
-        self.bytes = np.full(capacity, 0xFF, np.uint8)
-        self.valid = np.zeros(capacity, bool)
-        self.used = 512
+    Attributes:
+        bytes: All memory from the address ``GLOBAL`` on.
+    """
+
+    def __init__(self) -> None:
+        everything = ctypes.c_uint8 * ((1 << 47) - GLOBAL)
+        self.bytes = np.ctypeslib.as_array(everything.from_address(GLOBAL))
+        self._arrays: dict[int, Array] = {}  # by address; none is freed
+        self._begins = self._ends = np.zeros(0, np.int64)
 
     def add(self, data: Array) -> int:
-        """Copy an array into memory and return its address."""
-        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        begin, end = self.used, self.used + raw.size
-        self.used = -(-(end + 512) // 256) * 256
-        while self.used > self.bytes.size:
-            self.bytes = np.concatenate([self.bytes, np.full_like(self.bytes, 0xFF)])
-            self.valid = np.concatenate([self.valid, np.zeros_like(self.valid)])
-        self.bytes[begin:end] = raw
-        self.valid[begin:end] = True
-        return GLOBAL + begin
-
-    def read(self, address: int, like: Array) -> Array:
-        """Return a copy of an array's memory."""
-        begin = address - GLOBAL
-        return self.bytes[begin : begin + like.nbytes].view(like.dtype).reshape(like.shape).copy()
+        """Let kernels read and write a contiguous array; return its address."""
+        address = int(data.ctypes.data)
+        if address < GLOBAL or not data.flags.c_contiguous:
+            raise ValueError(f"expected a contiguous array at {GLOBAL:#x} or later")
+        known = self._arrays.get(address)
+        if data.nbytes and (known is None or known.nbytes < data.nbytes):
+            self._arrays[address] = data
+            begins = sorted(self._arrays)
+            self._begins = np.array(begins)
+            self._ends = np.array([begin + self._arrays[begin].nbytes for begin in begins])
+        return address
 
     def place(self, address: Array, size: int) -> Array:
         """Return indices of bytes; faults out of bounds or unaligned."""
-        index = address.astype(np.int64) - GLOBAL
-        if (index % size).any():
+        address = address.astype(np.int64)
+        if (address % size).any():
             raise Fault(
-                f"an address {int(address[index % size != 0][0]):#x} is no multiple of {size}"
+                f"an address {int(address[address % size != 0][0]):#x} is no multiple of {size}"
             )
-        inside = (index >= 0) & (index < self.used)
-        kept = np.where(inside, index, 0)
-        good = inside & self.valid[kept] & self.valid[np.minimum(kept + size - 1, self.used)]
+        array = np.searchsorted(self._begins, address, "right") - 1
+        good = (array >= 0) & (address + size <= self._ends[array])
         if not good.all():
             raise Fault(f"global address {int(address[~good][0]):#x} is out of bounds")
-        return index
+        return address - GLOBAL
 
 
 @dataclasses.dataclass
@@ -114,8 +116,16 @@ class Shared:
         count = max(1, size // self.granule)
         return first if count == 1 else (first[:, None] + np.arange(count)).reshape(-1)
 
-    def reading(self, cells: Array, agent: int, time: int, clock: Clock, proxy: bool) -> None:
-        """Check and note a read; with proxy, by the asynchronous one."""
+    def reading(
+        self, cells: Array, agent: int, time: int, clock: Clock, proxy: bool, whole: bool = True
+    ) -> None:
+        """Check and note a read; with proxy, by the asynchronous one.
+
+        If not the whole of what is read counts, as of ldmatrix's rows, what was never written is
+        poison, which shows in the results if it does count.
+        """
+        if not whole:
+            cells = cells[self.written[cells] != NEVER]
         written, writer = self.written[cells], self.writer[cells]
         late = written > clock.seen[writer]
         if late.any():

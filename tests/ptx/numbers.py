@@ -39,6 +39,17 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     return total.astype(F4)
 
 
+def fma_down(a: Array, b: Array, c: Array) -> Array:
+    """Return a b + c of float32, rounded towards minus infinity."""
+    product = a.astype(F8) * b
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    near = total.astype(F4)
+    above = (near > total) | ((near == total) & (error < 0))
+    return np.where(above, np.nextafter(near, F4(-np.inf)), near)
+
+
 def from_bf16(raw: Array) -> Array:
     return (raw.astype(U4) << U4(16)).view(F4)
 

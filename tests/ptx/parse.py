@@ -88,8 +88,8 @@ class Kernel:
     labels: dict[str, int]
 
 
-def kernels(text: str) -> dict[str, Kernel]:
-    """Return all kernels of a module by name."""
+def kernels(text: str, only: str | None = None) -> dict[str, Kernel]:
+    """Return the kernels of a module, or one of them, by name."""
     text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.DOTALL)
     text = re.sub(r"//[^\n]*", "", text)
     text = re.sub(
@@ -99,6 +99,8 @@ def kernels(text: str) -> dict[str, Kernel]:
     first = _ENTRY.search(text)
     outside = text[: first.start()] if first else text
     for match in _ENTRY.finditer(text):
+        if only not in (None, match[1]):
+            continue
         begin = text.index("{", match.end())
         line = text.count("\n", 0, begin) + 1
         body = text[begin : _end(text, begin)]

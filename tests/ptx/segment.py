@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ptx import numbers
+from ptx.memory import PARAM
 from ptx.parse import Instruction, Kernel, Operand, Unknown, bits, number
 
 RAW = {1: "bool_", 8: "u1", 16: "u2", 32: "u4", 64: "u8"}
@@ -97,7 +98,8 @@ class Segment:
 
     def address(self, operand: Operand) -> int:
         kernel = self.kernel
-        for space in (kernel.shared, kernel.local):
+        params = {name: PARAM + at for name, at, _ in kernel.params}
+        for space in (kernel.shared, kernel.local, params):
             if operand.text in space:
                 return space[operand.text] + operand.offset
         raise Unknown(f"symbol {operand.text}")

@@ -20,10 +20,10 @@ def _load(s: Segment, i: Instruction) -> None:
     kind = i.parts[-1]
     targets = s.elements(i.operands[0])
     if _space(i) == "param":
-        base = i.operands[1].parts[0]
-        at = dict((n, o) for n, o, _ in s.kernel.params)[base.text] + i.operands[1].offset
+        s.lines.append(f"a = {s.pointer(i.operands[1])}")
+        size = bits(kind) // 8
         for n, target in enumerate(targets):
-            s.put(target, f"w.param({at + n * bits(kind) // 8}, {bits(kind) // 8})", kind, raw=True)
+            s.put(target, f"w.param(a + {n * size}, {size}, {s.mask})", kind, raw=True)
         return
     pointer = s.pointer(i.operands[1])
     s.lines.append(

@@ -9,7 +9,7 @@ import numpy as np
 from ptx import numbers as N
 from ptx import tensor_cores as T
 from ptx.asynchronous import Asynchronous
-from ptx.memory import GLOBAL, LOCAL, SHARED, STRIDE, Clock, Fault
+from ptx.memory import GLOBAL, LOCAL, PARAM, SHARED, STRIDE, Clock, Fault
 from ptx.parse import Instruction, Operand, Unknown, number
 
 Array = np.ndarray[Any, Any]
@@ -249,9 +249,12 @@ class Warp(Asynchronous):
         rank, at = divmod(pointer, STRIDE)
         return (self.cta if rank == 0 else self.cta.cluster.ctas[rank - 1]), at
 
-    def param(self, at: int, size: int) -> Array:
-        raw = self.cta.cluster.arguments[at : at + size]
-        return np.full(32, int.from_bytes(raw, "little"), _UNSIGNED[size])
+    def param(self, address: Array, size: int, mask: Any) -> Array:
+        arguments = self.cta.cluster.arguments
+        index = address - PARAM if mask is None else np.where(mask, address - PARAM, 0)
+        if (index < 0).any() or (index + size > arguments.size).any():
+            raise Fault("a parameter's address is out of bounds")
+        return arguments[index[:, None] + np.arange(size)].view(_UNSIGNED[size])[:, 0]
 
     def _space(self, space: str, pointer: Array) -> str:
         if space != "generic":
@@ -262,7 +265,13 @@ class Warp(Asynchronous):
         return "local" if LOCAL <= first < LOCAL + STRIDE else "shared"
 
     def _places(
-        self, space: str, pointer: Array, size: int, lanes: Array, data: Array | None = None
+        self,
+        space: str,
+        pointer: Array,
+        size: int,
+        lanes: Array,
+        data: Array | None = None,
+        whole: bool = True,
     ) -> list[Any]:
         """Return (bytes, which of the pointers, indices of bytes) of an access, checked."""
         space = self._space(space, pointer)
@@ -290,7 +299,7 @@ class Warp(Asynchronous):
                 same = (shared.bytes[index[:, None] + step] == data[which]).all(axis=1)
                 shared.writing(cells, self.agent, self.now, self.clock, same)
             else:
-                shared.reading(cells, self.agent, self.now, self.clock, proxy=False)
+                shared.reading(cells, self.agent, self.now, self.clock, False, whole)
             result.append((shared.bytes, which, index[:, None] + step))
         return result
 
@@ -339,7 +348,7 @@ class Warp(Asynchronous):
     def load_matrix(self, pointer: Array, count: int, transposed: bool, mask: Any) -> list[Array]:
         if mask is not None:
             raise Fault("ldmatrix by a part of a warp")
-        ((raw, _, index),) = self._places("shared", pointer[: 8 * count], 16, _LANES)
+        ((raw, _, index),) = self._places("shared", pointer[: 8 * count], 16, _LANES, whole=False)
         matrices = raw[index].view(np.uint16).reshape(count, 8, 8)
         return [T.matrix_rows(matrix, transposed) for matrix in matrices]
 
