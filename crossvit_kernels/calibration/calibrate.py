@@ -128,7 +128,7 @@ def calibrate(
     if not budget_s > 0:
         raise ValueError(f"budget_s: expected seconds above 0, found {budget_s}")
     run_model = functools.partial(_run_model, model, example, training)
-    with _unchanged(model, training):
+    with unchanged(model, training):
         set_fused(model, True)
         calls = _recorded(run_model)
         end = time.monotonic() + budget_s
@@ -168,7 +168,7 @@ def set_fused(model: nn.Module, fused: bool) -> None:
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module, training: bool) -> Iterator[None]:
+def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
     """Restore modes, buffers and the random state; after an error also what the modules run."""
     modes = {module: module.training for module in model.modules()}
     settings = [
@@ -198,10 +198,10 @@ def _unchanged(model: nn.Module, training: bool) -> Iterator[None]:
 def _run_model(model: nn.Module, example: tuple[Tensor, ...], training: bool) -> object:
     with torch.set_grad_enabled(training):
         outputs = model(*example)
-        return _backward(outputs, list(model.parameters())) if training else outputs
+        return backward(outputs, list(model.parameters())) if training else outputs
 
 
-def _backward(outputs: Any, leaves: list[Tensor]) -> object:
+def backward(outputs: Any, leaves: list[Tensor]) -> object:
     """Compute gradients without adding them to ``.grad``."""
     given = tensors_of(tuple(outputs) if isinstance(outputs, list) else outputs)
     outs = [t for t in given if t.requires_grad]
@@ -272,7 +272,7 @@ def _run_call(call: Call, backend: str) -> None:
     with torch.set_grad_enabled(call.signature.training), context:
         outputs = call.run(call.values, backend)
     if call.signature.training:
-        _backward(outputs, tensors_of(call.values))
+        backward(outputs, tensors_of(call.values))
 
 
 def _measure_model(
