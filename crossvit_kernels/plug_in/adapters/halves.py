@@ -57,6 +57,7 @@ def ffn_part(
     reads: tuple[str, ...],
     check: Callable[[Any], None],
     weights: Callable[[Any], FfnWeights],
+    live: Callable[[Any], str | None] = never,
 ) -> Part:
     """Return the part ``x + FFN(LN(x))`` of a block; see ``msa_part``."""
 
@@ -74,7 +75,7 @@ def ffn_part(
     def fast(block: Any) -> str | None:
         return looking.why_no_block_gain(getattr(block, reads[0]).weight)
 
-    return Part("layernorm_ffn", reads, inspect, never, fast)
+    return Part("layernorm_ffn", reads, inspect, live, fast)
 
 
 def _require_tensors(weights: Any) -> None:

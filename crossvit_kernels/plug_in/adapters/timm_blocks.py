@@ -59,6 +59,12 @@ def _ffn_weights(block: Any) -> FfnWeights:
     return FfnWeights(*plain_layers.parameters(block.norm2, block.mlp.fc1, block.mlp.fc2))
 
 
+def _masks(attn_mask: Any, is_causal: Any) -> dict[str, Any]:
+    """Return what attention has to be told; older releases of timm know no is_causal."""
+    masks = {} if attn_mask is None else {"attn_mask": attn_mask}
+    return masks if is_causal is False else {**masks, "is_causal": is_causal}
+
+
 def _call_block(
     block: Any,
     parts: list[bool],
@@ -68,18 +74,20 @@ def _call_block(
     is_causal: Any = False,
     **others: Any,
 ) -> Tensor | str:
-    if attn_mask is not None or is_causal is not False or others:
+    if others or not calls.fits(x, block.norm1.weight):
         return ""
-    if not calls.fits(x, block.norm1.weight):
+    serves_attention = parts[0] and attn_mask is None and is_causal is False
+    if not serves_attention and not parts[1]:
         return ""
     y: Any
-    if parts[0]:
+    if serves_attention:
         attn, drop_path = block.attn, block.drop_path1
         y = calls.msa(x, _msa_weights(block), attn.num_heads, block.norm1.eps, backend, drop_path)
         if isinstance(y, str):
             return y
     else:
-        y = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        update = block.attn(block.norm1(x), **_masks(attn_mask, is_causal))
+        y = x + block.drop_path1(block.ls1(update))
     if parts[1]:
         return calls.ffn(y, _ffn_weights(block), block.norm2.eps, backend, block.drop_path2)
     return y + block.drop_path2(block.ls2(block.mlp(block.norm2(y))))
