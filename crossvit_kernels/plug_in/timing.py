@@ -112,7 +112,7 @@ def _alike(fitted: tuple[nn.Module, Served], call: _Arguments) -> Any:
     module, served = fitted
 
     def shapes(tensors: Any) -> tuple[Any, ...]:
-        return tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
+        return tuple((tuple(t.shape), t.dtype, t.device) for t in tensors)
 
     given = _tensors(call)
     return type(module), tuple(served.serves()), shapes(module.parameters()), shapes(given)
