@@ -164,23 +164,38 @@ def why_not_torch_attention(layer: Any, path: str) -> str | None:
     return why_not_heads(layer, layer.num_heads, layer.embed_dim, path)
 
 
-def why_no_block_gain(parameter: Tensor) -> str | None:
+#: Fewer rows take longer than the layers do: the kernels repack the weights in every call.
+_LEAST_ROWS = 128
+
+
+def why_no_block_gain(norm: Any) -> str | None:
     """Return why a transformer block gains nothing where its parameters are, or None.
 
-    On a CPU the gain is that of the extension's float32 products, which stops at a width.
+    On a CPU the gain is that of the extension's float32 products in forward, up to a width.
+
+    Args:
+        norm: The LayerNorm of one of its halves.
     """
-    if parameter.device.type != "cpu":
+    weight = norm.weight
+    if weight.device.type != "cpu":
         return None
-    if missing := backends().reasons.get("cpu"):
-        return missing
-    if parameter.dtype != torch.float32:
-        return f"blocks in {parameter.dtype} gain nothing on a CPU: give example= to measure"
-    if parameter.shape[0] > panels.widest():
-        return (
-            f"blocks of {parameter.shape[0]} channels gain nothing on this CPU (above "
-            f"{panels.widest()}): give example= to measure"
-        )
-    return None
+    reason = backends().reasons.get("cpu")
+    if reason is None and norm.training:
+        reason = "no known gain for blocks in training on a CPU"
+    elif reason is None and weight.dtype != torch.float32:
+        reason = f"no known gain for blocks in {weight.dtype} on a CPU"
+    elif reason is None and weight.shape[0] > panels.widest():
+        reason = f"no known gain for blocks wider than {panels.widest()} on this CPU"
+    return reason and f"{reason} (example= measures)"
+
+
+def block_pays(x: Tensor) -> bool:
+    """Whether a call of a block on x [B, N, C] is known to be faster served."""
+    if x.device.type != "cpu":
+        return True
+    if torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or x.numel() >= _LEAST_ROWS * x.shape[-1]
 
 
 def require_kernels(operation: str, inputs: Any) -> None:

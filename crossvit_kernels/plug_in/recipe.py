@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 #: call(module, parts, backend, *args, **kwargs), the last two being the module's own arguments and
 #: parts whether each part is served. Returns what the module's forward returns; or a string, then
@@ -27,8 +27,9 @@ class Part(NamedTuple):
         check: Raises ``Declined`` if the part computes what the function does not; may be slow.
         live: Returns a reason or None from what may change without a layer being replaced: a
             number of heads, a rate, a mode. It runs in every call.
-        fast: Returns why serving is no gain on the module's device, or None. It is not asked if a
-            backend is named or times are measured.
+        fast: Returns why serving is no gain on the module's device, or None.
+        pays: Returns whether serving is a gain for an input, the first tensor of a call. Neither is
+            asked if a backend is named or times are measured.
     """
 
     serves: str
@@ -36,6 +37,7 @@ class Part(NamedTuple):
     check: Callable[[Any], None]
     live: Callable[[Any], str | None]
     fast: Callable[[Any], str | None]
+    pays: Callable[[Tensor], bool] | None = None
 
 
 class Recipe(NamedTuple):

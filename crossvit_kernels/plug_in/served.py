@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crossvit_kernels.modules import plain_layers
 from crossvit_kernels.plug_in import recipe as recipes
@@ -36,7 +36,7 @@ class Served:
         self._watched: list[tuple[Watched, ...] | None] = [None] * len(recipe.parts)
         self._reasons: list[str | None] = [None] * len(recipe.parts)  # of the last inspection
         for i in range(len(recipe.parts)):
-            self._inspect(i)
+            self._inspect(i, not forced)
 
     def _set_recipe(self, recipe: Recipe) -> None:
         self._target, self._parts, self._call = recipe
@@ -73,7 +73,8 @@ class Served:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner: Any = self._owner()
         if not plain_layers.is_transformed():
-            on = [self._is_on(owner, i, part) for i, part in enumerate(self._parts)]
+            x = _first_tensor(args, kwargs)
+            on = [self._is_on(owner, i, part, x) for i, part in enumerate(self._parts)]
             if any(on):
                 output = self._call(owner, on, self.backend, *args, **kwargs)
                 if not isinstance(output, str):
@@ -82,10 +83,12 @@ class Served:
                     self._report(owner, output)
         return type(owner).forward(owner, *args, **kwargs)
 
-    def _is_on(self, owner: Any, i: int, part: Part) -> bool:
-        """Whether a part is served in this call."""
+    def _is_on(self, owner: Any, i: int, part: Part, x: Tensor | None) -> bool:
+        """Whether a part is served in a call, of which x is the first tensor."""
         watched = self._watched[i]
         if watched is None:
+            return False
+        if part.pays is not None and not self._forced and (x is None or not part.pays(x)):
             return False
         reason = why_not_as_watched(owner, watched)
         if reason is not None and not torch.compiler.is_compiling():
@@ -96,7 +99,7 @@ class Served:
             self._report(owner, reason)
         return reason is None
 
-    def _inspect(self, i: int) -> None:
+    def _inspect(self, i: int, only_if_fast: bool = False) -> None:
         """Inspect a part: watch its layers, or keep the reason why it is not served."""
         part, owner = self._parts[i], self.owner
         watched = watch(owner, part.reads)
@@ -104,7 +107,7 @@ class Served:
         try:
             part.check(owner)
             reason = why_not_as_watched(owner, watched) or part.live(owner)
-            if reason is None and not self._forced:
+            if reason is None and only_if_fast:
                 reason = part.fast(owner)
         except Declined as declined:
             reason = str(declined)
@@ -144,6 +147,13 @@ class Served:
     def __repr__(self) -> str:
         owner = self._owner()
         return f"<{' and '.join(self.serves()) or 'nothing'} for {type(owner).__name__}.forward>"
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    return None
 
 
 def _unknown(*args: Any, **kwargs: Any) -> str:

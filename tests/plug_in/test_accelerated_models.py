@@ -40,7 +40,7 @@ def test_compile_in_one_graph() -> None:
         counts.append(operators(graph))
         return graph
 
-    ck.accelerate(model)
+    ck.accelerate(model, backend="cpu")
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
@@ -57,7 +57,7 @@ def test_gradients_under_compile() -> None:
     model, x = vit(), images()
     names, parameters = zip(*model.named_parameters(), strict=True)
     expected = torch.autograd.grad(model(x).square().sum(), parameters)
-    ck.accelerate(model)
+    ck.accelerate(model, backend="cpu")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     actual = torch.autograd.grad(compiled(x).square().sum(), parameters)
     for name, a, e in zip(names, actual, expected, strict=True):
@@ -65,10 +65,10 @@ def test_gradients_under_compile() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export(strict: bool) -> None:
     model, x = vit(), images()
-    ck.accelerate(model)
+    ck.accelerate(model, backend="cpu")
     with torch.no_grad():
         expected = model(x)
         program = torch.export.export(model, (x,), strict=strict)
@@ -81,7 +81,7 @@ def test_export(strict: bool) -> None:
 def test_jit_trace_and_transforms_run_the_modules_own_forward() -> None:
     model, x = vit(), images()
     expected = model(x)
-    ck.accelerate(model)
+    ck.accelerate(model, backend="cpu")
     with torch.no_grad():
         traced = torch.jit.trace(model, (x,), check_trace=False)
         torch.testing.assert_close(traced(x), expected)
@@ -97,7 +97,7 @@ def test_distributed_data_parallel(tmp_path) -> None:
     model(x).square().sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    ck.accelerate(model, training=True)
+    ck.accelerate(model, backend="cpu", training=True)
     store = torch.distributed.FileStore(os.fspath(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

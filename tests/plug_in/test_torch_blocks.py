@@ -36,13 +36,13 @@ def test_torchvision() -> None:
 def test_dropout_of_torchs_attention(caplog) -> None:
     model = torchvision_vit(attention_dropout=0.2)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float32)
-    assert served(ck.accelerate(model)) == {BLOCK: 2}
+    assert served(ck.accelerate(model, backend="cpu")) == {BLOCK: 2}
     model.train()(x)
     assert {r.getMessage() for r in caplog.records} == {
         "EncoderBlock: self_attention has dropout of 0.2 in training; "
         "its own forward runs, not fused"
     }
-    report = ck.accelerate(model, training=True)
+    report = ck.accelerate(model, backend="cpu", training=True)
     assert served(report) == {("layernorm_ffn",): 2}
     assert "self_attention has dropout of 0.2 in training" in str(report)
 
@@ -83,5 +83,5 @@ def test_a_masked_block_of_open_clip() -> None:
     x = torch.randn(shape, dtype=torch.float32)
     mask = torch.full((9, 9), -torch.inf, dtype=torch.float32, device="cpu").triu_(1)
     expected = block(x, attn_mask=mask)
-    ck.accelerate(block)
+    ck.accelerate(block, backend="cpu")
     torch.testing.assert_close(block(x, attn_mask=mask), expected)

@@ -174,13 +174,13 @@ def test_outputs_and_gradients(case: Case, attention: str) -> None:
 def test_causal_attention_is_never_served() -> None:
     """The class is that of vision models, and without padding there is no mask."""
     model = build(next(c for c in FAST if c.model == "CLIPTextModel"))
-    assert "causal" in str(ck.accelerate(model))
+    assert "causal" in str(ck.accelerate(model, backend="cpu"))
     (layer, *_) = model.encoder.layers
     ck.restore(model)
     x = torch.randn(2, 5, 48, dtype=torch.float32)
     expected = layer(x, None, is_causal=True)
     layer.self_attn.config = transformers.CLIPVisionConfig(attn_implementation="sdpa")
-    assert ck.accelerate(layer).rows[0].serves == BLOCK
+    assert ck.accelerate(layer, backend="cpu").rows[0].serves == BLOCK
     torch.testing.assert_close(layer(x, None, is_causal=True), expected)
     assert not torch.allclose(layer(x, None), expected)
 
@@ -191,7 +191,7 @@ def test_outputs_of_inner_layers(caplog) -> None:
     model, inputs = build(case, attn_implementation="eager"), case.inputs()
     options = {"output_hidden_states": True, "output_attentions": True}
     before = model(**inputs, **options)
-    ck.accelerate(model)
+    ck.accelerate(model, backend="cpu")
     after = model(**inputs, **options)
     assert len(after.hidden_states) == 3 and len(after.attentions) == 2
     for name in ("hidden_states", "attentions"):
@@ -202,10 +202,10 @@ def test_outputs_of_inner_layers(caplog) -> None:
 def test_dropout_and_checkpointing(caplog) -> None:
     case = next(c for c in FAST if c.model == "ViTModel")
     model = build(case, hidden_dropout_prob=0.1)
-    assert len(ck.accelerate(model).served) == 2
-    assert "dropout of 0.1 in training" in str(ck.accelerate(model, training=True))
+    assert len(ck.accelerate(model, backend="cpu").served) == 2
+    assert "dropout of 0.1 in training" in str(ck.accelerate(model, backend="cpu", training=True))
     model = build(case)
-    ck.accelerate(model, training=True)
+    ck.accelerate(model, backend="cpu", training=True)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()(**case.inputs()).last_hidden_state.sum().backward()
     assert {r.getMessage() for r in caplog.records} == {

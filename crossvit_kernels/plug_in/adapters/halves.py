@@ -48,9 +48,9 @@ def msa_part(
         looking.require_kernels("layernorm_msa", MsaInputs(sample, w, heads(block), None, None))
 
     def fast(block: Any) -> str | None:
-        return looking.why_no_block_gain(getattr(block, reads[0]).weight)
+        return looking.why_no_block_gain(block._modules[reads[0]])
 
-    return Part("layernorm_msa", reads, inspect, live, fast)
+    return Part("layernorm_msa", reads, inspect, live, fast, looking.block_pays)
 
 
 def ffn_part(
@@ -73,9 +73,9 @@ def ffn_part(
         looking.require_kernels("layernorm_ffn", FfnInputs(sample, w, None))
 
     def fast(block: Any) -> str | None:
-        return looking.why_no_block_gain(getattr(block, reads[0]).weight)
+        return looking.why_no_block_gain(block._modules[reads[0]])
 
-    return Part("layernorm_ffn", reads, inspect, live, fast)
+    return Part("layernorm_ffn", reads, inspect, live, fast, looking.block_pays)
 
 
 def _require_tensors(weights: Any) -> None:
