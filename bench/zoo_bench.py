@@ -55,7 +55,7 @@ def points(options: argparse.Namespace) -> Iterator[list[report.Row]]:
             known, measured, other = served.copies(own, 3)
             tables = {"served": ck.accelerate(known)}
             tables["measured"] = ck.accelerate(
-                measured, example=inputs, budget_s=6 * options.min_time
+                measured, example=inputs, budget_s=3 * options.min_time
             )
             contenders: dict[str, Any] = {OWN: own, "served": known, "measured": measured}
             if not options.no_compile:

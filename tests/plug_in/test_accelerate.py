@@ -393,6 +393,25 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], message:
             function(3)
 
 
+def test_all_known_classes_exist() -> None:
+    """A reason or an adapter for a class that has another name would never be found."""
+    import importlib.util
+    from pathlib import Path
+
+    from crossvit_kernels.plug_in import recipe
+
+    missing = []
+    for target in (*recipe.RECIPES, *recipe.KNOWN):
+        package, _, rest = target.partition(".")
+        if (spec := importlib.util.find_spec(package)) is None:
+            continue
+        module, _, name = rest.rpartition(".")
+        path = Path(spec.origin).parent / f"{module.replace('.', '/')}.py"
+        if not path.exists() or f"class {name}(" not in path.read_text():
+            missing.append(target)
+    assert missing == []
+
+
 def test_imports_no_library() -> None:
     import subprocess
     import sys

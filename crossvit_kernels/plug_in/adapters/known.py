@@ -46,7 +46,6 @@ _TIMM = {
     "edgenext.SplitTransposeBlock": _CHANNELS,
     "visformer.Block": "attention by convolutions",
     "tiny_vit.TinyVitBlock": _WINDOWS,
-    "naflexvit.NaFlexVitBlock": _ROPE,
 }
 _TIMM_LAYERS = {
     "attention_pool2d.RotAttentionPool2d": _ROPE,
