@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import command_line
 import report
 import served
 import torch
-from command_line import DTYPES, positive
+from command_line import DTYPES
 from served import OWN
 
 import crossvit_kernels as ck
@@ -97,10 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         __doc__, "heads", min_time=0.7, repeats=50, backends=False
     )
     add = parser.add_argument
-    add("--batch", type=positive, nargs="+", default=[1, 8], help="images (1 8)")
     add("--only", help="only heads whose name contains this")
-    add("--markdown", type=Path, metavar="PATH", help="the table")
-    options = command_line.completed(parser, arguments)
+    served.add_options(parser)
+    options = served.completed(parser, arguments)
     rows: list[report.Row] = []
     lines = []
     for point in points(options):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import command_line
 import environment
 import report
 import torch
@@ -84,11 +87,48 @@ def time_contenders(
         rows[name] = {**row, "status": "ok" if reason is None else "not timed", "reason": reason}
         if reason is None:
             runs[name] = lambda module=module: call(module, inputs, training)
-    seconds = measure(runs, options.device, options.min_time * len(runs))
+    seconds = medians(runs, options)
     for name, value in seconds.items():
         rows[name]["median_ms"] = value * 1e3
         rows[name]["speedup"] = seconds[OWN] / value
     return list(rows.values())
+
+
+def medians(
+    runs: Mapping[str, Callable[[], object]], options: argparse.Namespace
+) -> dict[str, float]:
+    """Return the median seconds of each run, measured in turn; of CPU time with --cpu-time."""
+    if not options.cpu_time:
+        return measure(runs, options.device, options.min_time * len(runs))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    end = time.process_time() + options.min_time * len(runs)
+    while len(times[OWN]) < 5 or (time.process_time() < end and len(times[OWN]) < options.repeats):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            times[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def add_options(parser: command_line.Parser) -> None:
+    """Add the options that both benchmarks have."""
+    add = parser.add_argument
+    add("--batch", type=command_line.positive, nargs="+", default=[1, 8], help="images (1 8)")
+    add("--markdown", type=Path, metavar="PATH", help="the table")
+    text = "on one thread, count the CPU's time: for a machine that others use as well"
+    add("--cpu-time", action="store_true", help=text)
+
+
+def completed(parser: command_line.Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the options, and set the number of threads that they ask for."""
+    options = command_line.completed(parser, arguments)
+    if options.cpu_time:
+        if options.device.type != "cpu":
+            parser.error("--cpu-time needs --device cpu")
+        torch.set_num_threads(1)
+    return options
 
 
 def cell(row: report.Row) -> str:
@@ -113,7 +153,7 @@ def finish(options: argparse.Namespace, rows: list[report.Row], table: str) -> i
     facts = document["environment"]
     note = (
         f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, "
-        f"{facts['dtype']}; medians, the machine is shared"
+        f"{facts['dtype']}; medians of {'CPU' if options.cpu_time else 'wall'} time"
     )
     targets: list[Path] = [options.markdown] if options.markdown else []
     if options.save:

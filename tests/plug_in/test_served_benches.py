@@ -73,7 +73,22 @@ def test_zoo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     with program(monkeypatch, "zoo_bench") as zoo:
         name = "vit_base_patch16_siglip_224"
-        assert zoo.main([*QUICK, "--models", name, "--size", "32", "--json", str(path)]) == 0
+        assert (
+            zoo.main(
+                [
+                    *QUICK,
+                    "--example",
+                    "--cpu-time",
+                    "--models",
+                    name,
+                    "--size",
+                    "32",
+                    "--json",
+                    str(path),
+                ]
+            )
+            == 0
+        )
     rows = {r["contender"]: r for r in json.loads(path.read_text())["results"]}
     assert list(rows) == ["own forward", "served", "measured"]
     assert rows["served"]["modules"] == "1 Block, 1 AttentionPoolLatent"
