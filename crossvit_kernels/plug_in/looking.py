@@ -164,10 +164,6 @@ def why_not_torch_attention(layer: Any, path: str) -> str | None:
     return why_not_heads(layer, layer.num_heads, layer.embed_dim, path)
 
 
-#: Fewer rows take longer than the layers do: the kernels repack the weights in every call.
-_LEAST_ROWS = 128
-
-
 def why_no_block_gain(norm: Any) -> str | None:
     """Return why a transformer block gains nothing where its parameters are, or None.
 
@@ -190,12 +186,15 @@ def why_no_block_gain(norm: Any) -> str | None:
 
 
 def block_pays(x: Tensor) -> bool:
-    """Whether a call of a block on x [B, N, C] is known to be faster served."""
+    """Whether a call of a block on x [B, N, C] is known to be faster served.
+
+    On a CPU the kernels repack the weights in every call, which takes at least C rows to pay.
+    """
     if x.device.type != "cpu":
         return True
     if torch.is_grad_enabled():
         return False
-    return torch.compiler.is_compiling() or x.numel() >= _LEAST_ROWS * x.shape[-1]
+    return torch.compiler.is_compiling() or x.numel() >= x.shape[-1] ** 2
 
 
 def require_kernels(operation: str, inputs: Any) -> None:
