@@ -197,6 +197,17 @@ def block_pays(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.numel() >= x.shape[-1] ** 2
 
 
+#: Elements of a call's tokens from which class attention gains on a CPU; overhead below.
+_LEAST_TOKENS = 2**15
+
+
+def class_attention_pays(x: Tensor) -> bool:
+    """Whether a call of class attention on x [B, N, C] is known to be faster served."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return x.numel() >= _LEAST_TOKENS
+
+
 def require_kernels(operation: str, inputs: Any) -> None:
     """Require that a backend besides the reference can run a sample of the calls."""
     op = OPERATIONS[operation]

@@ -17,8 +17,9 @@ def _pool_part(
     reads: tuple[str, ...],
     check: Callable[[Any], None],
     live: Callable[[Any], str | None],
+    pays: Callable[[Tensor], bool] | None = None,
 ) -> tuple[Part, ...]:
-    return (Part("attention_pool", reads, check, live, never),)
+    return (Part("attention_pool", reads, check, live, never, pays),)
 
 
 # AttentionPoolLatent: what follows attention is called as ever.
@@ -199,11 +200,18 @@ def _call_class(
 
 
 CLASS_ATTENTION = Recipe(
-    "timm.models.cait.ClassAttn", _pool_part(_CLASS, _check_class, _live_class), _call_class
+    "timm.models.cait.ClassAttn",
+    _pool_part(_CLASS, _check_class, _live_class, looking.class_attention_pays),
+    _call_class,
 )
 VOLO_ATTENTION = Recipe(
     "timm.models.volo.ClassAttention",
-    _pool_part(("q", "kv", "attn_drop", "proj", "proj_drop"), _check_class, _live_class),
+    _pool_part(
+        ("q", "kv", "attn_drop", "proj", "proj_drop"),
+        _check_class,
+        _live_class,
+        looking.class_attention_pays,
+    ),
     _call_class,
 )
 
@@ -250,7 +258,9 @@ def _call_cait(
 
 CAIT_BLOCK = Recipe(
     "timm.models.cait.LayerScaleBlockClassAttn",
-    _pool_part(("norm1", "attn"), _check_class_block, _live_class_block),
+    _pool_part(
+        ("norm1", "attn"), _check_class_block, _live_class_block, looking.class_attention_pays
+    ),
     _call_cait,
 )
 
@@ -273,7 +283,9 @@ def _call_volo(
 
 VOLO_BLOCK = Recipe(
     "timm.models.volo.ClassBlock",
-    _pool_part(("norm1", "attn"), _check_class_block, _live_class_block),
+    _pool_part(
+        ("norm1", "attn"), _check_class_block, _live_class_block, looking.class_attention_pays
+    ),
     _call_volo,
 )
 
