@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,3 +57,23 @@ def test_pyramid_learns_to_segment(pyramid, capsys):
     assert pyramid.main([*arguments, "--min-iou", "0.37"]) == 0
     assert capsys.readouterr().out.count("mean IoU") == 2
     assert pyramid.main(["--steps", "1", "--batch", "1"]) == 1
+
+
+def test_accelerate(monkeypatch, capsys):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+
+    def create_small(name: str, **options):
+        small = {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 3}
+        model = create(name, **small, **options)
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_small)
+    # Its name is also that of a package.
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / "accelerate.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main(["--batch", "2"])
+    out = capsys.readouterr().out
+    assert "AttentionPoolLatent" in out and "ms before" in out and "Self CPU" in out

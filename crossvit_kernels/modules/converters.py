@@ -63,7 +63,7 @@ def timm_fusion(block: nn.Module, branch: int) -> Converted:
     for ours, theirs in (("proj", "projs"), ("revert_proj", "revert_projs")):
         lift = source.child(theirs).child(str(branch))
         lift.has_only("0", "1", "2")
-        lift.require(_activation(lift.module[1]) == "gelu", "has another activation than GELU")
+        lift.require(activation_name(lift.module[1]) == "gelu", "has another activation than GELU")
         norm_eps, norm = lift.norm("0")
         eps.add(norm_eps)
         state |= _under(ours, norm | lift.linear("2", bias=True))
@@ -288,7 +288,7 @@ def _mlp(source: _Source, act: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     source.has_only("fc1", act, "fc2")
     fc1, fc2 = source.linear("fc1", bias=True), source.linear("fc2", bias=True)
     activation = getattr(source.module, act, None)
-    name = _activation(activation)
+    name = activation_name(activation)
     source.require(name is not None, f"has {act} = {activation}")
     return {"act": name, "hidden_dim": fc1["fc1.weight"].shape[0]}, fc1 | fc2
 
@@ -300,7 +300,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _activation(activation: Any) -> str | None:
+def activation_name(activation: Any) -> str | None:
     """Identify an activation by its values, as each has many names; None if it is not ours."""
     x = torch.linspace(-6, 6, 241, dtype=torch.float64, device="cpu")
     try:

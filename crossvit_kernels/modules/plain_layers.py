@@ -143,13 +143,26 @@ def is_transformed() -> bool:
     return _transform() is not None or torch._C._get_tracing_state() is not None
 
 
-def report(owner: nn.Module, reason: str) -> None:
-    """Log, once per owner and reason, that its layers are called one by one."""
-    message = f"{type(owner).__name__}: {reason}; its layers run one by one, not fused"
+def report(
+    owner: nn.Module,
+    reason: str,
+    instead: str = "its layers run one by one, not fused",
+    memory: dict[str, Any] | None = None,
+) -> None:
+    """Log, once per owner and reason, what runs instead of fused operations.
+
+    Args:
+        owner: The module.
+        reason: Why.
+        instead: What runs.
+        memory: Where to keep what was reported; by default the owner's attributes.
+    """
+    message = f"{type(owner).__name__}: {reason}; {instead}"
     if torch.compiler.is_compiling():
         _report_while_tracing(message)
         return
-    reported: set[str] = owner.__dict__.setdefault("_reported", set())
+    memory = owner.__dict__ if memory is None else memory
+    reported: set[str] = memory.setdefault("_reported", set())
     if message not in reported:
         reported.add(message)
         _LOG.warning(message)

@@ -150,7 +150,7 @@ class MAPHead(FusedModule):
             reason = _why_not_simple(layers[0], self.num_heads)
         weights: list[Any] = []
         if reason is None and self.backend != "reference":
-            weights = _attention_weights(*layers)
+            weights = attention_weights(*layers)
             reason = plain_layers.why_not_tensors(weights)
         if self._calls_layers(reason):
             self._check(tokens, key_mask)
@@ -182,7 +182,7 @@ class MAPHead(FusedModule):
         checks.key_mask(key_mask, tokens)
 
 
-def _attention_weights(attention: nn.MultiheadAttention, out_proj: nn.Module) -> list[Any]:
+def attention_weights(attention: nn.MultiheadAttention, out_proj: nn.Module) -> list[Any]:
     """Return the weights as attention_pool takes them; views keep the type of their base."""
     assert attention.in_proj_weight is not None
     w_q, w_k, w_v = attention.in_proj_weight.chunk(3)

@@ -53,7 +53,7 @@ def attention_pool(
         CORE.backends,
         tokens.device,
         lambda module: not_fused or module.why_not(CoreInputs(query, tokens, key_mask, None)),
-        prefer_reference=_keys_are_cheaper(num_queries, head_dim, tokens.device),
+        prefer_reference=keys_are_cheaper(num_queries, head_dim, tokens.device),
         is_retired=lambda backend: f"{CORE.name}/{backend}" in state.retired_names,
         call=None if not_fused else describe_call,
     )
@@ -62,7 +62,7 @@ def attention_pool(
     return absorbed.attention_pool(query, tokens, parameters, call, key_mask, name)
 
 
-def _keys_are_cheaper(num_queries: int, head_dim: int, device: torch.device) -> bool:
+def keys_are_cheaper(num_queries: int, head_dim: int, device: torch.device) -> bool:
     """Whether computing keys and values is cheaper than one row of u per query and head.
 
     A row costs C multiply-adds per token, so head_dim queries cost as much as keys and values. On a

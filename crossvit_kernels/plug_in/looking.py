@@ -1,0 +1,244 @@
+"""Inspects layers of other libraries, none of which is imported: classes are known by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from crossvit_kernels.backends import backends, order
+from crossvit_kernels.modules.converters import activation_name
+from crossvit_kernels.ops.attention_core.op import OPERATION as CORE
+from crossvit_kernels.ops.attention_core.reference import CoreInputs
+from crossvit_kernels.ops.attention_pool.op import keys_are_cheaper
+from crossvit_kernels.ops.common import panels
+from crossvit_kernels.ops.operator import OPERATIONS
+from crossvit_kernels.plug_in.recipe import Declined, name_of
+
+_LINEARS = {
+    "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
+}
+_NORMS = {
+    "torch.nn.modules.normalization.LayerNorm",
+    "timm.layers.norm.LayerNorm",
+    "open_clip.transformer.LayerNorm",
+}
+_IDLE = {"torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout"}
+_DROP_PATHS = {"timm.layers.drop.DropPath"}
+#: Words for layers that change what a block computes.
+_MEANINGS = (
+    ("q_norm", "qk-norm"),
+    ("k_norm", "qk-norm"),
+    ("ls", "LayerScale"),
+    ("layer_scale", "LayerScale"),
+    ("gate", "a gate"),
+    ("rope", "RoPE"),
+    ("rel_pos", "a relative position bias"),
+    ("norm", "a norm inside"),
+)
+
+
+def kind_of(layer: Any) -> str:
+    """Return the name of a layer's class, that of the original if it is parametrized."""
+    kind: type[Any] = type(layer)
+    if isinstance(layer, nn.Module) and parametrize.is_parametrized(layer):
+        kind = kind.__bases__[0]
+    return name_of(kind)
+
+
+def child(owner: nn.Module, name: str, *kinds: str) -> Any:
+    """Return a child; kinds: the names of classes it may have, all if there are none."""
+    layer = owner._modules.get(name)
+    if layer is None:
+        raise Declined(f"it has no {name}")
+    if kinds and kind_of(layer) not in kinds:
+        raise Declined(f"{name} is a {type(layer).__name__}")
+    return layer
+
+
+def norm(owner: nn.Module, name: str) -> Any:
+    """Return a LayerNorm with weight and bias."""
+    layer = owner._modules.get(name)
+    if kind_of(layer) not in _NORMS:
+        raise Declined(f"{name} is a {type(layer).__name__}, not a LayerNorm")
+    if layer is None or layer.weight is None or layer.bias is None:
+        raise Declined(f"{name} has no weight or no bias")
+    if getattr(layer, "_fast_norm", False):
+        raise Declined(f"{name} is timm's fast norm")
+    return layer
+
+
+def linear(owner: nn.Module, name: str, bias: bool = False) -> Any:
+    """Return a Linear; bias: whether it must have one."""
+    layer = owner._modules.get(name)
+    if kind_of(layer) not in _LINEARS:
+        raise Declined(f"{name} is a {type(layer).__name__}, not an nn.Linear")
+    if bias and (layer is None or layer.bias is None):
+        raise Declined(f"{name} has no bias")
+    return layer
+
+
+def only(owner: nn.Module, path: str, *known: str) -> None:
+    """Require that no other children than these do anything; path of the owner, for messages."""
+    for name, layer in owner._modules.items():
+        if name in known or layer is None or kind_of(layer) in _IDLE:
+            continue
+        meaning = next((m for start, m in _MEANINGS if name.startswith(start)), None)
+        where = ".".join(filter(None, (path, name)))
+        raise Declined(
+            f"{meaning} ({where})" if meaning else f"{where} is a {type(layer).__name__}"
+        )
+
+
+def plain_attributes(owner: Any, **expected: Any) -> None:
+    """Require values of attributes where the owner has them."""
+    for name, value in expected.items():
+        found = getattr(owner, name, value)
+        if found is not value and found != value:
+            raise Declined(f"{name} is {found!r}")
+
+
+def gelu(activation: Any, name: str) -> None:
+    """Require that an activation is the exact GELU, by its values: it has many names."""
+    found = activation_name(activation)
+    if found != "gelu":
+        shown = found or getattr(type(activation), "__name__", activation)
+        raise Declined(f"activation {shown} ({name})")
+
+
+def drop_path(owner: nn.Module, name: str) -> None:
+    """Require drop path as timm's, or none."""
+    layer = owner._modules.get(name)
+    if layer is None or kind_of(layer) == "torch.nn.modules.linear.Identity":
+        return
+    if kind_of(layer) not in _DROP_PATHS or not layer.scale_by_keep:
+        raise Declined(f"{name} is a {type(layer).__name__}")
+
+
+def drop_path_rate(layer: Any) -> float:
+    """Return the rate of timm's DropPath in training, or 0."""
+    rate = getattr(layer, "drop_prob", None)
+    return float(rate) if rate and layer.training else 0.0
+
+
+def shape_of(layer: Any) -> tuple[int, ...]:
+    """Return [out, in] of a Linear, without computing a parametrized weight."""
+    weight = layer._parameters.get("weight")
+    return (layer.out_features, layer.in_features) if weight is None else tuple(weight.shape)
+
+
+def why_not_heads(attention: Any, num_heads: int, dim: int, path: str = "attn") -> str | None:
+    """Return why attention is not h heads of C / h channels and the usual scale, or None."""
+    if num_heads < 1 or dim % num_heads:
+        return f"{path} has {num_heads} heads of {dim} channels in all"
+    head_dim = dim // num_heads
+    width = getattr(attention, "head_dim", head_dim)
+    if width != head_dim:
+        return f"{path} has head dim {width}, not {head_dim}"
+    scale = getattr(attention, "scale", getattr(attention, "scaling", None))
+    if scale is not None and abs(scale - head_dim**-0.5) > 1e-6 * head_dim**-0.5:
+        return f"{path} has scale={scale}"
+    return None
+
+
+def torch_attention(owner: nn.Module, name: str) -> Any:
+    """Return an ``nn.MultiheadAttention`` with packed projections and no keys of its own."""
+    layer = child(owner, name, "torch.nn.modules.activation.MultiheadAttention")
+    if layer.in_proj_weight is None:
+        raise Declined(f"{name} has keys or values of another width")
+    if layer.bias_k is not None or layer.add_zero_attn:
+        raise Declined(f"{name} adds keys of its own")
+    if not layer.batch_first:
+        raise Declined(f"{name} is not batch_first")
+    linear(layer, "out_proj", bias=True)
+    return layer
+
+
+def why_not_torch_attention(layer: Any, path: str) -> str | None:
+    """Return what may change about an ``nn.MultiheadAttention``, or None."""
+    if layer.dropout > 0 and layer.training:
+        return f"{path} has dropout of {layer.dropout} in training"
+    return why_not_heads(layer, layer.num_heads, layer.embed_dim, path)
+
+
+def why_no_block_gain(norm: Any) -> str | None:
+    """Return why a transformer block gains nothing where its parameters are, or None.
+
+    On a CPU the gain is that of the extension's float32 products in forward, up to a width.
+
+    Args:
+        norm: The LayerNorm of one of its halves.
+    """
+    weight = norm.weight
+    if weight.device.type != "cpu":
+        return None
+    reason = backends().reasons.get("cpu")
+    if reason is None and norm.training:
+        reason = "no known gain for blocks in training on a CPU"
+    elif reason is None and weight.dtype != torch.float32:
+        reason = f"no known gain for blocks in {weight.dtype} on a CPU"
+    elif reason is None and weight.shape[0] > panels.widest():
+        reason = f"no known gain for blocks wider than {panels.widest()} on this CPU"
+    return reason and f"{reason} (example= measures)"
+
+
+def block_pays(x: Tensor) -> bool:
+    """Whether a call of a block on x [B, N, C] is known to be faster served.
+
+    On a CPU the kernels repack the weights in every call, which takes at least C rows to pay.
+    """
+    if x.device.type != "cpu":
+        return True
+    if torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or x.numel() >= x.shape[-1] ** 2
+
+
+#: Elements of a call's tokens from which class attention gains on a CPU; overhead below.
+_LEAST_TOKENS = 2**15
+
+
+def class_attention_pays(x: Tensor) -> bool:
+    """Whether a call of class attention on x [B, N, C] is known to be faster served."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return x.numel() >= _LEAST_TOKENS
+
+
+def require_kernels(operation: str, inputs: Any) -> None:
+    """Require that a backend besides the reference can run a sample of the calls."""
+    op = OPERATIONS[operation]
+    device = op.tokens(inputs).device
+    if device.type not in ("cpu", "cuda"):
+        raise Declined(f"there are no kernels for {device.type}")
+    usable, reasons = backends(), []
+    for name in order(operation, device)[: 1 if device.type == "cpu" else None]:
+        reason = usable.reasons.get(name)
+        if reason is None and name in op.backends:
+            reason = op.backends[name].why_not(inputs)
+        if reason is None:
+            return
+        reasons.append(f"{name}: {reason}")
+    raise Declined("no kernels: " + "; ".join(reasons))
+
+
+def require_pool(weight: Tensor, num_queries: int, num_heads: int) -> None:
+    """Require kernels for attention_pool, and few enough queries that keys are dearer.
+
+    Args:
+        weight: Of the keys, [D, C].
+        num_queries: Q.
+        num_heads: h.
+    """
+    inner, channels = weight.shape
+    if inner % num_heads:
+        raise Declined(f"{num_heads} heads of {inner} channels in all")
+    if keys_are_cheaper(num_queries, inner // num_heads, weight.device):
+        raise Declined(
+            f"{num_queries} queries of head dim {inner // num_heads}: keys and values are cheaper"
+        )
+    sample = weight.new_empty(1, num_queries * num_heads, channels)
+    require_kernels(CORE.name, CoreInputs(sample, sample[:, :1], None, None))
