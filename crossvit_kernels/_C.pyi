@@ -57,6 +57,7 @@ def layernorm_ffn_forward(
     fc1: _Linear,
     fc2: _Linear,
     hidden_width: int,
+    activation: int,
     residual_scale: int,
     hidden: int,
     activated: int,

@@ -101,6 +101,7 @@ def check_ffn(
     mean: float = 0.0,
     backend: str = "cpu",
     device: str = "cpu",
+    activation: str = "gelu",
 ) -> None:
     """Check y and the gradients of x and every weight."""
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
@@ -108,6 +109,7 @@ def check_ffn(
     inputs = [x, *ffn_weights(channels, hidden)]
 
     def ffn(backend: str, x: Tensor, *w: Tensor) -> Tensor:
-        return ck.layernorm_ffn(x, FfnWeights(*w), residual_scale=scale, backend=backend)
+        options = {"residual_scale": scale, "backend": backend, "activation": activation}
+        return ck.layernorm_ffn(x, FfnWeights(*w), **options)
 
     compare(ffn, inputs, ["x", *FfnWeights._fields], dtype, backend, device)

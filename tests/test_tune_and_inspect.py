@@ -284,6 +284,28 @@ def test_fusions_without_f_or_g_do_not_spill() -> None:
     assert all(layer in found for layer in layers)
 
 
+# What other vision transformers have, at DeiT-S's width.
+OPTIONS = """
+import dataclasses, json, sys
+from crossvit_kernels.inspect import ahead_of_time, compile_cases
+BLOCKS = (192, 6, 768), (384, 6, 1536)
+cases = compile_cases.compile_cases(
+    90, ["bf16"], [], BLOCKS, ["auto", "fused"], options=sys.argv[1:]
+)
+cases = compile_cases.extremes([c for c in cases if c.specialization.constants != ("",)])
+reports = ahead_of_time.reports([(case, 90) for case in cases], 2)
+print(json.dumps([dataclasses.asdict(report) for report in reports]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton_compiles")
+@pytest.mark.parametrize("option", ["gelu_tanh", "quick_gelu", "silu"])
+def test_options_of_blocks_do_not_spill(option: str) -> None:
+    rows = check(run_python(OPTIONS, option))
+    assert {"ffn_forward", "ffn_hidden_backward"} <= {row["kernel"] for row in rows}
+
+
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("triton_compiles")
 @pytest.mark.parametrize("arch", ["80", "89", "90", "100", "120"])

@@ -100,14 +100,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "layernorm_ffn_forward",
       [](const TokenRowsArg& x, const NormArg& norm, const LinearArg& fc1, const LinearArg& fc2,
-         int64_t hidden_width, Address residual_scale, Address hidden, Address activated,
-         Address y) {
+         int64_t hidden_width, int activation, Address residual_scale, Address hidden,
+         Address activated, Address y) {
         ffn::forward({to_token_rows(x), to_norm(norm), to_linear(fc1), to_linear(fc2), hidden_width,
+                      static_cast<crossvit::Activation>(activation),
                       pointer<const float>(residual_scale), pointer<float>(y),
                       pointer<float>(hidden), pointer<float>(activated)});
       },
       py::arg("x"), py::arg("norm"), py::arg("fc1"), py::arg("fc2"), py::arg("hidden_width"),
-      py::arg("residual_scale"), py::arg("hidden"), py::arg("activated"), py::arg("y"), Released());
+      py::arg("activation"), py::arg("residual_scale"), py::arg("hidden"), py::arg("activated"),
+      py::arg("y"), Released());
 
   m.def("usable_isas", &crossvit::usable_isas);
   m.def("active_isa", &crossvit::active_isa_name);

@@ -11,9 +11,10 @@ struct ForwardParams {
   NormParams norm;
   LinearParams fc1, fc2;
   int64_t hidden_width;         // F
+  Activation activation;
   const float* residual_scale;  // r: [B], or null
   float* y;                     // out: [B, N, C]
-  float* hidden;                // out: [B, N, F], before GELU; null if nothing is kept
+  float* hidden;                // out: [B, N, F], before the activation; null if nothing is kept
   float* activated;             // out: [B, N, F], after it
 };
 

@@ -71,7 +71,7 @@ def test_layernorm_before_its_product(with_cls: bool, triton_device: str, monkey
 def test_gelu_in_16_bits_is_rounded_once(dtype: torch.dtype, triton_device: str) -> None:
     x = torch.linspace(-9, 9, 16 * 128, device=triton_device).to(dtype).view(1, -1, 16)
     one = torch.eye(16, device=triton_device, dtype=dtype)
-    y = triton_linear.linear(x, one, None, gelu=True).double()
+    y = triton_linear.linear(x, one, None, "gelu").double()
     exact = torch.nn.functional.gelu(x.double())
     assert ((y - exact).abs() <= 0.502 * torch.finfo(dtype).eps * exact.abs() + 4e-7).all()
 

@@ -12,6 +12,7 @@ from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import configs
 from crossvit_kernels.ops.common import torch_norm as layer_norm
+from crossvit_kernels.ops.common.activations import ACTIVATIONS
 from crossvit_kernels.ops.common.configs import LayerShape
 from crossvit_kernels.ops.common.library import Step
 
@@ -68,9 +69,12 @@ def norm_linear(
     eps: float,
     step: Step,
     statistics: tuple[Tensor, Tensor] | None = None,
-    gelu: bool = False,
+    activation: str = "",
 ) -> Tensor:
-    """Return LN(x) W^T + b or its GELU [B, N, W's rows]; writes mean and rstd [B, N] if given."""
+    """Return LN(x) W^T + b or its activation [B, N, W's rows].
+
+    Writes mean and rstd [B, N] if given.
+    """
     from crossvit_kernels.ops.common import triton_linear_kernels as kernels
 
     x, cls = tokens
@@ -81,8 +85,8 @@ def norm_linear(
         normed = normalize(tokens, norm, eps, weight.dtype, statistics)
         if by_library:
             product = F.linear(normed, weight, bias)
-            return F.gelu(product) if gelu else product
-        return linear(normed, weight, bias, gelu)
+            return ACTIVATIONS[activation](product) if activation else product
+        return linear(normed, weight, bias, activation)
     out = x.new_empty(batch, num_tokens, columns, dtype=weight.dtype)
     mean, rstd = statistics or (None, None)
 
@@ -98,16 +102,16 @@ def norm_linear(
         (x, cls, *norm, weight, bias, out, mean, rstd),
         (num_rows, num_tokens, *tokens.strides),
         configs.candidates(configs.NORM_LINEAR, weight, num_rows, channels, columns),
-        (gelu,),
+        (activation,),
         eps=eps,
     )
     return out
 
 
-def linear(a: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """Return a W^T + b or its GELU [B, N, W's rows] for a [B, N, W's columns]."""
+def linear(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Return a W^T + b or its activation [B, N, W's rows] for a [B, N, W's columns]."""
     out = a.new_empty(*a.shape[:2], weight.shape[0])
-    _linear(a, weight, bias, None, None, out, gelu)
+    _linear(a, weight, bias, None, None, out, activation)
     return out
 
 
@@ -135,7 +139,7 @@ def _linear(
     tokens: Tokens | None,
     residual_scale: Tensor | None,
     out: Tensor,
-    gelu: bool = False,
+    activation: str = "",
 ) -> None:
     from crossvit_kernels.ops.common import triton_linear_kernels as kernels
 
@@ -152,7 +156,7 @@ def _linear(
         (a, weight, bias, x, cls, residual_scale, out),
         (num_rows, out.shape[1], *(tokens.strides if tokens else (0, 0, 0))),
         configs.candidates(configs.LINEAR, weight, num_rows, columns, terms),
-        (gelu,),
+        (activation,),
     )
 
 

@@ -1,6 +1,6 @@
 """layernorm_ffn on a CPU, composed from torch's own kernels in as few passes as possible.
 
-Time is dominated by oneDNN's and MKL's GEMMs. Without gradients GELU works in place.
+Time is dominated by oneDNN's and MKL's GEMMs. Without gradients the activation works in place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crossvit_kernels import extension
 from crossvit_kernels.extension import _C
-from crossvit_kernels.ops.common import panels
+from crossvit_kernels.ops.common import activations, panels
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights, gradients
 
@@ -25,7 +25,7 @@ class Saved(NamedTuple):
     normed: Tensor  # [B, N, C]
     mean: Tensor  # [B, N, 1]
     rstd: Tensor  # [B, N, 1]
-    hidden: Tensor  # [B, N, F]: before GELU
+    hidden: Tensor  # [B, N, F]: before the activation
     activated: Tensor  # [B, N, F]: after it
 
 
@@ -35,7 +35,7 @@ def why_not(inputs: FfnInputs) -> str | None:
 
 
 def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
-    x, w, _ = inputs
+    x, w, *_ = inputs
     dtype = w.fc1_weight.dtype
     mean = x.new_empty(*x.shape[:2], 1, dtype=w.norm_weight.dtype)
     hidden = x.new_empty(*x.shape[:2], w.fc1_weight.shape[0], dtype=dtype)
@@ -49,7 +49,7 @@ def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
 
 
 def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, residual_scale = inputs
+    x, w, residual_scale, activation = inputs
     has_panels = w.fc1_weight.shape[0] > 0 and x.shape[2] <= panels.widest()
     if not has_panels or not extension.all_float32(x, *w):
         return _composed(inputs, eps, keep)
@@ -65,6 +65,7 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
         fc1=args.linear(w.fc1_weight, w.fc1_bias),
         fc2=args.linear(w.fc2_weight, w.fc2_bias),
         hidden_width=w.fc1_weight.shape[0],
+        activation=activations.NAMES.index(activation),
         residual_scale=args.pointer(scale, torch.float32),
         hidden=args.pointer(saved and saved.hidden, torch.float32),
         activated=args.pointer(saved and saved.activated, torch.float32),
@@ -74,11 +75,12 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
 
 
 def _composed(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, residual_scale = inputs
+    x, w, residual_scale, activation = inputs
     normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
     normed = normed.to(w.fc1_weight.dtype)
     hidden = F.linear(normed, w.fc1_weight, w.fc1_bias)
-    activated = F.gelu(hidden) if keep else torch.ops.aten.gelu_(hidden)
+    activate = activations.ACTIVATIONS[activation]
+    activated = activate(hidden) if keep else activations.in_place(hidden, activation)
     update = F.linear(activated, w.fc2_weight, w.fc2_bias)
     y = norm.add_residual(x, update, residual_scale)
     return y, Saved(normed, mean, rstd, hidden, activated) if keep else None
@@ -87,7 +89,7 @@ def _composed(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved |
 def backward(
     douts: Sequence[Tensor], inputs: FfnInputs, saved: Saved, eps: float, wanted: Any
 ) -> FfnInputs:
-    (dy,), (x, w, residual_scale) = douts, inputs
+    (dy,), (x, w, residual_scale, activation) = douts, inputs
     wants_x, wants = wanted.x, wanted.weights
     dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).flatten(0, 1)
     dx, d_weights = None, dict[str, Any]()
@@ -97,7 +99,7 @@ def backward(
         d_weights["fc2_bias"] = dupdate.sum(dim=0)
     if wants_x or any(wants[:4]):
         hidden = saved.hidden.flatten(0, 1)
-        dhidden = torch.ops.aten.gelu_backward(dupdate @ w.fc2_weight, hidden)
+        dhidden = activations.backward(dupdate @ w.fc2_weight, hidden, activation)
         if wants.fc1_weight:
             d_weights["fc1_weight"] = dhidden.t() @ saved.normed.flatten(0, 1)
         if wants.fc1_bias:

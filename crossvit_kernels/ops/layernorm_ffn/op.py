@@ -14,11 +14,12 @@ from crossvit_kernels.ops.operator import Operation
 
 
 def _reference(inputs: FfnInputs, eps: float, dropout_p: float) -> Tensor:
-    return reference.layernorm_ffn(inputs.x, inputs.weights, eps, inputs.residual_scale)
+    x, weights, residual_scale, activation = inputs
+    return reference.layernorm_ffn(x, weights, eps, residual_scale, activation)
 
 
 def _empty_outputs(inputs: FfnInputs) -> tuple[Tensor]:
-    x, weights, _ = inputs
+    x, weights, *_ = inputs
     return (x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weights.fc2_weight.dtype)),)
 
 

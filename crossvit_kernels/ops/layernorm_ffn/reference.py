@@ -7,6 +7,8 @@ from typing import NamedTuple, cast
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossvit_kernels.ops.common.activations import ACTIVATIONS
+
 
 class FfnWeights(NamedTuple):
     """Parameters of ``layernorm_ffn`` at width C with F hidden units. Linear weights: [out, in]."""
@@ -25,6 +27,7 @@ class FfnInputs(NamedTuple):
     x: Tensor  # [B, N, C]
     weights: FfnWeights
     residual_scale: Tensor | None  # [B]
+    activation: str = "gelu"
 
 
 def gradients(dx: Tensor | None, d_weights: FfnWeights) -> FfnInputs:
@@ -44,12 +47,16 @@ SHAPES = {
 
 
 def layernorm_ffn(
-    x: Tensor, weights: FfnWeights, eps: float, residual_scale: Tensor | None = None
+    x: Tensor,
+    weights: FfnWeights,
+    eps: float,
+    residual_scale: Tensor | None = None,
+    activation: str = "gelu",
 ) -> Tensor:
     """Return y [B, N, C] for x [B, N, C]."""
     w = weights
     normed = F.layer_norm(x, x.shape[-1:], w.norm_weight, w.norm_bias, eps)
-    hidden = F.gelu(F.linear(normed, w.fc1_weight, w.fc1_bias))
+    hidden = ACTIVATIONS[activation](F.linear(normed, w.fc1_weight, w.fc1_bias))
     update = F.linear(hidden, w.fc2_weight, w.fc2_bias)
     if residual_scale is not None:
         update = update * residual_scale.to(update.dtype).view(-1, 1, 1)

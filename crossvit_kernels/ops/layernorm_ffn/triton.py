@@ -29,7 +29,7 @@ class Saved(NamedTuple):
 
 
 def why_not(inputs: FfnInputs) -> str | None:
-    x, w, _ = inputs
+    x, w, *_ = inputs
     if x.numel() == 0 or w.fc1_weight.numel() == 0:
         return "there are no tokens or no hidden units"
     return launcher.why_not(x)
@@ -42,15 +42,15 @@ def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
 
 
 def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, residual_scale = inputs
+    x, w, residual_scale, activation = inputs
     tokens, w = layers.prepared(x), launcher.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     saved = empty_saved(inputs, keep) if keep else None
     if configs.FFN.fused(tokens.num_rows, x.shape[2], w.fc1_weight.element_size()):
-        return _in_one_kernel(tokens, w, scale, eps, saved), saved
+        return _in_one_kernel(tokens, w, scale, eps, saved, activation), saved
     affine = w.norm_weight, w.norm_bias
     fc1, fc2 = (w.fc1_weight, w.fc1_bias), (w.fc2_weight, w.fc2_bias)
-    hidden = layers.norm_linear(tokens, affine, *fc1, eps, configs.FC1, saved, gelu=True)
+    hidden = layers.norm_linear(tokens, affine, *fc1, eps, configs.FC1, saved, activation)
     return layers.linear_residual(hidden, *fc2, tokens, scale, configs.FC2), saved
 
 
@@ -58,14 +58,14 @@ def backward(
     douts: Sequence[Tensor], inputs: FfnInputs, saved: Saved, eps: float, wanted: Any
 ) -> FfnInputs:
     """Compute the gradients; products that are not wanted are None."""
-    (dy,), (x, w, residual_scale), wants = douts, inputs, wanted.weights
+    (dy,), (x, w, residual_scale, activation), wants = douts, inputs, wanted.weights
     dy, tokens, w = dy.contiguous(), layers.prepared(x), launcher.contiguous(w)
     scale = None if residual_scale is None else residual_scale.contiguous()
     channels = x.shape[2]
     dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype).view(-1, channels)
     affine = w.norm_weight, w.norm_bias
     normed = layers.normalize(tokens, affine, eps, w.fc1_weight.dtype)
-    activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, normed, w)
+    activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, normed, w, activation)
     grads = layers.norm_backward(dhidden @ w.fc1_weight, dy, scale, tokens, affine, saved)
     d_weights = FfnWeights(
         norm_weight=grads.d_norm_weight,
@@ -79,7 +79,12 @@ def backward(
 
 
 def _in_one_kernel(
-    tokens: Tokens, w: FfnWeights, scale: Tensor | None, eps: float, saved: Saved | None
+    tokens: Tokens,
+    w: FfnWeights,
+    scale: Tensor | None,
+    eps: float,
+    saved: Saved | None,
+    activation: str,
 ) -> Tensor:
     from crossvit_kernels.ops.layernorm_ffn import triton_kernels as kernels
 
@@ -92,15 +97,16 @@ def _in_one_kernel(
         (x, scale, *w, y, *(saved or (None, None))),
         (num_rows, x.shape[1], *x.stride()[:2]),
         candidates(configs.FFN, w.fc1_weight, num_rows, channels, hidden),
+        (activation,),
         eps=eps,
     )
     return y
 
 
 def _hidden_backward(
-    dupdate: Tensor, normed: Tensor, w: FfnWeights
+    dupdate: Tensor, normed: Tensor, w: FfnWeights, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the activated hidden units, the gradient before GELU [B N, F], and fc1_bias's."""
+    """Return the activated hidden units, the gradient before them [B N, F], and fc1_bias's."""
     from crossvit_kernels.ops.layernorm_ffn import triton_kernels as kernels
 
     num_rows, (hidden, channels) = dupdate.shape[0], w.fc1_weight.shape
@@ -122,5 +128,6 @@ def _hidden_backward(
         (normed, w.fc1_weight, w.fc1_bias, *fc2, dactivated, activated, dhidden),
         (num_rows,),
         candidates(configs.FFN_HIDDEN_BACKWARD, w.fc1_weight, num_rows, channels, hidden),
+        (activation,),
     )
     return activated, dhidden, shares.sum(dim=0).to(w.fc1_bias.dtype)

@@ -34,4 +34,7 @@ struct LinearParams {
   const float* bias;    // [out]
 };
 
+// In the order of ops/common/activations.py.
+enum class Activation { kGelu, kGeluTanh, kQuickGelu, kSilu };
+
 }  // namespace crossvit
