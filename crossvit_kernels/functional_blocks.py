@@ -27,8 +27,9 @@ def layernorm_msa(
     dropout_p: float = 0.0,
     keep: str = "fast",
     backend: str | None = None,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
-    """``x + residual_scale * MSA(LN(x))``: the first half of a transformer block.
+    """``x + residual_scale * layer_scale * MSA(LN(x))``: the first half of a transformer block.
 
     Args:
         x: Tokens [B, N, C], any strides with unit last.
@@ -41,6 +42,8 @@ def layernorm_msa(
         keep: What is kept for backward besides x, on a GPU: "fast" keeps q, k, v and attention's
             output (4 B N C elements), "lean" only statistics, and recomputes the rest.
         backend: Name of a backend, or None.
+        layer_scale: [C]: factor of each channel of the update (CaiT's LayerScale), or None. CUDA
+            has no kernels for it.
 
     Returns:
         y [B, N, C].
@@ -66,7 +69,8 @@ def layernorm_msa(
     checks.probability("dropout_p", dropout_p)
     checks.residual_scale(residual_scale, batch, x.device)
     checks.one_of("keep", keep, KEEP)
-    inputs = MsaInputs(x, weights, num_heads, residual_scale, cls)
+    checks.layer_scale(layer_scale, x)
+    inputs = MsaInputs(x, weights, num_heads, residual_scale, cls, layer_scale)
     return cast(Tensor, msa(inputs, eps, keep=keep, dropout_p=dropout_p, backend=backend))
 
 
@@ -77,8 +81,9 @@ def layernorm_ffn(
     residual_scale: Tensor | None = None,
     backend: str | None = None,
     activation: str = "gelu",
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
-    """``x + residual_scale * FFN(LN(x))``, FFN = Linear, activation, Linear.
+    """``x + residual_scale * layer_scale * FFN(LN(x))``, FFN = Linear, activation, Linear.
 
     Args:
         x: Tokens [B, N, C], any strides with unit last.
@@ -88,6 +93,7 @@ def layernorm_ffn(
         backend: Name of a backend, or None.
         activation: "gelu" (exact), "gelu_tanh" (its approximation), "quick_gelu" (CLIP's
             ``x sigmoid(1.702 x)``) or "silu". CUDA has kernels for the first.
+        layer_scale: As in ``layernorm_msa``.
 
     Returns:
         y [B, N, C].
@@ -108,5 +114,6 @@ def layernorm_ffn(
     checks.eps("eps", eps)
     checks.residual_scale(residual_scale, x.shape[0], x.device)
     checks.one_of("activation", activation, ACTIVATIONS)
-    inputs = FfnInputs(x, weights, residual_scale, activation)
+    checks.layer_scale(layer_scale, x)
+    inputs = FfnInputs(x, weights, residual_scale, activation, layer_scale)
     return cast(Tensor, ffn(inputs, eps, backend=backend))

@@ -31,6 +31,11 @@ def ffn_weights(channels: int, hidden: int) -> FfnWeights:
     return FfnWeights(*norm(channels), *linear(hidden, channels), *linear(channels, hidden))
 
 
+def per_channel(channels: int, size: float | None) -> Tensor | None:
+    """A layer_scale of that size, or None."""
+    return None if size is None else size * (1 + 0.2 * torch.randn(channels).double())
+
+
 def compare(
     function: Any,
     inputs: list[Tensor | None],
@@ -75,20 +80,23 @@ def check_msa(
     keep: str = "fast",
     backend: str = "cpu",
     device: str = "cpu",
+    layer_scale: float | None = None,
 ) -> None:
     """Check y and the gradients of x, cls and every weight."""
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
     inputs = [
         mean + torch.randn(batch, num_tokens, channels).double(),
         torch.randn(batch, channels).double() if with_cls else None,
+        per_channel(channels, layer_scale),
         *msa_weights(channels, bias),
     ]
 
-    def msa(backend: str, x: Tensor, cls: Tensor | None, *w: Tensor | None) -> Tensor:
+    def msa(backend: str, x: Tensor, cls: Any, per_channel: Any, *w: Tensor | None) -> Tensor:
         options = {"residual_scale": scale, "cls": cls, "keep": keep, "backend": backend}
-        return ck.layernorm_msa(x, MsaWeights(*w), heads, **options)
+        return ck.layernorm_msa(x, MsaWeights(*w), heads, layer_scale=per_channel, **options)
 
-    compare(msa, inputs, ["x", "cls", *MsaWeights._fields], dtype, backend, device)
+    names = ["x", "cls", "layer_scale", *MsaWeights._fields]
+    compare(msa, inputs, names, dtype, backend, device)
 
 
 def check_ffn(
@@ -102,14 +110,16 @@ def check_ffn(
     backend: str = "cpu",
     device: str = "cpu",
     activation: str = "gelu",
+    layer_scale: float | None = None,
 ) -> None:
     """Check y and the gradients of x and every weight."""
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
     x = mean + torch.randn(batch, num_tokens, channels).double()
-    inputs = [x, *ffn_weights(channels, hidden)]
+    inputs = [x, per_channel(channels, layer_scale), *ffn_weights(channels, hidden)]
 
-    def ffn(backend: str, x: Tensor, *w: Tensor) -> Tensor:
+    def ffn(backend: str, x: Tensor, per_channel: Tensor | None, *w: Tensor) -> Tensor:
         options = {"residual_scale": scale, "backend": backend, "activation": activation}
-        return ck.layernorm_ffn(x, FfnWeights(*w), **options)
+        return ck.layernorm_ffn(x, FfnWeights(*w), layer_scale=per_channel, **options)
 
-    compare(ffn, inputs, ["x", *FfnWeights._fields], dtype, backend, device)
+    names = ["x", "layer_scale", *FfnWeights._fields]
+    compare(ffn, inputs, names, dtype, backend, device)

@@ -47,7 +47,7 @@ BLOCKS = tuple(
 #: What a fusion may lack: f, g or both; "" for neither.
 IDENTITIES = ("", "f", "g", "fg")
 #: What CrossViT's blocks do without; "" is what they have.
-OPTIONS = ("", "gelu_tanh", "quick_gelu", "silu")
+OPTIONS = ("", "gelu_tanh", "quick_gelu", "silu", "layer_scale")
 
 _EPS = 1e-6
 #: Batches for one kernel, and for three with the fewest and the most images per program.
@@ -84,7 +84,10 @@ def compile_cases(
                 for lacking in identities:
                     yield functools.partial(_fusion, dtype, cls_dim, channels, heads, lacking)
             for channels, heads in sorted({(c, h) for c, h, _ in blocks}):
-                yield from in_variants(functools.partial(_msa, dtype, channels, heads))
+                for option in options:
+                    if option not in ACTIVATIONS:
+                        run = functools.partial(_msa, dtype, channels, heads, option)
+                        yield from in_variants(run)
             for channels, hidden in sorted({(c, f) for c, _, f in blocks}):
                 for option in options:
                     yield from in_variants(functools.partial(_ffn, dtype, channels, hidden, option))
@@ -148,13 +151,15 @@ def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int, lacking: st
             )
 
 
-def _msa(dtypes: Dtypes, channels: int, heads: int) -> None:
+def _msa(dtypes: Dtypes, channels: int, heads: int, option: str) -> None:
     """Run inference, and training with and without drop path."""
     weights = _weights(MsaWeights, MSA_SHAPES, {"C": channels}, dtypes)
     for num_rows in (16, configs.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)
         for cls in (None, x[:, 0]):
             inputs = MsaInputs(x, weights, heads, None, cls)
+            if option == "layer_scale":
+                inputs = inputs._replace(layer_scale=x.new_empty(channels))
             both_ways(layernorm_msa, inputs, _EPS, "")
             for keep in ("fast", "lean"):
                 for scale in (None, x.new_empty(1)):
@@ -170,6 +175,8 @@ def _ffn(dtypes: Dtypes, channels: int, hidden: int, option: str) -> None:
         inputs = FfnInputs(x, weights, None)
         if option in ACTIVATIONS:
             inputs = inputs._replace(activation=option)
+        elif option == "layer_scale":
+            inputs = inputs._replace(layer_scale=x.new_empty(channels))
         both_ways(layernorm_ffn, inputs, _EPS, "")
         for scale in (None, x.new_empty(1)):
             both_ways(layernorm_ffn, inputs._replace(residual_scale=scale), _EPS)

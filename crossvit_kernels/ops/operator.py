@@ -193,8 +193,8 @@ class Operation:
         tensors = [inputs[i] for i in self._tensor_indices]
         return [*tensors, *inputs[self._weights_index]] if self._make_weights else tensors
 
-    def inputs(self, flat: Sequence[Any], num_heads: Any = None, activation: str = "") -> Any:
-        """Invert ``flat``."""
+    def inputs(self, flat: Sequence[Any], num_heads: Any = None, activation: str = "gelu") -> Any:
+        """Invert ``flat``; the dispatcher omits arguments equal to their default."""
         count = len(self._names)
         fields = dict(zip(self._names, flat, strict=False))
         if self._make_weights:

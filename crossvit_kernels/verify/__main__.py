@@ -73,11 +73,16 @@ def _calls(
             for name in FusionWeights._fields
         )
     )
+    scale = random(c)
     return [
         lambda name: functional.attention_core(u, x, backend=name),
         lambda name: functional.cross_attention_fusion(cls, x, fusion, heads, backend=name),
         lambda name: functional.layernorm_msa(x, msa, heads, backend=name),
         lambda name: functional.layernorm_ffn(x, ffn, backend=name),
+        lambda name: functional.layernorm_msa(x, msa, heads, layer_scale=scale, backend=name),
+        lambda name: functional.layernorm_ffn(
+            x, ffn, activation="quick_gelu", layer_scale=scale, backend=name
+        ),
     ]
 
 

@@ -6,15 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_within_rule
-from block_cases import check_ffn, ffn_weights
+from block_cases import check_ffn, check_msa, ffn_weights, msa_weights
 from operator_checks import check_operators
 from torch import Tensor
 
 import crossvit_kernels as ck
-from crossvit_kernels import FfnWeights
+from crossvit_kernels import FfnWeights, MsaWeights
 from crossvit_kernels.ops.common import activations, configs
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs
 from crossvit_kernels.ops.operator import OPERATIONS
+from crossvit_kernels.verify import compare
 
 ACTIVATIONS = ("gelu_tanh", "quick_gelu", "silu")
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -26,6 +28,10 @@ def variant(request: pytest.FixtureRequest):
     """Fix Triton's variant of a block for any number of rows."""
     with configs.VARIANTS.choose(request.param):
         yield request.param
+
+
+def float_msa(channels: int = 32) -> MsaWeights:
+    return MsaWeights(*(w.float() for w in msa_weights(channels)))
 
 
 def float_ffn(channels: int = 32, hidden: int = 48) -> FfnWeights:
@@ -107,8 +113,145 @@ def test_operators_with_options(backend: str, triton_device: str) -> None:
     device = triton_device if backend == "triton" else "cpu"
     x, scale = torch.randn(3, 5, 32, device=device), torch.rand(3, device=device)
     ffn = FfnWeights(*(w.to(device) for w in float_ffn()))
-    inputs = FfnInputs(x, ffn, scale, "silu")
+    per_channel = torch.rand(32, device=device)
+    inputs = FfnInputs(x, ffn, scale, "silu", per_channel)
     check_operators(OPERATIONS["layernorm_ffn"], inputs, 1e-6, backend)
+    msa = MsaWeights(*(w.to(device) for w in float_msa()))
+    inputs = MsaInputs(x, msa, 2, scale, None, per_channel)
+    check_operators(OPERATIONS["layernorm_msa"], inputs, 1e-6, backend)
+
+
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_layer_scale(size: float, dtype: torch.dtype) -> None:
+    check_msa(72, 3, 3, 20, dtype, scaled=True, with_cls=True, layer_scale=size)
+    check_ffn(72, 100, 3, 20, dtype, layer_scale=size)
+
+
+def test_layer_scale_on_every_instruction_set(isa_level: None) -> None:
+    check_msa(40, 5, 2, 30, torch.float32, layer_scale=0.1)
+    check_ffn(40, 100, 2, 30, torch.float32, scaled=True, layer_scale=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", ["fast", "lean"])
+def test_layer_scale_in_triton(
+    keep: str, dtype: torch.dtype, variant: str, triton_device: str
+) -> None:
+    options = {"layer_scale": 0.1, "backend": "triton", "device": triton_device}
+    check_msa(48, 3, 2, 21, dtype, scaled=keep == "fast", keep=keep, with_cls=True, **options)
+    if keep == "fast":
+        check_ffn(40, 88, 2, 21, dtype, **options)
+
+
+@pytest.mark.parametrize("half", ["msa", "ffn"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_small_layer_scale_does_not_underflow(
+    half: str, backend: str, triton_device: str
+) -> None:
+    """1e-5 times a weight is 0 in float16; times an update of 100 it is not."""
+    device, like = (triton_device if backend == "triton" else "cpu"), {"dtype": torch.float16}
+    x = torch.zeros(1, 4, 32, device=device, **like)
+    weights = [t.to(device, torch.float16) for t in (float_msa() if half == "msa" else float_ffn())]
+    weights[-1] = weights[-1] + 100
+    scale = torch.full((32,), 1e-5, device=device, **like)
+    if half == "msa":
+        y = ck.layernorm_msa(x, MsaWeights(*weights), 2, layer_scale=scale, backend=backend)
+    else:
+        y = ck.layernorm_ffn(x, FfnWeights(*weights), layer_scale=scale, backend=backend)
+    assert ((y.float() - 1e-3).abs() < 4e-5).all()
+
+
+@pytest.mark.parametrize("tokens", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("half", ["msa", "ffn"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_layer_scale_under_autocast(
+    half: str, backend: str, tokens: torch.dtype, triton_device: str
+) -> None:
+    """layer_scale stays float32, and so does the result, whatever the tokens are."""
+    device = triton_device if backend == "triton" else "cpu"
+    weights = float_msa(48) if half == "msa" else float_ffn(48, 88)
+    x, upstream = torch.randn(3, 30, 48).to(device, tokens), torch.randn(3, 30, 48, device=device)
+    inputs = [t.to(device) for t in (0.1 + 0.05 * torch.rand(48), *weights)]
+
+    def run(backend: str, exact: bool) -> list[Tensor]:
+        dtypes = [tokens, *[torch.float32] * len(inputs)]
+        leaves = [
+            t.detach().to(torch.float64 if exact else dtype).requires_grad_()
+            for t, dtype in zip((x, *inputs), dtypes, strict=True)
+        ]
+        with torch.autocast(device, torch.bfloat16, enabled=not exact):
+            options = {"layer_scale": leaves[1], "backend": backend}
+            if half == "msa":
+                y = ck.layernorm_msa(leaves[0], MsaWeights(*leaves[2:]), 3, **options)
+            else:
+                y = ck.layernorm_ffn(leaves[0], FfnWeights(*leaves[2:]), **options)
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    exact, eager, actual = run("reference", True), run("reference", False), run(backend, False)
+    assert actual[0].dtype == torch.float32
+    assert [t.dtype for t in actual] == [t.dtype for t in eager]
+    names = "y", "x", "layer_scale", *type(weights)._fields
+    for name, *results in zip(names, actual, eager, exact, strict=True):
+        if name == "qkv_bias":  # its third for k is exactly zero
+            results = [torch.cat([r[:48], r[96:]]) for r in results]
+        assert_within_rule(*results, name, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("half", ["msa", "ffn"])
+def test_gradcheck_of_layer_scale(half: str) -> None:
+    x, scale = torch.randn(2, 4, 6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    weights = msa_weights(6) if half == "msa" else ffn_weights(6, 9)
+    leaves = [t.requires_grad_() for t in (x, scale, *weights)]
+
+    def function(x: Tensor, scale: Tensor, *w: Tensor) -> Tensor:
+        if half == "msa":
+            return ck.layernorm_msa(x, MsaWeights(*w), 2, layer_scale=scale, backend="cpu")
+        return ck.layernorm_ffn(x, FfnWeights(*w), layer_scale=scale, backend="cpu")
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_only_the_wanted_gradients(backend: str, triton_device: str) -> None:
+    device = triton_device if backend == "triton" else "cpu"
+    tensors = [t.to(device) for t in (torch.randn(2, 9, 32), torch.rand(32), *float_ffn())]
+
+    def gradients(*wanted: int) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        w = FfnWeights(*leaves[2:])
+        y = ck.layernorm_ffn(leaves[0], w, layer_scale=leaves[1], backend=backend)
+        return list(torch.autograd.grad(y.square().sum(), [leaves[i] for i in wanted]))
+
+    everything = gradients(*range(8))
+    for wanted in ((0,), (1,), (6,), (7,), (1, 7), (4, 5)):
+        for index, gradient in zip(wanted, gradients(*wanted), strict=True):
+            torch.testing.assert_close(gradient, everything[index], rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_scale_that_does_not_fit() -> None:
+    x, weights = torch.randn(1, 2, 32), float_ffn()
+    with pytest.raises(ValueError, match=r"layer_scale: expected shape \[32\], found \[31\]"):
+        ck.layernorm_ffn(x, weights, layer_scale=torch.ones(31))
+    with pytest.raises(TypeError, match=r"layer_scale: is .*bfloat16, but x is .*float32"):
+        ck.layernorm_msa(x, float_msa(), 2, layer_scale=torch.ones(32).bfloat16())
+
+
+def test_verification_with_as_many_images_as_channels(monkeypatch) -> None:
+    """layer_scale [C] belongs to no image."""
+    monkeypatch.setattr(compare, "MOST_BYTES", 1)
+    x, scale = torch.randn(8, 3, 8), torch.rand(8)
+    inputs = FfnInputs(x, float_ffn(8, 16), None, "silu", scale)
+    operation, cpu = OPERATIONS["layernorm_ffn"], OPERATIONS["layernorm_ffn"].module("cpu")
+    y, saved = cpu.forward(inputs, 1e-6, "fast")
+    assert compare.check_forward(operation.reference, inputs, 1e-6, (y,), x) is None
+    wanted = operation.inputs([t is not None for t in operation.flat(inputs)])
+    found = cpu.backward((y,), inputs, saved, 1e-6, wanted)
+    arguments = (y,), wanted, found, x
+    assert compare.check_backward(operation.reference, inputs, 1e-6, *arguments) is None
+    found.layer_scale[3] += 1
+    reason = compare.check_backward(operation.reference, inputs, 1e-6, *arguments)
+    assert reason is not None and "layer_scale" in reason
 
 
 def test_activations_under_autocast() -> None:
@@ -149,7 +292,11 @@ def test_an_unknown_activation() -> None:
         ck.layernorm_ffn(torch.randn(1, 2, 32), float_ffn(), activation="relu")
 
 
-def test_cuda_declines_other_activations() -> None:
-    x, weights = torch.randn(1, 2, 32), float_ffn()
+def test_cuda_declines() -> None:
+    x, weights, ones = torch.randn(1, 2, 32), float_ffn(), torch.ones(32)
+    for function, given in ((ck.layernorm_ffn, ()), (ck.layernorm_msa, (2,))):
+        w = weights if not given else float_msa()
+        with pytest.raises(ValueError, match="cuda: it has no layer_scale"):
+            function(x, w, *given, layer_scale=ones, backend="cuda")
     with pytest.raises(ValueError, match="cuda: its activation is gelu, not silu"):
         ck.layernorm_ffn(x, weights, activation="silu", backend="cuda")

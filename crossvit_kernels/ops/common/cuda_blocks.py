@@ -12,6 +12,8 @@ from crossvit_kernels.backends import autocast_dtype
 from crossvit_kernels.extension import Arguments
 from crossvit_kernels.gpu import launcher
 
+NO_LAYER_SCALE = "it has no layer_scale"
+
 
 def why_not(x: Tensor, matrix: Tensor) -> str | None:
     """Return why no CUDA kernel takes tokens x [B, N, C] beside this weight matrix, or None."""

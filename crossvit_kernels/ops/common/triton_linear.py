@@ -33,6 +33,10 @@ class Tokens(NamedTuple):
         return self.x.stride(0), self.x.stride(1), 0 if self.cls is None else self.cls.stride(0)
 
 
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def prepared(x: Tensor, cls: Tensor | None = None) -> Tokens:
     return Tokens(launcher.aligned_rows(x), None if cls is None else launcher.aligned_rows(cls))
 
@@ -111,7 +115,7 @@ def norm_linear(
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Return a W^T + b or its activation [B, N, W's rows] for a [B, N, W's columns]."""
     out = a.new_empty(*a.shape[:2], weight.shape[0])
-    _linear(a, weight, bias, None, None, out, activation)
+    _linear(a, weight, bias, None, (None, None), out, activation)
     return out
 
 
@@ -121,14 +125,15 @@ def linear_residual(
     bias: Tensor,
     tokens: Tokens,
     residual_scale: Tensor | None,
+    layer_scale: Tensor | None,
     step: Step,
 ) -> Tensor:
-    """Return x + residual_scale * (a W^T + b) [B, N, C] for a [B, N, W's columns]."""
+    """Return x + residual_scale * layer_scale * (a W^T + b) [B, N, C] for a [B, N, W's columns]."""
     if step.by_library(tokens.num_rows, weight.shape[0], weight.element_size()):
         update = F.linear(a, weight, bias)
-        return layer_norm.add_residual(tokens.x, update, residual_scale, tokens.cls)
-    y = empty_result(tokens.x, weight)
-    _linear(a, weight, bias, tokens, residual_scale, y)
+        return layer_norm.add_residual(tokens.x, update, residual_scale, tokens.cls, layer_scale)
+    y = empty_result(tokens.x, weight, layer_scale)
+    _linear(a, weight, bias, tokens, (residual_scale, layer_scale), y)
     return y
 
 
@@ -137,7 +142,7 @@ def _linear(
     weight: Tensor,
     bias: Tensor | None,
     tokens: Tokens | None,
-    residual_scale: Tensor | None,
+    scales: tuple[Tensor | None, Tensor | None],
     out: Tensor,
     activation: str = "",
 ) -> None:
@@ -153,16 +158,16 @@ def _linear(
     launcher.start(
         kernels.linear,
         programs,
-        (a, weight, bias, x, cls, residual_scale, out),
+        (a, weight, bias, x, cls, *scales, out),
         (num_rows, out.shape[1], *(tokens.strides if tokens else (0, 0, 0))),
         configs.candidates(configs.LINEAR, weight, num_rows, columns, terms),
         (activation,),
     )
 
 
-def empty_result(x: Tensor, weight: Tensor) -> Tensor:
-    """Allocate x plus an update in the dtype of weight."""
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+def empty_result(x: Tensor, weight: Tensor, layer_scale: Tensor | None) -> Tensor:
+    """Allocate x plus an update in the dtype of weight, scaled or not."""
+    return x.new_empty(x.shape, dtype=layer_norm.result_dtype(x, weight, layer_scale))
 
 
 class Gradients(NamedTuple):

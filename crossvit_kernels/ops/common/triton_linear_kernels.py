@@ -146,6 +146,7 @@ def linear(
     x_ptr,  # [B, N, C] or None
     cls_ptr,  # [B, C] or None
     scale_ptr,  # [B] or None
+    layer_scale_ptr,  # [C] or None
     y_ptr,  # [B, N, C]
     num_rows,
     num_tokens,
@@ -155,7 +156,7 @@ def linear(
     L: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """y = x + r (a W^T + b), or a W^T + b or its activation without x.
+    """y = x + r s (a W^T + b), or a W^T + b or its activation without x.
 
     a [rows, inner], W [channels, inner]. Grid: tiles of rows x of columns.
     """
@@ -185,6 +186,8 @@ def linear(
         y = parts[i]
         if bias_ptr is not None:
             y += load_vector(bias_ptr, first, C, PART)[None, :]
+        if layer_scale_ptr is not None:
+            y *= load_vector(layer_scale_ptr, first, C, PART)[None, :]
         if x_ptr is not None:
             offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
             cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)

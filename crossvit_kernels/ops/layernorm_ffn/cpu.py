@@ -15,6 +15,7 @@ from torch import Tensor
 from crossvit_kernels import extension
 from crossvit_kernels.extension import _C
 from crossvit_kernels.ops.common import activations, panels
+from crossvit_kernels.ops.common import layer_scale as scaled
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights, gradients
 
@@ -49,15 +50,16 @@ def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
 
 
 def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, residual_scale, activation = inputs
+    x, w, residual_scale, activation, layer_scale = inputs
     has_panels = w.fc1_weight.shape[0] > 0 and x.shape[2] <= panels.widest()
-    if not has_panels or not extension.all_float32(x, *w):
+    if not has_panels or not extension.all_float32(x, layer_scale, *w):
         return _composed(inputs, eps, keep)
     y = x.new_empty(x.shape)
     saved = empty_saved(inputs, keep) if keep else None
     x = extension.unit_stride(x)
     w = FfnWeights(*(t.contiguous() for t in w))
     scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
+    layer_scale = None if layer_scale is None else layer_scale.contiguous()
     args = extension.Arguments(x.device)
     _C.layernorm_ffn_forward(
         x=args.token_rows(x, None),
@@ -67,6 +69,7 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
         hidden_width=w.fc1_weight.shape[0],
         activation=activations.NAMES.index(activation),
         residual_scale=args.pointer(scale, torch.float32),
+        layer_scale=args.pointer(layer_scale, torch.float32),
         hidden=args.pointer(saved and saved.hidden, torch.float32),
         activated=args.pointer(saved and saved.activated, torch.float32),
         y=args.pointer(y, torch.float32),
@@ -75,28 +78,34 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
 
 
 def _composed(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, residual_scale, activation = inputs
+    x, w, residual_scale, activation, layer_scale = inputs
     normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
     normed = normed.to(w.fc1_weight.dtype)
     hidden = F.linear(normed, w.fc1_weight, w.fc1_bias)
     activate = activations.ACTIVATIONS[activation]
     activated = activate(hidden) if keep else activations.in_place(hidden, activation)
     update = F.linear(activated, w.fc2_weight, w.fc2_bias)
-    y = norm.add_residual(x, update, residual_scale)
+    y = norm.add_residual(x, update, residual_scale, layer_scale=layer_scale)
     return y, Saved(normed, mean, rstd, hidden, activated) if keep else None
 
 
 def backward(
     douts: Sequence[Tensor], inputs: FfnInputs, saved: Saved, eps: float, wanted: Any
 ) -> FfnInputs:
-    (dy,), (x, w, residual_scale, activation) = douts, inputs
+    (dy,), (x, w, residual_scale, activation, layer_scale) = douts, inputs
     wants_x, wants = wanted.x, wanted.weights
-    dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).flatten(0, 1)
-    dx, d_weights = None, dict[str, Any]()
-    if wants.fc2_weight:
-        d_weights["fc2_weight"] = dupdate.t() @ saved.activated.flatten(0, 1)
-    if wants.fc2_bias:
-        d_weights["fc2_bias"] = dupdate.sum(dim=0)
+    dtype, rows = w.fc2_weight.dtype, saved.activated.flatten(0, 1)
+    dupdate = norm.scale_update(dy, residual_scale, dtype, layer_scale).flatten(0, 1)
+    dx, d_weights, d_layer_scale = None, dict[str, Any](), None
+    if layer_scale is not None:
+        fc2, wants_last = (w.fc2_weight, w.fc2_bias), (*wants[4:], wanted.layer_scale)
+        last = scaled.backward(dy, residual_scale, layer_scale, *fc2, rows, wants_last)
+        d_weights["fc2_weight"], d_weights["fc2_bias"], d_layer_scale = last
+    else:
+        if wants.fc2_weight:
+            d_weights["fc2_weight"] = dupdate.t() @ rows
+        if wants.fc2_bias:
+            d_weights["fc2_bias"] = dupdate.sum(dim=0)
     if wants_x or any(wants[:4]):
         hidden = saved.hidden.flatten(0, 1)
         dhidden = activations.backward(dupdate @ w.fc2_weight, hidden, activation)
@@ -115,4 +124,5 @@ def backward(
                 (wants_x, *wants[:2]),
             )
             dx = dx.add_(dy) if wants_x else None
-    return gradients(dx, FfnWeights._make(map(d_weights.get, FfnWeights._fields)))
+    of_weights = FfnWeights._make(map(d_weights.get, FfnWeights._fields))
+    return gradients(dx, of_weights, d_layer_scale)

@@ -26,10 +26,12 @@ class Saved(NamedTuple):
 
 
 def why_not(inputs: FfnInputs) -> str | None:
-    x, w, _, activation = inputs
+    x, w, _, activation, layer_scale = inputs
     hidden = w.fc1_weight.shape[0]
     if activation != "gelu":
         return f"its activation is gelu, not {activation}"
+    if layer_scale is not None:
+        return blocks.NO_LAYER_SCALE
     if hidden == 0:
         return "there are no hidden units"
     if hidden % 8:
@@ -44,7 +46,7 @@ def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
 
 def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
     inputs = _readable(inputs)
-    x, w, scale, _ = inputs
+    x, w, scale, *_ = inputs
     hidden, dtype = w.fc1_weight.shape[0], w.fc1_weight.dtype
     y, saved = x.new_empty(x.shape), empty_saved(inputs, keep)
     activated = saved.normed.new_empty(*x.shape[:2], hidden)
@@ -67,7 +69,7 @@ def backward(
 ) -> FfnInputs:
     """Compute the gradients; products that are not wanted are None."""
     (dy,), inputs, wants = douts, _readable(inputs), wanted.weights
-    x, w, scale, _ = inputs
+    x, w, scale, *_ = inputs
     dy, channels = dy.contiguous(), x.shape[2]
     dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype).contiguous().view(-1, channels)
     d_weights: dict[str, Any] = {}
@@ -89,7 +91,7 @@ def backward(
 
 def _readable(inputs: FfnInputs) -> FfnInputs:
     """Return the inputs as kernels read them."""
-    x, w, scale, _ = inputs
+    x, w, scale, *_ = inputs
     weights = blocks.aligned_weights(w, w.fc1_weight.dtype)
     return FfnInputs(launcher.aligned_rows(x), weights, blocks.aligned_scale(scale))
 

@@ -28,11 +28,14 @@ class FfnInputs(NamedTuple):
     weights: FfnWeights
     residual_scale: Tensor | None  # [B]
     activation: str = "gelu"
+    layer_scale: Tensor | None = None  # [C]
 
 
-def gradients(dx: Tensor | None, d_weights: FfnWeights) -> FfnInputs:
+def gradients(
+    dx: Tensor | None, d_weights: FfnWeights, d_layer_scale: Tensor | None = None
+) -> FfnInputs:
     """Return gradients in the structure of the inputs; None for those not wanted."""
-    return FfnInputs(cast(Tensor, dx), d_weights, None)
+    return FfnInputs(cast(Tensor, dx), d_weights, None, layer_scale=d_layer_scale)
 
 
 #: Sizes by letter, for checks.weights.
@@ -52,12 +55,15 @@ def layernorm_ffn(
     eps: float,
     residual_scale: Tensor | None = None,
     activation: str = "gelu",
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
     """Return y [B, N, C] for x [B, N, C]."""
     w = weights
     normed = F.layer_norm(x, x.shape[-1:], w.norm_weight, w.norm_bias, eps)
     hidden = ACTIVATIONS[activation](F.linear(normed, w.fc1_weight, w.fc1_bias))
     update = F.linear(hidden, w.fc2_weight, w.fc2_bias)
+    if layer_scale is not None:
+        update = update * layer_scale
     if residual_scale is not None:
         update = update * residual_scale.to(update.dtype).view(-1, 1, 1)
     return x + update

@@ -28,6 +28,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
 def ffn_forward(
     x_ptr,  # [B, N, C]
     scale_ptr,  # [B] or None
+    layer_scale_ptr,  # [C] or None
     norm_weight_ptr,  # [C]
     norm_bias_ptr,  # [C]
     fc1_weight_ptr,  # [F, C]
@@ -45,7 +46,7 @@ def ffn_forward(
     L: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """y = x + r FFN(LN(x)), hidden units COLUMNS at a time. Grid: tiles of rows."""
+    """y = x + r s FFN(LN(x)), hidden units COLUMNS at a time. Grid: tiles of rows."""
     C: tl.constexpr = L.channels
     HIDDEN: tl.constexpr = L.inner
     CHUNK: tl.constexpr = L.chunk
@@ -83,10 +84,10 @@ def ffn_forward(
     scale = load_residual_scale(scale_ptr, image, used)[:, None]
     for i in tl.static_range(NUM):
         x = load_tokens(x_ptr, offsets, None, offsets, token, used, i * CHUNK, C, CHUNK)
-        y = (
-            x.to(tl.float32)
-            + (ys[i] + load_vector(fc2_bias_ptr, i * CHUNK, C, CHUNK)[None, :]) * scale
-        )
+        y = ys[i] + load_vector(fc2_bias_ptr, i * CHUNK, C, CHUNK)[None, :]
+        if layer_scale_ptr is not None:
+            y *= load_vector(layer_scale_ptr, i * CHUNK, C, CHUNK)[None, :]
+        y = x.to(tl.float32) + y * scale
         store_tile(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crossvit_kernels import extension
 from crossvit_kernels.extension import _C
+from crossvit_kernels.ops.common import layer_scale as scaled
 from crossvit_kernels.ops.common import panels
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
@@ -62,8 +63,8 @@ def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
 
 
 def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, num_heads, residual_scale, cls = inputs
-    if x.shape[2] > panels.widest() or not extension.all_float32(x, cls, *w):
+    x, w, num_heads, residual_scale, cls, layer_scale = inputs
+    if x.shape[2] > panels.widest() or not extension.all_float32(x, cls, layer_scale, *w):
         return _composed(inputs, eps, keep)
     y = x.new_empty(x.shape)
     saved = empty_saved(inputs, keep) if keep else None
@@ -72,6 +73,7 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
     x, cls = extension.unit_stride(x), None if cls is None else extension.unit_stride(cls)
     w = MsaWeights(*(None if t is None else t.contiguous() for t in w))  # type: ignore[arg-type]
     scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
+    layer_scale = None if layer_scale is None else layer_scale.contiguous()
     args = extension.Arguments(x.device)
     _C.layernorm_msa_forward(
         x=args.token_rows(x, cls),
@@ -80,6 +82,7 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
         out=args.linear(w.out_weight, w.out_bias),
         num_heads=num_heads,
         residual_scale=args.pointer(scale, torch.float32),
+        layer_scale=args.pointer(layer_scale, torch.float32),
         qkv_rows=args.pointer(qkv, torch.float32),
         heads=args.pointer(heads, torch.float32),
         lse=args.pointer(saved and saved.lse.transpose(1, 2), torch.float32),
@@ -89,7 +92,7 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
 
 
 def _composed(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, num_heads, residual_scale, cls = inputs
+    x, w, num_heads, residual_scale, cls, layer_scale = inputs
     normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
     if cls is not None:
         normed[:, 0] = norm.forward(cls, w.norm_weight, w.norm_bias, eps).normed
@@ -97,22 +100,28 @@ def _composed(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved |
     qkv = F.linear(normed, w.qkv_weight, w.qkv_bias)
     heads, lse = _attention(*_split(qkv, num_heads))
     update = F.linear(_joined(heads), w.out_weight, w.out_bias)
-    y = norm.add_residual(x, update, residual_scale, cls)
+    y = norm.add_residual(x, update, residual_scale, cls, layer_scale)
     return y, Saved(normed, mean, rstd, qkv, heads, lse) if keep else None
 
 
 def backward(
     douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
 ) -> MsaInputs:
-    (dy,), (x, w, num_heads, residual_scale, _) = douts, inputs
+    (dy,), (x, w, num_heads, residual_scale, _, layer_scale) = douts, inputs
     wants, wants_rows = wanted.weights, wanted.x or wanted.cls
     channels = x.shape[-1]
-    dupdate = norm.scale_update(dy, residual_scale, w.out_weight.dtype).reshape(-1, channels)
-    dx, dcls, d_weights = None, None, dict[str, Any]()
-    if wants.out_weight:
-        d_weights["out_weight"] = dupdate.t() @ _joined(saved.heads).view(-1, channels)
-    if wants.out_bias:
-        d_weights["out_bias"] = dupdate.sum(dim=0)
+    dtype, rows = w.out_weight.dtype, _joined(saved.heads).view(-1, channels)
+    dupdate = norm.scale_update(dy, residual_scale, dtype, layer_scale).reshape(-1, channels)
+    dx, dcls, d_weights, d_layer_scale = None, None, dict[str, Any](), None
+    if layer_scale is not None:
+        out, wants_last = (w.out_weight, w.out_bias), (*wants[4:], wanted.layer_scale)
+        last = scaled.backward(dy, residual_scale, layer_scale, *out, rows, wants_last)
+        d_weights["out_weight"], d_weights["out_bias"], d_layer_scale = last
+    else:
+        if wants.out_weight:
+            d_weights["out_weight"] = dupdate.t() @ rows
+        if wants.out_bias:
+            d_weights["out_bias"] = dupdate.sum(dim=0)
     if wants_rows or any(wants[:4]):
         dqkv = _qkv_backward(dupdate @ w.out_weight, saved, num_heads)
         if wants.qkv_weight:
@@ -123,7 +132,8 @@ def backward(
             dx, dcls, d_weights["norm_weight"], d_weights["norm_bias"] = _norm_backward(
                 (dqkv @ w.qkv_weight).view(x.shape), dy, inputs, saved, eps, wanted
             )
-    return gradients(dx, dcls, MsaWeights._make(map(d_weights.get, MsaWeights._fields)))
+    of_weights = MsaWeights._make(map(d_weights.get, MsaWeights._fields))
+    return gradients(dx, dcls, of_weights, d_layer_scale)
 
 
 def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int) -> Tensor:
@@ -145,7 +155,7 @@ def _norm_backward(
     wanted: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return (dx, dcls, gradients of LayerNorm's weight and bias), residual included."""
-    x, w, _, _, cls = inputs
+    x, w, _, _, cls, *_ = inputs
     wants_x, wants_cls, wants_affine = wanted.x, wanted.cls, wanted.weights[:2]
     affine, dcls = (w.norm_weight, w.norm_bias), None
     x_mean, x_rstd = saved.mean, saved.rstd

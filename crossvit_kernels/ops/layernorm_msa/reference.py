@@ -28,11 +28,17 @@ class MsaInputs(NamedTuple):
     num_heads: int
     residual_scale: Tensor | None  # [B]
     cls: Tensor | None  # [B, C]
+    layer_scale: Tensor | None = None  # [C]
 
 
-def gradients(dx: Tensor | None, dcls: Tensor | None, d_weights: MsaWeights) -> MsaInputs:
+def gradients(
+    dx: Tensor | None,
+    dcls: Tensor | None,
+    d_weights: MsaWeights,
+    d_layer_scale: Tensor | None = None,
+) -> MsaInputs:
     """Return gradients in the structure of the inputs; None for those not wanted."""
-    return MsaInputs(cast(Tensor, dx), d_weights, 0, None, dcls)
+    return MsaInputs(cast(Tensor, dx), d_weights, 0, None, dcls, d_layer_scale)
 
 
 #: Sizes by letter, for checks.weights.
@@ -54,6 +60,7 @@ def layernorm_msa(
     residual_scale: Tensor | None = None,
     cls: Tensor | None = None,
     dropout_p: float = 0.0,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
     """Return y [B, N, C] for x [B, N, C]; cls [B, C], if given, replaces row 0 of x."""
     w = weights
@@ -70,6 +77,8 @@ def layernorm_msa(
         w.out_weight,
         w.out_bias,
     )
+    if layer_scale is not None:
+        update = update * layer_scale
     if residual_scale is not None:
         update = update * residual_scale.to(update.dtype).view(-1, 1, 1)
     return x + update

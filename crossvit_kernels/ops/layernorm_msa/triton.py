@@ -6,16 +6,18 @@ Weight gradients are products over all tokens, computed by torch's libraries.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
+from crossvit_kernels.ops.common import layer_scale as scaled
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.common import triton_linear as layers
 from crossvit_kernels.ops.common.configs import LayerShape, RowTable, candidates
+from crossvit_kernels.ops.common.layer_scale import LastLayer
 from crossvit_kernels.ops.common.triton_linear import Tokens
 from crossvit_kernels.ops.layernorm_msa import configs
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
@@ -55,19 +57,19 @@ def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
 
 
 def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, num_heads, residual_scale, cls = inputs
+    x, w, num_heads, residual_scale, cls, layer_scale = inputs
     tokens, w = layers.prepared(x, cls), launcher.contiguous(w)
-    scale = None if residual_scale is None else residual_scale.contiguous()
+    scales = layers.contiguous(residual_scale), layers.contiguous(layer_scale)
     saved = empty_saved(inputs, "lean") if keep else None
     statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
     qkv = _qkv(tokens, w, eps, statistics)
     if configs.ATTENTION_PROJECTION.fused(tokens.num_rows, x.shape[2], qkv.element_size()):
         heads = qkv.new_empty(x.shape) if keep == "fast" else None
-        y = _attention_projection(qkv, heads, lse, w, tokens, scale, num_heads)
+        y = _attention_projection(qkv, heads, lse, w, tokens, scales, num_heads)
     else:
         heads = _attention(qkv, lse, num_heads)
         output = w.out_weight, w.out_bias
-        y = layers.linear_residual(heads, *output, tokens, scale, configs.PROJECTION)
+        y = layers.linear_residual(heads, *output, tokens, *scales, configs.PROJECTION)
     if saved and heads is not None and keep == "fast":
         saved = saved._replace(qkv=qkv, heads=heads)
     return y, saved
@@ -77,16 +79,16 @@ def backward(
     douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
 ) -> MsaInputs:
     """Compute the gradients; products that are not wanted are None."""
-    (dy,), (x, w, num_heads, residual_scale, cls), wants = douts, inputs, wanted.weights
+    (dy,), (x, w, num_heads, residual_scale, cls, layer_scale) = douts, inputs
+    wants = wanted.weights
     dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), launcher.contiguous(w)
-    scale = None if residual_scale is None else residual_scale.contiguous()
-    channels = x.shape[2]
+    scale, channels = layers.contiguous(residual_scale), x.shape[2]
     affine = w.norm_weight, w.norm_bias
     mean, rstd, lse, qkv, heads = saved
     if not qkv.numel():
         qkv = _qkv(tokens, w, eps)
         heads = _attention(qkv, None, num_heads)
-    dupdate = norm.scale_update(dy, scale, w.out_weight.dtype).view(-1, channels)
+    dupdate = norm.scale_update(dy, scale, w.out_weight.dtype, layer_scale).view(-1, channels)
     dqkv, sums = _attention_backward(qkv, heads, dupdate @ w.out_weight, lse, num_heads)
     dnormed = dqkv @ w.qkv_weight
     grads = layers.norm_backward(dnormed, dy, scale, tokens, affine, (mean, rstd))
@@ -94,6 +96,13 @@ def backward(
     if wants.qkv_weight:
         normed = layers.normalize(tokens, affine, eps, w.qkv_weight.dtype)
         d_qkv_weight = layers.weight_gradient(dqkv.view(-1, 3 * channels), normed, True)
+    if layer_scale is None:
+        d_out = layers.weight_gradient(dupdate, heads, wants.out_weight)
+        last = LastLayer(d_out, grads.sum_dy, None)
+    else:
+        out, rows = (w.out_weight, w.out_bias), heads.view(-1, channels)
+        all_wanted = wants.out_weight, wants.out_bias, wanted.layer_scale
+        last = scaled.backward(dy, scale, layer_scale, *out, rows, all_wanted)
     return gradients(
         grads.dx,
         grads.dcls,
@@ -102,9 +111,10 @@ def backward(
             norm_bias=grads.d_norm_bias,
             qkv_weight=d_qkv_weight,
             qkv_bias=None if w.qkv_bias is None else sums.to(w.qkv_bias.dtype),
-            out_weight=layers.weight_gradient(dupdate, heads, wants.out_weight),
-            out_bias=grads.sum_dy,
+            out_weight=cast(Tensor, last.weight),
+            out_bias=cast(Tensor, last.bias),
         ),
+        last.layer_scale,
     )
 
 
@@ -163,7 +173,7 @@ def _attention_projection(
     lse: Tensor | None,
     w: MsaWeights,
     tokens: Tokens,
-    residual_scale: Tensor | None,
+    scales: tuple[Tensor | None, Tensor | None],
     num_heads: int,
 ) -> Tensor:
     """Return the block's result for qkv; writes heads and lse if given."""
@@ -171,7 +181,7 @@ def _attention_projection(
 
     x, cls = tokens
     batch, num_tokens, channels = x.shape
-    y = layers.empty_result(x, w.out_weight)
+    y = layers.empty_result(x, w.out_weight, scales[1])
 
     def programs(shape: LayerShape) -> Programs:
         tiles = -(-num_tokens // shape.rows)
@@ -180,7 +190,7 @@ def _attention_projection(
     launcher.start(
         kernels.attention_projection,
         programs,
-        (qkv, heads, lse, w.out_weight, w.out_bias, x, cls, residual_scale, y),
+        (qkv, heads, lse, w.out_weight, w.out_bias, x, cls, *scales, y),
         (num_tokens, *tokens.strides),
         candidates(configs.ATTENTION_PROJECTION, qkv, tokens.num_rows, channels, 0),
         (num_heads,),

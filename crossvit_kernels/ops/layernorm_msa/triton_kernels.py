@@ -122,6 +122,7 @@ def attention_projection(
     x_ptr,  # [B, N, C]
     cls_ptr,  # [B, C] or None
     scale_ptr,  # [B] or None
+    layer_scale_ptr,  # [C] or None
     y_ptr,  # [B, N, C]
     num_tokens,
     x_batch_stride,
@@ -131,7 +132,7 @@ def attention_projection(
     A: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """y = x + r (W_o o + b_o), o the attention of all heads. Grid: images x tiles of queries."""
+    """y = x + r s (W_o o + b_o), o the attention of all heads. Grid: images x tiles of queries."""
     C: tl.constexpr = A.channels
     D: tl.constexpr = A.channels // HEADS
     ROWS: tl.constexpr = A.rows
@@ -166,7 +167,10 @@ def attention_projection(
     scale = load_residual_scale(scale_ptr, image + token * 0, used)[:, None]
     for i in tl.static_range(NUM):
         x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
-        y = x.to(tl.float32) + (ys[i] + load_vector(bias_ptr, i * CHUNK, C, CHUNK)[None, :]) * scale
+        y = ys[i] + load_vector(bias_ptr, i * CHUNK, C, CHUNK)[None, :]
+        if layer_scale_ptr is not None:
+            y *= load_vector(layer_scale_ptr, i * CHUNK, C, CHUNK)[None, :]
+        y = x.to(tl.float32) + y * scale
         store_tile(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
 
 

@@ -21,8 +21,7 @@ inline void activate(Activation activation, const float* from, float* to, int co
     for (int i = 0; i < count; i += kStep) store(to + i, function(load(from + i)));
   };
   switch (activation) {
-    case Activation::kGelu:
-      return each([](FloatVector x) -> FloatVector { return gelu(x); });
+    case Activation::kGelu: return each([](FloatVector x) -> FloatVector { return gelu(x); });
     case Activation::kGeluTanh:  // tanh(u) = 2 sigmoid(2 u) - 1
       return each([](FloatVector x) -> FloatVector {
         return sigmoid_gate(x, x * (x * x * 0.0713548163f + 1.59576912f));

@@ -1,5 +1,5 @@
-// LayerNorm, both linear layers, the activation and the residual in one pass over the tokens. Compiled once
-// for each instruction-set level; CROSSVIT_ISA names the level's namespace.
+// LayerNorm, both linear layers, the activation and the residual in one pass over the tokens.
+// Compiled once for each instruction-set level; CROSSVIT_ISA names the level's namespace.
 //
 // A group of tokens goes through all of it while its hidden units are in L2.
 
@@ -35,7 +35,8 @@ void forward(const ForwardParams& params) {
                  }
                });
                fc2.apply(activated, blocks, [&](int64_t n, const float* product) {
-                 store_residual(params.y, x, params.residual_scale, first, count, n, product);
+                 store_residual(params.y, x, params.residual_scale, params.layer_scale, first,
+                                count, n, product);
                });
              });
 }
