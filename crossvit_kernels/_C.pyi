@@ -47,6 +47,7 @@ def layernorm_msa_forward(
     num_heads: int,
     residual_scale: int,
     layer_scale: int,
+    key_mask: int,
     qkv_rows: int,
     heads: int,
     lse: int,

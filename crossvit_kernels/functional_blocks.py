@@ -28,6 +28,7 @@ def layernorm_msa(
     keep: str = "fast",
     backend: str | None = None,
     layer_scale: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """``x + residual_scale * layer_scale * MSA(LN(x))``: the first half of a transformer block.
 
@@ -44,6 +45,9 @@ def layernorm_msa(
         backend: Name of a backend, or None.
         layer_scale: [C]: factor of each channel of the update (CaiT's LayerScale), or None. CUDA
             has no kernels for it.
+        key_mask: bool [B, N], True where a token, or the cls in place of row 0, is attended to. All
+            tokens are queries. If an image's mask is all False, its heads are 0 and the update is
+            the last bias. CUDA has no kernels for it.
 
     Returns:
         y [B, N, C].
@@ -70,7 +74,8 @@ def layernorm_msa(
     checks.residual_scale(residual_scale, batch, x.device)
     checks.one_of("keep", keep, KEEP)
     checks.layer_scale(layer_scale, x)
-    inputs = MsaInputs(x, weights, num_heads, residual_scale, cls, layer_scale)
+    checks.key_mask(key_mask, x)
+    inputs = MsaInputs(x, weights, num_heads, residual_scale, cls, layer_scale, key_mask)
     return cast(Tensor, msa(inputs, eps, keep=keep, dropout_p=dropout_p, backend=backend))
 
 

@@ -36,6 +36,17 @@ def per_channel(channels: int, size: float | None) -> Tensor | None:
     return None if size is None else size * (1 + 0.2 * torch.randn(channels).double())
 
 
+def some_keys(batch: int, num_tokens: int) -> Tensor:
+    """A key_mask: all, none, the first, the last, and then random keys of an image."""
+    mask = torch.rand(batch, num_tokens) < 0.6
+    for keys, value in zip(mask, (True, False), strict=False):
+        keys[:] = value
+    for keys, index in zip(mask[2:], (0, -1), strict=False):
+        keys[:] = False
+        keys[index] = True
+    return mask
+
+
 def compare(
     function: Any,
     inputs: list[Tensor | None],
@@ -81,9 +92,11 @@ def check_msa(
     backend: str = "cpu",
     device: str = "cpu",
     layer_scale: float | None = None,
+    masked: bool = False,
 ) -> None:
-    """Check y and the gradients of x, cls and every weight."""
+    """Check y and the gradients of x, cls, layer_scale and every weight."""
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
+    mask = some_keys(batch, num_tokens).to(device) if masked else None
     inputs = [
         mean + torch.randn(batch, num_tokens, channels).double(),
         torch.randn(batch, channels).double() if with_cls else None,
@@ -93,6 +106,7 @@ def check_msa(
 
     def msa(backend: str, x: Tensor, cls: Any, per_channel: Any, *w: Tensor | None) -> Tensor:
         options = {"residual_scale": scale, "cls": cls, "keep": keep, "backend": backend}
+        options["key_mask"] = mask
         return ck.layernorm_msa(x, MsaWeights(*w), heads, layer_scale=per_channel, **options)
 
     names = ["x", "cls", "layer_scale", *MsaWeights._fields]

@@ -246,10 +246,11 @@ def test_every_kernel_is_inspected() -> None:
     block = ("scale", "layer_scale")
     assert absent["ffn_forward"] == {(*block, *statistics), block, block[1:]}
     assert absent["norm_linear"] == {("cls", *statistics), ("cls",), statistics, ()}
-    assert absent["attention"] == {("lse",), ()}
+    assert absent["attention"] == {("mask", "lse"), ("mask",)}
     assert absent["linear"] >= {("cls", *block), ("cls", *block[1:]), block, block[1:]}
     projection = absent["attention_projection"]
-    assert {("heads", "lse", "cls", *block), ("cls", *block), ("heads", *block[1:])} <= projection
+    barest = ("mask", "heads", "lse", "cls", *block)
+    assert {barest, ("mask", "cls", *block), ("mask", "heads", *block[1:])} <= projection
     forward = absent["attention_core_forward"]
     masked = ("gain", "extra", "mask")
     assert {(*masked, "peak"), masked, ("gain", "peak"), ("mask", "peak")} <= forward
@@ -304,13 +305,15 @@ print(json.dumps([dataclasses.asdict(report) for report in reports]))
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_compiles")
-@pytest.mark.parametrize("option", ["gelu_tanh", "quick_gelu", "silu", "layer_scale"])
+@pytest.mark.parametrize("option", ["gelu_tanh", "quick_gelu", "silu", "layer_scale", "key_mask"])
 def test_options_of_blocks_do_not_spill(option: str) -> None:
     rows = check(run_python(OPTIONS, option))
     expected = {"ffn_forward", "ffn_hidden_backward"}
     if option == "layer_scale":
         expected = {"ffn_forward", "linear", "attention_projection"}
         assert all("layer_scale" not in r["absent"] for r in rows if r["kernel"] in expected)
+    elif option == "key_mask":
+        expected = {name for name in KERNELS if name.startswith("attention_b")} | {"attention"}
     assert expected <= {row["kernel"] for row in rows}
 
 

@@ -47,7 +47,7 @@ BLOCKS = tuple(
 #: What a fusion may lack: f, g or both; "" for neither.
 IDENTITIES = ("", "f", "g", "fg")
 #: What CrossViT's blocks do without; "" is what they have.
-OPTIONS = ("", "gelu_tanh", "quick_gelu", "silu", "layer_scale")
+OPTIONS = ("", "gelu_tanh", "quick_gelu", "silu", "layer_scale", "key_mask")
 
 _EPS = 1e-6
 #: Batches for one kernel, and for three with the fewest and the most images per program.
@@ -160,6 +160,8 @@ def _msa(dtypes: Dtypes, channels: int, heads: int, option: str) -> None:
             inputs = MsaInputs(x, weights, heads, None, cls)
             if option == "layer_scale":
                 inputs = inputs._replace(layer_scale=x.new_empty(channels))
+            elif option == "key_mask":
+                inputs = inputs._replace(key_mask=empty((1, num_rows), torch.bool))
             both_ways(layernorm_msa, inputs, _EPS, "")
             for keep in ("fast", "lean"):
                 for scale in (None, x.new_empty(1)):

@@ -87,16 +87,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "layernorm_msa_forward",
       [](const TokenRowsArg& x, const NormArg& norm, const LinearArg& qkv, const LinearArg& out,
-         int64_t num_heads, Address residual_scale, Address layer_scale, Address qkv_rows,
-         Address heads, Address lse, Address y) {
+         int64_t num_heads, Address residual_scale, Address layer_scale, Address key_mask,
+         Address qkv_rows, Address heads, Address lse, Address y) {
         msa::forward({to_token_rows(x), to_norm(norm), to_linear(qkv), to_linear(out), num_heads,
                       pointer<const float>(residual_scale), pointer<const float>(layer_scale),
-                      pointer<float>(qkv_rows), pointer<float>(heads), pointer<float>(lse),
-                      pointer<float>(y)});
+                      pointer<const bool>(key_mask), pointer<float>(qkv_rows),
+                      pointer<float>(heads), pointer<float>(lse), pointer<float>(y)});
       },
       py::arg("x"), py::arg("norm"), py::arg("qkv"), py::arg("out"), py::arg("num_heads"),
-      py::arg("residual_scale"), py::arg("layer_scale"), py::arg("qkv_rows"), py::arg("heads"),
-      py::arg("lse"), py::arg("y"), Released());
+      py::arg("residual_scale"), py::arg("layer_scale"), py::arg("key_mask"), py::arg("qkv_rows"),
+      py::arg("heads"), py::arg("lse"), py::arg("y"), Released());
 
   m.def(
       "layernorm_ffn_forward",

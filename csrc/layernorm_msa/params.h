@@ -14,6 +14,7 @@ struct ForwardParams {
   int64_t num_heads;
   const float* residual_scale;  // r: [B], or null
   const float* layer_scale;     // s: [C], or null
+  const bool* key_mask;         // [B, N], true: attended to; or null
   float* qkv_rows;              // out: [B, N, 3, h, d]
   float* heads;                 // out: [B, N, h, d]
   float* lse;                   // out: [B, N, h], or null

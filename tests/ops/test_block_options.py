@@ -23,11 +23,19 @@ CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DTYPES = CPU_DTYPES[1:]
 
 
-@pytest.fixture(params=["fused", "split", "library"])
-def variant(request: pytest.FixtureRequest):
-    """Fix Triton's variant of a block for any number of rows."""
-    with configs.VARIANTS.choose(request.param):
-        yield request.param
+#: Triton's variants of a block and dtypes, the first few in the first tier.
+in_triton = pytest.mark.parametrize(
+    "variant, dtype",
+    [
+        ("split", torch.float32),
+        ("fused", torch.bfloat16),
+        *(
+            pytest.param(variant, dtype, marks=pytest.mark.slow_on_cpu)
+            for variant in ("fused", "split", "library")
+            for dtype in DTYPES
+        ),
+    ],
+)
 
 
 def float_msa(channels: int = 32) -> MsaWeights:
@@ -49,13 +57,14 @@ def test_activations_on_every_instruction_set(activation: str, isa_level: None) 
     check_ffn(40, 100, 2, 30, torch.float32, activation=activation)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@in_triton
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_in_triton(
-    activation: str, dtype: torch.dtype, variant: str, triton_device: str
+    activation: str, variant: str, dtype: torch.dtype, triton_device: str
 ) -> None:
     options = {"activation": activation, "backend": "triton", "device": triton_device}
-    check_ffn(40, 88, 2, 21, dtype, scaled=True, **options)
+    with configs.VARIANTS.choose(variant):
+        check_ffn(40, 88, 2, 21, dtype, scaled=True, **options)
 
 
 @pytest.mark.parametrize("name", activations.NAMES)
@@ -117,7 +126,8 @@ def test_operators_with_options(backend: str, triton_device: str) -> None:
     inputs = FfnInputs(x, ffn, scale, "silu", per_channel)
     check_operators(OPERATIONS["layernorm_ffn"], inputs, 1e-6, backend)
     msa = MsaWeights(*(w.to(device) for w in float_msa()))
-    inputs = MsaInputs(x, msa, 2, scale, None, per_channel)
+    mask = torch.rand(3, 5, device=device) < 0.5
+    inputs = MsaInputs(x, msa, 2, scale, None, per_channel, mask)
     check_operators(OPERATIONS["layernorm_msa"], inputs, 1e-6, backend)
 
 
@@ -133,15 +143,16 @@ def test_layer_scale_on_every_instruction_set(isa_level: None) -> None:
     check_ffn(40, 100, 2, 30, torch.float32, scaled=True, layer_scale=0.1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keep", ["fast", "lean"])
+@in_triton
+@pytest.mark.parametrize("keep", ["fast", pytest.param("lean", marks=pytest.mark.slow_on_cpu)])
 def test_layer_scale_in_triton(
-    keep: str, dtype: torch.dtype, variant: str, triton_device: str
+    keep: str, variant: str, dtype: torch.dtype, triton_device: str
 ) -> None:
     options = {"layer_scale": 0.1, "backend": "triton", "device": triton_device}
-    check_msa(48, 3, 2, 21, dtype, scaled=keep == "fast", keep=keep, with_cls=True, **options)
-    if keep == "fast":
-        check_ffn(40, 88, 2, 21, dtype, **options)
+    with configs.VARIANTS.choose(variant):
+        check_msa(48, 3, 2, 21, dtype, scaled=keep == "fast", keep=keep, with_cls=True, **options)
+        if keep == "fast":
+            check_ffn(40, 88, 2, 21, dtype, **options)
 
 
 @pytest.mark.parametrize("half", ["msa", "ffn"])
@@ -196,6 +207,76 @@ def test_layer_scale_under_autocast(
         if name == "qkv_bias":  # its third for k is exactly zero
             results = [torch.cat([r[:48], r[96:]]) for r in results]
         assert_within_rule(*results, name, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("num_tokens", [6, 70])
+def test_key_mask(num_tokens: int, dtype: torch.dtype) -> None:
+    check_msa(72, 3, 5, num_tokens, dtype, scaled=True, with_cls=num_tokens == 6, masked=True)
+
+
+def test_key_mask_on_every_instruction_set(isa_level: None) -> None:
+    check_msa(40, 5, 6, 33, torch.float32, masked=True)
+
+
+@in_triton
+@pytest.mark.parametrize("keep", ["fast", pytest.param("lean", marks=pytest.mark.slow_on_cpu)])
+def test_key_mask_in_triton(
+    keep: str, variant: str, dtype: torch.dtype, triton_device: str
+) -> None:
+    options = {"masked": True, "keep": keep, "backend": "triton", "device": triton_device}
+    with configs.VARIANTS.choose(variant):
+        check_msa(32, 2, 5, 40, dtype, **options)
+
+
+@pytest.mark.slow_on_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_key_mask_with_everything_in_triton(dtype: torch.dtype, triton_device: str) -> None:
+    options = {"masked": True, "backend": "triton", "device": triton_device}
+    check_msa(48, 3, 5, 150, dtype, with_cls=True, scaled=True, layer_scale=0.1, **options)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_tokens_are_not_attended_to(
+    backend: str, dtype: torch.dtype, triton_device: str
+) -> None:
+    """Without padding the others' rows are the same, and NaN in it stays in its rows."""
+    device = triton_device if backend == "triton" else "cpu"
+    x = torch.randn(2, 9, 32, device=device).to(dtype)
+    weights = MsaWeights(*(t.to(device, dtype) for t in float_msa()))
+    mask = torch.ones(2, 9, dtype=torch.bool, device=device)
+    mask[:, 5:] = False
+    expected = ck.layernorm_msa(x[:, :5], weights, 2, backend=backend)
+    x[:, 5:] = torch.nan
+    for way in (backend, "reference"):
+        y = ck.layernorm_msa(x, weights, 2, key_mask=mask, backend=way)
+        near = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.05}
+        torch.testing.assert_close(y[:, :5], expected, **near)
+        assert y[:, 5:].isnan().all()
+    strided = mask.t().contiguous().t()
+    again, y = (
+        ck.layernorm_msa(x, weights, 2, key_mask=m, backend=backend) for m in (strided, mask)
+    )
+    assert torch.equal(again[:, :5], y[:, :5])
+
+
+def test_an_image_without_keys() -> None:
+    """Its heads are 0: what is left of the update is the last bias."""
+    x, weights = torch.randn(2, 4, 32), float_msa()
+    mask = torch.tensor([[False] * 4, [True] * 4])
+    for backend in ("cpu", "reference"):
+        y = ck.layernorm_msa(x, weights, 2, key_mask=mask, backend=backend)
+        torch.testing.assert_close(y[0], x[0] + weights.out_bias)
+        torch.testing.assert_close(y[1], ck.layernorm_msa(x, weights, 2, backend=backend)[1])
+
+
+def test_a_key_mask_that_does_not_fit() -> None:
+    x, weights = torch.randn(1, 2, 32), float_msa()
+    with pytest.raises(TypeError, match=r"key_mask: expected torch\.bool"):
+        ck.layernorm_msa(x, weights, 2, key_mask=torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"key_mask: expected shape \[1, 2\], found \[1, 3\]"):
+        ck.layernorm_msa(x, weights, 2, key_mask=torch.ones(1, 3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("half", ["msa", "ffn"])
@@ -298,5 +379,8 @@ def test_cuda_declines() -> None:
         w = weights if not given else float_msa()
         with pytest.raises(ValueError, match="cuda: it has no layer_scale"):
             function(x, w, *given, layer_scale=ones, backend="cuda")
+    with pytest.raises(ValueError, match="cuda: it has no key_mask"):
+        mask = torch.ones(1, 2, dtype=torch.bool)
+        ck.layernorm_msa(x, float_msa(), 2, key_mask=mask, backend="cuda")
     with pytest.raises(ValueError, match="cuda: its activation is gelu, not silu"):
         ck.layernorm_ffn(x, weights, activation="silu", backend="cuda")

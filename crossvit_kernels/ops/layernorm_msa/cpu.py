@@ -63,7 +63,7 @@ def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
 
 
 def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, num_heads, residual_scale, cls, layer_scale = inputs
+    x, w, num_heads, residual_scale, cls, layer_scale, key_mask = inputs
     if x.shape[2] > panels.widest() or not extension.all_float32(x, cls, layer_scale, *w):
         return _composed(inputs, eps, keep)
     y = x.new_empty(x.shape)
@@ -74,6 +74,7 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
     w = MsaWeights(*(None if t is None else t.contiguous() for t in w))  # type: ignore[arg-type]
     scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
     layer_scale = None if layer_scale is None else layer_scale.contiguous()
+    key_mask = None if key_mask is None else key_mask.contiguous()
     args = extension.Arguments(x.device)
     _C.layernorm_msa_forward(
         x=args.token_rows(x, cls),
@@ -83,22 +84,27 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
         num_heads=num_heads,
         residual_scale=args.pointer(scale, torch.float32),
         layer_scale=args.pointer(layer_scale, torch.float32),
+        key_mask=args.pointer(key_mask, torch.bool),
         qkv_rows=args.pointer(qkv, torch.float32),
         heads=args.pointer(heads, torch.float32),
         lse=args.pointer(saved and saved.lse.transpose(1, 2), torch.float32),
         y=args.pointer(y, torch.float32),
     )
+    if saved:
+        _without_masked(saved.qkv, key_mask)
     return y, saved
 
 
 def _composed(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, num_heads, residual_scale, cls, layer_scale = inputs
+    x, w, num_heads, residual_scale, cls, layer_scale, key_mask = inputs
     normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
     if cls is not None:
         normed[:, 0] = norm.forward(cls, w.norm_weight, w.norm_bias, eps).normed
     normed = normed.to(w.qkv_weight.dtype)
     qkv = F.linear(normed, w.qkv_weight, w.qkv_bias)
-    heads, lse = _attention(*_split(qkv, num_heads))
+    _without_masked(qkv, key_mask)
+    bias = _score_bias(key_mask, qkv.dtype)
+    heads, lse = _attention(*_split(qkv, num_heads), attn_mask=bias)
     update = F.linear(_joined(heads), w.out_weight, w.out_bias)
     y = norm.add_residual(x, update, residual_scale, cls, layer_scale)
     return y, Saved(normed, mean, rstd, qkv, heads, lse) if keep else None
@@ -107,7 +113,7 @@ def _composed(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved |
 def backward(
     douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
 ) -> MsaInputs:
-    (dy,), (x, w, num_heads, residual_scale, _, layer_scale) = douts, inputs
+    (dy,), (x, w, num_heads, residual_scale, _, layer_scale, key_mask) = douts, inputs
     wants, wants_rows = wanted.weights, wanted.x or wanted.cls
     channels = x.shape[-1]
     dtype, rows = w.out_weight.dtype, _joined(saved.heads).view(-1, channels)
@@ -123,7 +129,7 @@ def backward(
         if wants.out_bias:
             d_weights["out_bias"] = dupdate.sum(dim=0)
     if wants_rows or any(wants[:4]):
-        dqkv = _qkv_backward(dupdate @ w.out_weight, saved, num_heads)
+        dqkv = _qkv_backward(dupdate @ w.out_weight, saved, num_heads, key_mask)
         if wants.qkv_weight:
             d_weights["qkv_weight"] = dqkv.t() @ saved.normed.view(-1, channels)
         if wants.qkv_bias:
@@ -136,12 +142,18 @@ def backward(
     return gradients(dx, dcls, of_weights, d_layer_scale)
 
 
-def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int) -> Tensor:
+def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int, key_mask: Tensor | None) -> Tensor:
     """Return the gradient of qkv [B N, 3 C] from that of attention's output [B N, C]."""
     qkv, heads = saved.qkv, saved.heads
     dheads = dheads.view(*qkv.shape[:2], num_heads, -1).transpose(1, 2)
     gradients = _attention_backward(
-        dheads, *_split(qkv, num_heads), heads, saved.lse, dropout_p=0.0, is_causal=False
+        dheads,
+        *_split(qkv, num_heads),
+        heads,
+        saved.lse,
+        dropout_p=0.0,
+        is_causal=False,
+        attn_mask=_score_bias(key_mask, qkv.dtype),
     )
     return torch.stack([d.transpose(1, 2) for d in gradients], dim=2).view(-1, qkv.shape[2])
 
@@ -180,6 +192,20 @@ def _norm_backward(
             if total is not None:
                 total += share
     return dx, dcls, d_affine[0], d_affine[1]
+
+
+def _without_masked(qkv: Tensor, key_mask: Tensor | None) -> None:
+    """Zero the keys and values of masked tokens: their contents, even NaN, must not propagate."""
+    if key_mask is not None:
+        qkv[..., qkv.shape[2] // 3 :].masked_fill_(~key_mask.unsqueeze(-1), 0)
+
+
+def _score_bias(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return what torch's attention adds to the scores, [B, 1, 1, N]."""
+    if key_mask is None:
+        return None
+    bias = torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device)
+    return bias.masked_fill_(~key_mask, -torch.inf)[:, None, None]
 
 
 def _without_row_0(t: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ KEEP = ("fast", "lean")
 
 
 def _reference(inputs: MsaInputs, eps: float, dropout_p: float) -> Tensor:
-    x, weights, num_heads, residual_scale, cls, layer_scale = inputs
+    x, weights, num_heads, residual_scale, cls, layer_scale, key_mask = inputs
     given = x, weights, num_heads, eps, residual_scale, cls, dropout_p
-    return reference.layernorm_msa(*given, layer_scale)
+    return reference.layernorm_msa(*given, layer_scale, key_mask)
 
 
 def _empty_outputs(inputs: MsaInputs) -> tuple[Tensor]:

@@ -57,17 +57,18 @@ def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
 
 
 def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, num_heads, residual_scale, cls, layer_scale = inputs
+    x, w, num_heads, residual_scale, cls, layer_scale, key_mask = inputs
     tokens, w = layers.prepared(x, cls), launcher.contiguous(w)
     scales = layers.contiguous(residual_scale), layers.contiguous(layer_scale)
+    mask = layers.contiguous(key_mask)
     saved = empty_saved(inputs, "lean") if keep else None
     statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
     qkv = _qkv(tokens, w, eps, statistics)
     if configs.ATTENTION_PROJECTION.fused(tokens.num_rows, x.shape[2], qkv.element_size()):
         heads = qkv.new_empty(x.shape) if keep == "fast" else None
-        y = _attention_projection(qkv, heads, lse, w, tokens, scales, num_heads)
+        y = _attention_projection(qkv, mask, heads, lse, w, tokens, scales, num_heads)
     else:
-        heads = _attention(qkv, lse, num_heads)
+        heads = _attention(qkv, mask, lse, num_heads)
         output = w.out_weight, w.out_bias
         y = layers.linear_residual(heads, *output, tokens, *scales, configs.PROJECTION)
     if saved and heads is not None and keep == "fast":
@@ -79,17 +80,18 @@ def backward(
     douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
 ) -> MsaInputs:
     """Compute the gradients; products that are not wanted are None."""
-    (dy,), (x, w, num_heads, residual_scale, cls, layer_scale) = douts, inputs
+    (dy,), (x, w, num_heads, residual_scale, cls, layer_scale, key_mask) = douts, inputs
     wants = wanted.weights
     dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), launcher.contiguous(w)
-    scale, channels = layers.contiguous(residual_scale), x.shape[2]
+    scale, mask = layers.contiguous(residual_scale), layers.contiguous(key_mask)
+    channels = x.shape[2]
     affine = w.norm_weight, w.norm_bias
     mean, rstd, lse, qkv, heads = saved
     if not qkv.numel():
         qkv = _qkv(tokens, w, eps)
-        heads = _attention(qkv, None, num_heads)
+        heads = _attention(qkv, mask, None, num_heads)
     dupdate = norm.scale_update(dy, scale, w.out_weight.dtype, layer_scale).view(-1, channels)
-    dqkv, sums = _attention_backward(qkv, heads, dupdate @ w.out_weight, lse, num_heads)
+    dqkv, sums = _attention_backward(qkv, mask, heads, dupdate @ w.out_weight, lse, num_heads)
     dnormed = dqkv @ w.qkv_weight
     grads = layers.norm_backward(dnormed, dy, scale, tokens, affine, (mean, rstd))
     d_qkv_weight: Any = None
@@ -129,14 +131,14 @@ def _qkv(
     return layers.norm_linear(tokens, norm, w.qkv_weight, w.qkv_bias, eps, configs.QKV, statistics)
 
 
-def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
+def _attention(qkv: Tensor, mask: Tensor | None, lse: Tensor | None, num_heads: int) -> Tensor:
     """Return the concatenated heads [B, N, C] of qkv [B, N, 3 C]; writes lse [B, h, N] if given."""
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
 
     batch, num_tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     num_rows, size = batch * num_tokens, qkv.element_size()
     by_library = configs.SELF_ATTENTION.by_library(num_rows, channels, size)
-    if by_library and (qkv.is_cpu or size == 2):
+    if by_library and (qkv.is_cpu or size == 2) and mask is None:
         return _flash_attention(qkv, lse, num_heads)
     heads = qkv.new_empty(batch, num_tokens, channels)
     attention_configs = candidates(
@@ -147,7 +149,7 @@ def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
         tiles = -(-num_tokens // shape.rows)
         return Programs((batch * num_heads * tiles, 1, 1), sizes=(tiles,))
 
-    tensors = qkv, heads, lse
+    tensors = qkv, mask, heads, lse
     launcher.start(
         kernels.attention, programs, tensors, (num_tokens,), attention_configs, (num_heads,)
     )
@@ -169,6 +171,7 @@ def _flash_attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
 
 def _attention_projection(
     qkv: Tensor,
+    mask: Tensor | None,
     heads: Tensor | None,
     lse: Tensor | None,
     w: MsaWeights,
@@ -190,7 +193,7 @@ def _attention_projection(
     launcher.start(
         kernels.attention_projection,
         programs,
-        (qkv, heads, lse, w.out_weight, w.out_bias, x, cls, *scales, y),
+        (qkv, mask, heads, lse, w.out_weight, w.out_bias, x, cls, *scales, y),
         (num_tokens, *tokens.strides),
         candidates(configs.ATTENTION_PROJECTION, qkv, tokens.num_rows, channels, 0),
         (num_heads,),
@@ -199,7 +202,7 @@ def _attention_projection(
 
 
 def _attention_backward(
-    qkv: Tensor, heads: Tensor, dheads: Tensor, lse: Tensor, num_heads: int
+    qkv: Tensor, mask: Tensor | None, heads: Tensor, dheads: Tensor, lse: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of qkv [B, N, 3 C] from that of heads, and its sum over tokens."""
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
@@ -207,7 +210,9 @@ def _attention_backward(
     batch, num_tokens, channels = heads.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
 
-    def start(kernel: Any, table: RowTable, tensors: tuple[Tensor, ...], parts: int) -> Tensor:
+    def start(
+        kernel: Any, table: RowTable, tensors: tuple[Tensor | None, ...], parts: int
+    ) -> Tensor:
         """Launch over tiles of queries or keys; return the sums of that many gradients."""
 
         def programs(shape: LayerShape) -> Programs:
@@ -220,8 +225,8 @@ def _attention_backward(
         (shares,) = launcher.start(kernel, programs, tensors, (num_tokens,), found, (num_heads,))
         return shares.sum(dim=0)
 
-    of_queries = qkv, heads, dheads, lse, delta, dqkv
-    of_keys = qkv, dheads, lse, delta, dqkv
+    of_queries = qkv, mask, heads, dheads, lse, delta, dqkv
+    of_keys = qkv, mask, dheads, lse, delta, dqkv
     sums = (
         start(kernels.attention_backward_queries, configs.BACKWARD_QUERIES, of_queries, 1),
         start(kernels.attention_backward_keys, configs.BACKWARD_KEYS, of_keys, 2),

@@ -22,12 +22,21 @@ from crossvit_kernels.ops.common.triton_tiles import (
 
 
 @triton.jit
+def attended(mask_ptr, key, exists):
+    """Which of the existing keys are attended to."""
+    if mask_ptr is not None:
+        exists = exists & (tl.load(mask_ptr + key, mask=exists, other=0) != 0)
+    return exists
+
+
+@triton.jit
 def attend_step(
     peak,
     total,
     acc,
     q,
     q_ptr,  # [N, 3 C]: one head of q, then k, v
+    mask_ptr,  # [N] or None
     n,
     num_tokens,
     D: tl.constexpr,
@@ -45,14 +54,18 @@ def attend_step(
     SCALE: tl.constexpr = LOG2E * D**-0.5
     key = n + tl.arange(0, KEYS)
     exists = key < (num_tokens if LAST else n + KEYS)
+    exists = attended(mask_ptr, key, exists)
     offsets = key.to(tl.int64) * (3 * C)
     k = load_tile(q_ptr + C, offsets, exists, 0, D, D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if LAST:
+    if LAST or mask_ptr is not None:
         s = tl.where(exists[None, :], s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, axis=1))
-    decay = tl.exp2((peak - new_peak) * SCALE)
-    p = tl.exp2(s * SCALE - (new_peak * SCALE)[:, None])  # a multiply-add
+    finite = new_peak
+    if mask_ptr is not None:  # all keys so far may be masked
+        finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    decay = tl.exp2((peak - finite) * SCALE)
+    p = tl.exp2(s * SCALE - (finite * SCALE)[:, None])  # a multiply-add
     total = total * decay + tl.sum(p, axis=1)
     v = load_tile(q_ptr + 2 * C, offsets, exists, 0, D, D)
     acc = tl.dot(p.to(k.dtype), v, acc * decay[:, None], input_precision=PRECISION)
@@ -62,6 +75,7 @@ def attend_step(
 @triton.jit
 def attend(
     qkv_ptr,  # [N, 3 C]
+    mask_ptr,  # [N] or None
     head,
     row,
     used,
@@ -80,15 +94,24 @@ def attend(
     acc = tl.zeros((ROWS, D), tl.float32)
     whole = num_tokens - num_tokens % KEYS
     for n in range(0, whole, KEYS):
-        peak, total, acc = attend_step(peak, total, acc, q, q_ptr, n, num_tokens, D, A, False)
+        peak, total, acc = attend_step(
+            peak, total, acc, q, q_ptr, mask_ptr, n, num_tokens, D, A, False
+        )
     if whole < num_tokens:
-        peak, total, acc = attend_step(peak, total, acc, q, q_ptr, whole, num_tokens, D, A, True)
+        peak, total, acc = attend_step(
+            peak, total, acc, q, q_ptr, mask_ptr, whole, num_tokens, D, A, True
+        )
+    if mask_ptr is not None:  # with nothing to attend to, the result is 0
+        empty = total == 0.0
+        total = tl.where(empty, 1.0, total)
+        peak = tl.where(empty, 0.0, peak)
     return acc / total[:, None], peak * D**-0.5 + tl.log2(total) / LOG2E
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention(
     qkv_ptr,  # [B, N, 3 C]
+    mask_ptr,  # [B, N] or None
     heads_ptr,  # [B, N, C]
     lse_ptr,  # [B, h, N] or None
     num_tokens,
@@ -105,7 +128,10 @@ def attention(
     used = row < num_tokens
     image = (pair // HEADS).to(tl.int64)
     head = pair % HEADS
-    o, lse = attend(qkv_ptr + image * num_tokens * (3 * C), head, row, used, num_tokens, C, D, A)
+    if mask_ptr is not None:
+        mask_ptr += image * num_tokens
+    q_ptr = qkv_ptr + image * num_tokens * (3 * C)
+    o, lse = attend(q_ptr, mask_ptr, head, row, used, num_tokens, C, D, A)
     out = heads_ptr + image * num_tokens * C + head * D
     store_tile(out, row.to(tl.int64) * C, used, o, 0, D, D)
     if lse_ptr is not None:
@@ -115,6 +141,7 @@ def attention(
 @triton.jit(do_not_specialize=SIZES)
 def attention_projection(
     qkv_ptr,  # [B, N, 3 C]
+    mask_ptr,  # [B, N] or None
     heads_ptr,  # [B, N, C] or None
     lse_ptr,  # [B, h, N] or None
     weight_ptr,  # [C, C]
@@ -148,10 +175,11 @@ def attention_projection(
     ys = ()
     for _ in tl.static_range(NUM):
         ys = ys + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    if mask_ptr is not None:
+        mask_ptr += image * num_tokens
+    q_ptr = qkv_ptr + image * num_tokens * (3 * C)
     for head in range(HEADS):
-        o, lse = attend(
-            qkv_ptr + image * num_tokens * (3 * C), head, token, used, num_tokens, C, D, A
-        )
+        o, lse = attend(q_ptr, mask_ptr, head, token, used, num_tokens, C, D, A)
         o = o.to(dtype)
         if heads_ptr is not None:
             store_tile(heads_ptr + head * D, row * C, used, o, 0, D, D)
@@ -182,6 +210,7 @@ def queries_step(
     lse,
     delta,
     q_ptr,  # [N, 3 C]: one head of q, then k, v
+    mask_ptr,  # [N] or None
     n,
     num_tokens,
     D: tl.constexpr,
@@ -193,12 +222,12 @@ def queries_step(
     KEYS: tl.constexpr = A.columns
     PRECISION: tl.constexpr = A.precision
     key = n + tl.arange(0, KEYS)
-    exists = key < (num_tokens if LAST else n + KEYS)
+    exists = attended(mask_ptr, key, key < (num_tokens if LAST else n + KEYS))
     offsets = key.to(tl.int64) * (3 * C)
     k = load_tile(q_ptr + C, offsets, exists, 0, D, D)
     v = load_tile(q_ptr + 2 * C, offsets, exists, 0, D, D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (LOG2E * D**-0.5) - lse[:, None]
-    if LAST:
+    if LAST or mask_ptr is not None:
         s = tl.where(exists[None, :], s, float("-inf"))
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     ds = tl.exp2(s) * (dp - delta[:, None])
@@ -208,6 +237,7 @@ def queries_step(
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_queries(
     qkv_ptr,  # [B, N, 3 C]
+    mask_ptr,  # [B, N] or None
     heads_ptr,  # [B, N, C]
     dheads_ptr,  # [B, N, C]
     lse_ptr,  # [B, h, N]
@@ -238,6 +268,8 @@ def attention_backward_queries(
     offsets = row.to(tl.int64) * C
     of_head = first * C + head * D
     of_rows = pair.to(tl.int64) * num_tokens + row
+    if mask_ptr is not None:
+        mask_ptr += first
     q = load_tile(q_ptr, 3 * offsets, used, 0, D, D)
     do = load_tile(dheads_ptr + of_head, offsets, used, 0, D, D)
     o = load_tile(heads_ptr + of_head, offsets, used, 0, D, D)
@@ -247,9 +279,9 @@ def attention_backward_queries(
     dq = tl.zeros((ROWS, D), tl.float32)
     whole = num_tokens - num_tokens % KEYS
     for n in range(0, whole, KEYS):
-        dq = queries_step(dq, q, do, lse, delta, q_ptr, n, num_tokens, D, A, False)
+        dq = queries_step(dq, q, do, lse, delta, q_ptr, mask_ptr, n, num_tokens, D, A, False)
     if whole < num_tokens:
-        dq = queries_step(dq, q, do, lse, delta, q_ptr, whole, num_tokens, D, A, True)
+        dq = queries_step(dq, q, do, lse, delta, q_ptr, mask_ptr, whole, num_tokens, D, A, True)
     dq = dq * D**-0.5
     store_tile(dqkv_ptr + first * (3 * C) + head * D, 3 * offsets, used, dq, 0, D, D)
     share_ptr = shares_ptr + (image * num_tiles + tile).to(tl.int64) * C + head * D
@@ -259,6 +291,7 @@ def attention_backward_queries(
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_keys(
     qkv_ptr,  # [B, N, 3 C]
+    mask_ptr,  # [B, N] or None
     dheads_ptr,  # [B, N, C]
     lse_ptr,  # [B, h, N]
     delta_ptr,  # [B, h, N]
@@ -290,8 +323,11 @@ def attention_backward_keys(
     lse_ptr += pair.to(tl.int64) * num_tokens
     delta_ptr += pair.to(tl.int64) * num_tokens
     offsets = key.to(tl.int64) * (3 * C)
-    k = load_tile(q_ptr + C, offsets, used, 0, D, D)
-    v = load_tile(q_ptr + 2 * C, offsets, used, 0, D, D)
+    if mask_ptr is not None:
+        mask_ptr += first
+    read = attended(mask_ptr, key, used)
+    k = load_tile(q_ptr + C, offsets, read, 0, D, D)
+    v = load_tile(q_ptr + 2 * C, offsets, read, 0, D, D)
     dk = tl.zeros((ROWS, D), tl.float32)
     dv = tl.zeros((ROWS, D), tl.float32)
     for n in range(0, num_tokens, QUERIES):
@@ -304,6 +340,8 @@ def attention_backward_keys(
         lse = tl.load(lse_ptr + row, mask=exists, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + row, mask=exists, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (LOG2E * D**-0.5)
+        if mask_ptr is not None:
+            s = tl.where(read[:, None], s, float("-inf"))
         p = tl.exp2(s - lse[None, :])
         dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
