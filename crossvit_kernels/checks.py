@@ -143,7 +143,7 @@ def weights(
     like: Tensor,
     absent: Collection[str] = (),
 ) -> None:
-    """Check every field of a NamedTuple of weights: shape, device, dtype; absent ones are None."""
+    """Check every field of a NamedTuple of weights: shape, device, dtype; absent may be None."""
     if not isinstance(given, kind):
         raise TypeError(f"weights: expected {kind.__name__}, found {type(given).__name__}")
     # The fast path for valid weights, as host time matters; only a mismatch is examined.

@@ -9,10 +9,12 @@ from torch import Tensor
 from crossvit_kernels import checks
 from crossvit_kernels.ops.common.activations import NAMES as ACTIVATIONS
 from crossvit_kernels.ops.layernorm_ffn.op import layernorm_ffn as ffn
+from crossvit_kernels.ops.layernorm_ffn.reference import OPTIONAL as FFN_OPTIONAL
 from crossvit_kernels.ops.layernorm_ffn.reference import SHAPES as FFN_SHAPES
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
 from crossvit_kernels.ops.layernorm_msa.op import KEEP
 from crossvit_kernels.ops.layernorm_msa.op import layernorm_msa as msa
+from crossvit_kernels.ops.layernorm_msa.reference import OPTIONAL as MSA_OPTIONAL
 from crossvit_kernels.ops.layernorm_msa.reference import SHAPES as MSA_SHAPES
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
 
@@ -34,7 +36,7 @@ def layernorm_msa(
 
     Args:
         x: Tokens [B, N, C], any strides with unit last.
-        weights: ``MsaWeights``.
+        weights: ``MsaWeights``; biases may be None.
         num_heads: h; divides C.
         eps: LayerNorm's.
         residual_scale: [B]: factor of each image's update (drop path), or None.
@@ -66,7 +68,8 @@ def layernorm_msa(
     checks.optional_tensor("cls", cls, batch, channels)
     if cls is not None and num_tokens == 0:
         raise ValueError("cls: x has no row 0 that it could stand in for")
-    checks.weights(weights, MsaWeights, MSA_SHAPES, {"C": channels, "3 C": 3 * channels}, x)
+    sizes = {"C": channels, "3 C": 3 * channels}
+    checks.weights(weights, MsaWeights, MSA_SHAPES, sizes, x, MSA_OPTIONAL)
     checks.same_device_and_dtype("x", x, cls=cls)
     checks.heads(num_heads, C=channels)
     checks.eps("eps", eps)
@@ -92,7 +95,7 @@ def layernorm_ffn(
 
     Args:
         x: Tokens [B, N, C], any strides with unit last.
-        weights: ``FfnWeights``, with any number F of hidden units.
+        weights: ``FfnWeights``, with any number F of hidden units; biases may be None.
         eps: LayerNorm's.
         residual_scale: [B]: factor of each image's update (drop path), or None.
         backend: Name of a backend, or None.
@@ -115,7 +118,8 @@ def layernorm_ffn(
     checks.unit_stride("x", x)
     fc1 = getattr(weights, "fc1_weight", None)
     hidden = fc1.shape[0] if isinstance(fc1, Tensor) and fc1.dim() == 2 else 0
-    checks.weights(weights, FfnWeights, FFN_SHAPES, {"C": x.shape[2], "F": hidden}, x)
+    sizes = {"C": x.shape[2], "F": hidden}
+    checks.weights(weights, FfnWeights, FFN_SHAPES, sizes, x, FFN_OPTIONAL)
     checks.eps("eps", eps)
     checks.residual_scale(residual_scale, x.shape[0], x.device)
     checks.one_of("activation", activation, ACTIVATIONS)

@@ -20,6 +20,11 @@ def norm(width: int) -> list[Tensor]:
     return [1 + 0.2 * torch.randn(width).double(), 0.2 * torch.randn(width).double()]
 
 
+def without(weights: Any, *names: str) -> Any:
+    """Weights with some of them None."""
+    return weights._replace(**dict.fromkeys(names))
+
+
 def msa_weights(channels: int, bias: bool = True) -> MsaWeights:
     weights = MsaWeights(
         *norm(channels), *linear(3 * channels, channels), *linear(channels, channels)
@@ -93,6 +98,7 @@ def check_msa(
     device: str = "cpu",
     layer_scale: float | None = None,
     masked: bool = False,
+    absent: tuple[str, ...] = (),
 ) -> None:
     """Check y and the gradients of x, cls, layer_scale and every weight."""
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
@@ -101,7 +107,7 @@ def check_msa(
         mean + torch.randn(batch, num_tokens, channels).double(),
         torch.randn(batch, channels).double() if with_cls else None,
         per_channel(channels, layer_scale),
-        *msa_weights(channels, bias),
+        *without(msa_weights(channels, bias), *absent),
     ]
 
     def msa(backend: str, x: Tensor, cls: Any, per_channel: Any, *w: Tensor | None) -> Tensor:
@@ -125,13 +131,15 @@ def check_ffn(
     device: str = "cpu",
     activation: str = "gelu",
     layer_scale: float | None = None,
+    absent: tuple[str, ...] = (),
 ) -> None:
-    """Check y and the gradients of x and every weight."""
+    """Check y and the gradients of x, layer_scale and every weight."""
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
     x = mean + torch.randn(batch, num_tokens, channels).double()
-    inputs = [x, per_channel(channels, layer_scale), *ffn_weights(channels, hidden)]
+    weights = without(ffn_weights(channels, hidden), *absent)
+    inputs = [x, per_channel(channels, layer_scale), *weights]
 
-    def ffn(backend: str, x: Tensor, per_channel: Tensor | None, *w: Tensor) -> Tensor:
+    def ffn(backend: str, x: Tensor, per_channel: Tensor | None, *w: Tensor | None) -> Tensor:
         options = {"residual_scale": scale, "backend": backend, "activation": activation}
         return ck.layernorm_ffn(x, FfnWeights(*w), layer_scale=per_channel, **options)
 

@@ -305,7 +305,9 @@ print(json.dumps([dataclasses.asdict(report) for report in reports]))
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_compiles")
-@pytest.mark.parametrize("option", ["gelu_tanh", "quick_gelu", "silu", "layer_scale", "key_mask"])
+@pytest.mark.parametrize(
+    "option", ["gelu_tanh", "quick_gelu", "silu", "layer_scale", "key_mask", "no_bias"]
+)
 def test_options_of_blocks_do_not_spill(option: str) -> None:
     rows = check(run_python(OPTIONS, option))
     expected = {"ffn_forward", "ffn_hidden_backward"}
@@ -314,7 +316,31 @@ def test_options_of_blocks_do_not_spill(option: str) -> None:
         assert all("layer_scale" not in r["absent"] for r in rows if r["kernel"] in expected)
     elif option == "key_mask":
         expected = {name for name in KERNELS if name.startswith("attention_b")} | {"attention"}
+    elif option == "no_bias":
+        expected |= {"norm_linear", "linear", "attention_projection"}
     assert expected <= {row["kernel"] for row in rows}
+
+
+# Heads of ViT-S/16 with 8 heads, SigLIP So400m, ViT-H, ViT-g and others.
+HEADS = """
+import dataclasses, json, sys
+from crossvit_kernels.inspect import ahead_of_time, compile_cases
+blocks = [(384, 8, 1), (1152, 16, 1), (1280, 16, 1), (1408, 16, 1), (1536, 16, 1), (1024, 8, 1)]
+cases = compile_cases.compile_cases(90, sys.argv[1:], [], blocks, ["auto"])
+cases = compile_cases.extremes([case for case in cases if case.name.startswith("attention")])
+reports = ahead_of_time.reports([(case, 90) for case in cases], 2)
+print(json.dumps([dataclasses.asdict(report) for report in reports]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton_compiles")
+def test_wide_heads_do_not_spill() -> None:
+    """Padded to powers of two."""
+    rows = check(run_python(HEADS, "bf16"))
+    assert {row["kernel"] for row in rows} == {
+        n for n in KERNELS if n.startswith("attention_b")
+    } | {"attention"}
 
 
 @pytest.mark.exhaustive

@@ -47,7 +47,7 @@ BLOCKS = tuple(
 #: What a fusion may lack: f, g or both; "" for neither.
 IDENTITIES = ("", "f", "g", "fg")
 #: What CrossViT's blocks do without; "" is what they have.
-OPTIONS = ("", "gelu_tanh", "quick_gelu", "silu", "layer_scale", "key_mask")
+OPTIONS = ("", "gelu_tanh", "quick_gelu", "silu", "layer_scale", "key_mask", "no_bias")
 
 _EPS = 1e-6
 #: Batches for one kernel, and for three with the fewest and the most images per program.
@@ -160,6 +160,8 @@ def _msa(dtypes: Dtypes, channels: int, heads: int, option: str) -> None:
             inputs = MsaInputs(x, weights, heads, None, cls)
             if option == "layer_scale":
                 inputs = inputs._replace(layer_scale=x.new_empty(channels))
+            elif option == "no_bias":
+                inputs = inputs._replace(weights=_without_biases(weights))
             elif option == "key_mask":
                 inputs = inputs._replace(key_mask=empty((1, num_rows), torch.bool))
             both_ways(layernorm_msa, inputs, _EPS, "")
@@ -179,6 +181,8 @@ def _ffn(dtypes: Dtypes, channels: int, hidden: int, option: str) -> None:
             inputs = inputs._replace(activation=option)
         elif option == "layer_scale":
             inputs = inputs._replace(layer_scale=x.new_empty(channels))
+        elif option == "no_bias":
+            inputs = inputs._replace(weights=_without_biases(weights))
         both_ways(layernorm_ffn, inputs, _EPS, "")
         for scale in (None, x.new_empty(1)):
             both_ways(layernorm_ffn, inputs._replace(residual_scale=scale), _EPS)
@@ -206,6 +210,10 @@ def both_ways(
     triton.backward(douts, inputs, saved, eps, wanted)
     if frozen:
         triton.backward(douts, inputs, saved, eps, wanted._replace(**{frozen: False}))
+
+
+def _without_biases(weights: Any) -> Any:
+    return weights._replace(**{n: None for n in weights._fields if n.endswith("_bias")})
 
 
 def _weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,12 @@ from crossvit_kernels.extension import Arguments
 from crossvit_kernels.gpu import launcher
 
 NO_LAYER_SCALE = "it has no layer_scale"
+
+
+def why_not_biases(weights: Any, names: Sequence[str]) -> str | None:
+    """Return which of these biases is missing, or None."""
+    missing = [name for name in names if getattr(weights, name) is None]
+    return f"it needs {' and '.join(missing)}" if missing else None
 
 
 def why_not(x: Tensor, matrix: Tensor) -> str | None:

@@ -22,7 +22,7 @@ class Normalized(NamedTuple):
     rstd: Tensor
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Normalized:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Normalized:
     normed = torch.native_layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps)
     return Normalized(*normed)
 
@@ -31,7 +31,7 @@ def backward(
     dout: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     wanted: Sequence[bool] = (True, True, True),

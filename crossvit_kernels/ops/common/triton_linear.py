@@ -16,6 +16,9 @@ from crossvit_kernels.ops.common.activations import ACTIVATIONS
 from crossvit_kernels.ops.common.configs import LayerShape
 from crossvit_kernels.ops.common.library import Step
 
+#: LayerNorm's weight and bias [C].
+Norm = tuple[Tensor, Tensor | None]
+
 
 class Tokens(NamedTuple):
     """Tokens as kernels read them: aligned rows, and a CLS that replaces row 0, or None."""
@@ -43,7 +46,7 @@ def prepared(x: Tensor, cls: Tensor | None = None) -> Tokens:
 
 def normalize(
     tokens: Tokens,
-    norm: tuple[Tensor, Tensor],
+    norm: Norm,
     eps: float,
     dtype: torch.dtype,
     statistics: tuple[Tensor, Tensor] | None = None,
@@ -67,7 +70,7 @@ def normalize(
 
 def norm_linear(
     tokens: Tokens,
-    norm: tuple[Tensor, Tensor],
+    norm: Norm,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
@@ -122,7 +125,7 @@ def linear(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
 def linear_residual(
     a: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     tokens: Tokens,
     residual_scale: Tensor | None,
     layer_scale: Tensor | None,
@@ -185,7 +188,7 @@ def norm_backward(
     dy: Tensor,
     residual_scale: Tensor | None,
     tokens: Tokens,
-    norm: tuple[Tensor, Tensor],
+    norm: Norm,
     statistics: tuple[Tensor, Tensor],
 ) -> Gradients:
     """LayerNorm's backward from d [B N, C], the gradient of LN(x); adds dy [B, N, C] to dx.
@@ -210,7 +213,7 @@ def norm_backward(
         (num_rows, x.shape[1], *tokens.strides),
         configs.candidates(configs.NORM_BACKWARD, d, num_rows, channels, channels),
     )
-    dtypes = norm[0].dtype, norm[1].dtype, d.dtype
+    dtypes = norm[0].dtype, (norm[0] if norm[1] is None else norm[1]).dtype, d.dtype
     sums = (shares[:, i].sum(dim=0).to(dtype) for i, dtype in enumerate(dtypes))
     return Gradients(dx, dcls, *sums)
 

@@ -27,7 +27,7 @@ def normalize(
     x_ptr,  # [B, N, C]
     cls_ptr,  # [B, C] or None
     norm_weight_ptr,  # [C]
-    norm_bias_ptr,  # [C]
+    norm_bias_ptr,  # [C] or None
     normed_ptr,  # [B, N, C]
     mean_ptr,  # [B, N] or None
     rstd_ptr,  # [B, N] or None
@@ -71,7 +71,7 @@ def norm_linear(
     x_ptr,  # [B, N, C]
     cls_ptr,  # [B, C] or None
     norm_weight_ptr,  # [C]
-    norm_bias_ptr,  # [C]
+    norm_bias_ptr,  # [C] or None
     weight_ptr,  # [inner, C]
     bias_ptr,  # [inner] or None
     out_ptr,  # [B, N, inner]

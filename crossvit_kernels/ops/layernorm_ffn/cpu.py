@@ -57,7 +57,7 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
     y = x.new_empty(x.shape)
     saved = empty_saved(inputs, keep) if keep else None
     x = extension.unit_stride(x)
-    w = FfnWeights(*(t.contiguous() for t in w))
+    w = FfnWeights(*(None if t is None else t.contiguous() for t in w))  # type: ignore[arg-type]
     scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
     layer_scale = None if layer_scale is None else layer_scale.contiguous()
     args = extension.Arguments(x.device)

@@ -32,6 +32,8 @@ def why_not(inputs: FfnInputs) -> str | None:
         return f"its activation is gelu, not {activation}"
     if layer_scale is not None:
         return blocks.NO_LAYER_SCALE
+    if reason := blocks.why_not_biases(w, ("norm_bias", "fc1_bias", "fc2_bias")):
+        return reason
     if hidden == 0:
         return "there are no hidden units"
     if hidden % 8:

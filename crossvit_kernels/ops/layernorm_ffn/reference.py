@@ -11,14 +11,17 @@ from crossvit_kernels.ops.common.activations import ACTIVATIONS
 
 
 class FfnWeights(NamedTuple):
-    """Parameters of ``layernorm_ffn`` at width C with F hidden units. Linear weights: [out, in]."""
+    """Parameters of ``layernorm_ffn`` at width C with F hidden units. Linear weights: [out, in].
+
+    Biases may be None.
+    """
 
     norm_weight: Tensor  # [C]
-    norm_bias: Tensor
+    norm_bias: Tensor | None
     fc1_weight: Tensor  # [F, C]
-    fc1_bias: Tensor
+    fc1_bias: Tensor | None
     fc2_weight: Tensor  # [C, F]
-    fc2_bias: Tensor
+    fc2_bias: Tensor | None
 
 
 class FfnInputs(NamedTuple):
@@ -37,6 +40,9 @@ def gradients(
     """Return gradients in the structure of the inputs; None for those not wanted."""
     return FfnInputs(cast(Tensor, dx), d_weights, None, layer_scale=d_layer_scale)
 
+
+#: Weights that may be None.
+OPTIONAL = ("norm_bias", "fc1_bias", "fc2_bias")
 
 #: Sizes by letter, for checks.weights.
 SHAPES = {

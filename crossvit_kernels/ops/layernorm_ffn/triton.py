@@ -140,4 +140,5 @@ def _hidden_backward(
         candidates(configs.FFN_HIDDEN_BACKWARD, w.fc1_weight, num_rows, channels, hidden),
         (activation,),
     )
-    return activated, dhidden, shares.sum(dim=0).to(w.fc1_bias.dtype)
+    bias = w.fc1_weight if w.fc1_bias is None else w.fc1_bias
+    return activated, dhidden, shares.sum(dim=0).to(bias.dtype)

@@ -30,11 +30,11 @@ def ffn_forward(
     scale_ptr,  # [B] or None
     layer_scale_ptr,  # [C] or None
     norm_weight_ptr,  # [C]
-    norm_bias_ptr,  # [C]
+    norm_bias_ptr,  # [C] or None
     fc1_weight_ptr,  # [F, C]
-    fc1_bias_ptr,  # [F]
+    fc1_bias_ptr,  # [F] or None
     fc2_weight_ptr,  # [C, F]
-    fc2_bias_ptr,  # [C]
+    fc2_bias_ptr,  # [C] or None
     y_ptr,  # [B, N, C]
     mean_ptr,  # [B, N] or None
     rstd_ptr,  # [B, N] or None
@@ -74,7 +74,8 @@ def ffn_forward(
         for i in tl.static_range(NUM):
             w = load_tile(fc1_weight_ptr, unit * C, exists, i * CHUNK, C, CHUNK)
             hidden = tl.dot(normed[i], tl.trans(w), hidden, input_precision=PRECISION)
-        hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
+        if fc1_bias_ptr is not None:
+            hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
         activated = activate(hidden, dtype, ACTIVATION).to(dtype)
         for i in tl.static_range(NUM):
             c = i * CHUNK + tl.arange(0, CHUNK)
@@ -84,7 +85,9 @@ def ffn_forward(
     scale = load_residual_scale(scale_ptr, image, used)[:, None]
     for i in tl.static_range(NUM):
         x = load_tokens(x_ptr, offsets, None, offsets, token, used, i * CHUNK, C, CHUNK)
-        y = ys[i] + load_vector(fc2_bias_ptr, i * CHUNK, C, CHUNK)[None, :]
+        y = ys[i]
+        if fc2_bias_ptr is not None:
+            y += load_vector(fc2_bias_ptr, i * CHUNK, C, CHUNK)[None, :]
         if layer_scale_ptr is not None:
             y *= load_vector(layer_scale_ptr, i * CHUNK, C, CHUNK)[None, :]
         y = x.to(tl.float32) + y * scale
@@ -95,7 +98,7 @@ def ffn_forward(
 def ffn_hidden_backward(
     normed_ptr,  # [B, N, C]
     fc1_weight_ptr,  # [F, C]
-    fc1_bias_ptr,  # [F]
+    fc1_bias_ptr,  # [F] or None
     dupdate_ptr,  # [B, N, C] or None
     fc2_weight_ptr,  # [C, F] or None
     dactivated_ptr,  # [B, N, F] or None
@@ -142,7 +145,9 @@ def ffn_hidden_backward(
     for i in tl.static_range(COLUMNS // PART):
         first = n + i * PART
         inside = used & (first < HIDDEN)  # the last parts may be past the last unit
-        h = parts[i] + load_vector(fc1_bias_ptr, first, HIDDEN, PART)[None, :]
+        h = parts[i]
+        if fc1_bias_ptr is not None:
+            h += load_vector(fc1_bias_ptr, first, HIDDEN, PART)[None, :]
         factor, density = factor_and_density(h, dtype, ACTIVATION)
         store_tile(activated_ptr, row * HIDDEN, inside, h * factor, first, HIDDEN, PART)
         if dactivated_ptr is not None:

@@ -33,6 +33,8 @@ def why_not(inputs: MsaInputs) -> str | None:
         return blocks.NO_LAYER_SCALE
     if inputs.key_mask is not None:
         return "it has no key_mask"
+    if reason := blocks.why_not_biases(weights, ("norm_bias", "out_bias")):
+        return reason
     if reason := blocks.why_not(x, weights.qkv_weight):
         return reason
     head_dim, widest = x.shape[2] // num_heads, blocks.functions().layernorm_msa_widest_head

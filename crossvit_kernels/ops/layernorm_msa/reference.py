@@ -10,14 +10,17 @@ from torch import Tensor
 
 
 class MsaWeights(NamedTuple):
-    """Parameters of ``layernorm_msa`` at width C. Linear weights are [out, in]."""
+    """Parameters of ``layernorm_msa`` at width C. Linear weights are [out, in].
+
+    Biases may be None.
+    """
 
     norm_weight: Tensor  # [C]
-    norm_bias: Tensor
+    norm_bias: Tensor | None
     qkv_weight: Tensor  # [3 C, C]: q, k, v concatenated, each by heads
     qkv_bias: Tensor | None
     out_weight: Tensor  # [C, C]
-    out_bias: Tensor
+    out_bias: Tensor | None
 
 
 class MsaInputs(NamedTuple):
@@ -41,6 +44,9 @@ def gradients(
     """Return gradients in the structure of the inputs; None for those not wanted."""
     return MsaInputs(cast(Tensor, dx), d_weights, 0, None, dcls, d_layer_scale)
 
+
+#: Weights that may be None.
+OPTIONAL = ("norm_bias", "qkv_bias", "out_bias")
 
 #: Sizes by letter, for checks.weights.
 SHAPES = {

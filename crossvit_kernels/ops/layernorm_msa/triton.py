@@ -22,7 +22,7 @@ from crossvit_kernels.ops.common.triton_linear import Tokens
 from crossvit_kernels.ops.layernorm_msa import configs
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
 
-_HEAD_DIMS = (16, 32, 64, 128)
+_WIDEST_HEAD = 128
 
 
 class Saved(NamedTuple):
@@ -37,8 +37,9 @@ class Saved(NamedTuple):
 
 def why_not(inputs: MsaInputs) -> str | None:
     x, num_heads = inputs.x, inputs.num_heads
-    if x.shape[2] // num_heads not in _HEAD_DIMS:
-        return f"heads of {x.shape[2] // num_heads} channels are none of {_HEAD_DIMS}"
+    head_dim = x.shape[2] // num_heads
+    if head_dim % 8 or head_dim > _WIDEST_HEAD:
+        return f"heads of {head_dim} channels are no multiple of 8 up to {_WIDEST_HEAD}"
     return "there are no tokens" if x.numel() == 0 else launcher.why_not(x)
 
 
@@ -150,10 +151,14 @@ def _attention(qkv: Tensor, mask: Tensor | None, lse: Tensor | None, num_heads: 
         return Programs((batch * num_heads * tiles, 1, 1), sizes=(tiles,))
 
     tensors = qkv, mask, heads, lse
-    launcher.start(
-        kernels.attention, programs, tensors, (num_tokens,), attention_configs, (num_heads,)
-    )
+    heads_of = _heads_of(channels, num_heads)
+    launcher.start(kernels.attention, programs, tensors, (num_tokens,), attention_configs, heads_of)
     return heads
+
+
+def _heads_of(channels: int, num_heads: int) -> tuple[int, int]:
+    """Return the number of heads and their padded width, which kernels take as constants."""
+    return num_heads, max(16, 1 << (channels // num_heads - 1).bit_length())
 
 
 def _flash_attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
@@ -196,7 +201,7 @@ def _attention_projection(
         (qkv, mask, heads, lse, w.out_weight, w.out_bias, x, cls, *scales, y),
         (num_tokens, *tokens.strides),
         candidates(configs.ATTENTION_PROJECTION, qkv, tokens.num_rows, channels, 0),
-        (num_heads,),
+        _heads_of(channels, num_heads),
     )
     return y
 
@@ -221,8 +226,8 @@ def _attention_backward(
             return Programs((batch * num_heads * tiles, 1, 1), (shares,), (tiles,))
 
         sizes = qkv, batch * num_tokens, channels, 0, channels // num_heads
-        found = candidates(table, *sizes)
-        (shares,) = launcher.start(kernel, programs, tensors, (num_tokens,), found, (num_heads,))
+        found, heads_of = candidates(table, *sizes), _heads_of(channels, num_heads)
+        (shares,) = launcher.start(kernel, programs, tensors, (num_tokens,), found, heads_of)
         return shares.sum(dim=0)
 
     of_queries = qkv, mask, heads, dheads, lse, delta, dqkv

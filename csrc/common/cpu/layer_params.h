@@ -21,7 +21,7 @@ struct TokensParams {
 // A LayerNorm, and its outputs saved for backward, which may be null.
 struct NormParams {
   const float* weight;  // [C]
-  const float* bias;
+  const float* bias;    // or null
   double eps;
   float* normed;  // out: [B, N, C]
   float* mean;    // out: [B, N]

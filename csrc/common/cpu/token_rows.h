@@ -26,7 +26,7 @@ class PackedNorm {
     bias_ = memory_.take(width);
     for (int64_t c = 0; c < width; ++c) {
       weight_[c] = c < channels ? params.weight[c] : 0;
-      bias_[c] = c < channels ? params.bias[c] : 0;
+      bias_[c] = params.bias && c < channels ? params.bias[c] : 0;
     }
   }
 
