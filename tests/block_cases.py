@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from accuracy import assert_within_rule, eager_dtype, outputs_and_gradients, representable
 from torch import Tensor
 
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, MsaWeights
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MSA_BIASES = ("norm_bias", "qkv_bias", "out_bias")
+FFN_BIASES = ("norm_bias", "fc1_bias", "fc2_bias")
+#: Triton's variants of a block and dtypes, the first few in the first tier.
+in_triton = pytest.mark.parametrize(
+    "variant, dtype",
+    [
+        ("split", torch.float32),
+        ("fused", torch.bfloat16),
+        *(
+            pytest.param(variant, dtype, marks=pytest.mark.slow_on_cpu)
+            for variant in ("fused", "split", "library")
+            for dtype in DTYPES
+        ),
+    ],
+)
 
 
 def linear(out: int, inp: int) -> list[Tensor]:
@@ -34,6 +52,14 @@ def msa_weights(channels: int, bias: bool = True) -> MsaWeights:
 
 def ffn_weights(channels: int, hidden: int) -> FfnWeights:
     return FfnWeights(*norm(channels), *linear(hidden, channels), *linear(channels, hidden))
+
+
+def float_msa(channels: int = 32) -> MsaWeights:
+    return MsaWeights(*(w.float() for w in msa_weights(channels)))
+
+
+def float_ffn(channels: int = 32, hidden: int = 48) -> FfnWeights:
+    return FfnWeights(*(w.float() for w in ffn_weights(channels, hidden)))
 
 
 def per_channel(channels: int, size: float | None) -> Tensor | None:

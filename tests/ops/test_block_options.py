@@ -6,7 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_within_rule
-from block_cases import check_ffn, check_msa, ffn_weights, msa_weights, without
+from block_cases import (
+    MSA_BIASES,
+    check_ffn,
+    check_msa,
+    ffn_weights,
+    float_ffn,
+    float_msa,
+    in_triton,
+    msa_weights,
+    without,
+)
 from operator_checks import check_operators
 from torch import Tensor
 
@@ -21,29 +31,6 @@ from crossvit_kernels.verify import compare
 ACTIVATIONS = ("gelu_tanh", "quick_gelu", "silu")
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DTYPES = CPU_DTYPES[1:]
-
-
-#: Triton's variants of a block and dtypes, the first few in the first tier.
-in_triton = pytest.mark.parametrize(
-    "variant, dtype",
-    [
-        ("split", torch.float32),
-        ("fused", torch.bfloat16),
-        *(
-            pytest.param(variant, dtype, marks=pytest.mark.slow_on_cpu)
-            for variant in ("fused", "split", "library")
-            for dtype in DTYPES
-        ),
-    ],
-)
-
-
-def float_msa(channels: int = 32) -> MsaWeights:
-    return MsaWeights(*(w.float() for w in msa_weights(channels)))
-
-
-def float_ffn(channels: int = 32, hidden: int = 48) -> FfnWeights:
-    return FfnWeights(*(w.float() for w in ffn_weights(channels, hidden)))
 
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES)
@@ -117,7 +104,7 @@ def test_gradcheck_of_activations(activation: str) -> None:
     assert torch.autograd.gradgradcheck(function, leaves[:1] + [t.detach() for t in leaves[1:]])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.slow_on_cpu)])
 def test_operators_with_options(backend: str, triton_device: str) -> None:
     device = triton_device if backend == "triton" else "cpu"
     x, scale = torch.randn(3, 5, 32, device=device), torch.rand(3, device=device)
@@ -282,73 +269,6 @@ def test_a_key_mask_that_does_not_fit() -> None:
         ck.layernorm_msa(x, weights, 2, key_mask=torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"key_mask: expected shape \[1, 2\], found \[1, 3\]"):
         ck.layernorm_msa(x, weights, 2, key_mask=torch.ones(1, 3, dtype=torch.bool))
-
-
-MSA_BIASES = ("norm_bias", "qkv_bias", "out_bias")
-FFN_BIASES = ("norm_bias", "fc1_bias", "fc2_bias")
-
-
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
-@pytest.mark.parametrize("size", [None, 0.1])
-def test_without_biases(size: float | None, dtype: torch.dtype) -> None:
-    check_msa(72, 3, 3, 20, dtype, with_cls=True, absent=MSA_BIASES, layer_scale=size)
-    check_ffn(72, 100, 3, 20, dtype, absent=FFN_BIASES, layer_scale=size)
-
-
-@pytest.mark.parametrize("name", range(3))
-def test_without_one_bias(name: int) -> None:
-    check_msa(40, 5, 2, 9, torch.float32, absent=MSA_BIASES[name : name + 1])
-    check_ffn(40, 88, 2, 9, torch.float32, absent=FFN_BIASES[name : name + 1])
-
-
-@in_triton
-def test_without_biases_in_triton(variant: str, dtype: torch.dtype, triton_device: str) -> None:
-    options = {"backend": "triton", "device": triton_device}
-    with configs.VARIANTS.choose(variant):
-        check_msa(32, 2, 2, 9, dtype, absent=MSA_BIASES, **options)
-        check_ffn(40, 88, 2, 9, dtype, absent=FFN_BIASES, layer_scale=0.1, **options)
-
-
-HEAD_DIMS = (48, 72, 80, 88, 96, 128)
-
-
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_wide_heads(head_dim: int, dtype: torch.dtype) -> None:
-    check_msa(2 * head_dim, 2, 2, 20, dtype)
-
-
-@pytest.mark.parametrize(
-    "head_dim, dtype",
-    [
-        *((8, torch.float32), (72, torch.bfloat16)),
-        *(
-            pytest.param(head_dim, dtype, marks=pytest.mark.slow_on_cpu)
-            for head_dim in (24, *HEAD_DIMS)
-            for dtype in DTYPES
-        ),
-    ],
-)
-def test_wide_heads_in_triton(head_dim: int, dtype: torch.dtype, triton_device: str) -> None:
-    """Those that are no power of two are padded."""
-    options = {"backend": "triton", "device": triton_device}
-    check_msa(2 * head_dim, 2, 2, 20, dtype, keep="lean", **options)
-
-
-@pytest.mark.slow_on_cpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_padded_heads_with_their_projection(dtype: torch.dtype, triton_device: str) -> None:
-    options = {"backend": "triton", "device": triton_device, "masked": True}
-    with configs.VARIANTS.choose("fused"):
-        check_msa(96, 2, 3, 40, dtype, layer_scale=0.1, **options)
-
-
-def test_missing_weights_are_refused() -> None:
-    x = torch.randn(1, 2, 32)
-    with pytest.raises(TypeError, match=r"weights\.norm_weight: expected a tensor, found NoneType"):
-        ck.layernorm_msa(x, float_msa()._replace(norm_weight=None), 2)
-    with pytest.raises(TypeError, match=r"weights\.fc2_weight: expected a tensor, found NoneType"):
-        ck.layernorm_ffn(x, float_ffn()._replace(fc2_weight=None))
 
 
 @pytest.mark.parametrize("half", ["msa", "ffn"])
