@@ -16,6 +16,7 @@ from block_cases import (
 )
 
 import crossvit_kernels as ck
+from crossvit_kernels import MsaWeights
 from crossvit_kernels.ops.common import configs
 
 CPU_DTYPES = (torch.float64, *DTYPES)
@@ -59,6 +60,7 @@ def test_wide_heads(head_dim: int, dtype: torch.dtype) -> None:
             pytest.param(head_dim, dtype, marks=pytest.mark.slow_on_cpu)
             for head_dim in (24, *HEAD_DIMS)
             for dtype in DTYPES
+            if dtype != torch.float32 or head_dim <= 64 or head_dim == 128
         ),
     ],
 )
@@ -74,6 +76,17 @@ def test_padded_heads_with_their_projection(dtype: torch.dtype, triton_device: s
     options = {"backend": "triton", "device": triton_device, "masked": True}
     with configs.VARIANTS.choose("fused"):
         check_msa(96, 2, 3, 40, dtype, layer_scale=0.1, **options)
+
+
+def test_triton_pads_no_heads_to_128_in_float32(triton_device: str) -> None:
+    x, weights = torch.randn(1, 2, 144, device=triton_device), float_msa(144)
+    weights = MsaWeights(*(w.to(triton_device) for w in weights))
+    with pytest.raises(ValueError, match="triton: in float32 heads of 72 channels are none of"):
+        ck.layernorm_msa(x, weights, 2, backend="triton")
+    with torch.autocast(triton_device, torch.bfloat16):
+        y = ck.layernorm_msa(x, weights, 2, backend="triton")
+        expected = ck.layernorm_msa(x, weights, 2, backend="reference")
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
 
 
 def test_missing_weights_are_refused() -> None:

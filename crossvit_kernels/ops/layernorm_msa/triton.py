@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from crossvit_kernels.backends import autocast_dtype
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import layer_scale as scaled
@@ -23,6 +24,8 @@ from crossvit_kernels.ops.layernorm_msa import configs
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
 
 _WIDEST_HEAD = 128
+#: In float32 padding to 128 channels spills registers.
+_WIDEST_PADDED_IN_FLOAT32 = 64
 
 
 class Saved(NamedTuple):
@@ -40,6 +43,10 @@ def why_not(inputs: MsaInputs) -> str | None:
     head_dim = x.shape[2] // num_heads
     if head_dim % 8 or head_dim > _WIDEST_HEAD:
         return f"heads of {head_dim} channels are no multiple of 8 up to {_WIDEST_HEAD}"
+    if _WIDEST_PADDED_IN_FLOAT32 < head_dim < _WIDEST_HEAD:
+        dtype = autocast_dtype(x) or inputs.weights.qkv_weight.dtype
+        if dtype == torch.float32:
+            return f"in float32 heads of {head_dim} channels are none of 8 to 64, 128"
     return "there are no tokens" if x.numel() == 0 else launcher.why_not(x)
 
 
