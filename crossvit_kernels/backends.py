@@ -248,6 +248,27 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def autocast_linears(weights: Any, like: Tensor, norms: tuple[str, ...]) -> Any:
+    """Return the weights, with those of linear layers in autocast's dtype.
+
+    Like autocast itself, it leaves float64 alone.
+
+    Args:
+        weights: NamedTuple whose fields are ``<layer>_weight`` and ``<layer>_bias``.
+        like: A tensor on the device whose autocast setting applies.
+        norms: The layers that are LayerNorms, which autocast leaves alone.
+    """
+    dtype = autocast_dtype(like)
+    if dtype is None:
+        return weights
+    return [
+        w
+        if w is None or w.dtype == torch.float64 or name.rsplit("_", 1)[0] in norms
+        else w.to(dtype)
+        for name, w in zip(weights._fields, weights, strict=True)
+    ]
+
+
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 

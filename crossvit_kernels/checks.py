@@ -124,6 +124,12 @@ def residual_scale(scale: Tensor | None, batch: int, device: torch.device) -> No
         raise ValueError(f"residual_scale: is on {scale.device}, but the input is on {device}")
 
 
+def layer_scale(scale: Tensor | None, x: Tensor) -> None:
+    """Check for a vector [C] for tokens x [B, N, C], or None."""
+    optional_tensor("layer_scale", scale, x.shape[-1])
+    same_device_and_dtype("x", x, layer_scale=scale)
+
+
 #: Field of a NamedTuple of weights -> its sizes, by letter.
 Shapes = dict[str, tuple[str, ...]]
 _OPTIONAL = {"q_bias", "k_bias", "v_bias", "qkv_bias"}
@@ -137,7 +143,7 @@ def weights(
     like: Tensor,
     absent: Collection[str] = (),
 ) -> None:
-    """Check every field of a NamedTuple of weights: shape, device, dtype; absent ones are None."""
+    """Check every field of a NamedTuple of weights: shape, device, dtype; absent may be None."""
     if not isinstance(given, kind):
         raise TypeError(f"weights: expected {kind.__name__}, found {type(given).__name__}")
     # The fast path for valid weights, as host time matters; only a mismatch is examined.

@@ -334,7 +334,7 @@ class Arguments:
         return self.pointer(t), 0 if t is None else DTYPE_CODES[t.dtype]
 
     def norm(
-        self, weight: Tensor, bias: Tensor, eps: float, saved: Any
+        self, weight: Tensor, bias: Tensor | None, eps: float, saved: Any
     ) -> tuple[int, int, float, int, int, int]:
         """Convert a LayerNorm; saved has normed, mean and rstd to write to, or is None."""
         out = (saved.normed, saved.mean, saved.rstd) if saved else (None, None, None)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import checks
+from crossvit_kernels.functional_blocks import layernorm_ffn as layernorm_ffn
+from crossvit_kernels.functional_blocks import layernorm_msa as layernorm_msa
 from crossvit_kernels.graphs import side_by_side
 from crossvit_kernels.ops.attention_core import op as core_op
 from crossvit_kernels.ops.attention_core import reference as core_reference
@@ -30,13 +32,6 @@ from crossvit_kernels.ops.cross_attention.reference import (
     FusionWeights,
     absent_weights,
 )
-from crossvit_kernels.ops.layernorm_ffn.op import layernorm_ffn as ffn
-from crossvit_kernels.ops.layernorm_ffn.reference import SHAPES as FFN_SHAPES
-from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
-from crossvit_kernels.ops.layernorm_msa.op import KEEP
-from crossvit_kernels.ops.layernorm_msa.op import layernorm_msa as msa
-from crossvit_kernels.ops.layernorm_msa.reference import SHAPES as MSA_SHAPES
-from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
 
 
 def attention_core(
@@ -264,95 +259,6 @@ def cross_attention_fusion_pair(
         like=first.cls,
     )
     return new_cls[0], new_cls[1]
-
-
-def layernorm_msa(
-    x: Tensor,
-    weights: MsaWeights,
-    num_heads: int,
-    eps: float = 1e-6,
-    residual_scale: Tensor | None = None,
-    cls: Tensor | None = None,
-    dropout_p: float = 0.0,
-    keep: str = "fast",
-    backend: str | None = None,
-) -> Tensor:
-    """``x + residual_scale * MSA(LN(x))``: the first half of a transformer block.
-
-    Args:
-        x: Tokens [B, N, C], any strides with unit last.
-        weights: ``MsaWeights``.
-        num_heads: h; divides C.
-        eps: LayerNorm's.
-        residual_scale: [B]: factor of each image's update (drop path), or None.
-        cls: [B, C]: replaces row 0 of x, so that a fused CLS needs no copy of the tokens.
-        dropout_p: Attention dropout; above 0 the reference runs.
-        keep: What is kept for backward besides x, on a GPU: "fast" keeps q, k, v and attention's
-            output (4 B N C elements), "lean" only statistics, and recomputes the rest.
-        backend: Name of a backend, or None.
-
-    Returns:
-        y [B, N, C].
-
-    Raises:
-        ValueError: A shape, stride, device, eps, head count or keep does not fit, or the backend
-            cannot run the call.
-        TypeError: A dtype does not fit, or weights is not an MsaWeights.
-
-    Source: CrossViT (ICCV 2021), Eq. 1.
-    """
-    checks.tensor("x", x, "B", "N", "C")
-    batch, num_tokens, channels = x.shape
-    checks.some_channels("x", x)
-    checks.unit_stride("x", x)
-    checks.optional_tensor("cls", cls, batch, channels)
-    if cls is not None and num_tokens == 0:
-        raise ValueError("cls: x has no row 0 that it could stand in for")
-    checks.weights(weights, MsaWeights, MSA_SHAPES, {"C": channels, "3 C": 3 * channels}, x)
-    checks.same_device_and_dtype("x", x, cls=cls)
-    checks.heads(num_heads, C=channels)
-    checks.eps("eps", eps)
-    checks.probability("dropout_p", dropout_p)
-    checks.residual_scale(residual_scale, batch, x.device)
-    checks.one_of("keep", keep, KEEP)
-    inputs = MsaInputs(x, weights, num_heads, residual_scale, cls)
-    return cast(Tensor, msa(inputs, eps, keep=keep, dropout_p=dropout_p, backend=backend))
-
-
-def layernorm_ffn(
-    x: Tensor,
-    weights: FfnWeights,
-    eps: float = 1e-6,
-    residual_scale: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """``x + residual_scale * FFN(LN(x))``, FFN = Linear, GELU (exact), Linear.
-
-    Args:
-        x: Tokens [B, N, C], any strides with unit last.
-        weights: ``FfnWeights``, with any number F of hidden units.
-        eps: LayerNorm's.
-        residual_scale: [B]: factor of each image's update (drop path), or None.
-        backend: Name of a backend, or None.
-
-    Returns:
-        y [B, N, C].
-
-    Raises:
-        ValueError: A shape, stride, device or eps does not fit, or the backend cannot run the call.
-        TypeError: A dtype does not fit, or weights is not an FfnWeights.
-
-    Source: CrossViT (ICCV 2021), Eq. 1.
-    """
-    checks.tensor("x", x, "B", "N", "C")
-    checks.some_channels("x", x)
-    checks.unit_stride("x", x)
-    fc1 = getattr(weights, "fc1_weight", None)
-    hidden = fc1.shape[0] if isinstance(fc1, Tensor) and fc1.dim() == 2 else 0
-    checks.weights(weights, FfnWeights, FFN_SHAPES, {"C": x.shape[2], "F": hidden}, x)
-    checks.eps("eps", eps)
-    checks.residual_scale(residual_scale, x.shape[0], x.device)
-    return cast(Tensor, ffn(FfnInputs(x, weights, residual_scale), eps, backend=backend))
 
 
 def _check_fusion(

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from accuracy import assert_within_rule, eager_dtype, outputs_and_gradients, representable
 from torch import Tensor
 
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, MsaWeights
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MSA_BIASES = ("norm_bias", "qkv_bias", "out_bias")
+FFN_BIASES = ("norm_bias", "fc1_bias", "fc2_bias")
+#: Triton's variants of a block and dtypes, the first few in the first tier.
+in_triton = pytest.mark.parametrize(
+    "variant, dtype",
+    [
+        ("split", torch.float32),
+        ("fused", torch.bfloat16),
+        *(
+            pytest.param(variant, dtype, marks=pytest.mark.slow_on_cpu)
+            for variant in ("fused", "split", "library")
+            for dtype in DTYPES
+        ),
+    ],
+)
 
 
 def linear(out: int, inp: int) -> list[Tensor]:
@@ -18,6 +36,11 @@ def linear(out: int, inp: int) -> list[Tensor]:
 
 def norm(width: int) -> list[Tensor]:
     return [1 + 0.2 * torch.randn(width).double(), 0.2 * torch.randn(width).double()]
+
+
+def without(weights: Any, *names: str) -> Any:
+    """Weights with some of them None."""
+    return weights._replace(**dict.fromkeys(names))
 
 
 def msa_weights(channels: int, bias: bool = True) -> MsaWeights:
@@ -29,6 +52,30 @@ def msa_weights(channels: int, bias: bool = True) -> MsaWeights:
 
 def ffn_weights(channels: int, hidden: int) -> FfnWeights:
     return FfnWeights(*norm(channels), *linear(hidden, channels), *linear(channels, hidden))
+
+
+def float_msa(channels: int = 32) -> MsaWeights:
+    return MsaWeights(*(w.float() for w in msa_weights(channels)))
+
+
+def float_ffn(channels: int = 32, hidden: int = 48) -> FfnWeights:
+    return FfnWeights(*(w.float() for w in ffn_weights(channels, hidden)))
+
+
+def per_channel(channels: int, size: float | None) -> Tensor | None:
+    """A layer_scale of that size, or None."""
+    return None if size is None else size * (1 + 0.2 * torch.randn(channels).double())
+
+
+def some_keys(batch: int, num_tokens: int) -> Tensor:
+    """A key_mask: all, none, the first, the last, and then random keys of an image."""
+    mask = torch.rand(batch, num_tokens) < 0.6
+    for keys, value in zip(mask, (True, False), strict=False):
+        keys[:] = value
+    for keys, index in zip(mask[2:], (0, -1), strict=False):
+        keys[:] = False
+        keys[index] = True
+    return mask
 
 
 def compare(
@@ -75,20 +122,27 @@ def check_msa(
     keep: str = "fast",
     backend: str = "cpu",
     device: str = "cpu",
+    layer_scale: float | None = None,
+    masked: bool = False,
+    absent: tuple[str, ...] = (),
 ) -> None:
-    """Check y and the gradients of x, cls and every weight."""
+    """Check y and the gradients of x, cls, layer_scale and every weight."""
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
+    mask = some_keys(batch, num_tokens).to(device) if masked else None
     inputs = [
         mean + torch.randn(batch, num_tokens, channels).double(),
         torch.randn(batch, channels).double() if with_cls else None,
-        *msa_weights(channels, bias),
+        per_channel(channels, layer_scale),
+        *without(msa_weights(channels, bias), *absent),
     ]
 
-    def msa(backend: str, x: Tensor, cls: Tensor | None, *w: Tensor | None) -> Tensor:
+    def msa(backend: str, x: Tensor, cls: Any, per_channel: Any, *w: Tensor | None) -> Tensor:
         options = {"residual_scale": scale, "cls": cls, "keep": keep, "backend": backend}
-        return ck.layernorm_msa(x, MsaWeights(*w), heads, **options)
+        options["key_mask"] = mask
+        return ck.layernorm_msa(x, MsaWeights(*w), heads, layer_scale=per_channel, **options)
 
-    compare(msa, inputs, ["x", "cls", *MsaWeights._fields], dtype, backend, device)
+    names = ["x", "cls", "layer_scale", *MsaWeights._fields]
+    compare(msa, inputs, names, dtype, backend, device)
 
 
 def check_ffn(
@@ -101,13 +155,19 @@ def check_ffn(
     mean: float = 0.0,
     backend: str = "cpu",
     device: str = "cpu",
+    activation: str = "gelu",
+    layer_scale: float | None = None,
+    absent: tuple[str, ...] = (),
 ) -> None:
-    """Check y and the gradients of x and every weight."""
+    """Check y and the gradients of x, layer_scale and every weight."""
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
     x = mean + torch.randn(batch, num_tokens, channels).double()
-    inputs = [x, *ffn_weights(channels, hidden)]
+    weights = without(ffn_weights(channels, hidden), *absent)
+    inputs = [x, per_channel(channels, layer_scale), *weights]
 
-    def ffn(backend: str, x: Tensor, *w: Tensor) -> Tensor:
-        return ck.layernorm_ffn(x, FfnWeights(*w), residual_scale=scale, backend=backend)
+    def ffn(backend: str, x: Tensor, per_channel: Tensor | None, *w: Tensor | None) -> Tensor:
+        options = {"residual_scale": scale, "backend": backend, "activation": activation}
+        return ck.layernorm_ffn(x, FfnWeights(*w), layer_scale=per_channel, **options)
 
-    compare(ffn, inputs, ["x", *FfnWeights._fields], dtype, backend, device)
+    names = ["x", "layer_scale", *FfnWeights._fields]
+    compare(ffn, inputs, names, dtype, backend, device)

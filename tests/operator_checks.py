@@ -23,17 +23,20 @@ def check_operators(
     forward = getattr(namespace, f"{operation.name}_forward").default
     backward = getattr(namespace, f"{operation.name}_backward").default
     tensors, num_heads = operation.flat(inputs), getattr(inputs, "num_heads", 0)
-    arguments = (tensors, num_heads, eps, keep, backend)
+    activation = [inputs.activation] if hasattr(inputs, "activation") else []
+    arguments = (tensors, num_heads, eps, keep, backend, *activation)
     opcheck(forward, arguments)
     if not keep:
         return
     results = forward(*arguments)
     douts, saved = results[: operation.num_outputs], results[operation.num_outputs :]
     without = {"residual_scale", "key_mask"}
-    names = [name for name in type(inputs)._fields if name not in ("weights", "num_heads")]
+    special = ("weights", "num_heads", "activation")
+    names = [name for name in type(inputs)._fields if name not in special]
     names += getattr(getattr(inputs, "weights", None), "_fields", ())
     wanted = [
         t is not None and name not in without and i not in frozen
         for i, (name, t) in enumerate(zip(names, tensors, strict=True))
     ]
-    opcheck(backward, (douts, tensors, saved or results, wanted, num_heads, eps, backend))
+    constants = num_heads, eps, backend, *activation
+    opcheck(backward, (douts, tensors, saved or results, wanted, *constants))

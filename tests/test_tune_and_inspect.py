@@ -245,12 +245,14 @@ def test_every_kernel_is_inspected() -> None:
     for name, tensors in absent_tensors:
         absent[name].add(tuple(tensors))
     statistics = ("mean", "rstd")
-    assert absent["ffn_forward"] == {("scale", *statistics), ("scale",), ()}
+    block = ("scale", "layer_scale")
+    assert absent["ffn_forward"] == {(*block, *statistics), block, block[1:]}
     assert absent["norm_linear"] == {("cls", *statistics), ("cls",), statistics, ()}
-    assert absent["attention"] == {("lse",), ()}
-    assert absent["linear"] >= {("cls", "scale"), ("cls",), ("scale",), ()}
+    assert absent["attention"] == {("mask", "lse"), ("mask",)}
+    assert absent["linear"] >= {("cls", *block), ("cls", *block[1:]), block, block[1:]}
     projection = absent["attention_projection"]
-    assert {("heads", "lse", "cls", "scale"), ("cls", "scale"), ("heads",)} <= projection
+    barest = ("mask", "heads", "lse", "cls", *block)
+    assert {barest, ("mask", "cls", *block), ("mask", "heads", *block[1:])} <= projection
     forward = absent["attention_core_forward"]
     masked = ("gain", "extra", "mask")
     assert {(*masked, "peak"), masked, ("gain", "peak"), ("mask", "peak")} <= forward
@@ -284,6 +286,63 @@ def test_fusions_without_f_or_g_do_not_spill() -> None:
     layers = ({"proj_weight"}, {"back_weight"}, {"proj_weight", "back_weight"})
     found = [{*row["absent"]} & layers[2] for row in rows if row["kernel"] == "fusion_backward"]
     assert all(layer in found for layer in layers)
+
+
+# What other vision transformers have, at DeiT-S's width.
+OPTIONS = """
+import dataclasses, json, sys
+from crossvit_kernels.inspect import ahead_of_time, compile_cases
+BLOCKS = (192, 6, 768), (384, 6, 1536)
+cases = compile_cases.compile_cases(
+    90, ["bf16"], [], BLOCKS, ["auto", "fused"], options=sys.argv[1:]
+)
+before = compile_cases.compile_cases(90, ["bf16"], [], BLOCKS, ["auto", "fused"])
+known = {(c.name, *c.specialization[1:]) for c in before}
+cases = [c for c in cases if (c.name, *c.specialization[1:]) not in known]
+cases = compile_cases.extremes(cases)
+reports = ahead_of_time.reports([(case, 90) for case in cases], 2)
+print(json.dumps([dataclasses.asdict(report) for report in reports]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton_compiles")
+@pytest.mark.parametrize(
+    "option", ["gelu_tanh", "quick_gelu", "silu", "layer_scale", "key_mask", "no_bias"]
+)
+def test_options_of_blocks_do_not_spill(option: str) -> None:
+    rows = check(run_python(OPTIONS, option))
+    expected = {"ffn_forward", "ffn_hidden_backward"}
+    if option == "layer_scale":
+        expected = {"ffn_forward", "linear", "attention_projection"}
+        assert all("layer_scale" not in r["absent"] for r in rows if r["kernel"] in expected)
+    elif option == "key_mask":
+        expected = {name for name in KERNELS if name.startswith("attention_b")} | {"attention"}
+    elif option == "no_bias":
+        expected |= {"norm_linear", "linear", "attention_projection"}
+    assert expected <= {row["kernel"] for row in rows}
+
+
+# Heads of ViT-S/16 with 8 heads, SigLIP So400m, ViT-H, ViT-g and others.
+HEADS = """
+import dataclasses, json, sys
+from crossvit_kernels.inspect import ahead_of_time, compile_cases
+blocks = [(384, 8, 1), (1152, 16, 1), (1280, 16, 1), (1408, 16, 1), (1536, 16, 1), (1024, 8, 1)]
+cases = compile_cases.compile_cases(90, sys.argv[1:], [], blocks, ["auto"])
+cases = compile_cases.extremes([case for case in cases if case.name.startswith("attention")])
+reports = ahead_of_time.reports([(case, 90) for case in cases], 2)
+print(json.dumps([dataclasses.asdict(report) for report in reports]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton_compiles")
+def test_wide_heads_do_not_spill() -> None:
+    """Padded to powers of two."""
+    rows = check(run_python(HEADS, "bf16"))
+    assert {row["kernel"] for row in rows} == {
+        n for n in KERNELS if n.startswith("attention_b")
+    } | {"attention"}
 
 
 @pytest.mark.exhaustive

@@ -14,6 +14,7 @@ from crossvit_kernels.ops.attention_core.configs import TokenPass
 from crossvit_kernels.ops.attention_core.op import OPERATION as CORE
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.common import configs
+from crossvit_kernels.ops.common.activations import ACTIVATIONS
 from crossvit_kernels.ops.cross_attention.op import cross_attention_fusion
 from crossvit_kernels.ops.cross_attention.reference import SHAPES as FUSION_SHAPES
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
@@ -45,6 +46,8 @@ BLOCKS = tuple(
 
 #: What a fusion may lack: f, g or both; "" for neither.
 IDENTITIES = ("", "f", "g", "fg")
+#: What CrossViT's blocks do without; "" is what they have.
+OPTIONS = ("", "gelu_tanh", "quick_gelu", "silu", "layer_scale", "key_mask", "no_bias")
 
 _EPS = 1e-6
 #: Batches for one kernel, and for three with the fewest and the most images per program.
@@ -58,6 +61,7 @@ def compile_cases(
     blocks: Sequence[tuple[int, int, int]] = BLOCKS,
     variants: Sequence[str] = configs.VARIANTS.names,
     identities: Sequence[str] = ("",),
+    options: Sequence[str] = ("",),
 ) -> list[CompileCase]:
     """Return every specialization that is launched for tokens of these dtypes and widths.
 
@@ -68,6 +72,7 @@ def compile_cases(
         blocks: (C, heads, hidden units) of transformer blocks.
         variants: Variants of blocks: names in configs.VARIANTS.
         identities: What fusions lack, of IDENTITIES.
+        options: What blocks have besides, of OPTIONS.
     """
 
     def runs() -> Iterator[Callable[[], object]]:
@@ -79,9 +84,13 @@ def compile_cases(
                 for lacking in identities:
                     yield functools.partial(_fusion, dtype, cls_dim, channels, heads, lacking)
             for channels, heads in sorted({(c, h) for c, h, _ in blocks}):
-                yield from in_variants(functools.partial(_msa, dtype, channels, heads))
+                for option in options:
+                    if option not in ACTIVATIONS:
+                        run = functools.partial(_msa, dtype, channels, heads, option)
+                        yield from in_variants(run)
             for channels, hidden in sorted({(c, f) for c, _, f in blocks}):
-                yield from in_variants(functools.partial(_ffn, dtype, channels, hidden))
+                for option in options:
+                    yield from in_variants(functools.partial(_ffn, dtype, channels, hidden, option))
 
     def in_variants(run: Callable[[], object]) -> Iterator[Callable[[], object]]:
         for variant in variants:
@@ -142,13 +151,19 @@ def _fusion(dtypes: Dtypes, cls_dim: int, channels: int, heads: int, lacking: st
             )
 
 
-def _msa(dtypes: Dtypes, channels: int, heads: int) -> None:
+def _msa(dtypes: Dtypes, channels: int, heads: int, option: str) -> None:
     """Run inference, and training with and without drop path."""
     weights = _weights(MsaWeights, MSA_SHAPES, {"C": channels}, dtypes)
     for num_rows in (16, configs.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)
         for cls in (None, x[:, 0]):
             inputs = MsaInputs(x, weights, heads, None, cls)
+            if option == "layer_scale":
+                inputs = inputs._replace(layer_scale=x.new_empty(channels))
+            elif option == "no_bias":
+                inputs = inputs._replace(weights=_without_biases(weights))
+            elif option == "key_mask":
+                inputs = inputs._replace(key_mask=empty((1, num_rows), torch.bool))
             both_ways(layernorm_msa, inputs, _EPS, "")
             for keep in ("fast", "lean"):
                 for scale in (None, x.new_empty(1)):
@@ -156,14 +171,21 @@ def _msa(dtypes: Dtypes, channels: int, heads: int) -> None:
                     both_ways(layernorm_msa, inputs, _EPS, keep)
 
 
-def _ffn(dtypes: Dtypes, channels: int, hidden: int) -> None:
+def _ffn(dtypes: Dtypes, channels: int, hidden: int, option: str) -> None:
     """Run inference, and training with and without drop path."""
     weights = _weights(FfnWeights, FFN_SHAPES, {"C": channels, "F": hidden}, dtypes)
     for num_rows in (16, configs.FEW_ROWS + 1):
         x = empty((1, num_rows, channels), dtypes.tokens)
-        both_ways(layernorm_ffn, FfnInputs(x, weights, None), _EPS, "")
+        inputs = FfnInputs(x, weights, None)
+        if option in ACTIVATIONS:
+            inputs = inputs._replace(activation=option)
+        elif option == "layer_scale":
+            inputs = inputs._replace(layer_scale=x.new_empty(channels))
+        elif option == "no_bias":
+            inputs = inputs._replace(weights=_without_biases(weights))
+        both_ways(layernorm_ffn, inputs, _EPS, "")
         for scale in (None, x.new_empty(1)):
-            both_ways(layernorm_ffn, FfnInputs(x, weights, scale), _EPS)
+            both_ways(layernorm_ffn, inputs._replace(residual_scale=scale), _EPS)
 
 
 def both_ways(
@@ -188,6 +210,10 @@ def both_ways(
     triton.backward(douts, inputs, saved, eps, wanted)
     if frozen:
         triton.backward(douts, inputs, saved, eps, wanted._replace(**{frozen: False}))
+
+
+def _without_biases(weights: Any) -> Any:
+    return weights._replace(**{n: None for n in weights._fields if n.endswith("_bias")})
 
 
 def _weights(

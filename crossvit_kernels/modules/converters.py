@@ -6,7 +6,7 @@ itself, and rejects one that computes what ours does not. Neither library is imp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -30,12 +30,14 @@ def load(module: Module, state: dict[str, Tensor], source: nn.Module) -> Module:
 def timm_block(block: nn.Module) -> Converted:
     """Convert ``vision_transformer.Block`` to a TransformerBlock; ``eps2`` is that of norm2."""
     source = _Source(block, ("Block",), "vision_transformer")
-    source.has_only("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+    source.has_only("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
     attn = source.child("attn")
     attn.has_only("qkv", "proj", "attn_drop")
     eps1, norm1 = source.norm("norm1")
     eps2, norm2 = source.norm("norm2")
     qkv, proj = attn.linear("qkv"), attn.linear("proj", bias=True)
+    scales = source.layer_scale("ls1") | source.layer_scale("ls2")
+    source.require(len(scales) != 1, "has layer scale in one half")
     rates = {source.drop_path("drop_path1"), source.drop_path("drop_path2")}
     source.require(len(rates) == 1, f"has two rates of drop path, {rates}")
     dim = norm1["norm1.weight"].shape[0]
@@ -47,10 +49,68 @@ def timm_block(block: nn.Module) -> Converted:
         "eps2": eps2,
         "attn_drop": attn.dropout("attn_drop"),
         "drop_path": rates.pop(),
+        "init_values": 1.0 if scales else None,
     }
     mlp_options, mlp = _mlp(source.child("mlp"), "act")
     options |= {"act": mlp_options["act"], "mlp_ratio": (mlp_options["hidden_dim"] + 0.5) / dim}
-    return options, norm1 | norm2 | _under("attn", qkv | proj) | _under("mlp", mlp)
+    layers = _under("attn", qkv | proj) | _under("mlp", mlp)
+    return options, norm1 | norm2 | scales | layers
+
+
+#: timm's arguments of a block that this library has no kernels for -> what they may be.
+_TIMM_OPTIONS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm"), lambda value: not value),
+    "proj_drop": lambda value: value == 0,
+    "attn_layer": lambda value: (
+        getattr(value, "__name__", value) in (None, "", "attn", "Attention")
+    ),
+    "mlp_layer": lambda value: getattr(value, "__name__", value) in (None, "Mlp"),
+    "depth": lambda value: True,
+}
+
+
+def refuse_timm_options(options: Mapping[str, Any]) -> None:
+    """Raise unless timm's further arguments of a block ask for nothing.
+
+    Raises:
+        ValueError: One asks for what the block here cannot compute.
+        TypeError: There is no such argument.
+    """
+    for name, value in options.items():
+        if name not in _TIMM_OPTIONS:
+            raise TypeError(f"TransformerBlock has no argument {name!r}")
+        if not _TIMM_OPTIONS[name](value):
+            raise ValueError(f"{name}: TransformerBlock cannot compute {name}={value!r}")
+
+
+def norm_options(norm_layer: Callable[..., nn.Module], dim: int) -> tuple[float, bool]:
+    """Return eps and whether there is a bias of the LayerNorm that norm_layer(dim) makes.
+
+    Raises:
+        ValueError: It makes another layer.
+    """
+    norm = norm_layer(dim)
+    if not _is_layer_norm(norm):
+        raise ValueError(f"norm_layer: expected one that makes a LayerNorm, found {norm}")
+    return float(norm.eps), norm.bias is not None  # type: ignore[arg-type]
+
+
+def made_activation(act_layer: Callable[[], nn.Module]) -> str:
+    """Return the name of the activation that act_layer() makes.
+
+    Raises:
+        ValueError: It is none of those here.
+    """
+    layer = act_layer()
+    name = activation_name(layer)
+    if name is None:
+        raise ValueError(f"act_layer: expected one of {tuple(_ACTIVATIONS)}, found {layer}")
+    return name
+
+
+def _is_layer_norm(norm: Any) -> bool:
+    known = isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm"
+    return known and norm.weight is not None
 
 
 def timm_fusion(block: nn.Module, branch: int) -> Converted:
@@ -246,9 +306,8 @@ class _Source:
 
     def norm(self, name: str) -> tuple[float, dict[str, Tensor]]:
         """Return (eps, state) of a LayerNorm with weight and bias; timm has its own class."""
-        norm = self.module._modules.get(name)
-        known = isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm"
-        if not known or norm is None or norm.weight is None or norm.bias is None:
+        norm: Any = self.module._modules.get(name)
+        if not _is_layer_norm(norm) or norm.bias is None:
             raise ValueError(f"{self.path}.{name}: expected a LayerNorm with bias, found {norm}")
         return float(norm.eps), _under(name, _parameters(norm))
 
@@ -272,6 +331,16 @@ class _Source:
     def dropout(self, name: str) -> float:
         layer = self.module._modules.get(name)
         return float(layer.p) if isinstance(layer, nn.Dropout) else 0.0
+
+    def layer_scale(self, name: str) -> dict[str, Tensor]:
+        """Return the state of timm's LayerScale; nothing if there is none."""
+        layer = self.module._modules.get(name)
+        if layer is None or isinstance(layer, nn.Identity):
+            return {}
+        gamma = layer._parameters.get("gamma")
+        known = type(layer).__name__ == "LayerScale" and gamma is not None
+        self.require(known, f"has {name} = {layer}")
+        return {} if gamma is None else {f"{name}.gamma": gamma.detach()}
 
     def drop_path(self, name: str) -> float:
         layer = self.module._modules.get(name)
@@ -297,6 +366,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
 }
 
 

@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "quick_gelu": QuickGELU,
+    "silu": nn.SiLU,
 }
 
 
@@ -115,6 +116,19 @@ def add_update(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
     return x + (update if scale is None else update * scale.to(update.dtype).view(-1, 1, 1))
 
 
+class LayerScale(nn.Module):
+    """A factor per channel, with timm's name ``gamma``."""
+
+    def __init__(self, dim: int, init_values: float) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.gamma = nn.Parameter(torch.full_like(nn.LayerNorm(dim).weight, init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale x [..., C]."""
+        return x * self.gamma
+
+
 class Attention(nn.Module):
     """Base class of attention modules: heads, and dropout of the weights in training."""
 
@@ -134,15 +148,20 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Self-attention with one projection for q, k and v: timm's ``Attention``."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_bias: bool = True
+    ) -> None:
         super().__init__(dim, num_heads, attn_drop)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, N, C] to [B, N, C]."""
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Map x [B, N, C], key_mask bool [B, N] to [B, N, C]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        out: Tensor = self.proj(attend(q, k, v, self.num_heads, self.scale, self.dropout_p))
+        if key_mask is not None:  # masked tokens' contents, even NaN, must not propagate
+            k, v = (t.masked_fill(~key_mask.unsqueeze(-1), 0) for t in (k, v))
+        heads = attend(q, k, v, self.num_heads, self.scale, self.dropout_p, key_mask)
+        out: Tensor = self.proj(heads)
         return out
 
 
@@ -153,17 +172,18 @@ class Mlp(nn.Module):
         dim: C, the width of input and output.
         hidden_dim: Hidden units.
         act: A key of ``ACTIVATIONS``.
+        bias: Whether both layers have biases.
 
     Raises:
         ValueError: There is no such activation.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, act: str = "gelu") -> None:
+    def __init__(self, dim: int, hidden_dim: int, act: str = "gelu", bias: bool = True) -> None:
         super().__init__()
         checks.one_of("act", act, tuple(ACTIVATIONS))
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.act = ACTIVATIONS[act]()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., C] to [..., C]."""

@@ -117,6 +117,13 @@ def _is_autocast_on(weights: Any) -> bool:
     return bool(torch.is_autocast_enabled(device))
 
 
+def why_not_scale(scale: Any, weights: Any) -> str | None:
+    """Return why operations cannot take a vector beside a NamedTuple of weights, or None."""
+    if scale.dtype != weights[0].dtype and not _is_autocast_on(weights):
+        return f"its parameters are in {weights[0].dtype} and {scale.dtype}"
+    return why_not_tensors((scale,))
+
+
 def why_not_tensors(tensors: Iterable[Tensor | None]) -> str | None:
     """Return why kernels cannot read one of the tensors from its memory, or None."""
     for t in tensors:

@@ -43,8 +43,15 @@ def described(
     return Call(signature, values, run, tokens.device, autocast)
 
 
+def _is_default(value: Any, default: Any) -> bool:
+    return not isinstance(value, Tensor) and bool(value == default)
+
+
 def _collect(values: Any, tokens: Tensor, kinds: list[str], sizes: list[int]) -> None:
-    for value in values:
+    defaults = getattr(values, "_field_defaults", {})
+    for name, value in zip(getattr(values, "_fields", values), values, strict=True):
+        if isinstance(name, str) and name in defaults and _is_default(value, defaults[name]):
+            continue  # an option that the call does without
         if isinstance(value, Tensor):
             kinds.append(str(value.dtype).removeprefix("torch."))
             if value is not tokens and value.is_floating_point():

@@ -10,9 +10,10 @@ module with
     forward(inputs, eps, keep) -> outputs, saved      saved is None if keep is ""
     backward(douts, inputs, saved, eps, wanted) -> gradients
 
-Inputs are a NamedTuple of tensors or None. Two fields are special: ``weights`` is itself a
-NamedTuple of tensors, ``num_heads`` an int. ``wanted`` (bools) and the gradients (tensors or None)
-have the same structure. keep says what forward keeps for backward; "" if there is no backward.
+Inputs are a NamedTuple of tensors or None. Three fields are special: ``weights`` is itself a
+NamedTuple of tensors, ``num_heads`` an int, ``activation`` a str. ``wanted`` (bools) and the
+gradients (tensors or None) have the same structure. keep says what forward keeps for backward; ""
+if there is no backward.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from crossvit_kernels.backends import (
     autocast_dtype,
+    autocast_linears,
     choose,
     is_plain_eager,
     needs_grad,
@@ -80,21 +82,23 @@ class Operation:
         self.num_outputs, self._flops = num_outputs, flops
         self._make, self._make_weights, self._norms = inputs, weights, norms
         self.empty_outputs = empty_outputs
-        special = ("weights", "num_heads")
+        special = ("weights", "num_heads", "activation")
         self._names = tuple(field for field in inputs._fields if field not in special)
         self._tensor_indices = tuple(map(inputs._fields.index, self._names))
         self._weights_index = inputs._fields.index("weights") if weights else -1
         self._tokens_index = inputs._fields.index(tokens)
         self._has_heads = "num_heads" in inputs._fields
+        self._has_activation = "activation" in inputs._fields
+        activation = ', str activation="gelu"' if self._has_activation else ""
         self._forward_operator = register(
-            f"{name}_forward(Tensor?[] tensors, int num_heads, float? eps, str keep, str backend) "
-            "-> Tensor[]",
+            f"{name}_forward(Tensor?[] tensors, int num_heads, float? eps, str keep, str backend"
+            f"{activation}) -> Tensor[]",
             self._forward,
             self._forward_fake,
         )
         self._backward_operator = register(
             f"{name}_backward(Tensor?[] douts, Tensor?[] tensors, Tensor[] saved, bool[] wanted, "
-            "int num_heads, float? eps, str backend) -> Tensor[]",
+            f"int num_heads, float? eps, str backend{activation}) -> Tensor[]",
             self._backward,
             self._backward_fake,
         )
@@ -160,11 +164,12 @@ class Operation:
         """Compute the outputs on one backend, with autograd if a tensor requires grad."""
         tensors = self.flat(inputs)
         num_heads = inputs.num_heads if self._has_heads else 0
+        activation = inputs.activation if self._has_activation else ""
         if needs_grad(*tensors):
-            return _Function.apply(self.name, num_heads, eps, keep, backend, *tensors)
+            return _Function.apply(self.name, num_heads, eps, keep, backend, activation, *tensors)
         if is_plain_eager(tensors):
             return self._run_forward(backend, inputs, eps, "")[0]
-        outputs = self.forward(tensors, num_heads, eps, "", backend)
+        outputs = self.forward(tensors, num_heads, eps, "", backend, activation)
         return outputs[0] if self.num_outputs == 1 else tuple(outputs)
 
     def _run_forward(self, backend: str, inputs: Any, eps: float | None, keep: str) -> Any:
@@ -180,7 +185,7 @@ class Operation:
         like = self.tokens(inputs)
         if autocast_dtype(like) is None:
             return inputs
-        weights = _autocast_linears(inputs.weights, like, self._norms)
+        weights = autocast_linears(inputs.weights, like, self._norms)
         return inputs._replace(weights=weights)
 
     def flat(self, inputs: Any) -> list[Any]:
@@ -188,25 +193,36 @@ class Operation:
         tensors = [inputs[i] for i in self._tensor_indices]
         return [*tensors, *inputs[self._weights_index]] if self._make_weights else tensors
 
-    def inputs(self, flat: Sequence[Any], num_heads: Any = None) -> Any:
-        """Invert ``flat``."""
+    def inputs(self, flat: Sequence[Any], num_heads: Any = None, activation: str = "gelu") -> Any:
+        """Invert ``flat``; the dispatcher omits arguments equal to their default."""
         count = len(self._names)
         fields = dict(zip(self._names, flat, strict=False))
         if self._make_weights:
             fields["weights"] = self._make_weights._make(flat[count:])
         if self._has_heads:
             fields["num_heads"] = num_heads
+        if self._has_activation:
+            fields["activation"] = activation
         return self._make(**fields)
 
     def forward(
-        self, tensors: Tensors, num_heads: int, eps: float | None, keep: str, backend: str
+        self,
+        tensors: Tensors,
+        num_heads: int,
+        eps: float | None,
+        keep: str,
+        backend: str,
+        activation: str,
     ) -> list[Tensor]:
         """Return the outputs, then what is kept for backward."""
         operator: Any = self._forward
         if not is_plain_eager(tensors):
             operator = self._forward_operator
             self._count_flops()
-        return operator(list(tensors), num_heads, eps, keep, backend)
+        return operator(list(tensors), num_heads, eps, keep, backend, *self._given(activation))
+
+    def _given(self, activation: str) -> tuple[str, ...]:
+        return (activation,) if self._has_activation else ()
 
     def backward(
         self,
@@ -217,13 +233,15 @@ class Operation:
         num_heads: int,
         eps: float | None,
         backend: str,
+        activation: str,
     ) -> list[Tensor | None]:
         """Return the wanted gradients, None for the others."""
         operator: Any = self._backward
         if not is_plain_eager([*douts, *tensors, *saved]):
             operator = self._backward_operator
             self._count_flops()
-        gradients = operator(list(douts), [*tensors], list(saved), wanted, num_heads, eps, backend)
+        constants = num_heads, eps, backend, *self._given(activation)
+        gradients = operator(list(douts), [*tensors], list(saved), wanted, *constants)
         return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
 
     def _count_flops(self) -> None:
@@ -242,17 +260,17 @@ class Operation:
         tell_counters({operator.overloadpacket: formula for operator, formula in ways})
 
     def _forward(
-        self, tensors: Tensors, num_heads: int, eps: float | None, keep: str, backend: str
+        self, tensors: Tensors, num_heads: int, eps: Any, keep: str, backend: str, *activation: str
     ) -> list[Tensor]:
-        inputs = self.inputs(tensors, num_heads)
+        inputs = self.inputs(tensors, num_heads, *activation)
         outputs, saved = self._run_forward(backend, inputs, eps, keep)
         kept = saved if keep and saved else ()
         return [*(outputs if isinstance(outputs, tuple) else (outputs,)), *kept]
 
     def _forward_fake(
-        self, tensors: Tensors, num_heads: int, eps: float | None, keep: str, backend: str
+        self, tensors: Tensors, num_heads: int, eps: Any, keep: str, backend: str, *activation: str
     ) -> list[Tensor]:
-        inputs = self.inputs(tensors, num_heads)
+        inputs = self.inputs(tensors, num_heads, *activation)
         saved = self.module(backend).empty_saved(inputs, keep) if keep else ()
         return [*self.empty_outputs(inputs), *saved]
 
@@ -265,9 +283,10 @@ class Operation:
         num_heads: int,
         eps: float | None,
         backend: str,
+        *activation: str,
     ) -> list[Tensor]:
         module = self.module(backend)
-        inputs, wants = self.inputs(tensors, num_heads), self.inputs(wanted)
+        inputs, wants = self.inputs(tensors, num_heads, *activation), self.inputs(wanted)
         kept = module.Saved(*saved)
         if state.watched.get(self.tokens(inputs).device, True):
             gradients = self.flat(guard.backward(self, backend, douts, inputs, kept, eps, wants))
@@ -285,6 +304,7 @@ class Operation:
         num_heads: int,
         eps: float | None,
         backend: str,
+        *activation: str,
     ) -> list[Tensor]:
         like = self.tokens(self.inputs(tensors, num_heads))
         return _empty_gradients(tensors, wanted, like)
@@ -301,28 +321,32 @@ class _Function(torch.autograd.Function):
         eps: float | None,
         keep: str,
         backend: str,
+        activation: str,
         *tensors: Tensor | None,
     ) -> Any:
         operation = OPERATIONS[name]
-        results = operation.forward(tensors, num_heads, eps, keep, backend)
-        ctx.constants = (name, num_heads, eps, backend)
+        results = operation.forward(tensors, num_heads, eps, keep, backend, activation)
+        ctx.constants = (name, num_heads, eps, backend, activation)
         return _save(ctx, tensors, results, operation.num_outputs)
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        name, num_heads, eps, backend = ctx.constants
+        name, num_heads, eps, backend, activation = ctx.constants
         operation = OPERATIONS[name]
-        wanted = list(ctx.needs_input_grad[5:])
+        wanted = list(ctx.needs_input_grad[6:])
         tensors, saved = _saved(ctx, len(wanted))
         if _needs_reference(douts):
 
             def reference(*tensors: Tensor | None) -> Any:
-                return operation.reference(operation.inputs(tensors, num_heads), eps, 0.0)
+                inputs = operation.inputs(tensors, num_heads, activation)
+                return operation.reference(inputs, eps, 0.0)
 
             gradients = _by_reference(ctx, reference, tensors, wanted, douts)
         else:
-            gradients = operation.backward(douts, tensors, saved, wanted, num_heads, eps, backend)
-        return (None,) * 5 + tuple(gradients)
+            gradients = operation.backward(
+                douts, tensors, saved, wanted, num_heads, eps, backend, activation
+            )
+        return (None,) * 6 + tuple(gradients)
 
 
 def _save(ctx: Any, inputs: Tensors, results: list[Tensor], count: int = 1) -> Any:
@@ -420,25 +444,4 @@ def _empty_gradients(inputs: Tensors, wanted: Sequence[bool], like: Tensor) -> l
     return [
         t.new_empty(t.shape) if want and t is not None else like.new_empty(0)
         for t, want in zip(inputs, wanted, strict=True)
-    ]
-
-
-def _autocast_linears(weights: Any, like: Tensor, norms: tuple[str, ...]) -> Any:
-    """Return the weights, with those of linear layers in autocast's dtype.
-
-    Like autocast itself, it leaves float64 alone.
-
-    Args:
-        weights: NamedTuple whose fields are ``<layer>_weight`` and ``<layer>_bias``.
-        like: A tensor on the device whose autocast setting applies.
-        norms: The layers that are LayerNorms, which autocast leaves alone.
-    """
-    dtype = autocast_dtype(like)
-    if dtype is None:
-        return weights
-    return [
-        w
-        if w is None or w.dtype == torch.float64 or name.rsplit("_", 1)[0] in norms
-        else w.to(dtype)
-        for name, w in zip(weights._fields, weights, strict=True)
     ]

@@ -19,6 +19,9 @@ MOST_BYTES = 256 << 20
 #: With so few tokens differences in softmax's backward cancel, to zero for one.
 _FEW_TOKENS = 4
 
+#: What all images share, even if it has as many elements as there are images.
+_SHARED = ("layer_scale",)
+
 Reference = Callable[[Any, Any, float], Any]
 
 
@@ -115,7 +118,7 @@ def images(inputs: Any, start: int, stop: int, batch: int) -> Any:
     fields = {
         name: value[start:stop]
         for name, value in zip(inputs._fields, inputs, strict=True)
-        if isinstance(value, Tensor) and is_per_image(value, batch)
+        if isinstance(value, Tensor) and name not in _SHARED and is_per_image(value, batch)
     }
     return inputs._replace(**fields)
 
@@ -276,7 +279,7 @@ def _wanted_gradients(
         if isinstance(value, Tensor) and want:
             names.append(prefix + name)
             actual.append(gradient)
-            shared.append(bool(prefix) or not is_per_image(value, batch))
+            shared.append(bool(prefix) or name in _SHARED or not is_per_image(value, batch))
         elif isinstance(value, tuple):
             inner = _wanted_gradients(value, want, gradient, batch, f"{name}.")
             names, actual, shared = names + inner[0], actual + inner[1], shared + inner[2]

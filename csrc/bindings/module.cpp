@@ -87,27 +87,30 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "layernorm_msa_forward",
       [](const TokenRowsArg& x, const NormArg& norm, const LinearArg& qkv, const LinearArg& out,
-         int64_t num_heads, Address residual_scale, Address qkv_rows, Address heads, Address lse,
-         Address y) {
+         int64_t num_heads, Address residual_scale, Address layer_scale, Address key_mask,
+         Address qkv_rows, Address heads, Address lse, Address y) {
         msa::forward({to_token_rows(x), to_norm(norm), to_linear(qkv), to_linear(out), num_heads,
-                      pointer<const float>(residual_scale), pointer<float>(qkv_rows),
+                      pointer<const float>(residual_scale), pointer<const float>(layer_scale),
+                      pointer<const bool>(key_mask), pointer<float>(qkv_rows),
                       pointer<float>(heads), pointer<float>(lse), pointer<float>(y)});
       },
       py::arg("x"), py::arg("norm"), py::arg("qkv"), py::arg("out"), py::arg("num_heads"),
-      py::arg("residual_scale"), py::arg("qkv_rows"), py::arg("heads"), py::arg("lse"),
-      py::arg("y"), Released());
+      py::arg("residual_scale"), py::arg("layer_scale"), py::arg("key_mask"), py::arg("qkv_rows"),
+      py::arg("heads"), py::arg("lse"), py::arg("y"), Released());
 
   m.def(
       "layernorm_ffn_forward",
       [](const TokenRowsArg& x, const NormArg& norm, const LinearArg& fc1, const LinearArg& fc2,
-         int64_t hidden_width, Address residual_scale, Address hidden, Address activated,
-         Address y) {
+         int64_t hidden_width, int activation, Address residual_scale, Address layer_scale,
+         Address hidden, Address activated, Address y) {
         ffn::forward({to_token_rows(x), to_norm(norm), to_linear(fc1), to_linear(fc2), hidden_width,
-                      pointer<const float>(residual_scale), pointer<float>(y),
-                      pointer<float>(hidden), pointer<float>(activated)});
+                      static_cast<crossvit::Activation>(activation),
+                      pointer<const float>(residual_scale), pointer<const float>(layer_scale),
+                      pointer<float>(y), pointer<float>(hidden), pointer<float>(activated)});
       },
       py::arg("x"), py::arg("norm"), py::arg("fc1"), py::arg("fc2"), py::arg("hidden_width"),
-      py::arg("residual_scale"), py::arg("hidden"), py::arg("activated"), py::arg("y"), Released());
+      py::arg("activation"), py::arg("residual_scale"), py::arg("layer_scale"), py::arg("hidden"),
+      py::arg("activated"), py::arg("y"), Released());
 
   m.def("usable_isas", &crossvit::usable_isas);
   m.def("active_isa", &crossvit::active_isa_name);

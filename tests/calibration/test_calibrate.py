@@ -21,6 +21,8 @@ from crossvit_kernels.calibration.store import Signature
 from crossvit_kernels.modules import MAPHead, TransformerBlock
 from crossvit_kernels.modules import blocks as block_modules
 from crossvit_kernels.ops.common.library import Figures, Step
+from crossvit_kernels.ops.describe import describe
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
 from crossvit_kernels.ops.operator import OPERATIONS
 from crossvit_kernels.verify import state
 
@@ -189,6 +191,16 @@ def test_interrupted(slow_ffn: Slow, path: Path, monkeypatch) -> None:
 def signature(**changes: Any) -> Signature:
     usual = Signature("layernorm_ffn", False, "float32 ++++++ float32 -", (C, 4 * C, C), 5, 1)
     return usual._replace(**changes)
+
+
+def test_options_are_part_of_a_call_and_their_absence_is_not() -> None:
+    x, w = torch.randn(2, 3, C), ck.FfnWeights(*(torch.ones(2, 2) for _ in range(6)))
+    plain, *others = (
+        describe(OPERATIONS["layernorm_ffn"], FfnInputs(x, w, None, *options), None).signature
+        for options in ((), ("silu",), ("gelu", x[0, 0]), ("silu", x[0, 0]))
+    )
+    assert len({plain, *others}) == 4
+    assert plain.kind == "float32 ++++++ float32 None"
 
 
 def test_nearest_shapes(slow_ffn: Slow) -> None:

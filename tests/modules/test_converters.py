@@ -75,12 +75,10 @@ def test_rates_of_a_timm_block() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"init_values": 1e-3}, "ls1"),
         ({"qk_norm": True}, "q_norm"),
         ({"scale_attn_norm": True}, "attn: has norm"),
         ({"scale_mlp_norm": True}, "mlp: has norm"),
         ({"act_layer": nn.ReLU}, "act = ReLU"),
-        ({"act_layer": nn.SiLU}, "act = SiLU"),
         ({"proj_drop": 0.1}, "proj_drop"),
         ({"proj_bias": False}, "no bias in proj"),
         ({"norm_layer": nn.RMSNorm}, "norm1: expected a LayerNorm"),

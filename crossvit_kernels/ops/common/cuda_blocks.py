@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,14 @@ from crossvit_kernels import extension
 from crossvit_kernels.backends import autocast_dtype
 from crossvit_kernels.extension import Arguments
 from crossvit_kernels.gpu import launcher
+
+NO_LAYER_SCALE = "it has no layer_scale"
+
+
+def why_not_biases(weights: Any, names: Sequence[str]) -> str | None:
+    """Return which of these biases is missing, or None."""
+    missing = [name for name in names if getattr(weights, name) is None]
+    return f"it needs {' and '.join(missing)}" if missing else None
 
 
 def why_not(x: Tensor, matrix: Tensor) -> str | None:

@@ -25,18 +25,28 @@ def empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(batch, num_queries, num_heads, dtype=dtype).transpose(1, 2)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the heads' outputs [B, h, N, d] and lse for q [B, h, N, d], k and v [B, h, M, d]."""
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the heads' outputs [B, h, N, d] and lse for q [B, h, N, d], k and v [B, h, M, d].
+
+    bias [B, 1, 1, M] is added to the scores.
+    """
     if _is_cpu(q):
-        heads, lse = _on_cpu(q, k, v)
+        heads, lse = _on_cpu(q, k, v, attn_mask=bias)
         return heads, lse
     # Stored by tokens, as all of torch's kernels and the CPU's do.
-    heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous().transpose(1, 2)
+    heads = F.scaled_dot_product_attention(q, k, v, bias)
+    heads = heads.transpose(1, 2).contiguous().transpose(1, 2)
     return heads, empty_lse(q)
 
 
 def backward(
-    dheads: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: Tensor, lse: Tensor
+    dheads: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Tensor,
+    lse: Tensor,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v.
 
@@ -44,10 +54,11 @@ def backward(
     choice. It is a small part of a block's backward.
     """
     if _is_cpu(q):
-        dq, dk, dv = _on_cpu_backward(dheads, q, k, v, heads, lse, dropout_p=0.0, is_causal=False)
+        options = {"dropout_p": 0.0, "is_causal": False, "attn_mask": bias}
+        dq, dk, dv = _on_cpu_backward(dheads, q, k, v, heads, lse, **options)
         return dq, dk, dv
     with recording():
         q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-        again = F.scaled_dot_product_attention(q, k, v)
+        again = F.scaled_dot_product_attention(q, k, v, bias)
         dq, dk, dv = torch.autograd.grad(again, (q, k, v), dheads)
     return dq, dk, dv

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from crossvit_kernels.backends import accumulate_dtype
+
 
 class Normalized(NamedTuple):
     """LayerNorm(x) and its statistics [..., 1], all in the dtype of LayerNorm's parameters.
@@ -20,7 +22,7 @@ class Normalized(NamedTuple):
     rstd: Tensor
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Normalized:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Normalized:
     normed = torch.native_layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps)
     return Normalized(*normed)
 
@@ -35,7 +37,7 @@ def backward(
     dout: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     wanted: Sequence[bool] = (True, True, True),
@@ -55,12 +57,21 @@ def backward(
 
 
 def add_residual(
-    x: Tensor, update: Tensor, residual_scale: Tensor | None, cls: Tensor | None = None
+    x: Tensor,
+    update: Tensor,
+    residual_scale: Tensor | None,
+    cls: Tensor | None = None,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
-    """Return x + residual_scale * update, in update's memory if dtypes allow.
+    """Return x + residual_scale * layer_scale * update, in update's memory if dtypes allow.
 
-    residual_scale [B] or None; cls [B, C], if given, replaces row 0 of x.
+    residual_scale [B] or None; cls [B, C], if given, replaces row 0 of x; layer_scale [C] or None.
     """
+    if layer_scale is not None:
+        dtype = result_dtype(x, update, layer_scale)
+        # At least in float32: 1e-5 in float16 has few bits left.
+        update = update.to(accumulate_dtype(update)) * layer_scale
+        return add_residual(x, update, residual_scale, cls).to(dtype)
     if residual_scale is not None:
         update = update.mul_(residual_scale.to(update.dtype).view(-1, 1, 1))
     row_0 = None if cls is None else cls + update[:, 0]
@@ -70,7 +81,21 @@ def add_residual(
     return y
 
 
-def scale_update(dy: Tensor, residual_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def result_dtype(x: Tensor, weight: Tensor, layer_scale: Tensor | None) -> torch.dtype:
+    """Return the dtype of x plus an update in weight's dtype, scaled or not."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return dtype if layer_scale is None else torch.promote_types(dtype, layer_scale.dtype)
+
+
+def scale_update(
+    dy: Tensor,
+    residual_scale: Tensor | None,
+    dtype: torch.dtype,
+    layer_scale: Tensor | None = None,
+) -> Tensor:
     """Return the gradient of ``update`` in add_residual, in the dtype of the GEMMs."""
+    if layer_scale is not None:
+        dy = dy.to(accumulate_dtype(dy)) * layer_scale
+        return dy.to(dtype) if residual_scale is None else scale_update(dy, residual_scale, dtype)
     dy = dy.to(dtype)
     return dy if residual_scale is None else dy * residual_scale.to(dtype).view(-1, 1, 1)

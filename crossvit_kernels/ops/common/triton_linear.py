@@ -12,8 +12,12 @@ from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import configs
 from crossvit_kernels.ops.common import torch_norm as layer_norm
+from crossvit_kernels.ops.common.activations import ACTIVATIONS
 from crossvit_kernels.ops.common.configs import LayerShape
 from crossvit_kernels.ops.common.library import Step
+
+#: LayerNorm's weight and bias [C].
+Norm = tuple[Tensor, Tensor | None]
 
 
 class Tokens(NamedTuple):
@@ -32,13 +36,17 @@ class Tokens(NamedTuple):
         return self.x.stride(0), self.x.stride(1), 0 if self.cls is None else self.cls.stride(0)
 
 
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def prepared(x: Tensor, cls: Tensor | None = None) -> Tokens:
     return Tokens(launcher.aligned_rows(x), None if cls is None else launcher.aligned_rows(cls))
 
 
 def normalize(
     tokens: Tokens,
-    norm: tuple[Tensor, Tensor],
+    norm: Norm,
     eps: float,
     dtype: torch.dtype,
     statistics: tuple[Tensor, Tensor] | None = None,
@@ -62,15 +70,18 @@ def normalize(
 
 def norm_linear(
     tokens: Tokens,
-    norm: tuple[Tensor, Tensor],
+    norm: Norm,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
     step: Step,
     statistics: tuple[Tensor, Tensor] | None = None,
-    gelu: bool = False,
+    activation: str = "",
 ) -> Tensor:
-    """Return LN(x) W^T + b or its GELU [B, N, W's rows]; writes mean and rstd [B, N] if given."""
+    """Return LN(x) W^T + b or its activation [B, N, W's rows].
+
+    Writes mean and rstd [B, N] if given.
+    """
     from crossvit_kernels.ops.common import triton_linear_kernels as kernels
 
     x, cls = tokens
@@ -81,8 +92,8 @@ def norm_linear(
         normed = normalize(tokens, norm, eps, weight.dtype, statistics)
         if by_library:
             product = F.linear(normed, weight, bias)
-            return F.gelu(product) if gelu else product
-        return linear(normed, weight, bias, gelu)
+            return ACTIVATIONS[activation](product) if activation else product
+        return linear(normed, weight, bias, activation)
     out = x.new_empty(batch, num_tokens, columns, dtype=weight.dtype)
     mean, rstd = statistics or (None, None)
 
@@ -98,33 +109,34 @@ def norm_linear(
         (x, cls, *norm, weight, bias, out, mean, rstd),
         (num_rows, num_tokens, *tokens.strides),
         configs.candidates(configs.NORM_LINEAR, weight, num_rows, channels, columns),
-        (gelu,),
+        (activation,),
         eps=eps,
     )
     return out
 
 
-def linear(a: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """Return a W^T + b or its GELU [B, N, W's rows] for a [B, N, W's columns]."""
+def linear(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Return a W^T + b or its activation [B, N, W's rows] for a [B, N, W's columns]."""
     out = a.new_empty(*a.shape[:2], weight.shape[0])
-    _linear(a, weight, bias, None, None, out, gelu)
+    _linear(a, weight, bias, None, (None, None), out, activation)
     return out
 
 
 def linear_residual(
     a: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     tokens: Tokens,
     residual_scale: Tensor | None,
+    layer_scale: Tensor | None,
     step: Step,
 ) -> Tensor:
-    """Return x + residual_scale * (a W^T + b) [B, N, C] for a [B, N, W's columns]."""
+    """Return x + residual_scale * layer_scale * (a W^T + b) [B, N, C] for a [B, N, W's columns]."""
     if step.by_library(tokens.num_rows, weight.shape[0], weight.element_size()):
         update = F.linear(a, weight, bias)
-        return layer_norm.add_residual(tokens.x, update, residual_scale, tokens.cls)
-    y = empty_result(tokens.x, weight)
-    _linear(a, weight, bias, tokens, residual_scale, y)
+        return layer_norm.add_residual(tokens.x, update, residual_scale, tokens.cls, layer_scale)
+    y = empty_result(tokens.x, weight, layer_scale)
+    _linear(a, weight, bias, tokens, (residual_scale, layer_scale), y)
     return y
 
 
@@ -133,9 +145,9 @@ def _linear(
     weight: Tensor,
     bias: Tensor | None,
     tokens: Tokens | None,
-    residual_scale: Tensor | None,
+    scales: tuple[Tensor | None, Tensor | None],
     out: Tensor,
-    gelu: bool = False,
+    activation: str = "",
 ) -> None:
     from crossvit_kernels.ops.common import triton_linear_kernels as kernels
 
@@ -149,16 +161,16 @@ def _linear(
     launcher.start(
         kernels.linear,
         programs,
-        (a, weight, bias, x, cls, residual_scale, out),
+        (a, weight, bias, x, cls, *scales, out),
         (num_rows, out.shape[1], *(tokens.strides if tokens else (0, 0, 0))),
         configs.candidates(configs.LINEAR, weight, num_rows, columns, terms),
-        (gelu,),
+        (activation,),
     )
 
 
-def empty_result(x: Tensor, weight: Tensor) -> Tensor:
-    """Allocate x plus an update in the dtype of weight."""
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+def empty_result(x: Tensor, weight: Tensor, layer_scale: Tensor | None) -> Tensor:
+    """Allocate x plus an update in the dtype of weight, scaled or not."""
+    return x.new_empty(x.shape, dtype=layer_norm.result_dtype(x, weight, layer_scale))
 
 
 class Gradients(NamedTuple):
@@ -176,7 +188,7 @@ def norm_backward(
     dy: Tensor,
     residual_scale: Tensor | None,
     tokens: Tokens,
-    norm: tuple[Tensor, Tensor],
+    norm: Norm,
     statistics: tuple[Tensor, Tensor],
 ) -> Gradients:
     """LayerNorm's backward from d [B N, C], the gradient of LN(x); adds dy [B, N, C] to dx.
@@ -201,7 +213,7 @@ def norm_backward(
         (num_rows, x.shape[1], *tokens.strides),
         configs.candidates(configs.NORM_BACKWARD, d, num_rows, channels, channels),
     )
-    dtypes = norm[0].dtype, norm[1].dtype, d.dtype
+    dtypes = norm[0].dtype, (norm[0] if norm[1] is None else norm[1]).dtype, d.dtype
     sums = (shares[:, i].sum(dim=0).to(dtype) for i, dtype in enumerate(dtypes))
     return Gradients(dx, dcls, *sums)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crossvit_kernels.ops.common.triton_activations import activate
 from crossvit_kernels.ops.common.triton_tiles import (
     SIZES,
     aligned,
     centred,
-    gelu,
     in_parts,
     load_residual_scale,
     load_tile,
@@ -27,7 +27,7 @@ def normalize(
     x_ptr,  # [B, N, C]
     cls_ptr,  # [B, C] or None
     norm_weight_ptr,  # [C]
-    norm_bias_ptr,  # [C]
+    norm_bias_ptr,  # [C] or None
     normed_ptr,  # [B, N, C]
     mean_ptr,  # [B, N] or None
     rstd_ptr,  # [B, N] or None
@@ -71,7 +71,7 @@ def norm_linear(
     x_ptr,  # [B, N, C]
     cls_ptr,  # [B, C] or None
     norm_weight_ptr,  # [C]
-    norm_bias_ptr,  # [C]
+    norm_bias_ptr,  # [C] or None
     weight_ptr,  # [inner, C]
     bias_ptr,  # [inner] or None
     out_ptr,  # [B, N, inner]
@@ -86,9 +86,9 @@ def norm_linear(
     group_columns,
     eps,
     L: tl.constexpr,
-    GELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """out = LN(x) W^T + b, or its GELU; W [inner, C]. Grid: tiles of rows x groups of columns.
+    """out = LN(x) W^T + b, or its activation; W [inner, C]. Grid: row tiles x groups of columns.
 
     A program normalises its rows once and then loops over its columns of the weights.
     """
@@ -133,8 +133,8 @@ def norm_linear(
             y = tl.dot(normed[i], w, y, input_precision=PRECISION)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
-        if GELU:
-            y = gelu(y, dtype)
+        if ACTIVATION != "":
+            y = activate(y, dtype, ACTIVATION)
         store_tile(out_ptr, row * OUT, used, y, n, OUT, COLUMNS)
 
 
@@ -146,6 +146,7 @@ def linear(
     x_ptr,  # [B, N, C] or None
     cls_ptr,  # [B, C] or None
     scale_ptr,  # [B] or None
+    layer_scale_ptr,  # [C] or None
     y_ptr,  # [B, N, C]
     num_rows,
     num_tokens,
@@ -153,11 +154,11 @@ def linear(
     x_token_stride,
     cls_stride,
     L: tl.constexpr,
-    GELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """y = x + r (a W^T + b), or a W^T + b or its GELU without x. Grid: tiles of rows x of columns.
+    """y = x + r s (a W^T + b), or a W^T + b or its activation without x.
 
-    a [rows, inner], W [channels, inner].
+    a [rows, inner], W [channels, inner]. Grid: tiles of rows x of columns.
     """
     C: tl.constexpr = L.channels
     TERMS: tl.constexpr = L.inner
@@ -185,13 +186,15 @@ def linear(
         y = parts[i]
         if bias_ptr is not None:
             y += load_vector(bias_ptr, first, C, PART)[None, :]
+        if layer_scale_ptr is not None:
+            y *= load_vector(layer_scale_ptr, first, C, PART)[None, :]
         if x_ptr is not None:
             offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
             cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)
             x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, inside, first, C, PART)
             y = x.to(tl.float32) + y * load_residual_scale(scale_ptr, image, used)[:, None]
-        if GELU:
-            y = gelu(y, y_ptr.dtype.element_ty)
+        if ACTIVATION != "":
+            y = activate(y, y_ptr.dtype.element_ty, ACTIVATION)
         store_tile(y_ptr, row * C, inside, y, first, C, PART)
 
 

@@ -194,7 +194,7 @@ def normalized_rows(
     token,
     used,
     weight_ptr,  # [C]
-    bias_ptr,  # [C]
+    bias_ptr,  # [C] or None
     eps,
     dtype,
     L: tl.constexpr,
@@ -212,7 +212,9 @@ def normalized_rows(
     for i in tl.static_range(NUM):
         xhat = centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK) * rstd[:, None]
         weight = load_vector(weight_ptr, i * CHUNK, C, CHUNK)[None, :]
-        y = xhat * weight + load_vector(bias_ptr, i * CHUNK, C, CHUNK)[None, :]
+        y = xhat * weight
+        if bias_ptr is not None:
+            y += load_vector(bias_ptr, i * CHUNK, C, CHUNK)[None, :]
         normed = normed + (y.to(dtype),)
     return normed, mean, rstd
 

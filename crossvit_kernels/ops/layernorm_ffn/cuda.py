@@ -26,8 +26,14 @@ class Saved(NamedTuple):
 
 
 def why_not(inputs: FfnInputs) -> str | None:
-    x, w, _ = inputs
+    x, w, _, activation, layer_scale = inputs
     hidden = w.fc1_weight.shape[0]
+    if activation != "gelu":
+        return f"its activation is gelu, not {activation}"
+    if layer_scale is not None:
+        return blocks.NO_LAYER_SCALE
+    if reason := blocks.why_not_biases(w, ("norm_bias", "fc1_bias", "fc2_bias")):
+        return reason
     if hidden == 0:
         return "there are no hidden units"
     if hidden % 8:
@@ -36,13 +42,13 @@ def why_not(inputs: FfnInputs) -> str | None:
 
 
 def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
-    x, w, _ = inputs
+    x, w, *_ = inputs
     return Saved(x.new_empty(x.shape, dtype=w.fc1_weight.dtype))
 
 
 def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
     inputs = _readable(inputs)
-    x, w, scale = inputs
+    x, w, scale, *_ = inputs
     hidden, dtype = w.fc1_weight.shape[0], w.fc1_weight.dtype
     y, saved = x.new_empty(x.shape), empty_saved(inputs, keep)
     activated = saved.normed.new_empty(*x.shape[:2], hidden)
@@ -65,7 +71,7 @@ def backward(
 ) -> FfnInputs:
     """Compute the gradients; products that are not wanted are None."""
     (dy,), inputs, wants = douts, _readable(inputs), wanted.weights
-    x, w, scale = inputs
+    x, w, scale, *_ = inputs
     dy, channels = dy.contiguous(), x.shape[2]
     dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype).contiguous().view(-1, channels)
     d_weights: dict[str, Any] = {}
@@ -87,7 +93,7 @@ def backward(
 
 def _readable(inputs: FfnInputs) -> FfnInputs:
     """Return the inputs as kernels read them."""
-    x, w, scale = inputs
+    x, w, scale, *_ = inputs
     weights = blocks.aligned_weights(w, w.fc1_weight.dtype)
     return FfnInputs(launcher.aligned_rows(x), weights, blocks.aligned_scale(scale))
 
@@ -102,7 +108,7 @@ class _Gradients(NamedTuple):
 def _run_backward(
     inputs: FfnInputs, eps: float, dy: Tensor, dupdate: Tensor, normed: Tensor
 ) -> _Gradients:
-    functions, (x, w, _) = blocks.functions(), inputs
+    functions, (x, w, *_) = blocks.functions(), inputs
     hidden, dtype = w.fc1_weight.shape[0], w.fc1_weight.dtype
     problem = blocks.problem(x, w.fc1_weight, hidden, eps)
     activated, dnormed = dupdate.new_empty(dupdate.shape[0], hidden), torch.empty_like(normed)

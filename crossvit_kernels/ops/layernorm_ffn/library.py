@@ -1,7 +1,7 @@
 """layernorm_ffn composed from torch's own kernels in as few passes as possible, on any device.
 
 Time is dominated by the matrix products of torch's libraries (oneDNN, MKL, cuBLAS). Without
-gradients GELU works in place.
+gradients the activation works in place.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossvit_kernels.ops.common import activations
+from crossvit_kernels.ops.common import layer_scale as scaled
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights, gradients
 
@@ -23,7 +25,7 @@ class Saved(NamedTuple):
     normed: Tensor  # [B, N, C]
     mean: Tensor  # [B, N, 1]
     rstd: Tensor  # [B, N, 1]
-    hidden: Tensor  # [B, N, F]: before GELU
+    hidden: Tensor  # [B, N, F]: before the activation
     activated: Tensor  # [B, N, F]: after it
 
 
@@ -33,7 +35,7 @@ def why_not(inputs: FfnInputs) -> str | None:
 
 
 def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
-    x, w, _ = inputs
+    x, w, *_ = inputs
     dtype = w.fc1_weight.dtype
     mean = norm.empty_mean(x, w.norm_weight)
     hidden = x.new_empty(*x.shape[:2], w.fc1_weight.shape[0], dtype=dtype)
@@ -47,30 +49,37 @@ def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
 
 
 def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, residual_scale = inputs
+    x, w, residual_scale, activation, layer_scale = inputs
     normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
     normed = normed.to(w.fc1_weight.dtype)
     hidden = F.linear(normed, w.fc1_weight, w.fc1_bias)
-    activated = F.gelu(hidden) if keep else torch.ops.aten.gelu_(hidden)
+    activate = activations.ACTIVATIONS[activation]
+    activated = activate(hidden) if keep else activations.in_place(hidden, activation)
     update = F.linear(activated, w.fc2_weight, w.fc2_bias)
-    y = norm.add_residual(x, update, residual_scale)
+    y = norm.add_residual(x, update, residual_scale, layer_scale=layer_scale)
     return y, Saved(normed, mean, rstd, hidden, activated) if keep else None
 
 
 def backward(
     douts: Sequence[Tensor], inputs: FfnInputs, saved: Saved, eps: float, wanted: Any
 ) -> FfnInputs:
-    (dy,), (x, w, residual_scale) = douts, inputs
+    (dy,), (x, w, residual_scale, activation, layer_scale) = douts, inputs
     wants_x, wants = wanted.x, wanted.weights
-    dupdate = norm.scale_update(dy, residual_scale, w.fc2_weight.dtype).flatten(0, 1)
-    dx, d_weights = None, dict[str, Any]()
-    if wants.fc2_weight:
-        d_weights["fc2_weight"] = dupdate.t() @ saved.activated.flatten(0, 1)
-    if wants.fc2_bias:
-        d_weights["fc2_bias"] = dupdate.sum(dim=0)
+    dtype, rows = w.fc2_weight.dtype, saved.activated.flatten(0, 1)
+    dupdate = norm.scale_update(dy, residual_scale, dtype, layer_scale).flatten(0, 1)
+    dx, d_weights, d_layer_scale = None, dict[str, Any](), None
+    if layer_scale is not None:
+        fc2, wants_last = (w.fc2_weight, w.fc2_bias), (*wants[4:], wanted.layer_scale)
+        last = scaled.backward(dy, residual_scale, layer_scale, *fc2, rows, wants_last)
+        d_weights["fc2_weight"], d_weights["fc2_bias"], d_layer_scale = last
+    else:
+        if wants.fc2_weight:
+            d_weights["fc2_weight"] = dupdate.t() @ rows
+        if wants.fc2_bias:
+            d_weights["fc2_bias"] = dupdate.sum(dim=0)
     if wants_x or any(wants[:4]):
         hidden = saved.hidden.flatten(0, 1)
-        dhidden = torch.ops.aten.gelu_backward(dupdate @ w.fc2_weight, hidden)
+        dhidden = activations.backward(dupdate @ w.fc2_weight, hidden, activation)
         if wants.fc1_weight:
             d_weights["fc1_weight"] = dhidden.t() @ saved.normed.flatten(0, 1)
         if wants.fc1_bias:
@@ -86,4 +95,5 @@ def backward(
                 (wants_x, *wants[:2]),
             )
             dx = dx.add_(dy) if wants_x else None
-    return gradients(dx, FfnWeights._make(map(d_weights.get, FfnWeights._fields)))
+    of_weights = FfnWeights._make(map(d_weights.get, FfnWeights._fields))
+    return gradients(dx, of_weights, d_layer_scale)

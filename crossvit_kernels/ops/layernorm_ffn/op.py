@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from crossvit_kernels.ops.common.configs import VARIANTS
+from crossvit_kernels.ops.common.torch_norm import result_dtype
 from crossvit_kernels.ops.flops import Flops
 from crossvit_kernels.ops.layernorm_ffn import cpu, cuda, library, reference, triton
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
@@ -16,12 +16,13 @@ from crossvit_kernels.ops.variants import with_variants
 
 
 def _reference(inputs: FfnInputs, eps: float, dropout_p: float) -> Tensor:
-    return reference.layernorm_ffn(inputs.x, inputs.weights, eps, inputs.residual_scale)
+    x, weights, residual_scale, activation, layer_scale = inputs
+    return reference.layernorm_ffn(x, weights, eps, residual_scale, activation, layer_scale)
 
 
 def _empty_outputs(inputs: FfnInputs) -> tuple[Tensor]:
-    x, weights, _ = inputs
-    return (x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weights.fc2_weight.dtype)),)
+    dtype = result_dtype(inputs.x, inputs.weights.fc2_weight, inputs.layer_scale)
+    return (inputs.x.new_empty(inputs.x.shape, dtype=dtype),)
 
 
 def _flops_forward(shapes: Any) -> int:
@@ -32,7 +33,8 @@ def _flops_backward(shapes: Any, wanted: Any) -> int:
     w = wanted.weights
     before_fc1 = wanted.x or w.norm_weight or w.norm_bias
     before_gelu = before_fc1 or w.fc1_weight or w.fc1_bias
-    products = w.fc2_weight + before_gelu + w.fc1_weight + before_fc1
+    of_fc2 = w.fc2_weight or wanted.layer_scale
+    products = of_fc2 + before_gelu + w.fc1_weight + before_fc1
     return products * _flops_of_one_layer(shapes)
 
 

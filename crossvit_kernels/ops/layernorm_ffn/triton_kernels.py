@@ -5,11 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crossvit_kernels.ops.common.triton_activations import (
+    activate,
+    activation_slope,
+    factor_and_density,
+)
 from crossvit_kernels.ops.common.triton_tiles import (
     SIZES,
-    distribution_and_density,
-    gelu,
-    gelu_slope,
     in_parts,
     load_residual_scale,
     load_tile,
@@ -26,12 +28,13 @@ from crossvit_kernels.ops.common.triton_tiles import (
 def ffn_forward(
     x_ptr,  # [B, N, C]
     scale_ptr,  # [B] or None
+    layer_scale_ptr,  # [C] or None
     norm_weight_ptr,  # [C]
-    norm_bias_ptr,  # [C]
+    norm_bias_ptr,  # [C] or None
     fc1_weight_ptr,  # [F, C]
-    fc1_bias_ptr,  # [F]
+    fc1_bias_ptr,  # [F] or None
     fc2_weight_ptr,  # [C, F]
-    fc2_bias_ptr,  # [C]
+    fc2_bias_ptr,  # [C] or None
     y_ptr,  # [B, N, C]
     mean_ptr,  # [B, N] or None
     rstd_ptr,  # [B, N] or None
@@ -41,8 +44,9 @@ def ffn_forward(
     x_token_stride,
     eps,
     L: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """y = x + r FFN(LN(x)), hidden units COLUMNS at a time. Grid: tiles of rows."""
+    """y = x + r s FFN(LN(x)), hidden units COLUMNS at a time. Grid: tiles of rows."""
     C: tl.constexpr = L.channels
     HIDDEN: tl.constexpr = L.inner
     CHUNK: tl.constexpr = L.chunk
@@ -70,8 +74,9 @@ def ffn_forward(
         for i in tl.static_range(NUM):
             w = load_tile(fc1_weight_ptr, unit * C, exists, i * CHUNK, C, CHUNK)
             hidden = tl.dot(normed[i], tl.trans(w), hidden, input_precision=PRECISION)
-        hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
-        activated = gelu(hidden, dtype).to(dtype)
+        if fc1_bias_ptr is not None:
+            hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
+        activated = activate(hidden, dtype, ACTIVATION).to(dtype)
         for i in tl.static_range(NUM):
             c = i * CHUNK + tl.arange(0, CHUNK)
             w = load_tile(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
@@ -80,10 +85,12 @@ def ffn_forward(
     scale = load_residual_scale(scale_ptr, image, used)[:, None]
     for i in tl.static_range(NUM):
         x = load_tokens(x_ptr, offsets, None, offsets, token, used, i * CHUNK, C, CHUNK)
-        y = (
-            x.to(tl.float32)
-            + (ys[i] + load_vector(fc2_bias_ptr, i * CHUNK, C, CHUNK)[None, :]) * scale
-        )
+        y = ys[i]
+        if fc2_bias_ptr is not None:
+            y += load_vector(fc2_bias_ptr, i * CHUNK, C, CHUNK)[None, :]
+        if layer_scale_ptr is not None:
+            y *= load_vector(layer_scale_ptr, i * CHUNK, C, CHUNK)[None, :]
+        y = x.to(tl.float32) + y * scale
         store_tile(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
 
 
@@ -91,7 +98,7 @@ def ffn_forward(
 def ffn_hidden_backward(
     normed_ptr,  # [B, N, C]
     fc1_weight_ptr,  # [F, C]
-    fc1_bias_ptr,  # [F]
+    fc1_bias_ptr,  # [F] or None
     dupdate_ptr,  # [B, N, C] or None
     fc2_weight_ptr,  # [C, F] or None
     dactivated_ptr,  # [B, N, F] or None
@@ -100,8 +107,9 @@ def ffn_hidden_backward(
     shares_ptr,  # [tiles, F]
     num_rows,
     L: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """gelu(h) of h = n W_1^T + b_1, n = LN(x), and dh. Grid: tiles x hidden blocks.
+    """The activation of h = n W_1^T + b_1, n = LN(x), and dh. Grid: tiles x hidden blocks.
 
     dh is from dactivated, or from dupdate W_2: both products then share one loop over the channels.
     Also writes each tile's share of b_1's gradient.
@@ -137,14 +145,16 @@ def ffn_hidden_backward(
     for i in tl.static_range(COLUMNS // PART):
         first = n + i * PART
         inside = used & (first < HIDDEN)  # the last parts may be past the last unit
-        h = parts[i] + load_vector(fc1_bias_ptr, first, HIDDEN, PART)[None, :]
-        distribution, density = distribution_and_density(h, dtype)
-        store_tile(activated_ptr, row * HIDDEN, inside, h * distribution, first, HIDDEN, PART)
+        h = parts[i]
+        if fc1_bias_ptr is not None:
+            h += load_vector(fc1_bias_ptr, first, HIDDEN, PART)[None, :]
+        factor, density = factor_and_density(h, dtype, ACTIVATION)
+        store_tile(activated_ptr, row * HIDDEN, inside, h * factor, first, HIDDEN, PART)
         if dactivated_ptr is not None:
             d = load_tile(dactivated_ptr, row * HIDDEN, inside, first, HIDDEN, PART).to(tl.float32)
         else:
             d = ds[i]
-        dhidden = (d * gelu_slope(h, distribution, density)).to(dtype)
+        dhidden = (d * activation_slope(h, factor, density, ACTIVATION)).to(dtype)
         store_tile(dhidden_ptr, row * HIDDEN, inside, dhidden, first, HIDDEN, PART)
         c = first + tl.arange(0, PART)
         share = shares_ptr + tile.to(tl.int64) * HIDDEN + c

@@ -25,8 +25,8 @@ def why_not(inputs: MsaInputs) -> str | None:
 
 
 def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, num_heads, residual_scale, cls = inputs
-    if x.shape[2] > panels.widest() or not extension.all_float32(x, cls, *w):
+    x, w, num_heads, residual_scale, cls, layer_scale, key_mask = inputs
+    if x.shape[2] > panels.widest() or not extension.all_float32(x, cls, layer_scale, *w):
         return library.forward(inputs, eps, keep)
     y = x.new_empty(x.shape)
     saved = empty_saved(inputs, keep) if keep else None
@@ -35,6 +35,8 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
     x, cls = extension.unit_stride(x), None if cls is None else extension.unit_stride(cls)
     w = MsaWeights(*(None if t is None else t.contiguous() for t in w))  # type: ignore[arg-type]
     scale = None if residual_scale is None else residual_scale.to(x.dtype).contiguous()
+    layer_scale = None if layer_scale is None else layer_scale.contiguous()
+    key_mask = None if key_mask is None else key_mask.contiguous()
     args = extension.Arguments(x.device)
     _C.layernorm_msa_forward(
         x=args.token_rows(x, cls),
@@ -43,9 +45,13 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
         out=args.linear(w.out_weight, w.out_bias),
         num_heads=num_heads,
         residual_scale=args.pointer(scale, torch.float32),
+        layer_scale=args.pointer(layer_scale, torch.float32),
+        key_mask=args.pointer(key_mask, torch.bool),
         qkv_rows=args.pointer(qkv, torch.float32),
         heads=args.pointer(heads, torch.float32),
         lse=args.pointer(saved and saved.lse.transpose(1, 2), torch.float32),
         y=args.pointer(y, torch.float32),
     )
+    if saved:
+        library.without_masked(saved.qkv, key_mask)
     return y, saved

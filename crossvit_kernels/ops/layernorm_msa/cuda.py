@@ -29,6 +29,12 @@ class Saved(NamedTuple):
 
 def why_not(inputs: MsaInputs) -> str | None:
     x, weights, num_heads, *_ = inputs
+    if inputs.layer_scale is not None:
+        return blocks.NO_LAYER_SCALE
+    if inputs.key_mask is not None:
+        return "it has no key_mask"
+    if reason := blocks.why_not_biases(weights, ("norm_bias", "out_bias")):
+        return reason
     if reason := blocks.why_not(x, weights.qkv_weight):
         return reason
     head_dim, widest = x.shape[2] // num_heads, blocks.functions().layernorm_msa_widest_head
@@ -65,7 +71,7 @@ def backward(
     """Compute the gradients; products that are not wanted are None."""
     (dy,), cls, wants = douts, inputs.cls, wanted.weights
     inputs = _readable(inputs)
-    x, w, _, scale, _ = inputs
+    x, w, _, scale, *_ = inputs
     if not saved.qkv.numel():
         saved = empty_saved(inputs, "fast")._replace(lse=saved.lse)
         _run_forward(inputs, eps, saved, None, None)
@@ -91,7 +97,7 @@ def backward(
 
 def _readable(inputs: MsaInputs) -> MsaInputs:
     """Return the inputs as kernels read them."""
-    x, w, num_heads, scale, cls = inputs
+    x, w, num_heads, scale, cls, *_ = inputs
     return MsaInputs(
         launcher.aligned_rows(x),
         blocks.aligned_weights(w, w.qkv_weight.dtype),
@@ -105,7 +111,7 @@ def _run_forward(
     inputs: MsaInputs, eps: float, to: Saved, lse: Tensor | None, y: Tensor | None
 ) -> None:
     """Write qkv and heads, and, if given, lse and the block's result y."""
-    x, w, num_heads, scale, cls = inputs
+    x, w, num_heads, scale, cls, *_ = inputs
     dtype, normed, args = to.qkv.dtype, torch.empty_like(to.heads), Arguments(x.device)
     blocks.functions().layernorm_msa_forward(
         problem=blocks.problem(x, w.qkv_weight, num_heads, eps),
@@ -132,7 +138,7 @@ class _Gradients(NamedTuple):
 def _run_backward(
     inputs: MsaInputs, eps: float, dy: Tensor, dupdate: Tensor, saved: Saved
 ) -> _Gradients:
-    functions, (x, w, num_heads, _, cls), (lse, qkv, heads) = blocks.functions(), inputs, saved
+    functions, (x, w, num_heads, _, cls, *_), (lse, qkv, heads) = blocks.functions(), inputs, saved
     problem, dtype = blocks.problem(x, w.qkv_weight, num_heads, eps), qkv.dtype
     query_terms, shares = map(lse.new_empty, functions.layernorm_msa_scratch(problem))
     dheads, dnormed, normed = (torch.empty_like(heads) for _ in range(3))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossvit_kernels.ops.common import layer_scale as scaled
 from crossvit_kernels.ops.common import library_attention as attention
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
@@ -56,32 +57,40 @@ def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
 
 
 def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, num_heads, residual_scale, cls = inputs
+    x, w, num_heads, residual_scale, cls, layer_scale, key_mask = inputs
     normed, mean, rstd = norm.forward(x, w.norm_weight, w.norm_bias, eps)
     if cls is not None:
         normed[:, 0] = norm.forward(cls, w.norm_weight, w.norm_bias, eps).normed
     normed = normed.to(w.qkv_weight.dtype)
     qkv = F.linear(normed, w.qkv_weight, w.qkv_bias)
-    heads, lse = attention.forward(*_split(qkv, num_heads))
+    without_masked(qkv, key_mask)
+    bias = _score_bias(key_mask, qkv.dtype)
+    heads, lse = attention.forward(*_split(qkv, num_heads), bias)
     update = F.linear(_joined(heads), w.out_weight, w.out_bias)
-    y = norm.add_residual(x, update, residual_scale, cls)
+    y = norm.add_residual(x, update, residual_scale, cls, layer_scale)
     return y, Saved(normed, mean, rstd, qkv, heads, lse) if keep else None
 
 
 def backward(
     douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
 ) -> MsaInputs:
-    (dy,), (x, w, num_heads, residual_scale, _) = douts, inputs
+    (dy,), (x, w, num_heads, residual_scale, _, layer_scale, key_mask) = douts, inputs
     wants, wants_rows = wanted.weights, wanted.x or wanted.cls
     channels = x.shape[-1]
-    dupdate = norm.scale_update(dy, residual_scale, w.out_weight.dtype).reshape(-1, channels)
-    dx, dcls, d_weights = None, None, dict[str, Any]()
-    if wants.out_weight:
-        d_weights["out_weight"] = dupdate.t() @ _joined(saved.heads).view(-1, channels)
-    if wants.out_bias:
-        d_weights["out_bias"] = dupdate.sum(dim=0)
+    dtype, rows = w.out_weight.dtype, _joined(saved.heads).view(-1, channels)
+    dupdate = norm.scale_update(dy, residual_scale, dtype, layer_scale).reshape(-1, channels)
+    dx, dcls, d_weights, d_layer_scale = None, None, dict[str, Any](), None
+    if layer_scale is not None:
+        out, wants_last = (w.out_weight, w.out_bias), (*wants[4:], wanted.layer_scale)
+        last = scaled.backward(dy, residual_scale, layer_scale, *out, rows, wants_last)
+        d_weights["out_weight"], d_weights["out_bias"], d_layer_scale = last
+    else:
+        if wants.out_weight:
+            d_weights["out_weight"] = dupdate.t() @ rows
+        if wants.out_bias:
+            d_weights["out_bias"] = dupdate.sum(dim=0)
     if wants_rows or any(wants[:4]):
-        dqkv = _qkv_backward(dupdate @ w.out_weight, saved, num_heads)
+        dqkv = _qkv_backward(dupdate @ w.out_weight, saved, num_heads, key_mask)
         if wants.qkv_weight:
             d_weights["qkv_weight"] = dqkv.t() @ saved.normed.view(-1, channels)
         if wants.qkv_bias:
@@ -90,14 +99,16 @@ def backward(
             dx, dcls, d_weights["norm_weight"], d_weights["norm_bias"] = _norm_backward(
                 (dqkv @ w.qkv_weight).view(x.shape), dy, inputs, saved, eps, wanted
             )
-    return gradients(dx, dcls, MsaWeights._make(map(d_weights.get, MsaWeights._fields)))
+    of_weights = MsaWeights._make(map(d_weights.get, MsaWeights._fields))
+    return gradients(dx, dcls, of_weights, d_layer_scale)
 
 
-def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int) -> Tensor:
+def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int, key_mask: Tensor | None) -> Tensor:
     """Return the gradient of qkv [B N, 3 C] from that of attention's output [B N, C]."""
     qkv, heads = saved.qkv, saved.heads
     dheads = dheads.view(*qkv.shape[:2], num_heads, -1).transpose(1, 2)
-    gradients = attention.backward(dheads, *_split(qkv, num_heads), heads, saved.lse)
+    bias = _score_bias(key_mask, qkv.dtype)
+    gradients = attention.backward(dheads, *_split(qkv, num_heads), heads, saved.lse, bias)
     return torch.stack([d.transpose(1, 2) for d in gradients], dim=2).view(-1, qkv.shape[2])
 
 
@@ -110,7 +121,7 @@ def _norm_backward(
     wanted: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return (dx, dcls, gradients of LayerNorm's weight and bias), residual included."""
-    x, w, _, _, cls = inputs
+    x, w, _, _, cls, *_ = inputs
     wants_x, wants_cls, wants_affine = wanted.x, wanted.cls, wanted.weights[:2]
     affine, dcls = (w.norm_weight, w.norm_bias), None
     x_mean, x_rstd = saved.mean, saved.rstd
@@ -135,6 +146,20 @@ def _norm_backward(
             if total is not None:
                 total += share
     return dx, dcls, d_affine[0], d_affine[1]
+
+
+def without_masked(qkv: Tensor, key_mask: Tensor | None) -> None:
+    """Zero the keys and values of masked tokens: their contents, even NaN, must not propagate."""
+    if key_mask is not None:
+        qkv[..., qkv.shape[2] // 3 :].masked_fill_(~key_mask.unsqueeze(-1), 0)
+
+
+def _score_bias(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return what torch's attention adds to the scores, [B, 1, 1, N]."""
+    if key_mask is None:
+        return None
+    bias = torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device)
+    return bias.masked_fill_(~key_mask, -torch.inf)[:, None, None]
 
 
 def _without_row_0(t: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from crossvit_kernels.ops.common.configs import VARIANTS
+from crossvit_kernels.ops.common.torch_norm import result_dtype
 from crossvit_kernels.ops.flops import Flops
 from crossvit_kernels.ops.layernorm_msa import cpu, cuda, library, reference, triton
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
@@ -19,13 +19,14 @@ KEEP = ("fast", "lean")
 
 
 def _reference(inputs: MsaInputs, eps: float, dropout_p: float) -> Tensor:
-    x, weights, num_heads, residual_scale, cls = inputs
-    return reference.layernorm_msa(x, weights, num_heads, eps, residual_scale, cls, dropout_p)
+    x, weights, num_heads, residual_scale, cls, layer_scale, key_mask = inputs
+    given = x, weights, num_heads, eps, residual_scale, cls, dropout_p
+    return reference.layernorm_msa(*given, layer_scale, key_mask)
 
 
 def _empty_outputs(inputs: MsaInputs) -> tuple[Tensor]:
-    x, weights, *_ = inputs
-    return (x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weights.out_weight.dtype)),)
+    dtype = result_dtype(inputs.x, inputs.weights.out_weight, inputs.layer_scale)
+    return (inputs.x.new_empty(inputs.x.shape, dtype=dtype),)
 
 
 def _flops_forward(shapes: Any) -> int:
@@ -38,7 +39,8 @@ def _flops_backward(shapes: Any, wanted: Any) -> int:
     w = wanted.weights
     before_qkv = wanted.x or wanted.cls or w.norm_weight or w.norm_bias
     through_attention = before_qkv or w.qkv_weight or w.qkv_bias
-    projections = w.out_weight + through_attention + 3 * (w.qkv_weight + before_qkv)
+    of_out = w.out_weight or wanted.layer_scale
+    projections = of_out + through_attention + 3 * (w.qkv_weight + before_qkv)
     return projections * projection + through_attention * 5 * attention // 2
 
 

@@ -6,21 +6,26 @@ Weight gradients are products over all tokens, computed by torch's libraries.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from crossvit_kernels.backends import autocast_dtype
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
+from crossvit_kernels.ops.common import layer_scale as scaled
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.common import triton_linear as layers
 from crossvit_kernels.ops.common.configs import LayerShape, RowTable, candidates
+from crossvit_kernels.ops.common.layer_scale import LastLayer
 from crossvit_kernels.ops.common.triton_linear import Tokens
 from crossvit_kernels.ops.layernorm_msa import configs
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
 
-_HEAD_DIMS = (16, 32, 64, 128)
+_WIDEST_HEAD = 128
+#: In float32 padding to 128 channels spills registers.
+_WIDEST_PADDED_IN_FLOAT32 = 64
 
 
 class Saved(NamedTuple):
@@ -35,8 +40,13 @@ class Saved(NamedTuple):
 
 def why_not(inputs: MsaInputs) -> str | None:
     x, num_heads = inputs.x, inputs.num_heads
-    if x.shape[2] // num_heads not in _HEAD_DIMS:
-        return f"heads of {x.shape[2] // num_heads} channels are none of {_HEAD_DIMS}"
+    head_dim = x.shape[2] // num_heads
+    if head_dim % 8 or head_dim > _WIDEST_HEAD:
+        return f"heads of {head_dim} channels are no multiple of 8 up to {_WIDEST_HEAD}"
+    if _WIDEST_PADDED_IN_FLOAT32 < head_dim < _WIDEST_HEAD:
+        dtype = autocast_dtype(x) or inputs.weights.qkv_weight.dtype
+        if dtype == torch.float32:
+            return f"in float32 heads of {head_dim} channels are none of 8 to 64, 128"
     return "there are no tokens" if x.numel() == 0 else launcher.why_not(x)
 
 
@@ -55,19 +65,20 @@ def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
 
 
 def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
-    x, w, num_heads, residual_scale, cls = inputs
+    x, w, num_heads, residual_scale, cls, layer_scale, key_mask = inputs
     tokens, w = layers.prepared(x, cls), launcher.contiguous(w)
-    scale = None if residual_scale is None else residual_scale.contiguous()
+    scales = layers.contiguous(residual_scale), layers.contiguous(layer_scale)
+    mask = layers.contiguous(key_mask)
     saved = empty_saved(inputs, "lean") if keep else None
     statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
     qkv = _qkv(tokens, w, eps, statistics)
     if configs.ATTENTION_PROJECTION.fused(tokens.num_rows, x.shape[2], qkv.element_size()):
         heads = qkv.new_empty(x.shape) if keep == "fast" else None
-        y = _attention_projection(qkv, heads, lse, w, tokens, scale, num_heads)
+        y = _attention_projection(qkv, mask, heads, lse, w, tokens, scales, num_heads)
     else:
-        heads = _attention(qkv, lse, num_heads)
+        heads = _attention(qkv, mask, lse, num_heads)
         output = w.out_weight, w.out_bias
-        y = layers.linear_residual(heads, *output, tokens, scale, configs.PROJECTION)
+        y = layers.linear_residual(heads, *output, tokens, *scales, configs.PROJECTION)
     if saved and heads is not None and keep == "fast":
         saved = saved._replace(qkv=qkv, heads=heads)
     return y, saved
@@ -77,23 +88,31 @@ def backward(
     douts: Sequence[Tensor], inputs: MsaInputs, saved: Saved, eps: float, wanted: Any
 ) -> MsaInputs:
     """Compute the gradients; products that are not wanted are None."""
-    (dy,), (x, w, num_heads, residual_scale, cls), wants = douts, inputs, wanted.weights
+    (dy,), (x, w, num_heads, residual_scale, cls, layer_scale, key_mask) = douts, inputs
+    wants = wanted.weights
     dy, tokens, w = dy.contiguous(), layers.prepared(x, cls), launcher.contiguous(w)
-    scale = None if residual_scale is None else residual_scale.contiguous()
+    scale, mask = layers.contiguous(residual_scale), layers.contiguous(key_mask)
     channels = x.shape[2]
     affine = w.norm_weight, w.norm_bias
     mean, rstd, lse, qkv, heads = saved
     if not qkv.numel():
         qkv = _qkv(tokens, w, eps)
-        heads = _attention(qkv, None, num_heads)
-    dupdate = norm.scale_update(dy, scale, w.out_weight.dtype).view(-1, channels)
-    dqkv, sums = _attention_backward(qkv, heads, dupdate @ w.out_weight, lse, num_heads)
+        heads = _attention(qkv, mask, None, num_heads)
+    dupdate = norm.scale_update(dy, scale, w.out_weight.dtype, layer_scale).view(-1, channels)
+    dqkv, sums = _attention_backward(qkv, mask, heads, dupdate @ w.out_weight, lse, num_heads)
     dnormed = dqkv @ w.qkv_weight
     grads = layers.norm_backward(dnormed, dy, scale, tokens, affine, (mean, rstd))
     d_qkv_weight: Any = None
     if wants.qkv_weight:
         normed = layers.normalize(tokens, affine, eps, w.qkv_weight.dtype)
         d_qkv_weight = layers.weight_gradient(dqkv.view(-1, 3 * channels), normed, True)
+    if layer_scale is None:
+        d_out = layers.weight_gradient(dupdate, heads, wants.out_weight)
+        last = LastLayer(d_out, grads.sum_dy, None)
+    else:
+        out, rows = (w.out_weight, w.out_bias), heads.view(-1, channels)
+        all_wanted = wants.out_weight, wants.out_bias, wanted.layer_scale
+        last = scaled.backward(dy, scale, layer_scale, *out, rows, all_wanted)
     return gradients(
         grads.dx,
         grads.dcls,
@@ -102,9 +121,10 @@ def backward(
             norm_bias=grads.d_norm_bias,
             qkv_weight=d_qkv_weight,
             qkv_bias=None if w.qkv_bias is None else sums.to(w.qkv_bias.dtype),
-            out_weight=layers.weight_gradient(dupdate, heads, wants.out_weight),
-            out_bias=grads.sum_dy,
+            out_weight=cast(Tensor, last.weight),
+            out_bias=cast(Tensor, last.bias),
         ),
+        last.layer_scale,
     )
 
 
@@ -119,14 +139,14 @@ def _qkv(
     return layers.norm_linear(tokens, norm, w.qkv_weight, w.qkv_bias, eps, configs.QKV, statistics)
 
 
-def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
+def _attention(qkv: Tensor, mask: Tensor | None, lse: Tensor | None, num_heads: int) -> Tensor:
     """Return the concatenated heads [B, N, C] of qkv [B, N, 3 C]; writes lse [B, h, N] if given."""
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
 
     batch, num_tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     num_rows, size = batch * num_tokens, qkv.element_size()
     by_library = configs.SELF_ATTENTION.by_library(num_rows, channels, size)
-    if by_library and (qkv.is_cpu or size == 2):
+    if by_library and (qkv.is_cpu or size == 2) and mask is None:
         return _flash_attention(qkv, lse, num_heads)
     heads = qkv.new_empty(batch, num_tokens, channels)
     attention_configs = candidates(
@@ -137,11 +157,15 @@ def _attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
         tiles = -(-num_tokens // shape.rows)
         return Programs((batch * num_heads * tiles, 1, 1), sizes=(tiles,))
 
-    tensors = qkv, heads, lse
-    launcher.start(
-        kernels.attention, programs, tensors, (num_tokens,), attention_configs, (num_heads,)
-    )
+    tensors = qkv, mask, heads, lse
+    heads_of = _heads_of(channels, num_heads)
+    launcher.start(kernels.attention, programs, tensors, (num_tokens,), attention_configs, heads_of)
     return heads
+
+
+def _heads_of(channels: int, num_heads: int) -> tuple[int, int]:
+    """Return the number of heads and their padded width, which kernels take as constants."""
+    return num_heads, max(16, 1 << (channels // num_heads - 1).bit_length())
 
 
 def _flash_attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
@@ -159,11 +183,12 @@ def _flash_attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
 
 def _attention_projection(
     qkv: Tensor,
+    mask: Tensor | None,
     heads: Tensor | None,
     lse: Tensor | None,
     w: MsaWeights,
     tokens: Tokens,
-    residual_scale: Tensor | None,
+    scales: tuple[Tensor | None, Tensor | None],
     num_heads: int,
 ) -> Tensor:
     """Return the block's result for qkv; writes heads and lse if given."""
@@ -171,7 +196,7 @@ def _attention_projection(
 
     x, cls = tokens
     batch, num_tokens, channels = x.shape
-    y = layers.empty_result(x, w.out_weight)
+    y = layers.empty_result(x, w.out_weight, scales[1])
 
     def programs(shape: LayerShape) -> Programs:
         tiles = -(-num_tokens // shape.rows)
@@ -180,16 +205,16 @@ def _attention_projection(
     launcher.start(
         kernels.attention_projection,
         programs,
-        (qkv, heads, lse, w.out_weight, w.out_bias, x, cls, residual_scale, y),
+        (qkv, mask, heads, lse, w.out_weight, w.out_bias, x, cls, *scales, y),
         (num_tokens, *tokens.strides),
         candidates(configs.ATTENTION_PROJECTION, qkv, tokens.num_rows, channels, 0),
-        (num_heads,),
+        _heads_of(channels, num_heads),
     )
     return y
 
 
 def _attention_backward(
-    qkv: Tensor, heads: Tensor, dheads: Tensor, lse: Tensor, num_heads: int
+    qkv: Tensor, mask: Tensor | None, heads: Tensor, dheads: Tensor, lse: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of qkv [B, N, 3 C] from that of heads, and its sum over tokens."""
     from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
@@ -197,7 +222,9 @@ def _attention_backward(
     batch, num_tokens, channels = heads.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
 
-    def start(kernel: Any, table: RowTable, tensors: tuple[Tensor, ...], parts: int) -> Tensor:
+    def start(
+        kernel: Any, table: RowTable, tensors: tuple[Tensor | None, ...], parts: int
+    ) -> Tensor:
         """Launch over tiles of queries or keys; return the sums of that many gradients."""
 
         def programs(shape: LayerShape) -> Programs:
@@ -206,12 +233,12 @@ def _attention_backward(
             return Programs((batch * num_heads * tiles, 1, 1), (shares,), (tiles,))
 
         sizes = qkv, batch * num_tokens, channels, 0, channels // num_heads
-        found = candidates(table, *sizes)
-        (shares,) = launcher.start(kernel, programs, tensors, (num_tokens,), found, (num_heads,))
+        found, heads_of = candidates(table, *sizes), _heads_of(channels, num_heads)
+        (shares,) = launcher.start(kernel, programs, tensors, (num_tokens,), found, heads_of)
         return shares.sum(dim=0)
 
-    of_queries = qkv, heads, dheads, lse, delta, dqkv
-    of_keys = qkv, dheads, lse, delta, dqkv
+    of_queries = qkv, mask, heads, dheads, lse, delta, dqkv
+    of_keys = qkv, mask, dheads, lse, delta, dqkv
     sums = (
         start(kernels.attention_backward_queries, configs.BACKWARD_QUERIES, of_queries, 1),
         start(kernels.attention_backward_keys, configs.BACKWARD_KEYS, of_keys, 2),

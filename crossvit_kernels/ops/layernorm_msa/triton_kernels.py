@@ -1,6 +1,7 @@
 """Self-attention in Triton, from q, k and v as their projection stores them: [B, N, 3 C].
 
-Scores are in base 2 and in float32. No N x N matrix and no transposed head is written to memory.
+Scores are in base 2 and in float32. Heads are padded to a power of two. No N x N matrix and no
+transposed head is written to memory.
 """
 
 from __future__ import annotations
@@ -22,15 +23,25 @@ from crossvit_kernels.ops.common.triton_tiles import (
 
 
 @triton.jit
+def attended(mask_ptr, key, exists):
+    """Which of the existing keys are attended to."""
+    if mask_ptr is not None:
+        exists = exists & (tl.load(mask_ptr + key, mask=exists, other=0) != 0)
+    return exists
+
+
+@triton.jit
 def attend_step(
     peak,
     total,
     acc,
     q,
     q_ptr,  # [N, 3 C]: one head of q, then k, v
+    mask_ptr,  # [N] or None
     n,
     num_tokens,
     D: tl.constexpr,
+    PADDED: tl.constexpr,
     A: tl.constexpr,
     LAST: tl.constexpr,
 ):
@@ -45,16 +56,20 @@ def attend_step(
     SCALE: tl.constexpr = LOG2E * D**-0.5
     key = n + tl.arange(0, KEYS)
     exists = key < (num_tokens if LAST else n + KEYS)
+    exists = attended(mask_ptr, key, exists)
     offsets = key.to(tl.int64) * (3 * C)
-    k = load_tile(q_ptr + C, offsets, exists, 0, D, D)
+    k = load_tile(q_ptr + C, offsets, exists, 0, D, PADDED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if LAST:
+    if LAST or mask_ptr is not None:
         s = tl.where(exists[None, :], s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, axis=1))
-    decay = tl.exp2((peak - new_peak) * SCALE)
-    p = tl.exp2(s * SCALE - (new_peak * SCALE)[:, None])  # a multiply-add
+    finite = new_peak
+    if mask_ptr is not None:  # all keys so far may be masked
+        finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    decay = tl.exp2((peak - finite) * SCALE)
+    p = tl.exp2(s * SCALE - (finite * SCALE)[:, None])  # a multiply-add
     total = total * decay + tl.sum(p, axis=1)
-    v = load_tile(q_ptr + 2 * C, offsets, exists, 0, D, D)
+    v = load_tile(q_ptr + 2 * C, offsets, exists, 0, D, PADDED)
     acc = tl.dot(p.to(k.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return new_peak, total, acc
 
@@ -62,39 +77,51 @@ def attend_step(
 @triton.jit
 def attend(
     qkv_ptr,  # [N, 3 C]
+    mask_ptr,  # [N] or None
     head,
     row,
     used,
     num_tokens,
     C: tl.constexpr,
     D: tl.constexpr,
+    PADDED: tl.constexpr,
     A: tl.constexpr,
 ):
     """Attention of ROWS queries in one head of one image [ROWS, D], and their log-sum-exp."""
     ROWS: tl.constexpr = A.rows
     KEYS: tl.constexpr = A.columns
     q_ptr = qkv_ptr + head * D
-    q = load_tile(q_ptr, row.to(tl.int64) * (3 * C), used, 0, D, D)
+    q = load_tile(q_ptr, row.to(tl.int64) * (3 * C), used, 0, D, PADDED)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, D), tl.float32)
+    acc = tl.zeros((ROWS, PADDED), tl.float32)
     whole = num_tokens - num_tokens % KEYS
     for n in range(0, whole, KEYS):
-        peak, total, acc = attend_step(peak, total, acc, q, q_ptr, n, num_tokens, D, A, False)
+        peak, total, acc = attend_step(
+            peak, total, acc, q, q_ptr, mask_ptr, n, num_tokens, D, PADDED, A, False
+        )
     if whole < num_tokens:
-        peak, total, acc = attend_step(peak, total, acc, q, q_ptr, whole, num_tokens, D, A, True)
+        peak, total, acc = attend_step(
+            peak, total, acc, q, q_ptr, mask_ptr, whole, num_tokens, D, PADDED, A, True
+        )
+    if mask_ptr is not None:  # with nothing to attend to, the result is 0
+        empty = total == 0.0
+        total = tl.where(empty, 1.0, total)
+        peak = tl.where(empty, 0.0, peak)
     return acc / total[:, None], peak * D**-0.5 + tl.log2(total) / LOG2E
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention(
     qkv_ptr,  # [B, N, 3 C]
+    mask_ptr,  # [B, N] or None
     heads_ptr,  # [B, N, C]
     lse_ptr,  # [B, h, N] or None
     num_tokens,
     num_tiles,
     A: tl.constexpr,
     HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """Concatenated heads [B, N, C], lse [B, h, N]. Grid: images x heads x tiles of queries."""
     C: tl.constexpr = A.channels
@@ -105,9 +132,12 @@ def attention(
     used = row < num_tokens
     image = (pair // HEADS).to(tl.int64)
     head = pair % HEADS
-    o, lse = attend(qkv_ptr + image * num_tokens * (3 * C), head, row, used, num_tokens, C, D, A)
+    if mask_ptr is not None:
+        mask_ptr += image * num_tokens
+    q_ptr = qkv_ptr + image * num_tokens * (3 * C)
+    o, lse = attend(q_ptr, mask_ptr, head, row, used, num_tokens, C, D, PADDED, A)
     out = heads_ptr + image * num_tokens * C + head * D
-    store_tile(out, row.to(tl.int64) * C, used, o, 0, D, D)
+    store_tile(out, row.to(tl.int64) * C, used, o, 0, D, PADDED)
     if lse_ptr is not None:
         tl.store(lse_ptr + pair.to(tl.int64) * num_tokens + row, lse, mask=used)
 
@@ -115,13 +145,15 @@ def attention(
 @triton.jit(do_not_specialize=SIZES)
 def attention_projection(
     qkv_ptr,  # [B, N, 3 C]
+    mask_ptr,  # [B, N] or None
     heads_ptr,  # [B, N, C] or None
     lse_ptr,  # [B, h, N] or None
     weight_ptr,  # [C, C]
-    bias_ptr,  # [C]
+    bias_ptr,  # [C] or None
     x_ptr,  # [B, N, C]
     cls_ptr,  # [B, C] or None
     scale_ptr,  # [B] or None
+    layer_scale_ptr,  # [C] or None
     y_ptr,  # [B, N, C]
     num_tokens,
     x_batch_stride,
@@ -130,8 +162,9 @@ def attention_projection(
     num_tiles,
     A: tl.constexpr,
     HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
-    """y = x + r (W_o o + b_o), o the attention of all heads. Grid: images x tiles of queries."""
+    """y = x + r s (W_o o + b_o), o the attention of all heads. Grid: images x tiles of queries."""
     C: tl.constexpr = A.channels
     D: tl.constexpr = A.channels // HEADS
     ROWS: tl.constexpr = A.rows
@@ -147,18 +180,19 @@ def attention_projection(
     ys = ()
     for _ in tl.static_range(NUM):
         ys = ys + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    if mask_ptr is not None:
+        mask_ptr += image * num_tokens
+    q_ptr = qkv_ptr + image * num_tokens * (3 * C)
     for head in range(HEADS):
-        o, lse = attend(
-            qkv_ptr + image * num_tokens * (3 * C), head, token, used, num_tokens, C, D, A
-        )
+        o, lse = attend(q_ptr, mask_ptr, head, token, used, num_tokens, C, D, PADDED, A)
         o = o.to(dtype)
         if heads_ptr is not None:
-            store_tile(heads_ptr + head * D, row * C, used, o, 0, D, D)
+            store_tile(heads_ptr + head * D, row * C, used, o, 0, D, PADDED)
         if lse_ptr is not None:
             tl.store(lse_ptr + (image * HEADS + head) * num_tokens + token, lse, mask=used)
         for i in tl.static_range(NUM):
             c = i * CHUNK + tl.arange(0, CHUNK)
-            w = load_tile(weight_ptr + head * D, c * C, c < C, 0, D, D)
+            w = load_tile(weight_ptr + head * D, c * C, c < C, 0, D, PADDED)
             y = tl.dot(o, tl.trans(w), ys[0], input_precision=PRECISION)
             ys = ys[1:] + (y,)
     offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
@@ -166,7 +200,12 @@ def attention_projection(
     scale = load_residual_scale(scale_ptr, image + token * 0, used)[:, None]
     for i in tl.static_range(NUM):
         x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
-        y = x.to(tl.float32) + (ys[i] + load_vector(bias_ptr, i * CHUNK, C, CHUNK)[None, :]) * scale
+        y = ys[i]
+        if bias_ptr is not None:
+            y += load_vector(bias_ptr, i * CHUNK, C, CHUNK)[None, :]
+        if layer_scale_ptr is not None:
+            y *= load_vector(layer_scale_ptr, i * CHUNK, C, CHUNK)[None, :]
+        y = x.to(tl.float32) + y * scale
         store_tile(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
 
 
@@ -178,9 +217,11 @@ def queries_step(
     lse,
     delta,
     q_ptr,  # [N, 3 C]: one head of q, then k, v
+    mask_ptr,  # [N] or None
     n,
     num_tokens,
     D: tl.constexpr,
+    PADDED: tl.constexpr,
     A: tl.constexpr,
     LAST: tl.constexpr,
 ):
@@ -189,12 +230,12 @@ def queries_step(
     KEYS: tl.constexpr = A.columns
     PRECISION: tl.constexpr = A.precision
     key = n + tl.arange(0, KEYS)
-    exists = key < (num_tokens if LAST else n + KEYS)
+    exists = attended(mask_ptr, key, key < (num_tokens if LAST else n + KEYS))
     offsets = key.to(tl.int64) * (3 * C)
-    k = load_tile(q_ptr + C, offsets, exists, 0, D, D)
-    v = load_tile(q_ptr + 2 * C, offsets, exists, 0, D, D)
+    k = load_tile(q_ptr + C, offsets, exists, 0, D, PADDED)
+    v = load_tile(q_ptr + 2 * C, offsets, exists, 0, D, PADDED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (LOG2E * D**-0.5) - lse[:, None]
-    if LAST:
+    if LAST or mask_ptr is not None:
         s = tl.where(exists[None, :], s, float("-inf"))
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     ds = tl.exp2(s) * (dp - delta[:, None])
@@ -204,6 +245,7 @@ def queries_step(
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_queries(
     qkv_ptr,  # [B, N, 3 C]
+    mask_ptr,  # [B, N] or None
     heads_ptr,  # [B, N, C]
     dheads_ptr,  # [B, N, C]
     lse_ptr,  # [B, h, N]
@@ -214,6 +256,7 @@ def attention_backward_queries(
     num_tiles,
     A: tl.constexpr,
     HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """dq [B, N, C] of dqkv, each tile's sum of it, and delta, the rows' sums of o do.
 
@@ -234,27 +277,35 @@ def attention_backward_queries(
     offsets = row.to(tl.int64) * C
     of_head = first * C + head * D
     of_rows = pair.to(tl.int64) * num_tokens + row
-    q = load_tile(q_ptr, 3 * offsets, used, 0, D, D)
-    do = load_tile(dheads_ptr + of_head, offsets, used, 0, D, D)
-    o = load_tile(heads_ptr + of_head, offsets, used, 0, D, D)
+    if mask_ptr is not None:
+        mask_ptr += first
+    q = load_tile(q_ptr, 3 * offsets, used, 0, D, PADDED)
+    do = load_tile(dheads_ptr + of_head, offsets, used, 0, D, PADDED)
+    o = load_tile(heads_ptr + of_head, offsets, used, 0, D, PADDED)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
     tl.store(delta_ptr + of_rows, delta, mask=used)
     lse = tl.load(lse_ptr + of_rows, mask=used, other=float("inf")) * LOG2E
-    dq = tl.zeros((ROWS, D), tl.float32)
+    dq = tl.zeros((ROWS, PADDED), tl.float32)
     whole = num_tokens - num_tokens % KEYS
     for n in range(0, whole, KEYS):
-        dq = queries_step(dq, q, do, lse, delta, q_ptr, n, num_tokens, D, A, False)
+        dq = queries_step(
+            dq, q, do, lse, delta, q_ptr, mask_ptr, n, num_tokens, D, PADDED, A, False
+        )
     if whole < num_tokens:
-        dq = queries_step(dq, q, do, lse, delta, q_ptr, whole, num_tokens, D, A, True)
+        dq = queries_step(
+            dq, q, do, lse, delta, q_ptr, mask_ptr, whole, num_tokens, D, PADDED, A, True
+        )
     dq = dq * D**-0.5
-    store_tile(dqkv_ptr + first * (3 * C) + head * D, 3 * offsets, used, dq, 0, D, D)
+    store_tile(dqkv_ptr + first * (3 * C) + head * D, 3 * offsets, used, dq, 0, D, PADDED)
     share_ptr = shares_ptr + (image * num_tiles + tile).to(tl.int64) * C + head * D
-    tl.store(share_ptr + tl.arange(0, D), tl.sum(tl.where(used[:, None], dq, 0.0), axis=0))
+    c = tl.arange(0, PADDED)
+    tl.store(share_ptr + c, tl.sum(tl.where(used[:, None], dq, 0.0), axis=0), mask=c < D)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_keys(
     qkv_ptr,  # [B, N, 3 C]
+    mask_ptr,  # [B, N] or None
     dheads_ptr,  # [B, N, C]
     lse_ptr,  # [B, h, N]
     delta_ptr,  # [B, h, N]
@@ -264,6 +315,7 @@ def attention_backward_keys(
     num_tiles,
     A: tl.constexpr,
     HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """dk and dv [B, N, C] of dqkv, and each tile's sums of them. Grid: images x heads x tiles of
     keys.
@@ -286,20 +338,25 @@ def attention_backward_keys(
     lse_ptr += pair.to(tl.int64) * num_tokens
     delta_ptr += pair.to(tl.int64) * num_tokens
     offsets = key.to(tl.int64) * (3 * C)
-    k = load_tile(q_ptr + C, offsets, used, 0, D, D)
-    v = load_tile(q_ptr + 2 * C, offsets, used, 0, D, D)
-    dk = tl.zeros((ROWS, D), tl.float32)
-    dv = tl.zeros((ROWS, D), tl.float32)
+    if mask_ptr is not None:
+        mask_ptr += first
+    read = attended(mask_ptr, key, used)
+    k = load_tile(q_ptr + C, offsets, read, 0, D, PADDED)
+    v = load_tile(q_ptr + 2 * C, offsets, read, 0, D, PADDED)
+    dk = tl.zeros((ROWS, PADDED), tl.float32)
+    dv = tl.zeros((ROWS, PADDED), tl.float32)
     for n in range(0, num_tokens, QUERIES):
         row = n + tl.arange(0, QUERIES)
         exists = row < num_tokens
         row_offsets = row.to(tl.int64) * C
-        q = load_tile(q_ptr, 3 * row_offsets, exists, 0, D, D)
-        do = load_tile(do_ptr, row_offsets, exists, 0, D, D)
+        q = load_tile(q_ptr, 3 * row_offsets, exists, 0, D, PADDED)
+        do = load_tile(do_ptr, row_offsets, exists, 0, D, PADDED)
         # Queries past the last are 0, as is their do: they add nothing.
         lse = tl.load(lse_ptr + row, mask=exists, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + row, mask=exists, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (LOG2E * D**-0.5)
+        if mask_ptr is not None:
+            s = tl.where(read[:, None], s, float("-inf"))
         p = tl.exp2(s - lse[None, :])
         dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -307,10 +364,10 @@ def attention_backward_keys(
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
     dk = dk * D**-0.5
     dk_ptr = dqkv_ptr + first * (3 * C) + C + head * D
-    store_tile(dk_ptr, offsets, used, dk, 0, D, D)
-    store_tile(dk_ptr + C, offsets, used, dv, 0, D, D)
+    store_tile(dk_ptr, offsets, used, dk, 0, D, PADDED)
+    store_tile(dk_ptr + C, offsets, used, dv, 0, D, PADDED)
     # Padding keys have gradients too: those of k = v = 0.
     share_ptr = shares_ptr + (image * num_tiles + tile).to(tl.int64) * (2 * C) + head * D
-    c = tl.arange(0, D)
-    tl.store(share_ptr + c, tl.sum(tl.where(used[:, None], dk, 0.0), axis=0))
-    tl.store(share_ptr + C + c, tl.sum(tl.where(used[:, None], dv, 0.0), axis=0))
+    c = tl.arange(0, PADDED)
+    tl.store(share_ptr + c, tl.sum(tl.where(used[:, None], dk, 0.0), axis=0), mask=c < D)
+    tl.store(share_ptr + C + c, tl.sum(tl.where(used[:, None], dv, 0.0), axis=0), mask=c < D)

@@ -21,7 +21,7 @@ struct TokensParams {
 // A LayerNorm, and its outputs saved for backward, which may be null.
 struct NormParams {
   const float* weight;  // [C]
-  const float* bias;
+  const float* bias;    // or null
   double eps;
   float* normed;  // out: [B, N, C]
   float* mean;    // out: [B, N]
@@ -33,5 +33,8 @@ struct LinearParams {
   const float* weight;  // [out, in]
   const float* bias;    // [out]
 };
+
+// In the order of ops/common/activations.py.
+enum class Activation { kGelu, kGeluTanh, kQuickGelu, kSilu };
 
 }  // namespace crossvit

@@ -26,7 +26,7 @@ class PackedNorm {
     bias_ = memory_.take(width);
     for (int64_t c = 0; c < width; ++c) {
       weight_[c] = c < channels ? params.weight[c] : 0;
-      bias_[c] = c < channels ? params.bias[c] : 0;
+      bias_[c] = params.bias && c < channels ? params.bias[c] : 0;
     }
   }
 
@@ -72,16 +72,19 @@ inline void store_columns(float* to, int64_t width, int64_t first, int64_t count
                     width - n - j);
 }
 
-// The same for y = x + scale * product.
-inline void store_residual(float* y, const TokensParams& x, const float* scale, int64_t first,
-                           int64_t count, int64_t n, const float* product) {
+// The same for y = x + scale * layer_scale * product; both factors may be null.
+inline void store_residual(float* y, const TokensParams& x, const float* scale,
+                           const float* layer_scale, int64_t first, int64_t count, int64_t n,
+                           const float* product) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = first + i;
     const float* const from = token(x, row);
     const float r = scale ? scale[row / x.num_tokens] : 1;
     for (int j = 0; j < kPanel; j += kLane) {
       const int64_t left = x.channels - n - j;
-      const FloatVector update = load(product + i * kPanel + j) * r;
+      FloatVector update = load(product + i * kPanel + j);
+      if (layer_scale) update *= load_at_most(layer_scale + n + j, left);
+      update *= r;
       store_at_most(y + row * x.channels + n + j, load_at_most(from + n + j, left) + update, left);
     }
   }

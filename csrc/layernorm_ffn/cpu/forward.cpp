@@ -1,10 +1,11 @@
-// LayerNorm, both linear layers, GELU and the residual in one pass over the tokens. Compiled once
-// for each instruction-set level; CROSSVIT_ISA names the level's namespace.
+// LayerNorm, both linear layers, the activation and the residual in one pass over the tokens.
+// Compiled once for each instruction-set level; CROSSVIT_ISA names the level's namespace.
 //
 // A group of tokens goes through all of it while its hidden units are in L2.
 
 #include "layernorm_ffn/params.h"
 
+#include "common/cpu/activations.h"
 #include "common/cpu/token_rows.h"
 
 namespace crossvit::layernorm_ffn {
@@ -27,15 +28,15 @@ void forward(const ForwardParams& params) {
                  for (int64_t i = 0; i < blocks; ++i) {
                    const float* const from = product + i * kRows * kPanel;
                    float* const to = activated + i * kRows * fc2.in() + n * kRows;
-                   for (int64_t j = 0; j < kRows * kPanel; j += kLane)
-                     store(to + j, gelu(load(from + j)));
+                   activate(params.activation, from, to, kRows * kPanel);
                    if (params.activated)
                      store_columns(params.activated, params.hidden_width, first + i * kRows,
                                    minimum(kRows, count - i * kRows), n, to);
                  }
                });
                fc2.apply(activated, blocks, [&](int64_t n, const float* product) {
-                 store_residual(params.y, x, params.residual_scale, first, count, n, product);
+                 store_residual(params.y, x, params.residual_scale, params.layer_scale, first,
+                                count, n, product);
                });
              });
 }

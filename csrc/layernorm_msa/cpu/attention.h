@@ -38,6 +38,8 @@ class Head {
   void pack(int64_t image, int64_t head) {
     image_ = image;
     head_ = head;
+    is_empty_ = true;
+    for (int64_t n = 0; is_empty_ && n < num_tokens_; ++n) is_empty_ = is_masked(n);
     for (int64_t n = 0; n < tokens_; n += kLane) {
       for (int64_t i = n + kPrefetchDistance; i < n + kPrefetchDistance + kLane; ++i) {
         prefetch(kKey, i);
@@ -102,6 +104,15 @@ class Head {
     float* const scores = packed_row(scores_, i, tokens_);
     for (int64_t n = num_tokens_; n < tokens_; ++n)
       scores[(tokens_ - kPanel) * kRows + n % kPanel] = kLowest;
+    if (is_empty_) {
+      for (int64_t n = 0; n < tokens_; n += kPanel)
+        for (int j = 0; j < kPanel; j += kLane) store(scores + n * kRows + j, FloatVector{});
+      if (params_.lse) params_.lse[row(query) * params_.num_heads + head_] = 0;
+      return 0;
+    }
+    if (params_.key_mask)
+      for (int64_t n = 0; n < num_tokens_; ++n)
+        if (is_masked(n)) scores[n / kPanel * kPanel * kRows + n % kPanel] = kLowest;
     FloatVector largest[2] = {broadcast(kLowest), broadcast(kLowest)};
     for (int64_t n = 0; n < tokens_; n += kPanel)
       for (int j = 0; j < 2; ++j)
@@ -130,9 +141,12 @@ class Head {
     return params_.qkv_rows + ((row(token) * 3 + operand) * params_.num_heads + head_) * head_dim_;
   }
 
-  // Loads a vector of channels from c on, with zeros past the last channel or token.
+  bool is_masked(int64_t token) const { return params_.key_mask && !params_.key_mask[row(token)]; }
+
+  // Loads a vector of channels from c on, with zeros past the last channel or token, and in masked
+  // keys and values: their contents, even NaN, must not propagate.
   FloatVector channels(Operand operand, int64_t token, int64_t c) const {
-    if (token >= num_tokens_) return FloatVector{};
+    if (token >= num_tokens_ || (operand != kQuery && is_masked(token))) return FloatVector{};
     return load_at_most(operand_row(operand, token) + c, head_dim_ - c);
   }
 
@@ -152,6 +166,7 @@ class Head {
   float* const queries_;  // scaled
   float* const out_;
   int64_t image_ = 0, head_ = 0;
+  bool is_empty_ = false;  // whether all keys are masked
 };
 
 // A task is a head or, if there are few heads, a range of a head's queries.

@@ -37,7 +37,8 @@ void project_out(const ForwardParams& params) {
                  });
                }
                out.apply(rows, blocks, [&](int64_t n, const float* product) {
-                 store_residual(params.y, x, params.residual_scale, first, count, n, product);
+                 store_residual(params.y, x, params.residual_scale, params.layer_scale, first,
+                                count, n, product);
                });
              });
 }
