@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for batch in options.batch:
                 for dtype in _DTYPES:
                     calls = _calls(batch, options.tokens, channels, dtype, device)
-                    for operation, call in calls.items():
+                    for operation, call in calls:
                         for name in OPERATIONS[operation].backends:
                             if usable[name.partition(":")[0]] and _is_asked(name, options.backends):
                                 _verify(call, name)
@@ -57,7 +57,7 @@ Verified = Callable[[str], Any]
 
 def _calls(
     batch: int, num_tokens: int, channels: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, Verified]:
+) -> list[tuple[str, Verified]]:
     heads, generator = max(channels // 64, 1), torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -75,14 +75,22 @@ def _calls(
             for name in FusionWeights._fields
         )
     )
-    return {
-        "attention_core": lambda name: functional.attention_core(u, x, backend=name),
-        "cross_attention_fusion": lambda name: functional.cross_attention_fusion(
-            cls, x, fusion, heads, backend=name
+    ck, scale = functional, random(c)
+    options: dict[str, Any] = {"activation": "quick_gelu", "layer_scale": scale}
+    return [
+        ("attention_core", lambda name: ck.attention_core(u, x, backend=name)),
+        (
+            "cross_attention_fusion",
+            lambda name: ck.cross_attention_fusion(cls, x, fusion, heads, backend=name),
         ),
-        "layernorm_msa": lambda name: functional.layernorm_msa(x, msa, heads, backend=name),
-        "layernorm_ffn": lambda name: functional.layernorm_ffn(x, ffn, backend=name),
-    }
+        ("layernorm_msa", lambda name: ck.layernorm_msa(x, msa, heads, backend=name)),
+        (
+            "layernorm_msa",
+            lambda name: ck.layernorm_msa(x, msa, heads, layer_scale=scale, backend=name),
+        ),
+        ("layernorm_ffn", lambda name: ck.layernorm_ffn(x, ffn, backend=name)),
+        ("layernorm_ffn", lambda name: ck.layernorm_ffn(x, ffn, **options, backend=name)),
+    ]
 
 
 def _is_asked(name: str, asked: Sequence[str] | None) -> bool:
