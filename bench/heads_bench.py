@@ -99,19 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--only", help="only heads whose name contains this")
     served.add_options(parser)
     options = served.completed(parser, arguments)
-    rows: list[report.Row] = []
-    lines = []
-    for point in points(options):
-        rows += point
-        by = {row["contender"]: row for row in point}
-        first = point[0]
-        name = f"{first['head']}, batch {first['batch']}, {first['mode']}"
-        ours = served.cell(by["served"]) if "served" in by else f"own: {first['declined']}"
-        compiled = served.cell(by["compiled"]) if "compiled" in by else "-"
-        lines.append([name, served.cell(by[OWN]), compiled, ours])
-        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
-    table = served.markdown(["head", OWN, "compiled", "served"], lines)
-    return served.finish(options, rows, table)
+    return served.tabulate(options, ["head", OWN, "compiled", "served"], points(options), _line)
+
+
+def _line(first: report.Row, by: served.ByContender) -> list[str]:
+    name = f"{first['head']}, batch {first['batch']}, {first['mode']}"
+    ours = served.cell(by["served"]) if "served" in by else f"own: {first['declined']}"
+    compiled = served.cell(by["compiled"]) if "compiled" in by else "-"
+    return [name, served.cell(by[OWN]), compiled, ours]
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,33 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Format a Markdown table."""
     every = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in every)
+
+
+#: The rows of one point by the names of their contenders.
+ByContender = Mapping[str, report.Row]
+
+
+def tabulate(
+    options: argparse.Namespace,
+    header: list[str],
+    points: Iterable[list[report.Row]],
+    line_of: Callable[[report.Row, ByContender], list[str]],
+) -> int:
+    """Print each point's line as soon as it is measured, then finish with all of them.
+
+    Args:
+        options: The program's.
+        header: Of the table.
+        points: The rows of each.
+        line_of: Returns a point's line from its first row and all by contender.
+    """
+    rows: list[report.Row] = []
+    lines = []
+    for point in points:
+        rows += point
+        lines.append(line_of(point[0], {row["contender"]: row for row in point}))
+        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
+    return finish(options, rows, markdown(header, lines))
 
 
 def finish(options: argparse.Namespace, rows: list[report.Row], table: str) -> int:

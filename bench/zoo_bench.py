@@ -85,18 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--size", type=positive, help="of the images; default: the model's")
     served.add_options(parser)
     options = served.completed(parser, arguments)
-    rows: list[report.Row] = []
-    lines = []
-    for point in points(options):
-        rows += point
-        by = {row["contender"]: row for row in point}
-        cells = [served.cell(by[name]) if name in by else "-" for name in (OWN, "compiled")]
-        for name in ("served", "measured"):
-            cells.append(f"{served.cell(by[name])}: {by[name]['modules']}" if name in by else "-")
-        lines.append([f"{point[0]['model']}, batch {point[0]['batch']}", *cells])
-        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
     header = ["model", OWN, "compiled", "served", "served, with example"]
-    return served.finish(options, rows, served.markdown(header, lines))
+    return served.tabulate(options, header, points(options), _line)
+
+
+def _line(first: report.Row, by: served.ByContender) -> list[str]:
+    cells = [served.cell(by[name]) if name in by else "-" for name in (OWN, "compiled")]
+    for name in ("served", "measured"):
+        cells.append(f"{served.cell(by[name])}: {by[name]['modules']}" if name in by else "-")
+    return [f"{first['model']}, batch {first['batch']}", *cells]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import crossvit_kernels as ck
 from crossvit_kernels import __main__ as program
 from crossvit_kernels import functional, tune
 from crossvit_kernels.calibration import calibrate as calibration
-from crossvit_kernels.calibration import measure, store
+from crossvit_kernels.calibration import store
 from crossvit_kernels.calibration.store import Signature
 from crossvit_kernels.modules import MAPHead, TransformerBlock
 from crossvit_kernels.modules import blocks as block_modules
@@ -24,7 +24,6 @@ from crossvit_kernels.ops.common.library import Figures, Step
 from crossvit_kernels.ops.describe import describe
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
 from crossvit_kernels.ops.operator import OPERATIONS
-from crossvit_kernels.verify import state
 
 C, HEADS = 16, 2
 CPU = torch.device("cpu")
@@ -49,23 +48,6 @@ class Wrong(Slow):
     def forward(self, *arguments: Any) -> Any:
         outputs, saved = self._module.forward(*arguments)
         return outputs + 1, saved
-
-
-@pytest.fixture(autouse=True)
-def path(cpu_backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The file, in a folder of the test's."""
-    path = tmp_path / "of the user" / "calibrated.json"
-    monkeypatch.setenv(store.ENVIRONMENT_VARIABLE, str(path))
-    monkeypatch.setattr(measure, "_MOST_ROUNDS", 3)
-    threads = torch.get_num_threads()
-    store.forget()
-    state.forget()
-    yield path
-    torch.set_num_threads(threads)
-    store.batch_invariant(False)
-    monkeypatch.delenv(store.ENVIRONMENT_VARIABLE)
-    store.forget()
-    state.forget()
 
 
 @pytest.fixture

@@ -23,26 +23,9 @@ from crossvit_kernels.modules import TransformerBlock
 from crossvit_kernels.modules import blocks as block_modules
 from crossvit_kernels.ops.operator import OPERATIONS
 from crossvit_kernels.ops.variants import Variant, with_variants
-from crossvit_kernels.verify import state
 
 C, HEADS = 16, 2
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def path(cpu_backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The file, in a folder of the test's."""
-    path = tmp_path / "calibrated.json"
-    monkeypatch.setenv(store.ENVIRONMENT_VARIABLE, str(path))
-    monkeypatch.setattr(measure, "_MOST_ROUNDS", 3)
-    threads = torch.get_num_threads()
-    store.forget()
-    state.forget()
-    yield path
-    torch.set_num_threads(threads)
-    monkeypatch.delenv(store.ENVIRONMENT_VARIABLE)
-    store.forget()
-    state.forget()
 
 
 class InVariants:
