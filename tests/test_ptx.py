@@ -252,7 +252,9 @@ def test_bank_conflicts(step: int, size: int, extra: int) -> None:
 def test_counters() -> None:
     (code,) = ptx.kernels(REVERSE).values()
     memory = ptx.Memory()
-    arguments = [np.uint64(memory.add(words())) for _ in range(2)]
+    # Of torch, which aligns to 64 bytes: the number of sectors depends on it.
+    arrays = [torch.zeros(128, dtype=torch.int32, device="cpu").numpy() for _ in range(2)]
+    arguments = [np.uint64(memory.add(array)) for array in arrays]
     counters = ptx.run(code, (1,), 128, arguments, memory, 512)
     assert counters["sectors"] == 2 * 128 * 4 // 32
     assert counters["global bytes"] == counters["shared bytes"] == 2 * 128 * 4
