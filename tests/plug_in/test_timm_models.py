@@ -75,7 +75,7 @@ SLOW = [
         "windowed",
         {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 4), "img_size": 64},
     ),
-    Case("mobilevit_xxs", 64, {(MSA,): 9}, "activation SiLU", {}),
+    Case("mobilevit_xxs", 64, {(MSA,): 9}, "activation silu", {}),
     Case("mobilevitv2_050", 64, {}, "no adapter", {}),
     Case("tnt_s_patch16_224", 224, {}, "inside patches", {"depth": 1}),
     Case("edgenext_xx_small", 64, {}, "over channels", {}),
