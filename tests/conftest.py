@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+from pathlib import Path
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # read when torch is imported
     threads = max(1, (os.cpu_count() or 1) // int(workers))
@@ -21,10 +22,12 @@ os.environ["CROSSVIT_KERNELS_VERIFY"] = "off"
 
 import crossvit_kernels as ck
 from crossvit_kernels import extension, supported
+from crossvit_kernels.calibration import measure, store
 from crossvit_kernels.gpu import tables
 from crossvit_kernels.ops.common import configs
 from crossvit_kernels.ops.layernorm_ffn.configs import FFN
 from crossvit_kernels.ops.layernorm_msa.configs import ATTENTION_PROJECTION
+from crossvit_kernels.verify import state
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -166,3 +169,20 @@ def restore_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def calibration_file(cpu_backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An own file of measured choices, of which nothing is left in this process."""
+    path = tmp_path / "of the user" / "calibrated.json"
+    monkeypatch.setenv(store.ENVIRONMENT_VARIABLE, str(path))
+    monkeypatch.setattr(measure, "_MOST_ROUNDS", 3)
+    threads = torch.get_num_threads()
+    store.forget()
+    state.forget()
+    yield path
+    torch.set_num_threads(threads)
+    store.batch_invariant(False)
+    monkeypatch.delenv(store.ENVIRONMENT_VARIABLE)
+    store.forget()
+    state.forget()

@@ -25,6 +25,8 @@ from crossvit_kernels.ops.describe import describe
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
 from crossvit_kernels.ops.operator import OPERATIONS
 
+pytestmark = pytest.mark.usefixtures("calibration_file")
+
 C, HEADS = 16, 2
 CPU = torch.device("cpu")
 
@@ -68,7 +70,9 @@ def ffn(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_slow_kernel_is_replaced(training: bool, slow_ffn: Slow, path: Path, capsys) -> None:
+def test_a_slow_kernel_is_replaced(
+    training: bool, slow_ffn: Slow, calibration_file: Path, capsys
+) -> None:
     net, x = model(), torch.randn(2, 5, C)
     before = {name: t.clone() for name, t in net.state_dict().items()}
     result = ck.calibrate(net, x, training=training, budget_s=60)
@@ -84,9 +88,9 @@ def test_a_slow_kernel_is_replaced(training: bool, slow_ffn: Slow, path: Path, c
     assert slow_ffn.calls == calls
     assert net.training and all(p.grad is None for p in net.parameters())
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
-    (entries,) = json.loads(path.read_text())["devices"].values()
+    (entries,) = json.loads(calibration_file.read_text())["devices"].values()
     assert len(entries["entries"]) == len(result.calls) - result.unmeasured
-    assert "layernorm_ffn" in program.report() and str(path) in program.report()
+    assert "layernorm_ffn" in program.report() and str(calibration_file) in program.report()
 
 
 def test_never_slower_than_eager(monkeypatch) -> None:
@@ -151,7 +155,7 @@ def test_verification_is_not_part_of_the_budget(monkeypatch) -> None:
     assert events[:4] == ["verified"] * 3 + ["clock"] and events.count("verified") == 3
 
 
-def test_interrupted(slow_ffn: Slow, path: Path, monkeypatch) -> None:
+def test_interrupted(slow_ffn: Slow, calibration_file: Path, monkeypatch) -> None:
     net, measure_call = model(), calibration._measure_call
     net[0].backend = "reference"
     done = []
@@ -165,7 +169,7 @@ def test_interrupted(slow_ffn: Slow, path: Path, monkeypatch) -> None:
     monkeypatch.setattr(calibration, "_measure_call", interrupts)
     with pytest.raises(KeyboardInterrupt):
         ck.calibrate(net, torch.randn(2, 5, C), budget_s=60, quiet=True)
-    (entries,) = json.loads(path.read_text())["devices"].values()
+    (entries,) = json.loads(calibration_file.read_text())["devices"].values()
     assert len(entries["entries"]) == 1
     assert net[0].backend == "reference" and net.training
 
@@ -250,12 +254,12 @@ CONTENTS = ["{", "[]", "null", '{"format": 99}', '{"format": 1, "devices": []}']
 
 
 @pytest.mark.parametrize("content", [*CONTENTS, "of the key"])
-def test_other_files_are_ignored(content: str, path: Path, caplog) -> None:
-    path.parent.mkdir()
+def test_other_files_are_ignored(content: str, calibration_file: Path, caplog) -> None:
+    calibration_file.parent.mkdir()
     if content == "of the key":
         key = store.identity.key(CPU)
         content = json.dumps({"format": 1, "devices": {key: {"entries": [{"choice": 3}]}}})
-    path.write_text(content)
+    calibration_file.write_text(content)
     with torch.no_grad():
         ffn(torch.randn(2, 5, C))
         ffn(torch.randn(2, 5, C))
@@ -303,11 +307,11 @@ def test_refused_input() -> None:
         ck.calibrate(model(), torch.randn(2, 5, C), budget_s=0)
 
 
-def test_the_command(path: Path, capsys) -> None:
+def test_the_command(calibration_file: Path, capsys) -> None:
     options = ["--model", "crossvit_kernels.modules:MAPHead(16, 2)", "--input", "2,5,16"]
     assert tune.main([*options, "--budget", "60"]) == 0
     assert "attention_pool" in capsys.readouterr().out
-    assert path.exists()
+    assert calibration_file.exists()
     with pytest.raises(SystemExit):
         tune.main(["--model", "nothing", "--input", "2"])
     assert "MODULE:EXPRESSION" in capsys.readouterr().err

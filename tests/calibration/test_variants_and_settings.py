@@ -24,6 +24,8 @@ from crossvit_kernels.modules import blocks as block_modules
 from crossvit_kernels.ops.operator import OPERATIONS
 from crossvit_kernels.ops.variants import Variant, with_variants
 
+pytestmark = pytest.mark.usefixtures("calibration_file")
+
 C, HEADS = 16, 2
 CPU = torch.device("cpu")
 
@@ -168,7 +170,7 @@ def test_bounds() -> None:
     assert store.bounded({8: False, 64: True}, 16) is True
 
 
-def test_streams(path: Path) -> None:
+def test_streams(calibration_file: Path) -> None:
     few = graphs.FEW_IMAGES
     assert graphs.wants_two_streams(few, {}) and not graphs.wants_two_streams(few + 1, {})
     store.set_setting(CPU, "side_by_side", 4 * few, True)
@@ -220,7 +222,7 @@ def test_graphs_and_streams_are_measured(monkeypatch, capsys) -> None:
     assert set(real(net, (x,), True, False)) == {"fused", "eager"}
 
 
-def test_threads(monkeypatch, path: Path) -> None:
+def test_threads(monkeypatch, calibration_file: Path) -> None:
     """One thread is faster here."""
     torch.set_num_threads(2)
     fast = functional.layernorm_ffn
@@ -240,14 +242,14 @@ def test_threads(monkeypatch, path: Path) -> None:
     torch.set_num_threads(2)
     store.forget()  # as in another process
     assert ck.use_calibrated_threads(6) == 1 == torch.get_num_threads()
-    (entry,) = json.loads(path.read_text())["devices"].values()
+    (entry,) = json.loads(calibration_file.read_text())["devices"].values()
     assert entry["settings"] == {"threads": {"4": 1}} and entry["entries"]
     torch.set_num_threads(2)
     store.set_setting(CPU, "threads", 64, 2)
     assert ck.use_calibrated_threads(100) == 2 and ck.use_calibrated_threads(1) == 1
     with pytest.raises(ValueError, match="num_images: expected at least 1, found 0"):
         ck.use_calibrated_threads(0)
-    path.unlink()
+    calibration_file.unlink()
     store.forget()
     assert ck.use_calibrated_threads(8) == 1
 
@@ -260,7 +262,7 @@ def test_threads_to_try() -> None:
     assert found == {1: [1], 2: [2, 1], 8: [8, 4, 1]}
 
 
-def test_settings_outlive_new_choices(caplog, path: Path) -> None:
+def test_settings_outlive_new_choices(caplog, calibration_file: Path) -> None:
     tensors, call = make_ffn()
     recorded: list[Any] = []
     store.recorder = recorded.append
@@ -275,9 +277,9 @@ def test_settings_outlive_new_choices(caplog, path: Path) -> None:
     with torch.no_grad(), watching() as ran:
         call(*tensors)
     assert ran == {"layernorm_ffn: library"}
-    content = json.loads(path.read_text())
+    content = json.loads(calibration_file.read_text())
     next(iter(content["devices"].values()))["settings"] = {"graph": {"many": 1}}
-    path.write_text(json.dumps(content))
+    calibration_file.write_text(json.dumps(content))
     store.forget()
     assert store.settings(CPU, "graph") == {} and "ignored" in caplog.text
 
