@@ -325,7 +325,8 @@ def test_logging_may_be_off(broken) -> None:
 def test_the_command(broken, capsys) -> None:
     sizes = ["--channels", "16", "--batch", "1", "--tokens", "5", "--backends", "cpu"]
     assert command.main(sizes) == 0
-    assert "3 of layernorm_ffn backward on cpu" in capsys.readouterr().out
+    # Two forms of three dtypes each.
+    assert "6 of layernorm_ffn backward on cpu" in capsys.readouterr().out
     broken("layernorm_ffn", "cpu", backward=one_nan)
     assert command.main(sizes) == 1
     assert "retired       layernorm_ffn backward on cpu" in capsys.readouterr().out
