@@ -1,14 +1,16 @@
 """All GPU tests and benchmarks in one command: ``python bench/gpu_suite.py OUT``.
 
-Imports, tests on the device, tests under a sanitizer, then every benchmark with every baseline.
-Each stage writes its log and results to OUT. The most important stages come first, and the command
-stops after ``--seconds``; rerun it to resume, as finished stages are skipped. A stage that fails or
-times out does not stop the others. ``--dry-run`` runs all kinds of stages on a CPU with tiny sizes.
+Builds, then tests on the device and under a sanitizer, several at once, then every benchmark with
+every baseline, one by one. Each stage writes its log and results to OUT. The most important stages
+come first, and the command stops after ``--seconds``; rerun it to resume, as finished stages are
+skipped. A stage that fails or times out does not stop the others. ``--dry-run`` runs all kinds of
+stages on a CPU with tiny sizes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import command_line
@@ -40,6 +43,7 @@ class Stage:
     name: str
     command: tuple[str, ...]
     seconds: int  # timeout
+    group: str = ""  # neighbours of a group run at the same time: nothing is timed in them
 
 
 def stages(out: Path, dry: bool) -> list[Stage]:
@@ -47,38 +51,52 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     python = sys.executable
     device = "cpu" if dry else "cuda"
     quick = "1" if dry else "0.5"
-    names = (
-        "attention_core_gpu",
-        "attention_core_cuda",
-        "cross_attention_triton",
-        "cross_attention_cuda",
-        "cross_attention_pair",
-        "layernorm_blocks_triton",
-        "layernorm_blocks_cuda",
-    )
-    tests = [f"tests/ops/test_{name}.py" for name in names]
-    if dry:
-        tests = ["-k", "few_tokens or huge_scores or why_not", *tests]
     build = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
-    suite = [
-        *(() if dry else (Stage("build", build, 120), *compilation())),
-        Stage("imports", (python, "-m", "crossvit_kernels"), 60),
-        _verification(dry),
-        Stage("tests", (python, "-m", "pytest", "tests/gpu", *tests), 200),
+    suite = [] if dry else [Stage("build", build, 120, "build"), *compilation()]
+    return [
+        *suite,
+        *_tests(dry),
+        *_benchmarks(out, device, quick, dry),
+        _paper_tables(out, device, dry),
     ]
+
+
+def _tests(dry: bool) -> list[Stage]:
+    """Everything that says whether kernels are right; in a dry run one stage of each kind."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    spread = () if dry else ("-n", str(max(1, (os.cpu_count() or 1) // 3)))
+    few = ("-k", "few_tokens or huge_scores or why_not") if dry else ()
+    operations = ("attention_core_{}", "cross_attention_{}", "layernorm_blocks_{}")
+    of_cuda = [f"tests/ops/test_{name.format('cuda')}.py" for name in operations]
+    of_triton = [f"tests/ops/test_{name.format('triton')}.py" for name in operations[1:]]
+    of_both = [
+        f"tests/ops/test_{name}.py" for name in ("attention_core_gpu", "cross_attention_pair")
+    ]
+    suite = [
+        Stage("imports", (sys.executable, "-m", "crossvit_kernels"), 60, "tests"),
+        _verification(dry),
+        Stage(
+            "tests", (*pytest, *spread, *few, "tests/gpu", *(of_both if dry else ())), 200, "tests"
+        ),
+    ]
+    if not dry:
+        suite.append(Stage("tests-cuda", (*pytest, *spread, *of_cuda), 200, "tests"))
+        suite.append(Stage("tests-triton", (*pytest, *spread, *of_both, *of_triton), 200, "tests"))
     if dry or shutil.which("compute-sanitizer"):
         tool = () if dry else ("compute-sanitizer", "--error-exitcode", "9")
         which = ("-k", "few_tokens") if dry else ()
-        command = (*tool, python, "-m", "pytest", "-m", "sanitizer", *which, "tests")
-        suite.append(Stage("sanitizer", command, 60))
-    return [*suite, *_benchmarks(out, device, quick, dry), _paper_tables(out, device, dry)]
+        command = (*tool, *pytest, "-m", "sanitizer", *which, "tests/ops")
+        suite.append(Stage("sanitizer", command, 200, "tests"))
+    return suite
 
 
 def _verification(dry: bool) -> Stage:
     """Compare every kernel with the reference, before anything is measured."""
     sizes = ("--channels", "16", "--batch", "1", "--tokens", "5") if dry else ()
     only = ("--backends", "cpu") if dry else ()
-    return Stage("verify", (sys.executable, "-m", "crossvit_kernels.verify", *sizes, *only), 120)
+    return Stage(
+        "verify", (sys.executable, "-m", "crossvit_kernels.verify", *sizes, *only), 200, "tests"
+    )
 
 
 def compilation() -> list[Stage]:
@@ -89,7 +107,7 @@ def compilation() -> list[Stage]:
         return []
     major, minor = torch.cuda.get_device_capability()
     command = (sys.executable, "-m", "crossvit_kernels.inspect", "--arch", f"{major}{minor}")
-    return [Stage("compile", (*command, "--processes", str(os.cpu_count())), 120)]
+    return [Stage("compile", (*command, "--processes", str(os.cpu_count())), 120, "build")]
 
 
 def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
@@ -161,7 +179,9 @@ def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
         suite = [core(), *fusions("Ti", False), blocks("Ti", False)]
         return suite + models("crossvit_tiny_240", False)
     first, *others = WIDTH_NAMES
-    suite = [core(), *fusions(first, True), blocks(first, True)]
+    times = (python, str(BENCH / "kernel_times.py"), "--json", str(out / "kernel-times.json"))
+    suite = [Stage("kernel-times", times, 120)]
+    suite += [core(), *fusions(first, True), blocks(first, True)]
     suite += models(MODELS[0], False) + models(MODELS[0], True)
     for name in others:
         suite += [*fusions(name, False), blocks(name, False)]
@@ -178,14 +198,23 @@ def _paper_tables(out: Path, device: str, dry: bool) -> Stage:
     return Stage("paper-tables", (sys.executable, program, "--device", device, *which, *files), 150)
 
 
-def run(stage: Stage, out: Path, seconds: float) -> int:
-    """Run a stage; return its exit status, 124 on timeout. Interrupted programs save their rows."""
+def run(stage: Stage, out: Path, limit: float) -> tuple[int, float]:
+    """Run a stage; return its exit status, 124 on timeout, and seconds.
+
+    Interrupted programs save their rows.
+    """
+    began = time.monotonic()
+    status = _wait(stage, out, limit)
+    return status, round(time.monotonic() - began, 1)
+
+
+def _wait(stage: Stage, out: Path, limit: float) -> int:
     with (out / f"{stage.name}.log").open("w") as log:
         process = subprocess.Popen(
             stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            return process.wait(seconds)
+            return process.wait(limit)
         except subprocess.TimeoutExpired:
             pass
         for sign, grace in ((signal.SIGINT, 10), (signal.SIGKILL, 10)):
@@ -218,22 +247,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     end = time.monotonic() + options.seconds
-    for stage in stages(out, options.dry_run):
-        if options.only is not None and stage.name not in options.only:
+    for _, group in itertools.groupby(stages(out, options.dry_run), lambda s: s.group or s.name):
+        todo = []
+        for stage in group:
+            if options.only is not None and stage.name not in options.only:
+                continue
+            if options.only is None and done.get(stage.name, {}).get("status") == 0:
+                say(stage, "done before")
+            elif time.monotonic() > end:
+                say(stage, "no time left")
+            else:
+                todo.append(stage)
+        if not todo:
             continue
-        if options.only is None and done.get(stage.name, {}).get("status") == 0:
-            say(stage, "done before")
-            continue
-        if time.monotonic() > end:
-            say(stage, "no time left")
-            continue
-        began = time.monotonic()
-        limit = stage.seconds * (5 if options.dry_run else 1)  # a CPU may be shared and busy
-        status = run(stage, out, min(limit, end - began))
-        seconds = time.monotonic() - began
-        done[stage.name] = {"status": status, "seconds": round(seconds, 1)}
-        report.write_json(path, done)
-        say(stage, f"status {status:4} after {seconds:6.1f} s")
+        scale = 5 if options.dry_run else 1  # a CPU may be shared and busy
+        left = end - time.monotonic()
+        limits = [min(scale * stage.seconds, left) for stage in todo]
+        with ThreadPoolExecutor(len(todo)) as pool:
+            results = pool.map(run, todo, itertools.repeat(out), limits)
+            for stage, (status, seconds) in zip(todo, results, strict=True):
+                done[stage.name] = {"status": status, "seconds": seconds}
+                report.write_json(path, done)
+                say(stage, f"status {status:4} after {seconds:6.1f} s")
     return 0 if all(entry["status"] == 0 for entry in done.values()) else 1
 
 

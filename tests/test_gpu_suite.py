@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +68,57 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(suite, tmp_path, m
     shortened[0] = suite.Stage("bad", command("pass"), 60)
     assert suite.main([str(tmp_path), "--only", "bad"]) == 1  # slow is still unfinished
     assert json.loads((tmp_path / "stages.json").read_text())["bad"]["status"] == 0
+
+
+def test_stages_of_a_group_run_at_the_same_time(suite, tmp_path, monkeypatch) -> None:
+    """Each waits for the other's file."""
+    code = (
+        "import pathlib, time, sys; own, other = map(pathlib.Path, sys.argv[1:]); own.touch()\n"
+        "while not other.exists(): time.sleep(0.01)"
+    )
+    files = [str(tmp_path / name) for name in ("first", "second")]
+    together = [
+        suite.Stage(Path(own).name, (sys.executable, "-c", code, own, other), 60, "both")
+        for own, other in (files, files[::-1])
+    ]
+    monkeypatch.setattr(suite, "stages", lambda out, dry: together)
+    assert suite.main([str(tmp_path)]) == 0
+
+
+def test_timed_stages_run_alone(suite, tmp_path) -> None:
+    timed = {"core", "kernel-times", "blocks-15", "fusion-15-S", "models-crossvit_15_240-train"}
+    stages = {stage.name: stage for stage in suite.stages(tmp_path, dry=False)}
+    assert timed <= set(stages) and not any(stages[name].group for name in timed)
+
+
+def test_kernels_of_passes(monkeypatch) -> None:
+    """The flush of the L2 before a pass is not counted, nor what ran before the first."""
+    with program(monkeypatch, "kernel_times") as module:
+        names = [
+            "warm-up",
+            "fill",
+            "spin_kernel(long)",
+            "a",
+            "b",
+            "fill",
+            "spin_kernel(long)",
+            "a",
+            "b",
+        ]
+        kernels = [module.Kernel(name, 10 * i, 10 * i + i) for i, name in enumerate(names)]
+        found = list(module.passes(kernels))
+        assert [[k.name for k in one] for one in found] == [["a", "b"], ["a", "b"]]
+        row = module.row_of(found)
+    assert row["passes"] == 2 and row["kernels"][0] == {"kernel": "a", "microseconds": 5.0}
+    assert row["span_microseconds"] == 16.0
+
+
+def test_inputs_are_filled_in_their_layout(monkeypatch) -> None:
+    with program(monkeypatch, "kernel_times") as module:
+        workload = next(w for w in module.workloads("9", module.DTYPES["bf16"], 2))
+        inputs = workload.inputs()
+        real = module.filled(inputs, workload.operation, torch.device("cpu"))
+        assert real.x.stride() == inputs.x.stride() and real.x.dtype == torch.bfloat16
+        assert real.x.float().std() > 0.9
+        outputs, _ = module.pass_of(workload, "cpu", torch.device("cpu"))()
+    assert all(t.isfinite().all() for t in outputs)
