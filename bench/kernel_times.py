@@ -16,7 +16,8 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ import report
 import torch
 from command_line import positive
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import crossvit_kernels as ck
@@ -34,8 +34,8 @@ from crossvit_kernels.inspect.ahead_of_time import DTYPES
 from crossvit_kernels.inspect.model.workloads import MODELS, Workload, workloads
 
 _EPS = 1e-6
-#: Starts before each pass, so that it is told apart from the next, and waits for the host.
-_SEPARATOR = "spin_kernel"
+#: Starts before each pass, where it also waits for the host, and after it.
+_MARK = "spin_kernel"
 _SPIN_CYCLES = 400_000
 
 Row = dict[str, Any]
@@ -86,43 +86,44 @@ def pass_of(workload: Workload, backend: str, device: torch.device) -> Callable[
     return lambda: module.backward(douts, inputs, saved, _EPS, wanted)
 
 
-def kernels_of(run: Callable[[], object], flush: Tensor, repeats: int) -> list[list[Kernel]]:
-    """Return the kernels of each of several passes, in the order of their start."""
+def run_marked(run: Callable[[], object], flush: Tensor, repeats: int) -> None:
+    """Run a pass after warming up, between marks and with an L2 that holds something else."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for index in range(repeats):
-            flush.fill_(index)
-            torch.cuda._sleep(_SPIN_CYCLES)
-            run()
-        torch.cuda.synchronize()
-    found = sorted(
-        (
-            Kernel(event.name, event.time_range.start, event.time_range.end)
-            for event in profiled.events()
-            if event.device_type == DeviceType.CUDA
-        ),
-        key=lambda kernel: kernel.start,
+    for index in range(repeats):
+        flush.fill_(index % 2)
+        torch.cuda._sleep(_SPIN_CYCLES)
+        run()
+        torch.cuda._sleep(1)
+    torch.cuda.synchronize()
+
+
+def kernels_in(profiled: profile) -> list[Kernel]:
+    """Return what ran on the GPU, in the order of its start."""
+    found = (
+        Kernel(event.name, event.time_range.start, event.time_range.end)
+        for event in profiled.events()
+        if event.device_type.name == "CUDA"
     )
-    return list(passes(found))
+    return sorted(found, key=lambda kernel: kernel.start)
 
 
-def passes(kernels: Sequence[Kernel]) -> Iterator[list[Kernel]]:
-    """Split what ran at the separators, each of which comes after a flush of the L2."""
+def passes(kernels: Iterable[Kernel]) -> Iterator[list[Kernel]]:
+    """Yield the kernels between each two marks."""
     current: list[Kernel] | None = None
     for kernel in kernels:
-        if _SEPARATOR in kernel.name:
+        if _MARK not in kernel.name:
             if current is not None:
-                yield current[:-1]  # without the next pass's flush
+                current.append(kernel)
+        elif current is None:
             current = []
-        elif current is not None:
-            current.append(kernel)
-    if current is not None:
-        yield current
+        else:
+            yield current
+            current = None
 
 
-def row_of(found: Sequence[Sequence[Kernel]]) -> Row:
+def times_of(found: Sequence[Sequence[Kernel]]) -> Row:
     """Return medians over the passes: of each kernel, and from the first's start to the end."""
     names = collections.Counter(tuple(k.name for k in one) for one in found).most_common(1)[0][0]
     alike = [one for one in found if tuple(k.name for k in one) == names]
@@ -206,7 +207,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--models", nargs="+", choices=MODELS, default=["15"])
     add("--batch", type=positive, nargs="+", default=[1, 64, 256])
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    add("--backends", nargs="+", default=["triton", "cuda"], help="variants too: triton:split")
+    add(
+        "--backends",
+        nargs="+",
+        default=["triton", "cuda", "library"],
+        help="variants too: triton:split",
+    )
     add("--operations", nargs="+", help="by default all")
     add("--repeats", type=positive, default=15, help="passes of each")
     add("--json", type=Path, metavar="PATH", help="results and environment")
@@ -222,21 +228,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda")
     flush = torch.empty(4 * environment.l2_bytes(device), dtype=torch.uint8, device=device)
     modelled = json.loads(options.modelled.read_text())["rows"] if options.modelled else []
-    document: Row = {"environment": environment.environment(device), "results": []}
+    rows: list[Row] = []
     failed = 0
-    for row, workload in cases(options):
-        try:
-            run = pass_of(workload, row["backend"], device)
-            row |= row_of(kernels_of(run, flush, options.repeats))
-        except (ValueError, RuntimeError) as error:
-            failed += not isinstance(error, ValueError)
-            print(f"{_key(row)}: {str(error).splitlines()[0]}", flush=True)
-            continue
+    # One profile for all: to start and to stop it takes seconds.
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled, suppress(KeyboardInterrupt):
+        for row, workload in cases(options):
+            try:
+                run = pass_of(workload, row["backend"], device)
+                run_marked(run, flush, options.repeats)
+                rows.append(row)
+            except (ValueError, RuntimeError) as error:
+                failed += not isinstance(error, ValueError)
+                print(f"{_key(row)}: {str(error).splitlines()[0]}", flush=True)
+    found = list(passes(kernels_in(profiled)))
+    for index, row in enumerate(rows):
+        row |= times_of(found[index * options.repeats : (index + 1) * options.repeats])
         put_beside([row], modelled)
-        document["results"].append(row)
         show(row)
-        if options.json:
-            report.write_json(options.json, document)
+    if options.json:
+        facts = environment.environment(device)
+        report.write_json(options.json, {"environment": facts, "results": rows})
     return 1 if failed else 0
 
 

@@ -75,8 +75,10 @@ def registers_of(d: Array) -> list[Array]:
 
 
 def product(a: Array, b: Array, c: Array) -> Array:
-    """Return A B + C, exact up to one rounding of the sum."""
-    return (a.astype(np.float64) @ b.astype(np.float64) + c).astype(F4)
+    """Return A B + C, exact up to one rounding of the sum, towards zero as tensor cores do it."""
+    exact = a.astype(np.float64) @ b.astype(np.float64) + c
+    nearest = exact.astype(F4)
+    return np.where(np.abs(nearest) > np.abs(exact), np.nextafter(nearest, F4(0)), nearest)
 
 
 class Descriptor:

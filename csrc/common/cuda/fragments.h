@@ -8,7 +8,9 @@
 // B [k, 8]. Of C [16, 8] it holds rows g and g + 8, columns 2 t and 2 t + 1.
 //
 // 16-bit elements go to the tensor cores as they are. A float is split into two tf32 numbers; three
-// products then have an error of about 2^-22.
+// products then have an error of about 2^-22. Tensor cores round sums towards zero, which over a
+// long sum is a bias that grows with its length (Ootomo and Yokota 2022, section 3.1): each k-step
+// starts from zero, and ordinary additions, which round to nearest, add it to the rest.
 
 namespace crossvit {
 
@@ -249,6 +251,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const FragmentA<T>& a,
     mma_16x8x16<T>(c, a.pair, b.pair);
   } else {
     // Two k-steps of 8, with k permuted: t stands for 2 t, and t + 4 for 2 t + 1.
+    float sums[4] = {};
     for (int step = 0; step < 2; ++step) {
       uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
       for (int i = 0; i < 4; ++i) {
@@ -260,10 +263,11 @@ __device__ __forceinline__ void multiply(float (&c)[4], const FragmentA<T>& a,
         const SplitFloat s = split(i == 0 ? b.pair[step].x : b.pair[step].y);
         b_high[i] = s.high, b_low[i] = s.low;
       }
-      mma_16x8x8_tf32(c, a_low, b_high);
-      mma_16x8x8_tf32(c, a_high, b_low);
-      mma_16x8x8_tf32(c, a_high, b_high);
+      mma_16x8x8_tf32(sums, a_low, b_high);
+      mma_16x8x8_tf32(sums, a_high, b_low);
+      mma_16x8x8_tf32(sums, a_high, b_high);
     }
+    for (int i = 0; i < 4; ++i) c[i] += sums[i];
   }
 }
 

@@ -1,6 +1,7 @@
 // ldmatrix and mma, with the fragments' layouts of the PTX manual.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "shim/sync.h"
@@ -77,27 +78,35 @@ float to_float(uint16_t bits) {
 
 // The eight columns of a row, in vectors of the size that every 64-bit processor has.
 struct Row {
-  using Half = float __attribute__((vector_size(16)));
-  Half left, right;
-  void add(float factor, const Row& other) {
-    left += factor * other.left;
-    right += factor * other.right;
+  using Quarter = double __attribute__((vector_size(16)));
+  Quarter quarters[4];
+  void add(double factor, const Row& other) {
+    for (int i = 0; i < 4; ++i) quarters[i] += factor * other.quarters[i];
   }
 };
 
-// c += a b, where lane 4g + t holds c's rows g and g + 8, columns 2t and 2t + 1. The hardware's
-// order of summation is unknown; this one ascends. Two rows at a time hide the latency of
-// additions.
+// As tensor cores round (M. Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"): to
+// nearest, the sum of many products would look more accurate than it is on a GPU.
+inline float towards_zero(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::fabs(nearest) > std::fabs(x) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
+// c += a b, where lane 4g + t holds c's rows g and g + 8, columns 2t and 2t + 1. The sum of a
+// product's terms and of c is rounded once.
 template <int kDepth>
 void multiply(WarpSync& sync, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
   Row rows[kDepth];
-  std::memcpy(rows, b, sizeof rows);
+  for (int k = 0; k < kDepth; ++k) {
+    double row[8];
+    for (int i = 0; i < 8; ++i) row[i] = b[k][i];
+    std::memcpy(&rows[k], row, sizeof row);
+  }
   for (int g = 0; g < 8; ++g) {
-    float sums[2][8];
+    double sums[2][8];
     for (int t = 0; t < 4; ++t) {
       const float* c = sync.argument<Fragments>(4 * g + t).c;
-      std::memcpy(&sums[0][2 * t], c, 2 * sizeof *c);
-      std::memcpy(&sums[1][2 * t], c + 2, 2 * sizeof *c);
+      for (int i = 0; i < 4; ++i) sums[i / 2][2 * t + i % 2] = c[i];
     }
     Row upper = bits_as<Row>(sums[0]), lower = bits_as<Row>(sums[1]);
     for (int k = 0; k < kDepth; ++k) {
@@ -108,8 +117,7 @@ void multiply(WarpSync& sync, const float (&a)[16][kDepth], const float (&b)[kDe
     std::memcpy(sums[1], &lower, sizeof lower);
     for (int t = 0; t < 4; ++t) {
       float* c = sync.argument<Fragments>(4 * g + t).c;
-      std::memcpy(c, &sums[0][2 * t], 2 * sizeof *c);
-      std::memcpy(c + 2, &sums[1][2 * t], 2 * sizeof *c);
+      for (int i = 0; i < 4; ++i) c[i] = towards_zero(sums[i / 2][2 * t + i % 2]);
     }
   }
 }
