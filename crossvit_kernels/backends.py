@@ -205,7 +205,7 @@ def choose(
             f"{other}: {why_not(modules[other]) or 'can run it'}"
             if other in modules
             else f"{other}: no kernels for this operation"
-            for other in NAMES
+            for other in dict.fromkeys((*NAMES, *([name] if name in modules else [])))
             if other != "reference"
         ]
         raise ValueError(

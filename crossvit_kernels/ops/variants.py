@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from crossvit_kernels.gpu.tables import Variants
@@ -14,12 +15,23 @@ class Variant:
         module: The backend.
         variants: Those of its kernels.
         name: One of them.
+        limit: Returns why it runs no part of a call, or None.
     """
 
-    def __init__(self, module: Any, variants: Variants, name: str) -> None:
-        self.Saved, self.why_not = module.Saved, module.why_not
-        self.empty_saved = module.empty_saved
+    def __init__(
+        self,
+        module: Any,
+        variants: Variants,
+        name: str,
+        limit: Callable[[Any], str | None] | None = None,
+    ) -> None:
+        self.Saved, self.empty_saved = module.Saved, module.empty_saved
         self._module, self._variants, self._name = module, variants, name
+        self._limit = limit
+
+    def why_not(self, inputs: Any) -> str | None:
+        reason: str | None = self._module.why_not(inputs)
+        return reason or (self._limit(inputs) if self._limit else None)
 
     def forward(self, *arguments: Any) -> Any:
         with self._variants.in_this_thread(self._name):
@@ -30,7 +42,23 @@ class Variant:
             return self._module.backward(*arguments)
 
 
-def with_variants(backend: str, module: Any, variants: Variants) -> dict[str, Any]:
-    """Return a backend by name, and each of its variants as ``<backend>:<variant>``."""
-    named = {f"{backend}:{name}": Variant(module, variants, name) for name in variants.names[1:]}
+def with_variants(
+    backend: str,
+    module: Any,
+    variants: Variants,
+    limits: Mapping[str, Callable[[Any], str | None]] | None = None,
+) -> dict[str, Any]:
+    """Return a backend by name, and each of its variants as ``<backend>:<variant>``.
+
+    Args:
+        backend: The backend's name.
+        module: The backend.
+        variants: Those of its kernels.
+        limits: Variant -> function that returns why it runs no part of a call, or None.
+    """
+    limits = limits or {}
+    named = {
+        f"{backend}:{name}": Variant(module, variants, name, limits.get(name))
+        for name in variants.names[1:]
+    }
     return {backend: module, **named}

@@ -11,9 +11,9 @@ from torch import Tensor
 from crossvit_kernels.gpu import tables
 from crossvit_kernels.gpu.tables import ANY, Candidate, Candidates, InChunks, Rows, Table, Variants
 
-#: Overrides the choice by rows and widths: "fused" or "split" kernels, or "library": split, with
-#: torch's libraries for the steps they support.
-VARIANTS = Variants("fused", "split", "library")
+#: Overrides the choice by rows and widths: "fused" or "split" kernels, or split with torch's
+#: libraries ("library") or the kernel of sm90_linear.py ("gluon") for the steps they support.
+VARIANTS = Variants("fused", "split", "library", "gluon")
 
 #: With this many rows or fewer, the largest tiles would leave most of a GPU's SMs idle.
 FEW_ROWS = 8192
@@ -128,7 +128,7 @@ class RowTable(Table[RowTile]):
         few.
         """
         variant = VARIANTS.asked_for
-        if channels > self.widest(element_size) or variant in ("split", "library"):
+        if channels > self.widest(element_size) or variant in ("split", "library", "gluon"):
             return False
         if variant == "fused":
             return True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
-from crossvit_kernels.ops.common import configs
+from crossvit_kernels.ops.common import configs, sm90_linear
 from crossvit_kernels.ops.common import torch_norm as layer_norm
 from crossvit_kernels.ops.common.activations import ACTIVATIONS
 from crossvit_kernels.ops.common.configs import LayerShape
@@ -42,6 +42,16 @@ def contiguous(t: Tensor | None) -> Tensor | None:
 
 def prepared(x: Tensor, cls: Tensor | None = None) -> Tokens:
     return Tokens(launcher.aligned_rows(x), None if cls is None else launcher.aligned_rows(cls))
+
+
+def merged(tokens: Tokens, weight: Tensor) -> Tokens:
+    """Return tokens with cls in row 0, if the kernel that multiplies them needs it there."""
+    x, cls = tokens
+    if cls is None or not sm90_linear.chosen(x, weight):
+        return tokens
+    x = x.clone(memory_format=torch.contiguous_format)
+    x[:, 0] = cls
+    return Tokens(x, None)
 
 
 def normalize(
@@ -85,6 +95,11 @@ def norm_linear(
     from crossvit_kernels.ops.common import triton_linear_kernels as kernels
 
     x, cls = tokens
+    if cls is None and activation in ("", "gelu") and sm90_linear.chosen(x, weight):
+        options: dict[str, Any] = {"norm": norm, "eps": eps, "statistics": statistics}
+        y = sm90_linear.linear(x, weight, bias, gelu=bool(activation), **options)
+        if y is not None:
+            return y
     (batch, num_tokens, channels), columns = x.shape, weight.shape[0]
     num_rows, size = tokens.num_rows, weight.element_size()
     by_library = step.by_library(num_rows, channels, size)
@@ -132,6 +147,11 @@ def linear_residual(
     step: Step,
 ) -> Tensor:
     """Return x + residual_scale * layer_scale * (a W^T + b) [B, N, C] for a [B, N, W's columns]."""
+    plain = residual_scale is None and layer_scale is None and tokens.cls is None
+    if plain and tokens.x.dtype == a.dtype and sm90_linear.chosen(a, weight):
+        y = sm90_linear.linear(a, weight, bias, residual=tokens.x)
+        if y is not None:
+            return y
     if step.by_library(tokens.num_rows, weight.shape[0], weight.element_size()):
         update = F.linear(a, weight, bias)
         return layer_norm.add_residual(tokens.x, update, residual_scale, tokens.cls, layer_scale)

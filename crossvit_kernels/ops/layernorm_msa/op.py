@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from crossvit_kernels.ops.common import sm90_linear
 from crossvit_kernels.ops.common.configs import VARIANTS
 from crossvit_kernels.ops.common.torch_norm import result_dtype
 from crossvit_kernels.ops.flops import Flops
@@ -57,7 +58,7 @@ layernorm_msa = Operation(
     {
         "cpu": cpu,
         "cuda": cuda,
-        **with_variants("triton", triton, VARIANTS),
+        **with_variants("triton", triton, VARIANTS, {"gluon": sm90_linear.why_not}),
         "library": library,
     },
     _reference,

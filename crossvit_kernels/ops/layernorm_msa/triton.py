@@ -66,7 +66,8 @@ def empty_saved(inputs: MsaInputs, keep: str) -> Saved:
 
 def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
     x, w, num_heads, residual_scale, cls, layer_scale, key_mask = inputs
-    tokens, w = layers.prepared(x, cls), launcher.contiguous(w)
+    w = launcher.contiguous(w)
+    tokens = layers.merged(layers.prepared(x, cls), w.qkv_weight)
     scales = layers.contiguous(residual_scale), layers.contiguous(layer_scale)
     mask = layers.contiguous(key_mask)
     saved = empty_saved(inputs, "lean") if keep else None
@@ -96,7 +97,7 @@ def backward(
     affine = w.norm_weight, w.norm_bias
     mean, rstd, lse, qkv, heads = saved
     if not qkv.numel():
-        qkv = _qkv(tokens, w, eps)
+        qkv = _qkv(layers.merged(tokens, w.qkv_weight), w, eps)
         heads = _attention(qkv, mask, None, num_heads)
     dupdate = norm.scale_update(dy, scale, w.out_weight.dtype, layer_scale).view(-1, channels)
     dqkv, sums = _attention_backward(qkv, mask, heads, dupdate @ w.out_weight, lse, num_heads)

@@ -1,0 +1,224 @@
+"""Linear layers on Hopper's tensor cores: when they run, and their launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels import extension, supported
+from crossvit_kernels.calibration import store
+from crossvit_kernels.gpu import launcher, tables
+from crossvit_kernels.ops.common.configs import FEW_ROWS, VARIANTS
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_SIDE = 64
+#: Rows of more channels do not fit the registers.
+WIDEST = 384
+#: More biases do not fit shared memory.
+_MOST_COLUMNS = 2048
+
+#: (device, Triton) on which the kernel is known to end, as it must wherever it runs by itself: a
+#: wrong barrier would hang. See bench/results/gpu.
+PROVEN: frozenset[tuple[str, str]] = frozenset()
+
+# Evaluated once, as in launcher.
+_HAS_GLUON = launcher.installed() and (
+    importlib.util.find_spec("triton.experimental.gluon") is not None
+)
+_usable: dict[tuple[Any, ...], bool] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sm90Shape(tables.Constants):
+    """Constants of the kernel, called c there.
+
+    Attributes:
+        channels: K.
+        columns: N.
+        norm: Whether x is normalised.
+        gelu: Whether GELU is applied.
+        residual: Whether r is added.
+        consumers: Groups of warps with 64 rows each.
+    """
+
+    channels: int
+    columns: int
+    norm: bool = False
+    gelu: bool = False
+    residual: bool = False
+    consumers: int = 2
+
+    @property
+    def boxes(self) -> int:
+        """Tiles of 64 channels of a row."""
+        return self.channels // _SIDE
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 64 columns."""
+        return self.columns // _SIDE
+
+    @property
+    def together(self) -> int:
+        """Tiles of W in a stage of the ring: they share a barrier."""
+        return max(g for g in (1, 2, 3) if self.boxes % g == 0)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the ring: 96 KiB, 72 if residuals need room as well."""
+        return (9 if self.residual else 12) // self.together
+
+
+def why_not(inputs: Any) -> str | None:
+    """Return why the kernel takes no part in a call of layernorm_msa or layernorm_ffn, or None."""
+    weight = inputs.weights[2]  # qkv's or fc1's
+    return _why_not(inputs.x, weight)
+
+
+def _why_not(x: Tensor, weight: Tensor) -> str | None:
+    if not _HAS_GLUON:
+        return "this Triton has no Gluon"
+    if not x.is_cuda or torch.version.hip or extension.compute_capability(x.device) != 90:
+        return f"the tokens are on {x.device}, not on a GPU of compute capability 9.0"
+    if x.dtype not in _DTYPES or weight.dtype != x.dtype:
+        return f"tokens and weights are {x.dtype} and {weight.dtype}, not both of a 16-bit type"
+    columns, channels = weight.shape
+    if channels % _SIDE or channels > WIDEST:
+        return f"{channels} channels are no multiple of {_SIDE} up to {WIDEST}"
+    if columns % _SIDE or columns > _MOST_COLUMNS:
+        return f"{columns} columns are no multiple of {_SIDE} up to {_MOST_COLUMNS}"
+    return None
+
+
+@functools.cache
+def _is_proven(device: torch.device) -> bool:
+    version = ".".join((supported.installed_version("triton") or "").split(".")[:2])
+    return (tables.device_name(device), version) in PROVEN
+
+
+def chosen(a: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel multiplies a [B, N, K] by weight [N, K]^T.
+
+    By itself it does so from FEW_ROWS rows on, on devices where it has run (PROVEN), and for K of
+    more than 128: it was measured to be faster there.
+    """
+    asked_for, num_rows = VARIANTS.asked_for, a.shape[0] * a.shape[1]
+    if asked_for == "auto":
+        if num_rows <= FEW_ROWS or store.is_batch_invariant() or weight.shape[1] <= 128:
+            return False
+    elif asked_for != "gluon":
+        return False
+    if num_rows == 0 or _why_not(a, weight) is not None:
+        return False
+    return asked_for == "gluon" or _is_proven(a.device)
+
+
+def linear(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    norm: tuple[Tensor, Tensor | None] | None = None,
+    eps: float = 0.0,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """Return act(LN(a) W^T + b) + r [B, N, W's rows] for a [B, N, W's columns], of 16 bits.
+
+    Returns None if the kernel spills registers here, or if TMA cannot read a tensor.
+
+    Args:
+        a: [B, N, K].
+        weight: [W's rows, K].
+        bias: [W's rows] or None.
+        norm: LayerNorm's weight and bias [K], which may be None; without it a is multiplied as it
+            is.
+        eps: LayerNorm's.
+        statistics: mean and rstd [B, N], which are written.
+        gelu: Whether GELU is applied.
+        residual: r [B, N, W's rows].
+    """
+    if not all(_is_tiled(t) for t in (a, residual) if t is not None) or not _is_aligned(weight):
+        return None
+    index = a.get_device()
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return linear(
+                a,
+                weight,
+                bias,
+                norm=norm,
+                eps=eps,
+                statistics=statistics,
+                gelu=gelu,
+                residual=residual,
+            )
+    from crossvit_kernels.gpu.gluon import tile
+    from crossvit_kernels.ops.common.triton_sm90_kernels import sm90_linear as kernel
+
+    batch, num_tokens, channels = a.shape
+    num_rows, columns = batch * num_tokens, weight.shape[0]
+    y = a.new_empty(batch, num_tokens, columns)
+    c = Sm90Shape(channels, columns, norm is not None, gelu, residual is not None)
+    y_tiles = tile(y.view(num_rows, columns))
+    r_tiles = y_tiles if residual is None else tile(_rows(residual))
+    gamma, beta = norm or (weight, None)
+    arguments = (
+        tile(_rows(a)),
+        tile(weight),
+        y_tiles,
+        r_tiles,
+        bias,
+        gamma,
+        beta,
+        *(statistics or (None, None)),
+        num_rows,
+        float(eps),
+        c,
+    )
+    dtypes = (t if t is None else t.dtype for t in (a, bias, gamma, beta))
+    key = index, c, statistics is None, *dtypes
+    programs = min(_num_sms(index), -(-num_rows // (_SIDE * c.consumers)) * c.tiles)
+    if key not in _usable:
+        _usable[key] = _runs(kernel, arguments)
+    if not _usable[key]:
+        return None
+    if launcher.launched is not None:
+        launcher.launched.add(kernel.__name__)
+    kernel[(programs,)](*arguments, num_warps=4)
+    return y
+
+
+def _runs(kernel: Any, arguments: tuple[Any, ...]) -> bool:
+    """Whether the kernel compiles, fits and spills no registers."""
+    try:
+        compiled = kernel.warmup(*arguments, num_warps=4, grid=(1,))
+        compiled._init_handles()
+        return int(compiled.n_spills) == 0
+    except Exception:  # of an untested Triton: other kernels run instead
+        return False
+
+
+@functools.cache
+def _num_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _is_aligned(t: Tensor) -> bool:
+    return t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and t.stride(-2) % 8 == 0
+
+
+def _is_tiled(t: Tensor) -> bool:
+    """Whether t [B, N, C] is a matrix [B N, C] in memory that TMA can read."""
+    return _is_aligned(t) and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))
+
+
+def _rows(t: Tensor) -> Tensor:
+    batch, num_tokens, channels = t.shape
+    return t.as_strided((batch * num_tokens, channels), (t.stride(1), 1))
