@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +27,16 @@ _MOST_COLUMNS = 2048
 #: wrong barrier would hang. See bench/results/gpu.
 PROVEN: frozenset[tuple[str, str]] = frozenset()
 
+
+def _has_gluon() -> bool:
+    """Whether the installed Triton has it; does not import Triton."""
+    spec = importlib.util.find_spec("triton")
+    folders = spec.submodule_search_locations or () if spec else ()
+    return any((Path(folder) / "experimental" / "gluon").is_dir() for folder in folders)
+
+
 # Evaluated once, as in launcher.
-_HAS_GLUON = launcher.installed() and (
-    importlib.util.find_spec("triton.experimental.gluon") is not None
-)
+_HAS_GLUON = _has_gluon()
 _usable: dict[tuple[Any, ...], bool] = {}
 
 
