@@ -203,7 +203,7 @@ for there, name, value in (
 ):
     before = getattr(there, name)
     setattr(there, name, value)
-    assert launcher._changes_kernels(kernel)
+    assert launcher.changes_kernels(kernel)
     setattr(there, name, before)
 triton.knobs.runtime.debug = True
 call(), call()
@@ -226,10 +226,10 @@ kernel.add_pre_run_hook(lambda *args, **kwargs: hooked.append(1))
 call(), call()
 assert len(hooked) == 2
 _, compiled = next(iter(launcher._known.values()))
-assert launcher._can_launch_directly(compiled)
+assert launcher.can_launch_directly(compiled)
 amd = type(compiled.metadata.target)("hip", "gfx942", 64)
 compiled.metadata = compiled.metadata._replace(target=amd)
-assert not launcher._can_launch_directly(compiled) and not launcher._can_launch_directly(None)
+assert not launcher.can_launch_directly(compiled) and not launcher.can_launch_directly(None)
 """
 
 

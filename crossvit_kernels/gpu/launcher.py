@@ -202,13 +202,13 @@ def start(
     # As an int it would have another type.
     numbers = sizes if eps is None else (*sizes, float(eps))
     constants = *candidate.constants, *constants
-    if compiled is not None and not _changes_kernels(kernel):
+    if compiled is not None and not changes_kernels(kernel):
         if made:
             pointers[len(tensors) : len(tensors)] = map(_address, made)
         compiled[grid](*pointers, *numbers, *constants)
         return made
     compiled = kernel[grid](*tensors, *made, *weights, *numbers, *constants, **candidate.options)
-    if _can_launch_directly(compiled) and not _changes_kernels(kernel):
+    if can_launch_directly(compiled) and not changes_kernels(kernel):
         _known[key] = candidate, compiled
     return made
 
@@ -411,7 +411,7 @@ def _recorded(
     return made
 
 
-def _changes_kernels(kernel: Any) -> bool:
+def changes_kernels(kernel: Any) -> bool:
     """Whether settings are active that are part of Triton's key as well."""
     knobs = _triton().knobs
     return bool(
@@ -422,7 +422,7 @@ def _changes_kernels(kernel: Any) -> bool:
     )
 
 
-def _can_launch_directly(compiled: Any) -> bool:
+def can_launch_directly(compiled: Any) -> bool:
     """Whether ``compiled[grid]`` is reliable: not in the interpreter, nor in an untested Triton,
     nor on AMD GPUs, where Triton also specialises on the size of a tensor's storage.
     """
