@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from crossvit_kernels.gpu.tables import Variants
 
@@ -15,7 +17,8 @@ class Variant:
         module: The backend.
         variants: Those of its kernels.
         name: One of them.
-        limit: Returns why it runs no part of a call, or None.
+        limits: A module with why_not(inputs), why it runs no part of a call, or None, and
+            is_proven(device), whether its kernels are known to end there.
     """
 
     def __init__(
@@ -23,15 +26,19 @@ class Variant:
         module: Any,
         variants: Variants,
         name: str,
-        limit: Callable[[Any], str | None] | None = None,
+        limits: Any = None,
     ) -> None:
         self.Saved, self.empty_saved = module.Saved, module.empty_saved
         self._module, self._variants, self._name = module, variants, name
-        self._limit = limit
+        self._limits = limits
 
     def why_not(self, inputs: Any) -> str | None:
         reason: str | None = self._module.why_not(inputs)
-        return reason or (self._limit(inputs) if self._limit else None)
+        return reason or (self._limits.why_not(inputs) if self._limits else None)
+
+    def is_proven(self, device: torch.device) -> bool:
+        """Whether it may be tried on a device without being asked for."""
+        return self._limits is None or bool(self._limits.is_proven(device))
 
     def forward(self, *arguments: Any) -> Any:
         with self._variants.in_this_thread(self._name):
@@ -46,7 +53,7 @@ def with_variants(
     backend: str,
     module: Any,
     variants: Variants,
-    limits: Mapping[str, Callable[[Any], str | None]] | None = None,
+    limits: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a backend by name, and each of its variants as ``<backend>:<variant>``.
 
@@ -54,7 +61,7 @@ def with_variants(
         backend: The backend's name.
         module: The backend.
         variants: Those of its kernels.
-        limits: Variant -> function that returns why it runs no part of a call, or None.
+        limits: Variant -> its limits, see Variant.
     """
     limits = limits or {}
     named = {

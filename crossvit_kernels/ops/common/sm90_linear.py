@@ -106,7 +106,8 @@ def _why_not(x: Tensor, weight: Tensor) -> str | None:
 
 
 @functools.cache
-def _is_proven(device: torch.device) -> bool:
+def is_proven(device: torch.device) -> bool:
+    """Whether the kernel is known to end on a device, with the installed Triton."""
     version = ".".join((supported.installed_version("triton") or "").split(".")[:2])
     return (tables.device_name(device), version) in PROVEN
 
@@ -125,7 +126,7 @@ def chosen(a: Tensor, weight: Tensor) -> bool:
         return False
     if not 0 < num_rows <= _MOST_ROWS or _why_not(a, weight) is not None:
         return False
-    return asked_for == "gluon" or _is_proven(a.device)
+    return asked_for == "gluon" or is_proven(a.device)
 
 
 def linear(

@@ -58,7 +58,7 @@ layernorm_msa = Operation(
     {
         "cpu": cpu,
         "cuda": cuda,
-        **with_variants("triton", triton, VARIANTS, {"gluon": sm90_linear.why_not}),
+        **with_variants("triton", triton, VARIANTS, {"gluon": sm90_linear}),
         "library": library,
     },
     _reference,
