@@ -12,6 +12,7 @@ from crossvit_kernels.gpu import tables
 from crossvit_kernels.ops.common import sm90_linear
 from crossvit_kernels.ops.common.configs import FEW_ROWS, VARIANTS
 from crossvit_kernels.ops.common.sm90_linear import Sm90Shape
+from crossvit_kernels.ops.operator import OPERATIONS
 
 COMPILED = """
 import tempfile
@@ -56,6 +57,9 @@ def test_it_declines_without_its_gpu() -> None:
 
 def test_it_is_not_chosen_where_it_never_ran() -> None:
     """Nor in any variant on another device; a block asked to use it then runs other kernels."""
+    backends = OPERATIONS["layernorm_ffn"].backends
+    cpu = torch.device("cpu")
+    assert backends["triton:split"].is_proven(cpu) and not backends["triton:gluon"].is_proven(cpu)
     x = torch.empty(1, FEW_ROWS + 1, 384, dtype=torch.bfloat16, device="meta")
     with tables.as_if_on(90):
         for variant in VARIANTS.names:
