@@ -39,7 +39,7 @@ SPILLS = (
 
 def run_python(code: str, *arguments: str) -> str:
     """Run code in a process where kernels are compiled; return its output."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
     )

@@ -124,7 +124,6 @@ def run_without_a_device(script: str) -> None:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",
-        "TRITON_DEFAULT_FP_FUSION": "1",
         "PYTHONPATH": str(Path(__file__).parent),
     }
     done = subprocess.run(

@@ -69,8 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if launcher.interpreting():
         print("inspect: TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
         return 1
-    # Triton's default up to 3.9, and what a GPU would run.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     channels = {*options.channels} if options.channels else {c for w in WIDTHS for c in w[:2]}
     widths = [w for w in WIDTHS if {*w[:2]} <= channels]
     blocks = [b for b in BLOCKS if b[0] in channels]

@@ -123,6 +123,7 @@ def _finish(acc, y, ys, bs, rs, rfull, rempty, row, n, j, w: gl.constexpr, c: gl
         q = w * 2 + (j & 1)
         barrier.wait(rfull.index(q), (j >> 1) & 1)
         out += rs.index(q).load(layout).to(gl.float32)
+        fence()  # as for x
         barrier.arrive(rempty.index(q), count=1)
     store_wait(pendings=0)
     ys.store(out.to(y.dtype))
@@ -185,11 +186,10 @@ def _consume(y, xs, ws, ys, shared, statistics, run, w: gl.constexpr, c: gl.cons
         x = ()
         for k in gl.static_range(boxes):
             x = x + (xs.index(w * c.boxes + k).load(left),)
-        if c.norm:
-            fence()  # TMA writes next where this group wrote
-        barrier.arrive(xempty.index(w), count=1)
         a = _end(_start(x, ws, wfull, i, zero, c), wempty, i, c)
         i += steps
+        fence()  # TMA writes next where this group read: without it, before that is done
+        barrier.arrive(xempty.index(w), count=1)
         while n + 2 < stop:  # two accumulators by turns: no register is copied
             b = _start(x, ws, wfull, i, zero, c)
             _finish(a, y, ys, bs, rs, rfull, rempty, row, n, j, w, c)
