@@ -55,12 +55,12 @@ def open_clip_modules() -> dict[str, Any]:
         "LayerScale": (
             transformer.ResidualAttentionBlock(48, 3, ls_init_value=0.1),
             (2, 9, 48),
-            (),
+            BLOCK,
         ),
         "quick": (
             transformer.ResidualAttentionBlock(48, 3, act_layer=transformer.QuickGELU),
             (2, 9, 48),
-            BLOCK[:1],
+            BLOCK,
         ),
         "pooler": (transformer.AttentionalPooler(48, 32, 3, n_queries=2), (2, 9, 32), POOL),
         "256 queries": (transformer.AttentionalPooler(48, 48, 3), (2, 9, 48), ()),
