@@ -135,3 +135,22 @@ def test_transformers_of_the_zoo_are_served(zoo: ModuleType) -> None:
         assert ck.accelerate(model).served, name
         with torch.no_grad():
             model(*zoo.zoo_models.inputs(name, size, 1, options))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_forms_of_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from crossvit import Config, CrossViT
+
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    small = {"dims": (32, 64), "num_heads": (2, 2), "depths": (1, 1), "mlp_ratios": (2.0, 2.0)}
+    config = Config(**small, num_blocks=1, img_size=48)
+    path = tmp_path / "r.json"
+    with program(monkeypatch, "serving_bench") as bench:
+        monkeypatch.setattr(bench, "create_model", lambda name, **k: CrossViT(config, **k))
+        assert bench.main([*QUICK, "--batch", "1", "3", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert [r["contender"] for r in rows] == 2 * ["own forward", "fused", "onnxruntime"]
+    assert all(r["median_ms"] > 0 for r in rows)
