@@ -398,10 +398,12 @@ def test_all_known_classes_exist() -> None:
     import importlib.util
     from pathlib import Path
 
-    from crossvit_kernels.plug_in import recipe
+    from crossvit_kernels.plug_in import looking, recipe
 
+    older = {"timm.models.vision_transformer.LayerScale"}
+    layers = ({*looking._LAYER_SCALES} - older) | looking._ROUNDED_DROP_PATHS | looking._DROP_PATHS
     missing = []
-    for target in (*recipe.RECIPES, *recipe.KNOWN):
+    for target in (*recipe.RECIPES, *recipe.KNOWN, *layers):
         package, _, rest = target.partition(".")
         if (spec := importlib.util.find_spec(package)) is None:
             continue

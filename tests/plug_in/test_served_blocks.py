@@ -152,6 +152,28 @@ def test_gradients_of_layer_scale(calls: list[dict[str, Any]]) -> None:
     torch.testing.assert_close(module.ls2.gamma.grad, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_layer_scale_under_autocast(training: bool, calls: list[Any]) -> None:
+    """Its vector stays float32 beside tokens in 16 bits."""
+    module, x, found = block(), tokens(), []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
+            output = module(module.mlp.fc2(module.mlp.fc1(x)))  # in 16 bits
+        if training:
+            output.float().square().sum().backward()
+            found.append([output, module.ls1.gamma.grad, module.ls2.gamma.grad])
+            module.zero_grad()
+        else:
+            found.append([output])
+        if not calls:
+            ck.accelerate(module, backend="cpu", training=training)
+    assert len(calls) == 2
+    for expected, actual in zip(*found, strict=True):
+        assert actual.dtype == expected.dtype
+        scale = expected.detach().abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=3e-2, atol=3e-2 * scale)
+
+
 def test_one_half_with_layer_scale() -> None:
     module = block()
     module.ls1 = nn.Identity()

@@ -47,6 +47,14 @@ def test_dropout_of_torchs_attention(caplog) -> None:
     assert "self_attention has dropout of 0.2 in training" in str(report)
 
 
+def test_attention_without_biases() -> None:
+    model = torchvision_vit()
+    for block in model.encoder.layers:
+        block.self_attention = nn.MultiheadAttention(48, 3, bias=False, batch_first=True)
+    inputs = {"x": torch.randn(2, 3, 32, 32, dtype=torch.float32)}
+    assert served(assert_served_equals_own(randomised(model), inputs)) == {BLOCK: 2}
+
+
 def open_clip_modules() -> dict[str, Any]:
     transformer = pytest.importorskip("open_clip.transformer")
     resnet = pytest.importorskip("open_clip.modified_resnet")
