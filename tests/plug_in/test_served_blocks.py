@@ -317,6 +317,18 @@ def test_masks(kind: str, calls: list[dict[str, Any]]) -> None:
         assert torch.equal(calls[0]["key_mask"], mask[:, 0, 0])
 
 
+def test_a_mask_that_the_named_backend_does_not_take(
+    cuda_device: str, calls: list[dict[str, Any]]
+) -> None:
+    """The library's attention computes it; the MLP is served."""
+    module = block(init_values=None).to(cuda_device)
+    x, mask = tokens().to(cuda_device), mask_of_keys().to(cuda_device)
+    expected = module(x, attn_mask=mask)
+    assert ck.accelerate(module, backend="cuda").rows[0].serves == BLOCK
+    torch.testing.assert_close(module(x, attn_mask=mask), expected, rtol=1e-3, atol=1e-3)
+    assert [call["backend"] for call in calls] == ["cuda"]
+
+
 def test_a_mask_without_torchs_attention(calls: list[Any]) -> None:
     """timm's own attention gives NaN where no key is left; the block decides."""
     module, x, mask = block(), tokens(), mask_of_keys()
