@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 import time
@@ -75,14 +76,13 @@ def time_contenders(
         options: ``min_time`` and ``dtype``.
         facts: Further fields of every row.
     """
-    expected = _tensors(call(contenders[OWN], inputs, False))[0]
+    expected = _tensors(call(contenders[OWN], inputs, False))
     rows, runs = {}, {}
     for name, module in contenders.items():
         row: report.Row = {**facts, "contender": name, "mode": "train" if training else "forward"}
         reason = module if isinstance(module, str) else None
         if reason is None:
-            actual = _tensors(call(module, inputs, False))[0]
-            error = (actual - expected).abs().max().item() / expected.abs().max().item()
+            error = _largest_error(_tensors(call(module, inputs, False)), expected)
             allowed = 1e-4 if options.dtype == "float32" else 3e-2
             reason = None if error <= allowed else f"its largest error is {error:.2g}"
             row["error"] = error
@@ -94,6 +94,15 @@ def time_contenders(
         rows[name]["median_ms"] = value * 1e3
         rows[name]["speedup"] = seconds[OWN] / value
     return list(rows.values())
+
+
+def _largest_error(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """Return the largest error of any output, over its largest value."""
+    if len(actual) != len(expected):
+        return float("inf")
+    pairs = [(a, e) for a, e in zip(actual, expected, strict=True) if e.is_floating_point()]
+    errors = [(a - e).abs().max() / e.abs().max().clamp_min(1e-30) for a, e in pairs]
+    return max(error.item() for error in errors)
 
 
 def medians(
@@ -131,6 +140,37 @@ def completed(parser: command_line.Parser, arguments: Sequence[str] | None) -> a
             parser.error("--cpu-time needs --device cpu")
         torch.set_num_threads(1)
     return options
+
+
+class Kept:
+    """What was measured before: a file with a line of JSON for each point.
+
+    Args:
+        options: ``resume`` is the file, or None. Lines of another machine, version or setting are
+            neither used nor removed.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.path: Path | None = options.resume
+        facts = environment.environment(options.device, options.dtype)
+        self.facts = {name: facts[name] for name in ("device", "dtype", "torch", "threads")}
+        self.facts |= {"cpu_time": options.cpu_time, "compiles": not options.no_compile}
+        self.found: list[dict[str, Any]] = []
+        if self.path is not None and self.path.exists():
+            lines = self.path.read_text().splitlines()
+            self.found = [json.loads(line) for line in lines if line.endswith("]}")]
+
+    def rows(self, point: report.Row) -> list[report.Row] | None:
+        """Return the rows of a point, or None if it is not there."""
+        key = {**self.facts, **point}
+        return next((line["rows"] for line in self.found if line["key"] == key), None)
+
+    def add(self, point: report.Row, rows: list[report.Row]) -> None:
+        """Write the rows of a point to the file."""
+        if self.path is not None:
+            line = json.dumps({"key": {**self.facts, **point}, "rows": rows})
+            with self.path.open("a") as file:
+                file.write(f"\n{line}")  # whatever the last line is, of a run that was killed
 
 
 def cell(row: report.Row) -> str:

@@ -10,10 +10,10 @@ from torch import Tensor
 from crossvit_kernels import functional
 from crossvit_kernels.modules import plain_layers
 from crossvit_kernels.modules.base import unit_stride
-from crossvit_kernels.modules.layers import drop_path_scale
+from crossvit_kernels.ops.layernorm_ffn.reference import OPTIONAL as FFN_OPTIONAL
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
+from crossvit_kernels.ops.layernorm_msa.reference import OPTIONAL as MSA_OPTIONAL
 from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
-from crossvit_kernels.plug_in.looking import drop_path_rate
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,30 +35,75 @@ def fits(x: Any, like: Tensor, dims: int = 3, channels_at: int = -1) -> bool:
     return mixed and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def key_mask_of(mask: Any, x: Tensor, num_queries: int | None = None) -> Tensor | None:
+    """Return a mask bool [B, N] of keys from a mask of scores, or None if it is none.
+
+    Args:
+        mask: What attention gets: bool [B, 1, 1 or Q, N] with the same keys for all queries.
+            Whether a mask of other strides has them is looked up on a CPU only.
+        x: Tokens [B, N, C].
+        num_queries: Q; None for N.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.device != x.device:
+        return None
+    batch, num_keys, _ = x.shape
+    shape = (batch, 1, num_keys if num_queries is None else num_queries, num_keys)
+    if mask.shape == shape and mask.stride(2) != 0 and shape[2] > 1:
+        if torch.compiler.is_compiling() or mask.device.type != "cpu":
+            return None
+        if not torch.equal(mask, mask[:, :, :1].expand(shape)):
+            return None
+    elif mask.shape != shape and mask.shape != (batch, 1, 1, num_keys):
+        return None
+    return mask[:, 0, 0]
+
+
 def msa(
     x: Tensor,
     weights: MsaWeights,
     num_heads: int,
     eps: float,
     backend: str | None,
-    drop_path: Any = None,
+    residual_scale: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor | str:
-    """Return ``x + drop_path(MSA(LN(x)))``, or why not; drop_path: timm's, or None."""
-    if reason := plain_layers.why_not_weights(weights):
+    """Return ``layernorm_msa`` [B, N, C], or why the kernels cannot."""
+    if reason := _why_not_block(weights, MSA_OPTIONAL, layer_scale):
         return reason
-    scale = drop_path_scale(x.shape[0], drop_path_rate(drop_path), True, like=x)
-    x = unit_stride(x)
-    return functional.layernorm_msa(x, weights, num_heads, eps, scale, backend=backend)
+    return functional.layernorm_msa(
+        unit_stride(x),
+        weights,
+        num_heads,
+        eps,
+        residual_scale,
+        backend=backend,
+        layer_scale=layer_scale,
+        key_mask=key_mask,
+    )
 
 
 def ffn(
-    x: Tensor, weights: FfnWeights, eps: float, backend: str | None, drop_path: Any = None
+    x: Tensor,
+    weights: FfnWeights,
+    eps: float,
+    backend: str | None,
+    residual_scale: Tensor | None = None,
+    activation: str = "gelu",
+    layer_scale: Tensor | None = None,
 ) -> Tensor | str:
-    """Return ``x + drop_path(FFN(LN(x)))``, or why not; drop_path: timm's, or None."""
-    if reason := plain_layers.why_not_weights(weights):
+    """Return ``layernorm_ffn`` [B, N, C], or why the kernels cannot."""
+    if reason := _why_not_block(weights, FFN_OPTIONAL, layer_scale):
         return reason
-    scale = drop_path_scale(x.shape[0], drop_path_rate(drop_path), True, like=x)
-    return functional.layernorm_ffn(unit_stride(x), weights, eps, scale, backend)
+    return functional.layernorm_ffn(
+        unit_stride(x), weights, eps, residual_scale, backend, activation, layer_scale
+    )
+
+
+def _why_not_block(weights: Any, absent: tuple[str, ...], layer_scale: Tensor | None) -> str | None:
+    if reason := plain_layers.why_not_weights(weights, absent):
+        return reason
+    return None if layer_scale is None else plain_layers.why_not_scale(layer_scale, weights)
 
 
 def pool(

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from crossvit_kernels import extension
 from crossvit_kernels.backends import backends, order
 from crossvit_kernels.modules.converters import activation_name
+from crossvit_kernels.modules.layers import drop_path_scale
 from crossvit_kernels.ops.attention_core.op import OPERATION as CORE
 from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.attention_pool.op import keys_are_cheaper
@@ -28,6 +30,21 @@ _NORMS = {
 }
 _IDLE = {"torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout"}
 _DROP_PATHS = {"timm.layers.drop.DropPath"}
+_DINOS = {
+    "dinov2.modeling_dinov2.Dinov2",
+    "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters",
+    "radio.modeling_radio.Radio",
+    "tipsv2.modeling_tipsv2.Tipsv2Vision",
+}
+#: transformers' drop path: uniform numbers, rounded.
+_ROUNDED_DROP_PATHS = {f"transformers.models.{start}DropPath" for start in _DINOS}
+#: The parameter of each kind of LayerScale.
+_LAYER_SCALES = {
+    "timm.layers.layer_scale.LayerScale": "gamma",
+    "timm.models.vision_transformer.LayerScale": "gamma",  # of older releases
+    "open_clip.transformer.LayerScale": "gamma",
+    **{f"transformers.models.{start}LayerScale": "lambda1" for start in _DINOS},
+}
 #: Words for layers that change what a block computes.
 _MEANINGS = (
     ("q_norm", "qk-norm"),
@@ -59,12 +76,12 @@ def child(owner: nn.Module, name: str, *kinds: str) -> Any:
     return layer
 
 
-def norm(owner: nn.Module, name: str) -> Any:
-    """Return a LayerNorm with weight and bias."""
+def norm(owner: nn.Module, name: str, bias: bool = True) -> Any:
+    """Return a LayerNorm with weight; bias: whether it must have one."""
     layer = owner._modules.get(name)
     if kind_of(layer) not in _NORMS:
         raise Declined(f"{name} is a {type(layer).__name__}, not a LayerNorm")
-    if layer is None or layer.weight is None or layer.bias is None:
+    if layer is None or layer.weight is None or (bias and layer.bias is None):
         raise Declined(f"{name} has no weight or no bias")
     if getattr(layer, "_fast_norm", False):
         raise Declined(f"{name} is timm's fast norm")
@@ -101,27 +118,51 @@ def plain_attributes(owner: Any, **expected: Any) -> None:
             raise Declined(f"{name} is {found!r}")
 
 
-def gelu(activation: Any, name: str) -> None:
-    """Require that an activation is the exact GELU, by its values: it has many names."""
-    found = activation_name(activation)
-    if found != "gelu":
-        shown = found or getattr(type(activation), "__name__", activation)
-        raise Declined(f"activation {shown} ({name})")
+def activation(layer: Any, name: str) -> str:
+    """Return the name of an activation that ``layernorm_ffn`` has, known by its values."""
+    found = activation_name(layer)
+    if found is None:
+        raise Declined(f"activation {getattr(type(layer), '__name__', layer)} ({name})")
+    return found
 
 
-def drop_path(owner: nn.Module, name: str) -> None:
-    """Require drop path as timm's, or none."""
-    layer = owner._modules.get(name)
-    if layer is None or kind_of(layer) == "torch.nn.modules.linear.Identity":
-        return
-    if kind_of(layer) not in _DROP_PATHS or not layer.scale_by_keep:
-        raise Declined(f"{name} is a {type(layer).__name__}")
+def exact_gelu(layer: Any, name: str) -> None:
+    """Require that an activation is the exact GELU."""
+    if (found := activation(layer, name)) != "gelu":
+        raise Declined(f"activation {found} ({name})")
 
 
-def drop_path_rate(layer: Any) -> float:
-    """Return the rate of timm's DropPath in training, or 0."""
+def is_idle(layer: Any) -> bool:
+    """Whether a layer does nothing, but for dropout in training, which is watched."""
+    return layer is None or kind_of(layer) in _IDLE
+
+
+def layer_scale_vector(layer: Any) -> str | None:
+    """Return the name of the parameter [C] of a LayerScale; None if it is none."""
+    return _LAYER_SCALES.get(kind_of(layer))
+
+
+def is_drop_path(layer: Any) -> bool:
+    """Whether a layer is drop path whose factors ``drop_path_factors`` draws."""
+    kind = kind_of(layer)
+    return kind in _ROUNDED_DROP_PATHS or (kind in _DROP_PATHS and layer.scale_by_keep)
+
+
+def drop_path_factors(layer: Any, x: Tensor) -> Tensor | None:
+    """Return the factors [B] of a call's updates, the numbers that the layer would draw.
+
+    Args:
+        layer: timm's or transformers' drop path, or another layer or None for no factors.
+        x: Tokens [B, N, C].
+    """
     rate = getattr(layer, "drop_prob", None)
-    return float(rate) if rate and layer.training else 0.0
+    if not rate or not layer.training:
+        return None
+    if kind_of(layer) not in _ROUNDED_DROP_PATHS:
+        return drop_path_scale(x.shape[0], float(rate), True, like=x)
+    keep = 1 - rate
+    drawn = torch.rand((x.shape[0], 1, 1), dtype=x.dtype, device=x.device)
+    return torch.floor(drawn + keep).flatten() / keep
 
 
 def shape_of(layer: Any) -> tuple[int, ...]:
@@ -153,7 +194,7 @@ def torch_attention(owner: nn.Module, name: str) -> Any:
         raise Declined(f"{name} adds keys of its own")
     if not layer.batch_first:
         raise Declined(f"{name} is not batch_first")
-    linear(layer, "out_proj", bias=True)
+    linear(layer, "out_proj")
     return layer
 
 
@@ -185,37 +226,56 @@ def why_no_block_gain(norm: Any) -> str | None:
     return reason and f"{reason} (example= measures)"
 
 
-def block_pays(x: Tensor) -> bool:
-    """Whether a call of a block on x [B, N, C] is known to be faster served.
+#: Rows of a call's tokens, by channels, from which torch's fast SiLU is slower.
+_SILU_ROWS = 6
+
+
+def block_pays(x: Tensor, found: Any) -> bool:
+    """Whether a call of a half of a block on x [B, N, C] is known to be faster served.
 
     On a CPU the kernels repack the weights in every call, which takes at least C rows to pay.
+
+    Args:
+        x: Its tokens.
+        found: What was found when it was inspected; ``activation`` is that of an MLP.
     """
     if x.device.type != "cpu":
         return True
     if torch.is_grad_enabled():
         return False
-    return torch.compiler.is_compiling() or x.numel() >= x.shape[-1] ** 2
+    rows = _SILU_ROWS if found.activation == "silu" else 1
+    return torch.compiler.is_compiling() or x.numel() >= rows * x.shape[-1] ** 2
 
 
 #: Elements of a call's tokens from which class attention gains on a CPU; overhead below.
 _LEAST_TOKENS = 2**15
 
 
-def class_attention_pays(x: Tensor) -> bool:
+def class_attention_pays(x: Tensor, found: Any) -> bool:
     """Whether a call of class attention on x [B, N, C] is known to be faster served."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return True
     return x.numel() >= _LEAST_TOKENS
 
 
-def require_kernels(operation: str, inputs: Any) -> None:
-    """Require that a backend besides the reference can run a sample of the calls."""
+def require_kernels(operation: str, inputs: Any, backend: str | None = None) -> None:
+    """Require that a backend besides the reference can run a sample of the calls.
+
+    Args:
+        operation: Its name.
+        inputs: The sample.
+        backend: The backend that calls name, or None. Where it has no kernels for the sample's
+            device, others are asked: the model may be moved.
+    """
     op = OPERATIONS[operation]
     device = op.tokens(inputs).device
     if device.type not in ("cpu", "cuda"):
         raise Declined(f"there are no kernels for {device.type}")
     usable, reasons = backends(), []
-    for name in order(operation, device)[: 1 if device.type == "cpu" else None]:
+    names = order(operation, device)[: 1 if device.type == "cpu" else None]
+    if backend in op.backends and _device_of(backend) == device.type:
+        names = (backend,)
+    for name in names:
         reason = usable.reasons.get(name)
         if reason is None and name in op.backends:
             reason = op.backends[name].why_not(inputs)
@@ -223,6 +283,14 @@ def require_kernels(operation: str, inputs: Any) -> None:
             return
         reasons.append(f"{name}: {reason}")
     raise Declined("no kernels: " + "; ".join(reasons))
+
+
+def _device_of(backend: str) -> str:
+    """Return the type of the devices that a backend's kernels run on."""
+    if backend == "cpu":
+        return "cpu"
+    kernels = extension.cuda_kernels
+    return kernels.device_type if backend == "cuda" and kernels is not None else "cuda"
 
 
 def require_pool(weight: Tensor, num_queries: int, num_heads: int) -> None:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-#: call(module, parts, backend, *args, **kwargs), the last two being the module's own arguments and
-#: parts whether each part is served. Returns what the module's forward returns; or a string, then
-#: the module's own forward runs: why, or "" for an input that was never meant to be served.
+#: call(module, found, backend, *args, **kwargs), the last two being the module's own arguments and
+#: found what ``Part.check`` returned for each part that is served, None for others. Returns what
+#: the module's forward returns; or a string, then the module's own forward runs: why, or "" for an
+#: input that was never meant to be served.
 Call = Callable[..., Any]
 
 
@@ -25,19 +26,23 @@ class Part(NamedTuple):
         reads: Names of children that are not called. Their parameters are read, so they have to
             stay what they were; the module's other children are called as ever.
         check: Raises ``Declined`` if the part computes what the function does not; may be slow.
+            What it returns, if not None, is passed to calls: what holds until a layer changes.
         live: Returns a reason or None from what may change without a layer being replaced: a
             number of heads, a rate, a mode. It runs in every call.
         fast: Returns why serving is no gain on the module's device, or None.
-        pays: Returns whether serving is a gain for an input, the first tensor of a call. Neither is
-            asked if a backend is named or times are measured.
+        pays: Returns whether serving is a gain for an input, the first tensor of a call, and what
+            check returned. Neither is asked if a backend is named or times are measured.
+        sample: Returns an operation's name and inputs like those of calls, from the module and what
+            check returned; the part is declined if no backend, or not the one named, takes them.
     """
 
     serves: str
     reads: tuple[str, ...]
-    check: Callable[[Any], None]
+    check: Callable[[Any], Any]
     live: Callable[[Any], str | None]
     fast: Callable[[Any], str | None]
-    pays: Callable[[Tensor], bool] | None = None
+    pays: Callable[[Tensor, Any], bool] | None = None
+    sample: Callable[[Any, Any], tuple[str, Any]] | None = None
 
 
 class Recipe(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from crossvit_kernels.modules import plain_layers
+from crossvit_kernels.plug_in import looking
 from crossvit_kernels.plug_in import recipe as recipes
 from crossvit_kernels.plug_in.recipe import Declined, Part, Recipe
 from crossvit_kernels.plug_in.watch import Watched, watch, why_not_as_watched
@@ -34,6 +35,7 @@ class Served:
         self.backend, self._forced = backend, forced
         self._set_recipe(recipe)
         self._watched: list[tuple[Watched, ...] | None] = [None] * len(recipe.parts)
+        self._found: list[Any] = [None] * len(recipe.parts)  # what Part.check returned
         self._reasons: list[str | None] = [None] * len(recipe.parts)  # of the last inspection
         for i in range(len(recipe.parts)):
             self._inspect(i, not forced)
@@ -70,13 +72,19 @@ class Served:
         parts = zip(self._parts, self._watched, strict=True)
         return {name for part, watched in parts if watched is not None for name in part.reads}
 
+    @property
+    def __code__(self) -> Any:
+        """The code of the class's forward, of which ``torch.export`` shows file and line."""
+        return type(self.owner).forward.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner: Any = self._owner()
         if not plain_layers.is_transformed():
             x = _first_tensor(args, kwargs)
             on = [self._is_on(owner, i, part, x) for i, part in enumerate(self._parts)]
             if any(on):
-                output = self._call(owner, on, self.backend, *args, **kwargs)
+                found = [f if is_on else None for f, is_on in zip(self._found, on, strict=True)]
+                output = self._call(owner, found, self.backend, *args, **kwargs)
                 if not isinstance(output, str):
                     return output
                 if output:
@@ -88,7 +96,8 @@ class Served:
         watched = self._watched[i]
         if watched is None:
             return False
-        if part.pays is not None and not self._forced and (x is None or not part.pays(x)):
+        asked = part.pays if not self._forced else None
+        if asked is not None and (x is None or not asked(x, self._found[i])):
             return False
         reason = why_not_as_watched(owner, watched)
         if reason is not None and not torch.compiler.is_compiling():
@@ -105,10 +114,15 @@ class Served:
         watched = watch(owner, part.reads)
         reason: str | None
         try:
-            part.check(owner)
+            found = part.check(owner)
             reason = why_not_as_watched(owner, watched) or part.live(owner)
+            if reason is None and part.sample is not None:
+                with torch.no_grad():
+                    looking.require_kernels(*part.sample(owner, found), self.backend)
             if reason is None and only_if_fast:
                 reason = part.fast(owner)
+            if reason is None:
+                self._found[i] = True if found is None else found
         except Declined as declined:
             reason = str(declined)
         self._reasons[i] = reason
@@ -141,7 +155,7 @@ class Served:
         found = recipes.RECIPES.get(target)
         if found is None:  # an adapter that this process has not registered
             found = Recipe(target, (), _unknown)
-            self._watched, self._reasons = [], []
+            self._watched, self._reasons, self._found = [], [], []
         self._set_recipe(found)
 
     def __repr__(self) -> str:

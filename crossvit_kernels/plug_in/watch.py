@@ -20,6 +20,7 @@ class Watched(NamedTuple):
     kind: type[Any]  # NoneType for a child that is None
     children: int
     drops: bool  # whether it is dropout
+    approximate: Any  # nn.GELU's
 
 
 def watch(owner: nn.Module, names: Iterable[str]) -> tuple[Watched, ...]:
@@ -30,7 +31,9 @@ def watch(owner: nn.Module, names: Iterable[str]) -> tuple[Watched, ...]:
         layer = siblings.get(name)
         children = {} if layer is None else layer._modules
         drops = isinstance(layer, (nn.Dropout, nn.AlphaDropout))
-        found.append(Watched(path, parent, name, type(layer), len(children), drops))
+        approximate = None if layer is None else layer.__dict__.get("approximate")
+        facts = type(layer), len(children), drops, approximate
+        found.append(Watched(path, parent, name, *facts))
         index = len(found) - 1
         for child in children:
             visit(children, child, index, f"{path}.{child}")
@@ -43,7 +46,7 @@ def watch(owner: nn.Module, names: Iterable[str]) -> tuple[Watched, ...]:
 def why_not_as_watched(owner: nn.Module, watched: tuple[Watched, ...]) -> str | None:
     """Return what has changed since, or which dropout is active, or None."""
     found: list[Any] = []
-    for path, parent, name, kind, children, drops in watched:
+    for path, parent, name, kind, children, drops, approximate in watched:
         siblings: Any = owner._modules if parent < 0 else found[parent]._modules
         layer = siblings.get(name)
         if type(layer) is not kind:
@@ -59,6 +62,8 @@ def why_not_as_watched(owner: nn.Module, watched: tuple[Watched, ...]) -> str | 
                 return f"{path} {why_not_called_plainly(layer)}"
             if len(layer._modules) != children:
                 return f"{path} has {len(layer._modules)} layers instead of {children}"
+            if layer.__dict__.get("approximate") != approximate:
+                return f"{path} is now a {layer}"
             if drops and layer.training and layer.p > 0:
                 return f"{path} is dropout of {layer.p} in training"
         found.append(layer)

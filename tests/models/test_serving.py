@@ -42,6 +42,26 @@ def test_onnx_of_two_images(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
 
 
+def assert_runs_in_cpp(model: CrossViT) -> None:
+    """The page's program and its command: logits of the package in this folder."""
+    import shutil
+    import subprocess
+
+    if shutil.which("g++") is None:
+        return
+    page = PAGE.read_text()
+    (code,) = re.findall(r"```cpp\n(.*?)```", page, re.DOTALL)
+    printed = code.replace("240, 240", "48, 48").replace("logits.argmax(1)", "logits.flatten()")
+    assert printed.count("48") == 2 and "flatten" in printed
+    Path("serve.cpp").write_text(printed)
+    (command,) = re.findall(r"^    TORCH=.*\n    g\+\+ (?:.*\\\n)*.*$", page, re.MULTILINE)
+    subprocess.run(["bash", "-ec", command], check=True)
+    run = subprocess.run(["./serve"], capture_output=True, text=True, check=True)
+    logits = torch.tensor([float(line) for line in run.stdout.split("[")[0].split()])
+    expected = model(torch.ones(3, 3, 48, 48)).detach().flatten()
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not PAGE.exists(), reason="an installation without the source tree")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -58,9 +78,14 @@ def test_the_pages_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert smaller.count("48") == 3 and "240" not in smaller
     scope: dict[str, Any] = {}
     exec(compile(smaller, str(PAGE), "exec"), scope)
+    assert_runs_in_cpp(scope["model"])
     expected = scope["model"](scope["x"]).detach()
     of_pair = scope["model"](scope["pair"]).detach()
-    for name, reference in (("logits", expected), ("scores", expected)):
+    for name, reference in (
+        ("logits", expected),
+        ("scores", expected),
+        ("fused_scores", expected),
+    ):
         torch.testing.assert_close(scope[name].detach(), reference, rtol=1e-4, atol=1e-5)
     session = scope["session"]
     feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), scope["pair"], strict=True)}

@@ -323,12 +323,12 @@ def test_a_model_with_nothing_to_serve() -> None:
 
 
 def test_the_table() -> None:
-    lines = str(accelerate(vit(init_values=0.1))).splitlines()
+    lines = str(accelerate(vit(qk_norm=True))).splitlines()
     assert lines[0].split() == ["module", "class", "served", "by", "why", "not"]
-    why = "layernorm_msa: LayerScale (ls1); layernorm_ffn: LayerScale (ls2)"
-    assert lines[1].split(maxsplit=3) == ["blocks.0", "Block", "-", why]
+    why = "layernorm_msa: qk-norm (attn.q_norm)"
+    assert lines[1].split(maxsplit=3) == ["blocks.0", "Block", "layernorm_ffn", why]
     assert lines[3].split() == ["attn_pool", "AttentionPoolLatent", "attention_pool"]
-    assert lines[4] == "1 of 3 modules served"
+    assert lines[4] == "3 of 3 modules served"
 
 
 def test_blocks_that_gain_nothing_on_a_cpu(monkeypatch) -> None:
@@ -398,10 +398,12 @@ def test_all_known_classes_exist() -> None:
     import importlib.util
     from pathlib import Path
 
-    from crossvit_kernels.plug_in import recipe
+    from crossvit_kernels.plug_in import looking, recipe
 
+    older = {"timm.models.vision_transformer.LayerScale"}
+    layers = ({*looking._LAYER_SCALES} - older) | looking._ROUNDED_DROP_PATHS | looking._DROP_PATHS
     missing = []
-    for target in (*recipe.RECIPES, *recipe.KNOWN):
+    for target in (*recipe.RECIPES, *recipe.KNOWN, *layers):
         package, _, rest = target.partition(".")
         if (spec := importlib.util.find_spec(package)) is None:
             continue

@@ -61,35 +61,96 @@ def test_a_wrong_head_is_not_timed(
     assert "largest error" in wrong["reason"]
 
 
-def test_zoo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def zoo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The program, with small models."""
     import timm
 
     def create(name: str, **options: Any) -> nn.Module:
         small = {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 3}
-        return make(name, **small, **options)
+        return make(name, **{**small, **options})
 
     make = timm.create_model
     monkeypatch.setattr(timm, "create_model", create)
-    path = tmp_path / "r.json"
-    with program(monkeypatch, "zoo_bench") as zoo:
-        name = "vit_base_patch16_siglip_224"
-        assert (
-            zoo.main(
-                [
-                    *QUICK,
-                    "--example",
-                    "--cpu-time",
-                    "--models",
-                    name,
-                    "--size",
-                    "32",
-                    "--json",
-                    str(path),
-                ]
-            )
-            == 0
-        )
-    rows = {r["contender"]: r for r in json.loads(path.read_text())["results"]}
+    with program(monkeypatch, "zoo_bench") as module:
+        small = {"num_hidden_layers": 1, "hidden_size": 48, "intermediate_size": 96}
+        for name, value in small.items():
+            monkeypatch.setitem(module.zoo_models.WIDTH, name, value)
+        yield module
+
+
+def test_zoo(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("transformers")
+    path, kept = tmp_path / "r.json", tmp_path / "kept.jsonl"
+    models = ["vit_base_patch16_siglip_224", "transformers SigLIP"]
+    arguments = [*QUICK, "--cpu-time", "--size", "32", "--json", str(path), "--resume", str(kept)]
+    assert zoo.main([*arguments, "--models", models[0]]) == 0
+    kept.write_text(kept.read_text() + '{"key": {"devi')  # killed while it wrote
+    assert zoo.main([*arguments, "--models", *models]) == 0
+    results = json.loads(path.read_text())["results"]
+    assert [r["model"] for r in results] == [name for name in models for _ in range(3)]
+    rows = {r["contender"]: r for r in results if r["model"] == models[0]}
     assert list(rows) == ["own forward", "served", "measured"]
     assert rows["served"]["modules"] == "1 Block, 1 AttentionPoolLatent"
-    assert all(r["median_ms"] > 0 for r in rows.values())
+    assert results[4]["modules"] == "1 SiglipEncoderLayer, 1 SiglipMultiheadAttentionPoolingHead"
+    assert all(r["median_ms"] > 0 for r in results)
+    assert "slower than its own forward by more than 3 %: " in capsys.readouterr().out
+
+    def never(*args: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(zoo, "measured", never)
+    assert zoo.main([*arguments, "--models", *models]) == 0
+    assert json.loads(path.read_text())["results"] == results
+    with pytest.raises(AssertionError, match="measured again"):
+        zoo.main([*arguments, "--models", models[0], "--batch", "3"])
+
+
+def test_an_unknown_model_of_the_zoo(zoo: ModuleType, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        zoo.main(["--models", "transformers SigLIP 3"])
+    assert "no model 'transformers SigLIP 3'; --list prints" in capsys.readouterr().err
+
+
+def test_the_zoo_is_of_models_that_exist(zoo: ModuleType) -> None:
+    import timm
+
+    assert len(zoo.zoo_models.TIMM) >= 30 and len(zoo.zoo_models.TRANSFORMERS) >= 10
+    assert [name for name in zoo.zoo_models.TIMM if not timm.is_model(name)] == []
+
+
+def test_transformers_of_the_zoo_are_served(zoo: ModuleType) -> None:
+    import argparse
+
+    import torch
+
+    import crossvit_kernels as ck
+
+    pytest.importorskip("transformers")
+    options = argparse.Namespace(device=torch.device("cpu"), dtype="float32", size=None)
+    for name in zoo.zoo_models.TRANSFORMERS:
+        name = f"{zoo.zoo_models.PREFIX}{name}"
+        size = zoo.zoo_models.size_of(name, options)
+        model = zoo.zoo_models.build(name, size, options)
+        assert ck.accelerate(model).served, name
+        with torch.no_grad():
+            model(*zoo.zoo_models.inputs(name, size, 1, options))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_forms_of_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from crossvit import Config, CrossViT
+
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    small = {"dims": (32, 64), "num_heads": (2, 2), "depths": (1, 1), "mlp_ratios": (2.0, 2.0)}
+    config = Config(**small, num_blocks=1, img_size=48)
+    path = tmp_path / "r.json"
+    with program(monkeypatch, "serving_bench") as bench:
+        monkeypatch.setattr(bench, "create_model", lambda name, **k: CrossViT(config, **k))
+        assert bench.main([*QUICK, "--batch", "1", "3", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert [r["contender"] for r in rows] == 2 * ["own forward", "fused", "onnxruntime"]
+    assert all(r["median_ms"] > 0 for r in rows)

@@ -13,9 +13,11 @@ from zoo_cases import assert_served_equals_own, randomised
 timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
-MSA, FFN = "layernorm_msa", "layernorm_ffn"
-BLOCK, POOL, FUSION = (MSA, FFN), ("attention_pool",), ("cross_attention_fusion",)
-LAYER_SCALE = "LayerScale (ls1)"
+BLOCK, POOL, FUSION = (
+    ("layernorm_msa", "layernorm_ffn"),
+    ("attention_pool",),
+    ("cross_attention_fusion",),
+)
 
 
 class Case(NamedTuple):
@@ -33,25 +35,25 @@ SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 FAST = [
     Case("vit_tiny_patch16_224", 32, {BLOCK: 2}),
     Case("vit_base_patch16_siglip_224", 32, {BLOCK: 2, POOL: 1}),
-    Case("vit_base_patch16_clip_quickgelu_224", 32, {(MSA,): 2}, "activation quick_gelu"),
-    Case("vit_small_patch14_dinov2", 28, {}, LAYER_SCALE),
+    Case("vit_base_patch16_clip_quickgelu_224", 32, {BLOCK: 2}),
+    Case("vit_small_patch14_dinov2", 28, {BLOCK: 2}),
     Case("cait_xxs24_224", 32, {POOL: 2}, "talking heads"),
     Case("xcit_nano_12_p16_224", 32, {POOL: 2}, "over channels"),
 ]
 SLOW = [
     Case("volo_d1_224", 64, {POOL: 2}, "outlook", {"img_size": 64}),
     Case("deit_tiny_distilled_patch16_224", 32, {BLOCK: 2}),
-    Case("deit3_small_patch16_224", 32, {}, LAYER_SCALE),
+    Case("deit3_small_patch16_224", 32, {BLOCK: 2}),
     Case("vit_base_patch16_siglip_gap_224", 32, {BLOCK: 2}),
     Case("vit_so400m_patch14_siglip_224", 28, {BLOCK: 2, POOL: 1}),
-    Case("vit_base_patch32_siglip_256", 64, {(MSA,): 2, POOL: 1}, "activation gelu_tanh"),
+    Case("vit_base_patch32_siglip_256", 64, {BLOCK: 2, POOL: 1}),
     Case("vit_base_patch16_clip_224", 32, {BLOCK: 2}),
-    Case("vit_small_patch14_reg4_dinov2", 28, {}, LAYER_SCALE),
+    Case("vit_small_patch14_reg4_dinov2", 28, {BLOCK: 2}),
     Case("vit_tiny_r_s16_p8_224", 64, {BLOCK: 2}),
-    Case("vit_medium_patch16_gap_256", 32, {}, LAYER_SCALE),
-    Case("vit_betwixt_patch16_reg4_gap_256", 32, {}, LAYER_SCALE),
-    Case("vit_dlittle_patch16_reg1_gap_256", 32, {}, LAYER_SCALE),
-    Case("vit_small_patch16_36x1_224", 32, {}, LAYER_SCALE),
+    Case("vit_medium_patch16_gap_256", 32, {BLOCK: 2}),
+    Case("vit_betwixt_patch16_reg4_gap_256", 32, {BLOCK: 2}),
+    Case("vit_dlittle_patch16_reg1_gap_256", 32, {BLOCK[1:]: 2}, "attn is a DiffAttention"),
+    Case("vit_small_patch16_36x1_224", 32, {BLOCK: 2}),
     Case("vit_small_patch16_18x2_224", 32, {}, "in parallel"),
     Case("vit_base_patch16_rpn_224", 32, {}, "norms after"),
     Case("vit_relpos_small_patch16_224", 32, {}, "relative position bias"),
@@ -75,7 +77,7 @@ SLOW = [
         "windowed",
         {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 4), "img_size": 64},
     ),
-    Case("mobilevit_xxs", 64, {(MSA,): 9}, "activation silu", {}),
+    Case("mobilevit_xxs", 64, {BLOCK: 9}, "", {}),
     Case("mobilevitv2_050", 64, {}, "no adapter", {}),
     Case("tnt_s_patch16_224", 224, {}, "inside patches", {"depth": 1}),
     Case("edgenext_xx_small", 64, {}, "over channels", {}),

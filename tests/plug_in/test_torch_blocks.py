@@ -47,6 +47,14 @@ def test_dropout_of_torchs_attention(caplog) -> None:
     assert "self_attention has dropout of 0.2 in training" in str(report)
 
 
+def test_attention_without_biases() -> None:
+    model = torchvision_vit()
+    for block in model.encoder.layers:
+        block.self_attention = nn.MultiheadAttention(48, 3, bias=False, batch_first=True)
+    inputs = {"x": torch.randn(2, 3, 32, 32, dtype=torch.float32)}
+    assert served(assert_served_equals_own(randomised(model), inputs)) == {BLOCK: 2}
+
+
 def open_clip_modules() -> dict[str, Any]:
     transformer = pytest.importorskip("open_clip.transformer")
     resnet = pytest.importorskip("open_clip.modified_resnet")
@@ -55,12 +63,12 @@ def open_clip_modules() -> dict[str, Any]:
         "LayerScale": (
             transformer.ResidualAttentionBlock(48, 3, ls_init_value=0.1),
             (2, 9, 48),
-            (),
+            BLOCK,
         ),
         "quick": (
             transformer.ResidualAttentionBlock(48, 3, act_layer=transformer.QuickGELU),
             (2, 9, 48),
-            BLOCK[:1],
+            BLOCK,
         ),
         "pooler": (transformer.AttentionalPooler(48, 32, 3, n_queries=2), (2, 9, 32), POOL),
         "256 queries": (transformer.AttentionalPooler(48, 48, 3), (2, 9, 48), ()),

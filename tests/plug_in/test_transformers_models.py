@@ -16,8 +16,7 @@ import crossvit_kernels as ck
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
-MSA = "layernorm_msa"
-BLOCK, POOL = (MSA, "layernorm_ffn"), ("attention_pool",)
+BLOCK, POOL = ("layernorm_msa", "layernorm_ffn"), ("attention_pool",)
 SIZES = {
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -69,16 +68,15 @@ TEXT = {**SIZES, "vocab_size": 10, "max_position_embeddings": 8, "eos_token_id":
 VIT = {**SIZES, **IMAGES}
 FAST = [
     Case("ViTModel", "ViTConfig", VIT, images, {BLOCK: 2}),
-    Case("SiglipVisionModel", "SiglipVisionConfig", VIT, images, {(MSA,): 2, POOL: 1}, "gelu_tanh"),
+    Case("SiglipVisionModel", "SiglipVisionConfig", VIT, images, {BLOCK: 2, POOL: 1}),
     Case(
         "Siglip2VisionModel",
         "Siglip2VisionConfig",
         {**SIZES, "num_patches": 16, "patch_size": 8},
         packed,
-        {(MSA,): 2, POOL: 1},
-        "gelu_tanh",
+        {BLOCK: 2, POOL: 1},
     ),
-    Case("CLIPVisionModel", "CLIPVisionConfig", VIT, images, {(MSA,): 2}, "quick_gelu"),
+    Case("CLIPVisionModel", "CLIPVisionConfig", VIT, images, {BLOCK: 2}),
     Case(
         "CLIPTextModel",
         "CLIPTextConfig",
@@ -87,7 +85,7 @@ FAST = [
         {("layernorm_ffn",): 2},
         "layernorm_msa: causal",
     ),
-    Case("Dinov2Model", "Dinov2Config", VIT, images, {}, "LayerScale"),
+    Case("Dinov2Model", "Dinov2Config", VIT, images, {BLOCK: 2}),
     Case(
         "VJEPA2ForVideoClassification",
         "VJEPA2Config",
@@ -117,8 +115,7 @@ SLOW = [
         "VivitConfig",
         {**SIZES, "image_size": 32, "num_frames": 4, "tubelet_size": [2, 8, 8]},
         frames,
-        {(MSA,): 2},
-        "activation gelu_tanh",
+        {BLOCK: 2},
     ),
     Case(
         "CLIPVisionModelWithProjection",
@@ -127,9 +124,33 @@ SLOW = [
         images,
         {BLOCK: 2},
     ),
-    Case("MetaClip2VisionModel", "MetaClip2VisionConfig", VIT, images, {(MSA,): 2}, "quick_gelu"),
-    Case("SiglipTextModel", "SiglipTextConfig", TEXT, words, {(MSA,): 2}, "gelu_tanh"),
-    Case("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", VIT, images, {}, "LayerScale"),
+    Case("MetaClip2VisionModel", "MetaClip2VisionConfig", VIT, images, {BLOCK: 2}),
+    Case("SiglipTextModel", "SiglipTextConfig", TEXT, words, {BLOCK: 2}),
+    Case("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", VIT, images, {BLOCK: 2}),
+    Case(
+        "RadioModel",
+        "RadioConfig",
+        {**SIZES, "image_size": 32, "patch_size": 8, "max_resolution": 32},
+        images,
+        {BLOCK: 2},
+    ),
+    Case("Tipsv2VisionModel", "Tipsv2VisionConfig", VIT, images, {BLOCK: 2}),
+    Case(
+        "ViTModel",
+        "ViTConfig",
+        {**VIT, "hidden_act": "gelu_new"},
+        images,
+        {BLOCK: 2},
+    ),
+    Case("ViTModel", "ViTConfig", {**VIT, "hidden_act": "swish"}, images, {BLOCK: 2}),
+    Case(
+        "Dinov2Model",
+        "Dinov2Config",
+        {**VIT, "use_swiglu_ffn": True},
+        images,
+        {BLOCK[:1]: 2},
+        "layernorm_ffn: a gate",
+    ),
     Case("BeitModel", "BeitConfig", VIT, images, {}, "relative position bias"),
     Case(
         "SwinModel",

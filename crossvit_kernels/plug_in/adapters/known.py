@@ -58,8 +58,6 @@ _TRANSFORMERS = {
     "swinv2.modeling_swinv2.Swinv2Layer": _WINDOWS,
     "hiera.modeling_hiera.HieraLayer": "mask units and pooled queries",
     "bert.modeling_bert.BertLayer": _POST,
-    "dinov2.modeling_dinov2.Dinov2Layer": "LayerScale",
-    "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": "LayerScale",
     "dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": _ROPE,
     "vjepa2.modeling_vjepa2.VJEPA2Layer": _ROPE,
     "vjepa2.modeling_vjepa2.VJEPA2PoolerSelfAttentionLayer": "it also returns attention weights",

@@ -1,22 +1,15 @@
-"""Blocks with separate projections of q, k and v: transformers' ViT, DeiT, CLIP, SigLIP."""
+"""Blocks with separate projections of q, k and v: transformers' ViT, DINOv2, CLIP, SigLIP."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from crossvit_kernels.modules import plain_layers
-from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
 from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
 from crossvit_kernels.plug_in import calls, looking
-from crossvit_kernels.plug_in.adapters.halves import (
-    ffn_part,
-    msa_part,
-    packed,
-    why_not_projections,
-)
-from crossvit_kernels.plug_in.recipe import Declined, Recipe
+from crossvit_kernels.plug_in.adapters.halves import Blocks, Half, packed, why_not_projections
+from crossvit_kernels.plug_in.recipe import Declined
 
 #: Implementations of attention in transformers that compute the same without a mask.
 _IMPLEMENTATIONS = {
@@ -27,147 +20,102 @@ _IMPLEMENTATIONS = {
     "flash_attention_3",
     "flex_attention",
 }
+#: Configurations of text models, whose layers are the same class and attend to earlier tokens.
+_CAUSAL = {"CLIPTextConfig", "MetaClip2TextConfig"}
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
-class _Names(NamedTuple):
-    """What a library calls the children of a block."""
+class SplitBlocks(Blocks):
+    """transformers' layers; out: the name of attention's last projection."""
 
-    attn: str
-    out: str
-    norm1: str
-    norm2: str
-    mlp: str
-    act: str
-    dropout: tuple[str, ...] = ()  # applied to both updates, called where a half is not served
+    def __init__(self, attention: Half, mlp: Half, out: str) -> None:
+        super().__init__(attention, mlp, ("fc1", "activation_fn", "fc2"))
+        self.out = out
 
-
-def _recipe(target: str, n: _Names) -> Recipe:
-    """Return the recipe of a block whose forward is that of a pre-norm transformer."""
-    every = (n.attn, n.norm1, n.norm2, n.mlp, *n.dropout)
-
-    def check_attention(block: Any) -> None:
-        looking.only(block, "", *every)
-        looking.norm(block, n.norm1)
-        attn = looking.child(block, n.attn)
-        looking.only(attn, n.attn, *_QKV, n.out)
-        for name in _QKV:
+    def check_attention(self, block: Any) -> None:
+        path = self.attention.body
+        attn = looking.child(block, path)
+        looking.only(attn, path, *_QKV, self.out)
+        for name in (*_QKV, self.out):
             looking.linear(attn, name)
-        looking.linear(attn, n.out, bias=True)
         config = getattr(attn, "config", None)
         if getattr(attn, "is_causal", False) or type(config).__name__ in _CAUSAL:
             raise Declined("causal")
 
-    def live_attention(block: Any) -> str | None:
-        attn = block._modules[n.attn]
-        dim = looking.shape_of(block._modules[n.norm1])[0]
+    def live_attention(self, block: Any) -> str | None:
+        path = self.attention.body
+        attn = block._modules[path]
+        dim = looking.shape_of(block._modules[self.attention.norm])[0]
         dropout = getattr(attn, "dropout", getattr(attn, "attention_dropout", 0.0))
         if attn.training and dropout > 0:
-            return f"{n.attn} has dropout of {dropout} in training"
-        implementation = getattr(attn.config, "_attn_implementation", None)
+            return f"{path} has dropout of {dropout} in training"
+        implementation = _implementation(attn)
         if implementation not in _IMPLEMENTATIONS:
             return f"attention is computed by {implementation!r}"
-        if why := why_not_projections(attn, dim, *_QKV, n.out):
+        if why := why_not_projections(attn, dim, *_QKV, self.out):
             return why
-        return looking.why_not_heads(attn, _heads(attn), dim, n.attn) or _live(block)
+        return looking.why_not_heads(attn, self.num_heads(block), dim, path) or self.live_mlp(block)
 
-    def msa_weights(block: Any) -> MsaWeights:
-        attn = block._modules[n.attn]
+    def live_mlp(self, block: Any) -> str | None:
+        checkpoints = getattr(block, "gradient_checkpointing", False) and block.training
+        return "gradient checkpointing" if checkpoints else None
+
+    def num_heads(self, block: Any) -> int:
+        attn = block._modules[self.attention.body]
+        heads = getattr(attn, "num_heads", None)
+        return int(attn.num_attention_heads if heads is None else heads)
+
+    def msa_weights(self, block: Any) -> MsaWeights:
+        attn = block._modules[self.attention.body]
         qkv = packed(attn.q_proj, attn.k_proj, attn.v_proj)
-        norm, out = block._modules[n.norm1], attn._modules[n.out]
+        norm, out = block._modules[self.attention.norm], attn._modules[self.out]
         return MsaWeights(norm.weight, norm.bias, *qkv, out.weight, out.bias)
 
-    def check_mlp(block: Any) -> None:
-        looking.only(block, "", *every)
-        looking.norm(block, n.norm2)
-        mlp = looking.child(block, n.mlp)
-        looking.only(mlp, n.mlp, "fc1", n.act, "fc2")
-        looking.linear(mlp, "fc1", bias=True)
-        looking.linear(mlp, "fc2", bias=True)
-        looking.gelu(getattr(mlp, n.act, None), f"{n.mlp}.{n.act}")
-
-    def ffn_weights(block: Any) -> FfnWeights:
-        mlp = block._modules[n.mlp]
-        layers = (block._modules[n.norm2], mlp.fc1, mlp.fc2)
-        return FfnWeights(*plain_layers.parameters(*layers))
-
     def call(
+        self,
         block: Any,
-        parts: list[bool],
+        found: list[Any],
         backend: str | None,
         hidden_states: Any,
         attention_mask: Any = None,
         *others: Any,
         **more: Any,
     ) -> Tensor | str:
-        norm1, norm2 = block._modules[n.norm1], block._modules[n.norm2]
-        if others or not calls.fits(hidden_states, norm1.weight):
+        """Serve a block: a mask of keys, for torch's attention, is one for the kernels."""
+        if others or not calls.fits(hidden_states, block._modules[self.attention.norm].weight):
             return ""
-        serves_attention = parts[0] and attention_mask is None
+        attn = block._modules[self.attention.body]
+        is_plain, key_mask = True, None
+        if attention_mask is not None:
+            if _implementation(attn) == "sdpa":
+                key_mask = calls.key_mask_of(attention_mask, hidden_states)
+            is_plain = key_mask is not None
         for value in more.values():  # positions, is_causal
             if value is not None and value is not False:
-                serves_attention = False
-        if not serves_attention and not parts[1]:
-            return ""
-        x: Any = hidden_states
-        if serves_attention:
-            heads = _heads(block._modules[n.attn])
-            y: Any = calls.msa(x, msa_weights(block), heads, norm1.eps, backend)
-            if isinstance(y, str):
-                return y
-        else:
-            update = block._modules[n.attn](norm1(x), attention_mask, **more)[0]
-            y = x + _dropped(block, n, update)
-        if parts[1]:
-            return calls.ffn(y, ffn_weights(block), norm2.eps, backend)
-        return y + _dropped(block, n, block._modules[n.mlp](norm2(y)))
+                is_plain = False
 
-    return Recipe(
-        target,
-        (
-            msa_part(
-                (n.norm1, n.attn, *n.dropout),
-                check_attention,
-                msa_weights,
-                lambda block: _heads(block._modules[n.attn]),
-                live_attention,
-            ),
-            ffn_part((n.norm2, n.mlp, *n.dropout), check_mlp, ffn_weights, _live),
-        ),
-        call,
-    )
+        def attend(normed: Tensor) -> Any:
+            return attn(normed, attention_mask, **more)[0]
+
+        return self.run(block, found, backend, hidden_states, attend, is_plain, key_mask)
 
 
-#: Configurations of text models, whose layers are the same class and attend to earlier tokens.
-_CAUSAL = {"CLIPTextConfig", "MetaClip2TextConfig"}
+def _implementation(attention: Any) -> Any:
+    """Return what computes attention in a layer of transformers."""
+    return getattr(attention.config, "_attn_implementation", None)
 
 
-def _heads(attention: Any) -> int:
-    heads = getattr(attention, "num_heads", None)
-    return int(attention.num_attention_heads if heads is None else heads)
-
-
-def _live(block: Any) -> str | None:
-    checkpoints = getattr(block, "gradient_checkpointing", False) and block.training
-    return "gradient checkpointing" if checkpoints else None
-
-
-def _dropped(block: nn.Module, n: _Names, update: Any) -> Any:
-    for name in n.dropout:
-        update = block._modules[name](update)  # type: ignore[misc]
-    return update
-
-
-_VIT = _Names(
-    "attention",
+_VIT = SplitBlocks(
+    Half("layernorm_before", "attention", ("dropout",)),
+    Half("layernorm_after", "mlp", ("dropout",)),
     "o_proj",
-    "layernorm_before",
-    "layernorm_after",
-    "mlp",
-    "activation_fn",
-    ("dropout",),
 )
-_CLIP = _Names("self_attn", "out_proj", "layer_norm1", "layer_norm2", "mlp", "activation_fn")
+_CLIP = SplitBlocks(Half("layer_norm1", "self_attn"), Half("layer_norm2", "mlp"), "out_proj")
+_DINO = SplitBlocks(
+    Half("norm1", "attention", ("layer_scale1", "drop_path")),
+    Half("norm2", "mlp", ("layer_scale2", "drop_path")),
+    "o_proj",
+)
 
 _MODELS = {
     "vit.modeling_vit.ViTLayer": _VIT,
@@ -182,8 +130,12 @@ _MODELS = {
     "audio_spectrogram_transformer.modeling_audio_spectrogram_transformer.ASTLayer": _VIT,
     "altclip.modeling_altclip.AltCLIPEncoderLayer": _CLIP,
     "metaclip_2.modeling_metaclip_2.MetaClip2EncoderLayer": _CLIP,
+    "dinov2.modeling_dinov2.Dinov2Layer": _DINO,
+    "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": _DINO,
+    "radio.modeling_radio.RadioLayer": _DINO,
+    "tipsv2.modeling_tipsv2.Tipsv2VisionLayer": _DINO,
 }
 
 RECIPES = tuple(
-    _recipe(f"transformers.models.{target}", names) for target, names in _MODELS.items()
+    layout.recipe(f"transformers.models.{target}") for target, layout in _MODELS.items()
 )

@@ -9,104 +9,70 @@ from torch import Tensor
 
 from crossvit_kernels import functional
 from crossvit_kernels.modules import plain_layers
-from crossvit_kernels.modules.layers import drop_path_scale
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
-from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
 from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
 from crossvit_kernels.plug_in import calls, looking
-from crossvit_kernels.plug_in.adapters.halves import ffn_part, msa_part
+from crossvit_kernels.plug_in.adapters.halves import Blocks, Half
 from crossvit_kernels.plug_in.recipe import Declined, Part, Recipe, never
 
 _ATTENTION = "timm.layers.attention.Attention"
 _MLP = "timm.layers.mlp.Mlp"
 
 
-def _check_attention(block: Any) -> None:
-    looking.only(block, "", "norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2", "ls2")
-    looking.norm(block, "norm1")
-    attn = looking.child(block, "attn", _ATTENTION)
-    looking.only(attn, "attn", "qkv", "proj")
-    looking.linear(attn, "qkv")
-    looking.linear(attn, "proj", bias=True)
-    looking.drop_path(block, "drop_path1")
+class TimmBlocks(Blocks):
+    """``vision_transformer.Block``."""
+
+    def check_attention(self, block: Any) -> None:
+        attn = looking.child(block, "attn", _ATTENTION)
+        looking.only(attn, "attn", "qkv", "proj")
+        looking.linear(attn, "qkv")
+        looking.linear(attn, "proj")
+
+    def live_attention(self, block: Any) -> str | None:
+        attn, dim = block.attn, looking.shape_of(block.attn.qkv)[1]
+        return looking.why_not_heads(attn, attn.num_heads, dim) or (
+            None
+            if looking.shape_of(attn.qkv) == (3 * dim, dim)
+            else f"attn.qkv has the shape {list(looking.shape_of(attn.qkv))}"
+        )
+
+    def msa_weights(self, block: Any) -> MsaWeights:
+        return MsaWeights(*plain_layers.parameters(block.norm1, block.attn.qkv, block.attn.proj))
+
+    def check_mlp(self, block: Any) -> None:
+        looking.child(block, "mlp", _MLP)
+
+    def call(
+        self,
+        block: Any,
+        found: list[Any],
+        backend: str | None,
+        x: Any,
+        attn_mask: Any = None,
+        is_causal: Any = False,
+        **others: Any,
+    ) -> Tensor | str:
+        """Serve a block; torch's attention gives 0 where a mask leaves no key, as kernels do."""
+        if others or not calls.fits(x, block.norm1.weight):
+            return ""
+        is_plain, key_mask = is_causal is False, None
+        if attn_mask is not None:
+            if getattr(block.attn, "fused_attn", False):
+                key_mask = calls.key_mask_of(attn_mask, x)
+            is_plain = is_plain and key_mask is not None
+
+        def attend(normed: Tensor) -> Any:
+            # Older releases of timm know no is_causal.
+            masks = {} if attn_mask is None else {"attn_mask": attn_mask}
+            masks = masks if is_causal is False else {**masks, "is_causal": is_causal}
+            return block.attn(normed, **masks)
+
+        return self.run(block, found, backend, x, attend, is_plain, key_mask)
 
 
-def _live_attention(block: Any) -> str | None:
-    attn, dim = block.attn, looking.shape_of(block.attn.qkv)[1]
-    return looking.why_not_heads(attn, attn.num_heads, dim) or (
-        None
-        if looking.shape_of(attn.qkv) == (3 * dim, dim)
-        else f"attn.qkv has the shape {list(looking.shape_of(attn.qkv))}"
-    )
-
-
-def _msa_weights(block: Any) -> MsaWeights:
-    return MsaWeights(*plain_layers.parameters(block.norm1, block.attn.qkv, block.attn.proj))
-
-
-def _check_mlp(block: Any) -> None:
-    looking.only(block, "", "norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2", "ls1")
-    looking.norm(block, "norm2")
-    mlp = looking.child(block, "mlp", _MLP)
-    looking.only(mlp, "mlp", "fc1", "act", "fc2")
-    looking.linear(mlp, "fc1", bias=True)
-    looking.linear(mlp, "fc2", bias=True)
-    looking.gelu(mlp.act, "mlp.act")
-    looking.drop_path(block, "drop_path2")
-
-
-def _ffn_weights(block: Any) -> FfnWeights:
-    return FfnWeights(*plain_layers.parameters(block.norm2, block.mlp.fc1, block.mlp.fc2))
-
-
-def _masks(attn_mask: Any, is_causal: Any) -> dict[str, Any]:
-    """Return what attention has to be told; older releases of timm know no is_causal."""
-    masks = {} if attn_mask is None else {"attn_mask": attn_mask}
-    return masks if is_causal is False else {**masks, "is_causal": is_causal}
-
-
-def _call_block(
-    block: Any,
-    parts: list[bool],
-    backend: str | None,
-    x: Any,
-    attn_mask: Any = None,
-    is_causal: Any = False,
-    **others: Any,
-) -> Tensor | str:
-    if others or not calls.fits(x, block.norm1.weight):
-        return ""
-    serves_attention = parts[0] and attn_mask is None and is_causal is False
-    if not serves_attention and not parts[1]:
-        return ""
-    y: Any
-    if serves_attention:
-        attn, drop_path = block.attn, block.drop_path1
-        y = calls.msa(x, _msa_weights(block), attn.num_heads, block.norm1.eps, backend, drop_path)
-        if isinstance(y, str):
-            return y
-    else:
-        update = block.attn(block.norm1(x), **_masks(attn_mask, is_causal))
-        y = x + block.drop_path1(block.ls1(update))
-    if parts[1]:
-        return calls.ffn(y, _ffn_weights(block), block.norm2.eps, backend, block.drop_path2)
-    return y + block.drop_path2(block.ls2(block.mlp(block.norm2(y))))
-
-
-BLOCK = Recipe(
-    "timm.models.vision_transformer.Block",
-    (
-        msa_part(
-            ("norm1", "attn", "ls1", "drop_path1"),
-            _check_attention,
-            _msa_weights,
-            lambda block: block.attn.num_heads,
-            _live_attention,
-        ),
-        ffn_part(("norm2", "mlp", "ls2", "drop_path2"), _check_mlp, _ffn_weights),
-    ),
-    _call_block,
-)
+BLOCK = TimmBlocks(
+    Half("norm1", "attn", ("ls1", "drop_path1")), Half("norm2", "mlp", ("ls2", "drop_path2"))
+).recipe("timm.models.vision_transformer.Block")
 
 
 def _fusion_block(block: Any, branch: int) -> Any:
@@ -128,11 +94,12 @@ def _check_fusions(block: Any) -> None:
             lift = getattr(block, lifts)[i]
             looking.only(lift, f"{lifts}.{i}", "0", "1", "2")
             eps.add(looking.norm(lift, "0").eps)
-            looking.gelu(lift[1], f"{lifts}.{i}.1")
+            looking.exact_gelu(lift[1], f"{lifts}.{i}.1")
             looking.linear(lift, "2", bias=True)
         one = _fusion_block(block, i)
         looking.only(one, f"fusion.{i}", "norm1", "attn", "drop_path")
-        looking.drop_path(one, "drop_path")
+        if not looking.is_idle(one.drop_path) and not looking.is_drop_path(one.drop_path):
+            raise Declined(f"fusion.{i}.drop_path is a {type(one.drop_path).__name__}")
         eps.add(looking.norm(one, "norm1").eps)
         if len(eps) > 1:
             raise Declined(f"fusion.{i} has LayerNorms of different eps")
@@ -187,14 +154,13 @@ def _call_fusions(
     for i in range(block.num_branches):
         weights, one = _fusion_weights(block, i), _fusion_block(block, i)
         own, other = encoded[i], encoded[(i + 1) % block.num_branches]
-        rate = looking.drop_path_rate(one.drop_path)
         cls = functional.cross_attention_fusion(
             own[:, 0],
             other[:, 1:],
             weights,
             one.attn.num_heads,
             one.norm1.eps,
-            drop_path_scale(own.shape[0], rate, True, like=own),
+            looking.drop_path_factors(one.drop_path, own),
             backend=backend,
         )
         outputs.append(torch.cat([cls.unsqueeze(1), own[:, 1:]], dim=1))

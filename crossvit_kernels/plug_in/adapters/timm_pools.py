@@ -17,7 +17,7 @@ def _pool_part(
     reads: tuple[str, ...],
     check: Callable[[Any], None],
     live: Callable[[Any], str | None],
-    pays: Callable[[Tensor], bool] | None = None,
+    pays: Callable[[Tensor, Any], bool] | None = None,
 ) -> tuple[Part, ...]:
     return (Part("attention_pool", reads, check, live, never, pays),)
 
@@ -52,15 +52,6 @@ def _latent_weights(pool: Any) -> list[Any]:
     return [w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o]
 
 
-def key_mask_of(mask: Any, x: Tensor) -> Tensor | None:
-    """Return a mask bool [B, N] of keys from one [B, 1, 1, N], or None if it is another."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        return None
-    if mask.shape != (x.shape[0], 1, 1, x.shape[1]) or mask.device != x.device:
-        return None
-    return mask[:, 0, 0]
-
-
 def _call_latent(
     pool: Any, parts: list[bool], backend: str | None, x: Any, attn_mask: Any = None, **more: Any
 ) -> Tensor | str:
@@ -68,7 +59,7 @@ def _call_latent(
         return ""
     key_mask = None
     if attn_mask is not None:
-        key_mask = key_mask_of(attn_mask, x)
+        key_mask = calls.key_mask_of(attn_mask, x, pool.latent_len)
         if key_mask is None:
             return ""
     if pool.pos_embed is not None:

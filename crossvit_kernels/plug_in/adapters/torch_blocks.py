@@ -2,146 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from crossvit_kernels.modules import plain_layers
 from crossvit_kernels.modules.pooling import attention_weights
-from crossvit_kernels.ops.layernorm_ffn.reference import FfnWeights
 from crossvit_kernels.ops.layernorm_msa.reference import MsaWeights
 from crossvit_kernels.plug_in import calls, looking
-from crossvit_kernels.plug_in.adapters.halves import ffn_part, msa_part
+from crossvit_kernels.plug_in.adapters.halves import Blocks, Half
 from crossvit_kernels.plug_in.recipe import Declined, Part, Recipe, never
 
-_Attend = Callable[[Any, Tensor, Any], Any]
-_Feed = Callable[[Any, Tensor], Any]
 
+class TorchBlocks(Blocks):
+    """Blocks around ``nn.MultiheadAttention``."""
 
-def _recipe(
-    target: str,
-    names: tuple[str, str, str],
-    attention_extras: tuple[str, ...],
-    mlp_extras: tuple[str, ...],
-    fc: tuple[str, str, str],
-    attend: _Attend,
-    feed: _Feed,
-) -> Recipe:
-    """Return the recipe of a block.
+    def check_attention(self, block: Any) -> None:
+        looking.torch_attention(block, self.attention.body)
 
-    Args:
-        target: Its class.
-        names: Of norm, attention, norm.
-        attention_extras: Other children of the first half.
-        mlp_extras: Of the second half, besides ``mlp``.
-        fc: Names of Linear, activation, Linear in ``mlp``.
-        attend: Computes the first half as the library does, with a mask or None, where only the
-            second is served.
-        feed: Computes the second half likewise.
-    """
-    norm1, attn, norm2 = names
+    def live_attention(self, block: Any) -> str | None:
+        path = self.attention.body
+        return looking.why_not_torch_attention(block._modules[path], path)
 
-    def check_attention(block: Any) -> None:
-        looking.only(block, "", *names, "mlp", *mlp_extras)
-        looking.norm(block, norm1)
-        looking.torch_attention(block, attn)
-
-    def live_attention(block: Any) -> str | None:
-        return looking.why_not_torch_attention(block._modules[attn], attn)
-
-    def msa_weights(block: Any) -> MsaWeights:
-        norm, attention = block._modules[norm1], block._modules[attn]
+    def msa_weights(self, block: Any) -> MsaWeights:
+        norm = block._modules[self.attention.norm]
+        attention = block._modules[self.attention.body]
         out = attention.out_proj
         projections = (attention.in_proj_weight, attention.in_proj_bias, out.weight, out.bias)
         return MsaWeights(norm.weight, norm.bias, *projections)
 
-    def check_mlp(block: Any) -> None:
-        looking.only(block, "", *names, "mlp", *attention_extras)
-        looking.norm(block, norm2)
-        looking.only(block.mlp, "mlp", *fc)
-        looking.linear(block.mlp, fc[0], bias=True)
-        looking.linear(block.mlp, fc[2], bias=True)
-        looking.gelu(block.mlp._modules.get(fc[1]), f"mlp.{fc[1]}")
-
-    def ffn_weights(block: Any) -> FfnWeights:
-        layers = block.mlp._modules
-        norm = block._modules[norm2]
-        return FfnWeights(*plain_layers.parameters(norm, layers[fc[0]], layers[fc[2]]))
+    def attend(self, block: Any, normed: Tensor, mask: Any) -> Any:
+        """Return attention's update as the library's forward computes it."""
+        attention = block._modules[self.attention.body]
+        return attention(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
 
     def call(
+        self,
         block: Any,
-        parts: list[bool],
+        found: list[Any],
         backend: str | None,
         x: Any,
         *others: Any,
         attn_mask: Any = None,
         **more: Any,
     ) -> Tensor | str:
+        """Serve a block; a mask, of queries and keys, is for the library's attention."""
         for value in (*others, *more.values()):
             if value is not None:
                 return ""
-        if not calls.fits(x, block._modules[norm1].weight):
+        if not calls.fits(x, block._modules[self.attention.norm].weight):
             return ""
-        serves_attention = parts[0] and attn_mask is None
-        if not serves_attention and not parts[1]:
-            return ""
-        y: Any
-        if serves_attention:
-            heads, eps = block._modules[attn].num_heads, block._modules[norm1].eps
-            y = calls.msa(x, msa_weights(block), heads, eps, backend)
-            if isinstance(y, str):
-                return y
-        else:
-            y = attend(block, x, attn_mask)
-        if parts[1]:
-            return calls.ffn(y, ffn_weights(block), block._modules[norm2].eps, backend)
-        return feed(block, y)
 
-    return Recipe(
-        target,
-        (
-            msa_part(
-                (norm1, attn, *attention_extras),
-                check_attention,
-                msa_weights,
-                lambda block: block._modules[attn].num_heads,
-                live_attention,
-            ),
-            ffn_part((norm2, "mlp", *mlp_extras), check_mlp, ffn_weights),
-        ),
-        call,
-    )
+        def attend(normed: Tensor) -> Any:
+            return self.attend(block, normed, attn_mask)
+
+        return self.run(block, found, backend, x, attend, attn_mask is None)
 
 
-def _torchvision_attend(block: Any, x: Tensor, mask: Any) -> Any:
-    y = block.ln_1(x)
-    y, _ = block.self_attention(y, y, y, need_weights=False, attn_mask=mask)
-    return block.dropout(y) + x
+class OpenClipBlocks(TorchBlocks):
+    """open_clip's, which converts masks."""
+
+    def attend(self, block: Any, normed: Tensor, mask: Any) -> Any:
+        return block.attention(q_x=normed, attn_mask=mask)
 
 
-def _open_clip_attend(block: Any, x: Tensor, mask: Any) -> Any:
-    return x + block.ls_1(block.attention(q_x=block.ln_1(x), attn_mask=mask))
-
-
-TORCHVISION = _recipe(
-    "torchvision.models.vision_transformer.EncoderBlock",
-    ("ln_1", "self_attention", "ln_2"),
-    ("dropout",),
-    (),
-    ("0", "1", "3"),
-    _torchvision_attend,
-    lambda block, x: x + block.mlp(block.ln_2(x)),
-)
-OPEN_CLIP = _recipe(
-    "open_clip.transformer.ResidualAttentionBlock",
-    ("ln_1", "attn", "ln_2"),
-    ("ls_1",),
-    ("ls_2",),
-    ("c_fc", "gelu", "c_proj"),
-    _open_clip_attend,
-    lambda block, x: x + block.ls_2(block.mlp(block.ln_2(x))),
-)
+TORCHVISION = TorchBlocks(
+    Half("ln_1", "self_attention", ("dropout",)), Half("ln_2", "mlp"), ("0", "1", "3")
+).recipe("torchvision.models.vision_transformer.EncoderBlock")
+OPEN_CLIP = OpenClipBlocks(
+    Half("ln_1", "attn", ("ls_1",)), Half("ln_2", "mlp", ("ls_2",)), ("c_fc", "gelu", "c_proj")
+).recipe("open_clip.transformer.ResidualAttentionBlock")
 
 
 # CLIP's pool of a feature map, in open_clip and in OpenAI's package.
