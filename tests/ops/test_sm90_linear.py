@@ -22,6 +22,7 @@ from no_device import launched
 import torch
 from crossvit_kernels.gpu.gluon import tile
 from crossvit_kernels.inspect import machine_code
+from crossvit_kernels.inspect.model import sass
 from crossvit_kernels.ops.common.sm90_linear import Sm90Shape
 from crossvit_kernels.ops.common.triton_sm90_kernels import sm90_linear as kernel
 
@@ -41,6 +42,24 @@ def check(channels, columns, dtype=torch.bfloat16, bias=True, statistics=False, 
         ((_, stack_bytes),) = machine_code.usage(cubin).values()
     assert stack_bytes == 0, (channels, columns, how, stack_bytes)
     assert "wgmma.mma_async" in compiled.asm["ptx"]
+    (code,) = sass.disassemble(compiled.asm["cubin"]).values()
+    found = unfinished_loads(code)
+    assert not found, found
+
+def unfinished_loads(code):
+    # Arrivals at an mbarrier before which loads from shared memory may not have ended. Loads set
+    # scoreboards, which an arrival does not wait for by itself: TMA could write what is still to
+    # be read. In program order, as no branch leaves a load behind.
+    pending, found = [], []
+    for i in code.instructions:
+        pending = [load for load in pending if load.write_scoreboard not in i.waits_for]
+        if i.opcode in ("LDS", "LDSM"):
+            pending.append(i)
+        elif i.opcode == "MEMBAR":  # of a fence: it waits for all of them
+            pending = []
+        elif i.opcode == "SYNCS" and "ARRIVE" in i.modifiers and pending:
+            found.append((i.index, [load.index for load in pending]))
+    return found
 
 """
 WIDTHS = (64, 128, 192, 256, 320, 384)
