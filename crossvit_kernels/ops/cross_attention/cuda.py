@@ -167,7 +167,7 @@ def backward(
             place=extension.place(x),
         )
     v, g = layout.vectors(saved, inputs), layout.gradients(rows, inputs)
-    return layout.input_gradients(inputs, wanted, v, g, du, dcls, dx)
+    return layout.input_gradients(inputs, wanted, v, g, du, dcls, dx, rows)
 
 
 def _states(problem: Problem, shape: ClusterShape, floats: Tensor) -> Tensor | None:

@@ -63,6 +63,16 @@ class Gradients(NamedTuple):
     new_cls: Any  # C_cls, and of g's bias
 
 
+#: Bias -> the field whose sum over the images is its gradient; parameters of norms have their own.
+_SUMMED = {
+    "proj_bias": "y0",
+    "q_bias": "q",
+    "v_bias": "o",
+    "out_bias": "update",
+    "back_bias": "new_cls",
+}
+
+
 def cls_dim(inputs: FusionInputs) -> int:
     """Return C_cls, the width that f maps from and g to; C if both are the identity."""
     cls, tokens, weights, *_ = inputs
@@ -129,6 +139,7 @@ def input_gradients(
     du: Tensor,
     dcls: Tensor,
     dtokens: Tensor | None,
+    rows: Tensor | None = None,
 ) -> FusionInputs:
     """Return a backend's result of backward: gradients of the inputs, None if not wanted.
 
@@ -140,6 +151,7 @@ def input_gradients(
         du: [h, B, C].
         dcls: [B, C_cls]; [B, C] without f.
         dtokens: [B, N, C], or None.
+        rows: The tensor that g are views of, if they are of one.
     """
     weights = inputs.weights
     heads, _, channels = du.shape
@@ -149,37 +161,44 @@ def input_gradients(
     def heads_first(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, channels // heads)).permute(1, 2, 0)
 
+    @functools.cache
+    def sums_of_rows(dtype: torch.dtype) -> Gradients:
+        assert rows is not None
+        total = rows.sum(dim=0).to(dtype)
+        sizes = _gradient_sizes(inputs)
+        return Gradients._make(torch.ops.aten.split_with_sizes_copy(total, sizes))
+
+    def sum_of(field: str, dtype: torch.dtype) -> Tensor:
+        """Sum over the images. On a GPU one sum of the rows takes as long as one of a field."""
+        if rows is None:
+            return cast(Tensor, getattr(g, field).sum(dim=0).to(dtype))
+        return cast(Tensor, getattr(sums_of_rows(dtype), field))
+
     formulas: dict[str, Any] = {
-        "proj_norm_weight": lambda: g.proj_norm_weight.sum(dim=0),
-        "proj_norm_bias": lambda: g.proj_norm_bias.sum(dim=0),
         "proj_weight": lambda: g.y0.t() @ v.activated,
-        "proj_bias": lambda: g.y0.sum(dim=0),
-        "norm_weight": lambda: g.norm_weight.sum(dim=0),
-        "norm_bias": lambda: g.norm_bias.sum(dim=0),
         "q_weight": lambda: g.q.t() @ v.normed,
-        "q_bias": lambda: g.q.sum(dim=0),
         "k_weight": lambda: torch.bmm(heads_first(v.q), du).mul_(gamma * scale).flatten(0, 1),
         "k_bias": lambda: torch.zeros_like(gamma),  # softmax drops it
         "v_weight": lambda: torch.bmm(heads_first(g.o), torch.addcmul(beta, v.m, gamma)).flatten(
             0, 1
         ),
-        "v_bias": lambda: g.o.sum(dim=0),
         "out_weight": lambda: g.update.t() @ v.o,
-        "out_bias": lambda: g.update.sum(dim=0),
-        "back_norm_weight": lambda: g.back_norm_weight.sum(dim=0),
-        "back_norm_bias": lambda: g.back_norm_bias.sum(dim=0),
         "back_weight": lambda: g.new_cls.t() @ v.back_activated,
-        "back_bias": lambda: g.new_cls.sum(dim=0),
     }
     if inputs.tokens.shape[1] == 0:
         # The CLS attends to itself with weight 1, whatever q and k are. What rounding leaves of
         # their gradients must not move them: AdamW would make full steps of it.
         for name in ("q_weight", "q_bias", "k_weight"):
             formulas[name] = functools.partial(_zeros, getattr(weights, name), du.dtype)
+
+    def gradient(name: str, w: Tensor) -> Tensor:
+        if formula := formulas.get(name):
+            return cast(Tensor, formula()).to(w.dtype)
+        return sum_of(_SUMMED.get(name, name), w.dtype)
+
     pairs = zip(weights._asdict().items(), wanted.weights, strict=True)
     d_weights = FusionWeights._make(
-        formulas[name]().to(w.dtype) if want and w is not None else None
-        for (name, w), want in pairs
+        gradient(name, w) if want and w is not None else None for (name, w), want in pairs
     )
     return FusionInputs(dcls.to(inputs.cls.dtype), cast(Tensor, dtokens), d_weights, 0)
 

@@ -93,7 +93,7 @@ def backward(
         out = dcls, dx, rows, dz, du
         _launch_backward(d_new_cls, inputs, saved, eps, out)
     v, g = layout.vectors(saved, inputs), layout.gradients(rows, inputs)
-    return layout.input_gradients(inputs, wanted, v, g, du, dcls, dx)
+    return layout.input_gradients(inputs, wanted, v, g, du, dcls, dx, rows)
 
 
 def _launch_backward(
