@@ -49,10 +49,14 @@ def check(channels, columns, dtype=torch.bfloat16, bias=True, statistics=False, 
 def unfinished_loads(code):
     # Arrivals at an mbarrier before which loads from shared memory may not have ended. Loads set
     # scoreboards, which an arrival does not wait for by itself: TMA could write what is still to
-    # be read. In program order, as no branch leaves a load behind.
+    # be read. Loads of a warp end in order, so some set none. In program order, as no branch leaves
+    # a load behind.
     pending, found = [], []
     for i in code.instructions:
-        pending = [load for load in pending if load.write_scoreboard not in i.waits_for]
+        for place in reversed(range(len(pending))):
+            if pending[place].write_scoreboard in i.waits_for:
+                del pending[: place + 1]
+                break
         if i.opcode in ("LDS", "LDSM"):
             pending.append(i)
         elif i.opcode == "MEMBAR":  # of a fence: it waits for all of them
