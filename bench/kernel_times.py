@@ -5,7 +5,7 @@
 Runs the passes that ``python -m crossvit_kernels.inspect --model`` models, on the GPU, and reads
 the time of each kernel from CUPTI. Before each pass the L2 is filled with something else. With
 --modelled, a file that inspect's --output wrote for this GPU is put beside the measurement: the
-n-th kernel of a pass is the n-th launch that the model has.
+n-th kernel of a name in a pass is the n-th such launch that the model has.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import collections
 import itertools
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -145,22 +146,25 @@ def times_of(found: Sequence[Sequence[Kernel]]) -> Row:
 
 
 def put_beside(rows: Sequence[Row], modelled: Sequence[Row]) -> None:
-    """Add the model's microseconds to kernels of passes with as many launches."""
+    """Add what the model says of the launch to each kernel that it has, in the order of both."""
     by_pass = collections.defaultdict(list)
     for row in modelled:
         by_pass[_key(row)].append(row)
     for row in rows:
-        launches = by_pass.get(_key(row), [])
-        if len(launches) == len(row["kernels"]):
-            for kernel, launch in zip(row["kernels"], launches, strict=True):
-                kernel["modelled"] = launch["modelled"]["microseconds"]
-                kernel["floor"] = launch["modelled"]["floor"]
-                kernel["config"] = launch["config"]
+        launches = by_pass[_key(row)][:]
+        for kernel in row["kernels"]:
+            for launch in launches:
+                if re.search(rf"\b{launch['kernel']}\b", kernel["kernel"]):
+                    kernel["modelled"] = launch["modelled"]["microseconds"]
+                    kernel["floor"] = launch["modelled"]["floor"]
+                    kernel["config"] = launch["config"]
+                    launches.remove(launch)
+                    break
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-    names = ("backend", "model", "operation", "direction", "channels", "batch", "dtype")
-    return tuple(row[name] for name in names)
+    names = ("model", "operation", "direction", "channels", "batch", "dtype")
+    return row["backend"].partition(":")[0], *(row[name] for name in names)
 
 
 def show(row: Row) -> None:

@@ -101,7 +101,17 @@ def test_kernels_of_passes(monkeypatch) -> None:
         assert [[k.name for k in one] for one in found] == [["a", "b"], ["a", "b"]]
         row = module.times_of(found)
     assert row["passes"] == 2 and row["kernels"][0] == {"kernel": "a", "microseconds": 5.5}
-    assert row["span_microseconds"] == 16.5
+        assert row["span_microseconds"] == 16.5
+        of_pass = dict.fromkeys(("model", "operation", "direction", "channels", "batch"), 1)
+        of_pass |= {"backend": "triton", "dtype": "bf16", "config": ""}
+        modelled = [
+            {**of_pass, "kernel": "a", "modelled": {"microseconds": time, "floor": 1}}
+            for time in (3, 4)
+        ]
+        names = "void a<float>(int)", "a_backward", "a"
+        row = {**of_pass, "kernels": [{"kernel": name} for name in names]}
+        module.put_beside([row], modelled)
+    assert [kernel.get("modelled") for kernel in row["kernels"]] == [3, None, 4]
 
 
 def test_inputs_are_filled_in_their_layout(monkeypatch) -> None:
