@@ -100,7 +100,7 @@ def test_kernels_of_passes(monkeypatch) -> None:
         found = list(module.passes(kernels))
         assert [[k.name for k in one] for one in found] == [["a", "b"], ["a", "b"]]
         row = module.times_of(found)
-    assert row["passes"] == 2 and row["kernels"][0] == {"kernel": "a", "microseconds": 5.5}
+        assert row["passes"] == 2 and row["kernels"][0] == {"kernel": "a", "microseconds": 5.5}
         assert row["span_microseconds"] == 16.5
         of_pass = dict.fromkeys(("model", "operation", "direction", "channels", "batch"), 1)
         of_pass |= {"backend": "triton", "dtype": "bf16", "config": ""}
