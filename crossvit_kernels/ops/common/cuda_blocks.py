@@ -12,6 +12,7 @@ from crossvit_kernels import extension
 from crossvit_kernels.backends import autocast_dtype
 from crossvit_kernels.extension import Arguments
 from crossvit_kernels.gpu import launcher
+from crossvit_kernels.ops.common.column_sums import column_sums
 
 NO_LAYER_SCALE = "it has no layer_scale"
 
@@ -70,8 +71,7 @@ def weight_arguments(args: Arguments, weights: Any) -> list[tuple[int, int]]:
 
 def norm_gradients(shares: Tensor, weights: Any) -> dict[str, Tensor]:
     """Return the gradients of LayerNorm's parameters from the blocks' shares [., 2, C]."""
-    shares = shares.view(-1, 2, weights.norm_weight.shape[0])
-    return {
-        "norm_weight": shares[:, 0].sum(dim=0).to(weights.norm_weight.dtype),
-        "norm_bias": shares[:, 1].sum(dim=0).to(weights.norm_bias.dtype),
-    }
+    channels = weights.norm_weight.shape[0]
+    dtypes = weights.norm_weight.dtype, weights.norm_bias.dtype
+    sums = column_sums(shares.view(-1, 2 * channels), [channels] * 2, dtypes)
+    return dict(zip(("norm_weight", "norm_bias"), sums, strict=True))

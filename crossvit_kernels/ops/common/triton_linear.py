@@ -13,6 +13,7 @@ from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import configs, sm90_linear
 from crossvit_kernels.ops.common import torch_norm as layer_norm
 from crossvit_kernels.ops.common.activations import ACTIVATIONS
+from crossvit_kernels.ops.common.column_sums import column_sums
 from crossvit_kernels.ops.common.configs import LayerShape
 from crossvit_kernels.ops.common.library import Step
 
@@ -234,7 +235,7 @@ def norm_backward(
         configs.candidates(configs.NORM_BACKWARD, d, num_rows, channels, channels),
     )
     dtypes = norm[0].dtype, (norm[0] if norm[1] is None else norm[1]).dtype, d.dtype
-    sums = (shares[:, i].sum(dim=0).to(dtype) for i, dtype in enumerate(dtypes))
+    sums = column_sums(shares.flatten(1), [channels] * len(dtypes), dtypes)
     return Gradients(dx, dcls, *sums)
 
 
