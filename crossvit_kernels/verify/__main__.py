@@ -105,7 +105,15 @@ def _verify(call: Verified, backend: str) -> None:
     except ValueError as error:  # no kernel takes it
         print(f"{backend}: {str(error).splitlines()[0]}", flush=True)
         return
-    torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+    # Of both signs: sums of thousands of positive ones pass float16's largest number.
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    random: dict[str, Any] = {
+        "dtype": torch.float32,
+        "device": outputs[0].device,
+        "generator": generator,
+    }
+    douts = [torch.randn(t.shape, **random).to(t.dtype) for t in outputs]
+    torch.autograd.backward(outputs, douts)
 
 
 if __name__ == "__main__":
