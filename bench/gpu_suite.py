@@ -9,6 +9,7 @@ stages on a CPU with tiny sizes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     device = "cpu" if dry else "cuda"
     quick = "1" if dry else "0.5"
     build = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
-    suite = [] if dry else [Stage("build", build, 120, "build"), *compilation()]
+    suite = [] if dry else [Stage("build", build, 120), *compilation()]
     return [
         *suite,
         *_tests(dry),
@@ -107,7 +108,7 @@ def compilation() -> list[Stage]:
         return []
     major, minor = torch.cuda.get_device_capability()
     command = (sys.executable, "-m", "crossvit_kernels.inspect", "--arch", f"{major}{minor}")
-    return [Stage("compile", (*command, "--processes", str(os.cpu_count())), 120, "build")]
+    return [Stage("compile", (*command, "--processes", str(os.cpu_count())), 120)]
 
 
 def _benchmarks(out: Path, device: str, quick: str, dry: bool) -> list[Stage]:
@@ -208,23 +209,47 @@ def run(stage: Stage, out: Path, limit: float) -> tuple[int, float]:
     return status, round(time.monotonic() - began, 1)
 
 
+#: What runs, each in a process group of its own, which Ctrl-C does not reach.
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Pass Ctrl-C on to what runs."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in [*_running]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+        raise
+
+
 def _wait(stage: Stage, out: Path, limit: float) -> int:
     with (out / f"{stage.name}.log").open("w") as log:
         process = subprocess.Popen(
             stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+        _running.add(process)
         try:
-            return process.wait(limit)
+            return _status(process, limit)
+        finally:
+            _running.discard(process)
+
+
+def _status(process: subprocess.Popen[bytes], limit: float) -> int:
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        pass
+    for sign, grace in ((signal.SIGINT, 10), (signal.SIGKILL, 10)):
+        os.killpg(process.pid, sign)
+        try:
+            process.wait(grace)
+            break
         except subprocess.TimeoutExpired:
-            pass
-        for sign, grace in ((signal.SIGINT, 10), (signal.SIGKILL, 10)):
-            os.killpg(process.pid, sign)
-            try:
-                process.wait(grace)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        return 124
+            continue
+    return 124
 
 
 def say(stage: Stage, what: str) -> None:
@@ -263,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scale = 5 if options.dry_run else 1  # a CPU may be shared and busy
         left = end - time.monotonic()
         limits = [min(scale * stage.seconds, left) for stage in todo]
-        with ThreadPoolExecutor(len(todo)) as pool:
+        with ThreadPoolExecutor(len(todo)) as pool, _interruptible():
             results = pool.map(run, todo, itertools.repeat(out), limits)
             for stage, (status, seconds) in zip(todo, results, strict=True):
                 done[stage.name] = {"status": status, "seconds": seconds}

@@ -87,16 +87,22 @@ def pass_of(workload: Workload, backend: str, device: torch.device) -> Callable[
     return lambda: module.backward(douts, inputs, saved, _EPS, wanted)
 
 
-def run_marked(run: Callable[[], object], flush: Tensor, repeats: int) -> None:
-    """Run a pass after warming up, between marks and with an L2 that holds something else."""
+def run_marked(run: Callable[[], object], flush: Tensor, repeats: int) -> Iterator[None]:
+    """Run a pass after warming up, between marks and with an L2 that holds something else.
+
+    Yields before each pass: what fails has its marks all the same.
+    """
     for _ in range(3):
         run()
     torch.cuda.synchronize()
     for index in range(repeats):
         flush.fill_(index % 2)
+        yield
         torch.cuda._sleep(_SPIN_CYCLES)
-        run()
-        torch.cuda._sleep(1)
+        try:
+            run()
+        finally:
+            torch.cuda._sleep(1)
     torch.cuda.synchronize()
 
 
@@ -235,21 +241,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flush = torch.empty(4 * environment.l2_bytes(device), dtype=torch.uint8, device=device)
     modelled = json.loads(options.modelled.read_text())["rows"] if options.modelled else []
     rows: list[Row] = []
+    marked: list[int] = []  # the row of each pass
     failed = 0
     # One profile for all: to start and to stop it takes seconds.
     with profile(activities=[ProfilerActivity.CUDA]) as profiled, suppress(KeyboardInterrupt):
         for row, workload in cases(options):
             try:
                 run = pass_of(workload, row["backend"], device)
-                run_marked(run, flush, options.repeats)
-                rows.append(row)
+                for _ in run_marked(run, flush, options.repeats):
+                    marked.append(len(rows))
             except (ValueError, RuntimeError) as error:
                 failed += not isinstance(error, ValueError)
                 print(f"{_key(row)}: {str(error).splitlines()[0]}", flush=True)
-    found = list(passes(kernels_in(profiled)))
-    for index, row in enumerate(rows):
-        row |= times_of(found[index * options.repeats : (index + 1) * options.repeats])
-        put_beside([row], modelled)
+            rows.append(row)
+    found: dict[int, list[list[Kernel]]] = collections.defaultdict(list)
+    for index, kernels in zip(marked, passes(kernels_in(profiled)), strict=False):
+        found[index].append(kernels)
+    rows = [row | times_of(found[index]) for index, row in enumerate(rows) if found[index]]
+    put_beside(rows, modelled)
+    for row in rows:
         show(row)
     if options.json:
         facts = environment.environment(device)

@@ -142,7 +142,7 @@ def test_in_a_graph_and_compiled() -> None:
     assert torch.equal(compiled(x), expected)
 
 
-@pytest.mark.parametrize("form", ["plain", "residual", "norm"])
+@pytest.mark.parametrize("form", ["plain", "residual", "norm", "norm gelu"])
 @pytest.mark.parametrize("channels, columns", [(320, 128), (384, 384)])
 def test_many_launches(form: str, channels: int, columns: int) -> None:
     """A race shows in some launches only: one was found in one of 180."""
@@ -150,12 +150,13 @@ def test_many_launches(form: str, channels: int, columns: int) -> None:
     weight = torch.randn(columns, channels, device="cuda", dtype=torch.bfloat16)
     r = torch.randn(150, 197, columns, device="cuda", dtype=torch.bfloat16)
     options = {
-        "norm": (weight[0].clone(), weight[1].clone()) if form == "norm" else None,
+        "norm": (weight[0].clone(), weight[1].clone()) if "norm" in form else None,
+        "gelu": "gelu" in form,
         "residual": r if form == "residual" else None,
     }
     expected = sm90_linear.linear(x, weight, None, **options)
     exact = x.float() @ weight.float().T + (r.float() if form == "residual" else 0)
-    if form != "norm":
+    if "norm" not in form:
         torch.testing.assert_close(expected.float(), exact, rtol=0.01, atol=0.05)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(2000):
