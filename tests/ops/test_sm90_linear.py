@@ -106,8 +106,13 @@ def test_the_ring(channels: int, residual: bool) -> None:
     assert c.stages * c.together * 8 <= (72 if residual else 96)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("channels", WIDTHS)
+@pytest.mark.parametrize(
+    "channels",
+    [
+        pytest.param(c, marks=pytest.mark.slow if c in (192, 384) else pytest.mark.exhaustive)
+        for c in WIDTHS
+    ],
+)
 def test_it_spills_nothing(channels: int) -> None:
     pytest.importorskip("triton")
     last = "fp16" if channels == 384 else "bf16"
