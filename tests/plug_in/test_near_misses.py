@@ -1,0 +1,75 @@
+"""Modules that almost compute what fused functions compute, and calls that almost can be served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo_cases import randomised
+
+import crossvit_kernels as ck
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+C = 48
+MSA, FFN = "layernorm_msa", "layernorm_ffn"
+
+
+def timm_block(**options: Any) -> Any:
+    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+    return randomised(vision_transformer.Block(C, 3, qkv_bias=True, **options))
+
+
+def siglip_layer(activation: str = "gelu") -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": C, "num_attention_heads": 3, "intermediate_size": 64}
+    config = transformers.SiglipVisionConfig(**sizes, hidden_act=activation)
+    config._attn_implementation = "sdpa"
+    return randomised(transformers.models.siglip.modeling_siglip.SiglipEncoderLayer(config))
+
+
+def tokens(batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, 9, C, generator=generator, dtype=torch.float32)
+
+
+def test_a_clipped_activation() -> None:
+    layer, x = siglip_layer("gelu_10"), tokens()
+    nn.init.constant_(layer.mlp.fc1.bias, 15.0)
+    expected = layer(x, None)
+    report = ck.accelerate(layer, backend="cpu")
+    assert report.rows[0].serves == (MSA,)
+    assert "activation ClippedGELUActivation" in report.rows[0].reasons[0]
+    torch.testing.assert_close(layer(x, None), expected, rtol=1e-4, atol=1e-4)
+
+
+class Swish(nn.Module):
+    """SiLU while beta is 1."""
+
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        beta = torch.tensor(1.0, dtype=torch.float32, device="cpu")
+        if trained:
+            self.beta = nn.Parameter(beta)
+        else:
+            self.register_buffer("beta", beta, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_activation_with_numbers_of_its_own(trained: bool) -> None:
+    block, x = timm_block(), tokens()
+    block.mlp.act = Swish(trained)
+    report = ck.accelerate(block, backend="cpu", training=trained)
+    assert report.rows[0].serves == (MSA,)
+    assert report.rows[0].reasons == (f"{FFN}: activation Swish (mlp.act)",)
+    with torch.no_grad():
+        block.mlp.act.beta.fill_(3.0)
+    y = block(x)
+    torch.testing.assert_close(y, type(block).forward(block, x), rtol=1e-4, atol=1e-4)
+    if trained:
+        y.sum().backward()
+        assert block.mlp.act.beta.grad is not None
