@@ -73,3 +73,61 @@ def test_an_activation_with_numbers_of_its_own(trained: bool) -> None:
     if trained:
         y.sum().backward()
         assert block.mlp.act.beta.grad is not None
+
+
+def doubled(layer: nn.Module) -> None:
+    """Make a layer one of a subclass of its class, which computes something else."""
+    kind: Any = type(layer)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        y = kind.forward(self, *args, **kwargs)
+        return (2 * y[0], *y[1:]) if isinstance(y, tuple) else 2 * y
+
+    layer.__class__ = type("Doubled", (kind,), {"forward": forward})
+
+
+def torchvision_block() -> Any:
+    vision_transformer = pytest.importorskip("torchvision.models.vision_transformer")
+    return randomised(vision_transformer.EncoderBlock(3, C, 96, 0.0, 0.0))
+
+
+def open_clip_block() -> Any:
+    transformer = pytest.importorskip("open_clip.transformer")
+    return randomised(transformer.ResidualAttentionBlock(C, 3))
+
+
+#: A block, the name of its attention or MLP, and what is still served.
+INSIDE = {
+    "timm's attention": (timm_block, "attn", FFN),
+    "timm's MLP": (timm_block, "mlp", MSA),
+    "SigLIP's attention": (siglip_layer, "self_attn", FFN),
+    "SigLIP's MLP": (siglip_layer, "mlp", MSA),
+    "torchvision's attention": (torchvision_block, "self_attention", FFN),
+    "torchvision's MLP": (torchvision_block, "mlp", MSA),
+    "open_clip's attention": (open_clip_block, "attn", FFN),
+    "open_clip's MLP": (open_clip_block, "mlp", MSA),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_subclasses_inside_blocks(name: str) -> None:
+    make, child, serves = INSIDE[name]
+    block, x = make(), tokens()
+    doubled(getattr(block, child))
+    more = (None,) if "SigLIP" in name else ()
+    expected = block(x, *more)
+    report = ck.accelerate(block, backend="cpu")
+    assert report.rows[0].serves == (serves,)
+    assert f"{child} is a Doubled" in str(report)
+    torch.testing.assert_close(block(x, *more), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fusion", "projs", "revert_projs"])
+def test_subclasses_inside_fusions(name: str) -> None:
+    crossvit = pytest.importorskip("timm.models.crossvit")
+    sizes = {"dim": (32, 48), "num_heads": (2, 3), "mlp_ratio": (1.0, 1.0, 1.0)}
+    block = crossvit.MultiScaleBlock(**sizes, patches=(4, 4), depth=(1, 1, 0), drop_path=(0.0,))
+    assert ck.accelerate(block, backend="cpu").rows[0].serves == ("cross_attention_fusion",)
+    doubled(getattr(block, name)[1])
+    report = ck.accelerate(block, backend="cpu")
+    assert report.rows[0].serves == () and "is a Doubled" in report.rows[0].reasons[0]

@@ -75,10 +75,11 @@ def _map_head(target: str) -> Recipe:
 
 
 def _check_probe(pooler: Any) -> None:
-    layer = looking.child(pooler, "cross_attention_layer")
+    start = "transformers.models.vjepa2.modeling_vjepa2.VJEPA2PoolerCrossAttention"
+    layer = looking.child(pooler, "cross_attention_layer", f"{start}Layer")
     looking.only(layer, "cross_attention_layer", "layer_norm1", "cross_attn", "layer_norm2", "mlp")
     looking.norm(layer, "layer_norm1")
-    attn = looking.child(layer, "cross_attn")
+    attn = looking.child(layer, "cross_attn", start)
     looking.only(attn, "cross_attn", "q_proj", "k_proj", "v_proj")
     for name in ("q_proj", "k_proj", "v_proj"):
         looking.linear(attn, name)
