@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from zoo_cases import randomised
 
 import crossvit_kernels as ck
@@ -131,3 +134,49 @@ def test_subclasses_inside_fusions(name: str) -> None:
     doubled(getattr(block, name)[1])
     report = ck.accelerate(block, backend="cpu")
     assert report.rows[0].serves == () and "is a Doubled" in report.rows[0].reasons[0]
+
+
+def test_layer_scale_of_another_shape(caplog: pytest.LogCaptureFixture) -> None:
+    block, x = timm_block(init_values=0.5), tokens()
+    assert ck.accelerate(block, backend="cpu").rows[0].serves == (MSA, FFN)
+    before = block.ls1.gamma
+    block.ls1.gamma = nn.Parameter(torch.tensor(0.3, dtype=torch.float32, device="cpu"))
+    with caplog.at_level(logging.WARNING, "crossvit_kernels"):
+        torch.testing.assert_close(block(x), type(block).forward(block, x))
+    reason = f"LayerScale has the shape [] and not [{C}]"
+    warning = f"Block: {reason}; its own forward runs, not fused"
+    assert [r.getMessage() for r in caplog.records] == [warning]
+    block.ls1.gamma = before
+    own = type(block).forward(block, x)
+    torch.testing.assert_close(block(x), own, rtol=1e-4, atol=1e-4)
+    assert len(caplog.records) == 1
+
+
+def mask_of_keys() -> Tensor:
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool, device="cpu")
+    mask[1, :, :, 5:] = False
+    return mask
+
+
+def test_masks_of_fake_tensors() -> None:
+    """Their values cannot be compared."""
+    block = timm_block().requires_grad_(False)
+    ck.accelerate(block, backend="cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mask = torch.ones(2, 1, 9, 9, dtype=torch.bool, device="cpu")
+        assert block(tokens(), attn_mask=mask).shape == (2, 9, C)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_masks_while_a_graph_is_made(mode: str) -> None:
+    block, x, mask = timm_block().requires_grad_(False), tokens(), mask_of_keys()
+    expected = block(x, attn_mask=mask)
+    ck.accelerate(block, backend="cpu")
+    options: Any = {"tracing_mode": mode, "_allow_non_fake_inputs": True}
+    graph = make_fx(lambda x, mask: block(x, attn_mask=mask), **options)(x, mask)
+    torch.testing.assert_close(graph(x, mask), expected, rtol=1e-4, atol=1e-4)
+    other = mask.clone()
+    other[0, 0, 1, 2:] = False  # the graph does not depend on the mask's values
+    torch.testing.assert_close(
+        graph(x, other), type(block).forward(block, x, attn_mask=other), rtol=1e-4, atol=1e-4
+    )

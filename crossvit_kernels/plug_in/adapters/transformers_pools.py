@@ -48,7 +48,7 @@ def _call_map(
         key_mask = attention_mask.to(hidden_state.device) != 0
         # A fully masked image pools to the mean of its values: any weights give the mean token's.
         empty = ~key_mask.any(dim=1, keepdim=True)
-        if torch.compiler.is_compiling() or empty.device.type != "cpu" or bool(empty.any()):
+        if not calls.can_look_at(empty) or bool(empty.any()):
             mean = hidden_state.mean(dim=1, keepdim=True)
             hidden_state = torch.where(empty.unsqueeze(-1), mean, hidden_state)
             key_mask = key_mask | empty
