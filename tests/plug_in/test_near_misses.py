@@ -180,3 +180,40 @@ def test_masks_while_a_graph_is_made(mode: str) -> None:
     torch.testing.assert_close(
         graph(x, other), type(block).forward(block, x, attn_mask=other), rtol=1e-4, atol=1e-4
     )
+
+
+def without_bias(layer: Any) -> None:
+    layer.bias = None
+
+
+#: What CUDA's kernels lack: the block's options, its change, and the reason of each half.
+LACKS: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
+    "LayerScale": ({"init_values": 0.5}, None, ("no kernels: cuda: it has no layer_scale",)),
+    "an activation": (
+        {"act_layer": nn.SiLU},
+        None,
+        (f"{FFN}: no kernels: cuda: its activation is gelu, not silu",),
+    ),
+    "no bias of attention": (
+        {},
+        lambda block: without_bias(block.attn.proj),
+        (f"{MSA}: no kernels: cuda: it needs out_bias",),
+    ),
+    "no bias of the MLP": (
+        {},
+        lambda block: without_bias(block.mlp.fc1),
+        (f"{FFN}: no kernels: cuda: it needs fc1_bias",),
+    ),
+    "nothing": ({}, None, ()),
+}
+
+
+@pytest.mark.parametrize("what", LACKS)
+def test_what_a_backend_of_another_device_lacks(what: str) -> None:
+    """The model may still be moved, to where its other halves are served."""
+    options, change, reasons = LACKS[what]
+    block = timm_block(**options)
+    if change is not None:
+        change(block)
+    assert ck.accelerate(block, backend="cuda").rows[0].reasons == reasons
+    assert ck.accelerate(block, backend="triton").rows[0].serves == (MSA, FFN)
