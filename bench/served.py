@@ -146,15 +146,21 @@ class Kept:
     """What was measured before: a file with a line of JSON for each point.
 
     Args:
-        options: ``resume`` is the file, or None. Lines of another machine, version or setting are
-            neither used nor removed.
+        options: zoo_bench's; ``resume`` is the file, or None. Lines of another machine, version,
+            commit or setting are neither used nor removed.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.path: Path | None = options.resume
         facts = environment.environment(options.device, options.dtype)
-        self.facts = {name: facts[name] for name in ("device", "dtype", "torch", "threads")}
-        self.facts |= {"cpu_time": options.cpu_time, "compiles": not options.no_compile}
+        names = ("commit", "dirty", "device", "dtype", "torch", "threads")
+        self.facts = {name: facts[name] for name in names}
+        self.facts |= {
+            "cpu_time": options.cpu_time,
+            "compiles": not options.no_compile,
+            "measures": not options.no_example,
+            "min_time": options.min_time,
+        }
         self.found: list[dict[str, Any]] = []
         if self.path is not None and self.path.exists():
             lines = self.path.read_text().splitlines()

@@ -370,16 +370,31 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+#: Far values, as some activations are clipped.
+_FAR = (8.0, 12.0, 20.0, 100.0, 1e4)
+
+
 def activation_name(activation: Any) -> str | None:
-    """Identify an activation by its values, as each has many names; None if it is not ours."""
-    x = torch.linspace(-6, 6, 241, dtype=torch.float64, device="cpu")
+    """Identify an activation by its values, as each has many names; None if it is not ours.
+
+    One with parameters or buffers, which may change or be trained, is not ours whatever its values.
+    """
+    if isinstance(activation, nn.Module) and [*activation.parameters(), *activation.buffers()]:
+        return None
+    near = torch.linspace(-6, 6, 241, dtype=torch.float64, device="cpu")
+    far = torch.tensor(_FAR, dtype=torch.float64, device="cpu")
+    x = torch.cat([near, far, -far])
     try:
         with torch.no_grad():
             y = activation(x.clone())
     except Exception:  # third-party code may raise anything
         return None
     for name, ours in _ACTIVATIONS.items():
-        if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, ours(x), 0, 1e-12):
+        if (
+            isinstance(y, Tensor)
+            and y.shape == x.shape
+            and torch.allclose(y, ours(x), 1e-12, 1e-12)
+        ):
             return name
     return None
 

@@ -121,6 +121,8 @@ def why_not_scale(scale: Any, weights: Any) -> str | None:
     """Return why operations cannot take a vector beside a NamedTuple of weights, or None."""
     if scale.dtype != weights[0].dtype and not _is_autocast_on(weights):
         return f"its parameters are in {weights[0].dtype} and {scale.dtype}"
+    if scale.shape != weights[0].shape:
+        return f"LayerScale has the shape {list(scale.shape)} and not {list(weights[0].shape)}"
     return why_not_tensors((scale,))
 
 

@@ -35,12 +35,22 @@ def fits(x: Any, like: Tensor, dims: int = 3, channels_at: int = -1) -> bool:
     return mixed and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def can_look_at(t: Tensor) -> bool:
+    """Whether Python may decide by a tensor's values: on a CPU, and unless something traces.
+
+    Dispatch modes are those of fake tensors and of ``make_fx``, among others.
+    """
+    if torch.compiler.is_compiling() or t.device.type != "cpu" or type(t) is not Tensor:
+        return False
+    return not torch._C._len_torch_dispatch_stack()
+
+
 def key_mask_of(mask: Any, x: Tensor, num_queries: int | None = None) -> Tensor | None:
     """Return a mask bool [B, N] of keys from a mask of scores, or None if it is none.
 
     Args:
         mask: What attention gets: bool [B, 1, 1 or Q, N] with the same keys for all queries.
-            Whether a mask of other strides has them is looked up on a CPU only.
+            Whether a mask of other strides has them is looked up where ``can_look_at``.
         x: Tokens [B, N, C].
         num_queries: Q; None for N.
     """
@@ -49,7 +59,7 @@ def key_mask_of(mask: Any, x: Tensor, num_queries: int | None = None) -> Tensor 
     batch, num_keys, _ = x.shape
     shape = (batch, 1, num_keys if num_queries is None else num_queries, num_keys)
     if mask.shape == shape and mask.stride(2) != 0 and shape[2] > 1:
-        if torch.compiler.is_compiling() or mask.device.type != "cpu":
+        if not can_look_at(mask):
             return None
         if not torch.equal(mask, mask[:, :, :1].expand(shape)):
             return None

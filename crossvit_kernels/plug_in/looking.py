@@ -265,7 +265,8 @@ def require_kernels(operation: str, inputs: Any, backend: str | None = None) -> 
         operation: Its name.
         inputs: The sample.
         backend: The backend that calls name, or None. Where it has no kernels for the sample's
-            device, others are asked: the model may be moved.
+            device, others are asked: the model may be moved. What it takes on no device
+            (``why_never`` of its module) is declined all the same.
     """
     op = OPERATIONS[operation]
     device = op.tokens(inputs).device
@@ -275,6 +276,8 @@ def require_kernels(operation: str, inputs: Any, backend: str | None = None) -> 
     names = order(operation, device)[: 1 if device.type == "cpu" else None]
     if backend in op.backends and _device_of(backend) == device.type:
         names = (backend,)
+    elif reason := _why_never(op.backends.get(backend or ""), inputs):
+        raise Declined(f"no kernels: {backend}: {reason}")
     for name in names:
         reason = usable.reasons.get(name)
         if reason is None and name in op.backends:
@@ -283,6 +286,12 @@ def require_kernels(operation: str, inputs: Any, backend: str | None = None) -> 
             return
         reasons.append(f"{name}: {reason}")
     raise Declined("no kernels: " + "; ".join(reasons))
+
+
+def _why_never(kernels: Any, inputs: Any) -> str | None:
+    why: Any = getattr(kernels, "why_never", None)
+    reason: str | None = None if why is None else why(inputs)
+    return reason
 
 
 def _device_of(backend: str) -> str:

@@ -102,8 +102,13 @@ def test_zoo(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     monkeypatch.setattr(zoo, "measured", never)
     assert zoo.main([*arguments, "--models", *models]) == 0
     assert json.loads(path.read_text())["results"] == results
+    for other in (["--batch", "3"], ["--min-time", "0.02"], ["--no-example"]):
+        with pytest.raises(AssertionError, match="measured again"):
+            zoo.main([*arguments, "--models", models[0], *other])
+    commit = {"commit": "another", "dirty": False}
+    monkeypatch.setattr(zoo.served.environment, "commit", lambda: commit)
     with pytest.raises(AssertionError, match="measured again"):
-        zoo.main([*arguments, "--models", models[0], "--batch", "3"])
+        zoo.main([*arguments, "--models", models[0]])
 
 
 def test_an_unknown_model_of_the_zoo(zoo: ModuleType, capsys: Any) -> None:

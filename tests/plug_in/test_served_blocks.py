@@ -256,7 +256,7 @@ def test_copies_have_their_own_layer_scale(calls: list[Any]) -> None:
 
 @pytest.mark.parametrize("named", ["cuda", "cpu", "triton", None])
 def test_only_what_the_backend_takes(named: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA has no LayerScale; where it has no kernels for the tokens' device, calls decide."""
+    """CUDA has no LayerScale; the other backends have."""
     if named == "cuda":
         kernels = extension.CudaKernels(object(), "cpu")
         monkeypatch.setattr(extension, "cuda_kernels", kernels)

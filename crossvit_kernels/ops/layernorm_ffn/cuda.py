@@ -25,8 +25,9 @@ class Saved(NamedTuple):
     normed: Tensor  # [B, N, C]: LN(x)
 
 
-def why_not(inputs: FfnInputs) -> str | None:
-    x, w, _, activation, layer_scale = inputs
+def why_never(inputs: FfnInputs) -> str | None:
+    """Return why no device's kernels take such inputs, or None."""
+    _, w, _, activation, layer_scale = inputs
     hidden = w.fc1_weight.shape[0]
     if activation != "gelu":
         return f"its activation is gelu, not {activation}"
@@ -38,7 +39,11 @@ def why_not(inputs: FfnInputs) -> str | None:
         return "there are no hidden units"
     if hidden % 8:
         return f"{hidden} hidden units are no multiple of 8"
-    return blocks.why_not(x, w.fc1_weight)
+    return None
+
+
+def why_not(inputs: FfnInputs) -> str | None:
+    return why_never(inputs) or blocks.why_not(inputs.x, inputs.weights.fc1_weight)
 
 
 def empty_saved(inputs: FfnInputs, keep: str) -> Saved:

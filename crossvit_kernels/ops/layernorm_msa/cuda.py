@@ -27,13 +27,18 @@ class Saved(NamedTuple):
     heads: Tensor  # [B, N, C] or empty: attention's output
 
 
-def why_not(inputs: MsaInputs) -> str | None:
-    x, weights, num_heads, *_ = inputs
+def why_never(inputs: MsaInputs) -> str | None:
+    """Return why no device's kernels take such inputs, or None."""
     if inputs.layer_scale is not None:
         return blocks.NO_LAYER_SCALE
     if inputs.key_mask is not None:
         return "it has no key_mask"
-    if reason := blocks.why_not_biases(weights, ("norm_bias", "out_bias")):
+    return blocks.why_not_biases(inputs.weights, ("norm_bias", "out_bias"))
+
+
+def why_not(inputs: MsaInputs) -> str | None:
+    x, weights, num_heads, *_ = inputs
+    if reason := why_never(inputs):
         return reason
     if reason := blocks.why_not(x, weights.qkv_weight):
         return reason

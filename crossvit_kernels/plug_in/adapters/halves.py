@@ -87,7 +87,8 @@ class Blocks:
         return None
 
     def check_mlp(self, block: Any) -> None:
-        """Raise ``Declined`` if the second half is of another class than the layout's."""
+        """Raise ``Declined`` if the MLP is of another class than the layout's."""
+        raise NotImplementedError
 
     def num_heads(self, block: Any) -> int:
         """Return h."""

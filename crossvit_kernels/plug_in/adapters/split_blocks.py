@@ -34,13 +34,16 @@ class SplitBlocks(Blocks):
 
     def check_attention(self, block: Any) -> None:
         path = self.attention.body
-        attn = looking.child(block, path)
+        attn = looking.child(block, path, _kind_beside(block, "Attention"))
         looking.only(attn, path, *_QKV, self.out)
         for name in (*_QKV, self.out):
             looking.linear(attn, name)
         config = getattr(attn, "config", None)
         if getattr(attn, "is_causal", False) or type(config).__name__ in _CAUSAL:
             raise Declined("causal")
+
+    def check_mlp(self, block: Any) -> None:
+        looking.child(block, self.mlp.body, _kind_beside(block, "MLP"))
 
     def live_attention(self, block: Any) -> str | None:
         path = self.attention.body
@@ -98,6 +101,11 @@ class SplitBlocks(Blocks):
             return attn(normed, attention_mask, **more)[0]
 
         return self.run(block, found, backend, hidden_states, attend, is_plain, key_mask)
+
+
+def _kind_beside(block: Any, ending: str) -> str:
+    """Return the name of the class that a layer's library calls like the layer, but for the end."""
+    return looking.kind_of(block).removesuffix("Layer").removesuffix("Encoder") + ending
 
 
 def _implementation(attention: Any) -> Any:

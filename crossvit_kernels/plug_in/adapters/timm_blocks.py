@@ -17,6 +17,8 @@ from crossvit_kernels.plug_in.recipe import Declined, Part, Recipe, never
 
 _ATTENTION = "timm.layers.attention.Attention"
 _MLP = "timm.layers.mlp.Mlp"
+_FUSION = "timm.models.crossvit.CrossAttentionBlock"
+_SEQUENTIAL = "torch.nn.modules.container.Sequential"
 
 
 class TimmBlocks(Blocks):
@@ -86,12 +88,14 @@ def _check_fusions(block: Any) -> None:
     if len(block.projs) != len(block.fusion) or block.num_branches != len(block.fusion):
         raise Declined("it has branches without a fusion")
     for i in range(block.num_branches):
-        fusion = block.fusion[i]
+        fusion = looking.child(block.fusion, str(i), _FUSION, _SEQUENTIAL)
         if isinstance(fusion, torch.nn.Sequential) and len(fusion) != 1:
             raise Declined(f"fusion.{i} has {len(fusion)} cross-attention blocks")
+        if looking.kind_of(_fusion_block(block, i)) != _FUSION:
+            raise Declined(f"fusion.{i}.0 is a {type(fusion[0]).__name__}")
         eps = set()
         for lifts in ("projs", "revert_projs"):
-            lift = getattr(block, lifts)[i]
+            lift = looking.child(getattr(block, lifts), str(i), _SEQUENTIAL)
             looking.only(lift, f"{lifts}.{i}", "0", "1", "2")
             eps.add(looking.norm(lift, "0").eps)
             looking.exact_gelu(lift[1], f"{lifts}.{i}.1")

@@ -15,10 +15,15 @@ from crossvit_kernels.plug_in.recipe import Declined, Part, Recipe, never
 
 
 class TorchBlocks(Blocks):
-    """Blocks around ``nn.MultiheadAttention``."""
+    """Blocks around ``nn.MultiheadAttention``, whose MLP has one of a few classes."""
+
+    mlps: tuple[str, ...] = ("torchvision.models.vision_transformer.MLPBlock",)
 
     def check_attention(self, block: Any) -> None:
         looking.torch_attention(block, self.attention.body)
+
+    def check_mlp(self, block: Any) -> None:
+        looking.child(block, self.mlp.body, *self.mlps)
 
     def live_attention(self, block: Any) -> str | None:
         path = self.attention.body
@@ -61,6 +66,8 @@ class TorchBlocks(Blocks):
 
 class OpenClipBlocks(TorchBlocks):
     """open_clip's, which converts masks."""
+
+    mlps = ("torch.nn.modules.container.Sequential",)
 
     def attend(self, block: Any, normed: Tensor, mask: Any) -> Any:
         return block.attention(q_x=normed, attn_mask=mask)

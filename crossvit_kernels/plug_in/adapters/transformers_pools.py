@@ -48,7 +48,7 @@ def _call_map(
         key_mask = attention_mask.to(hidden_state.device) != 0
         # A fully masked image pools to the mean of its values: any weights give the mean token's.
         empty = ~key_mask.any(dim=1, keepdim=True)
-        if torch.compiler.is_compiling() or empty.device.type != "cpu" or bool(empty.any()):
+        if not calls.can_look_at(empty) or bool(empty.any()):
             mean = hidden_state.mean(dim=1, keepdim=True)
             hidden_state = torch.where(empty.unsqueeze(-1), mean, hidden_state)
             key_mask = key_mask | empty
@@ -75,10 +75,11 @@ def _map_head(target: str) -> Recipe:
 
 
 def _check_probe(pooler: Any) -> None:
-    layer = looking.child(pooler, "cross_attention_layer")
+    start = "transformers.models.vjepa2.modeling_vjepa2.VJEPA2PoolerCrossAttention"
+    layer = looking.child(pooler, "cross_attention_layer", f"{start}Layer")
     looking.only(layer, "cross_attention_layer", "layer_norm1", "cross_attn", "layer_norm2", "mlp")
     looking.norm(layer, "layer_norm1")
-    attn = looking.child(layer, "cross_attn")
+    attn = looking.child(layer, "cross_attn", start)
     looking.only(attn, "cross_attn", "q_proj", "k_proj", "v_proj")
     for name in ("q_proj", "k_proj", "v_proj"):
         looking.linear(attn, name)
