@@ -106,13 +106,12 @@ def _verify(call: Verified, backend: str) -> None:
         print(f"{backend}: {str(error).splitlines()[0]}", flush=True)
         return
     # Of both signs: sums of thousands of positive ones pass float16's largest number.
-    generator = torch.Generator(outputs[0].device).manual_seed(1)
-    random: dict[str, Any] = {
-        "dtype": torch.float32,
-        "device": outputs[0].device,
-        "generator": generator,
-    }
-    douts = [torch.randn(t.shape, **random).to(t.dtype) for t in outputs]
+    device = outputs[0].device
+    generator = torch.Generator(device).manual_seed(1)
+    douts = [
+        torch.randn(t.shape, dtype=torch.float32, device=device, generator=generator).to(t.dtype)
+        for t in outputs
+    ]
     torch.autograd.backward(outputs, douts)
 
 
