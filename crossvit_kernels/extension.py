@@ -207,8 +207,8 @@ _address_of: Callable[[Tensor], int] = Tensor.data_ptr
 
 #: Why the extension has no CUDA kernels.
 NO_CUDA = (
-    "the extension was built without CUDA: no CUDA toolkit was found, or "
-    "CROSSVIT_BUILD_CUDA=0 was set"
+    "the extension was built without CUDA: there was no CUDA toolkit or no GPU, or "
+    "CROSSVIT_BUILD_CUDA=0 was set; CROSSVIT_BUILD_CUDA=1 builds with it"
 )
 
 

@@ -53,7 +53,10 @@ def ninja() -> str:
 
 
 def find_cuda() -> tuple[Path | None, str]:
-    """The CUDA toolkit's root, or why it is not used. The nvcc on PATH may be a wrapper script."""
+    """The CUDA toolkit's root, or why it is not used. The nvcc on PATH may be a wrapper script.
+
+    CUDA's sources take minutes, so without a GPU to run them they are compiled only if asked for.
+    """
     setting = switch("CROSSVIT_BUILD_CUDA")
     if setting == "0":
         return None, "CROSSVIT_BUILD_CUDA=0 was set"
@@ -66,7 +69,10 @@ def find_cuda() -> tuple[Path | None, str]:
             continue
         version = cuda_version(home)
         if version >= OLDEST_CUDA:
-            return home.resolve(), ""
+            asked = setting == "1" or os.environ.get("CROSSVIT_CUDA_ARCH_LIST")
+            if asked or max(architectures_of_gpus(), default=0) >= OLDEST_SM:
+                return home.resolve(), ""
+            return None, f"no GPU from sm_{OLDEST_SM} on is here: CROSSVIT_BUILD_CUDA=1 builds it"
         here, oldest = (".".join(map(str, v)) for v in (version, OLDEST_CUDA))
         why_not = f"the CUDA toolkit in {home} is {here}, older than {oldest}"
         break

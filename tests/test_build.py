@@ -225,6 +225,27 @@ def test_architectures(
 
 @pytest.mark.slow
 @needs_build_tools
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "has_cuda"),
+    [("", "", False), ("7.5\n", "", False), ("7.5\n8.6\n", "", True), ("", "90", True)],
+)
+def test_cuda_is_built_where_a_gpu_is_or_if_asked_for(
+    gpus: str, wanted: str, has_cuda: bool, small_tree: Path, cuda: dict[str, str]
+) -> None:
+    if gpus:
+        smi = Path(cuda["PATH"].split(os.pathsep)[0]) / "nvidia-smi"
+        write_program(smi, f"#!/bin/sh\nprintf '{gpus}'\n")
+    settings = {**cuda, "CROSSVIT_BUILD_CUDA": "auto", "CROSSVIT_CUDA_ARCH_LIST": wanted}
+    result = build(small_tree, **settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert ("and CUDA (sm_" in last) == has_cuda
+    without = "CUDA is left out: no GPU from sm_80 on is here: CROSSVIT_BUILD_CUDA=1 builds it"
+    assert last.endswith(without) == (not has_cuda)
+
+
+@pytest.mark.slow
+@needs_build_tools
 def test_cuda_that_was_asked_for_must_be_there(small_tree: Path, tmp_path: Path) -> None:
     empty = str(tmp_path / "nowhere")
     toolchain = small_tree / "csrc/toolchain.py"
