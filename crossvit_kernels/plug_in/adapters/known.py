@@ -79,5 +79,5 @@ REASONS = {
     **{f"torchvision.models.{name}": reason for name, reason in _TORCHVISION.items()},
     "torch.nn.modules.transformer.TransformerDecoderLayer": "causal, with cross-attention",
     "torch.nn.modules.transformer.TransformerEncoderLayer": "torch has a fast path of its own",
-    "open_clip.transformer.CustomResidualAttentionBlock": "norms inside attention",
+    "open_clip.transformer.CustomResidualAttentionBlock": "qk-norm, scaled heads, norms inside",
 }
