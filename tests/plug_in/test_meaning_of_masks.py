@@ -166,3 +166,25 @@ def test_masks_of_a_pool_of_timm(fused: bool, empty: bool) -> None:
     expected = pool(tokens(), mask)
     assert ck.accelerate(pool, backend="cpu").served == [""]
     torch.testing.assert_close(pool(tokens(), mask), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_padded_patches_of_naflex(fused: bool) -> None:
+    timm = pytest.importorskip("timm")
+    sizes = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
+    model = randomised(timm.create_model("naflexvit_base_patch16_map", **sizes))
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    grid = torch.tensor([[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]], dtype=torch.int64)
+    inputs = {
+        "patches": torch.randn(2, 6, 768, dtype=torch.float32),
+        "patch_coord": grid.repeat(2, 1, 1),
+        "patch_valid": torch.ones(2, 6, dtype=torch.bool, device="cpu"),
+    }
+    inputs["patch_valid"][1, 4:] = False
+
+    def call(model: Any, given: dict[str, Tensor]) -> Any:
+        return model(given["patches"], given["patch_coord"], given["patch_valid"])
+
+    assert len(assert_served_equals_own(model, inputs, call).served) == 3

@@ -12,7 +12,7 @@ from crossvit_kernels.plug_in.adapters.halves import Blocks, Half, packed, why_n
 from crossvit_kernels.plug_in.recipe import Declined
 
 #: Configurations of text models, whose layers are the same class and attend to earlier tokens.
-_CAUSAL = {"CLIPTextConfig", "MetaClip2TextConfig"}
+_CAUSAL = {f"{name}TextConfig" for name in ("CLIP", "CLIPSeg", "MetaClip2", "OwlViT", "Owlv2")}
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -122,6 +122,10 @@ _MODELS = {
     "audio_spectrogram_transformer.modeling_audio_spectrogram_transformer.ASTLayer": _VIT,
     "altclip.modeling_altclip.AltCLIPEncoderLayer": _CLIP,
     "metaclip_2.modeling_metaclip_2.MetaClip2EncoderLayer": _CLIP,
+    "chinese_clip.modeling_chinese_clip.ChineseCLIPVisionLayer": _CLIP,
+    "clipseg.modeling_clipseg.CLIPSegEncoderLayer": _CLIP,
+    "owlvit.modeling_owlvit.OwlViTEncoderLayer": _CLIP,
+    "owlv2.modeling_owlv2.Owlv2EncoderLayer": _CLIP,
     "dinov2.modeling_dinov2.Dinov2Layer": _DINO,
     "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": _DINO,
     "radio.modeling_radio.RadioLayer": _DINO,
