@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import crossvit_kernels as ck
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -32,3 +34,12 @@ def test_its_example_runs(readme: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_its_links_lead_somewhere(readme: str) -> None:
     for link in re.findall(r"\]\(([^)#]+)", readme):
         assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_the_reference_names_every_function_and_program(readme: str) -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    sources = [*(ROOT / "bench").glob("*.py"), *(ROOT / "examples").glob("*.py")]
+    programs = {p.name for p in sources if '__name__ == "__main__"' in p.read_text()}
+    assert "serving_bench.py" in programs and len(programs) > 10
+    names = {name for name in ck.__all__ if not name.startswith("_")} | programs
+    assert {name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)} == set()

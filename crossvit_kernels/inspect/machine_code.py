@@ -202,15 +202,18 @@ def _cuobjdump(flag: str, binary: str | Path, target: str | None) -> Iterator[st
 
 
 @functools.cache
-def disassembler() -> str:
-    """Return the path of NVIDIA's cuobjdump, which Triton ships.
+def disassembler(name: str = "cuobjdump") -> str:
+    """Return the path of one of NVIDIA's disassemblers that Triton ships.
+
+    Args:
+        name: ``"cuobjdump"`` or ``"nvdisasm"``.
 
     Raises:
         FileNotFoundError: This Triton does not.
     """
     import triton
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not os.access(path, os.X_OK):
-        raise FileNotFoundError(f"cuobjdump: expected at {path}, as part of Triton")
+        raise FileNotFoundError(f"{name}: expected at {path}, as part of Triton")
     return str(path)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from crossvit_kernels.modules import plain_layers
 
@@ -381,21 +382,20 @@ def activation_name(activation: Any) -> str | None:
     """
     if isinstance(activation, nn.Module) and [*activation.parameters(), *activation.buffers()]:
         return None
-    near = torch.linspace(-6, 6, 241, dtype=torch.float64, device="cpu")
-    far = torch.tensor(_FAR, dtype=torch.float64, device="cpu")
-    x = torch.cat([near, far, -far])
-    try:
-        with torch.no_grad():
+    # Modes, such as those of fake tensors and of default devices, leave a tensor without values.
+    with torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
+        near = torch.linspace(-6, 6, 241, dtype=torch.float64, device="cpu")
+        far = torch.tensor(_FAR, dtype=torch.float64, device="cpu")
+        x = torch.cat([near, far, -far])
+        try:
             y = activation(x.clone())
-    except Exception:  # third-party code may raise anything
-        return None
-    for name, ours in _ACTIVATIONS.items():
-        if (
-            isinstance(y, Tensor)
-            and y.shape == x.shape
-            and torch.allclose(y, ours(x), 1e-12, 1e-12)
-        ):
-            return name
+        except Exception:  # third-party code may raise anything
+            return None
+        if not isinstance(y, Tensor) or (y.shape, y.dtype) != (x.shape, x.dtype):
+            return None
+        for name, ours in _ACTIVATIONS.items():
+            if torch.allclose(y, ours(x), 1e-12, 1e-12):
+                return name
     return None
 
 

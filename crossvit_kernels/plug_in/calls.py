@@ -35,14 +35,22 @@ def fits(x: Any, like: Tensor, dims: int = 3, channels_at: int = -1) -> bool:
     return mixed and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
-def can_look_at(t: Tensor) -> bool:
+def can_look_at(t: Tensor, may_wait: bool = False) -> bool:
     """Whether Python may decide by a tensor's values: on a CPU, and unless something traces.
 
     Dispatch modes are those of fake tensors and of ``make_fx``, among others.
+
+    Args:
+        t: The tensor.
+        may_wait: Also on a GPU, for which the call then waits, but for capturing a CUDA graph.
     """
-    if torch.compiler.is_compiling() or t.device.type != "cpu" or type(t) is not Tensor:
+    if torch.compiler.is_compiling() or type(t) is not Tensor:
         return False
-    return not torch._C._len_torch_dispatch_stack()
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    if may_wait and t.is_cuda:
+        return not torch.cuda.is_current_stream_capturing()
+    return t.device.type == "cpu"
 
 
 def key_mask_of(mask: Any, x: Tensor, num_queries: int | None = None) -> Tensor | None:

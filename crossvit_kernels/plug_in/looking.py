@@ -45,6 +45,16 @@ _LAYER_SCALES = {
     "open_clip.transformer.LayerScale": "gamma",
     **{f"transformers.models.{start}LayerScale": "lambda1" for start in _DINOS},
 }
+#: Implementations of attention in transformers that compute the same without a mask.
+_IMPLEMENTATIONS = {
+    None,
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+}
 #: Words for layers that change what a block computes.
 _MEANINGS = (
     ("q_norm", "qk-norm"),
@@ -183,6 +193,18 @@ def why_not_heads(attention: Any, num_heads: int, dim: int, path: str = "attn") 
     if scale is not None and abs(scale - head_dim**-0.5) > 1e-6 * head_dim**-0.5:
         return f"{path} has scale={scale}"
     return None
+
+
+def implementation(owner: Any) -> Any:
+    """Return the name of what computes attention in a layer of transformers, or None."""
+    return getattr(getattr(owner, "config", None), "_attn_implementation", None)
+
+
+def why_not_implementation(owner: Any) -> str | None:
+    """Return why a layer of transformers computes something else without a mask, or None."""
+    if (name := implementation(owner)) not in _IMPLEMENTATIONS:
+        return f"attention is computed by {name!r}"
+    return "causal" if getattr(owner, "is_causal", False) else None
 
 
 def torch_attention(owner: nn.Module, name: str) -> Any:

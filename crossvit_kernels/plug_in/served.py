@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
@@ -42,6 +43,7 @@ class Served:
 
     def _set_recipe(self, recipe: Recipe) -> None:
         self._target, self._parts, self._call = recipe
+        self._first = _first_name(type(self.owner).forward)
 
     @property
     def owner(self) -> nn.Module:
@@ -79,6 +81,9 @@ class Served:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner: Any = self._owner()
+        if not args and self._first in kwargs:  # adapters have names of their own
+            args, kwargs = (kwargs[self._first],), {**kwargs}
+            del kwargs[self._first]
         if not plain_layers.is_transformed():
             x = _first_tensor(args, kwargs)
             on = [self._is_on(owner, i, part, x) for i, part in enumerate(self._parts)]
@@ -161,6 +166,15 @@ class Served:
     def __repr__(self) -> str:
         owner = self._owner()
         return f"<{' and '.join(self.serves()) or 'nothing'} for {type(owner).__name__}.forward>"
+
+
+def _first_name(forward: Any) -> str | None:
+    """Return the name of a forward's first argument after self, if it may be positional."""
+    try:
+        _, first, *_ = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # no signature, or no such argument
+        return None
+    return first.name if first.kind is first.POSITIONAL_OR_KEYWORD else None
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

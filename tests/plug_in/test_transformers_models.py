@@ -38,6 +38,14 @@ def frames() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 4, 3, 32, 32, dtype=torch.float32)}
 
 
+def noisy() -> dict[str, Tensor]:
+    return {**images(), "noise": torch.linspace(0, 1, 32, dtype=torch.float32).view(2, 16)}
+
+
+def sounds() -> dict[str, Tensor]:
+    return {"input_values": torch.randn(2, 32, 16, dtype=torch.float32)}
+
+
 def packed() -> dict[str, Tensor]:
     """SigLIP 2's patches, of which an image has fewer than the other."""
     mask = torch.ones(2, 16, dtype=torch.int64)
@@ -126,6 +134,23 @@ SLOW = [
     ),
     Case("MetaClip2VisionModel", "MetaClip2VisionConfig", VIT, images, {BLOCK: 2}),
     Case("SiglipTextModel", "SiglipTextConfig", TEXT, words, {BLOCK: 2}),
+    Case("ChineseCLIPVisionModel", "ChineseCLIPVisionConfig", VIT, images, {BLOCK: 2}),
+    Case("OwlViTVisionModel", "OwlViTVisionConfig", VIT, images, {BLOCK: 2}),
+    Case("OwlViTTextModel", "OwlViTTextConfig", TEXT, words, {BLOCK[1:]: 2}, "causal"),
+    Case("Owlv2VisionModel", "Owlv2VisionConfig", VIT, images, {BLOCK: 2}),
+    Case("Owlv2TextModel", "Owlv2TextConfig", TEXT, words, {BLOCK[1:]: 2}, "causal"),
+    Case("CLIPSegVisionModel", "CLIPSegVisionConfig", VIT, images, {BLOCK: 2}),
+    Case("CLIPSegTextModel", "CLIPSegTextConfig", TEXT, words, {BLOCK[1:]: 2}, "causal"),
+    Case("MetaClip2TextModel", "MetaClip2TextConfig", TEXT, words, {BLOCK[1:]: 2}, "causal"),
+    Case("ViTMAEModel", "ViTMAEConfig", {**VIT, "mask_ratio": 0.0}, noisy, {BLOCK: 2}),
+    Case(
+        "ASTModel",
+        "ASTConfig",
+        {**SIZES, "patch_size": 8, "num_mel_bins": 16, "max_length": 32},
+        sounds,
+        {BLOCK: 2},
+    ),
+    Case("AltCLIPVisionModel", "AltCLIPVisionConfig", VIT, images, {BLOCK: 2}),
     Case("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", VIT, images, {BLOCK: 2}),
     Case(
         "RadioModel",

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import bisect
 import functools
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from crossvit_kernels.inspect.machine_code import disassembler
 
 INSTRUCTION_BYTES = 16
 
@@ -116,7 +117,7 @@ def disassemble(cubin: bytes, name: str = "") -> dict[str, Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [disassembler(), "-hex", "-c", "-gi", str(path)]
+        command = [disassembler("nvdisasm"), "-hex", "-c", "-gi", str(path)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {kernel.name: kernel for kernel in parse(printed, name)}
 
@@ -191,18 +192,3 @@ def parameters_at(compute_capability: int) -> int:
     """Where in the constant bank a kernel's parameters begin; 90 for 9.0."""
     starts = ((80, 0x160), (90, 0x210), (100, 0x380))
     return starts[bisect.bisect([cc for cc, _ in starts], compute_capability) - 1][1]
-
-
-@functools.cache
-def disassembler() -> str:
-    """The path of NVIDIA's nvdisasm, which Triton brings with it.
-
-    Raises:
-        FileNotFoundError: It does not.
-    """
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    if not os.access(path, os.X_OK):
-        raise FileNotFoundError(f"nvdisasm: expected at {path}, as part of Triton")
-    return str(path)

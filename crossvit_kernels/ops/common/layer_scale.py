@@ -1,4 +1,7 @@
-"""LayerScale: a factor per channel of a branch, ``x + r * layer_scale * (W o + b)``."""
+"""LayerScale: a factor per channel of a branch, ``x + r * layer_scale * (W o + b)``.
+
+The last layer's gradients are here, with and without it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,35 @@ class LastLayer(NamedTuple):
     weight: Tensor | None  # [C, K]
     bias: Tensor | None  # [C]
     layer_scale: Tensor | None  # [C]
+
+
+def last_layer(
+    dy: Tensor,
+    dupdate: Tensor,
+    rows: Tensor,
+    layer: tuple[Tensor, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    wanted: tuple[bool, bool, bool],
+) -> LastLayer:
+    """Return the gradients of a branch's last layer, and of layer_scale if there is one.
+
+    Args:
+        dy: Of the result, [B, N, C].
+        dupdate: Of W o + b, [B N, C].
+        rows: o: [B N, K], in the weight's dtype.
+        layer: W [C, K], b [C] or None.
+        scales: r [B] or None, layer_scale [C] or None.
+        wanted: Of W, b and layer_scale, which.
+    """
+    residual_scale, layer_scale = scales
+    if layer_scale is not None:
+        return backward(dy, residual_scale, layer_scale, *layer, rows, wanted)
+    wants_weight, wants_bias, _ = wanted
+    return LastLayer(
+        dupdate.t() @ rows if wants_weight else None,
+        dupdate.sum(dim=0) if wants_bias else None,
+        None,
+    )
 
 
 def backward(

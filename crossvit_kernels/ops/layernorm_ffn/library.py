@@ -67,16 +67,16 @@ def backward(
     wants_x, wants = wanted.x, wanted.weights
     dtype, rows = w.fc2_weight.dtype, saved.activated.flatten(0, 1)
     dupdate = norm.scale_update(dy, residual_scale, dtype, layer_scale).flatten(0, 1)
-    dx, d_weights, d_layer_scale = None, dict[str, Any](), None
-    if layer_scale is not None:
-        fc2, wants_last = (w.fc2_weight, w.fc2_bias), (*wants[4:], wanted.layer_scale)
-        last = scaled.backward(dy, residual_scale, layer_scale, *fc2, rows, wants_last)
-        d_weights["fc2_weight"], d_weights["fc2_bias"], d_layer_scale = last
-    else:
-        if wants.fc2_weight:
-            d_weights["fc2_weight"] = dupdate.t() @ rows
-        if wants.fc2_bias:
-            d_weights["fc2_bias"] = dupdate.sum(dim=0)
+    dx = None
+    last = scaled.last_layer(
+        dy,
+        dupdate,
+        rows,
+        (w.fc2_weight, w.fc2_bias),
+        (residual_scale, layer_scale),
+        (*wants[4:], wanted.layer_scale),
+    )
+    d_weights: dict[str, Any] = {"fc2_weight": last.weight, "fc2_bias": last.bias}
     if wants_x or any(wants[:4]):
         hidden = saved.hidden.flatten(0, 1)
         dhidden = activations.backward(dupdate @ w.fc2_weight, hidden, activation)
@@ -96,4 +96,4 @@ def backward(
             )
             dx = dx.add_(dy) if wants_x else None
     of_weights = FfnWeights._make(map(d_weights.get, FfnWeights._fields))
-    return gradients(dx, of_weights, d_layer_scale)
+    return gradients(dx, of_weights, last.layer_scale)

@@ -79,16 +79,16 @@ def backward(
     channels = x.shape[-1]
     dtype, rows = w.out_weight.dtype, _joined(saved.heads).view(-1, channels)
     dupdate = norm.scale_update(dy, residual_scale, dtype, layer_scale).reshape(-1, channels)
-    dx, dcls, d_weights, d_layer_scale = None, None, dict[str, Any](), None
-    if layer_scale is not None:
-        out, wants_last = (w.out_weight, w.out_bias), (*wants[4:], wanted.layer_scale)
-        last = scaled.backward(dy, residual_scale, layer_scale, *out, rows, wants_last)
-        d_weights["out_weight"], d_weights["out_bias"], d_layer_scale = last
-    else:
-        if wants.out_weight:
-            d_weights["out_weight"] = dupdate.t() @ rows
-        if wants.out_bias:
-            d_weights["out_bias"] = dupdate.sum(dim=0)
+    dx, dcls = None, None
+    last = scaled.last_layer(
+        dy,
+        dupdate,
+        rows,
+        (w.out_weight, w.out_bias),
+        (residual_scale, layer_scale),
+        (*wants[4:], wanted.layer_scale),
+    )
+    d_weights: dict[str, Any] = {"out_weight": last.weight, "out_bias": last.bias}
     if wants_rows or any(wants[:4]):
         dqkv = _qkv_backward(dupdate @ w.out_weight, saved, num_heads, key_mask)
         if wants.qkv_weight:
@@ -100,7 +100,7 @@ def backward(
                 (dqkv @ w.qkv_weight).view(x.shape), dy, inputs, saved, eps, wanted
             )
     of_weights = MsaWeights._make(map(d_weights.get, MsaWeights._fields))
-    return gradients(dx, dcls, of_weights, d_layer_scale)
+    return gradients(dx, dcls, of_weights, last.layer_scale)
 
 
 def _qkv_backward(dheads: Tensor, saved: Saved, num_heads: int, key_mask: Tensor | None) -> Tensor:

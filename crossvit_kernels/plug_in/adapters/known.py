@@ -19,8 +19,8 @@ _TIMM = {
     "vision_transformer_relpos.ResPostRelPosBlock": _BIAS,
     "vision_transformer_sam.Block": _BIAS,
     "beit.Block": _BIAS,
-    "eva.EvaBlock": _ROPE,
-    "eva.EvaBlockPostNorm": _ROPE,
+    "eva.EvaBlock": "attention of its own, most with RoPE",
+    "eva.EvaBlockPostNorm": _POST,
     "swin_transformer.SwinTransformerBlock": _WINDOWS,
     "swin_transformer_v2.SwinTransformerV2Block": _WINDOWS,
     "swin_transformer_v2_cr.SwinTransformerV2CrBlock": _WINDOWS,
@@ -79,5 +79,5 @@ REASONS = {
     **{f"torchvision.models.{name}": reason for name, reason in _TORCHVISION.items()},
     "torch.nn.modules.transformer.TransformerDecoderLayer": "causal, with cross-attention",
     "torch.nn.modules.transformer.TransformerEncoderLayer": "torch has a fast path of its own",
-    "open_clip.transformer.CustomResidualAttentionBlock": "norms inside attention",
+    "open_clip.transformer.CustomResidualAttentionBlock": "qk-norm, scaled heads, norms inside",
 }

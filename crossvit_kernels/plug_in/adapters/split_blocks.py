@@ -11,17 +11,8 @@ from crossvit_kernels.plug_in import calls, looking
 from crossvit_kernels.plug_in.adapters.halves import Blocks, Half, packed, why_not_projections
 from crossvit_kernels.plug_in.recipe import Declined
 
-#: Implementations of attention in transformers that compute the same without a mask.
-_IMPLEMENTATIONS = {
-    None,
-    "eager",
-    "sdpa",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flex_attention",
-}
 #: Configurations of text models, whose layers are the same class and attend to earlier tokens.
-_CAUSAL = {"CLIPTextConfig", "MetaClip2TextConfig"}
+_CAUSAL = {f"{name}TextConfig" for name in ("CLIP", "CLIPSeg", "MetaClip2", "OwlViT", "Owlv2")}
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -38,8 +29,7 @@ class SplitBlocks(Blocks):
         looking.only(attn, path, *_QKV, self.out)
         for name in (*_QKV, self.out):
             looking.linear(attn, name)
-        config = getattr(attn, "config", None)
-        if getattr(attn, "is_causal", False) or type(config).__name__ in _CAUSAL:
+        if type(getattr(attn, "config", None)).__name__ in _CAUSAL:
             raise Declined("causal")
 
     def check_mlp(self, block: Any) -> None:
@@ -52,9 +42,8 @@ class SplitBlocks(Blocks):
         dropout = getattr(attn, "dropout", getattr(attn, "attention_dropout", 0.0))
         if attn.training and dropout > 0:
             return f"{path} has dropout of {dropout} in training"
-        implementation = _implementation(attn)
-        if implementation not in _IMPLEMENTATIONS:
-            return f"attention is computed by {implementation!r}"
+        if why := looking.why_not_implementation(attn):
+            return why
         if why := why_not_projections(attn, dim, *_QKV, self.out):
             return why
         return looking.why_not_heads(attn, self.num_heads(block), dim, path) or self.live_mlp(block)
@@ -90,7 +79,7 @@ class SplitBlocks(Blocks):
         attn = block._modules[self.attention.body]
         is_plain, key_mask = True, None
         if attention_mask is not None:
-            if _implementation(attn) == "sdpa":
+            if looking.implementation(attn) == "sdpa":
                 key_mask = calls.key_mask_of(attention_mask, hidden_states)
             is_plain = key_mask is not None
         for value in more.values():  # positions, is_causal
@@ -106,11 +95,6 @@ class SplitBlocks(Blocks):
 def _kind_beside(block: Any, ending: str) -> str:
     """Return the name of the class that a layer's library calls like the layer, but for the end."""
     return looking.kind_of(block).removesuffix("Layer").removesuffix("Encoder") + ending
-
-
-def _implementation(attention: Any) -> Any:
-    """Return what computes attention in a layer of transformers."""
-    return getattr(attention.config, "_attn_implementation", None)
 
 
 _VIT = SplitBlocks(
@@ -138,6 +122,10 @@ _MODELS = {
     "audio_spectrogram_transformer.modeling_audio_spectrogram_transformer.ASTLayer": _VIT,
     "altclip.modeling_altclip.AltCLIPEncoderLayer": _CLIP,
     "metaclip_2.modeling_metaclip_2.MetaClip2EncoderLayer": _CLIP,
+    "chinese_clip.modeling_chinese_clip.ChineseCLIPVisionLayer": _CLIP,
+    "clipseg.modeling_clipseg.CLIPSegEncoderLayer": _CLIP,
+    "owlvit.modeling_owlvit.OwlViTEncoderLayer": _CLIP,
+    "owlv2.modeling_owlv2.Owlv2EncoderLayer": _CLIP,
     "dinov2.modeling_dinov2.Dinov2Layer": _DINO,
     "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": _DINO,
     "radio.modeling_radio.RadioLayer": _DINO,

@@ -59,7 +59,8 @@ def _call_latent(
         return ""
     key_mask = None
     if attn_mask is not None:
-        key_mask = calls.key_mask_of(attn_mask, x, pool.latent_len)
+        if getattr(pool, "fused_attn", False):  # else True and False are added to scores
+            key_mask = calls.key_mask_of(attn_mask, x, pool.latent_len)
         if key_mask is None:
             return ""
     if pool.pos_embed is not None:

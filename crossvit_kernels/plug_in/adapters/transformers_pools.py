@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossvit_kernels.backends import needs_grad
 from crossvit_kernels.modules import plain_layers
 from crossvit_kernels.modules.pooling import attention_weights
 from crossvit_kernels.plug_in import calls, looking
 from crossvit_kernels.plug_in.recipe import Declined, Part, Recipe, never
 
 # SigLIP's: torch's attention; what follows is called as ever.
+
+#: Implementations with which SigLIP 2's head makes a mask of padding, for torch's attention: one of
+#: scores. None makes no mask, flash attention's gets mixed up between images, flex has none for it.
+_MASKED = {"eager", "sdpa"}
 
 
 def _check_map(head: Any) -> None:
@@ -39,20 +44,25 @@ def _call_map(
     attention = head.attention
     if others or more or not calls.fits(hidden_state, attention.in_proj_weight):
         return ""
-    key_mask = None
+    key_mask, weights = None, attention_weights(attention, attention.out_proj)
     if attention_mask is not None:  # SigLIP 2's: [B, N] of 0 and 1, or of bool
+        if looking.implementation(head) not in _MASKED:
+            return ""
         if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point():
             return ""
         if attention_mask.shape != hidden_state.shape[:2]:
             return ""
         key_mask = attention_mask.to(hidden_state.device) != 0
-        # A fully masked image pools to the mean of its values: any weights give the mean token's.
         empty = ~key_mask.any(dim=1, keepdim=True)
-        if not calls.can_look_at(empty) or bool(empty.any()):
+        if needs_grad(hidden_state, head.probe, *weights):
+            # There, its own attention gives gradients to the scores of a fully masked image.
+            if not calls.can_look_at(empty, may_wait=True) or bool(empty.any()):
+                return ""
+        elif not calls.can_look_at(empty) or bool(empty.any()):
+            # It pools to the mean of its values: any weights give the mean token's.
             mean = hidden_state.mean(dim=1, keepdim=True)
             hidden_state = torch.where(empty.unsqueeze(-1), mean, hidden_state)
             key_mask = key_mask | empty
-    weights = attention_weights(attention, attention.out_proj)
     y = calls.pool(
         head.probe,
         hidden_state,
@@ -94,6 +104,8 @@ def _live_probe(pooler: Any) -> str | None:
     attn = layer.cross_attn
     if attn.dropout > 0 and attn.training:
         return f"cross_attn has dropout of {attn.dropout} in training"
+    if why := looking.why_not_implementation(attn):
+        return why
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
         return "gradient checkpointing"
     dim = looking.shape_of(attn.q_proj)[0]
