@@ -205,7 +205,7 @@ def start(
     if compiled is not None and not changes_kernels(kernel):
         if made:
             pointers[len(tensors) : len(tensors)] = map(_address, made)
-        compiled[grid](*pointers, *numbers, *constants)
+        _launch(compiled, index, grid, (*pointers, *numbers, *constants))
         return made
     compiled = kernel[grid](*tensors, *made, *weights, *numbers, *constants, **candidate.options)
     if can_launch_directly(compiled) and not changes_kernels(kernel):
@@ -409,6 +409,24 @@ def _recorded(
     )
     _record(Launch(specialization, grid, tensors, weights, sizes, eps))
     return made
+
+
+def _launch(compiled: Any, index: int, grid: Grid, arguments: tuple[Any, ...]) -> None:
+    """Do what ``compiled[grid](*arguments)`` does, but for the hooks that nobody has added."""
+    triton = _triton()
+    runtime = triton.knobs.runtime
+    # Triton calls even empty chains of hooks, with metadata made for them.
+    if _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook):
+        compiled[grid](*arguments)
+        return
+    stream = triton.runtime.driver.active.get_current_stream(index)
+    of_kernel = compiled.function, compiled.packed_metadata
+    compiled.run(*grid, stream, *of_kernel, None, None, None, *arguments)
+
+
+def _calls(hook: Any) -> bool:
+    """Whether a hook does anything: all but empty chains."""
+    return bool(getattr(hook, "calls", True))
 
 
 def changes_kernels(kernel: Any) -> bool:

@@ -114,6 +114,10 @@ def forget() -> None:
         table._candidates.cache_clear()
 
 
+class _OfThread(threading.local):
+    variant: str | None = None
+
+
 class Variants:
     """Names of kernel variants, including "auto", and the one requested.
 
@@ -123,12 +127,12 @@ class Variants:
 
     def __init__(self, *names: str) -> None:
         self.names = ("auto", *names)
-        self._of_process, self._of_thread = "auto", threading.local()
+        self._of_process, self._of_thread = "auto", _OfThread()
 
     @property
     def asked_for(self) -> str:
         """The requested variant: that of this thread's call, or of the process."""
-        return getattr(self._of_thread, "variant", None) or self._of_process
+        return self._of_thread.variant or self._of_process
 
     @asked_for.setter
     def asked_for(self, variant: str) -> None:
@@ -137,7 +141,7 @@ class Variants:
     @contextmanager
     def in_this_thread(self, variant: str) -> Iterator[None]:
         """Run one variant in the block where possible, whatever other threads run."""
-        previous = getattr(self._of_thread, "variant", None)
+        previous = self._of_thread.variant
         self._of_thread.variant = variant
         try:
             yield
