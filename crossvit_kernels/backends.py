@@ -6,6 +6,7 @@ None. The first backend that can is chosen, in the order below; the reference ca
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,7 @@ def register_operation(
     """
     _operations[operation] = names
     _orders[operation] = {**_ON_A_GPU, **(order or {})}
+    _order.cache_clear()
 
 
 def _operations_with(backend: str) -> list[str]:
@@ -156,7 +158,11 @@ def order(operation: str, device: torch.device) -> tuple[str, ...]:
     """Return the backends of an operation on a device, fastest first."""
     if device.type != "cuda":
         return _ON_A_CPU
-    capability = extension.compute_capability(device)
+    return _order(operation, extension.compute_capability(device))
+
+
+@functools.cache
+def _order(operation: str, capability: int) -> tuple[str, ...]:
     orders = _orders.get(operation, _ON_A_GPU)
     return orders[max(since for since in orders if since <= capability)]
 
@@ -282,7 +288,8 @@ def is_plain_eager(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
         or not _PLAIN.issuperset(map(type, tensors))
-        or any(torch.is_autocast_enabled(t) for t in ("cpu", "cuda"))
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
     )
 
 
@@ -301,20 +308,20 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def why_not_fused(
-    *tensors: Tensor | None,
+    tensors: Sequence[Tensor | None],
     dropout_p: float = 0.0,
     residual_scale: Tensor | None = None,
 ) -> str | None:
     """Return why only the reference can run a call, or None.
 
     Args:
-        *tensors: All tensors of the call; may include residual_scale.
+        tensors: All tensors of the call; may include residual_scale.
         dropout_p: Attention dropout.
         residual_scale: [B] or None.
     """
     if dropout_p > 0:
         return f"attention dropout is not fused (dropout_p={dropout_p})"
-    if needs_grad(residual_scale):
+    if residual_scale is not None and needs_grad(residual_scale):
         return "no kernel has a gradient for residual_scale"
     return why_no_kernel(tensors)
 

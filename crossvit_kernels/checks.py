@@ -22,9 +22,11 @@ def tensor(name: str, t: object, *shape: int | str) -> None:
     if t.layout != torch.strided or t.is_nested:
         layout = "a nested tensor" if t.is_nested else t.layout
         raise TypeError(f"{name}: expected a dense tensor (torch.strided), found {layout}")
-    fits = t.dim() == len(shape) and all(
-        isinstance(size, str) or size == actual for size, actual in zip(shape, t.shape, strict=True)
-    )
+    fits = t.dim() == len(shape)
+    if fits:
+        for size, actual in zip(shape, t.shape, strict=True):
+            if not isinstance(size, str) and size != actual:
+                fits = False
     if not fits:
         raise ValueError(f"{name}: expected shape {_show(shape)}, found {_show(t.shape)}")
 
@@ -126,7 +128,9 @@ def residual_scale(scale: Tensor | None, batch: int, device: torch.device) -> No
 
 def layer_scale(scale: Tensor | None, x: Tensor) -> None:
     """Check for a vector [C] for tokens x [B, N, C], or None."""
-    optional_tensor("layer_scale", scale, x.shape[-1])
+    if scale is None:
+        return
+    tensor("layer_scale", scale, x.shape[-1])
     same_device_and_dtype("x", x, layer_scale=scale)
 
 

@@ -123,7 +123,7 @@ class Operation:
         )
         if chosen == "reference":
             return self.reference(inputs, eps, dropout_p)
-        return self.run(self.autocast(inputs), eps, keep, chosen)
+        return self.run(inputs, eps, keep, chosen)
 
     def choose(
         self,
@@ -137,11 +137,8 @@ class Operation:
         Raises:
             ValueError: The named backend cannot run it.
         """
-        not_fused = why_not_fused(
-            *self.flat(inputs),
-            dropout_p=dropout_p,
-            residual_scale=getattr(inputs, "residual_scale", None),
-        )
+        scale = getattr(inputs, "residual_scale", None)
+        not_fused = why_not_fused(self.flat(inputs), dropout_p, scale)
         return choose(
             self.name,
             backend,
@@ -163,12 +160,14 @@ class Operation:
     def run(self, inputs: Any, eps: float | None, keep: str, backend: str) -> Any:
         """Compute the outputs on one backend, with autograd if a tensor requires grad."""
         tensors = self.flat(inputs)
+        is_recorded = needs_grad(*tensors)
+        if not is_recorded and is_plain_eager(tensors):  # autocast is off
+            return self._run_forward(backend, inputs, eps, "")[0]
+        tensors = self.flat(self._autocast(inputs))
         num_heads = inputs.num_heads if self._has_heads else 0
         activation = inputs.activation if self._has_activation else ""
-        if needs_grad(*tensors):
+        if is_recorded:
             return _Function.apply(self.name, num_heads, eps, keep, backend, activation, *tensors)
-        if is_plain_eager(tensors):
-            return self._run_forward(backend, inputs, eps, "")[0]
         outputs = self.forward(tensors, num_heads, eps, "", backend, activation)
         return outputs[0] if self.num_outputs == 1 else tuple(outputs)
 
@@ -178,7 +177,7 @@ class Operation:
             return guard.forward(self, backend, inputs, eps, keep)
         return self.module(backend).forward(inputs, eps, keep)
 
-    def autocast(self, inputs: Any) -> Any:
+    def _autocast(self, inputs: Any) -> Any:
         """Return inputs with the weights of linear layers in autocast's dtype."""
         if not self._make_weights:
             return inputs
