@@ -269,7 +269,9 @@ def as_on_a_gpu() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--rounds", type=positive, default=400, help=f"of at most {CALLS} calls (400)")
+    parser.add_argument(
+        "--rounds", type=positive, default=400, help=f"of at most {CALLS} calls (400)"
+    )
     parser.set_defaults(benchmark="host", device=CPU, dtype="bfloat16")
     command_line.add_files(parser)
     options = parser.parse_args(arguments)

@@ -311,6 +311,7 @@ def why_not_fused(
     tensors: Sequence[Tensor | None],
     dropout_p: float = 0.0,
     residual_scale: Tensor | None = None,
+    is_plain: bool = False,
 ) -> str | None:
     """Return why only the reference can run a call, or None.
 
@@ -318,33 +319,36 @@ def why_not_fused(
         tensors: All tensors of the call; may include residual_scale.
         dropout_p: Attention dropout.
         residual_scale: [B] or None.
+        is_plain: That ``is_plain_eager(tensors)`` was found true.
     """
     if dropout_p > 0:
         return f"attention dropout is not fused (dropout_p={dropout_p})"
     if residual_scale is not None and needs_grad(residual_scale):
         return "no kernel has a gradient for residual_scale"
-    return why_no_kernel(tensors)
+    return why_no_kernel(tensors, is_plain)
 
 
-def why_no_kernel(tensors: Sequence[Tensor | None]) -> str | None:
+def why_no_kernel(tensors: Sequence[Tensor | None], is_plain: bool = False) -> str | None:
     """Return why kernels cannot handle these tensors by their memory alone, or None.
 
     A kernel reads addresses. It neither sees nor propagates what torch attaches to its operators (a
     trace, a tangent, a batch dimension of vmap, the shards of a DTensor, a pending negation); the
-    reference does, as it consists of torch's operators.
+    reference does, as it consists of torch's operators. What is_plain_eager rules out is not looked
+    for again if it was found true.
     """
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace records torch's own operators alone"
-    if _transform() is not None:
-        return "kernels take no part in the transforms of torch.func"
+    if not is_plain:
+        if torch.compiler.is_compiling():
+            return None
+        if torch._C._get_tracing_state() is not None:
+            return "torch.jit.trace records torch's own operators alone"
+        if _transform() is not None:
+            return "kernels take no part in the transforms of torch.func"
+        if not _PLAIN.issuperset(map(type, tensors)):
+            for kind in set(map(type, tensors)) - _PLAIN:
+                if _is_wrapper(kind):
+                    return f"a {kind.__name__} has no memory of its own"
     if torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS):
         return "kernels take no batched gradients (is_grads_batched=True)"
-    if not _PLAIN.issuperset(map(type, tensors)):
-        for kind in set(map(type, tensors)) - _PLAIN:
-            if _is_wrapper(kind):
-                return f"a {kind.__name__} has no memory of its own"
     given = [t for t in tensors if t is not None]
     if any(map(torch.Tensor.is_neg, given)):
         return "a tensor is a negative view: call .resolve_neg() on it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Collection
 from typing import Any
@@ -151,7 +150,7 @@ def weights(
     if not isinstance(given, kind):
         raise TypeError(f"weights: expected {kind.__name__}, found {type(given).__name__}")
     # The fast path for valid weights, as host time matters; only a mismatch is examined.
-    if not torch.compiler.is_compiling() and _fit(given, shapes, sizes, like):
+    if not torch.compiler.is_compiling() and _fit(given, _expected(kind, shapes, sizes), like):
         return
     for name, t in zip(given._fields, given, strict=True):
         if t is None and (name in _OPTIONAL or name in absent):
@@ -162,11 +161,11 @@ def weights(
     )
 
 
-def _fit(given: Any, shapes: Shapes, sizes: dict[str, int], like: Tensor) -> bool:
+def _fit(given: Any, expected: list[tuple[int, ...]], like: Tensor) -> bool:
     """Whether all weights are present and as expected; loops in C."""
     try:
         return (
-            list(map(_shape, given)) == _expected(tuple(shapes.values()), tuple(sizes.items()))
+            list(map(_shape, given)) == expected
             and set(map(_dtype, given)) == {like.dtype}
             and set(map(_device, given)) == {like.device}
             and set(map(_layout, given)) == {torch.strided}
@@ -180,12 +179,20 @@ _shape, _dtype, _device, _layout = (
 )
 
 
-@functools.cache
-def _expected(
-    shapes: tuple[tuple[str, ...], ...], sizes: tuple[tuple[str, int], ...]
-) -> list[tuple[int, ...]]:
-    numbers = dict(sizes)
-    return [tuple(numbers[letter] for letter in shape) for shape in shapes]
+# (kind, *sizes) -> the shapes of its fields.
+_known: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+
+
+def _expected(kind: Any, shapes: Shapes, sizes: dict[str, int]) -> list[tuple[int, ...]]:
+    """Return the shapes of a kind of weights; a kind always has the same letters."""
+    key = kind, *sizes.values()
+    try:
+        known = _known.get(key)
+    except TypeError:  # a symbolic size
+        return []
+    if known is None:
+        known = _known[key] = [tuple(map(sizes.__getitem__, shape)) for shape in shapes.values()]
+    return known
 
 
 def _show(shape: tuple[int | str, ...] | torch.Size) -> str:

@@ -73,10 +73,11 @@ def why_not(x: Tensor) -> str | None:
         return f"it has no code for {x.dtype} tokens"
     if x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bfloat16:
         return "Triton's interpreter has no bfloat16"
-    if x.shape[-1] % ALIGN:
-        return f"{x.shape[-1]} channels are no multiple of {ALIGN}"
-    if x.shape[-1] > _WIDEST:
-        return f"{x.shape[-1]} channels are more than {_WIDEST}"
+    channels = x.shape[-1]
+    if channels % ALIGN:
+        return f"{channels} channels are no multiple of {ALIGN}"
+    if channels > _WIDEST:
+        return f"{channels} channels are more than {_WIDEST}"
     return None
 
 
@@ -415,18 +416,14 @@ def _launch(compiled: Any, index: int, grid: Grid, arguments: tuple[Any, ...]) -
     """Do what ``compiled[grid](*arguments)`` does, but for the hooks that nobody has added."""
     triton = _triton()
     runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     # Triton calls even empty chains of hooks, with metadata made for them.
-    if _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook):
+    if getattr(enter, "calls", True) or getattr(leave, "calls", True):
         compiled[grid](*arguments)
         return
     stream = triton.runtime.driver.active.get_current_stream(index)
     of_kernel = compiled.function, compiled.packed_metadata
     compiled.run(*grid, stream, *of_kernel, None, None, None, *arguments)
-
-
-def _calls(hook: Any) -> bool:
-    """Whether a hook does anything: all but empty chains."""
-    return bool(getattr(hook, "calls", True))
 
 
 def changes_kernels(kernel: Any) -> bool:

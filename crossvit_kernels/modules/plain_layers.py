@@ -82,8 +82,8 @@ def find(
             or layer._forward_pre_hooks
             or layer._backward_hooks
             or layer._backward_pre_hooks
-            or "forward" in layer.__dict__
-            or layer.__dict__.get("scale") != layer.__dict__.get("_scale")
+            or "forward" in (values := layer.__dict__)
+            or values.get("scale") != values.get("_scale")
             or (kind is nn.GELU and layer.approximate != "none")
             or (kind is nn.Sequential and len(layer._modules) != size)
         ):

@@ -115,15 +115,21 @@ class Operation:
         backend: str | None = None,
     ) -> Any:
         """Return the output, or a tuple of them, on the named or the first usable backend."""
+        tensors = self.flat(inputs)
+        is_plain = is_plain_eager(tensors)
         chosen = self.choose(
             inputs,
             dropout_p,
             backend,
             lambda values, name: self(values, eps, keep=keep, backend=name),
+            tensors,
+            is_plain,
         )
         if chosen == "reference":
             return self.reference(inputs, eps, dropout_p)
-        return self.run(inputs, eps, keep, chosen)
+        if is_plain and not needs_grad(*tensors):  # autocast is off
+            return self._run_forward(chosen, inputs, eps, "")[0]
+        return self.run(self._autocast(inputs), eps, keep, chosen)
 
     def choose(
         self,
@@ -131,14 +137,18 @@ class Operation:
         dropout_p: float,
         backend: str | None,
         run: Callable[[Any, str], Any] | None = None,
+        tensors: Tensors | None = None,
+        is_plain: bool = False,
     ) -> str:
         """Choose the backend of a call; run(inputs, backend) repeats it, to be measured.
+
+        tensors and is_plain are flat(inputs) and is_plain_eager of it, if the caller has them.
 
         Raises:
             ValueError: The named backend cannot run it.
         """
         scale = getattr(inputs, "residual_scale", None)
-        not_fused = why_not_fused(self.flat(inputs), dropout_p, scale)
+        not_fused = why_not_fused(tensors or self.flat(inputs), dropout_p, scale, is_plain)
         return choose(
             self.name,
             backend,
@@ -160,14 +170,12 @@ class Operation:
     def run(self, inputs: Any, eps: float | None, keep: str, backend: str) -> Any:
         """Compute the outputs on one backend, with autograd if a tensor requires grad."""
         tensors = self.flat(inputs)
-        is_recorded = needs_grad(*tensors)
-        if not is_recorded and is_plain_eager(tensors):  # autocast is off
-            return self._run_forward(backend, inputs, eps, "")[0]
-        tensors = self.flat(self._autocast(inputs))
         num_heads = inputs.num_heads if self._has_heads else 0
         activation = inputs.activation if self._has_activation else ""
-        if is_recorded:
+        if needs_grad(*tensors):
             return _Function.apply(self.name, num_heads, eps, keep, backend, activation, *tensors)
+        if is_plain_eager(tensors):
+            return self._run_forward(backend, inputs, eps, "")[0]
         outputs = self.forward(tensors, num_heads, eps, "", backend, activation)
         return outputs[0] if self.num_outputs == 1 else tuple(outputs)
 
