@@ -37,7 +37,8 @@ class Tokens(NamedTuple):
     @property
     def strides(self) -> tuple[int, int, int]:
         """The batch and token strides of x, and the batch stride of cls."""
-        return *self.x.stride()[:2], 0 if self.cls is None else self.cls.stride(0)
+        of_image, of_token, _ = self.x.stride()
+        return of_image, of_token, 0 if self.cls is None else self.cls.stride(0)
 
 
 @functools.cache
@@ -124,7 +125,7 @@ def norm_linear(
         tiles, steps = -(-num_rows // shape.rows), -(-columns // shape.columns)
         per_group = -(-steps // min(-(-configs.PROGRAMS // tiles), steps))
         groups = -(-steps // per_group)
-        return Programs((tiles * groups, 1, 1), sizes=(groups, per_group * shape.columns))
+        return Programs((tiles * groups, 1, 1), (), (groups, per_group * shape.columns))
 
     launcher.start(
         _kernels().norm_linear,
