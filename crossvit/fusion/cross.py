@@ -132,13 +132,13 @@ class CrossFusionBlock(MultiScaleBlock):
 
     def _parts(self, b: int) -> list[dict[str, nn.Module]]:
         """f, cross-attention and g of each operation; the identity where another has f or g."""
-        blocks = self._blocks_of(b)
+        blocks, f, g = self._blocks_of(b), self.projs[b], self.revert_projs[b]
         last = len(blocks) - 1
         return [
             {
-                "proj": _IDENTITY if index else self.projs[b],
+                "proj": _IDENTITY if index else f,
                 "fusion": block,
-                "revert_proj": self.revert_projs[b] if index == last else _IDENTITY,
+                "revert_proj": g if index == last else _IDENTITY,
             }
             for index, block in enumerate(blocks)
         ]

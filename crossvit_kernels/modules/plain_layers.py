@@ -78,11 +78,11 @@ def find(
         layer = siblings.get(name)
         if (
             type(layer) is not kind
-            or layer._forward_hooks
-            or layer._forward_pre_hooks
-            or layer._backward_hooks
-            or layer._backward_pre_hooks
-            or "forward" in (values := layer.__dict__)
+            or (values := layer.__dict__)["_forward_hooks"]  # faster than nn.Module's look-up
+            or values["_forward_pre_hooks"]
+            or values["_backward_hooks"]
+            or values["_backward_pre_hooks"]
+            or "forward" in values
             or values.get("scale") != values.get("_scale")
             or (kind is nn.GELU and layer.approximate != "none")
             or (kind is nn.Sequential and len(layer._modules) != size)
