@@ -117,14 +117,8 @@ class Operation:
         """Return the output, or a tuple of them, on the named or the first usable backend."""
         tensors = self.flat(inputs)
         is_plain = is_plain_eager(tensors)
-        chosen = self.choose(
-            inputs,
-            dropout_p,
-            backend,
-            lambda values, name: self(values, eps, keep=keep, backend=name),
-            tensors,
-            is_plain,
-        )
+        options = dropout_p, backend, lambda x, name: self(x, eps, keep=keep, backend=name)
+        chosen = self.choose(inputs, *options, tensors, is_plain)
         if chosen == "reference":
             return self.reference(inputs, eps, dropout_p)
         if is_plain and not needs_grad(*tensors):  # autocast is off
