@@ -6,6 +6,7 @@ None. The first backend that can is chosen, in the order below; the reference ca
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,7 @@ def register_operation(
     """
     _operations[operation] = names
     _orders[operation] = {**_ON_A_GPU, **(order or {})}
+    _order.cache_clear()
 
 
 def _operations_with(backend: str) -> list[str]:
@@ -156,7 +158,11 @@ def order(operation: str, device: torch.device) -> tuple[str, ...]:
     """Return the backends of an operation on a device, fastest first."""
     if device.type != "cuda":
         return _ON_A_CPU
-    capability = extension.compute_capability(device)
+    return _order(operation, extension.compute_capability(device))
+
+
+@functools.cache
+def _order(operation: str, capability: int) -> tuple[str, ...]:
     orders = _orders.get(operation, _ON_A_GPU)
     return orders[max(since for since in orders if since <= capability)]
 
@@ -282,7 +288,8 @@ def is_plain_eager(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
         or not _PLAIN.issuperset(map(type, tensors))
-        or any(torch.is_autocast_enabled(t) for t in ("cpu", "cuda"))
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
     )
 
 
@@ -301,43 +308,47 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def why_not_fused(
-    *tensors: Tensor | None,
+    tensors: Sequence[Tensor | None],
     dropout_p: float = 0.0,
     residual_scale: Tensor | None = None,
+    is_plain: bool = False,
 ) -> str | None:
     """Return why only the reference can run a call, or None.
 
     Args:
-        *tensors: All tensors of the call; may include residual_scale.
+        tensors: All tensors of the call; may include residual_scale.
         dropout_p: Attention dropout.
         residual_scale: [B] or None.
+        is_plain: That ``is_plain_eager(tensors)`` was found true.
     """
     if dropout_p > 0:
         return f"attention dropout is not fused (dropout_p={dropout_p})"
-    if needs_grad(residual_scale):
+    if residual_scale is not None and needs_grad(residual_scale):
         return "no kernel has a gradient for residual_scale"
-    return why_no_kernel(tensors)
+    return why_no_kernel(tensors, is_plain)
 
 
-def why_no_kernel(tensors: Sequence[Tensor | None]) -> str | None:
+def why_no_kernel(tensors: Sequence[Tensor | None], is_plain: bool = False) -> str | None:
     """Return why kernels cannot handle these tensors by their memory alone, or None.
 
     A kernel reads addresses. It neither sees nor propagates what torch attaches to its operators (a
     trace, a tangent, a batch dimension of vmap, the shards of a DTensor, a pending negation); the
-    reference does, as it consists of torch's operators.
+    reference does, as it consists of torch's operators. What is_plain_eager rules out is not looked
+    for again if it was found true.
     """
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace records torch's own operators alone"
-    if _transform() is not None:
-        return "kernels take no part in the transforms of torch.func"
+    if not is_plain:
+        if torch.compiler.is_compiling():
+            return None
+        if torch._C._get_tracing_state() is not None:
+            return "torch.jit.trace records torch's own operators alone"
+        if _transform() is not None:
+            return "kernels take no part in the transforms of torch.func"
+        if not _PLAIN.issuperset(map(type, tensors)):
+            for kind in set(map(type, tensors)) - _PLAIN:
+                if _is_wrapper(kind):
+                    return f"a {kind.__name__} has no memory of its own"
     if torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS):
         return "kernels take no batched gradients (is_grads_batched=True)"
-    if not _PLAIN.issuperset(map(type, tensors)):
-        for kind in set(map(type, tensors)) - _PLAIN:
-            if _is_wrapper(kind):
-                return f"a {kind.__name__} has no memory of its own"
     given = [t for t in tensors if t is not None]
     if any(map(torch.Tensor.is_neg, given)):
         return "a tensor is a negative view: call .resolve_neg() on it"

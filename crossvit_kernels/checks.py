@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Collection
 from typing import Any
@@ -22,9 +21,11 @@ def tensor(name: str, t: object, *shape: int | str) -> None:
     if t.layout != torch.strided or t.is_nested:
         layout = "a nested tensor" if t.is_nested else t.layout
         raise TypeError(f"{name}: expected a dense tensor (torch.strided), found {layout}")
-    fits = t.dim() == len(shape) and all(
-        isinstance(size, str) or size == actual for size, actual in zip(shape, t.shape, strict=True)
-    )
+    fits = t.dim() == len(shape)
+    if fits:
+        for size, actual in zip(shape, t.shape, strict=True):
+            if not isinstance(size, str) and size != actual:
+                fits = False
     if not fits:
         raise ValueError(f"{name}: expected shape {_show(shape)}, found {_show(t.shape)}")
 
@@ -126,7 +127,9 @@ def residual_scale(scale: Tensor | None, batch: int, device: torch.device) -> No
 
 def layer_scale(scale: Tensor | None, x: Tensor) -> None:
     """Check for a vector [C] for tokens x [B, N, C], or None."""
-    optional_tensor("layer_scale", scale, x.shape[-1])
+    if scale is None:
+        return
+    tensor("layer_scale", scale, x.shape[-1])
     same_device_and_dtype("x", x, layer_scale=scale)
 
 
@@ -147,7 +150,7 @@ def weights(
     if not isinstance(given, kind):
         raise TypeError(f"weights: expected {kind.__name__}, found {type(given).__name__}")
     # The fast path for valid weights, as host time matters; only a mismatch is examined.
-    if not torch.compiler.is_compiling() and _fit(given, shapes, sizes, like):
+    if not torch.compiler.is_compiling() and _fit(given, _expected(kind, shapes, sizes), like):
         return
     for name, t in zip(given._fields, given, strict=True):
         if t is None and (name in _OPTIONAL or name in absent):
@@ -158,11 +161,11 @@ def weights(
     )
 
 
-def _fit(given: Any, shapes: Shapes, sizes: dict[str, int], like: Tensor) -> bool:
+def _fit(given: Any, expected: list[tuple[int, ...]], like: Tensor) -> bool:
     """Whether all weights are present and as expected; loops in C."""
     try:
         return (
-            list(map(_shape, given)) == _expected(tuple(shapes.values()), tuple(sizes.items()))
+            list(map(_shape, given)) == expected
             and set(map(_dtype, given)) == {like.dtype}
             and set(map(_device, given)) == {like.device}
             and set(map(_layout, given)) == {torch.strided}
@@ -176,12 +179,20 @@ _shape, _dtype, _device, _layout = (
 )
 
 
-@functools.cache
-def _expected(
-    shapes: tuple[tuple[str, ...], ...], sizes: tuple[tuple[str, int], ...]
-) -> list[tuple[int, ...]]:
-    numbers = dict(sizes)
-    return [tuple(numbers[letter] for letter in shape) for shape in shapes]
+# (kind, *sizes) -> the shapes of its fields.
+_known: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+
+
+def _expected(kind: Any, shapes: Shapes, sizes: dict[str, int]) -> list[tuple[int, ...]]:
+    """Return the shapes of a kind of weights; a kind always has the same letters."""
+    key = kind, *sizes.values()
+    try:
+        known = _known.get(key)
+    except TypeError:  # a symbolic size
+        return []
+    if known is None:
+        known = _known[key] = [tuple(map(sizes.__getitem__, shape)) for shape in shapes.values()]
+    return known
 
 
 def _show(shape: tuple[int | str, ...] | torch.Size) -> str:

@@ -11,6 +11,7 @@ stay in float32. Two arguments of some are not fused, and run the reference: ``d
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -274,8 +275,9 @@ def _check_fusion(
     channels = tokens.shape[2]
     checks.some_channels("tokens", tokens)
     checks.unit_stride("tokens", tokens)
-    lifts = (getattr(weights, name, ()) for name in ("proj_weight", "back_weight"))
-    absent = absent_weights(weights) if any(w is None for w in lifts) else ()
+    absent: Collection[str] = ()
+    if getattr(weights, "proj_weight", ()) is None or getattr(weights, "back_weight", ()) is None:
+        absent = absent_weights(weights)
     if "proj_weight" in absent:
         if cls_dim != channels:
             raise ValueError(

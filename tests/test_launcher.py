@@ -211,6 +211,14 @@ assert len(looked) == 6
 triton.knobs.runtime.debug = False
 call()
 assert len(looked) == 6
+hook = lambda metadata: None
+for chain in (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook):
+    chain.add(hook)
+    call()
+    assert launcher.changes_kernels(kernel) and looked.pop() and len(looked) == 6
+    chain.remove(hook)
+    call()
+    assert len(looked) == 6
 
 # A hook of the cache gets all constants as JSON.
 cached = []

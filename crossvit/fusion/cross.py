@@ -132,13 +132,13 @@ class CrossFusionBlock(MultiScaleBlock):
 
     def _parts(self, b: int) -> list[dict[str, nn.Module]]:
         """f, cross-attention and g of each operation; the identity where another has f or g."""
-        blocks = self._blocks_of(b)
+        blocks, f, g = self._blocks_of(b), self.projs[b], self.revert_projs[b]
         last = len(blocks) - 1
         return [
             {
-                "proj": _IDENTITY if index else self.projs[b],
+                "proj": _IDENTITY if index else f,
                 "fusion": block,
-                "revert_proj": self.revert_projs[b] if index == last else _IDENTITY,
+                "revert_proj": g if index == last else _IDENTITY,
             }
             for index, block in enumerate(blocks)
         ]
@@ -164,10 +164,11 @@ class CrossFusionBlock(MultiScaleBlock):
             tokens = self._patches_seen(index, patches)
             inputs = ck.FusionInputs(cls, tokens, layers.weights, layers.num_heads)
             calls.append(_FusedCall(inputs, {"eps": layers.eps, "dropout_p": layers.dropout_p}))
-        return [
-            call._replace(inputs=call.inputs._replace(residual_scale=block_drop_path(block, cls)))
-            for call, block in zip(calls, self._blocks_of(b), strict=True)
-        ]
+        for index, block in enumerate(self._blocks_of(b)):
+            if (scale := block_drop_path(block, cls)) is not None:
+                inputs = calls[index].inputs._replace(residual_scale=scale)
+                calls[index] = calls[index]._replace(inputs=inputs)
+        return calls
 
     def _fuse_in_steps(self, b: int, cls: Tensor, patches: Tensor) -> Tensor:
         """f, each cross-attention, g."""

@@ -2,7 +2,7 @@
 
 ``kernel[grid](...)`` inspects the type and alignment of every argument and looks up the matching
 compiled kernel, which takes the host longer than a small kernel takes the GPU. It returns the
-compiled kernel, which ``compiled[grid](...)`` launches directly. Compiled kernels are therefore
+compiled kernel, whose ``run`` launches it directly. Compiled kernels are therefore
 cached here, with the configuration chosen for each, under the part of Triton's key that our calls
 vary. On a Triton version that is not tested (supported.py), every launch goes through Triton.
 """
@@ -73,10 +73,11 @@ def why_not(x: Tensor) -> str | None:
         return f"it has no code for {x.dtype} tokens"
     if x.dtype == torch.bfloat16 and interpreting() and not interpreter_has_bfloat16:
         return "Triton's interpreter has no bfloat16"
-    if x.shape[-1] % ALIGN:
-        return f"{x.shape[-1]} channels are no multiple of {ALIGN}"
-    if x.shape[-1] > _WIDEST:
-        return f"{x.shape[-1]} channels are more than {_WIDEST}"
+    channels = x.shape[-1]
+    if channels % ALIGN:
+        return f"{channels} channels are no multiple of {ALIGN}"
+    if channels > _WIDEST:
+        return f"{channels} channels are more than {_WIDEST}"
     return None
 
 
@@ -189,7 +190,7 @@ def start(
 
         def usage_of(candidate: Candidate) -> Usage | None:
             programs = _programs(grid, candidate)
-            numbers = _numbers(sizes, programs, eps)
+            numbers = *sizes, *programs.sizes, *(() if eps is None else (float(eps),))
             arguments = *tensors, *programs.tensors, *weights, *numbers
             return _usage(kernel, programs.grid, arguments, candidate, constants)
 
@@ -205,7 +206,9 @@ def start(
     if compiled is not None and not changes_kernels(kernel):
         if made:
             pointers[len(tensors) : len(tensors)] = map(_address, made)
-        compiled[grid](*pointers, *numbers, *constants)
+        stream = _triton().runtime.driver.active.get_current_stream(index)
+        of_kernel = compiled.function, compiled.packed_metadata, None, None, None  # no hooks
+        compiled.run(*grid, stream, *of_kernel, *pointers, *numbers, *constants)
         return made
     compiled = kernel[grid](*tensors, *made, *weights, *numbers, *constants, **candidate.options)
     if can_launch_directly(compiled) and not changes_kernels(kernel):
@@ -228,21 +231,27 @@ def _key(
     an integer it does not specialise on, whether it fits in 32 bits; nothing for a float; and the
     constants and options, which here are those of one of the candidates. There is one per device.
     """
-    pointers: list[Any] = [0 if t is None else t.data_ptr() for t in tensors]
-    dtypes = [None if t is None else t.dtype for t in tensors]
-    addresses = pointers
+    pointers: list[Any] = []
+    dtypes: list[torch.dtype | None] = []
+    bits = 0  # of all addresses
+    for t in tensors:
+        address = 0 if t is None else t.data_ptr()
+        bits |= address
+        pointers.append(address)
+        dtypes.append(None if t is None else t.dtype)
     for group in weights:
         try:  # loops in C, if none is None
             group_addresses, group_dtypes = list(map(_address, group)), list(map(_dtype, group))
         except (AttributeError, TypeError):
             group_addresses = [0 if t is None else t.data_ptr() for t in group]
             group_dtypes = [None if t is None else t.dtype for t in group]
-        addresses = addresses + group_addresses
+        bits = functools.reduce(operator.or_, group_addresses, bits)
         pointers.append(tuple(group_addresses))
         dtypes += group_dtypes
-    aligned: Any = not functools.reduce(operator.or_, addresses) % _ALIGNMENT
+    aligned: Any = not bits % _ALIGNMENT
     if not aligned:
-        aligned = tuple(not address % _ALIGNMENT for address in addresses)
+        groups = (p if isinstance(p, tuple) else (p,) for p in pointers)
+        aligned = tuple(not address % _ALIGNMENT for group in groups for address in group)
     narrow: Any = max(sizes) <= _INT32_MAX
     if not narrow:
         narrow = tuple(size <= _INT32_MAX for size in sizes)
@@ -253,12 +262,6 @@ def _key(
 
 def _programs(grid: Grid | Callable[..., Programs], candidate: Candidate) -> Programs:
     return grid(*candidate.constants) if callable(grid) else Programs(grid)
-
-
-def _numbers(
-    sizes: tuple[int, ...], programs: Programs, eps: float | None
-) -> tuple[int | float, ...]:
-    return *sizes, *programs.sizes, *(() if eps is None else (float(eps),))
 
 
 def _chosen(candidates: Candidates, usage_of: Callable[[Candidate], Usage | None]) -> Candidate:
@@ -412,18 +415,24 @@ def _recorded(
 
 
 def changes_kernels(kernel: Any) -> bool:
-    """Whether settings are active that are part of Triton's key as well."""
+    """Whether Triton must launch it: settings are active that are part of its key, or hooks.
+
+    Triton calls even an empty chain of hooks, with metadata made for it.
+    """
     knobs = _triton().knobs
+    runtime = knobs.runtime
     return bool(
         kernel.pre_run_hooks
-        or knobs.runtime.debug
-        or knobs.runtime.add_stages_inspection_hook
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or getattr(runtime.launch_enter_hook, "calls", True)
+        or getattr(runtime.launch_exit_hook, "calls", True)
         or knobs.compilation.instrumentation_mode
     )
 
 
 def can_launch_directly(compiled: Any) -> bool:
-    """Whether ``compiled[grid]`` is reliable: not in the interpreter, nor in an untested Triton,
+    """Whether ``compiled.run`` is reliable: not in the interpreter, nor in an untested Triton,
     nor on AMD GPUs, where Triton also specialises on the size of a tensor's storage.
     """
     if not supported.triton_is_tested():

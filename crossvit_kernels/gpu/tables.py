@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -30,6 +30,20 @@ ANY = 1 << 30
 ALIGN = 8
 
 _tables: list[Table[object]] = []
+
+
+class Preferences(tuple[Config, ...]):
+    """Configurations in order. Every launch looks them up, so the hash is computed once."""
+
+    _hash: int
+
+    def __new__(cls, configs: Iterable[Config]) -> Preferences[Config]:
+        preferences = super().__new__(cls, configs)
+        preferences._hash = tuple.__hash__(preferences)
+        return preferences
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class Table(Generic[Config]):
@@ -82,7 +96,9 @@ class Table(Generic[Config]):
         table = self._alternatives(preferred)
         key = tuned.key(self.name, device, width, element_size)
         measured = tuned.configuration(type(preferred), key)
-        return (table, False) if measured is None else ((measured, *table), True)
+        if measured is None:
+            return Preferences(table), False
+        return Preferences((measured, *table)), True
 
     def preferred(self, sm: int, width: int, element_size: int) -> Config:
         """Return the configuration to use if nothing was measured."""
@@ -114,6 +130,10 @@ def forget() -> None:
         table._candidates.cache_clear()
 
 
+class _OfThread(threading.local):
+    variant: str | None = None
+
+
 class Variants:
     """Names of kernel variants, including "auto", and the one requested.
 
@@ -123,12 +143,12 @@ class Variants:
 
     def __init__(self, *names: str) -> None:
         self.names = ("auto", *names)
-        self._of_process, self._of_thread = "auto", threading.local()
+        self._of_process, self._of_thread = "auto", _OfThread()
 
     @property
     def asked_for(self) -> str:
         """The requested variant: that of this thread's call, or of the process."""
-        return getattr(self._of_thread, "variant", None) or self._of_process
+        return self._of_thread.variant or self._of_process
 
     @asked_for.setter
     def asked_for(self, variant: str) -> None:
@@ -137,7 +157,7 @@ class Variants:
     @contextmanager
     def in_this_thread(self, variant: str) -> Iterator[None]:
         """Run one variant in the block where possible, whatever other threads run."""
-        previous = getattr(self._of_thread, "variant", None)
+        previous = self._of_thread.variant
         self._of_thread.variant = variant
         try:
             yield

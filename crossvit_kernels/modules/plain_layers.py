@@ -9,6 +9,7 @@ that is a tensor subclass. Parametrizations are fine: reading the weight compute
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,8 +24,12 @@ from crossvit_kernels.backends import overrides_functions
 _LOG = logging.getLogger("crossvit_kernels")
 
 _PLAIN_TENSORS = {Tensor, nn.Parameter}
+#: Classes without attributes "weight" and "bias" of their own.
+_LAYERS = {nn.Linear, nn.LayerNorm}
 #: Fields of weights that may be None.
 _OPTIONAL = {"q_bias", "k_bias", "v_bias", "qkv_bias"}
+
+_layout, _dtype = operator.attrgetter("layout"), operator.attrgetter("dtype")
 
 # Returns the active transforms such as vmap and grad, or None.
 _transform: Any = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
@@ -73,12 +78,12 @@ def find(
         layer = siblings.get(name)
         if (
             type(layer) is not kind
-            or layer._forward_hooks
-            or layer._forward_pre_hooks
-            or layer._backward_hooks
-            or layer._backward_pre_hooks
-            or "forward" in layer.__dict__
-            or layer.__dict__.get("scale") != layer.__dict__.get("_scale")
+            or (values := layer.__dict__)["_forward_hooks"]  # faster than nn.Module's look-up
+            or values["_forward_pre_hooks"]
+            or values["_backward_hooks"]
+            or values["_backward_pre_hooks"]
+            or "forward" in values
+            or values.get("scale") != values.get("_scale")
             or (kind is nn.GELU and layer.approximate != "none")
             or (kind is nn.Sequential and len(layer._modules) != size)
         ):
@@ -91,7 +96,15 @@ def find(
 
 def parameters(*owners: nn.Module) -> list[Any]:
     """Return weight and bias of each layer in turn; a bias may be None."""
-    return [p for layer in owners for p in (layer.weight, layer.bias)]
+    found: list[Any] = []
+    for layer in owners:
+        # nn.Module's look-up runs in Python, which takes longer than a launch for all of a block.
+        values = layer.__dict__
+        own = values["_parameters"] if type(layer) in _LAYERS else {}
+        for name in ("weight", "bias"):
+            is_own = name in own and name not in values
+            found.append(own[name] if is_own else getattr(layer, name))
+    return found
 
 
 def why_not_weights(weights: Any, absent: Collection[str] = ()) -> str | None:
@@ -99,8 +112,8 @@ def why_not_weights(weights: Any, absent: Collection[str] = ()) -> str | None:
     if (
         not torch.compiler.is_compiling()
         and _PLAIN_TENSORS.issuperset(map(type, weights))
-        and {w.layout for w in weights} == {torch.strided}
-        and len({w.dtype for w in weights}) == 1
+        and set(map(_layout, weights)) == {torch.strided}
+        and len(set(map(_dtype, weights))) == 1
     ):
         return None
     for name, w in zip(weights._fields, weights, strict=True):

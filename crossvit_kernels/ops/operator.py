@@ -115,15 +115,15 @@ class Operation:
         backend: str | None = None,
     ) -> Any:
         """Return the output, or a tuple of them, on the named or the first usable backend."""
-        chosen = self.choose(
-            inputs,
-            dropout_p,
-            backend,
-            lambda values, name: self(values, eps, keep=keep, backend=name),
-        )
+        tensors = self.flat(inputs)
+        is_plain = is_plain_eager(tensors)
+        options = dropout_p, backend, lambda x, name: self(x, eps, keep=keep, backend=name)
+        chosen = self.choose(inputs, *options, tensors, is_plain)
         if chosen == "reference":
             return self.reference(inputs, eps, dropout_p)
-        return self.run(self.autocast(inputs), eps, keep, chosen)
+        if is_plain and not needs_grad(*tensors):  # autocast is off
+            return self._run_forward(chosen, inputs, eps, "")[0]
+        return self.run(self._autocast(inputs), eps, keep, chosen)
 
     def choose(
         self,
@@ -131,17 +131,18 @@ class Operation:
         dropout_p: float,
         backend: str | None,
         run: Callable[[Any, str], Any] | None = None,
+        tensors: Tensors | None = None,
+        is_plain: bool = False,
     ) -> str:
         """Choose the backend of a call; run(inputs, backend) repeats it, to be measured.
+
+        tensors and is_plain are flat(inputs) and is_plain_eager of it, if the caller has them.
 
         Raises:
             ValueError: The named backend cannot run it.
         """
-        not_fused = why_not_fused(
-            *self.flat(inputs),
-            dropout_p=dropout_p,
-            residual_scale=getattr(inputs, "residual_scale", None),
-        )
+        scale = getattr(inputs, "residual_scale", None)
+        not_fused = why_not_fused(tensors or self.flat(inputs), dropout_p, scale, is_plain)
         return choose(
             self.name,
             backend,
@@ -178,7 +179,7 @@ class Operation:
             return guard.forward(self, backend, inputs, eps, keep)
         return self.module(backend).forward(inputs, eps, keep)
 
-    def autocast(self, inputs: Any) -> Any:
+    def _autocast(self, inputs: Any) -> Any:
         """Return inputs with the weights of linear layers in autocast's dtype."""
         if not self._make_weights:
             return inputs

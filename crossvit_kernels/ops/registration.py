@@ -30,7 +30,7 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
 
 
 def _without_autocast(kernel: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """Run without autocast: ``Operation.autocast`` has already cast the weights."""
+    """Run without autocast: ``Operation`` has already cast the weights."""
 
     @functools.wraps(kernel)
     def run(*args: Any, **kwargs: Any) -> Any:

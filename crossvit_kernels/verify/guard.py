@@ -86,18 +86,16 @@ def variant_of(operation: Any, backend: str, inputs: Any) -> Variant:
     classes = batch.bit_length(), num_tokens.bit_length(), channels
     key = [operation.name, backend, x.get_device(), x.dtype, *classes]
     for value in inputs:
-        if value is x:
-            continue
-        if isinstance(value, Tensor):
+        if isinstance(value, tuple):  # weights; this runs in every call, so not each is looked at
+            key += [t is None for t in value]
+            for t in (*value[:1], *value[2:3], *value[-2:-1]):
+                key.append(None if t is None else (t.dtype, *t.shape))
+        elif not isinstance(value, Tensor):
+            key.append(value)
+        elif value is not x:
             key.append(value.dtype)
             if value.dtype != torch.bool:
                 key.extend(value.shape[1:2])
-        elif isinstance(value, tuple):  # weights; this runs in every call, so not each is looked at
-            key.append("".join(["-" if t is None else "+" for t in value]))
-            for t in (*value[:1], *value[2:3], *value[-2:-1]):
-                key.append(None if t is None else (t.dtype, *t.shape))
-        else:
-            key.append(value)
     return tuple(key)
 
 

@@ -28,13 +28,8 @@ def attention_pool(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (out, weights or None) on the chosen backend; see functional.attention_pool."""
-    not_fused = why_not_fused(
-        query,
-        tokens,
-        key_mask,
-        *parameters.tensors(),
-        dropout_p=call.dropout_p,
-    )
+    tensors = query, tokens, key_mask, *parameters.tensors()
+    not_fused = why_not_fused(tensors, call.dropout_p)
     num_queries, head_dim = query.shape[1], parameters.w_k.shape[0] // call.num_heads
 
     def describe_call() -> Call:

@@ -33,8 +33,9 @@ class Step(NamedTuple):
 
     def by_library(self, num_rows: int, width: int, element_size: int) -> bool:
         """Whether torch's libraries do it."""
-        if VARIANTS.asked_for != "auto":
-            return VARIANTS.asked_for == "library"
+        variant = VARIANTS.asked_for
+        if variant != "auto":
+            return variant == "library"
         if store.is_batch_invariant():
             return False
         if element_size == 4:

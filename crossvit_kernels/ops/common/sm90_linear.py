@@ -119,7 +119,8 @@ def chosen(a: Tensor, weight: Tensor) -> bool:
     By itself it does so from FEW_ROWS rows on, on devices where it has run (PROVEN), and for K of
     more than 128: narrower layers were not measured.
     """
-    asked_for, num_rows = VARIANTS.asked_for, a.shape[0] * a.shape[1]
+    asked_for, (batch, num_tokens, _) = VARIANTS.asked_for, a.shape
+    num_rows = batch * num_tokens
     if asked_for == "auto":
         if num_rows <= FEW_ROWS or store.is_batch_invariant() or weight.shape[1] <= 128:
             return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +31,22 @@ class Tokens(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        return self.x.shape[0] * self.x.shape[1]
+        batch, num_tokens, _ = self.x.shape
+        return batch * num_tokens
 
     @property
     def strides(self) -> tuple[int, int, int]:
         """The batch and token strides of x, and the batch stride of cls."""
-        return self.x.stride(0), self.x.stride(1), 0 if self.cls is None else self.cls.stride(0)
+        of_image, of_token, _ = self.x.stride()
+        return of_image, of_token, 0 if self.cls is None else self.cls.stride(0)
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """Import the kernels on first use: Triton is slow to import and may be missing."""
+    from crossvit_kernels.ops.common import triton_linear_kernels
+
+    return triton_linear_kernels
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:
@@ -63,13 +75,11 @@ def normalize(
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return LN(x) [B, N, C] in dtype; writes mean and rstd [B, N] if given."""
-    from crossvit_kernels.ops.common import triton_linear_kernels as kernels
-
     x, cls = tokens
     normed = x.new_empty(x.shape, dtype=dtype)
     num_rows, channels = tokens.num_rows, x.shape[2]
     launcher.start(
-        kernels.normalize,
+        _kernels().normalize,
         lambda shape: Programs((-(-num_rows // shape.rows), 1, 1)),
         (x, cls, *norm, normed, *(statistics or (None, None))),
         (num_rows, x.shape[1], *tokens.strides),
@@ -93,8 +103,6 @@ def norm_linear(
 
     Writes mean and rstd [B, N] if given.
     """
-    from crossvit_kernels.ops.common import triton_linear_kernels as kernels
-
     x, cls = tokens
     if cls is None and activation in ("", "gelu") and sm90_linear.chosen(x, weight):
         options: dict[str, Any] = {"norm": norm, "eps": eps, "statistics": statistics}
@@ -102,7 +110,7 @@ def norm_linear(
         if y is not None:
             return y
     (batch, num_tokens, channels), columns = x.shape, weight.shape[0]
-    num_rows, size = tokens.num_rows, weight.element_size()
+    num_rows, size = batch * num_tokens, weight.element_size()
     by_library = step.by_library(num_rows, channels, size)
     if by_library or configs.NORM_LINEAR.apart(num_rows, channels, size):
         normed = normalize(tokens, norm, eps, weight.dtype, statistics)
@@ -117,10 +125,10 @@ def norm_linear(
         tiles, steps = -(-num_rows // shape.rows), -(-columns // shape.columns)
         per_group = -(-steps // min(-(-configs.PROGRAMS // tiles), steps))
         groups = -(-steps // per_group)
-        return Programs((tiles * groups, 1, 1), sizes=(groups, per_group * shape.columns))
+        return Programs((tiles * groups, 1, 1), (), (groups, per_group * shape.columns))
 
     launcher.start(
-        kernels.norm_linear,
+        _kernels().norm_linear,
         programs,
         (x, cls, *norm, weight, bias, out, mean, rstd),
         (num_rows, num_tokens, *tokens.strides),
@@ -133,7 +141,8 @@ def norm_linear(
 
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Return a W^T + b or its activation [B, N, W's rows] for a [B, N, W's columns]."""
-    out = a.new_empty(*a.shape[:2], weight.shape[0])
+    batch, num_tokens, _ = a.shape
+    out = a.new_empty(batch, num_tokens, weight.shape[0])
     _linear(a, weight, bias, None, (None, None), out, activation)
     return out
 
@@ -170,9 +179,8 @@ def _linear(
     out: Tensor,
     activation: str = "",
 ) -> None:
-    from crossvit_kernels.ops.common import triton_linear_kernels as kernels
-
-    num_rows, (columns, terms) = out.shape[0] * out.shape[1], weight.shape
+    (batch, num_tokens, _), (columns, terms) = out.shape, weight.shape
+    num_rows = batch * num_tokens
     x, cls = tokens or (None, None)
 
     def programs(shape: LayerShape) -> Programs:
@@ -180,10 +188,10 @@ def _linear(
         return Programs((tiles * blocks, 1, 1))
 
     launcher.start(
-        kernels.linear,
+        _kernels().linear,
         programs,
         (a, weight, bias, x, cls, *scales, out),
-        (num_rows, out.shape[1], *(tokens.strides if tokens else (0, 0, 0))),
+        (num_rows, num_tokens, *(tokens.strides if tokens else (0, 0, 0))),
         configs.candidates(configs.LINEAR, weight, num_rows, columns, terms),
         (activation,),
     )
@@ -191,7 +199,9 @@ def _linear(
 
 def empty_result(x: Tensor, weight: Tensor, layer_scale: Tensor | None) -> Tensor:
     """Allocate x plus an update in the dtype of weight, scaled or not."""
-    return x.new_empty(x.shape, dtype=layer_norm.result_dtype(x, weight, layer_scale))
+    batch, num_tokens, channels = x.shape  # new_empty takes longer to read a shape
+    dtype = layer_norm.result_dtype(x, weight, layer_scale)
+    return x.new_empty(batch, num_tokens, channels, dtype=dtype)
 
 
 class Gradients(NamedTuple):
@@ -216,8 +226,6 @@ def norm_backward(
 
     d and dy are contiguous.
     """
-    from crossvit_kernels.ops.common import triton_linear_kernels as kernels
-
     x, cls = tokens
     num_rows, channels = tokens.num_rows, x.shape[2]
     dx, dcls = x.new_empty(x.shape), None if cls is None else x.new_empty(cls.shape)
@@ -228,7 +236,7 @@ def norm_backward(
         return Programs((tiles, 1, 1), (shares,))
 
     (shares,) = launcher.start(
-        kernels.norm_backward,
+        _kernels().norm_backward,
         programs,
         (d, dy, residual_scale, x, cls, *statistics, norm[0], dx, dcls),
         (num_rows, x.shape[1], *tokens.strides),

@@ -5,7 +5,9 @@ Weight gradients are products over all tokens, computed by torch's libraries.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +23,14 @@ from crossvit_kernels.ops.common.layer_scale import LastLayer
 from crossvit_kernels.ops.common.triton_linear import Tokens
 from crossvit_kernels.ops.layernorm_ffn import configs
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights, gradients
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """Import the kernels on first use: Triton is slow to import and may be missing."""
+    from crossvit_kernels.ops.layernorm_ffn import triton_kernels
+
+    return triton_kernels
 
 
 class Saved(NamedTuple):
@@ -96,13 +106,11 @@ def _in_one_kernel(
     saved: Saved | None,
     activation: str,
 ) -> Tensor:
-    from crossvit_kernels.ops.layernorm_ffn import triton_kernels as kernels
-
     x, (hidden, channels) = tokens.x, w.fc1_weight.shape
     y = layers.empty_result(x, w.fc2_weight, scales[1])
     num_rows = tokens.num_rows
     launcher.start(
-        kernels.ffn_forward,
+        _kernels().ffn_forward,
         lambda shape: Programs((-(-num_rows // shape.rows), 1, 1)),
         (x, *scales, *w, y, *(saved or (None, None))),
         (num_rows, x.shape[1], *x.stride()[:2]),
@@ -117,8 +125,6 @@ def _hidden_backward(
     dupdate: Tensor, normed: Tensor, w: FfnWeights, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the activated hidden units, the gradient before them [B N, F], and fc1_bias's."""
-    from crossvit_kernels.ops.layernorm_ffn import triton_kernels as kernels
-
     num_rows, (hidden, channels) = dupdate.shape[0], w.fc1_weight.shape
     activated = normed.new_empty(num_rows, hidden)
     dhidden = torch.empty_like(activated)
@@ -133,7 +139,7 @@ def _hidden_backward(
         return Programs((tiles * blocks, 1, 1), (shares,))
 
     (shares,) = launcher.start(
-        kernels.ffn_hidden_backward,
+        _kernels().ffn_hidden_backward,
         programs,
         (normed, w.fc1_weight, w.fc1_bias, *fc2, dactivated, activated, dhidden),
         (num_rows,),

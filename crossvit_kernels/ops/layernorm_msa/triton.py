@@ -5,7 +5,9 @@ Weight gradients are products over all tokens, computed by torch's libraries.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,6 +28,14 @@ from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, 
 _WIDEST_HEAD = 128
 #: In float32 padding to 128 channels spills registers.
 _WIDEST_PADDED_IN_FLOAT32 = 64
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """Import the kernels on first use: Triton is slow to import and may be missing."""
+    from crossvit_kernels.ops.layernorm_msa import triton_kernels
+
+    return triton_kernels
 
 
 class Saved(NamedTuple):
@@ -142,16 +152,15 @@ def _qkv(
 
 def _attention(qkv: Tensor, mask: Tensor | None, lse: Tensor | None, num_heads: int) -> Tensor:
     """Return the concatenated heads [B, N, C] of qkv [B, N, 3 C]; writes lse [B, h, N] if given."""
-    from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
-
-    batch, num_tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    batch, num_tokens, channels = qkv.shape
+    channels //= 3
     num_rows, size = batch * num_tokens, qkv.element_size()
     by_library = configs.SELF_ATTENTION.by_library(num_rows, channels, size)
     if by_library and (qkv.is_cpu or size == 2) and mask is None:
         return _flash_attention(qkv, lse, num_heads)
     heads = qkv.new_empty(batch, num_tokens, channels)
     attention_configs = candidates(
-        configs.ATTENTION, qkv, batch * num_tokens, channels, 0, width=channels // num_heads
+        configs.ATTENTION, qkv, num_rows, channels, 0, width=channels // num_heads
     )
 
     def programs(shape: LayerShape) -> Programs:
@@ -160,7 +169,9 @@ def _attention(qkv: Tensor, mask: Tensor | None, lse: Tensor | None, num_heads: 
 
     tensors = qkv, mask, heads, lse
     heads_of = _heads_of(channels, num_heads)
-    launcher.start(kernels.attention, programs, tensors, (num_tokens,), attention_configs, heads_of)
+    launcher.start(
+        _kernels().attention, programs, tensors, (num_tokens,), attention_configs, heads_of
+    )
     return heads
 
 
@@ -193,8 +204,6 @@ def _attention_projection(
     num_heads: int,
 ) -> Tensor:
     """Return the block's result for qkv; writes heads and lse if given."""
-    from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
-
     x, cls = tokens
     batch, num_tokens, channels = x.shape
     y = layers.empty_result(x, w.out_weight, scales[1])
@@ -204,7 +213,7 @@ def _attention_projection(
         return Programs((batch * tiles, 1, 1), sizes=(tiles,))
 
     launcher.start(
-        kernels.attention_projection,
+        _kernels().attention_projection,
         programs,
         (qkv, mask, heads, lse, w.out_weight, w.out_bias, x, cls, *scales, y),
         (num_tokens, *tokens.strides),
@@ -218,8 +227,6 @@ def _attention_backward(
     qkv: Tensor, mask: Tensor | None, heads: Tensor, dheads: Tensor, lse: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of qkv [B, N, 3 C] from that of heads, and its sum over tokens."""
-    from crossvit_kernels.ops.layernorm_msa import triton_kernels as kernels
-
     batch, num_tokens, channels = heads.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
 
@@ -241,7 +248,7 @@ def _attention_backward(
     of_queries = qkv, mask, heads, dheads, lse, delta, dqkv
     of_keys = qkv, mask, dheads, lse, delta, dqkv
     sums = (
-        start(kernels.attention_backward_queries, configs.BACKWARD_QUERIES, of_queries, 1),
-        start(kernels.attention_backward_keys, configs.BACKWARD_KEYS, of_keys, 2),
+        start(_kernels().attention_backward_queries, configs.BACKWARD_QUERIES, of_queries, 1),
+        start(_kernels().attention_backward_keys, configs.BACKWARD_KEYS, of_keys, 2),
     )
     return dqkv, torch.cat(sums)
