@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ptx import arithmetic, transfers
-from ptx.asynchronous import MBarrier
-from ptx.memory import Fault, Memory, Shared, conflicts
+from ptx.bulk import MBarrier
+from ptx.memory import Agents, Fault, Memory, Shared, conflicts
 from ptx.parse import Instruction, Kernel, bits
 from ptx.segment import CONTROL, Segment
 from ptx.warp import Warp
@@ -21,6 +21,8 @@ __all__ = ["Counters", "Fault", "Memory", "run"]
 
 Array = np.ndarray[Any, Any]
 
+#: Clocks tell so many mbarriers of a CTA apart.
+_BARRIERS = 64
 _TABLE = arithmetic.TABLE | transfers.TABLE
 
 
@@ -77,9 +79,11 @@ class Program:
         ways: dict[int, list[int]] = {}
         for begin, end in self.ends.items():
             ways[begin] = [end]
-            if code[begin].parts[0] == "bra":
-                target = self.kernel.labels[code[begin].operands[0].text]
-                ways[begin] = [target, end] if code[begin].guard else [target]
+            if code[begin].parts[0] in ("bra", "brx"):
+                label = code[begin].operands[-1].text
+                names = self.kernel.targets.get(label, [label])
+                ways[begin] = [self.kernel.labels[name] for name in names]
+                ways[begin] += [end] if code[begin].guard else []
             elif code[begin].parts[0] in ("ret", "exit", "trap") and not code[begin].guard:
                 ways[begin] = [leave]
         after = {n: {*ways, leave} for n in ways} | {leave: {leave}}
@@ -114,9 +118,8 @@ class Cta:
 
     def __init__(self, cluster: Cluster, rank: int, block: tuple[int, int, int], size: int) -> None:
         self.cluster, self.rank, self.block = cluster, rank, block
-        warps = -(-int(np.prod(cluster.threads)) // 32)
-        self.num_warps = warps
-        self.shared = Shared(size, 3 * warps * cluster.size, cluster.program.granule)
+        self.num_warps = cluster.agents.warps // cluster.size
+        self.shared = Shared(size, cluster.agents, cluster.program.granule)
         self.barriers: dict[int, Any] = {}
         self.mbarriers: dict[int, MBarrier] = {}
 
@@ -139,7 +142,9 @@ class Cluster:
         self.program, self.grid, self.threads, self.size = program, grid, threads, len(blocks)
         self.arguments, self.memory, self.counters = arguments, memory, counters
         self.random = random.Random(order) if order else None
+        self.agents = Agents(-(-int(np.prod(threads)) // 32) * self.size, _BARRIERS * self.size)
         self.in_flight: list[Any] = []
+        self.num_barriers = 0
         self.barrier: dict[str, Any] = {"arrived": 0, "phase": 0, "clock": None, "done": None}
         size = program.kernel.static_bytes + shared_bytes
         self.ctas = [Cta(self, n, block, size) for n, block in enumerate(blocks)]
@@ -172,12 +177,16 @@ class Cluster:
                 waiting.add(id(warp))
             if not warp.stack:
                 live.remove(warp)
-        while self.in_flight:
-            self.land()
+        for copy in self.in_flight:
+            if copy.to_shared:
+                raise Fault(
+                    f"line {copy.line}: exit before a bulk copy to shared memory has landed"
+                )
+            copy.land()
 
     def land(self) -> None:
         n = self.random.randrange(len(self.in_flight)) if self.random else 0
-        self.in_flight.pop(n)()
+        self.in_flight.pop(n).land()
 
 
 def run(

@@ -62,6 +62,37 @@ class Memory:
         return address - GLOBAL
 
 
+@dataclasses.dataclass(frozen=True)
+class Agents:
+    """Numbers of all that access a cluster's shared memory.
+
+    First its warps, then what each does asynchronously, in order: cp.async, wgmma and bulk stores;
+    then mbarriers, for the bulk copies that signal them.
+    """
+
+    warps: int
+    barriers: int
+
+    @property
+    def generic(self) -> int:
+        """Of these, the first access memory through the generic proxy."""
+        return 2 * self.warps
+
+    @property
+    def readers(self) -> int:
+        return 4 * self.warps
+
+    def clock(self) -> Clock:
+        total = self.readers + self.barriers
+        return Clock(np.zeros(total, np.int64), np.zeros(total, np.int64))
+
+    def name(self, agent: int) -> str:
+        if agent >= self.readers:
+            return "a bulk copy"
+        kinds = ("warp", "the cp.async of warp", "the wgmma of warp", "the bulk stores of warp")
+        return f"{kinds[agent // self.warps]} {agent % self.warps}"
+
+
 @dataclasses.dataclass
 class Clock:
     """What an agent has seen of the others (a vector clock), and the part that it or others
@@ -87,17 +118,17 @@ class Shared:
 
     Args:
         size: In bytes.
-        agents: Warps of the cluster, then their cp.async, then their asynchronous proxies.
+        agents: Who may access it.
         granule: Bytes of the smallest access.
     """
 
-    def __init__(self, size: int, agents: int, granule: int) -> None:
+    def __init__(self, size: int, agents: Agents, granule: int) -> None:
         self.bytes = np.full(size + 16, 0xFF, np.uint8)
         self.size, self.agents, self.granule = size, agents, granule
         cells = -(-size // granule) + 16
         self.writer = np.zeros(cells, np.int64)
         self.written = np.full(cells, NEVER, np.int64)
-        self.reads = np.zeros((agents, cells), np.int64)
+        self.reads = np.zeros((agents.readers, cells), np.int64)
 
     def place(self, index: Array, size: int) -> Array:
         index = index.astype(np.int64)
@@ -131,39 +162,51 @@ class Shared:
         if late.any():
             if (written[late] == NEVER).any():
                 raise Fault("shared memory is read that was never written")
-            raise Fault(f"a race: read of what {self._who(writer[late][0])} writes, unordered")
+            who = self.agents.name(int(writer[late][0]))
+            raise Fault(f"a race: read of what {who} writes, unordered")
         if proxy:
-            generic = writer < self.agents * 2 // 3
-            unfenced = generic & (written > clock.fenced[writer])
+            unfenced = (writer < self.agents.generic) & (written > clock.fenced[writer])
             if unfenced.any():
+                who = self.agents.name(int(writer[unfenced][0]))
                 raise Fault(
-                    f"no fence.proxy.async between writes of {self._who(writer[unfenced][0])} "
-                    "and an asynchronous read"
+                    f"no fence.proxy.async between writes of {who} and an asynchronous read"
                 )
         self.reads[agent, cells] = time
 
     def writing(
-        self, cells: Array, agent: int, time: int, clock: Clock, same: Array | None = None
+        self,
+        cells: Array,
+        agent: int,
+        time: int,
+        clock: Clock,
+        same: Array | None = None,
+        proxy: bool = False,
     ) -> None:
-        """Check and note a write. Warps may write what is there already, as Triton's replicated
-        layouts do.
+        """Check and note a write; with proxy, by the asynchronous one.
+
+        Warps may write what is there already, as Triton's replicated layouts do.
         """
         written, writer = self.written[cells], self.writer[cells]
         late = (written > clock.seen[writer]) & (written != NEVER)
         if same is not None and late.any():
             late &= ~np.repeat(same, cells.size // same.size)
         if late.any():
-            raise Fault(f"a race: write over what {self._who(writer[late][0])} writes, unordered")
-        unread = self.reads[:, cells] > clock.seen[:, None]
+            who = self.agents.name(int(writer[late][0]))
+            raise Fault(f"a race: write over what {who} writes, unordered")
+        reads = self.reads[:, cells]
+        unread = (reads > clock.seen[: len(reads), None]).any(axis=1)
         if unread.any():
-            other = int(np.nonzero(unread.any(axis=1))[0][0])
-            raise Fault(f"a race: write over what {self._who(other)} reads, unordered")
+            who = self.agents.name(int(np.nonzero(unread)[0][0]))
+            raise Fault(f"a race: write over what {who} reads, unordered")
+        if proxy:
+            generic = self.agents.generic
+            unfenced = (reads[:generic] > clock.fenced[:generic, None]).any(axis=1)
+            by = writer[(writer < generic) & (written > clock.fenced[writer]) & (written != NEVER)]
+            if unfenced.any() or by.size:
+                what = "reads" if unfenced.any() else "writes"
+                who = self.agents.name(int(np.nonzero(unfenced)[0][0] if unfenced.any() else by[0]))
+                raise Fault(f"no fence.proxy.async between {what} of {who} and a bulk copy over it")
         self.writer[cells], self.written[cells] = agent, time
-
-    def _who(self, agent: int) -> str:
-        warps = self.agents // 3
-        kind = ("warp", "the cp.async of warp", "the asynchronous proxy of warp")[agent // warps]
-        return f"{kind} {agent % warps}"
 
 
 def conflicts(index: Array, size: int) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 from ptx import numbers as N
 from ptx import tensor_cores as T
 from ptx.asynchronous import Asynchronous
-from ptx.memory import GLOBAL, LOCAL, PARAM, SHARED, STRIDE, Clock, Fault
+from ptx.bulk import Bulk
+from ptx.memory import GLOBAL, LOCAL, PARAM, SHARED, STRIDE, Fault
 from ptx.parse import Instruction, Operand, Unknown, number
 
 Array = np.ndarray[Any, Any]
@@ -20,11 +21,12 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _LANES = np.arange(32)
 
 
-class Warp(Asynchronous):
+class Warp(Asynchronous, Bulk):
     """32 lanes. Where they part, each side runs until both meet at the post-dominator."""
 
     def __init__(self, cta: Any, index: int) -> None:
-        super().__init__()
+        Asynchronous.__init__(self)
+        Bulk.__init__(self)
         cluster = cta.cluster
         self.cta, self.index, self.memory, self.counters = (
             cta,
@@ -37,8 +39,8 @@ class Warp(Asynchronous):
         self.R: list[Any] = [np.full(32, _POISON[b], _RAW[b]) for _, b in kernel.registers.values()]
         total = cta.num_warps * cluster.size
         self.agent = cta.rank * cta.num_warps + index
-        self.copier, self.proxy = total + self.agent, 2 * total + self.agent
-        self.clock = Clock(np.zeros(3 * total, np.int64), np.zeros(3 * total, np.int64))
+        self.copier, self.multiplier, self.storer = (n * total + self.agent for n in (1, 2, 3))
+        self.clock = cluster.agents.clock()
         self.clock.seen[self.agent] = 1
         thread = 32 * index + _LANES
         count = int(np.prod(cluster.threads))
@@ -144,11 +146,12 @@ class Warp(Asynchronous):
         at, _, mask = top
         chosen = mask & self.value(i.guard) if i.guard else mask
         name = i.parts[0]
-        if name == "bra":
+        if name in ("bra", "brx"):
             self.counters.add("branches", 1)
-            self._branch(top, self.program.kernel.labels[i.operands[0].text], chosen)
+            self._branch(top, self._ways(i, chosen, mask & ~chosen))
             return True
         if name in ("ret", "exit"):
+            self.check_stores(chosen)
             for entry in self.stack:
                 entry[2] = entry[2] & ~chosen
         elif name == "trap":
@@ -158,18 +161,32 @@ class Warp(Asynchronous):
         top[0] = at + 1
         return True
 
-    def _branch(self, top: list[Any], target: int, chosen: Array) -> None:
-        at, _, mask = top
-        rest = mask & ~chosen
-        if not rest.any() or not chosen.any():
-            top[0] = target if chosen.any() else at + 1
+    def _ways(self, i: Instruction, chosen: Array, rest: Array) -> list[tuple[int, Array]]:
+        """Return where which lanes go on."""
+        top, labels = self.stack[-1], self.program.kernel.labels
+        ways = [(top[0] + 1, rest)]
+        if i.parts[0] == "bra":
+            ways.append((labels[i.operands[0].text], chosen))
+        else:
+            targets, index = (
+                self.program.kernel.targets[i.operands[1].text],
+                self.value(i.operands[0]),
+            )
+            if (index[chosen] >= len(targets)).any():
+                raise Fault(f"brx.idx by {int(index[chosen].max())} of {len(targets)} targets")
+            ways += [(labels[t], chosen & (index == n)) for n, t in enumerate(targets)]
+        return [(target, lanes) for target, lanes in ways if lanes.any()]
+
+    def _branch(self, top: list[Any], ways: list[tuple[int, Array]]) -> None:
+        if len(ways) == 1:
+            top[0] = ways[0][0]
             return
-        meeting = self.program.post_dominators[at]
+        meeting = self.program.post_dominators[top[0]]
         if meeting is None:
             self.stack.pop()
         else:
             top[0] = meeting
-        self.stack += [[at + 1, meeting, rest], [target, meeting, chosen]]
+        self.stack += [[target, meeting, lanes] for target, lanes in ways]
 
     def _meet(self, i: Instruction, mask: Array) -> bool:
         if i.parts[0] == "nanosleep" or i.name.startswith("bar.warp"):
