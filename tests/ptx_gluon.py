@@ -178,8 +178,8 @@ def check(dtype: torch.dtype, form: str, channels: int, columns: int, rows: int)
 
 #: Forms to inject faults into, each in shapes that need every barrier: K, N and M.
 SHAPES = {
-    "plain": ((128, 320, 300), (128, 128, 520)),
-    "residual": ((128, 320, 300), (128, 128, 520)),
+    "plain": ((192, 320, 300), (192, 128, 520)),
+    "residual": ((192, 320, 300), (192, 128, 520)),
 }
 #: Faults of one instruction: a pattern and what replaces it.
 FAULTS = {
@@ -201,13 +201,14 @@ FAULTS = {
 }
 
 
-def faulty(text: str, fault: str) -> list[str]:
-    """Return copies of PTX, each with one fault."""
+def faulty(text: str, fault: str, n: int) -> str:
+    """Return PTX with a fault in the n-th place from the end, if there is one."""
     pattern, replacement = FAULTS[fault]
-    return [
-        text[: match.start()] + match.expand(replacement) + text[match.end() :]
-        for match in re.finditer(pattern, text)
-    ]
+    places = list(re.finditer(pattern, text))
+    if n >= len(places):
+        return text
+    place = places[-1 - n]
+    return text[: place.start()] + place.expand(replacement) + text[place.end() :]
 
 
 def storage_of(tensor: Tensor) -> Any:
@@ -249,12 +250,11 @@ def main() -> None:
         assert not is_found(form, lambda text, texts=texts: texts.append(text) or text)
         for fault in options.faults:
             began, lines = time.perf_counter(), []
-            # The same instructions in the same order, whatever the shape.
-            (count,) = {len(faulty(text, fault)) for text in texts}
-            for n in range(count):
-                if not is_found(form, lambda text, n=n, fault=fault: faulty(text, fault)[n]):
-                    match = list(re.finditer(FAULTS[fault][0], texts[0]))[n]
-                    lines.append(texts[0].count("\n", 0, match.start()) + 1)
+            places = list(re.finditer(FAULTS[fault][0], texts[0]))[::-1]
+            count = len(places)
+            for n, place in enumerate(places):
+                if not is_found(form, lambda text, n=n, fault=fault: faulty(text, fault, n)):
+                    lines.append(texts[0].count("\n", 0, place.start()) + 1)
             took = time.perf_counter() - began
             missed = f"; not those in lines {lines}" if lines else ""
             found = f"{count - len(lines)} of {count}"

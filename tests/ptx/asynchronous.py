@@ -58,6 +58,7 @@ class Asynchronous:
             raise Fault("cp.async of a part of its bytes is not modelled")
         place = self.memory.place(source[reading], size)
         self.counters.sectors("cp.async", place, size)
+        self.memory.reading(self, place, size, self.copier, self.copy_time)
         data = np.zeros((to.size, size), np.uint8)
 
         def land() -> None:

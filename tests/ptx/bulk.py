@@ -7,6 +7,7 @@ accesses only those that a proxy fence is behind.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -164,7 +165,7 @@ class Bulk:
             index = self.home(int(to[lane]))[1] + np.arange(0, count, 8)
             if index.size and index[0] % 16:
                 raise Fault(f"a bulk copy's shared address {index[0]} is no multiple of 16")
-            self._load(lane, to, pointer, ranks, index, 8, read)
+            self._load(lane, to, pointer, ranks, index, 8, place, read)
 
     def load_box(
         self,
@@ -186,7 +187,7 @@ class Bulk:
                 return data
 
             index = box.places(self.home(int(to[lane]))[1])
-            self._load(lane, to, pointer, ranks, index, size, read)
+            self._load(lane, to, pointer, ranks, index, size, place, read)
 
     def _load(
         self,
@@ -196,6 +197,7 @@ class Bulk:
         ranks: Any,
         index: Array,
         size: int,
+        place: Array,
         read: Callable[[], Array],
     ) -> None:
         """Start a copy to elements of shared memory; it signals the mbarriers beside them."""
@@ -212,6 +214,7 @@ class Bulk:
             cells = np.unique(cta.shared.cells(cta.shared.place(index, size), size))
             time = barrier.phase + 1
             cta.shared.writing(cells, barrier.agent, time, self.clock, proxy=True)
+            self.memory.reading(self, place, size, barrier.agent, time)
             barrier.flying += 1
             self.counters.add("bytes by bulk copies", index.size * size)
 
@@ -268,8 +271,13 @@ class Bulk:
         def read() -> Array:
             return _elements(shared.bytes, size)[index // size][exists]
 
+        time = self.store_time
+
         def write(data: Array) -> None:
-            _elements(self.memory.bytes, size)[place // size] = data
+            target = _elements(self.memory.bytes, size)
+            same = target[place // size] == data
+            self.memory.writing(self, place, size, self.storer, time, same)
+            target[place // size] = data
 
         copy = Copy(self.line, read, write, False)
         if self.cta.cluster.early():
@@ -306,10 +314,11 @@ class Bulk:
     # Fences
 
     def fence(self, name: str) -> None:
-        """Order earlier accesses before asynchronous ones; nothing else can be seen here.
-
-        Of global memory, CTAs see the accesses in the order of execution.
-        """
+        """Order earlier accesses before asynchronous ones, or before those of other CTAs."""
+        if re.search(r"membar\.(gl|sys)|fence\.(acq_rel|sc|acquire|release)\S*\.(gpu|sys)", name):
+            np.maximum(self.clock.released, self.clock.seen, out=self.clock.released)
+            self.tick()
+            self.cta.cluster.acquire(self.cta.cluster.seen)
         if "proxy.async" in name and "async.global" not in name:
             np.maximum(self.clock.fenced, self.clock.seen, out=self.clock.fenced)
             self.tick()  # later accesses are not fenced

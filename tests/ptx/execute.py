@@ -12,7 +12,8 @@ import numpy as np
 
 from ptx import arithmetic, transfers
 from ptx.bulk import MBarrier
-from ptx.memory import Agents, Fault, Memory, Shared, conflicts
+from ptx.global_memory import Memory
+from ptx.memory import Agents, Fault, Shared, conflicts
 from ptx.parse import Instruction, Kernel, bits
 from ptx.segment import CONTROL, Segment
 from ptx.warp import Warp
@@ -62,6 +63,9 @@ class Program:
         if any(i.parts[0] in ("ldmatrix", "stmatrix", "wgmma") for i in kernel.code):
             self.granule = min(self.granule, 2)
         self.granule = min(self.granule, 4)
+        boxes = any("tensor" in i.parts for i in kernel.code)
+        sizes = [bits(i.parts[-1]) // 8 for i in kernel.code if i.parts[0] in ("ld", "st")]
+        self.global_granule = min([2 if boxes else 4, *sizes])
 
     def segment(self, begin: int, masked: bool) -> Any:
         found = self.known.get((begin, masked))
@@ -145,10 +149,20 @@ class Cluster:
         self.agents = Agents(-(-int(np.prod(threads)) // 32) * self.size, _BARRIERS * self.size)
         self.in_flight: list[Any] = []
         self.num_barriers = 0
+        self.number = memory.enter()
+        #: By a cluster's number, what its agents released to this one: seen at atomics, and seen
+        #: before a fence.
+        self.seen: dict[int, Array] = {}
+        self.acquired: dict[int, Array] = {}
         self.barrier: dict[str, Any] = {"arrived": 0, "phase": 0, "clock": None, "done": None}
         size = program.kernel.static_bytes + shared_bytes
         self.ctas = [Cta(self, n, block, size) for n, block in enumerate(blocks)]
         self.warps = [Warp(cta, n) for cta in self.ctas for n in range(cta.num_warps)]
+
+    def acquire(self, released: dict[int, Array]) -> None:
+        for number, times in released.items():
+            known = self.acquired.get(number)
+            self.acquired[number] = times if known is None else np.maximum(known, times)
 
     def early(self) -> bool:
         return self.random.random() < 0.5 if self.random else False
@@ -227,6 +241,7 @@ def run(
     counters = Counters()
     program = kernel.__dict__.setdefault("program", None) or Program(kernel)
     kernel.__dict__["program"] = program
+    memory.launch(program.global_granule)
     starts = [
         (x, y, z)
         for z in range(grid[2])

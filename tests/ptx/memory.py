@@ -1,8 +1,7 @@
-"""Global memory with bounds, and shared memory that knows who ordered which access."""
+"""Shared memory that knows who ordered which access."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 from typing import Any
 
@@ -20,46 +19,6 @@ NEVER = np.int64(1) << 62
 
 class Fault(RuntimeError):
     """Raised where a kernel does what a GPU may not do, or may do differently."""
-
-
-class Memory:
-    """Global memory: this process's own, of which a kernel may touch what was added.
-
-    Attributes:
-        bytes: All memory from the address ``GLOBAL`` on.
-    """
-
-    def __init__(self) -> None:
-        everything = ctypes.c_uint8 * ((1 << 47) - GLOBAL)
-        self.bytes = np.ctypeslib.as_array(everything.from_address(GLOBAL))
-        self._arrays: dict[int, Array] = {}  # by address; none is freed
-        self._begins = self._ends = np.zeros(0, np.int64)
-
-    def add(self, data: Array) -> int:
-        """Let kernels read and write a contiguous array; return its address."""
-        address = int(data.ctypes.data)
-        if address < GLOBAL or not data.flags.c_contiguous:
-            raise ValueError(f"expected a contiguous array at {GLOBAL:#x} or later")
-        known = self._arrays.get(address)
-        if data.nbytes and (known is None or known.nbytes < data.nbytes):
-            self._arrays[address] = data
-            begins = sorted(self._arrays)
-            self._begins = np.array(begins)
-            self._ends = np.array([begin + self._arrays[begin].nbytes for begin in begins])
-        return address
-
-    def place(self, address: Array, size: int) -> Array:
-        """Return indices of bytes; faults out of bounds or unaligned."""
-        address = address.astype(np.int64)
-        if (address % size).any():
-            raise Fault(
-                f"an address {int(address[address % size != 0][0]):#x} is no multiple of {size}"
-            )
-        array = np.searchsorted(self._begins, address, "right") - 1
-        good = (array >= 0) & (address + size <= self._ends[array])
-        if not good.all():
-            raise Fault(f"global address {int(address[~good][0]):#x} is out of bounds")
-        return address - GLOBAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +43,7 @@ class Agents:
 
     def clock(self) -> Clock:
         total = self.readers + self.barriers
-        return Clock(np.zeros(total, np.int64), np.zeros(total, np.int64))
+        return Clock(*np.zeros((3, total), np.int64))
 
     def name(self, agent: int) -> str:
         if agent >= self.readers:
@@ -95,19 +54,21 @@ class Agents:
 
 @dataclasses.dataclass
 class Clock:
-    """What an agent has seen of the others (a vector clock), and the part that it or others
-    fenced for the asynchronous proxy.
+    """What an agent has seen of the others (a vector clock), and the parts that it or others
+    fenced for the asynchronous proxy, and for other CTAs.
     """
 
     seen: Array
     fenced: Array
+    released: Array
 
     def join(self, other: Clock) -> None:
         np.maximum(self.seen, other.seen, out=self.seen)
         np.maximum(self.fenced, other.fenced, out=self.fenced)
+        np.maximum(self.released, other.released, out=self.released)
 
     def copy(self) -> Clock:
-        return Clock(self.seen.copy(), self.fenced.copy())
+        return Clock(self.seen.copy(), self.fenced.copy(), self.released.copy())
 
 
 class Shared:

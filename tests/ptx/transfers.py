@@ -51,7 +51,8 @@ def _atomic(s: Segment, i: Instruction) -> None:
         p for p in i.parts[1:] if p in ("add", "min", "max", "and", "or", "exch", "cas", "inc")
     )
     values = ", ".join(s.get(v, kind) for v in operands[1:])
-    call = f"w.atomic({which!r}, {_space(i)!r}, {s.pointer(operands[0])}, [{values}], {s.mask})"
+    pointer = s.pointer(operands[0])
+    call = f"w.atomic({i.name!r}, {which!r}, {_space(i)!r}, {pointer}, [{values}], {s.mask})"
     if reduction:
         s.lines.append(call)
     else:

@@ -296,6 +296,12 @@ class Warp(Asynchronous, Bulk):
         if space == "global":
             index = self.memory.place(pointer, size)
             self.counters.sectors("global", index, size)
+            by = self.agent, self.now
+            if data is not None:
+                same = (self.memory.bytes[index[:, None] + step] == data).all(axis=1)
+                self.memory.writing(self, index, size, *by, same)
+            else:
+                self.memory.reading(self, index, size, *by)
             return [(self.memory.bytes, slice(None), index[:, None] + step)]
         if space == "local":
             index = pointer - (LOCAL if pointer[0] >= LOCAL else 0)
@@ -341,25 +347,16 @@ class Warp(Asynchronous, Bulk):
             raw[index] = data[which]
 
     def atomic(
-        self, which: str, space: str, pointer: Array, values: list[Array], mask: Any
+        self, name: str, which: str, space: str, pointer: Array, values: list[Array], mask: Any
     ) -> Array:
         dtype = values[0].dtype
-        size = dtype.itemsize
         result = np.zeros(32, dtype)
         if self._space(space, pointer) != "global":
             raise Unknown("atomics in shared memory")
-        operations: dict[str, Any] = {
-            "add": lambda old, v: old + v[0], "min": lambda old, v: min(old, v[0]),
-            "max": lambda old, v: max(old, v[0]), "exch": lambda old, v: v[0],
-            "and": lambda old, v: old & v[0], "or": lambda old, v: old | v[0],
-            "cas": lambda old, v: v[1] if old == v[0] else old,
-            "inc": lambda old, v: old + 1 if old < v[0] else old * 0,
-        }  # fmt: skip
         for lane in _LANES if mask is None else _LANES[mask]:
-            index = int(self.memory.place(pointer[lane : lane + 1], size)[0])
-            word = self.memory.bytes[index : index + size].view(dtype)
-            result[lane] = word[0]
-            word[0] = operations[which](word[0], [v[lane] for v in values])
+            given = [v[lane] for v in values]
+            at = int(pointer[lane])
+            result[lane] = self.memory.atomic(self, name, which, at, given, dtype)
         return result
 
     def load_matrix(self, pointer: Array, count: int, transposed: bool, mask: Any) -> list[Array]:
