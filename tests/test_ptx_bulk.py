@@ -231,6 +231,63 @@ def test_wrong_tensor_maps(change: dict[str, object]) -> None:
         ptx.TensorMap(**{**right, **change})
 
 
+#: One CTA of a cluster copies 256 bytes to both, and each copies them to its part of the result.
+MULTICAST = kernel("""
+    mov.u32 %r9, %cluster_ctarank;
+    mul.wide.u32 %rd3, %r9, 256;
+    add.s64 %rd3, %rd1, %rd3;
+    mov.b32 %r5, 0;
+    mov.b32 %r6, 2048;
+    setp.eq.u32 %p1, %r1, 0;
+    setp.eq.u32 %p3, %r9, 0;
+    and.pred %p3, %p1, %p3;
+    @%p1 mbarrier.init.shared::cta.b64 [%r6], 1;
+    fence.mbarrier_init.release.cluster;
+    @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r6], 256;
+    barrier.cluster.arrive.release.aligned;
+    barrier.cluster.wait.acquire.aligned;
+    mov.b16 %rs1, 3;
+    @%p3 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster
+        [%r5], [%rd2], 256, [%r6], %rs1;
+wait:
+    mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r6], 0;
+    @!%p2 bra wait;
+    @%p1 cp.async.bulk.global.shared::cta.bulk_group [%rd3], [%r5], 256;
+    cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group 0;
+    barrier.cluster.arrive.release.aligned;
+    barrier.cluster.wait.acquire.aligned;
+""")
+_CLUSTER_BARRIER = """    barrier.cluster.arrive.release.aligned;
+    barrier.cluster.wait.acquire.aligned;
+    mov"""
+
+
+def _run_multicast(text: str, order: int) -> None:
+    (code,) = ptx.kernels(text).values()
+    memory = ptx.Memory()
+    source, out = np.arange(128, dtype=np.uint32), np.zeros(128, np.uint32)
+    arguments = [np.uint64(memory.add(array)) for array in (out, source)]
+    ptx.run(code, (2,), 32, arguments, memory, _BARRIER + 8, order, cluster=2)
+    assert (out == np.tile(source[:64], 2)).all()
+
+
+@pytest.mark.parametrize("order", range(3))
+def test_a_copy_to_several_ctas(order: int) -> None:
+    _run_multicast(MULTICAST, order)
+
+
+@pytest.mark.parametrize("order", range(3))
+@pytest.mark.parametrize(
+    "old, new",
+    [("%rs1, 3", "%rs1, 1"), (_CLUSTER_BARRIER, "    mov"), ("_, [%r6], 256", "_, [%r6], 512")],
+)
+def test_faults_of_a_copy_to_several_ctas(old: str, new: str, order: int) -> None:
+    assert MULTICAST.count(old) == 1
+    with pytest.raises(ptx.Fault):
+        _run_multicast(MULTICAST.replace(old, new), order)
+
+
 #: CTAs add up their words: the last one to count itself adds what all have written.
 LAST = kernel("""
     mul.wide.u32 %rd3, %r1, 4;
