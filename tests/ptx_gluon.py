@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import re
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,6 +29,7 @@ import numpy as np
 import ptx
 import torch
 from accuracy import assert_within_rule
+from ptx.tensor_map import decode
 from torch import Tensor
 
 from crossvit_kernels import extension
@@ -201,6 +204,10 @@ FAULTS = {
 }
 
 
+#: Of a tensor map.
+_SWIZZLE = "swizzle left out"
+
+
 def faulty(text: str, fault: str, n: int) -> str:
     """Return PTX with a fault in the n-th place from the end, if there is one."""
     pattern, replacement = FAULTS[fault]
@@ -217,8 +224,22 @@ def storage_of(tensor: Tensor) -> Any:
     return raw.set_(tensor.detach().untyped_storage()).numpy()
 
 
-def is_found(form: str, change: Callable[[str], str], order: int = 0) -> bool:
-    """Whether a change of the PTX is a fault or makes wrong numbers, in any of the shapes."""
+def without_swizzle(values: list[Any], n: int) -> list[Any]:
+    """Return parameters whose n-th tensor map has no swizzle."""
+    at = [place for place, value in enumerate(values) if isinstance(value, bytes)][n]
+    changed = dataclasses.replace(decode(values[at]), swizzle=0)
+    return [*values[:at], changed.encode(), *values[at + 1 :]]
+
+
+def is_found(
+    form: str,
+    change: Callable[[str], str] = lambda text: text,
+    change_values: Callable[[list[Any]], list[Any]] = lambda values: values,
+) -> bool:
+    """Whether a change of the PTX or of the parameters is a fault or makes wrong numbers.
+
+    In any of the form's shapes, in order 0.
+    """
     codes: dict[str, ptx.Kernel] = {}
 
     def run(launch: Launch) -> None:
@@ -227,8 +248,9 @@ def is_found(form: str, change: Callable[[str], str], order: int = 0) -> bool:
         code, memory = codes[launch.text], ptx.Memory()
         for tensor in launch.tensors:
             memory.add(storage_of(tensor))
-        values = [*launch.values, *[np.uint64(0)] * (len(code.params) - len(launch.values))]
-        ptx.run(code, launch.grid, launch.threads, values, memory, launch.shared_bytes, order)
+        values = change_values(launch.values)
+        values = [*values, *[np.uint64(0)] * (len(code.params) - len(launch.values))]
+        ptx.run(code, launch.grid, launch.threads, values, memory, launch.shared_bytes)
 
     for shape in SHAPES[form]:
         torch.manual_seed(0)
@@ -242,7 +264,8 @@ def is_found(form: str, change: Callable[[str], str], order: int = 0) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("faults", nargs="*", default=list(FAULTS), metavar="FAULT")
+    default = [*FAULTS, _SWIZZLE]
+    parser.add_argument("faults", nargs="*", default=default, metavar="FAULT", help=str(default))
     parser.add_argument("--forms", nargs="+", default=list(SHAPES), choices=SHAPES)
     options = parser.parse_args()
     for form in options.forms:
@@ -250,6 +273,13 @@ def main() -> None:
         assert not is_found(form, lambda text, texts=texts: texts.append(text) or text)
         for fault in options.faults:
             began, lines = time.perf_counter(), []
+            if fault == _SWIZZLE:
+                maps = range(4 if form == "residual" else 3)  # x, W, y and r
+                found = sum(
+                    is_found(form, change_values=partial(without_swizzle, n=n)) for n in maps
+                )
+                print(f"{form}, {fault}: {found} of {len(maps)}", flush=True)
+                continue
             places = list(re.finditer(FAULTS[fault][0], texts[0]))[::-1]
             count = len(places)
             for n, place in enumerate(places):
