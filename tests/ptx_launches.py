@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import numpy as np
 import ptx
 import ptx_cuda
+import ptx_gluon
 import torch
 from torch import Tensor
 
@@ -58,14 +59,30 @@ class Launcher:
         key = repr((case.name, *case.specialization[1:3], candidate, case.specialization.constants))
         if key not in self._kernels:
             compiled = compile_for(case, "cuda", self.sm, candidate)
-            text = compiled.asm["ptx"]
-            if self.without:
-                text = re.sub(
-                    rf"^\s*(@\S+\s+)?({self.without})[^;\n]*;", "", text, flags=re.MULTILINE
-                )
-            (kernel,) = ptx.kernels(text).values()
+            kernel = self.read(compiled.asm["ptx"])
             self._kernels[key] = kernel, compiled.metadata, candidate
         return self._kernels[key]
+
+    def read(self, text: str) -> ptx.Kernel:
+        """Return the kernel in a text, without the instructions to be left out."""
+        if self.without:
+            text = re.sub(rf"^\s*(@\S+\s+)?({self.without})[^;\n]*;", "", text, flags=re.MULTILINE)
+        (kernel,) = ptx.kernels(text).values()
+        return kernel
+
+    def run_gluon(self, launch: ptx_gluon.Launch) -> None:
+        if launch.text not in self._kernels:
+            self._kernels[launch.text] = self.read(launch.text)
+        code = self._kernels[launch.text]
+        self.execute(
+            launch.name,
+            code,
+            launch.grid,
+            launch.threads,
+            launch.tensors,
+            launch.values,
+            launch.shared_bytes,
+        )
 
     def __call__(
         self,
@@ -95,45 +112,33 @@ class Launcher:
         present = [
             t for t in (*tensors, *programs.tensors, *sum(map(tuple, weights), ())) if t is not None
         ]
-        numbers = [np.int32(n) for n in (*sizes, *programs.sizes)]
-        numbers += [] if eps is None else [np.float32(eps)]
-        began = time.perf_counter()
-        counters = execute(
-            code,
-            programs.grid,
-            32 * metadata.num_warps,
-            present,
-            numbers,
-            metadata.shared,
-            self.order,
-        )
-        self.seconds[case.name] = self.seconds.get(case.name, 0) + time.perf_counter() - began
-        self.counters.setdefault(case.name, ptx.Counters()).update(counters)
+        values = [np.uint64(tensor.data_ptr()) for tensor in present]
+        values += [np.int32(n) for n in (*sizes, *programs.sizes)]
+        values += [] if eps is None else [np.float32(eps)]
+        threads = 32 * metadata.num_warps
+        self.execute(case.name, code, programs.grid, threads, present, values, metadata.shared)
         return programs.tensors
 
-
-def execute(
-    kernel: ptx.Kernel,
-    grid: Any,
-    threads: int,
-    tensors: list[Tensor],
-    numbers: list[Any],
-    shared_bytes: int,
-    order: int,
-) -> ptx.Counters:
-    """Run a kernel on tensors; of all memory, it may touch their storages."""
-    memory = ptx.Memory()
-    for tensor in tensors:
-        memory.add(storage_of(tensor))
-    arguments = [*(np.uint64(tensor.data_ptr()) for tensor in tensors), *numbers]
-    arguments += [np.uint64(0)] * (len(kernel.params) - len(arguments))  # Triton's scratch memory
-    return ptx.run(kernel, grid, threads, arguments, memory, shared_bytes, order)
-
-
-def storage_of(tensor: Tensor) -> Any:
-    """Return all of a tensor's memory as bytes."""
-    raw = torch.empty(0, dtype=torch.uint8, device="cpu")
-    return raw.set_(tensor.detach().untyped_storage()).numpy()
+    def execute(
+        self,
+        name: str,
+        kernel: ptx.Kernel,
+        grid: Any,
+        threads: int,
+        tensors: list[Tensor],
+        values: list[Any],
+        shared_bytes: int,
+    ) -> None:
+        """Run a kernel; of all memory, it may touch the tensors' storages."""
+        began = time.perf_counter()
+        memory = ptx.Memory()
+        for tensor in tensors:
+            memory.add(ptx_gluon.storage_of(tensor))
+        scratch = [np.uint64(0)] * (len(kernel.params) - len(values))  # Triton's, of no bytes
+        values = [*values, *scratch]
+        counters = ptx.run(kernel, grid, threads, values, memory, shared_bytes, self.order)
+        self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - began
+        self.counters.setdefault(name, ptx.Counters()).update(counters)
 
 
 @contextmanager
@@ -147,6 +152,7 @@ def executing(sm: int, order: int = 0, without: str = "") -> Iterator[Launcher]:
         mock.patch.object(tables, "sm", lambda device: sm),
         mock.patch.object(configs, "PROGRAMS", 4),
         mock.patch.dict(ahead_of_time._NAMES, {torch.float64: "fp64"}),  # the cases' residual_scale
+        ptx_gluon.executing(start.run_gluon) if sm == 90 else nullcontext(),
     ):
         yield start
 
@@ -181,6 +187,25 @@ def _ffn(dtype: torch.dtype, backend: str) -> None:
     check_ffn(64, 128, 1, 21, dtype=dtype, scaled=True, backend=backend)
 
 
+def _layer(form: str) -> Callable[[torch.dtype, str], None]:
+    def run(dtype: torch.dtype, backend: str) -> None:
+        ptx_gluon.check(dtype, form, 64, 192, 200)
+
+    return run
+
+
+def _gluon_msa(dtype: torch.dtype, backend: str) -> None:
+    from block_cases import check_msa
+
+    check_msa(64, 2, 2, 40, dtype=dtype, backend=backend)
+
+
+def _gluon_ffn(dtype: torch.dtype, backend: str) -> None:
+    from block_cases import check_ffn
+
+    check_ffn(64, 128, 2, 40, dtype=dtype, backend=backend)
+
+
 def _variant(name: str, run: Callable[[torch.dtype, str], None]) -> Any:
     """One of Triton's ways to launch a block."""
 
@@ -195,6 +220,14 @@ _BLOCKS = {
     "layernorm_ffn": _ffn,
     **{f"layernorm_msa_{keep}": _msa(keep) for keep in ("fast", "lean")},
 }
+#: For sm_90 and 16 bits.
+_GLUON = {
+    "sm90_linear_qkv": _layer("norm"),
+    "sm90_linear_projection": _layer("residual"),
+    "sm90_linear_fc1": _layer("norm gelu"),
+    "layernorm_msa_gluon": _gluon_msa,
+    "layernorm_ffn_gluon": _gluon_ffn,
+}
 #: By backend and name: checks an operation with tokens of a dtype.
 CASES: dict[str, dict[str, Callable[[torch.dtype, str], None]]] = {
     backend: {"attention_core": _core, "cross_attention_fusion": _fusion, **blocks}
@@ -204,7 +237,8 @@ CASES: dict[str, dict[str, Callable[[torch.dtype, str], None]]] = {
             f"{name}_{v}": _variant(v, run)
             for name, run in _BLOCKS.items()
             for v in ("fused", "split")
-        },
+        }
+        | {name: _variant("gluon", run) for name, run in _GLUON.items()},
     }.items()
 }
 
@@ -240,6 +274,7 @@ def run_case(
         mock.patch.object(block_cases, "assert_within_rule", digest),
         mock.patch.object(core_cases, "assert_within_rule", digest),
         mock.patch.object(fusion_cases, "assert_within_rule", digest),
+        mock.patch.object(ptx_gluon, "assert_within_rule", digest),
     ):
         CASES[backend][name](DTYPES[dtype], backend)
     return digest.bits, start
@@ -263,6 +298,8 @@ def main() -> None:
     for name in options.cases or CASES[backend]:
         for sm in built if backend == "cuda" else options.sm or [80, 90]:
             for dtype in options.dtypes:
+                if name in _GLUON and (sm != 90 or dtype == "fp32"):
+                    continue
                 began, expected, problem = time.perf_counter(), None, ""
                 try:
                     for order in range(options.orders):

@@ -68,6 +68,7 @@ BULK = kernel(
     setp.eq.u32 %p1, %r1, 0;
     mov.b32 %r7, 1024;
     @%p1 mbarrier.init.shared::cta.b64 [%r7], 1;
+    fence.mbarrier_init.release.cluster;
     bar.sync 0;
     @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r7], 512;
     mov.b32 %r8, 0;
@@ -76,6 +77,7 @@ first:
     mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r7], 0;
     @!%p2 bra first;
     ld.shared.b32 %r5, [%r3];
+    fence.proxy.async.shared::cta;
     bar.sync 0;
     @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r7], 512;
     @%p1 {_BULK} [%r8], [%rd2+512], 512, [%r7];
@@ -178,9 +180,11 @@ FAULTS = {
     "more bytes expected": (BULK, "_, [%r7], 512;", "_, [%r7], 528;"),
     "barrier before a bulk copy left out": (
         BULK,
-        "ld.shared.b32 %r5, [%r3];\n    bar.sync 0;",
-        "ld.shared.b32 %r5, [%r3];",
+        "cta;\n    bar.sync 0;",
+        "cta;",
     ),
+    "proxy fence before a bulk copy left out": (BULK, "fence.proxy.async.shared::cta;", ""),
+    "fence after an mbarrier's start left out": (BULK, "fence.mbarrier_init.release.cluster;", ""),
     "mbarrier not initialised": (BULK, "@%p1 mbarrier.init.shared::cta.b64 [%r7], 1;", ""),
     "cluster barrier left out": (
         CLUSTER,

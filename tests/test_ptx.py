@@ -261,12 +261,12 @@ def test_counters() -> None:
     assert counters["ld"] == 4 * 4 and counters["bank conflicts"] == 0
 
 
-def _launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _launch(*arguments: str, script: str = "ptx_launches.py") -> subprocess.CompletedProcess[str]:
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parents[1]
     environment["PYTHONPATH"] = str(root)
-    command = [sys.executable, str(root / "tests/ptx_launches.py"), *arguments]
+    command = [sys.executable, str(root / "tests" / script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -290,6 +290,25 @@ def test_triton_kernels(dtype: str, sm: str) -> None:
 def test_more_triton_kernels(case: str) -> None:
     done = _launch(case, "--sm", "80", "--dtypes", "bf16", "--orders", "1")
     assert not done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_gluon_kernel(dtype: str) -> None:
+    """Its three layers in three schedules, which give the same bits."""
+    names = ("sm90_linear_qkv", "sm90_linear_projection", "sm90_linear_fc1")
+    done = _launch(*names, "--sm", "90", "--dtypes", dtype, "--orders", "3")
+    assert not done.returncode, done.stdout + done.stderr
+    assert done.stdout.count(": ok") == 3, done.stdout
+
+
+@pytest.mark.slow
+def test_faults_in_the_gluon_kernel() -> None:
+    """Each proxy fence left out is found, as the one was that an H100 missed."""
+    arguments = ["proxy fence left out", "phase inverted", "--forms", "plain"]
+    done = _launch(*arguments, script="ptx_gluon.py")
+    assert not done.returncode, done.stdout + done.stderr
+    assert len(re.findall(r"(\b[1-9]\d*) of \1\b", done.stdout)) == 2, done.stdout
 
 
 @pytest.mark.slow

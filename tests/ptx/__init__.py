@@ -2,5 +2,6 @@
 
 from ptx.execute import Counters, Fault, Memory, run
 from ptx.parse import Kernel, Unknown, kernels
+from ptx.tensor_map import TensorMap
 
-__all__ = ["Counters", "Fault", "Kernel", "Memory", "Unknown", "kernels", "run"]
+__all__ = ["Counters", "Fault", "Kernel", "Memory", "TensorMap", "Unknown", "kernels", "run"]

@@ -1,4 +1,4 @@
-"""Asynchronous copies and products, mbarriers and fences of a warp.
+"""A warp's cp.async and wgmma.
 
 A copy or product happens at its issue or at its wait, as the schedule chooses. Between the two its
 bytes belong to an agent of its own, which only the wait orders before the warp.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ptx import tensor_cores as T
-from ptx.memory import Clock, Fault
+from ptx.memory import Fault
 
 Array = np.ndarray[Any, Any]
 
@@ -24,28 +24,6 @@ class Future:
         self.time, self.value = time, None
 
 
-class MBarrier:
-    """An mbarrier: arrivals and bytes that are left in its phase (PTX ISA 9.7.13.15)."""
-
-    def __init__(self, count: int, agents: int) -> None:
-        self.count = self.left = count
-        self.bytes = self.phase = 0
-        self.arriving = Clock(np.zeros(agents, np.int64), np.zeros(agents, np.int64))
-        self.done = self.arriving.copy()
-
-    def update(self, arrivals: int = 0, count: int = 0, clock: Clock | None = None) -> None:
-        if clock:
-            self.arriving.join(clock)
-        self.left -= arrivals
-        self.bytes += count
-        if self.left < 0:
-            raise Fault("more arrivals at an mbarrier than it expects")
-        if self.left == 0 and self.bytes == 0:
-            self.phase += 1
-            self.left = self.count
-            self.done.join(self.arriving)
-
-
 class Asynchronous:
     """What a warp does asynchronously."""
 
@@ -54,7 +32,7 @@ class Asynchronous:
         self.open_copies: list[Callable[[], None]] = []
         self.products: list[tuple[int, list[Callable[[], None]]]] = []
         self.open_products: list[Callable[[], None]] = []
-        self.copy_time = self.proxy_time = 1
+        self.copy_time = self.product_time = 1
 
     def later(self, queue: list[Callable[[], None]], action: Callable[[], None]) -> None:
         if self.cta.cluster.early():
@@ -80,6 +58,7 @@ class Asynchronous:
             raise Fault("cp.async of a part of its bytes is not modelled")
         place = self.memory.place(source[reading], size)
         self.counters.sectors("cp.async", place, size)
+        self.memory.reading(self, place, size, self.copier, self.copy_time)
         data = np.zeros((to.size, size), np.uint8)
 
         def land() -> None:
@@ -127,7 +106,7 @@ class Asynchronous:
         _, n, k = map(int, shape[1:].replace("n", " ").replace("k", " ").split())
         kind, size = kinds[1], 4 if kinds[1] == "tf32" else 2
         self.counters.add("tensor-core products", 1)
-        self.proxy_time += 1
+        self.product_time += 1
         rows = np.arange(16) + 16 * (self.index % 4)
         in_registers = isinstance(a, list)
         signs, flips = flags[:2], flags[2:] or [0, 0]
@@ -135,7 +114,7 @@ class Asynchronous:
         right = self.operand(int(b[0]), np.arange(n), k, size, bool(flips[1]))
         left = None if in_registers else self.operand(int(a[0]), rows, k, size, bool(flips[0]))
         registers = [self.R[t] for t in targets]
-        futures = [Future(self.proxy_time) for _ in targets]
+        futures = [Future(self.product_time) for _ in targets]
         for target, future in zip(targets, futures, strict=True):
             self.R[target] = future
 
@@ -160,7 +139,7 @@ class Asynchronous:
         at = T.Descriptor(raw).addresses(rows, k, size, transposed)
         index = shared.place(at.reshape(-1), size)
         cells = shared.cells(index, size)
-        shared.reading(cells, self.proxy, self.proxy_time, self.clock, proxy=True)
+        shared.reading(cells, self.multiplier, self.product_time, self.clock, proxy=True)
         return at
 
     def elements(self, at: Array, size: int) -> Array:
@@ -171,7 +150,7 @@ class Asynchronous:
         """Order registers; what it orders cannot go wrong here."""
 
     def wgmma_commit_group(self) -> None:
-        self.products.append((self.proxy_time, self.open_products))
+        self.products.append((self.product_time, self.open_products))
         self.open_products = []
 
     def wgmma_wait(self, left: int) -> None:
@@ -180,9 +159,9 @@ class Asynchronous:
             time, actions = self.products.pop(0)
             for action in actions:
                 action()
-            seen[self.proxy] = max(time, seen[self.proxy])
+            seen[self.multiplier] = max(time, seen[self.multiplier])
         for n, value in enumerate(self.R):
-            if isinstance(value, Future) and value.time <= seen[self.proxy]:
+            if isinstance(value, Future) and value.time <= seen[self.multiplier]:
                 self.R[n] = value.value
 
     def _multiply_now(self) -> None:
@@ -191,100 +170,3 @@ class Asynchronous:
             for action in actions:
                 action()
             actions.clear()
-
-    # mbarriers
-
-    def barrier_at(self, pointer: Array, mask: Any, cta: Any = None) -> MBarrier:
-        pointer = pointer if mask is None else pointer[mask]
-        if (pointer != pointer[0]).any():
-            raise Fault("lanes address several mbarriers")
-        cta, at = self.home(int(pointer[0]))
-        if at not in cta.mbarriers:
-            raise Fault(f"no mbarrier is initialised at {at}")
-        shared = cta.shared
-        cells = shared.cells(shared.place(np.array([at]), 8), 8)
-        shared.reading(cells, self.agent, self.now, self.clock, proxy=False)
-        return cta.mbarriers[at]
-
-    def init(self, pointer: Array, count: Array, mask: Any) -> None:
-        lanes = np.ones(32, bool) if mask is None else mask
-        for at, expected in {
-            (int(p), int(c)) for p, c in zip(pointer[lanes], count[lanes], strict=True)
-        }:
-            cells = self.cta.shared.cells(self.cta.shared.place(np.array([at]), 8), 8)
-            self.cta.shared.writing(cells, self.agent, self.now, self.clock)
-            self.cta.mbarriers[at] = MBarrier(expected, self.clock.seen.size)
-
-    def inval(self, pointer: Array, _: Any, mask: Any) -> None:
-        for at in {int(p) for p in (pointer if mask is None else pointer[mask])}:
-            if at not in self.cta.mbarriers:
-                raise Fault(f"no mbarrier is initialised at {at}")
-            cells = self.cta.shared.cells(np.array([at]), 8)
-            self.cta.shared.writing(cells, self.agent, self.now, self.clock)
-            del self.cta.mbarriers[at]
-
-    def arrive(self, pointer: Array, count: Any, mask: Any) -> Array:
-        lanes = 32 if mask is None else int(mask.sum())
-        if not lanes:
-            return np.zeros(32, np.uint64)
-        barrier = self.barrier_at(pointer, mask)
-        phase = barrier.phase
-        number = lanes if count is None else int((count if mask is None else count[mask]).sum())
-        barrier.update(number, clock=self.clock.copy())
-        self.tick()
-        return np.full(32, phase, np.uint64)
-
-    def expect(self, pointer: Array, count: Array, mask: Any) -> None:
-        if mask is None or mask.any():
-            barrier = self.barrier_at(pointer, mask)
-            barrier.bytes += int((count if mask is None else count[mask]).sum())
-
-    def has_completed(self, pointer: Array, state: Array, parity: bool, mask: Array) -> bool:
-        barrier = self.barrier_at(pointer, mask)
-        value = int(state[mask][0])
-        passed = (barrier.phase & 1) != (value & 1) if parity else barrier.phase > value
-        if passed:
-            self.clock.join(barrier.done)
-        return passed
-
-    # Bulk copies: TMA
-
-    def transfer(
-        self, cells: Array, action: Callable[[], int], barrier: MBarrier, cta: Any
-    ) -> None:
-        self.proxy_time += 1
-        time = self.proxy_time
-        cta.shared.writing(cells, self.proxy, time, self.clock)
-        clock = Clock(np.zeros_like(self.clock.seen), np.zeros_like(self.clock.seen))
-        clock.seen[self.proxy] = time
-
-        def land() -> None:
-            barrier.update(count=-action(), clock=clock)
-
-        cta.cluster.in_flight.append(land)
-
-    def copy_bulk(self, to: Array, source: Array, size: Array, pointer: Array, mask: Any) -> None:
-        for lane in np.nonzero(np.ones(32, bool) if mask is None else mask)[0]:
-            count = int(size[lane])
-            cta, at = self.home(int(to[lane]))
-            barrier = self.barrier_at(pointer[lane : lane + 1], None)
-            index = cta.shared.place(np.array([at]), 16)[0] + np.arange(count)
-            cta.shared.place(index[-1:], 1)
-            place = self.memory.place(source[lane] + 16 * np.arange(count // 16), 16)
-            self.counters.add("bytes by bulk copies", count)
-
-            def action(cta=cta, index=index, place=place, count=count) -> int:
-                data = self.memory.bytes[place[:, None] + np.arange(16)]
-                cta.shared.bytes[index] = data.reshape(-1)
-                return count
-
-            self.transfer(np.unique(index // cta.shared.granule), action, barrier, cta)
-
-    # Fences
-
-    def fence_proxy(self, name: str) -> None:
-        if "async" in name:
-            np.maximum(self.clock.fenced, self.clock.seen, out=self.clock.fenced)
-
-    def fence(self) -> None:
-        """Order global memory, which CTAs here see in the order of execution."""

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ptx import arithmetic, transfers
-from ptx.asynchronous import MBarrier
-from ptx.memory import Fault, Memory, Shared, conflicts
+from ptx.bulk import MBarrier
+from ptx.global_memory import Memory
+from ptx.memory import Agents, Fault, Shared, conflicts
 from ptx.parse import Instruction, Kernel, bits
 from ptx.segment import CONTROL, Segment
 from ptx.warp import Warp
@@ -21,6 +22,8 @@ __all__ = ["Counters", "Fault", "Memory", "run"]
 
 Array = np.ndarray[Any, Any]
 
+#: Clocks tell so many mbarriers of a CTA apart.
+_BARRIERS = 64
 _TABLE = arithmetic.TABLE | transfers.TABLE
 
 
@@ -60,6 +63,9 @@ class Program:
         if any(i.parts[0] in ("ldmatrix", "stmatrix", "wgmma") for i in kernel.code):
             self.granule = min(self.granule, 2)
         self.granule = min(self.granule, 4)
+        boxes = any("tensor" in i.parts for i in kernel.code)
+        sizes = [bits(i.parts[-1]) // 8 for i in kernel.code if i.parts[0] in ("ld", "st")]
+        self.global_granule = min([2 if boxes else 4, *sizes])
 
     def segment(self, begin: int, masked: bool) -> Any:
         found = self.known.get((begin, masked))
@@ -77,9 +83,11 @@ class Program:
         ways: dict[int, list[int]] = {}
         for begin, end in self.ends.items():
             ways[begin] = [end]
-            if code[begin].parts[0] == "bra":
-                target = self.kernel.labels[code[begin].operands[0].text]
-                ways[begin] = [target, end] if code[begin].guard else [target]
+            if code[begin].parts[0] in ("bra", "brx"):
+                label = code[begin].operands[-1].text
+                names = self.kernel.targets.get(label, [label])
+                ways[begin] = [self.kernel.labels[name] for name in names]
+                ways[begin] += [end] if code[begin].guard else []
             elif code[begin].parts[0] in ("ret", "exit", "trap") and not code[begin].guard:
                 ways[begin] = [leave]
         after = {n: {*ways, leave} for n in ways} | {leave: {leave}}
@@ -114,9 +122,8 @@ class Cta:
 
     def __init__(self, cluster: Cluster, rank: int, block: tuple[int, int, int], size: int) -> None:
         self.cluster, self.rank, self.block = cluster, rank, block
-        warps = -(-int(np.prod(cluster.threads)) // 32)
-        self.num_warps = warps
-        self.shared = Shared(size, 3 * warps * cluster.size, cluster.program.granule)
+        self.num_warps = cluster.agents.warps // cluster.size
+        self.shared = Shared(size, cluster.agents, cluster.program.granule)
         self.barriers: dict[int, Any] = {}
         self.mbarriers: dict[int, MBarrier] = {}
 
@@ -139,11 +146,23 @@ class Cluster:
         self.program, self.grid, self.threads, self.size = program, grid, threads, len(blocks)
         self.arguments, self.memory, self.counters = arguments, memory, counters
         self.random = random.Random(order) if order else None
+        self.agents = Agents(-(-int(np.prod(threads)) // 32) * self.size, _BARRIERS * self.size)
         self.in_flight: list[Any] = []
+        self.num_barriers = 0
+        self.number = memory.enter()
+        #: By a cluster's number, what its agents released to this one: seen at atomics, and seen
+        #: before a fence.
+        self.seen: dict[int, Array] = {}
+        self.acquired: dict[int, Array] = {}
         self.barrier: dict[str, Any] = {"arrived": 0, "phase": 0, "clock": None, "done": None}
         size = program.kernel.static_bytes + shared_bytes
         self.ctas = [Cta(self, n, block, size) for n, block in enumerate(blocks)]
         self.warps = [Warp(cta, n) for cta in self.ctas for n in range(cta.num_warps)]
+
+    def acquire(self, released: dict[int, Array]) -> None:
+        for number, times in released.items():
+            known = self.acquired.get(number)
+            self.acquired[number] = times if known is None else np.maximum(known, times)
 
     def early(self) -> bool:
         return self.random.random() < 0.5 if self.random else False
@@ -172,12 +191,16 @@ class Cluster:
                 waiting.add(id(warp))
             if not warp.stack:
                 live.remove(warp)
-        while self.in_flight:
-            self.land()
+        for copy in self.in_flight:
+            if copy.to_shared:
+                raise Fault(
+                    f"line {copy.line}: exit before a bulk copy to shared memory has landed"
+                )
+            copy.land()
 
     def land(self) -> None:
         n = self.random.randrange(len(self.in_flight)) if self.random else 0
-        self.in_flight.pop(n)()
+        self.in_flight.pop(n).land()
 
 
 def run(
@@ -218,6 +241,7 @@ def run(
     counters = Counters()
     program = kernel.__dict__.setdefault("program", None) or Program(kernel)
     kernel.__dict__["program"] = program
+    memory.launch(program.global_granule)
     starts = [
         (x, y, z)
         for z in range(grid[2])

@@ -1,8 +1,7 @@
-"""Global memory with bounds, and shared memory that knows who ordered which access."""
+"""Shared memory that knows who ordered which access."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 from typing import Any
 
@@ -22,61 +21,54 @@ class Fault(RuntimeError):
     """Raised where a kernel does what a GPU may not do, or may do differently."""
 
 
-class Memory:
-    """Global memory: this process's own, of which a kernel may touch what was added.
+@dataclasses.dataclass(frozen=True)
+class Agents:
+    """Numbers of all that access a cluster's shared memory.
 
-    Attributes:
-        bytes: All memory from the address ``GLOBAL`` on.
+    First its warps, then what each does asynchronously, in order: cp.async, wgmma and bulk stores;
+    then mbarriers, for the bulk copies that signal them.
     """
 
-    def __init__(self) -> None:
-        everything = ctypes.c_uint8 * ((1 << 47) - GLOBAL)
-        self.bytes = np.ctypeslib.as_array(everything.from_address(GLOBAL))
-        self._arrays: dict[int, Array] = {}  # by address; none is freed
-        self._begins = self._ends = np.zeros(0, np.int64)
+    warps: int
+    barriers: int
 
-    def add(self, data: Array) -> int:
-        """Let kernels read and write a contiguous array; return its address."""
-        address = int(data.ctypes.data)
-        if address < GLOBAL or not data.flags.c_contiguous:
-            raise ValueError(f"expected a contiguous array at {GLOBAL:#x} or later")
-        known = self._arrays.get(address)
-        if data.nbytes and (known is None or known.nbytes < data.nbytes):
-            self._arrays[address] = data
-            begins = sorted(self._arrays)
-            self._begins = np.array(begins)
-            self._ends = np.array([begin + self._arrays[begin].nbytes for begin in begins])
-        return address
+    @property
+    def generic(self) -> int:
+        """Of these, the first access memory through the generic proxy."""
+        return 2 * self.warps
 
-    def place(self, address: Array, size: int) -> Array:
-        """Return indices of bytes; faults out of bounds or unaligned."""
-        address = address.astype(np.int64)
-        if (address % size).any():
-            raise Fault(
-                f"an address {int(address[address % size != 0][0]):#x} is no multiple of {size}"
-            )
-        array = np.searchsorted(self._begins, address, "right") - 1
-        good = (array >= 0) & (address + size <= self._ends[array])
-        if not good.all():
-            raise Fault(f"global address {int(address[~good][0]):#x} is out of bounds")
-        return address - GLOBAL
+    @property
+    def readers(self) -> int:
+        return 4 * self.warps
+
+    def clock(self) -> Clock:
+        total = self.readers + self.barriers
+        return Clock(*np.zeros((3, total), np.int64))
+
+    def name(self, agent: int) -> str:
+        if agent >= self.readers:
+            return "a bulk copy"
+        kinds = ("warp", "the cp.async of warp", "the wgmma of warp", "the bulk stores of warp")
+        return f"{kinds[agent // self.warps]} {agent % self.warps}"
 
 
 @dataclasses.dataclass
 class Clock:
-    """What an agent has seen of the others (a vector clock), and the part that it or others
-    fenced for the asynchronous proxy.
+    """What an agent has seen of the others (a vector clock), and the parts that it or others
+    fenced for the asynchronous proxy, and for other CTAs.
     """
 
     seen: Array
     fenced: Array
+    released: Array
 
     def join(self, other: Clock) -> None:
         np.maximum(self.seen, other.seen, out=self.seen)
         np.maximum(self.fenced, other.fenced, out=self.fenced)
+        np.maximum(self.released, other.released, out=self.released)
 
     def copy(self) -> Clock:
-        return Clock(self.seen.copy(), self.fenced.copy())
+        return Clock(self.seen.copy(), self.fenced.copy(), self.released.copy())
 
 
 class Shared:
@@ -87,17 +79,17 @@ class Shared:
 
     Args:
         size: In bytes.
-        agents: Warps of the cluster, then their cp.async, then their asynchronous proxies.
+        agents: Who may access it.
         granule: Bytes of the smallest access.
     """
 
-    def __init__(self, size: int, agents: int, granule: int) -> None:
+    def __init__(self, size: int, agents: Agents, granule: int) -> None:
         self.bytes = np.full(size + 16, 0xFF, np.uint8)
         self.size, self.agents, self.granule = size, agents, granule
         cells = -(-size // granule) + 16
         self.writer = np.zeros(cells, np.int64)
         self.written = np.full(cells, NEVER, np.int64)
-        self.reads = np.zeros((agents, cells), np.int64)
+        self.reads = np.zeros((agents.readers, cells), np.int64)
 
     def place(self, index: Array, size: int) -> Array:
         index = index.astype(np.int64)
@@ -131,39 +123,51 @@ class Shared:
         if late.any():
             if (written[late] == NEVER).any():
                 raise Fault("shared memory is read that was never written")
-            raise Fault(f"a race: read of what {self._who(writer[late][0])} writes, unordered")
+            who = self.agents.name(int(writer[late][0]))
+            raise Fault(f"a race: read of what {who} writes, unordered")
         if proxy:
-            generic = writer < self.agents * 2 // 3
-            unfenced = generic & (written > clock.fenced[writer])
+            unfenced = (writer < self.agents.generic) & (written > clock.fenced[writer])
             if unfenced.any():
+                who = self.agents.name(int(writer[unfenced][0]))
                 raise Fault(
-                    f"no fence.proxy.async between writes of {self._who(writer[unfenced][0])} "
-                    "and an asynchronous read"
+                    f"no fence.proxy.async between writes of {who} and an asynchronous read"
                 )
         self.reads[agent, cells] = time
 
     def writing(
-        self, cells: Array, agent: int, time: int, clock: Clock, same: Array | None = None
+        self,
+        cells: Array,
+        agent: int,
+        time: int,
+        clock: Clock,
+        same: Array | None = None,
+        proxy: bool = False,
     ) -> None:
-        """Check and note a write. Warps may write what is there already, as Triton's replicated
-        layouts do.
+        """Check and note a write; with proxy, by the asynchronous one.
+
+        Warps may write what is there already, as Triton's replicated layouts do.
         """
         written, writer = self.written[cells], self.writer[cells]
         late = (written > clock.seen[writer]) & (written != NEVER)
         if same is not None and late.any():
             late &= ~np.repeat(same, cells.size // same.size)
         if late.any():
-            raise Fault(f"a race: write over what {self._who(writer[late][0])} writes, unordered")
-        unread = self.reads[:, cells] > clock.seen[:, None]
+            who = self.agents.name(int(writer[late][0]))
+            raise Fault(f"a race: write over what {who} writes, unordered")
+        reads = self.reads[:, cells]
+        unread = (reads > clock.seen[: len(reads), None]).any(axis=1)
         if unread.any():
-            other = int(np.nonzero(unread.any(axis=1))[0][0])
-            raise Fault(f"a race: write over what {self._who(other)} reads, unordered")
+            who = self.agents.name(int(np.nonzero(unread)[0][0]))
+            raise Fault(f"a race: write over what {who} reads, unordered")
+        if proxy:
+            generic = self.agents.generic
+            unfenced = (reads[:generic] > clock.fenced[:generic, None]).any(axis=1)
+            by = writer[(writer < generic) & (written > clock.fenced[writer]) & (written != NEVER)]
+            if unfenced.any() or by.size:
+                what = "reads" if unfenced.any() else "writes"
+                who = self.agents.name(int(np.nonzero(unfenced)[0][0] if unfenced.any() else by[0]))
+                raise Fault(f"no fence.proxy.async between {what} of {who} and a bulk copy over it")
         self.writer[cells], self.written[cells] = agent, time
-
-    def _who(self, agent: int) -> str:
-        warps = self.agents // 3
-        kind = ("warp", "the cp.async of warp", "the asynchronous proxy of warp")[agent // warps]
-        return f"{kind} {agent % warps}"
 
 
 def conflicts(index: Array, size: int) -> int:

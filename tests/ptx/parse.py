@@ -75,6 +75,7 @@ class Kernel:
         static_bytes: Bytes of all static shared variables.
         local_bytes: Bytes of local memory per thread.
         labels: Indices of the instructions behind labels.
+        targets: Labels in each list that brx.idx chooses from.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Kernel:
     local_bytes: int
     code: list[Instruction]
     labels: dict[str, int]
+    targets: dict[str, list[str]]
 
 
 def kernels(text: str, only: str | None = None) -> dict[str, Kernel]:
@@ -122,7 +124,7 @@ def _aligned(offset: int, alignment: int) -> int:
 
 
 def _kernel(name: str, params: str, outside: str, body: str, line: int) -> Kernel:
-    kernel = Kernel(name, [], {}, {}, 0, {}, 0, [], {})
+    kernel = Kernel(name, [], {}, {}, 0, {}, 0, [], {}, {})
     offset = 0
     for align, kind, param, count in _PARAM.findall(params):
         size = bits(kind) // 8
@@ -172,8 +174,11 @@ def _body(kernel: Kernel, body: str, line: int) -> None:
             vector += 1 if token == "{" else -1
             statement += token
         elif token == ";":
+            listed = re.fullmatch(r"\s*([\w$]+)\s*:\s*\.branchtargets\s(.*)", statement)
             rest = _labels(kernel, statement, scopes)
-            if rest:
+            if listed:
+                kernel.targets[listed[1]] = [name.strip() for name in listed[2].split(",")]
+            elif rest:
                 _statement(kernel, rest, scopes, started)
             statement = ""
         else:

@@ -27,7 +27,7 @@ _NAMES: dict[str, Any] = {
 }
 #: Instructions after which a warp may stop or go elsewhere, as patterns of names.
 CONTROL = re.compile(
-    r"bra\b|ret\b|exit\b|trap\b|bar\.(sync|arrive|red|warp)|barrier\.|mbarrier\.(try|test)_wait"
+    r"bra\b|brx\b|ret\b|exit\b|trap\b|bar\.(sync|arrive|red|warp)|barrier\.|mbarrier\.(try|test)_wait"
     r"|nanosleep"
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ptx.parse import Instruction, Unknown, bits, number
+from ptx.parse import Instruction, Operand, Unknown, bits, number
 from ptx.segment import Handler, Segment
 
 
@@ -51,7 +51,8 @@ def _atomic(s: Segment, i: Instruction) -> None:
         p for p in i.parts[1:] if p in ("add", "min", "max", "and", "or", "exch", "cas", "inc")
     )
     values = ", ".join(s.get(v, kind) for v in operands[1:])
-    call = f"w.atomic({which!r}, {_space(i)!r}, {s.pointer(operands[0])}, [{values}], {s.mask})"
+    pointer = s.pointer(operands[0])
+    call = f"w.atomic({i.name!r}, {which!r}, {_space(i)!r}, {pointer}, [{values}], {s.mask})"
     if reduction:
         s.lines.append(call)
     else:
@@ -161,15 +162,42 @@ def _copy(s: Segment, i: Instruction) -> None:
 
 
 def _bulk(s: Segment, i: Instruction) -> None:
+    """Bulk copies: a tensor's boxes, or bytes in a row; to shared memory or from it."""
     name = i.name
-    if i.parts[3] == "shared" and "global" in i.parts[4:]:
-        to, source, size, barrier = i.operands[:4]
-        s.lines.append(
-            f"w.copy_bulk({s.pointer(to)}, {s.pointer(source)}, {s.get(size, 'b32')}, "
-            f"{s.pointer(barrier)}, {s.mask})"
-        )
+    if i.parts[3] == "commit_group":
+        s.lines.append(f"w.commit_stores({s.mask})")
+        return
+    if i.parts[3] == "wait_group":
+        left = number(i.operands[0].text, 32)
+        s.lines.append(f"w.wait_stores({left}, {'read' in i.parts}, {s.mask})")
+        return
+    if {"reduce", "prefetch", "im2col", "gather4", "scatter4"} & set(i.parts):
+        raise Unknown(name)
+    is_box = i.parts[3] == "tensor"
+    first = i.parts[5 if is_box else 3]
+    if first == "shared" and "global" in i.parts:
+        to, source, *rest = i.operands
+        size = [] if is_box else [s.get(rest.pop(0), "b32")]
+        barrier, *rest = rest
+        ranks = s.get(rest[0], "b32") if "multicast" in i.parts else "None"
+        what = _box(s, source) if is_box else [s.pointer(source), *size]
+        args = [s.pointer(to), *what, s.pointer(barrier), ranks, s.mask]
+        s.lines.append(f"w.{'load_box' if is_box else 'copy_bulk'}({', '.join(args)})")
+    elif first == "global" and "bulk_group" in i.parts:
+        to, source, *rest = i.operands
+        if is_box:
+            args = [*_box(s, to), s.pointer(source), s.mask]
+        else:
+            args = [s.pointer(to), s.pointer(source), s.get(rest[0], "b32"), s.mask]
+        s.lines.append(f"w.{'store_box' if is_box else 'store_bulk'}({', '.join(args)})")
     else:
         raise Unknown(name)
+
+
+def _box(s: Segment, operand: Operand) -> list[str]:
+    """Return the address of a tensor map, and coordinates."""
+    coordinates = ", ".join(s.get(c, "b32") for c in operand.parts[1].parts)
+    return [s.pointer(operand), f"[{coordinates}]"]
 
 
 def _mbarrier(s: Segment, i: Instruction) -> None:
@@ -190,10 +218,7 @@ def _mbarrier(s: Segment, i: Instruction) -> None:
 
 
 def _fence(s: Segment, i: Instruction) -> None:
-    if i.parts[1] == "proxy":
-        s.lines.append(f"w.fence_proxy({i.name!r})")
-    else:
-        s.lines.append("w.fence()")
+    s.lines.append(f"w.fence({i.name!r})")
 
 
 def _mapa(s: Segment, i: Instruction) -> None:
@@ -205,10 +230,10 @@ def _mapa(s: Segment, i: Instruction) -> None:
 def _to_space(s: Segment, i: Instruction) -> None:
     kind = i.parts[-1]
     space = _space(i)
-    base = {"global": 0, "shared": "w.window", "local": "w.local_window"}[space]
+    base = {"shared": "w.window", "local": "w.local_window"}.get(space)
     a = s.get(i.operands[1], kind)
     sign = "-" if "to" in i.parts else "+"
-    text = a if space == "global" else f"({a} {sign} u{bits(kind) // 8}({base}))"
+    text = f"({a} {sign} u{bits(kind) // 8}({base}))" if base else a
     s.put(i.operands[0], text, kind, raw=True)
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ptx import numbers as N
 from ptx import tensor_cores as T
 from ptx.asynchronous import Asynchronous
-from ptx.memory import GLOBAL, LOCAL, PARAM, SHARED, STRIDE, Clock, Fault
+from ptx.bulk import Bulk
+from ptx.lanes import Lanes
+from ptx.memory import GLOBAL, LOCAL, PARAM, SHARED, STRIDE, Fault
 from ptx.parse import Instruction, Operand, Unknown, number
 
 Array = np.ndarray[Any, Any]
@@ -20,11 +21,12 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _LANES = np.arange(32)
 
 
-class Warp(Asynchronous):
+class Warp(Asynchronous, Bulk, Lanes):
     """32 lanes. Where they part, each side runs until both meet at the post-dominator."""
 
     def __init__(self, cta: Any, index: int) -> None:
-        super().__init__()
+        Asynchronous.__init__(self)
+        Bulk.__init__(self)
         cluster = cta.cluster
         self.cta, self.index, self.memory, self.counters = (
             cta,
@@ -37,8 +39,8 @@ class Warp(Asynchronous):
         self.R: list[Any] = [np.full(32, _POISON[b], _RAW[b]) for _, b in kernel.registers.values()]
         total = cta.num_warps * cluster.size
         self.agent = cta.rank * cta.num_warps + index
-        self.copier, self.proxy = total + self.agent, 2 * total + self.agent
-        self.clock = Clock(np.zeros(3 * total, np.int64), np.zeros(3 * total, np.int64))
+        self.copier, self.multiplier, self.storer = (n * total + self.agent for n in (1, 2, 3))
+        self.clock = cluster.agents.clock()
         self.clock.seen[self.agent] = 1
         thread = 32 * index + _LANES
         count = int(np.prod(cluster.threads))
@@ -144,11 +146,12 @@ class Warp(Asynchronous):
         at, _, mask = top
         chosen = mask & self.value(i.guard) if i.guard else mask
         name = i.parts[0]
-        if name == "bra":
+        if name in ("bra", "brx"):
             self.counters.add("branches", 1)
-            self._branch(top, self.program.kernel.labels[i.operands[0].text], chosen)
+            self._branch(top, self._ways(i, chosen, mask & ~chosen))
             return True
         if name in ("ret", "exit"):
+            self.check_stores(chosen)
             for entry in self.stack:
                 entry[2] = entry[2] & ~chosen
         elif name == "trap":
@@ -158,18 +161,32 @@ class Warp(Asynchronous):
         top[0] = at + 1
         return True
 
-    def _branch(self, top: list[Any], target: int, chosen: Array) -> None:
-        at, _, mask = top
-        rest = mask & ~chosen
-        if not rest.any() or not chosen.any():
-            top[0] = target if chosen.any() else at + 1
+    def _ways(self, i: Instruction, chosen: Array, rest: Array) -> list[tuple[int, Array]]:
+        """Return where which lanes go on."""
+        top, labels = self.stack[-1], self.program.kernel.labels
+        ways = [(top[0] + 1, rest)]
+        if i.parts[0] == "bra":
+            ways.append((labels[i.operands[0].text], chosen))
+        else:
+            targets, index = (
+                self.program.kernel.targets[i.operands[1].text],
+                self.value(i.operands[0]),
+            )
+            if (index[chosen] >= len(targets)).any():
+                raise Fault(f"brx.idx by {int(index[chosen].max())} of {len(targets)} targets")
+            ways += [(labels[t], chosen & (index == n)) for n, t in enumerate(targets)]
+        return [(target, lanes) for target, lanes in ways if lanes.any()]
+
+    def _branch(self, top: list[Any], ways: list[tuple[int, Array]]) -> None:
+        if len(ways) == 1:
+            top[0] = ways[0][0]
             return
-        meeting = self.program.post_dominators[at]
+        meeting = self.program.post_dominators[top[0]]
         if meeting is None:
             self.stack.pop()
         else:
             top[0] = meeting
-        self.stack += [[at + 1, meeting, rest], [target, meeting, chosen]]
+        self.stack += [[target, meeting, lanes] for target, lanes in ways]
 
     def _meet(self, i: Instruction, mask: Array) -> bool:
         if i.parts[0] == "nanosleep" or i.name.startswith("bar.warp"):
@@ -279,6 +296,12 @@ class Warp(Asynchronous):
         if space == "global":
             index = self.memory.place(pointer, size)
             self.counters.sectors("global", index, size)
+            by = self.agent, self.now
+            if data is not None:
+                same = (self.memory.bytes[index[:, None] + step] == data).all(axis=1)
+                self.memory.writing(self, index, size, *by, same)
+            else:
+                self.memory.reading(self, index, size, *by)
             return [(self.memory.bytes, slice(None), index[:, None] + step)]
         if space == "local":
             index = pointer - (LOCAL if pointer[0] >= LOCAL else 0)
@@ -324,25 +347,16 @@ class Warp(Asynchronous):
             raw[index] = data[which]
 
     def atomic(
-        self, which: str, space: str, pointer: Array, values: list[Array], mask: Any
+        self, name: str, which: str, space: str, pointer: Array, values: list[Array], mask: Any
     ) -> Array:
         dtype = values[0].dtype
-        size = dtype.itemsize
         result = np.zeros(32, dtype)
         if self._space(space, pointer) != "global":
             raise Unknown("atomics in shared memory")
-        operations: dict[str, Any] = {
-            "add": lambda old, v: old + v[0], "min": lambda old, v: min(old, v[0]),
-            "max": lambda old, v: max(old, v[0]), "exch": lambda old, v: v[0],
-            "and": lambda old, v: old & v[0], "or": lambda old, v: old | v[0],
-            "cas": lambda old, v: v[1] if old == v[0] else old,
-            "inc": lambda old, v: old + 1 if old < v[0] else old * 0,
-        }  # fmt: skip
         for lane in _LANES if mask is None else _LANES[mask]:
-            index = int(self.memory.place(pointer[lane : lane + 1], size)[0])
-            word = self.memory.bytes[index : index + size].view(dtype)
-            result[lane] = word[0]
-            word[0] = operations[which](word[0], [v[lane] for v in values])
+            given = [v[lane] for v in values]
+            at = int(pointer[lane])
+            result[lane] = self.memory.atomic(self, name, which, at, given, dtype)
         return result
 
     def load_matrix(self, pointer: Array, count: int, transposed: bool, mask: Any) -> list[Array]:
@@ -380,71 +394,3 @@ class Warp(Asynchronous):
         inner = address & address.dtype.type(STRIDE - 1)
         base = address.dtype.type(SHARED) if address.dtype.itemsize == 8 else address.dtype.type(0)
         return base + moved + inner
-
-    # Between lanes
-
-    def shuffle(self, mode: str, a: Array, b: Array, c: Array, mask: Any) -> tuple[Array, Array]:
-        lane, b, c = _LANES, b.astype(np.int64) & 31, c.astype(np.int64)
-        clamp, segment = c & 31, c >> 8 & 31
-        last = (lane & segment) | (clamp & ~segment)
-        source = {
-            "up": lambda: lane - b, "down": lambda: lane + b, "bfly": lambda: lane ^ b,
-            "idx": lambda: (lane & segment) | (b & ~segment & 31),
-        }[mode]()  # fmt: skip
-        valid = source >= last if mode == "up" else source <= last
-        source = np.where(valid, source, lane)
-        if mask is not None and not mask[source[mask]].all():
-            raise Fault("a shuffle reads a lane that does not take part")
-        return a[source], valid
-
-    def vote(self, name: str, values: Any, mask: Any) -> Array:
-        lanes = _LANES if mask is None else _LANES[mask]
-        if name.startswith("activemask"):
-            return np.full(32, sum(1 << int(n) for n in lanes), np.uint32)
-        if name.startswith("vote"):
-            active = values[lanes]
-            if "ballot" in name:
-                return np.full(32, sum(1 << int(n) for n in lanes[active]), np.uint32)
-            result = active.all() if ".all" in name else active.any()
-            if ".uni" in name:
-                result = active.all() or not active.any()
-            return np.full(32, bool(result))
-        function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
-                    "or": np.bitwise_or, "xor": np.bitwise_xor}[name.split(".")[2]]  # fmt: skip
-        return np.full(32, function.reduce(values[lanes]), values.dtype).view(np.uint32)
-
-    def elect(self, mask: Any) -> tuple[Array, Array]:
-        first = 0 if mask is None else int(_LANES[mask][0]) if mask.any() else 0
-        return np.full(32, first, np.uint32), first == _LANES
-
-    def halves(self, name: str, kind: str, *args: Array) -> Array:
-        """Compute in 16 bits, rounded once."""
-        if kind.endswith("x2"):
-            low, high = zip(*(N.halves(a) for a in args), strict=True)
-            return N.pack(self.halves(name, kind[:-2], *low), self.halves(name, kind[:-2], *high))
-        x = [getattr(N, f"from_{kind}")(a) for a in args]
-        if name in ("neg", "abs"):
-            return args[0] ^ np.uint16(0x8000) if name == "neg" else args[0] & np.uint16(0x7FFF)
-        if name in ("min", "max"):
-            return getattr(N, f"to_{kind}")(N.minimum(x[0], x[1], name == "max", False))
-        wide = [v.astype(np.float64) for v in x]
-        if name in N.APPROXIMATE:
-            value = N.APPROXIMATE[name](wide[0])
-        else:
-            value = {
-                "add": lambda a, b: a + b,
-                "sub": lambda a, b: a - b,
-                "mul": lambda a, b: a * b,
-                "fma": lambda a, b, c: a * b + c,
-            }[name](*wide)
-        if kind == "f16":
-            return np.where(
-                value != value, np.uint16(0x7FFF), value.astype(np.float16).view(np.uint16)
-            )
-        raw = value.view(np.uint64)
-        odd = raw >> np.uint64(45) & np.uint64(1)
-        near = (raw + np.uint64((1 << 44) - 1) + odd) & ~np.uint64((1 << 45) - 1)
-        normal = np.abs(value) > 2.0**-126
-        return N.to_bf16(
-            np.where(normal & np.isfinite(value), near.view(np.float64), value).astype(np.float32)
-        )
