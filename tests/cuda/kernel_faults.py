@@ -82,10 +82,10 @@ FUSION, FUSION_ALIASED, FUSION_WIDE, FUSION_SHARED = (
 STORE_PARTIALS = "if (!tiles) store_partials();"
 
 
-def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Fault]:
-    """Faults common to forward_pass.h and backward_pass.h."""
+def of_a_pass(way: str, file: str, result: str, refilled: str, in_row: str) -> dict[str, Fault]:
+    """Faults common to forward_pass.h and backward_pass.h; in_row follows a loop over results."""
+    loop = "row < count; row += block_warps()) {\n"
     faults = {
-        "sums of rows not seen": race(CORE, no_barrier(file, f"clear();\n    {BARRIER}")),
         "tile refilled early": race(
             refilled, no_warp_barrier(file, f"{WARP_BARRIER}\n      ring_.copy_next(x, range")
         ),
@@ -97,7 +97,7 @@ def of_a_pass(way: str, file: str, result: str, refilled: str) -> dict[str, Faul
         ),
         "tile not waited for": wrong(CORE, result, left_out(file, "ring_.wait();")),
         "a row of results too many": overflow(
-            CORE_WIDE, (file, "row < count;", "row < count + FAULT;")
+            CORE_WIDE, (file, loop + in_row, loop.replace("count", "count + FAULT") + in_row)
         ),
         "tiles of other blocks not there": race(
             CORE_SHARED,
@@ -136,13 +136,22 @@ CLUSTER_BARRIERS = {
 GROUP_BARRIER = "barrier_of_warps(1 + warp_group(channels), 32 * group_warps(channels));"
 
 FAULTS: dict[str, Fault] = {
-    **of_a_pass("forward", FORWARD_PASS, "m", CORE_WIDE),
-    **of_a_pass("backward", BACKWARD_PASS, "du", CORE),
+    **of_a_pass("forward", FORWARD_PASS, "m", CORE_WIDE, "      SoftmaxState group;"),
+    **of_a_pass("backward", BACKWARD_PASS, "du", CORE, "#pragma unroll 2"),
+    "forward: sums of rows not seen": race(
+        CORE, no_barrier(FORWARD_PASS, f"clear();\n    {BARRIER}")
+    ),
     "forward: rows not seen": race(
-        CORE, no_barrier(FORWARD_PASS, f"{BARRIER}\n    scores_.sum_rows();")
+        CORE_WIDE, no_barrier(FORWARD_PASS, f"{BARRIER}\n      scores_.sum_rows();")
+    ),
+    "backward: sums of rows not seen": race(
+        CORE_WIDE, no_barrier(BACKWARD_PASS, f"clear();\n      {BARRIER}")
     ),
     "backward: rows not seen": race(
-        CORE, no_barrier(BACKWARD_PASS, f"of_warp[row] = sum;\n    }}\n    {BARRIER}")
+        CORE_WIDE, no_barrier(BACKWARD_PASS, f"if constexpr (kAlone) {BARRIER}")
+    ),
+    "fusion backward: rows not seen": race(
+        FUSION, no_barrier(BACKWARD_PASS, f"of_warp[row] = sum;\n    }}\n    {BARRIER}")
     ),
     "backward: sums of all rows not seen": race(
         CORE, no_barrier(BACKWARD_PASS, f"{BARRIER}\n    for (int iteration")
@@ -189,7 +198,7 @@ FAULTS: dict[str, Fault] = {
         ),
     ),
     "a sum of a row too many": overflow(
-        CORE, (SCORES, "(channels_) * kSums;", "(channels_) * kSums + FAULT;")
+        CORE_WIDE, (SCORES, "(channels_) * kSums;", "(channels_) * kSums + FAULT;")
     ),
     "a sum from another lane": wrong(
         CORE, "m", (SCORES, "% 4 * 9 + (i & 1) * 4", "% 4 * 9 + (i & 1) * 4 * !FAULT")

@@ -1,8 +1,12 @@
 #include "attention_core/cuda/backward_pass.h"
 #include "attention_core/cuda/choose.h"
+#include "attention_core/cuda/warp_rows.h"
 
 namespace crossvit::attention_core::cuda {
 namespace {
+
+template <class P>
+using Pass = BackwardPass<P, true>;
 
 // Processes rows [begin, begin + kRows) of u. Grid: clusters of blocks that share an image, splits.
 // partials: [B, splits, R, C], du per split, if there are several. tile_memory holds the partials
@@ -21,26 +25,24 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int64_t index = image * gridDim.y + split;
   const TilePartials<P> tiles = partials_of_split<P>(tile_memory, a.problem, index);
 
-  BackwardPass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
-  const Image<T> x = image_of<T>(a.x, a.mask, image);
   const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
   const float* dm = static_cast<const float*>(a.dm.data) + image * a.dm.batch_stride;
   const float* m = static_cast<const float*>(a.m.data) + image * a.m.batch_stride;
-  const RowLoads<P, 4> dm_rows(dm + begin * a.dm.row_stride, a.dm.row_stride, count, channels);
-  const RowLoads<P, 4> u_rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
-  const RowLoads<P, 4> m_rows(m + begin * a.m.row_stride, a.m.row_stride, count, channels);
+  const WarpRowLoads<P, 24> dm_rows(dm + begin * a.dm.row_stride, a.dm.row_stride, count, channels);
+  const WarpRowLoads<P, 24> u_rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  const WarpRowLoads<P, 24> m_rows(m + begin * a.m.row_stride, a.m.row_stride, count, channels);
   const auto load_lse = [&](const void* from, float otherwise) {
-    const int row = thread_index();
+    const int row = WarpRowLoads<P, 24>::row(lane_index());
     const int64_t index = image * num_rows + begin + row;
     return from && row < count ? static_cast<const float*>(from)[index] : otherwise;
   };
   float lse = load_lse(a.lse, INFINITY);
   if (lse == -INFINITY) lse = INFINITY;  // nothing attended to: no weights
   const float dlse = load_lse(a.dlse, 0);
+  Pass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
+  const Image<T> x = image_of<T>(a.x, a.mask, image);
   pass.start(x, range);
-  dm_rows.write(pass.rows());
-  u_rows.write(pass.rows() + P::kRows * P::row_pitch(channels));
-  pass.write_row_floats(lse, dlse, dm_rows, m_rows);
+  pass.write_rows(lse, dlse, dm_rows, u_rows, m_rows);
 
   const bool add = begin > 0;
   T* dextra = static_cast<T*>(a.dx.extra) + image * a.dx.extra_batch_stride;
@@ -60,8 +62,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     du = partials + index * num_rows * channels;
     stride = channels;
   }
-  pass.results(count, range, [&](int row, int channel, float sum) {
-    du[(begin + row) * stride + channel] = sum;
+  pass.results_of_pairs(count, range, [&](int row, int channel, float2 sums) {
+    *reinterpret_cast<float2*>(du + (begin + row) * stride + channel) = sums;
   });
 }
 
@@ -108,14 +110,14 @@ int64_t backward_workspace(const Problem& problem, int blocks) {
 }
 
 BlockSize backward_block(DType dtype, int64_t rows, int64_t channels, int max_bytes) {
-  return block_of<BackwardPass, true>(dtype, rows, channels, max_bytes);
+  return block_of<Pass, true>(dtype, rows, channels, max_bytes);
 }
 
 void backward(const BackwardParams& params, int blocks, float* workspace, const Place& place) {
-  start<BackwardPass, true>("attention_core_backward", params.problem, params.x.dtype, blocks,
-                            place, [&](auto plan, const LaunchConfig& config) {
-                              run<decltype(plan)>(params, config, workspace);
-                            });
+  start<Pass, true>("attention_core_backward", params.problem, params.x.dtype, blocks, place,
+                    [&](auto plan, const LaunchConfig& config) {
+                      run<decltype(plan)>(params, config, workspace);
+                    });
 }
 
 }  // namespace crossvit::attention_core::cuda

@@ -11,19 +11,19 @@ namespace crossvit::attention_core {
 // Shared memory of the backward pass. A block has lse, delta, and the sums of dm and of u per row;
 // a warp has p and ds of a tile, [kTokens, p of all rows | ds of all rows], and moments, [kTokens,
 // kRows].
-template <class P>
+template <class P, bool kAlone>
 struct BackwardMemory {
   using T = typename P::Element;
   static constexpr int kFloat = sizeof(float), kElement = sizeof(T);
   static constexpr int kWeightPitch = 2 * P::kRows + 16 / kElement;
   static constexpr int kBlockBytes = 4 * P::kRows * kFloat;
   static constexpr int kWarpBytes = P::kTokens * (kWeightPitch * kElement + P::kRows * kFloat);
-  using Base = TokenPass<P, 2, 0, kBlockBytes, kWarpBytes>;
+  using Base = TokenPass<P, kAlone, 2, 0, kBlockBytes, kWarpBytes>;
 };
 
-template <class P>
-class BackwardPass : public BackwardMemory<P>::Base {
-  using Memory = BackwardMemory<P>;
+template <class P, bool kAlone = false>
+class BackwardPass : public BackwardMemory<P, kAlone>::Base {
+  using Memory = BackwardMemory<P, kAlone>;
   using Base = typename Memory::Base;
   using Base::channels_, Base::ring_, Base::rows_, Base::scores_, Base::slice_, Base::sums_;
   using Base::group_sums, Base::weight_unit_, Base::inverse_unit_;
@@ -33,7 +33,9 @@ class BackwardPass : public BackwardMemory<P>::Base {
   using typename Base::T;
 
   __device__ BackwardPass(char* memory, int channels, float eps, bool normalize)
-      : Base(memory, Base::layout_of(channels), channels, eps, normalize), normalize_(normalize) {
+      : Base(memory, Base::layout_of(channels), channels, eps, normalize),
+        normalize_(normalize),
+        inverse_width_(normalize ? 1.0f / channels : 0.0f) {
     const auto layout = Base::layout_of(channels);
     char* warp_data = memory + layout.warp_data + warp_index() * Memory::kWarpBytes;
     row_floats_ = reinterpret_cast<float*>(memory + layout.block_data);
@@ -64,6 +66,24 @@ class BackwardPass : public BackwardMemory<P>::Base {
     delta()[row] = sum - dlse_of_row;
   }
 
+  // To be called before run(), by all threads: writes the rows and lse, inf in unused rows, and the
+  // term that softmax's backward subtracts, dm . m with dm rounded, minus the gradient of lse. Lane
+  // i gives those of the warp's i-th row, as WarpRowLoads has them.
+  template <class Dm, class U, class M>
+  __device__ void write_rows(float lse_of_row, float dlse_of_row, const Dm& dm, const U& u,
+                             const M& m) {
+    const int own_row = Dm::row(lane_index());
+    if (own_row < kRows) lse()[own_row] = lse_of_row;
+    const auto write_delta = [&](int i, const auto& sums) {
+      if (lane_index() == i) delta()[own_row] = sums[1] - dlse_of_row;
+      if (!P::kWarpsShareTiles && lane_index() == 0) row_sums()[Dm::row(i)] = sums[0];
+    };
+    Base::write_rows(0, dm, write_delta, m);
+    Base::write_rows(1, u, [&](int i, const auto& sums) {
+      if (!P::kWarpsShareTiles && lane_index() == 0) row_sums()[kRows + U::row(i)] = sums[0];
+    });
+  }
+
   // Called by all threads, after write_row_floats(), whose barrier the rows need. dx is null if not
   // wanted; write_extra(channel, value) gets the gradient of the extra token; with add, dx already
   // holds the contribution of other rows. Blocks that share the image store partials of du in
@@ -71,10 +91,15 @@ class BackwardPass : public BackwardMemory<P>::Base {
   template <class WriteExtra>
   __device__ void run(const Image<T>& x, T* dx, int64_t dx_stride, const Range& range,
                       const TilePartials<P>& tiles, bool add, WriteExtra write_extra) {
-    scores_.sum_rows();
-    sums_.clear();
-    __syncthreads();
-    if (thread_index() < 2 * kRows) row_sums()[thread_index()] = scores_.row_sum(thread_index());
+    if constexpr (!kAlone || P::kWarpsShareTiles) {
+      if constexpr (kAlone) __syncthreads();
+      scores_.sum_rows();
+      sums_.clear();
+      __syncthreads();
+      if (thread_index() < 2 * kRows) row_sums()[thread_index()] = scores_.row_sum(thread_index());
+    } else {
+      sums_.clear();
+    }
     __syncthreads();
     for (int iteration = 0, token; (token = P::token_of(channels_, range, iteration)) < range.last;
          ++iteration) {
@@ -102,7 +127,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
   __device__ void gather(const TilePartials<P>& tiles, int count, const Range& range) {
     const auto store = [&](int warp_group, int row, int channel, const Gathered& gathered) {
       float2* to = reinterpret_cast<float2*>(group_sums(warp_group) +
-                                             row * P::row_pitch(channels_) + channel);
+                                             row * Base::sums_pitch(channels_) + channel);
       *to = make_float2(gathered.sums.x - gathered.mean, gathered.sums.y - gathered.mean);
     };
     this->template for_each_gathered<Gathered>(tiles, count, range, store);
@@ -121,9 +146,30 @@ class BackwardPass : public BackwardMemory<P>::Base {
         float sum = 0;
 #pragma unroll 4
         for (int i = 0; i < P::warp_groups(channels_); ++i) {
-          sum += group_sums(i)[row * P::row_pitch(channels_) + channel];
+          sum += group_sums(i)[row * Base::sums_pitch(channels_) + channel];
         }
         write(row, channel, sum * inverse_unit_);
+      }
+    }
+  }
+
+  // The same with write(row, channel, du) for a channel and the next.
+  template <class Write>
+  __device__ void results_of_pairs(int count, const Range& range, Write write) const {
+    const int warp_groups = P::warp_groups(channels_);
+    const int first = this->first_in_share(range), last = this->last_in_share(range);
+#pragma unroll 1
+    for (int row = warp_index(); row < count; row += block_warps()) {
+#pragma unroll 2
+      for (int channel = first + 2 * lane_index(); channel < last; channel += 64) {
+        float2 sum = {0, 0};
+#pragma unroll 4
+        for (int i = 0; i < warp_groups; ++i) {
+          const float* from = group_sums(i) + row * Base::sums_pitch(channels_) + channel;
+          const float2 sums = *reinterpret_cast<const float2*>(from);
+          sum.x += sums.x, sum.y += sums.y;
+        }
+        write(row, channel, make_float2(sum.x * inverse_unit_, sum.y * inverse_unit_));
       }
     }
   }
@@ -154,7 +200,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
   // Overwrites the rows and the rings, to which no copy is in flight.
   __device__ void store_partials() {
     float* to = group_sums(P::warp_group(channels_));
-    sums_.template store<true>(to, P::row_pitch(channels_), slice_);
+    sums_.template store<true>(to, Base::sums_pitch(channels_), slice_);
   }
 
   __device__ void add_tile(int iteration, uint32_t attended, bool wants_dx) {
@@ -236,8 +282,13 @@ class BackwardPass : public BackwardMemory<P>::Base {
       const float odd_rstd = __shfl_sync(~0u, stats.rstd(2 * i + 1), owner);
       mean[i] = g & 1 ? odd_mean : even_mean;
       rstd[i] = g & 1 ? odd_rstd : even_rstd;
-      a[i] = normalize_ ? sum_of_row(a[i]) / channels_ : 0.0f;
-      b[i] = normalize_ ? sum_of_row(b[i]) / channels_ * rstd[i] : 0.0f;
+      if constexpr (kAlone) {
+        a[i] = sum_of_row(a[i]) * inverse_width_;
+        b[i] = sum_of_row(b[i]) * inverse_width_ * rstd[i];
+      } else {
+        a[i] = normalize_ ? sum_of_row(a[i]) / channels_ : 0.0f;
+        b[i] = normalize_ ? sum_of_row(b[i]) / channels_ * rstd[i] : 0.0f;
+      }
     }
     // dx = rstd dxhat + slope (x - shift) + offset
     float slope[2], offset[2], shift[2];
@@ -327,6 +378,7 @@ class BackwardPass : public BackwardMemory<P>::Base {
   float* row_floats_;
   T* weights_;
   bool normalize_;
+  float inverse_width_;  // 0 without LayerNorm, whose gradient has means over the channels
 };
 
 }  // namespace crossvit::attention_core

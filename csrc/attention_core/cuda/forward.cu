@@ -1,8 +1,12 @@
 #include "attention_core/cuda/choose.h"
 #include "attention_core/cuda/forward_pass.h"
+#include "attention_core/cuda/warp_rows.h"
 
 namespace crossvit::attention_core::cuda {
 namespace {
+
+template <class P>
+using Pass = ForwardPass<P, true>;
 
 // Partial results of an image with several splits, in the workspace.
 struct SplitPartials {
@@ -27,12 +31,12 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int64_t index = (image * gridDim.y + split) * gridDim.z + blockIdx.z;
   const TilePartials<P> tiles = partials_of_split<P>(tile_memory, a.problem, index);
 
-  ForwardPass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
-  const Image<T> x = image_of<T>(a.x, a.mask, image);
   const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
-  const RowLoads<P, 4> rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  const WarpRowLoads<P, 24> rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  Pass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
+  const Image<T> x = image_of<T>(a.x, a.mask, image);
   pass.start(x, range);
-  rows.write(pass.rows());
+  pass.write_rows(0, rows, [](int, auto&) {});
   pass.run(x, range, tiles);
   if (tiles) {
     cluster_sync();
@@ -41,18 +45,25 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   if (gridDim.y > 1) {
     const int64_t first = (image * gridDim.y + split) * num_rows + begin;
-    pass.results(count, range, [&](int row, int channel, float sum, const RowTotal& total) {
-      partials.sums[(first + row) * channels + channel] = sum;
-      if (channel == 0) partials.states[first + row] = total.state;
-    });
+    pass.results_of_pairs(
+        count, range,
+        [&](int row, int channel, float2 sums, const RowTotal&) {
+          float* to = partials.sums + (first + row) * channels + channel;
+          *reinterpret_cast<float2*>(to) = sums;
+        },
+        [&](int row, const RowTotal& total) { partials.states[first + row] = total.state; });
     return;
   }
   float* m = static_cast<float*>(a.m.data) + image * a.m.batch_stride;
   float* lse = static_cast<float*>(a.lse) + image * num_rows;
-  pass.results(count, range, [&](int row, int channel, float sum, const RowTotal& total) {
-    m[(begin + row) * a.m.row_stride + channel] = sum * total.inverse;
-    if (channel == 0) lse[begin + row] = log_of_total(total.state);
-  });
+  pass.results_of_pairs(
+      count, range,
+      [&](int row, int channel, float2 sums, const RowTotal& total) {
+        float* to = m + (begin + row) * a.m.row_stride + channel;
+        *reinterpret_cast<float2*>(to) =
+            make_float2(sums.x * total.inverse, sums.y * total.inverse);
+      },
+      [&](int row, const RowTotal& total) { lse[begin + row] = log_of_total(total.state); });
 }
 
 // Merges the splits of a row, in order. Grid: the rows of all images.
@@ -108,14 +119,14 @@ int shared_bytes(DType dtype, int64_t channels) {
 }
 
 BlockSize forward_block(DType dtype, int64_t rows, int64_t channels, int max_bytes) {
-  return block_of<ForwardPass, false>(dtype, rows, channels, max_bytes);
+  return block_of<Pass, false>(dtype, rows, channels, max_bytes);
 }
 
 void forward(const ForwardParams& params, int blocks, float* workspace, const Place& place) {
-  start<ForwardPass, false>("attention_core_forward", params.problem, params.x.dtype, blocks, place,
-                            [&](auto plan, const LaunchConfig& config) {
-                              run<decltype(plan)>(params, config, workspace);
-                            });
+  start<Pass, false>("attention_core_forward", params.problem, params.x.dtype, blocks, place,
+                     [&](auto plan, const LaunchConfig& config) {
+                       run<decltype(plan)>(params, config, workspace);
+                     });
 }
 
 }  // namespace crossvit::attention_core::cuda

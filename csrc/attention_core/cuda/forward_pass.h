@@ -13,12 +13,12 @@ __device__ inline float log_of_total(const SoftmaxState& state) {
   return (state.peak + log2f(state.total)) / kLog2e;
 }
 
-template <class P>
-using ForwardBase = TokenPass<P, 1, sizeof(SoftmaxState) / sizeof(float), 0, 0>;
+template <class P, bool kAlone>
+using ForwardBase = TokenPass<P, kAlone, 1, sizeof(SoftmaxState) / sizeof(float), 0, 0>;
 
-template <class P>
-class ForwardPass : public ForwardBase<P> {
-  using Base = ForwardBase<P>;
+template <class P, bool kAlone = false>
+class ForwardPass : public ForwardBase<P, kAlone> {
+  using Base = ForwardBase<P, kAlone>;
   using Base::channels_, Base::ring_, Base::scores_, Base::slice_, Base::sums_;
   using Base::group_sums, Base::weight_unit_, Base::inverse_unit_;
 
@@ -31,8 +31,10 @@ class ForwardPass : public ForwardBase<P> {
   // Called by all threads; no barrier is needed after the rows are written. Blocks that share the
   // image store partials in `tiles`.
   __device__ void run(const Image<T>& x, const Range& range, const TilePartials<P>& tiles) {
-    __syncthreads();
-    scores_.sum_rows();
+    if constexpr (!kAlone || P::kWarpsShareTiles) {
+      __syncthreads();
+      scores_.sum_rows();
+    }
     clear();
     __syncthreads();
     for (int iteration = 0, token; (token = P::token_of(channels_, range, iteration)) < range.last;
@@ -62,7 +64,7 @@ class ForwardPass : public ForwardBase<P> {
     const int first = this->first_in_share(range);
     const auto store = [&](int warp_group, int row, int channel, const Gathered& gathered) {
       float2* to = reinterpret_cast<float2*>(group_sums(warp_group) +
-                                             row * P::row_pitch(channels_) + channel);
+                                             row * Base::sums_pitch(channels_) + channel);
       *to = make_float2(gathered.sums.x - gathered.mean, gathered.sums.y - gathered.mean);
       if (channel == first) *group_state(warp_group, row) = gathered.state;
     };
@@ -89,9 +91,56 @@ class ForwardPass : public ForwardBase<P> {
 #pragma unroll 4
         for (int i = 0; i < warp_groups; ++i) {
           const float decay = exp2_approx(group_state(i, row)->peak - finite);
-          sum = fmaf(group_sums(i)[row * P::row_pitch(channels_) + channel], decay, sum);
+          sum = fmaf(group_sums(i)[row * Base::sums_pitch(channels_) + channel], decay, sum);
         }
         write(row, channel, sum * inverse_unit_, total);
+      }
+    }
+  }
+
+  // The same with write(row, channel, sums, total) for a channel and the next; also calls
+  // write_total(row, total) once for each row of the image.
+  template <class Write, class WriteTotal>
+  __device__ void results_of_pairs(int count, const Range& range, Write write,
+                                   WriteTotal write_total) const {
+    constexpr int kGroups = P::kMaxThreads / 32;
+    const int warp_groups = P::warp_groups(channels_), lane = lane_index() % kGroups;
+    const int first = this->first_in_share(range), last = this->last_in_share(range);
+#pragma unroll 1
+    for (int row = warp_index(); row < count; row += block_warps()) {
+      SoftmaxState group;
+      if (lane < warp_groups) group = *group_state(lane, row);
+      SoftmaxState state = {group.peak, 0};
+#pragma unroll
+      for (int i = 1; i < kGroups; i *= 2) {
+        state.peak = fmaxf(state.peak, __shfl_xor_sync(~0u, state.peak, i));
+      }
+      const float decay = exp2_approx(group.peak - finite_or_zero(state.peak));
+      state.total = group.total * decay;
+#pragma unroll
+      for (int i = 1; i < kGroups; i *= 2) {
+        state.total += __shfl_xor_sync(~0u, state.total, i);
+      }
+      const RowTotal total = RowTotal::of(state);
+      if (first == 0 && lane_index() == 0) write_total(row, total);
+      float decays[kGroups];
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) decays[i] = __shfl_sync(~0u, decay, i) * inverse_unit_;
+#pragma unroll 2
+      for (int channel = first + 2 * lane_index(); channel < last; channel += 64) {
+        float2 sums[kGroups];
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          const float* from = group_sums(i) + row * Base::sums_pitch(channels_) + channel;
+          sums[i] = i < warp_groups ? *reinterpret_cast<const float2*>(from) : make_float2(0, 0);
+        }
+        float2 sum = {0, 0};
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          sum.x = fmaf(sums[i].x, decays[i], sum.x);
+          sum.y = fmaf(sums[i].y, decays[i], sum.y);
+        }
+        write(row, channel, sum, total);
       }
     }
   }
@@ -116,7 +165,7 @@ class ForwardPass : public ForwardBase<P> {
   };
 
   __device__ SoftmaxState* group_state(int warp_group, int row) const {
-    float* states = group_sums(warp_group) + P::kRows * P::row_pitch(channels_);
+    float* states = group_sums(warp_group) + P::kRows * Base::sums_pitch(channels_);
     return reinterpret_cast<SoftmaxState*>(states) + row;
   }
 
@@ -201,7 +250,7 @@ class ForwardPass : public ForwardBase<P> {
   // Overwrites the rows and the rings, to which no copy is in flight.
   __device__ void store_partials() {
     const int warp_group = P::warp_group(channels_);
-    sums_.template store<true>(group_sums(warp_group), P::row_pitch(channels_), slice_);
+    sums_.template store<true>(group_sums(warp_group), Base::sums_pitch(channels_), slice_);
     if (lane_index() % 4 || P::group_lane(channels_)) return;
     for (int group = 0; group < P::kRowGroups; ++group) {
       *group_state(warp_group, 8 * group + lane_index() / 4) = softmax_[group];

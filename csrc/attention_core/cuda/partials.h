@@ -150,7 +150,8 @@ class TilePartials {
 
 // Base class of one block's pass over a range of an image's tokens. kStateFloats: per row of a warp
 // group's partials, besides its sums; kBlockBytes and kWarpBytes: a derived pass's shared memory.
-template <class P, int kSets, int kStateFloats, int kBlockBytes, int kWarpBytes>
+// kAlone: of attention_core itself. The fusion's kernels have no registers for what that adds.
+template <class P, bool kAlone, int kSets, int kStateFloats, int kBlockBytes, int kWarpBytes>
 class TokenPass {
  public:
   using T = typename P::Element;
@@ -164,6 +165,19 @@ class TokenPass {
   // in unused rows.
   __device__ T* rows() const { return rows_; }
 
+  // Writes the rows of a set, u, or dm and u, for all threads. visit: see WarpRowLoads; the sums
+  // are those of whole rows.
+  template <class Loads, class Visit, class... Others>
+  __device__ void write_rows(int set, const Loads& loads, Visit visit, const Others&... others) {
+    const auto add_up = [&](int i, auto& sums) {
+      for (float& sum : sums) sum = sum_of_warp(sum);
+      if constexpr (!P::kWarpsShareTiles) {
+        if (lane_index() == 0) scores_.set_row_sum(set, Loads::row(i), sums[0]);
+      }
+      visit(i, sums);
+    };
+    loads.write(rows_ + set * P::kRows * P::row_pitch(channels_), add_up, others...);
+  }
   // Starts the first copies. The rows and the extra token need not be written yet.
   __device__ void start(const Image<T>& x, const Range& range) { ring_.fill(x, range); }
 
@@ -201,9 +215,14 @@ class TokenPass {
     return Layout::of(channels, P::warp_groups(channels));
   }
 
+  // Row pitch of a warp group's partials: that of a pass of its own puts the rows of a fragment in
+  // different banks.
+  __host__ __device__ static int sums_pitch(int channels) {
+    return kAlone ? channels + 4 : P::row_pitch(channels);
+  }
   // Floats of a warp group's partials: sums of its rows, then a state for each.
   __host__ __device__ static int group_floats(int channels) {
-    return P::kRows * (P::row_pitch(channels) + kStateFloats);
+    return P::kRows * (sums_pitch(channels) + kStateFloats);
   }
   __device__ float* group_sums(int warp_group) const {
     return reinterpret_cast<float*>(rows_) + warp_group * group_floats(channels_);

@@ -80,7 +80,11 @@ class TileScores {
         eps_(eps),
         normalize_(normalize) {}
 
-  // Sums the rounded rows over each slice. Called by all threads; the caller then synchronizes.
+  // Where a warp has all channels: notes the sum of a rounded row of a set. By one lane.
+  __device__ void set_row_sum(int set, int row, float sum) { row_sums_[set * kRows + row] = sum; }
+
+  // Where warps share tiles: sums the rounded rows over each slice. Called by all threads; the
+  // caller then synchronizes.
   __device__ void sum_rows() {
     const int pitch = P::row_pitch(channels_);
     for (int i = warp_index(); i < P::group_warps(channels_) * kSums; i += block_warps()) {
