@@ -149,6 +149,7 @@ def test_command_line(
             assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_launch_is_timed_that_was_not_counted() -> None:
     code = (
         "import host_bench; f = {n: [0] * c for n, c in host_bench.EXPECTED_LAUNCHES.items()}\n"

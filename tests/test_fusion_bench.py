@@ -144,6 +144,7 @@ def test_failing_baseline_leaves_the_others(
     assert rows["absorbed", "forward"]["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_sweep_and_plot(bench: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     sweeps = ["--sweep", "tokens=5,9", "--sweep", "batch=1,2", "--backends", "none"]
@@ -167,6 +168,7 @@ def test_not_a_number_is_wrong(bench: ModuleType) -> None:
     assert missing["reason"] == "output: missing"
 
 
+@pytest.mark.slow
 def test_both_fusions_of_a_block(bench: ModuleType, tmp_path: Path) -> None:
     backend = "triton" if ck.backends()["triton"] else "reference"
     code, rows = run(bench, tmp_path / "r.json", "--pair-tokens", "4", "--backends", backend)

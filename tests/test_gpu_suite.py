@@ -51,6 +51,7 @@ def test_on_a_gpu_every_width_is_measured(suite, tmp_path) -> None:
     assert "batch=1,8,64,256,1024" in stages["fusion-15-L"].command
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(suite, tmp_path, monkeypatch) -> None:
     def command(code: str) -> tuple[str, ...]:
         return (sys.executable, "-c", code)

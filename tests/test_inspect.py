@@ -363,6 +363,7 @@ def test_the_kernels_of_blocks_do_not_spill() -> None:
     assert all(row.tensor_core_instructions and row.wide_loads for row in products)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_compiles")
 def test_inspect_without_cuda_kernels() -> None:
     code = (

@@ -21,7 +21,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         yield module
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_files_and_table(bench, tmp_path, capsys, dtype):
     pytest.importorskip("matplotlib")
     paths = {kind: tmp_path / f"models.{kind}" for kind in ("json", "csv", "png")}

@@ -164,6 +164,7 @@ def short(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return bench
 
 
+@pytest.mark.slow
 def test_throughput_is_measured_beside_deit(short, tmp_path, capsys):
     path = tmp_path / "tables.json"
     assert short.main([*QUICK, "--throughput", "--json", str(path)]) == 0

@@ -13,7 +13,9 @@ from crossvit_kernels.ops.common import configs
 WIDTHS = ["tiny", "small", "base", "9", "15", "18", "9_dagger", "15_dagger", "18_dagger"]
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize(
+    "autocast", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "autocast"]
+)
 @pytest.mark.parametrize("name", WIDTHS)
 def test_every_width(name: str, autocast: bool) -> None:
     model = create_model(

@@ -35,7 +35,11 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "dim, strict",
-    [(Dim.DYNAMIC, False), (Dim.AUTO, True), (Dim("batch", min=1, max=64), False)],
+    [
+        (Dim.DYNAMIC, False),
+        pytest.param(Dim.AUTO, True, marks=pytest.mark.slow),
+        (Dim("batch", min=1, max=64), False),
+    ],
     ids=str,
 )
 def test_export_with_a_dynamic_batch(model: CrossViT, dim: object, strict: bool) -> None:

@@ -96,7 +96,9 @@ def test_many_queries(gpu: Gpu) -> None:
     check_rule(inputs, mask, torch.float16, 1e-6, gpu.name, gpu.device)
 
 
-@pytest.mark.parametrize("num_tokens, num_rows", [(18, 70), (1100, 3)])
+@pytest.mark.parametrize(
+    "num_tokens, num_rows", [(18, 70), pytest.param(1100, 3, marks=pytest.mark.slow_on_cpu)]
+)
 def test_frozen_tokens(num_tokens: int, num_rows: int, gpu: Gpu) -> None:
     """Without dx, the other gradients have the same bits."""
     inputs, _ = make(2, num_tokens, num_rows, 16, extra=True)

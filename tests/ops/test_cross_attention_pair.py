@@ -54,6 +54,7 @@ def test_gradients_are_those_of_two_calls(backend: str, triton_device: str) -> N
         assert torch.equal(a, e)
 
 
+@pytest.mark.slow_on_cpu
 def test_compiled_without_a_graph_break(triton_device: str) -> None:
     pair = both(triton_device)
 

@@ -126,6 +126,7 @@ def test_it_spills_nothing(channels: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_projection_spills_nothing() -> None:
     pytest.importorskip("triton")
     run_without_a_device(COMPILED + "check(192, 192, residual=True)\n")
