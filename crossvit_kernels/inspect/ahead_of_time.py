@@ -120,7 +120,7 @@ class CompileCase:
         def pointer(path: tuple[int, ...], dtype: torch.dtype | None) -> str:
             if dtype is None:
                 constants[path] = None
-                attributes.update(_attributes_of_constant(path))
+                attributes.update(_attributes_of_constant(path, None))
                 return "constexpr"
             attributes[path] = [["tt.divisibility", 16]]  # as torch's allocator aligns memory
             return f"*{_NAMES[dtype]}"
@@ -131,7 +131,7 @@ class CompileCase:
             name = parameter.name
             if parameter.is_constexpr:
                 types[name], constants[name] = "constexpr", next(values)
-                attributes.update(_attributes_of_constant((index,)))
+                attributes.update(_attributes_of_constant((index,), constants[name]))
             elif name.endswith("_ptr"):
                 types[name] = pointer((index,), next(tensors))
             elif name == "w":
@@ -143,12 +143,15 @@ class CompileCase:
         return types, constants, attributes
 
 
-def _attributes_of_constant(path: tuple[int, ...]) -> dict[tuple[int, ...], Any]:
-    """Return those of a launch, so that it finds the result in Triton's cache."""
+def _attributes_of_constant(path: tuple[int, ...], value: Any) -> dict[tuple[int, ...], Any]:
+    """Return those of a launch, so that it finds the result in Triton's cache.
+
+    Up to Triton 3.6 only strings have some: they are taken for what describes an argument.
+    """
     import triton
 
     major, minor = map(int, triton.__version__.split(".")[:2])
-    return {path: []} if (major, minor) >= (3, 8) else {}
+    return {path: []} if (major, minor) >= (3, 7) or isinstance(value, str) else {}
 
 
 def recorded(sm: int, runs: Iterable[Callable[[], object]]) -> list[CompileCase]:
