@@ -49,7 +49,7 @@ print(*files(lambda: outputs[0].backward()))
 """
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.slow_on_cpu)])
 def test_a_fusion_runs_few_files(backend):
     reason = extension.missing if backend == "cpu" else _no_triton()
     if reason:

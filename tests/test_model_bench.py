@@ -50,6 +50,7 @@ def test_files_and_table(bench, tmp_path, capsys, dtype):
     assert "48 x 48" in printed and "ours, fused" in printed
 
 
+@pytest.mark.slow
 def test_a_wrong_model_is_not_timed(bench, monkeypatch, tmp_path, capsys):
     make = bench.crossvit.create_model
 
@@ -69,6 +70,7 @@ def test_a_wrong_model_is_not_timed(bench, monkeypatch, tmp_path, capsys):
     assert "ERROR: crossvit_tiny_240" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_of_one_parameter_is_not_timed(bench, monkeypatch, tmp_path):
     """The logits and all gradients but one are right."""
     make = bench.crossvit.create_model

@@ -56,7 +56,9 @@ def test_rule(variant: str, dtype: torch.dtype, triton_device: str) -> None:
     check(120, 72, 9, 2, 33, dtype=dtype, biases=False, device=triton_device)
 
 
-@pytest.mark.parametrize("identity", IDENTITIES)
+@pytest.mark.parametrize(
+    "identity", ["fg", *(pytest.param(i, marks=pytest.mark.slow_on_cpu) for i in ("f", "g"))]
+)
 def test_without_f_or_g(variant: str, identity: str, triton_device: str) -> None:
     sizes = 64, 96, 3, 6, 21
     check(*sizes, scaled=True, identity=identity, device=triton_device)
