@@ -51,6 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("slow_on_cpu"):
                 item.add_marker(pytest.mark.slow)
     longest = (
+        "test_bits_do_not_tell",  # compiles the CUDA kernels for the CPU
         "test_it_sees_reads",
         "test_dry_run",
         "test_what_kernels_compile_to",

@@ -315,6 +315,7 @@ def test_inspect_prints_a_table() -> None:
     assert inspect("--dtype", "fp8").returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_compiles")
 def test_what_is_passed_over_is_shown() -> None:
     code = (

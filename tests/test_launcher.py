@@ -365,7 +365,7 @@ assert looked == [True, False, False, False, False], looked
         pytest.param(KEYS, id="keys"),
         pytest.param(PARAMETERS, id="parameters"),
         pytest.param(ARGUMENTS, id="arguments", marks=pytest.mark.slow),
-        pytest.param(CANDIDATES, id="candidates"),
+        pytest.param(CANDIDATES, id="candidates", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_kernel_is_started(script: str) -> None:

@@ -132,12 +132,13 @@ def run_without_a_device(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "calls",
     [
         pytest.param(FUSIONS, id="fusions"),
         pytest.param(BLOCKS, id="blocks"),
-        pytest.param(INSPECTED, id="inspected", marks=pytest.mark.slow),
+        pytest.param(INSPECTED, id="inspected"),
     ],
 )
 def test_batch_and_tokens_are_not_compiled_in(calls: str) -> None:
