@@ -1,5 +1,6 @@
 """CrossViT (ICCV 2021) on the kernels of crossvit_kernels."""
 
+from crossvit import timm
 from crossvit.attention_maps import BlockAttention, attention_maps
 from crossvit.checkpoints import load_checkpoint, load_model, read_class_names, save_checkpoint
 from crossvit.configs import Config, VitConfig, list_models
@@ -25,4 +26,5 @@ __all__ = [
     "official_url",
     "read_class_names",
     "save_checkpoint",
+    "timm",
 ]

@@ -176,11 +176,14 @@ def test_environment_report() -> None:
 
 
 def test_import_is_light() -> None:
-    """No CUDA context, no Triton, no compiler stack."""
+    """No CUDA context, no Triton, no compiler stack, no library of models."""
     run_python(
         "import sys, crossvit_kernels, torch\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert not {'triton', 'torch._dynamo'} & set(sys.modules)\n"
+        "import crossvit\n"
+        "crossvit.timm.register  # needs no import of its own\n"
+        "assert not {'timm', 'torchvision'} & set(sys.modules)\n"
     )
 
 
