@@ -19,21 +19,24 @@ store_tile = getattr(_tma, "async_store", None) or _tma.async_copy_shared_to_glo
 #: Rows and columns of the tiles that TMA copies: 128 bytes a row, swizzled.
 SIDE = 64
 
-_example: Any = None
+#: By rows of a tile.
+_examples: dict[int, Any] = {}
 
 
-def tile(t: Any, num_rows: int, columns: int, row_stride: int) -> TensorDescriptor:
-    """Describe a matrix [num_rows, columns] of 16-bit elements, which TMA copies in tiles of SIDE.
+def tile(
+    t: Any, num_rows: int, columns: int, row_stride: int, rows: int = SIDE
+) -> TensorDescriptor:
+    """Describe a matrix [num_rows, columns] of 16-bit elements, copied in tiles [rows, SIDE].
 
     The caller has checked that it starts at the address of t, a multiple of 16 bytes, and that
     row_stride is one of 8: Triton's checks of each descriptor would take longer than a launch.
     """
-    global _example
-    if _example is None:
+    if rows not in _examples:
         layout = language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-        _example = copy.copy(TensorDescriptor(t, [1, 1], [8, 1], [SIDE, SIDE], layout))
-        _example.base = None  # the memory is not ours to keep
+        example = copy.copy(TensorDescriptor(t, [1, 1], [8, 1], [rows, SIDE], layout))
+        example.base = None  # the memory is not ours to keep
+        _examples[rows] = example
     described = TensorDescriptor.__new__(TensorDescriptor)
-    described.__dict__.update(_example.__dict__)
+    described.__dict__.update(_examples[rows].__dict__)
     described.base, described.shape, described.strides = t, (num_rows, columns), (row_stride, 1)
     return described
