@@ -211,6 +211,8 @@ def _check_wide(dtype: torch.dtype, form: str, tensors: tuple[Tensor, ...]) -> N
 SHAPES = {
     "plain": ((192, 320, 300), (192, 128, 520)),
     "residual": ((192, 320, 300), (192, 128, 520)),
+    "wide": ((192, 192, 520), (64, 192, 520)),
+    "wide residual": ((192, 192, 300), (64, 192, 520)),
 }
 #: Faults of one instruction: a pattern and what replaces it.
 FAULTS = {
@@ -224,7 +226,7 @@ FAULTS = {
     "one arrival fewer expected": (r"(mbarrier\.init\S+\s+\[\S+\]), 2;", r"\1, 1;"),
     "more bytes expected": (r"(expect_tx\S+\s+_, \[\S+\]), (\d+);", r"\1, \g<2>1;"),
     "fewer bytes expected": (r"(expect_tx\S+\s+_, \[\S+\]), (\d+);", r"\1, 128;"),
-    "wait for a store left out": (r"cp\.async\.bulk\.wait_group\S*\s+0;", ""),
+    "wait for a store left out": (r"cp\.async\.bulk\.wait_group\S*\s+\d;", ""),
     "barrier left out": (r"bar(rier)?\.sync\s[^;]*;", ""),
     "wait for a product left out": (r"wgmma\.wait_group\S*\s+0;", ""),
     "arrival left out": (r"@\S+\s+mbarrier\.arrive\.shared[^;]*;", ""),
@@ -302,7 +304,7 @@ def main() -> None:
         for fault in options.faults:
             began, lines = time.perf_counter(), []
             if fault == _SWIZZLE:
-                maps = range(4 if form == "residual" else 3)  # x, W, y and r
+                maps = range(4 if "residual" in form else 3)  # x, W, y and r
                 found = sum(
                     is_found(form, change_values=partial(without_swizzle, n=n)) for n in maps
                 )

@@ -6,10 +6,20 @@ import copy
 from typing import Any
 
 from triton.experimental.gluon import jit, language
+from triton.experimental.gluon._runtime import GluonASTSource as Source
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["hopper", "jit", "language", "load_tile", "store_tile", "tile"]
+__all__ = [
+    "Source",
+    "hopper",
+    "jit",
+    "language",
+    "load_tile",
+    "store_tile",
+    "tile",
+    "type_of_tiles",
+]
 
 _tma = hopper.tma
 #: Triton 3.9 renamed both.
@@ -19,6 +29,7 @@ store_tile = getattr(_tma, "async_store", None) or _tma.async_copy_shared_to_glo
 #: Rows and columns of the tiles that TMA copies: 128 bytes a row, swizzled.
 SIDE = 64
 
+_LAYOUT = language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 #: By rows of a tile.
 _examples: dict[int, Any] = {}
 
@@ -32,11 +43,15 @@ def tile(
     row_stride is one of 8: Triton's checks of each descriptor would take longer than a launch.
     """
     if rows not in _examples:
-        layout = language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-        example = copy.copy(TensorDescriptor(t, [1, 1], [8, 1], [rows, SIDE], layout))
+        example = copy.copy(TensorDescriptor(t, [1, 1], [8, 1], [rows, SIDE], _LAYOUT))
         example.base = None  # the memory is not ours to keep
         _examples[rows] = example
     described = TensorDescriptor.__new__(TensorDescriptor)
     described.__dict__.update(_examples[rows].__dict__)
     described.base, described.shape, described.strides = t, (num_rows, columns), (row_stride, 1)
     return described
+
+
+def type_of_tiles(dtype: str, rows: int = SIDE) -> str:
+    """Return Triton's name for the type of a parameter that takes such tiles; dtype as "bf16"."""
+    return f"tensordesc<{dtype}[{rows}, {SIDE}],{_LAYOUT!r}>"

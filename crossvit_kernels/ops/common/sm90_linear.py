@@ -32,7 +32,7 @@ _MOST_COLUMNS = 2048
 PROVEN: frozenset[tuple[str, str]] = frozenset({("NVIDIA H100 80GB HBM3", "3.6")})
 
 
-def _has_gluon() -> bool:
+def has_gluon() -> bool:
     """Whether the installed Triton has it; does not import Triton."""
     spec = importlib.util.find_spec("triton")
     folders = spec.submodule_search_locations or () if spec else ()
@@ -40,7 +40,7 @@ def _has_gluon() -> bool:
 
 
 # Evaluated once, as in launcher.
-_HAS_GLUON = _has_gluon()
+_HAS_GLUON = has_gluon()
 # Compiled kernels; None for those that do not fit or spill.
 _known: dict[tuple[Any, ...], Any] = {}
 

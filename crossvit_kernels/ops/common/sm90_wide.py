@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,14 +63,19 @@ class WideShape(tables.Constants):
         return self.tile[1]
 
     @property
+    def tile_columns(self) -> int:
+        """Columns of a tile."""
+        return self.pieces * self.piece
+
+    @property
     def tiles(self) -> int:
-        """Tiles of columns."""
-        return -(-self.columns // (self.pieces * self.piece))
+        """Tiles side by side."""
+        return -(-self.columns // self.tile_columns)
 
     @property
     def stages(self) -> int:
         """Stages of the ring, of 128 rows of x and a tile's columns of W."""
-        stage = 128 * (_ROWS + self.pieces * self.piece)
+        stage = 128 * (_ROWS + self.tile_columns)
         return (_SHARED_BYTES - _OTHER_SHARED_BYTES) // stage
 
 
@@ -147,5 +153,5 @@ def linear(
 
 
 @functools.cache
-def _shape(*constants: int) -> WideShape:
+def _shape(*constants: Any) -> WideShape:
     return WideShape(*constants)

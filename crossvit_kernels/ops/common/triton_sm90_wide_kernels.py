@@ -28,11 +28,11 @@ def _produce(x, weight, r, xs, ws, full, empty, total, c: gl.constexpr):
     i = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         block = t // c.tiles
-        column = (t - block * c.tiles) * c.pieces * c.piece
+        column = (t - block * c.tiles) * c.tile_columns
         for k in range(c.steps):
             s = i % c.stages
             barrier.wait(empty.index(s), ((i // c.stages) & 1) ^ 1)
-            barrier.expect(full.index(s), 128 * (128 + c.pieces * c.piece))
+            barrier.expect(full.index(s), 128 * (128 + c.tile_columns))
             for w in gl.static_range(2):
                 load_tile(x, [block * 128 + w * 64, k * 64], full.index(s), xs.index(s * 2 + w))
             for p in gl.static_range(pieces):
@@ -40,7 +40,7 @@ def _produce(x, weight, r, xs, ws, full, empty, total, c: gl.constexpr):
                 load_tile(weight, [column + p * c.piece, k * 64], full.index(s), at)
             i += 1
         if c.residual:
-            for n in range(c.pieces * c.piece // 64):
+            for n in range(c.tile_columns // 64):
                 s = i % c.stages
                 barrier.wait(empty.index(s), ((i // c.stages) & 1) ^ 1)
                 barrier.expect(full.index(s), 128 * 128)
@@ -68,7 +68,7 @@ def _finish(acc, y, bias_ptr, shared, scale, row, column, i, j, w: gl.constexpr,
     out = acc
     if bias_ptr is not None:
         at = column + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-        if c.columns % (c.pieces * c.piece) == 0:
+        if c.columns % c.tile_columns == 0:
             bias = gl.load(bias_ptr + at)
         else:
             bias = gl.load(bias_ptr + at, mask=at < c.columns, other=0.0)
@@ -95,17 +95,17 @@ def _consume(y, bias_ptr, scale_ptr, ws, shared, sizes, w: gl.constexpr, c: gl.c
     piece: gl.constexpr = c.piece
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, piece, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    xs, _, full, empty = shared
+    xs, _ys, full, empty = shared
     num_rows, num_tokens, total = sizes
     zero = gl.zeros((64, piece), gl.float32, layout=layout)
     i = 0
     j = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         block = t // c.tiles
-        column = (t - block * c.tiles) * c.pieces * c.piece
+        column = (t - block * c.tiles) * c.tile_columns
         row = block * 128 + w * 64
         accs = ()
-        for p in gl.static_range(pieces):
+        for _ in gl.static_range(pieces):
             accs = accs + (zero,)
         for k in range(c.steps):
             s = i % c.stages
@@ -113,12 +113,12 @@ def _consume(y, bias_ptr, scale_ptr, ws, shared, sizes, w: gl.constexpr, c: gl.c
             sums = ()
             for p in gl.static_range(pieces):
                 part = ws.index(s * c.pieces + p).permute((1, 0))
-                product = multiply_async(xs.index(s * 2 + w), part, accs[p], use_acc=k > 0, is_async=True)
+                product = multiply_async(
+                    xs.index(s * 2 + w), part, accs[p], use_acc=k > 0, is_async=True
+                )
                 sums = sums + (product,)
-            if pieces == 1:
-                accs = (multiply_wait(0, deps=sums),)
-            else:
-                accs = multiply_wait(0, deps=sums)
+            # Of one it returns no tuple.
+            accs = (multiply_wait(0, deps=sums),) if pieces == 1 else multiply_wait(0, deps=sums)
             barrier.arrive(empty.index(s), count=1)
             i += 1
         scale = None
@@ -127,11 +127,8 @@ def _consume(y, bias_ptr, scale_ptr, ws, shared, sizes, w: gl.constexpr, c: gl.c
             scale = gl.load(scale_ptr + rows // num_tokens, mask=rows < num_rows, other=0.0)
             scale = scale.to(gl.float32)
         for p in gl.static_range(pieces):
-            if c.piece == 64:
-                parts = (accs[p],)
-            else:
-                parts = _halves(accs[p])
-            for h in gl.static_range(c.piece // 64):
+            parts = (accs[p],) if piece == 64 else _halves(accs[p])
+            for h in gl.static_range(piece // 64):
                 _finish(parts[h], y, bias_ptr, shared, scale, row, column, i, j, w, c)
                 column += 64
                 i += c.residual
