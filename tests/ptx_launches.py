@@ -226,7 +226,7 @@ _GLUON = {
     "sm90_linear_qkv": _layer("norm"),
     "sm90_linear_projection": _layer("residual"),
     "sm90_linear_fc1": _layer("norm gelu"),
-    "sm90_wide_linear": _layer("wide residual scaled", 136, 136, 300),
+    "sm90_wide_linear": _layer("wide residual scaled", 136, 136, 200),
     "layernorm_msa_gluon": _gluon_msa,
     "layernorm_ffn_gluon": _gluon_ffn,
 }
