@@ -57,11 +57,13 @@ class Launch(NamedTuple):
 def tensor_map(described: Any) -> ptx.TensorMap:
     """Return what the driver makes of a Gluon descriptor."""
     size = described.base.element_size()
+    rows, columns = described.block_shape
+    widest = described.layout.swizzle_byte_width // size  # Triton copies wider boxes in parts
     return ptx.TensorMap(
         described.base.data_ptr(),
         tuple(described.shape[::-1]),
         tuple(stride * size for stride in described.strides[-2::-1]),
-        tuple(described.block_shape[::-1]),
+        (min(columns, widest), rows),
         size,
         described.layout.swizzle_byte_width,
     )
@@ -139,7 +141,7 @@ def check(dtype: torch.dtype, form: str, channels: int, columns: int, rows: int)
     Args:
         dtype: Of tokens and weights.
         form: Of "norm", "gelu" and "residual", those that are applied; or "wide", the kernel of any
-            width, with "residual" and "scaled" or without.
+            width, with "residual", "scaled" and "transposed" or without.
         channels: K.
         columns: N.
         rows: M.
@@ -196,12 +198,14 @@ def _check_wide(dtype: torch.dtype, form: str, tensors: tuple[Tensor, ...]) -> N
         y = y * s[:, None, None] if "scaled" in form else y
         return y + res if "residual" in form else y
 
+    transposed = "transposed" in form
     y = sm90_wide.linear(
         x,
-        weight,
+        weight.t().contiguous() if transposed else weight,
         bias,
         residual=r if "residual" in form else None,
         scale=scale if "scaled" in form else None,
+        transposed=transposed,
     )
     assert y is not None
     assert_within_rule(y, expected(dtype), expected(torch.float64), form)
@@ -212,6 +216,7 @@ SHAPES = {
     "plain": ((192, 320, 300), (192, 128, 520)),
     "residual": ((192, 320, 300), (192, 128, 520)),
     "wide": ((192, 192, 520), (64, 192, 520)),
+    "wide transposed": ((192, 128, 900), (64, 128, 520)),
     "wide residual": ((192, 192, 300), (64, 192, 520)),
 }
 #: Faults of one instruction: a pattern and what replaces it.

@@ -227,6 +227,7 @@ _GLUON = {
     "sm90_linear_projection": _layer("residual"),
     "sm90_linear_fc1": _layer("norm gelu"),
     "sm90_wide_linear": _layer("wide residual scaled", 136, 136, 200),
+    "sm90_wide_gradient": _layer("wide transposed", 136, 136, 200),
     "layernorm_msa_gluon": _gluon_msa,
     "layernorm_ffn_gluon": _gluon_ffn,
 }

@@ -296,10 +296,11 @@ def test_more_triton_kernels(case: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_gluon_kernel(dtype: str) -> None:
     """Its layers in three schedules, which give the same bits."""
-    names = [f"sm90_{n}" for n in ("linear_qkv", "linear_projection", "linear_fc1", "wide_linear")]
+    names = ["sm90_linear_qkv", "sm90_linear_projection", "sm90_linear_fc1"]
+    names += ["sm90_wide_linear", "sm90_wide_gradient"]
     done = _launch(*names, "--sm", "90", "--dtypes", dtype, "--orders", "3")
     assert not done.returncode, done.stdout + done.stderr
-    assert done.stdout.count(": ok") == 4, done.stdout
+    assert done.stdout.count(": ok") == 5, done.stdout
 
 
 @pytest.mark.slow

@@ -30,28 +30,28 @@ store_tile = getattr(_tma, "async_store", None) or _tma.async_copy_shared_to_glo
 SIDE = 64
 
 _LAYOUT = language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-#: By rows of a tile.
-_examples: dict[int, Any] = {}
+#: By rows and columns of a tile.
+_examples: dict[tuple[int, int], Any] = {}
 
 
 def tile(
-    t: Any, num_rows: int, columns: int, row_stride: int, rows: int = SIDE
+    t: Any, num_rows: int, columns: int, row_stride: int, box: tuple[int, int] = (SIDE, SIDE)
 ) -> TensorDescriptor:
-    """Describe a matrix [num_rows, columns] of 16-bit elements, copied in tiles [rows, SIDE].
+    """Describe a matrix [num_rows, columns] of 16-bit elements, which TMA copies in tiles of box.
 
     The caller has checked that it starts at the address of t, a multiple of 16 bytes, and that
     row_stride is one of 8: Triton's checks of each descriptor would take longer than a launch.
     """
-    if rows not in _examples:
-        example = copy.copy(TensorDescriptor(t, [1, 1], [8, 1], [rows, SIDE], _LAYOUT))
+    if box not in _examples:
+        example = copy.copy(TensorDescriptor(t, [1, 1], [8, 1], [*box], _LAYOUT))
         example.base = None  # the memory is not ours to keep
-        _examples[rows] = example
+        _examples[box] = example
     described = TensorDescriptor.__new__(TensorDescriptor)
-    described.__dict__.update(_examples[rows].__dict__)
+    described.__dict__.update(_examples[box].__dict__)
     described.base, described.shape, described.strides = t, (num_rows, columns), (row_stride, 1)
     return described
 
 
-def type_of_tiles(dtype: str, rows: int = SIDE) -> str:
+def type_of_tiles(dtype: str, box: tuple[int, int] = (SIDE, SIDE)) -> str:
     """Return Triton's name for the type of a parameter that takes such tiles; dtype as "bf16"."""
-    return f"tensordesc<{dtype}[{rows}, {SIDE}],{_LAYOUT!r}>"
+    return f"tensordesc<{dtype}{[*box]},{_LAYOUT!r}>"

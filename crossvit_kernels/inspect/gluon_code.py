@@ -32,7 +32,9 @@ class Form(NamedTuple):
     def describe(self) -> str:
         """Describe it, for a report."""
         c = self.shape
-        steps = [name for name in ("norm", "gelu", "residual") if getattr(c, name, False)]
+        steps = [
+            name for name in ("norm", "gelu", "residual", "transposed") if getattr(c, name, False)
+        ]
         tile = f"{64 * c.consumers}x64" if isinstance(c, Sm90Shape) else f"128x{c.tile_columns}"
         layer = " ".join([f"{c.channels} to {c.columns}", *steps])
         return f"{self.dtype} {layer}, {tile}; 2 consumers, {c.stages} stages"
@@ -53,6 +55,9 @@ def forms(dtypes: Collection[str], blocks: Sequence[tuple[int, int, int]]) -> li
                     shape = Sm90Shape(channels, columns, norm=True, gelu=gelu)
                     found[Form(dtype, shape, ("mean", "rstd"))] = None
                     found[Form(dtype, shape, ())] = None
+            for terms in (channels, 3 * channels, hidden):  # gradients by W_o, W_qkv and W_1
+                shape = WideShape(terms, channels, transposed=True)
+                found[Form(dtype, shape, ("bias", "scale"))] = None
             for terms in (channels, hidden):
                 if _is_narrow(terms, channels):
                     found[Form(dtype, Sm90Shape(terms, channels, residual=True), _NO_NORM)] = None
@@ -90,8 +95,9 @@ def compiled(form: Form) -> Any:
             types[name] = "*fp32" if in_float32 else f"*{form.dtype}"
             attributes[path] = [["tt.divisibility", 16]]
         elif name in ("x", "weight", "y", "r"):
-            rows = c.piece if name == "weight" and isinstance(c, WideShape) else gluon.SIDE
-            types[name] = gluon.type_of_tiles(form.dtype, rows)
+            is_box = name == "weight" and isinstance(c, WideShape)
+            box = (c.weight_box,) if is_box else ()
+            types[name] = gluon.type_of_tiles(form.dtype, *box)
         else:
             types[name] = "fp32" if name == "eps" else "i32"
     source = gluon.Source(fn=kernel, signature=types, constexprs=constants, attrs=attributes)

@@ -69,6 +69,23 @@ def test_layers(form: str, channels: int, columns: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(
+    "channels, columns", [(64, 64), (136, 200), (384, 1152), (1152, 384), (2304, 768)]
+)
+def test_gradients_of_inputs(channels: int, columns: int) -> None:
+    torch.manual_seed(0)
+    weight = made(channels, columns, scale=channels**-0.5)
+    for shape in ((1,), (300,), (3, 43), (150, 197)):
+        d = made(*shape, channels)
+        assert sm90_wide.input_gradient(d, weight) is None
+        with VARIANTS.choose("gluon"):
+            y = sm90_wide.input_gradient(d, weight)
+            assert y is not None and y.shape == (*shape, columns)
+            assert_within_rule(y, d @ weight, d.double() @ weight.double(), "gradient")
+            for _ in range(3):
+                assert torch.equal(sm90_wide.input_gradient(d, weight), y)
+
+
+@pytest.mark.parametrize(
     "channels, hidden, heads, tokens, dtype",
     [
         (192, 576, 6, 401, torch.bfloat16),
@@ -106,13 +123,15 @@ def test_when_it_is_chosen() -> None:
         assert not sm90_wide.chosen(x.float(), weight.float())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "transposed"])
 @pytest.mark.parametrize("channels, columns", [(576, 192), (1152, 384), (448, 64)])
 def test_many_launches(form: str, channels: int, columns: int) -> None:
     """A race shows in some launches only."""
     x, weight = made(150, 197, channels), made(columns, channels)
+    weight = weight.t().contiguous() if form == "transposed" else weight
     scale = torch.ones(150, dtype=torch.float32, device="cuda") if "scaled" in form else None
     options = {"residual": made(150, 197, columns) if "residual" in form else None, "scale": scale}
+    options["transposed"] = form == "transposed"
     expected = sm90_wide.linear(x, weight, None, **options)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(2000):

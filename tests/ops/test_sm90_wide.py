@@ -19,13 +19,16 @@ WIDE = """
 from crossvit_kernels.ops.common.sm90_wide import WideShape
 from crossvit_kernels.ops.common.triton_sm90_wide_kernels import sm90_wide_linear as wide
 
-def check_wide(channels, columns, residual, dtype=torch.bfloat16, bias=True, scaled=False):
+def check_wide(
+    channels, columns, residual, dtype=torch.bfloat16, bias=True, scaled=False, transposed=False
+):
     x, w, y = (torch.zeros(n, m, dtype=dtype, device="cpu")
                for n, m in ((70, channels), (columns, channels), (70, columns)))
-    c = WideShape(channels, columns, residual)
+    c = WideShape(channels, columns, residual, transposed)
+    w = w.t().contiguous() if transposed else w
     b, scale = w if bias else None, torch.zeros(7, device="cpu") if scaled else None
     tiles = [tile(t, *t.shape, t.stride(0)) for t in (x, w, y, y)]
-    tiles[1] = tile(w, *w.shape, channels, c.piece)
+    tiles[1] = tile(w, *w.shape, w.stride(0), c.weight_box)
     compiled = wide.warmup(*tiles, b, scale, 70, 10, c, num_warps=4, grid=(1,))
     assert wide.warmup(*tiles, b, scale, 64, 1, c, num_warps=4, grid=(2,)) is compiled
     assert compiled.metadata.shared <= machine_code.SHARED_BYTES_OF_PROGRAM[90]
@@ -113,16 +116,17 @@ def test_inspect_compiles_what_is_launched() -> None:
         + """
 from crossvit_kernels.inspect import gluon_code
 found = gluon_code.forms(["bf16", "fp32"], [(64, 2, 576), (384, 6, 1152)])
-assert len(set(found)) == len(found) == 2 * 8 and {f.dtype for f in found} == {"bf16"}
+assert len(set(found)) == len(found) == 8 + 3 + 8 + 2 and {f.dtype for f in found} == {"bf16"}
 assert sum(f.kernel == "sm90_linear" for f in found) == 2 * 5
-(form,) = (f for f in found if f.shape.channels == 576 and not f.absent)
+(form,) = (f for f in found if f.shape.channels == 576 and f.shape.residual and not f.absent)
 assert "576 to 64 residual, 128x64; 2 consumers" in form.describe()
 report = gluon_code.inspect(form)
 assert report.spills == 0 and not report.passed_over and report.tensor_core_instructions == 8
-compiled = gluon_code.compiled(form)
 check_wide(576, 64, True, scaled=True)
-known, = {k.hash for cache in wide.device_caches.values() for k in cache[0].values()}
-assert compiled.hash == known
+(other,) = (f for f in found if f.shape.channels == 576 and f.shape.transposed)
+check_wide(576, 64, False, bias=False, transposed=True)
+launched = {k.hash for cache in wide.device_caches.values() for k in cache[0].values()}
+assert launched == {gluon_code.compiled(f).hash for f in (form, other)}
 """
     )
 
@@ -139,6 +143,6 @@ def test_it_spills_nothing(layer: tuple[int, int]) -> None:
         COMPILED
         + WIDE
         + f"check_wide(*{layer}, True, scaled=True)\n"
-        + f"check_wide(*{layer}, True, torch.float16)\n"
-        + ("" if layer in QUICK else f"check_wide(*{layer}, False, bias=False)\n")
+        + f"check_wide(*{layer}, False, torch.float16, bias=False, transposed=True)\n"
+        + ("" if layer in QUICK else f"check_wide(*{layer}, True, torch.float16)\n")
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crossvit_kernels.gpu import tables
 from crossvit_kernels.ops.common import sm90_linear
+from crossvit_kernels.ops.common.configs import VARIANTS
 
 #: (device, Triton), as in sm90_linear: this kernel has not run on a GPU yet.
 PROVEN: frozenset[tuple[str, str]] = frozenset()
@@ -31,11 +32,13 @@ class WideShape(tables.Constants):
         channels: K.
         columns: N.
         residual: Whether r is added.
+        transposed: Whether W is stored as [K, N].
     """
 
     channels: int
     columns: int
     residual: bool = False
+    transposed: bool = False
 
     @property
     def steps(self) -> int:
@@ -61,6 +64,11 @@ class WideShape(tables.Constants):
     def piece(self) -> int:
         """Columns of an accumulator."""
         return self.tile[1]
+
+    @property
+    def weight_box(self) -> tuple[int, int]:
+        """Rows and columns of W that are loaded at a time."""
+        return (64, self.piece) if self.transposed else (self.piece, 64)
 
     @property
     def tile_columns(self) -> int:
@@ -107,6 +115,7 @@ def linear(
     *,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor | None:
     """Return r + scale (a W^T + b) [B, N, W's rows] for a [B, N, W's columns], of 16 bits.
 
@@ -118,27 +127,28 @@ def linear(
         bias: [W's rows] or None.
         residual: r [B, N, W's rows] or None.
         scale: [B] or None.
+        transposed: Whether weight is W^T.
     """
     if not sm90_linear.can_read(a, weight, residual):
         return None
     index = a.get_device()
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return linear(a, weight, bias, residual=residual, scale=scale)
+            return linear(a, weight, bias, residual=residual, scale=scale, transposed=transposed)
     from crossvit_kernels.gpu.gluon import tile
     from crossvit_kernels.ops.common.triton_sm90_wide_kernels import sm90_wide_linear as kernel
 
     batch, num_tokens, channels = a.shape
-    num_rows, columns = batch * num_tokens, weight.shape[0]
+    num_rows, columns = batch * num_tokens, weight.shape[transposed]
     y = a.new_empty(batch, num_tokens, columns)
-    c = _shape(channels, columns, residual is not None)
+    c = _shape(channels, columns, residual is not None, transposed)
     y_tiles = tile(y, num_rows, columns, columns)
     r_tiles = y_tiles
     if residual is not None:
         r_tiles = tile(residual, num_rows, columns, residual.stride(1))
     arguments = (
         tile(a, num_rows, channels, a.stride(1)),
-        tile(weight, columns, channels, weight.stride(0), c.piece),
+        tile(weight, *weight.shape, weight.stride(0), c.weight_box),
         y_tiles,
         r_tiles,
         bias,
@@ -150,6 +160,20 @@ def linear(
     tiles = -(-num_rows // _ROWS) * c.tiles
     key = "wide", index, c, a.dtype, *sm90_linear.kinds(bias, scale)
     return y if sm90_linear.start(kernel, arguments, key, index, tiles) else None
+
+
+def input_gradient(d: Tensor, weight: Tensor) -> Tensor | None:
+    """Return d W [..., W's columns] for d [..., W's rows]; None where something else is to do it.
+
+    The kernel does it only if it is asked for by name: torch's libraries may be as fast.
+    """
+    if VARIANTS.asked_for != "gluon":
+        return None
+    rows = d.view(1, -1, d.shape[-1])
+    if not sm90_linear.is_wanted(rows, weight, why_not, lambda device: False):
+        return None
+    y = linear(rows, weight, None, transposed=True)
+    return None if y is None else y.view(*d.shape[:-1], -1)
 
 
 @functools.cache

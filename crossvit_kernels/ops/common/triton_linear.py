@@ -250,6 +250,12 @@ def norm_backward(
     return Gradients(dx, dcls, *sums)
 
 
+def input_gradient(d: Tensor, weight: Tensor) -> Tensor:
+    """Return d W [..., in] for a layer's gradient d [..., out] and weight [out, in]."""
+    y = sm90_wide.input_gradient(d, weight)
+    return d @ weight if y is None else y
+
+
 def weight_gradient(d: Tensor, rows: Tensor, wanted: bool) -> Any:
     """Return d^T rows for a layer's gradient d [B N, out] and its input rows [..., in]; or None."""
     return d.t() @ rows.view(d.shape[0], -1) if wanted else None

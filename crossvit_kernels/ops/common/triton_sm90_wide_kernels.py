@@ -37,7 +37,10 @@ def _produce(x, weight, r, xs, ws, full, empty, total, c: gl.constexpr):
                 load_tile(x, [block * 128 + w * 64, k * 64], full.index(s), xs.index(s * 2 + w))
             for p in gl.static_range(pieces):
                 at = ws.index(s * c.pieces + p)
-                load_tile(weight, [column + p * c.piece, k * 64], full.index(s), at)
+                if c.transposed:
+                    load_tile(weight, [k * 64, column + p * c.piece], full.index(s), at)
+                else:
+                    load_tile(weight, [column + p * c.piece, k * 64], full.index(s), at)
             i += 1
         if c.residual:
             for n in range(c.tile_columns // 64):
@@ -112,7 +115,8 @@ def _consume(y, bias_ptr, scale_ptr, ws, shared, sizes, w: gl.constexpr, c: gl.c
             barrier.wait(full.index(s), (i // c.stages) & 1)
             sums = ()
             for p in gl.static_range(pieces):
-                part = ws.index(s * c.pieces + p).permute((1, 0))
+                box = ws.index(s * c.pieces + p)
+                part = box if c.transposed else box.permute((1, 0))
                 product = multiply_async(
                     xs.index(s * 2 + w), part, accs[p], use_acc=k > 0, is_async=True
                 )
@@ -150,14 +154,17 @@ def sm90_wide_linear(
 ):
     """Compute y [M, N]; a program each SM.
 
-    x, weight, y and r are tiles of x [M, K], W [N, K], y [M, N] and r [M, N], or of y without a
-    residual. bias [N] and scale [images] may be None. num_rows is M, num_tokens rows are an image;
-    c is a WideShape.
+    x, weight, y and r are tiles of x [M, K], W [N, K] or, transposed, [K, N], y [M, N] and
+    r [M, N], or of y without a residual. bias [N] and scale [images] may be None. num_rows is M,
+    num_tokens rows are an image; c is a WideShape.
     """
     stages: gl.constexpr = c.stages
     total = (num_rows + 127) // 128 * c.tiles
     xs = gl.allocate_shared_memory(x.dtype, [c.stages * 2, 64, 64], x.layout)
-    ws = gl.allocate_shared_memory(x.dtype, [c.stages * c.pieces, c.piece, 64], weight.layout)
+    piece: gl.constexpr = c.piece
+    rows: gl.constexpr = 64 if c.transposed else piece
+    columns: gl.constexpr = piece if c.transposed else 64
+    ws = gl.allocate_shared_memory(x.dtype, [c.stages * c.pieces, rows, columns], weight.layout)
     ys = gl.allocate_shared_memory(x.dtype, [4, 64, 64], y.layout)
     one: gl.constexpr = barrier.MBarrierLayout()
     full = gl.allocate_shared_memory(gl.int64, [c.stages, 1], one)
