@@ -56,8 +56,8 @@ def forms(dtypes: Collection[str], blocks: Sequence[tuple[int, int, int]]) -> li
                     found[Form(dtype, shape, ("mean", "rstd"))] = None
                     found[Form(dtype, shape, ())] = None
             for terms in (channels, 3 * channels, hidden):  # gradients by W_o, W_qkv and W_1
-                shape = WideShape(terms, channels, transposed=True)
-                found[Form(dtype, shape, ("bias", "scale"))] = None
+                gradient = WideShape(terms, channels, transposed=True)
+                found[Form(dtype, gradient, ("bias", "scale"))] = None
             for terms in (channels, hidden):
                 if _is_narrow(terms, channels):
                     found[Form(dtype, Sm90Shape(terms, channels, residual=True), _NO_NORM)] = None
@@ -95,9 +95,10 @@ def compiled(form: Form) -> Any:
             types[name] = "*fp32" if in_float32 else f"*{form.dtype}"
             attributes[path] = [["tt.divisibility", 16]]
         elif name in ("x", "weight", "y", "r"):
-            is_box = name == "weight" and isinstance(c, WideShape)
-            box = (c.weight_box,) if is_box else ()
-            types[name] = gluon.type_of_tiles(form.dtype, *box)
+            box = (gluon.SIDE, gluon.SIDE)
+            if name == "weight" and isinstance(c, WideShape):
+                box = c.weight_box
+            types[name] = gluon.type_of_tiles(form.dtype, box)
         else:
             types[name] = "fp32" if name == "eps" else "i32"
     source = gluon.Source(fn=kernel, signature=types, constexprs=constants, attrs=attributes)

@@ -148,7 +148,7 @@ def linear(
         r_tiles = tile(residual, num_rows, columns, residual.stride(1))
     arguments = (
         tile(a, num_rows, channels, a.stride(1)),
-        tile(weight, *weight.shape, weight.stride(0), c.weight_box),
+        tile(weight, weight.shape[0], weight.shape[1], weight.stride(0), c.weight_box),
         y_tiles,
         r_tiles,
         bias,
