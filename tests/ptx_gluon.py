@@ -34,7 +34,7 @@ from torch import Tensor
 
 from crossvit_kernels import extension
 from crossvit_kernels.gpu import launcher
-from crossvit_kernels.ops.common import sm90_linear
+from crossvit_kernels.ops.common import sm90_linear, sm90_wide
 
 #: Few, so that each has several tiles, and one begins within a row of them.
 _NUM_SMS = 2
@@ -57,11 +57,13 @@ class Launch(NamedTuple):
 def tensor_map(described: Any) -> ptx.TensorMap:
     """Return what the driver makes of a Gluon descriptor."""
     size = described.base.element_size()
+    rows, columns = described.block_shape
+    widest = described.layout.swizzle_byte_width // size  # Triton copies wider boxes in parts
     return ptx.TensorMap(
         described.base.data_ptr(),
         tuple(described.shape[::-1]),
         tuple(stride * size for stride in described.strides[-2::-1]),
-        tuple(described.block_shape[::-1]),
+        (min(columns, widest), rows),
         size,
         described.layout.swizzle_byte_width,
     )
@@ -91,7 +93,7 @@ def _text(kernel: Any, arguments: tuple[Any, ...]) -> tuple[str, int]:
     kinds = [
         (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else type(a) for a in arguments[:-1]
     ]
-    key = repr((arguments[0].base.dtype, *kinds, arguments[-1]))
+    key = repr((kernel.__name__, arguments[0].base.dtype, *kinds, arguments[-1]))
     if key not in _compiled:
         compiled = kernel.warmup(*arguments, num_warps=4, grid=(1,))
         _compiled[key] = compiled.asm["ptx"], compiled.metadata.shared
@@ -120,9 +122,9 @@ def executing(run: Callable[[Launch], None]) -> Iterator[None]:
         on_gpu: Any = types.SimpleNamespace(is_cuda=True, device=x.device, dtype=x.dtype)
         return original(on_gpu, weight)
 
-    original = sm90_linear._why_not
+    original = sm90_linear.why_no_gluon
     with (
-        mock.patch.object(sm90_linear, "_why_not", why_not),
+        mock.patch.object(sm90_linear, "why_no_gluon", why_not),
         mock.patch.object(sm90_linear, "_compiled", compiled),
         mock.patch.object(sm90_linear, "_known", {}),
         mock.patch.object(sm90_linear, "_num_sms", lambda index: _NUM_SMS),
@@ -138,7 +140,8 @@ def check(dtype: torch.dtype, form: str, channels: int, columns: int, rows: int)
 
     Args:
         dtype: Of tokens and weights.
-        form: Of "norm", "gelu" and "residual", those that are applied.
+        form: Of "norm", "gelu" and "residual", those that are applied; or "wide", the kernel of any
+            width, with "residual", "scaled" and "transposed" or without.
         channels: K.
         columns: N.
         rows: M.
@@ -158,6 +161,10 @@ def check(dtype: torch.dtype, form: str, channels: int, columns: int, rows: int)
         y = torch.nn.functional.linear(a, w, b)
         y = torch.nn.functional.gelu(y) if "gelu" in form else y
         return y + res if "residual" in form else y
+
+    if "wide" in form:
+        _check_wide(dtype, form, (x, weight, bias, r))
+        return
 
     mean, rstd = (torch.empty(1, rows, dtype=torch.float32, device="cpu") for _ in range(2))
     y = sm90_linear.linear(
@@ -179,10 +186,38 @@ def check(dtype: torch.dtype, form: str, channels: int, columns: int, rows: int)
         torch.testing.assert_close(rstd.double(), (variance + 1e-6).rsqrt(), rtol=1e-4, atol=0)
 
 
+def _check_wide(dtype: torch.dtype, form: str, tensors: tuple[Tensor, ...]) -> None:
+    """Check sm90_wide with two images of x, weight, bias and r."""
+    x, weight, bias, r = tensors
+    x, r = (t.view(2, -1, t.shape[2]) for t in (x, r))
+    scale = torch.tensor([0.0, 1.25], dtype=torch.float32, device="cpu")
+
+    def expected(as_dtype: torch.dtype) -> Tensor:
+        a, w, b, res, s = (t.to(as_dtype) for t in (x, weight, bias, r, scale))
+        y = torch.nn.functional.linear(a, w, b)
+        y = y * s[:, None, None] if "scaled" in form else y
+        return y + res if "residual" in form else y
+
+    transposed = "transposed" in form
+    y = sm90_wide.linear(
+        x,
+        weight.t().contiguous() if transposed else weight,
+        bias,
+        residual=r if "residual" in form else None,
+        scale=scale if "scaled" in form else None,
+        transposed=transposed,
+    )
+    assert y is not None
+    assert_within_rule(y, expected(dtype), expected(torch.float64), form)
+
+
 #: Forms to inject faults into, each in shapes that need every barrier: K, N and M.
 SHAPES = {
     "plain": ((192, 320, 300), (192, 128, 520)),
     "residual": ((192, 320, 300), (192, 128, 520)),
+    "wide": ((192, 192, 520), (64, 192, 520)),
+    "wide transposed": ((192, 128, 900), (64, 128, 520)),
+    "wide residual": ((192, 192, 300), (64, 192, 520)),
 }
 #: Faults of one instruction: a pattern and what replaces it.
 FAULTS = {
@@ -196,7 +231,7 @@ FAULTS = {
     "one arrival fewer expected": (r"(mbarrier\.init\S+\s+\[\S+\]), 2;", r"\1, 1;"),
     "more bytes expected": (r"(expect_tx\S+\s+_, \[\S+\]), (\d+);", r"\1, \g<2>1;"),
     "fewer bytes expected": (r"(expect_tx\S+\s+_, \[\S+\]), (\d+);", r"\1, 128;"),
-    "wait for a store left out": (r"cp\.async\.bulk\.wait_group\S*\s+0;", ""),
+    "wait for a store left out": (r"cp\.async\.bulk\.wait_group\S*\s+\d;", ""),
     "barrier left out": (r"bar(rier)?\.sync\s[^;]*;", ""),
     "wait for a product left out": (r"wgmma\.wait_group\S*\s+0;", ""),
     "arrival left out": (r"@\S+\s+mbarrier\.arrive\.shared[^;]*;", ""),
@@ -274,7 +309,7 @@ def main() -> None:
         for fault in options.faults:
             began, lines = time.perf_counter(), []
             if fault == _SWIZZLE:
-                maps = range(4 if form == "residual" else 3)  # x, W, y and r
+                maps = range(4 if "residual" in form else 3)  # x, W, y and r
                 found = sum(
                     is_found(form, change_values=partial(without_swizzle, n=n)) for n in maps
                 )

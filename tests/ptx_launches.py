@@ -187,9 +187,9 @@ def _ffn(dtype: torch.dtype, backend: str) -> None:
     check_ffn(64, 128, 1, 21, dtype=dtype, scaled=True, backend=backend)
 
 
-def _layer(form: str) -> Callable[[torch.dtype, str], None]:
+def _layer(form: str, *shape: int) -> Callable[[torch.dtype, str], None]:
     def run(dtype: torch.dtype, backend: str) -> None:
-        ptx_gluon.check(dtype, form, 64, 192, 200)
+        ptx_gluon.check(dtype, form, *shape or (64, 192, 200))
 
     return run
 
@@ -204,6 +204,7 @@ def _gluon_ffn(dtype: torch.dtype, backend: str) -> None:
     from block_cases import check_ffn
 
     check_ffn(64, 128, 2, 40, dtype=dtype, backend=backend)
+    check_ffn(64, 448, 2, 40, dtype=dtype, scaled=True, backend=backend)  # fc2 by sm90_wide
 
 
 def _variant(name: str, run: Callable[[torch.dtype, str], None]) -> Any:
@@ -225,6 +226,8 @@ _GLUON = {
     "sm90_linear_qkv": _layer("norm"),
     "sm90_linear_projection": _layer("residual"),
     "sm90_linear_fc1": _layer("norm gelu"),
+    "sm90_wide_linear": _layer("wide residual scaled", 136, 136, 200),
+    "sm90_wide_gradient": _layer("wide transposed", 136, 136, 200),
     "layernorm_msa_gluon": _gluon_msa,
     "layernorm_ffn_gluon": _gluon_ffn,
 }

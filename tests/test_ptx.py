@@ -295,20 +295,27 @@ def test_more_triton_kernels(case: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_gluon_kernel(dtype: str) -> None:
-    """Its three layers in three schedules, which give the same bits."""
-    names = ("sm90_linear_qkv", "sm90_linear_projection", "sm90_linear_fc1")
+    """Its layers in three schedules, which give the same bits."""
+    names = ["sm90_linear_qkv", "sm90_linear_projection", "sm90_linear_fc1"]
+    names += ["sm90_wide_linear", "sm90_wide_gradient"]
     done = _launch(*names, "--sm", "90", "--dtypes", dtype, "--orders", "3")
     assert not done.returncode, done.stdout + done.stderr
-    assert done.stdout.count(": ok") == 3, done.stdout
+    assert done.stdout.count(": ok") == 5, done.stdout
 
 
 @pytest.mark.slow
-def test_faults_in_the_gluon_kernel() -> None:
+@pytest.mark.parametrize(
+    "form, faults",
+    [
+        ("plain", ["proxy fence left out", "phase inverted"]),
+        ("wide residual", ["proxy fence left out"]),
+    ],
+)
+def test_faults_in_the_gluon_kernel(form: str, faults: list[str]) -> None:
     """Each proxy fence left out is found, as the one was that an H100 missed."""
-    arguments = ["proxy fence left out", "phase inverted", "--forms", "plain"]
-    done = _launch(*arguments, script="ptx_gluon.py")
+    done = _launch(*faults, "--forms", form, script="ptx_gluon.py")
     assert not done.returncode, done.stdout + done.stderr
-    assert len(re.findall(r"(\b[1-9]\d*) of \1\b", done.stdout)) == 2, done.stdout
+    assert len(re.findall(r"(\b[1-9]\d*) of \1\b", done.stdout)) == len(faults), done.stdout
 
 
 @pytest.mark.slow

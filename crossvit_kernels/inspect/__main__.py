@@ -8,6 +8,10 @@ instructions and 16-byte loads; the tensors that a specialization omits; and, be
 rejected candidates, with the reason. Compiled kernels go to Triton's cache, where the first calls
 of a program find them.
 
+The Gluon kernels, for sm_90 in 16 bits, have one configuration: one that spills is not launched.
+Their registers are those of a launch, of which each of two consumers then takes 232. Three would
+have 160 each: no more than accumulators and rows take at 384 channels.
+
 The CUDA kernels' code is read from the extension. Each handles all tokens up to a width; its shared
 memory and occupancy are given for that width.
 
@@ -29,7 +33,13 @@ from pathlib import Path
 
 from crossvit_kernels import extension, supported
 from crossvit_kernels.gpu import launcher
-from crossvit_kernels.inspect import ahead_of_time, block_code, extension_code, machine_code
+from crossvit_kernels.inspect import (
+    ahead_of_time,
+    block_code,
+    extension_code,
+    gluon_code,
+    machine_code,
+)
 from crossvit_kernels.inspect.ahead_of_time import reports
 from crossvit_kernels.inspect.compile_cases import (
     BLOCKS,
@@ -39,6 +49,7 @@ from crossvit_kernels.inspect.compile_cases import (
     extremes,
 )
 from crossvit_kernels.inspect.machine_code import Report
+from crossvit_kernels.ops.common import sm90_linear
 from crossvit_kernels.ops.common.configs import VARIANTS
 
 ARCHITECTURES = (80, 90, 100)
@@ -59,6 +70,15 @@ def extension_reports(
             name = options.kernel or ""
             yield from extension_code.reports(arch, options.dtype, options.channels, name)
             yield from block_code.reports(arch, options.dtype, blocks, name)
+
+
+def gluon_reports(
+    options: argparse.Namespace, blocks: Sequence[tuple[int, int, int]]
+) -> Iterator[Report]:
+    """Report on the Gluon kernels, of which the first column's kernels are alternatives."""
+    if gluon_code.ARCH in options.arch and not options.quick and sm90_linear.has_gluon():
+        name = options.kernel or ""
+        yield from gluon_code.reports(options.dtype, blocks, name, options.processes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_HEADER, flush=True)
     for report in itertools.chain(
         _with_progress(reports(cases, options.processes), len(cases)),
+        gluon_reports(options, blocks),
         extension_reports(options, blocks),
     ):
         rows.append(report)
@@ -188,7 +209,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--quick",
         action="store_true",
-        help="only each kernel's variants with most and fewest tensors",
+        help="only each kernel's variants with most and fewest tensors, and no Gluon kernels",
     )
     add(
         "--all",

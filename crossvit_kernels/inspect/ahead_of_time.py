@@ -29,7 +29,7 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 _TENSOR_CORES = re.compile(r"^\s*(?:@\S+\s+)?(?:mma|wgmma|tcgen05)\.(?:sync|mma)", re.MULTILINE)
 _WIDE_LOADS = re.compile(
     r"ld\.global\S*\.v(?:4\.[bfu]32|2\.[bfu]64|8\.b16)|cp\.async\.c[ag]\.\S+ [^;]*, (?:0x10|16)\b"
-    r"|cp\.async\.bulk"
+    r"|cp\.async\.bulk\S*\.shared::\w+\.global"
 )
 
 
@@ -120,7 +120,7 @@ class CompileCase:
         def pointer(path: tuple[int, ...], dtype: torch.dtype | None) -> str:
             if dtype is None:
                 constants[path] = None
-                attributes.update(_attributes_of_constant(path, None))
+                attributes.update(attributes_of_constant(path, None))
                 return "constexpr"
             attributes[path] = [["tt.divisibility", 16]]  # as torch's allocator aligns memory
             return f"*{_NAMES[dtype]}"
@@ -131,7 +131,7 @@ class CompileCase:
             name = parameter.name
             if parameter.is_constexpr:
                 types[name], constants[name] = "constexpr", next(values)
-                attributes.update(_attributes_of_constant((index,), constants[name]))
+                attributes.update(attributes_of_constant((index,), constants[name]))
             elif name.endswith("_ptr"):
                 types[name] = pointer((index,), next(tensors))
             elif name == "w":
@@ -143,7 +143,7 @@ class CompileCase:
         return types, constants, attributes
 
 
-def _attributes_of_constant(path: tuple[int, ...], value: Any) -> dict[tuple[int, ...], Any]:
+def attributes_of_constant(path: tuple[int, ...], value: Any) -> dict[tuple[int, ...], Any]:
     """Return those of a launch, so that it finds the result in Triton's cache.
 
     Up to Triton 3.6 only strings have some: they are taken for what describes an argument.
@@ -194,13 +194,18 @@ def _compiled(case: CompileCase, arch: int, candidate: Candidate) -> tuple[Any, 
     # Triton prints the whole of a program that it fails to compile.
     with contextlib.redirect_stderr(io.StringIO()):
         compiled = compile_for(case, "cuda", arch, candidate)
+    return compiled, usage_of(compiled, arch)
+
+
+def usage_of(compiled: Any, arch: int) -> Usage:
+    """Return what Triton's compiled kernel takes of an SM."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         ((registers, stack_bytes),) = machine_code.usage(cubin).values()
     shared_bytes = int(compiled.metadata.shared)
     fits = shared_bytes <= machine_code.SHARED_BYTES_OF_PROGRAM[arch]
-    return compiled, Usage(registers, stack_bytes // 4, shared_bytes, fits)
+    return Usage(registers, stack_bytes // 4, shared_bytes, fits)
 
 
 def chosen(case: CompileCase, arch: int) -> tuple[Choice, Any, Usage]:
@@ -220,19 +225,12 @@ def inspect(case: CompileCase, arch: int) -> Report:
     """Report on a kernel as a launch would run it, and on the rejected candidates."""
     candidates = case.specialization.candidates
     choice, compiled, usage = chosen(case, arch)
-    candidate = candidates[choice.index]
-    ptx = compiled.asm["ptx"]
-    num_warps = candidate.options["num_warps"]
-    return Report(
-        kernel=case.name,
-        config=case.describe(candidate),
-        arch=arch,
-        registers=usage.registers,
-        spills=usage.spills,
-        shared_bytes=usage.shared_bytes,
-        occupancy=machine_code.occupancy(usage.registers, usage.shared_bytes, num_warps, arch),
-        tensor_core_instructions=len(_TENSOR_CORES.findall(ptx)),
-        wide_loads=len(_WIDE_LOADS.findall(ptx)),
+    return report_of(
+        case.name,
+        case.describe(candidates[choice.index]),
+        arch,
+        compiled,
+        usage,
         absent=case.absent,
         candidate=choice.index,
         passed_over=tuple(
@@ -240,6 +238,25 @@ def inspect(case: CompileCase, arch: int) -> Report:
             for index, objection in enumerate(choice.objections)
             if index != choice.index
         ),
+    )
+
+
+def report_of(
+    kernel: str, config: str, arch: int, compiled: Any, usage: Usage, **rest: Any
+) -> Report:
+    """Report on a kernel that Triton compiled; rest is what a Report has besides."""
+    ptx, num_warps = compiled.asm["ptx"], int(compiled.metadata.num_warps)
+    return Report(
+        kernel=kernel,
+        config=config,
+        arch=arch,
+        registers=usage.registers,
+        spills=usage.spills,
+        shared_bytes=usage.shared_bytes,
+        occupancy=machine_code.occupancy(usage.registers, usage.shared_bytes, num_warps, arch),
+        tensor_core_instructions=len(_TENSOR_CORES.findall(ptx)),
+        wide_loads=len(_WIDE_LOADS.findall(ptx)),
+        **rest,
     )
 
 

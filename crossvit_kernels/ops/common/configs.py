@@ -140,7 +140,7 @@ class RowTable(Table[RowTile]):
             return True
         if self._only is not None or self._apart_from is None or num_rows <= FEW_ROWS:
             return False
-        return channels >= self._apart_from and VARIANTS.asked_for in ("auto", "split")
+        return channels >= self._apart_from and VARIANTS.asked_for in ("auto", "split", "gluon")
 
 
 NORM_LINEAR = RowTable(

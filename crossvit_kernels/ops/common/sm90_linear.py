@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ _MOST_COLUMNS = 2048
 PROVEN: frozenset[tuple[str, str]] = frozenset({("NVIDIA H100 80GB HBM3", "3.6")})
 
 
-def _has_gluon() -> bool:
+def has_gluon() -> bool:
     """Whether the installed Triton has it; does not import Triton."""
     spec = importlib.util.find_spec("triton")
     folders = spec.submodule_search_locations or () if spec else ()
@@ -39,7 +40,7 @@ def _has_gluon() -> bool:
 
 
 # Evaluated once, as in launcher.
-_HAS_GLUON = _has_gluon()
+_HAS_GLUON = has_gluon()
 # Compiled kernels; None for those that do not fit or spill.
 _known: dict[tuple[Any, ...], Any] = {}
 
@@ -85,19 +86,10 @@ class Sm90Shape(tables.Constants):
         return (9 if self.residual else 12) // self.together
 
 
-def why_not(inputs: Any) -> str | None:
-    """Return why the kernel takes no part in a call of layernorm_msa or layernorm_ffn, or None."""
-    weight = inputs.weights[2]  # qkv's or fc1's
-    return _why_not(inputs.x, weight)
-
-
-def _why_not(x: Tensor, weight: Tensor) -> str | None:
-    if not _HAS_GLUON:
-        return "this Triton has no Gluon"
-    if not x.is_cuda or torch.version.hip or extension.compute_capability(x.device) != 90:
-        return f"the tokens are on {x.device}, not on a GPU of compute capability 9.0"
-    if x.dtype not in _DTYPES or weight.dtype != x.dtype:
-        return f"tokens and weights are {x.dtype} and {weight.dtype}, not both of a 16-bit type"
+def why_not(x: Tensor, weight: Tensor) -> str | None:
+    """Return why the kernel does not multiply x by weight [N, K]^T, or None."""
+    if reason := why_no_gluon(x, weight):
+        return reason
     columns, channels = weight.shape
     if channels % _SIDE or channels > WIDEST:
         return f"{channels} channels are no multiple of {_SIDE} up to {WIDEST}"
@@ -106,11 +98,27 @@ def _why_not(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+def why_no_gluon(x: Tensor, weight: Tensor) -> str | None:
+    """Return why no kernel for Hopper's tensor cores takes x and weight, or None."""
+    if not _HAS_GLUON:
+        return "this Triton has no Gluon"
+    if not x.is_cuda or torch.version.hip or extension.compute_capability(x.device) != 90:
+        return f"the tokens are on {x.device}, not on a GPU of compute capability 9.0"
+    if x.dtype not in _DTYPES or weight.dtype != x.dtype:
+        return f"tokens and weights are {x.dtype} and {weight.dtype}, not both of a 16-bit type"
+    return None
+
+
+def device_and_version(device: torch.device) -> tuple[str, str]:
+    """Return a device's name and the installed Triton, as PROVEN has them."""
+    version = ".".join((supported.installed_version("triton") or "").split(".")[:2])
+    return tables.device_name(device), version
+
+
 @functools.cache
 def is_proven(device: torch.device) -> bool:
     """Whether the kernel is known to end on a device, with the installed Triton."""
-    version = ".".join((supported.installed_version("triton") or "").split(".")[:2])
-    return (tables.device_name(device), version) in PROVEN
+    return device_and_version(device) in PROVEN
 
 
 def chosen(a: Tensor, weight: Tensor) -> bool:
@@ -119,6 +127,16 @@ def chosen(a: Tensor, weight: Tensor) -> bool:
     By itself it does so from FEW_ROWS rows on, on devices where it has run (PROVEN), and for K of
     more than 128: narrower layers were not measured.
     """
+    return is_wanted(a, weight, why_not, is_proven)
+
+
+def is_wanted(
+    a: Tensor,
+    weight: Tensor,
+    why_not: Callable[[Tensor, Tensor], str | None],
+    is_proven: Callable[[torch.device], bool],
+) -> bool:
+    """Whether a kernel with these limits is to multiply a [B, N, K] by weight [N, K]^T."""
     asked_for, (batch, num_tokens, _) = VARIANTS.asked_for, a.shape
     num_rows = batch * num_tokens
     if asked_for == "auto":
@@ -126,7 +144,7 @@ def chosen(a: Tensor, weight: Tensor) -> bool:
             return False
     elif asked_for != "gluon":
         return False
-    if not 0 < num_rows <= _MOST_ROWS or _why_not(a, weight) is not None:
+    if not 0 < num_rows <= _MOST_ROWS or why_not(a, weight) is not None:
         return False
     return asked_for == "gluon" or is_proven(a.device)
 
@@ -157,7 +175,7 @@ def linear(
         gelu: Whether GELU is applied.
         residual: r [B, N, W's rows].
     """
-    if not all(_is_tiled(t) for t in (a, residual) if t is not None) or not _is_aligned(weight):
+    if not can_read(a, weight, residual):
         return None
     index = a.get_device()
     if index != torch.cuda.current_device():
@@ -197,22 +215,41 @@ def linear(
         float(eps),
         c,
     )
-    # What Triton's own key holds: see launcher.
-    kinds = (None if t is None else (t.dtype, t.data_ptr() % 16) for t in (bias, gamma, beta))
-    key = index, c, a.dtype, statistics is None, *kinds
+    tiles = -(-num_rows // (_SIDE * c.consumers)) * c.tiles
+    key = index, c, a.dtype, statistics is None, *kinds(bias, gamma, beta)
+    return y if start(kernel, arguments, key, index, tiles) else None
+
+
+def kinds(*tensors: Tensor | None) -> tuple[tuple[torch.dtype, int] | None, ...]:
+    """Return what Triton's own key holds of tensors: see launcher."""
+    return tuple(None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors)
+
+
+def start(
+    kernel: Any, arguments: tuple[Any, ...], key: tuple[Any, ...], index: int, tiles: int
+) -> bool:
+    """Launch a kernel of a program each SM, or fewer; whether it compiles, fits and spills nothing.
+
+    Args:
+        kernel: The kernel.
+        arguments: All of its arguments.
+        key: Everything by which Triton distinguishes the kernels it compiles, and the device.
+        index: The device.
+        tiles: Tiles of the result.
+    """
     if key not in _known:
         _known[key] = _compiled(kernel, arguments)
     compiled = _known[key]
     if compiled is None:
-        return None
+        return False
     if launcher.launched is not None:
         launcher.launched.add(kernel.__name__)
-    programs = min(_num_sms(index), -(-num_rows // (_SIDE * c.consumers)) * c.tiles)
+    programs = min(_num_sms(index), tiles)
     if launcher.can_launch_directly(compiled) and not launcher.changes_kernels(kernel):
         compiled[(programs, 1, 1)](*arguments)
     else:
         kernel[(programs,)](*arguments, num_warps=4)
-    return y
+    return True
 
 
 def _compiled(kernel: Any, arguments: tuple[Any, ...]) -> Any:
@@ -233,6 +270,11 @@ def _shape(*constants: Any) -> Sm90Shape:
 @functools.cache
 def _num_sms(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def can_read(a: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
+    """Whether TMA can read the tensors of a layer."""
+    return all(_is_tiled(t) for t in (a, residual) if t is not None) and _is_aligned(weight)
 
 
 def _is_aligned(t: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
-from crossvit_kernels.ops.common import configs, sm90_linear
+from crossvit_kernels.ops.common import configs, sm90_linear, sm90_wide
 from crossvit_kernels.ops.common import torch_norm as layer_norm
 from crossvit_kernels.ops.common.activations import ACTIVATIONS
 from crossvit_kernels.ops.common.column_sums import column_sums
@@ -157,9 +157,12 @@ def linear_residual(
     step: Step,
 ) -> Tensor:
     """Return x + residual_scale * layer_scale * (a W^T + b) [B, N, C] for a [B, N, W's columns]."""
-    plain = residual_scale is None and layer_scale is None and tokens.cls is None
-    if plain and tokens.x.dtype == a.dtype and sm90_linear.chosen(a, weight):
-        y = sm90_linear.linear(a, weight, bias, residual=tokens.x)
+    if layer_scale is None and tokens.cls is None and tokens.x.dtype == a.dtype:
+        x, y = tokens.x, None
+        if residual_scale is None and sm90_linear.chosen(a, weight):
+            y = sm90_linear.linear(a, weight, bias, residual=x)
+        elif sm90_wide.chosen(a, weight):
+            y = sm90_wide.linear(a, weight, bias, residual=x, scale=residual_scale)
         if y is not None:
             return y
     if step.by_library(tokens.num_rows, weight.shape[0], weight.element_size()):
@@ -245,6 +248,12 @@ def norm_backward(
     dtypes = norm[0].dtype, (norm[0] if norm[1] is None else norm[1]).dtype, d.dtype
     sums = column_sums(shares.flatten(1), [channels] * len(dtypes), dtypes)
     return Gradients(dx, dcls, *sums)
+
+
+def input_gradient(d: Tensor, weight: Tensor) -> Tensor:
+    """Return d W [..., in] for a layer's gradient d [..., out] and weight [out, in]."""
+    y = sm90_wide.input_gradient(d, weight)
+    return d @ weight if y is None else y
 
 
 def weight_gradient(d: Tensor, rows: Tensor, wanted: bool) -> Any:

@@ -79,7 +79,9 @@ def backward(
     affine = w.norm_weight, w.norm_bias
     normed = layers.normalize(tokens, affine, eps, w.fc1_weight.dtype)
     activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, normed, w, activation)
-    grads = layers.norm_backward(dhidden @ w.fc1_weight, dy, scale, tokens, affine, saved)
+    grads = layers.norm_backward(
+        layers.input_gradient(dhidden, w.fc1_weight), dy, scale, tokens, affine, saved
+    )
     if layer_scale is None:
         d_fc2 = layers.weight_gradient(dupdate, activated, wants.fc2_weight)
         last = LastLayer(d_fc2, grads.sum_dy, None)

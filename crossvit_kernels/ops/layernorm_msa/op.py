@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crossvit_kernels.ops.common import sm90_linear
+from crossvit_kernels.ops.common import hopper
 from crossvit_kernels.ops.common.configs import VARIANTS
 from crossvit_kernels.ops.common.torch_norm import result_dtype
 from crossvit_kernels.ops.flops import Flops
@@ -58,7 +58,7 @@ layernorm_msa = Operation(
     {
         "cpu": cpu,
         "cuda": cuda,
-        **with_variants("triton", triton, VARIANTS, {"gluon": sm90_linear}),
+        **with_variants("triton", triton, VARIANTS, {"gluon": hopper}),
         "library": library,
     },
     _reference,

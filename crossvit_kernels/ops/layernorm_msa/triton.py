@@ -110,8 +110,9 @@ def backward(
         qkv = _qkv(layers.merged(tokens, w.qkv_weight), w, eps)
         heads = _attention(qkv, mask, None, num_heads)
     dupdate = norm.scale_update(dy, scale, w.out_weight.dtype, layer_scale).view(-1, channels)
-    dqkv, sums = _attention_backward(qkv, mask, heads, dupdate @ w.out_weight, lse, num_heads)
-    dnormed = dqkv @ w.qkv_weight
+    dheads = layers.input_gradient(dupdate, w.out_weight)
+    dqkv, sums = _attention_backward(qkv, mask, heads, dheads, lse, num_heads)
+    dnormed = layers.input_gradient(dqkv, w.qkv_weight)
     grads = layers.norm_backward(dnormed, dy, scale, tokens, affine, (mean, rstd))
     d_qkv_weight: Any = None
     if wants.qkv_weight:

@@ -1,0 +1,181 @@
+"""Linear layers of any width on Hopper's tensor cores: when they run, and their launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossvit_kernels.gpu import tables
+from crossvit_kernels.ops.common import sm90_linear
+from crossvit_kernels.ops.common.configs import VARIANTS
+
+#: (device, Triton), as in sm90_linear: this kernel has not run on a GPU yet.
+PROVEN: frozenset[tuple[str, str]] = frozenset()
+
+_ROWS = 128
+_SHARED_BYTES = 227 * 1024
+#: What is stored, and mbarriers.
+_OTHER_SHARED_BYTES = 33 * 1024
+#: (pieces, columns of a piece): the accumulators of a consumer, at most 192 registers a thread.
+_TILES = ((3, 128), (2, 128), (3, 64), (1, 128), (1, 64))
+
+
+@dataclasses.dataclass(frozen=True)
+class WideShape(tables.Constants):
+    """Constants of the kernel, called c there.
+
+    Attributes:
+        channels: K.
+        columns: N.
+        residual: Whether r is added.
+        transposed: Whether W is stored as [K, N].
+    """
+
+    channels: int
+    columns: int
+    residual: bool = False
+    transposed: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Steps of 64 channels; TMA fills the last one up with zeros."""
+        return -(-self.channels // 64)
+
+    @functools.cached_property
+    def tile(self) -> tuple[int, int]:
+        """The tile with which least is read; TMA leaves out the columns beyond N."""
+
+        def read(tile: tuple[int, int]) -> int:
+            columns = tile[0] * tile[1]
+            return -(-self.columns // columns) * (_ROWS + columns)
+
+        return min(_TILES, key=read)
+
+    @property
+    def pieces(self) -> int:
+        """Accumulators of a consumer."""
+        return self.tile[0]
+
+    @property
+    def piece(self) -> int:
+        """Columns of an accumulator."""
+        return self.tile[1]
+
+    @property
+    def weight_box(self) -> tuple[int, int]:
+        """Rows and columns of W that are loaded at a time."""
+        return (64, self.piece) if self.transposed else (self.piece, 64)
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of a tile."""
+        return self.pieces * self.piece
+
+    @property
+    def tiles(self) -> int:
+        """Tiles side by side."""
+        return -(-self.columns // self.tile_columns)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the ring, of 128 rows of x and a tile's columns of W."""
+        stage = 128 * (_ROWS + self.tile_columns)
+        return (_SHARED_BYTES - _OTHER_SHARED_BYTES) // stage
+
+
+def why_not(x: Tensor, weight: Tensor) -> str | None:
+    """Return why the kernel does not multiply x by weight [N, K]^T, or None."""
+    if reason := sm90_linear.why_no_gluon(x, weight):
+        return reason
+    columns, channels = weight.shape
+    if channels % 8 or columns % 8:
+        return f"{channels} channels or {columns} columns are no multiple of 8"
+    return None
+
+
+@functools.cache
+def is_proven(device: torch.device) -> bool:
+    """Whether the kernel is known to end on a device, with the installed Triton."""
+    return sm90_linear.device_and_version(device) in PROVEN
+
+
+def chosen(a: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel multiplies a [B, N, K] by weight [N, K]^T; see sm90_linear.chosen."""
+    return sm90_linear.is_wanted(a, weight, why_not, is_proven)
+
+
+def linear(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor | None:
+    """Return r + scale (a W^T + b) [B, N, W's rows] for a [B, N, W's columns], of 16 bits.
+
+    Returns None if the kernel spills registers here, or if TMA cannot read a tensor.
+
+    Args:
+        a: [B, N, K].
+        weight: [W's rows, K].
+        bias: [W's rows] or None.
+        residual: r [B, N, W's rows] or None.
+        scale: [B] or None.
+        transposed: Whether weight is W^T.
+    """
+    if not sm90_linear.can_read(a, weight, residual):
+        return None
+    index = a.get_device()
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return linear(a, weight, bias, residual=residual, scale=scale, transposed=transposed)
+    from crossvit_kernels.gpu.gluon import tile
+    from crossvit_kernels.ops.common.triton_sm90_wide_kernels import sm90_wide_linear as kernel
+
+    batch, num_tokens, channels = a.shape
+    num_rows, columns = batch * num_tokens, weight.shape[transposed]
+    y = a.new_empty(batch, num_tokens, columns)
+    c = _shape(channels, columns, residual is not None, transposed)
+    y_tiles = tile(y, num_rows, columns, columns)
+    r_tiles = y_tiles
+    if residual is not None:
+        r_tiles = tile(residual, num_rows, columns, residual.stride(1))
+    arguments = (
+        tile(a, num_rows, channels, a.stride(1)),
+        tile(weight, weight.shape[0], weight.shape[1], weight.stride(0), c.weight_box),
+        y_tiles,
+        r_tiles,
+        bias,
+        scale,
+        num_rows,
+        num_tokens,
+        c,
+    )
+    tiles = -(-num_rows // _ROWS) * c.tiles
+    key = "wide", index, c, a.dtype, *sm90_linear.kinds(bias, scale)
+    return y if sm90_linear.start(kernel, arguments, key, index, tiles) else None
+
+
+def input_gradient(d: Tensor, weight: Tensor) -> Tensor | None:
+    """Return d W [..., W's columns] for d [..., W's rows]; None where something else is to do it.
+
+    The kernel does it only if it is asked for by name: torch's libraries may be as fast.
+    """
+    if VARIANTS.asked_for != "gluon":
+        return None
+    rows = d.view(1, -1, d.shape[-1])
+    if not sm90_linear.is_wanted(rows, weight, why_not, lambda device: False):
+        return None
+    y = linear(rows, weight, None, transposed=True)
+    return None if y is None else y.view(*d.shape[:-1], -1)
+
+
+@functools.cache
+def _shape(*constants: Any) -> WideShape:
+    return WideShape(*constants)
