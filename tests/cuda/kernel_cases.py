@@ -102,6 +102,7 @@ class Block:
     channels: int
     heads: int = 0
     hidden: int = 0
+    layer_scale: bool = False
 
     def arrays(self) -> list[np.ndarray]:
         size = self.batch, self.tokens, self.channels
@@ -109,7 +110,11 @@ class Block:
         weights = msa_weights(size[2]) if self.heads else ffn_weights(size[2], self.hidden)
         x, dy, cls, *weights = (representable(t, DTYPE) for t in (x, dy, cls, *weights))
         scale = torch.tensor([1.25, 0.5]).double()[: self.batch]
+        per_channel = representable(torch.rand(size[2]).double(), DTYPE)
         options = {"residual_scale": scale, "backend": "reference"}
+        dupdate = scale.view(-1, 1, 1) * dy
+        if self.layer_scale:
+            options["layer_scale"], dupdate = per_channel, per_channel * dupdate
 
         def msa(x: Tensor, cls: Tensor, *w: Tensor) -> Tensor:
             return ck.layernorm_msa(x, MsaWeights(*w), self.heads, cls=cls, **options)
@@ -122,8 +127,8 @@ class Block:
         y, *gradients = outputs_and_gradients(function, inputs, [dy], torch.float64)
         exact = [y, *gradients[: -len(weights)], torch.stack(gradients[-6:-4])]
         numbers = _numbers(2 if self.heads else 3, *size, self.heads or self.hidden)
-        dupdate = scale.view(-1, 1, 1) * dy
-        given = bits(x), bits(cls if self.heads else None), floats(scale), bits(dy), bits(dupdate)
+        given = bits(x), bits(cls if self.heads else None), floats(scale)
+        given += bits(per_channel if self.layer_scale else None), bits(dy), bits(dupdate)
         return [numbers, *given, *map(bits, weights), *(t.numpy() for t in exact)]
 
 

@@ -98,7 +98,8 @@ struct LinearSums {
  private:
   // What follows the products of a row.
   struct RowEnd {
-    __device__ __forceinline__ RowEnd(const LinearParams<T>& a, int64_t row) : bias(a.bias) {
+    __device__ __forceinline__ RowEnd(const LinearParams<T>& a, int64_t row)
+        : bias(a.bias), layer_scale(a.layer_scale) {
       if constexpr (kKind == Linear::kForward) {
         if (a.x.x.data) x = a.x[row];
         if (a.scale) scale = a.scale[row / a.x.num_tokens];
@@ -123,12 +124,16 @@ struct LinearSums {
       }
       if (x.data) {
         const float2 residual = x.load_2(column);
+        if (layer_scale.data) {
+          const float2 s = layer_scale.load_2(column);
+          y = make_float2(y.x * s.x, y.y * s.y);
+        }
         y = make_float2(fmaf(scale, y.x, residual.x), fmaf(scale, y.y, residual.y));
       }
       return y;
     }
 
-    Elements<T> bias, x = {nullptr, false};
+    Elements<T> bias, layer_scale, x = {nullptr, false};
     float scale = 1;
     T* hidden = nullptr;
   };

@@ -7,7 +7,7 @@ namespace crossvit {
 
 // What a linear layer computes. Backward's products are with W as it is stored, without a bias.
 enum class Linear {
-  kForward,       // out = a W^T + b or, with x, x + r (a W^T + b)
+  kForward,       // out = a W^T + b or, with x, x + r s (a W^T + b)
   kGelu,          // out = gelu(a W^T + b)
   kBackward,      // out = a W
   kGeluBackward,  // out = (a W) gelu'(h), and h = gelu(h)
@@ -18,11 +18,12 @@ struct LinearParams {
   const T* a;       // [rows, terms]
   const T* weight;  // [columns, terms]; backward [terms, columns]
   int64_t rows;
-  int terms, columns;  // multiples of 8
-  Elements<T> bias;    // [columns], or null
-  TokenRows<T> x;      // [rows, columns]; its data is null if there is no residual
-  const float* scale;  // r: [images], or null
-  T* hidden;           // h: [rows, columns]
+  int terms, columns;       // multiples of 8
+  Elements<T> bias;         // [columns], or null
+  TokenRows<T> x;           // [rows, columns]; its data is null if there is no residual
+  const float* scale;       // r: [images], or null
+  Elements<T> layer_scale;  // s: [columns], or null
+  T* hidden;                // h: [rows, columns]
   MutableElements<T> out;
 };
 

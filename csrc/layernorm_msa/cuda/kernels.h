@@ -3,7 +3,7 @@
 #include "attention_core/cuda/kernels.h"
 #include "cross_attention/params.h"
 
-// y = x + r MSA(LN(x)) on an NVIDIA GPU. The matrices, and what is passed between kernels, are in
+// y = x + r s MSA(LN(x)) on an NVIDIA GPU. The matrices, and what is passed between kernels, are in
 // float32, bfloat16 or float16; tokens, their gradients and vectors of parameters in that type or
 // in float32. C is a multiple of 8, as is d = C / h.
 
@@ -11,7 +11,7 @@ namespace crossvit::layernorm_msa::cuda {
 
 using attention_core::Tokens;
 using attention_core::cuda::Place;
-using cross_attention::Layer;
+using cross_attention::Layer, cross_attention::Parameter;
 
 struct Problem {
   int64_t batch;
@@ -35,11 +35,13 @@ struct ForwardParams {
   Tokens x;  // its extra token, if any, is the CLS that replaces row 0
   Weights weights;
   const float* residual_scale;  // r: [B], or null
+  Parameter layer_scale;        // s: [C], or null
   void* normed;                 // scratch: LN(x) [B, N, C]
   void* qkv;                    // out: [B, N, 3, h, d]
   void* heads;                  // out: attention's result [B, N, h, d]
   float* lse;                   // out: [B, h, N], or null
-  void* y;                      // out: [B, N, C], or null; of x's type
+  void* y;                      // out: [B, N, C], or null
+  DType y_dtype;                // the matrices' or float32
 };
 
 struct BackwardParams {
@@ -49,8 +51,8 @@ struct BackwardParams {
   const void* qkv;      // from forward
   const void* heads;    // from forward
   const float* lse;     // from forward
-  const void* dy;       // [B, N, C], of x's type
-  const void* dupdate;  // [B, N, C]: r dy
+  Parameter dy;         // [B, N, C], of y's type
+  const void* dupdate;  // [B, N, C]: r s dy
   void* dheads;         // scratch: [B, N, C]
   float* query_terms;   // scratch: [B, h, N rounded up, 2], query_term_floats()
   void* dqkv;           // out: [B, N, 3, h, d]

@@ -1,0 +1,118 @@
+"""What other vision transformers need of both halves of a block, in CUDA: on a GPU or the shim."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from block_cases import (
+    DTYPES,
+    FFN_BIASES,
+    MSA_BIASES,
+    check_ffn,
+    check_msa,
+    float_ffn,
+    float_msa,
+    per_channel,
+)
+from accuracy import assert_within_rule
+from operator_checks import check_operators
+from torch import Tensor
+
+import crossvit_kernels as ck
+from crossvit_kernels import FfnWeights, MsaWeights
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs
+from crossvit_kernels.ops.operator import OPERATIONS
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_biases(dtype: torch.dtype, cuda_device: str) -> None:
+    options = {"backend": "cuda", "device": cuda_device}
+    check_msa(40, 1, 2, 21, dtype, with_cls=True, absent=MSA_BIASES, **options)
+    check_ffn(40, 88, 2, 21, dtype, absent=FFN_BIASES, layer_scale=0.1, **options)
+
+
+@pytest.mark.parametrize("name", range(3))
+def test_without_one_bias(name: int, cuda_device: str) -> None:
+    options = {"backend": "cuda", "device": cuda_device}
+    check_msa(32, 2, 1, 9, torch.float32, absent=MSA_BIASES[name : name + 1], **options)
+    check_ffn(32, 56, 1, 9, torch.float32, absent=FFN_BIASES[name : name + 1], **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", ["fast", "lean"])
+def test_layer_scale(keep: str, dtype: torch.dtype, cuda_device: str) -> None:
+    options = {"layer_scale": 0.1, "backend": "cuda", "device": cuda_device}
+    check_msa(48, 3, 2, 21, dtype, scaled=keep == "fast", keep=keep, with_cls=True, **options)
+    if keep == "fast":
+        check_ffn(40, 88, 2, 21, dtype, scaled=True, **options)
+
+
+@pytest.mark.parametrize("half", ["msa", "ffn"])
+def test_a_small_layer_scale_does_not_underflow(half: str, cuda_device: str) -> None:
+    """1e-5 times a weight is 0 in float16; times an update of 100 it is not."""
+    like = {"device": cuda_device, "dtype": torch.float16}
+    weights = [t.to(**like) for t in (float_msa() if half == "msa" else float_ffn())]
+    weights[-1] = weights[-1] + 100
+    x, options = torch.zeros(1, 4, 32, **like), {"backend": "cuda"}
+    options["layer_scale"] = torch.full((32,), 1e-5, **like)
+    if half == "msa":
+        y = ck.layernorm_msa(x, MsaWeights(*weights), 2, **options)
+    else:
+        y = ck.layernorm_ffn(x, FfnWeights(*weights), **options)
+    assert ((y.float() - 1e-3).abs() < 4e-5).all()
+
+
+@pytest.mark.parametrize("half", ["msa", "ffn"])
+@pytest.mark.parametrize("tokens", [torch.float32, torch.bfloat16])
+def test_layer_scale_under_autocast(half: str, tokens: torch.dtype, cuda_device: str) -> None:
+    """layer_scale stays float32, and so does the result, whatever the tokens are."""
+    weights = float_msa(48) if half == "msa" else float_ffn(48, 88)
+    x, upstream = torch.randn(3, 20, 48).to(tokens), torch.randn(3, 20, 48, device=cuda_device)
+    inputs = [x, per_channel(48, 0.1).float(), *weights]
+
+    def run(backend: str, exact: bool) -> list[Tensor]:
+        leaves = [t.to(cuda_device).detach() for t in inputs]
+        leaves = [(t.double() if exact else t).requires_grad_() for t in leaves]
+        options = {"layer_scale": leaves[1], "backend": backend}
+        with torch.autocast(cuda_device, torch.bfloat16, enabled=not exact):
+            if half == "msa":
+                y = ck.layernorm_msa(leaves[0], MsaWeights(*leaves[2:]), 3, **options)
+            else:
+                y = ck.layernorm_ffn(leaves[0], FfnWeights(*leaves[2:]), **options)
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    exact, eager, actual = run("reference", True), run("reference", False), run("cuda", False)
+    assert actual[0].dtype == torch.float32
+    assert [t.dtype for t in actual] == [t.dtype for t in eager]
+    names = "y", "x", "layer_scale", *type(weights)._fields
+    for name, *results in zip(names, actual, eager, exact, strict=True):
+        if name == "qkv_bias":  # its third for k is exactly zero
+            results = [torch.cat([r[:48], r[96:]]) for r in results]
+        assert_within_rule(*results, name, dtype=torch.bfloat16)
+
+
+def test_operators_with_options(cuda_device: str) -> None:
+    x, scale = torch.randn(3, 5, 32, device=cuda_device), torch.rand(3, device=cuda_device)
+    layer_scale = torch.rand(32, device=cuda_device)
+    ffn = FfnWeights(*(w.to(cuda_device) for w in float_ffn()))._replace(fc2_bias=None)
+    inputs = FfnInputs(x, ffn, scale, "gelu", layer_scale)
+    check_operators(OPERATIONS["layernorm_ffn"], inputs, 1e-6, "cuda", "fast")
+    msa = MsaWeights(*(w.to(cuda_device) for w in float_msa()))._replace(norm_bias=None)
+    inputs = MsaInputs(x, msa, 2, scale, None, layer_scale, None)
+    check_operators(OPERATIONS["layernorm_msa"], inputs, 1e-6, "cuda", "fast")
+
+
+def test_only_the_wanted_gradients(cuda_device: str) -> None:
+    tensors = [t.to(cuda_device) for t in (torch.randn(2, 9, 32), torch.rand(32), *float_ffn())]
+
+    def gradients(*wanted: int) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        w = FfnWeights(*leaves[2:])
+        y = ck.layernorm_ffn(leaves[0], w, layer_scale=leaves[1], backend="cuda")
+        return list(torch.autograd.grad(y.square().sum(), [leaves[i] for i in wanted]))
+
+    everything = gradients(*range(8))
+    for wanted in ((0,), (1,), (6,), (7,), (1, 7), (4, 5)):
+        for index, gradient in zip(wanted, gradients(*wanted), strict=True):
+            assert torch.equal(gradient, everything[index])
