@@ -92,33 +92,34 @@ void define_ffn(py::module_& m) {
   m.def(
       "layernorm_ffn_forward",
       [](const BlockArg& problem, const TokensArg& x, const std::vector<ParameterArg>& weights,
-         Address residual_scale, const ParameterArg& layer_scale, Address normed, Address activated,
-         const ParameterArg& y, const PlaceArg& place) {
+         int activation, Address residual_scale, const ParameterArg& layer_scale, Address normed,
+         Address activated, const ParameterArg& y, const PlaceArg& place) {
         ffn::forward(
             {to_problem<ffn::Problem>(problem), to_tokens(x), to_weights<ffn::Weights>(weights),
-             pointer<const float>(residual_scale), to_parameter(layer_scale), pointer<void>(normed),
-             pointer<void>(activated), pointer<void>(std::get<0>(y)), DType(std::get<1>(y))},
+             Activation(activation), pointer<const float>(residual_scale),
+             to_parameter(layer_scale), pointer<void>(normed), pointer<void>(activated),
+             pointer<void>(std::get<0>(y)), DType(std::get<1>(y))},
             to_place(place));
       },
-      py::arg("problem"), py::arg("x"), py::arg("weights"), py::arg("residual_scale"),
-      py::arg("layer_scale"), py::arg("normed"), py::arg("activated"), py::arg("y"),
-      py::arg("place"), Released());
+      py::arg("problem"), py::arg("x"), py::arg("weights"), py::arg("activation"),
+      py::arg("residual_scale"), py::arg("layer_scale"), py::arg("normed"), py::arg("activated"),
+      py::arg("y"), py::arg("place"), Released());
   m.def(
       "layernorm_ffn_backward",
       [](const BlockArg& problem, const TokensArg& x, const std::vector<ParameterArg>& weights,
-         const ParameterArg& dy, Address dupdate, Address normed, Address activated,
+         int activation, const ParameterArg& dy, Address dupdate, Address normed, Address activated,
          Address dhidden, Address dnormed, const TokensArg& dx, Address norm_shares,
          const PlaceArg& place) {
         ffn::backward(
             {to_problem<ffn::Problem>(problem), to_tokens(x), to_weights<ffn::Weights>(weights),
-             to_parameter(dy), pointer<const void>(dupdate), pointer<void>(normed),
-             pointer<void>(activated), pointer<void>(dhidden), pointer<void>(dnormed),
-             to_tokens(dx), pointer<float>(norm_shares)},
+             Activation(activation), to_parameter(dy), pointer<const void>(dupdate),
+             pointer<void>(normed), pointer<void>(activated), pointer<void>(dhidden),
+             pointer<void>(dnormed), to_tokens(dx), pointer<float>(norm_shares)},
             to_place(place));
       },
-      py::arg("problem"), py::arg("x"), py::arg("weights"), py::arg("dy"), py::arg("dupdate"),
-      py::arg("normed"), py::arg("activated"), py::arg("dhidden"), py::arg("dnormed"),
-      py::arg("dx"), py::arg("norm_shares"), py::arg("place"), Released());
+      py::arg("problem"), py::arg("x"), py::arg("weights"), py::arg("activation"), py::arg("dy"),
+      py::arg("dupdate"), py::arg("normed"), py::arg("activated"), py::arg("dhidden"),
+      py::arg("dnormed"), py::arg("dx"), py::arg("norm_shares"), py::arg("place"), Released());
 }
 
 }  // namespace

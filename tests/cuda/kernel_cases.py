@@ -16,6 +16,7 @@ from torch import Tensor
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, FusionWeights, MsaWeights
 from crossvit_kernels.ops.attention_core import reference
+from crossvit_kernels.ops.common import activations
 
 DTYPE = torch.bfloat16
 # The weights whose gradients form an image's row (saved.gradient_sizes), in order.
@@ -103,6 +104,7 @@ class Block:
     heads: int = 0
     hidden: int = 0
     layer_scale: bool = False
+    activation: str = "gelu"
 
     def arrays(self) -> list[np.ndarray]:
         size = self.batch, self.tokens, self.channels
@@ -120,13 +122,14 @@ class Block:
             return ck.layernorm_msa(x, MsaWeights(*w), self.heads, cls=cls, **options)
 
         def ffn(x: Tensor, *w: Tensor) -> Tensor:
-            return ck.layernorm_ffn(x, FfnWeights(*w), **options)
+            return ck.layernorm_ffn(x, FfnWeights(*w), activation=self.activation, **options)
 
         inputs = [x, cls, *weights] if self.heads else [x, *weights]
         function = msa if self.heads else ffn
         y, *gradients = outputs_and_gradients(function, inputs, [dy], torch.float64)
         exact = [y, *gradients[: -len(weights)], torch.stack(gradients[-6:-4])]
-        numbers = _numbers(2 if self.heads else 3, *size, self.heads or self.hidden)
+        activation = activations.NAMES.index(self.activation)
+        numbers = _numbers(2 if self.heads else 3, *size, self.heads or self.hidden, activation)
         given = bits(x), bits(cls if self.heads else None), floats(scale)
         given += bits(per_channel if self.layer_scale else None), bits(dy), bits(dupdate)
         return [numbers, *given, *map(bits, weights), *(t.numpy() for t in exact)]

@@ -20,9 +20,12 @@ from torch import Tensor
 
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, MsaWeights
+from crossvit_kernels.ops.common import activations
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs
 from crossvit_kernels.ops.operator import OPERATIONS
+
+ACTIVATIONS = activations.NAMES[1:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,11 +95,12 @@ def test_layer_scale_under_autocast(half: str, tokens: torch.dtype, cuda_device:
         assert_within_rule(*results, name, dtype=torch.bfloat16)
 
 
+@pytest.mark.slow_on_cpu
 def test_operators_with_options(cuda_device: str) -> None:
     x, scale = torch.randn(3, 5, 32, device=cuda_device), torch.rand(3, device=cuda_device)
     layer_scale = torch.rand(32, device=cuda_device)
     ffn = FfnWeights(*(w.to(cuda_device) for w in float_ffn()))._replace(fc2_bias=None)
-    inputs = FfnInputs(x, ffn, scale, "gelu", layer_scale)
+    inputs = FfnInputs(x, ffn, scale, "silu", layer_scale)
     check_operators(OPERATIONS["layernorm_ffn"], inputs, 1e-6, "cuda", "fast")
     msa = MsaWeights(*(w.to(cuda_device) for w in float_msa()))._replace(norm_bias=None)
     inputs = MsaInputs(x, msa, 2, scale, None, layer_scale, None)
@@ -116,3 +120,32 @@ def test_only_the_wanted_gradients(cuda_device: str) -> None:
     for wanted in ((0,), (1,), (6,), (7,), (1, 7), (4, 5)):
         for index, gradient in zip(wanted, gradients(*wanted), strict=True):
             assert torch.equal(gradient, everything[index])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str, dtype: torch.dtype, cuda_device: str) -> None:
+    options = {"activation": activation, "backend": "cuda", "device": cuda_device}
+    check_ffn(40, 88, 2, 21, dtype, scaled=True, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", activations.NAMES)
+def test_activations_of_extreme_values(name: str, dtype: torch.dtype, cuda_device: str) -> None:
+    """A hidden unit per value, from the bias: far into both tails."""
+    x = torch.cat([torch.linspace(-120, 120, 477), torch.tensor([-1e4, 1e4, 0.0])]).to(dtype)
+    like, count = {"dtype": dtype, "device": cuda_device}, x.numel()
+    x = x.to(cuda_device).requires_grad_()
+    tokens, zeros = torch.zeros(1, 1, 8, **like), torch.zeros(8, **like)
+    fc2 = torch.ones(8, count, **like).requires_grad_()  # its gradient is the activation
+    weights = FfnWeights(zeros, zeros, torch.zeros(count, 8, **like), x, fc2, None)
+    y = ck.layernorm_ffn(tokens, weights, activation=name, backend="cuda")
+    activated, slope = torch.autograd.grad(y[0, 0, 0], (fc2, x))
+    wide = x.detach().double().requires_grad_()
+    exact = activations.ACTIVATIONS[name](wide)
+    (expected,) = torch.autograd.grad(exact.sum(), wide)
+    near = {"rtol": 2e-6, "atol": 1e-6}
+    if dtype != torch.float32:
+        near = dict.fromkeys(near, torch.finfo(dtype).eps / 2 + 1e-6)
+    torch.testing.assert_close(activated[0].double(), exact.detach(), **near)
+    torch.testing.assert_close(slope.double(), expected, **near)

@@ -14,6 +14,7 @@ from torch import Tensor
 from crossvit_kernels import extension
 from crossvit_kernels.extension import Arguments
 from crossvit_kernels.gpu import launcher
+from crossvit_kernels.ops.common import activations
 from crossvit_kernels.ops.common import cuda_blocks as blocks
 from crossvit_kernels.ops.common import layer_scale as scaled
 from crossvit_kernels.ops.common import torch_norm as norm
@@ -28,9 +29,7 @@ class Saved(NamedTuple):
 
 def why_never(inputs: FfnInputs) -> str | None:
     """Return why no device's kernels take such inputs, or None."""
-    hidden, activation = inputs.weights.fc1_weight.shape[0], inputs.activation
-    if activation != "gelu":
-        return f"its activation is gelu, not {activation}"
+    hidden = inputs.weights.fc1_weight.shape[0]
     if hidden == 0:
         return "there are no hidden units"
     if hidden % 8:
@@ -50,7 +49,7 @@ def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
 
 def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
     inputs = _readable(inputs)
-    x, w, scale, _, layer_scale = inputs
+    x, w, scale, activation, layer_scale = inputs
     hidden, dtype = w.fc1_weight.shape[0], w.fc1_weight.dtype
     y = x.new_empty(x.shape, dtype=norm.result_dtype(x, w.fc2_weight, layer_scale))
     saved = empty_saved(inputs, keep)
@@ -60,6 +59,7 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
         problem=blocks.problem(x, w.fc1_weight, hidden, eps),
         x=args.tokens(x, None),
         weights=blocks.weight_arguments(args, w),
+        activation=activations.NAMES.index(activation),
         residual_scale=args.pointer(scale, torch.float32),
         layer_scale=args.parameter(layer_scale),
         normed=args.pointer(saved.normed, dtype),
@@ -126,7 +126,7 @@ class _Gradients(NamedTuple):
 def _run_backward(
     inputs: FfnInputs, eps: float, dy: Tensor, dupdate: Tensor, normed: Tensor
 ) -> _Gradients:
-    functions, (x, w, *_) = blocks.functions(), inputs
+    functions, (x, w, _, activation, _) = blocks.functions(), inputs
     hidden, dtype = w.fc1_weight.shape[0], w.fc1_weight.dtype
     problem = blocks.problem(x, w.fc1_weight, hidden, eps)
     activated, dnormed = dupdate.new_empty(dupdate.shape[0], hidden), torch.empty_like(normed)
@@ -137,6 +137,7 @@ def _run_backward(
         problem=problem,
         x=args.tokens(x, None),
         weights=blocks.weight_arguments(args, w),
+        activation=activations.NAMES.index(activation),
         dy=args.parameter(dy),
         dupdate=args.pointer(dupdate, dtype),
         normed=args.pointer(normed, dtype),

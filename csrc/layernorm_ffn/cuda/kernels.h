@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/activation.h"
 #include "layernorm_msa/cuda/kernels.h"
 
 // y = x + r s FFN(LN(x)) on an NVIDIA GPU, in the types of LayerNorm-MSA. C and F, the number of
@@ -29,6 +30,7 @@ struct ForwardParams {
   Problem problem;
   Tokens x;
   Weights weights;
+  Activation activation;
   const float* residual_scale;  // r: [B], or null
   Parameter layer_scale;        // s: [C], or null
   void* normed;                 // out: LN(x) [B, N, C]
@@ -41,11 +43,12 @@ struct BackwardParams {
   Problem problem;
   Tokens x;
   Weights weights;
+  Activation activation;
   Parameter dy;         // [B, N, C], of y's type
   const void* dupdate;  // [B, N, C]: r s dy
   const void* normed;   // from forward
   void* activated;      // out: [B, N, F]
-  void* dhidden;        // out: [B, N, F], the gradient before GELU
+  void* dhidden;        // out: [B, N, F], the gradient before the activation
   void* dnormed;        // scratch: [B, N, C]
   Tokens dx;            // out
   float* norm_shares;   // out: [blocks, 2, C], norm_share_floats()

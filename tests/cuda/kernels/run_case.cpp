@@ -200,6 +200,7 @@ bool run_fusion(File& file, const int64_t* settings) {
 // The inputs of half a transformer block: [B, N, C] with, for MSA, a CLS. Omitted arrays are null.
 struct BlockInputs {
   int64_t batch, tokens, channels, heads_or_hidden;
+  Activation activation;
   Array x, cls, scale, layer_scale, dy, dupdate;
   std::vector<Array> weights;
 
@@ -208,6 +209,7 @@ struct BlockInputs {
         tokens(settings[1]),
         channels(settings[2]),
         heads_or_hidden(settings[3]),
+        activation(static_cast<Activation>(settings[4])),
         x(file.next()),
         cls(file.next()),
         scale(file.next()),
@@ -294,15 +296,17 @@ bool run_ffn(File& file, const int64_t* settings) {
   const int64_t width = in.channels, hidden_width = in.heads_or_hidden;
   const Array normed = in.rows(width), activated = in.rows(hidden_width);
   const Array y = like<bf16>(expected_y);
-  ffn::forward({problem, x, weights, in.scale.as<float>(), in.parameter(in.layer_scale),
-                normed.as(), activated.as(), y.as(), DType::kBFloat16},
-               {});
+  ffn::forward(
+      {problem, x, weights, in.activation, in.scale.as<float>(), in.parameter(in.layer_scale),
+       normed.as(), activated.as(), y.as(), DType::kBFloat16},
+      {});
   const Array again = in.rows(hidden_width), dhidden = in.rows(hidden_width);
   const Array shares(ffn::norm_share_floats(problem) * int64_t{sizeof(float)});
   const Array dnormed = in.rows(width), dx = like<bf16>(expected_dx);
-  ffn::backward({problem, x, weights, in.parameter(in.dy), in.dupdate.as(), normed.as(), again.as(),
-                 dhidden.as(), dnormed.as(), in.tokens_of(dx, in.cls), shares.as<float>()},
-                {});
+  ffn::backward(
+      {problem, x, weights, in.activation, in.parameter(in.dy), in.dupdate.as(), normed.as(),
+       again.as(), dhidden.as(), dnormed.as(), in.tokens_of(dx, in.cls), shares.as<float>()},
+      {});
   Results results;
   results.compare<bf16>("y", y, expected_y);
   results.compare<bf16>("dx", dx, expected_dx);
