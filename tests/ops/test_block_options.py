@@ -361,10 +361,3 @@ def test_a_compiled_activation() -> None:
 def test_an_unknown_activation() -> None:
     with pytest.raises(ValueError, match=r"activation: expected one of .*'silu'.*, found 'relu'"):
         ck.layernorm_ffn(torch.randn(1, 2, 32), float_ffn(), activation="relu")
-
-
-def test_cuda_declines() -> None:
-    x = torch.randn(1, 2, 32)
-    with pytest.raises(ValueError, match="cuda: it has no key_mask"):
-        mask = torch.ones(1, 2, dtype=torch.bool)
-        ck.layernorm_msa(x, float_msa(), 2, key_mask=mask, backend="cuda")

@@ -103,7 +103,8 @@ def test_operators_with_options(cuda_device: str) -> None:
     inputs = FfnInputs(x, ffn, scale, "silu", layer_scale)
     check_operators(OPERATIONS["layernorm_ffn"], inputs, 1e-6, "cuda", "fast")
     msa = MsaWeights(*(w.to(cuda_device) for w in float_msa()))._replace(norm_bias=None)
-    inputs = MsaInputs(x, msa, 2, scale, None, layer_scale, None)
+    mask = torch.rand(3, 5, device=cuda_device) < 0.5
+    inputs = MsaInputs(x, msa, 2, scale, None, layer_scale, mask)
     check_operators(OPERATIONS["layernorm_msa"], inputs, 1e-6, "cuda", "fast")
 
 
@@ -149,3 +150,51 @@ def test_activations_of_extreme_values(name: str, dtype: torch.dtype, cuda_devic
         near = dict.fromkeys(near, torch.finfo(dtype).eps / 2 + 1e-6)
     torch.testing.assert_close(activated[0].double(), exact.detach(), **near)
     torch.testing.assert_close(slope.double(), expected, **near)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", ["fast", "lean"])
+def test_key_mask(keep: str, dtype: torch.dtype, cuda_device: str) -> None:
+    """Images with all keys, none, one, and some; several steps of keys, some of them masked."""
+    options = {"masked": True, "keep": keep, "backend": "cuda", "device": cuda_device}
+    check_msa(16, 1, 4, 40, dtype, **options)
+    if keep == "fast":
+        check_msa(40, 1, 5, 150, dtype, with_cls=True, scaled=True, layer_scale=0.1, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_tokens_are_not_attended_to(dtype: torch.dtype, cuda_device: str) -> None:
+    """Without padding the others' rows are the same, and NaN in it stays in its rows."""
+    x = torch.randn(2, 70, 32, device=cuda_device).to(dtype)
+    weights = MsaWeights(*(t.to(cuda_device, dtype) for t in float_msa()))
+    mask = torch.ones(70, 2, dtype=torch.bool, device=cuda_device).t()
+    mask[:, 37:] = False
+    upstream = torch.randn(2, 70, 32, device=cuda_device).to(dtype)
+    upstream[:, 37:] = 0
+
+    def run(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        y = ck.layernorm_msa(x, weights, 2, key_mask=mask, backend="cuda")
+        (dx,) = torch.autograd.grad(y, x, upstream[:, : x.shape[1]])
+        return y.detach(), dx
+
+    expected, clean = run(x[:, :37], None), run(x, mask)
+    for whole, part in zip(clean, expected, strict=True):
+        near = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.05}
+        torch.testing.assert_close(whole[:, :37], part, **near)
+    assert (clean[1][:, 37:] == 0).all()
+    x[:, 37:] = torch.nan
+    y, _ = run(x, mask)
+    assert torch.equal(y[:, :37], clean[0][:, :37]) and y[:, 37:].isnan().all()
+
+
+def test_an_image_without_keys(cuda_device: str) -> None:
+    """Its heads are 0: what is left of the update is the last bias."""
+    x = torch.randn(2, 4, 32, device=cuda_device).requires_grad_()
+    weights = MsaWeights(*(t.to(cuda_device) for t in float_msa()))
+    mask = torch.tensor([[False] * 4, [True] * 4], device=cuda_device)
+    y = ck.layernorm_msa(x, weights, 2, key_mask=mask, backend="cuda")
+    torch.testing.assert_close(y[0], x[0] + weights.out_bias)
+    assert torch.equal(y[1], ck.layernorm_msa(x, weights, 2, backend="cuda")[1])
+    (dx,) = torch.autograd.grad(y[0].sum(), x)
+    assert torch.equal(dx[0], torch.ones_like(dx[0])) and (dx[1] == 0).all()

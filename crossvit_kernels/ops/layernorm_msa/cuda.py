@@ -31,9 +31,7 @@ class Saved(NamedTuple):
 def why_never(inputs: MsaInputs) -> str | None:
     """Return why no device's kernels take such inputs, or None."""
     head_dim = inputs.x.shape[2] // inputs.num_heads
-    if head_dim % 8:
-        return f"{head_dim} channels of a head are no multiple of 8"
-    return "it has no key_mask" if inputs.key_mask is not None else None
+    return f"{head_dim} channels of a head are no multiple of 8" if head_dim % 8 else None
 
 
 def why_not(inputs: MsaInputs) -> str | None:
@@ -108,7 +106,7 @@ def backward(
 
 def _readable(inputs: MsaInputs) -> MsaInputs:
     """Return the inputs as kernels read them."""
-    x, w, num_heads, scale, cls, layer_scale, _ = inputs
+    x, w, num_heads, scale, cls, layer_scale, key_mask = inputs
     dtype = w.qkv_weight.dtype
     return MsaInputs(
         launcher.aligned_rows(x),
@@ -117,6 +115,7 @@ def _readable(inputs: MsaInputs) -> MsaInputs:
         blocks.aligned_scale(scale),
         None if cls is None else launcher.aligned_rows(cls.to(x.dtype)),
         blocks.aligned(layer_scale, dtype),
+        None if key_mask is None else key_mask.contiguous(),
     )
 
 
@@ -124,7 +123,7 @@ def _run_forward(
     inputs: MsaInputs, eps: float, to: Saved, lse: Tensor | None, y: Tensor | None
 ) -> None:
     """Write qkv and heads, and, if given, lse and the block's result y."""
-    x, w, num_heads, scale, cls, layer_scale, _ = inputs
+    x, w, num_heads, scale, cls, layer_scale, key_mask = inputs
     dtype, normed, args = to.qkv.dtype, torch.empty_like(to.heads), Arguments(x.device)
     blocks.functions().layernorm_msa_forward(
         problem=blocks.problem(x, w.qkv_weight, num_heads, eps),
@@ -132,6 +131,7 @@ def _run_forward(
         weights=blocks.weight_arguments(args, w),
         residual_scale=args.pointer(scale, torch.float32),
         layer_scale=args.parameter(layer_scale),
+        key_mask=args.pointer(key_mask, torch.bool),
         normed=args.pointer(normed, dtype),
         qkv=args.pointer(to.qkv, dtype),
         heads=args.pointer(to.heads, dtype),
@@ -152,7 +152,8 @@ class _Gradients(NamedTuple):
 def _run_backward(
     inputs: MsaInputs, eps: float, dy: Tensor, dupdate: Tensor, saved: Saved
 ) -> _Gradients:
-    functions, (x, w, num_heads, _, cls, *_), (lse, qkv, heads) = blocks.functions(), inputs, saved
+    functions, (lse, qkv, heads) = blocks.functions(), saved
+    x, w, num_heads, _, cls, _, key_mask = inputs
     problem, dtype = blocks.problem(x, w.qkv_weight, num_heads, eps), qkv.dtype
     query_terms, shares = map(lse.new_empty, functions.layernorm_msa_scratch(problem))
     dheads, dnormed, normed = (torch.empty_like(heads) for _ in range(3))
@@ -163,6 +164,7 @@ def _run_backward(
         problem=problem,
         x=args.tokens(x, cls),
         weights=blocks.weight_arguments(args, w),
+        key_mask=args.pointer(key_mask, torch.bool),
         qkv=args.pointer(qkv, dtype),
         heads=args.pointer(heads, dtype),
         lse=args.pointer(lse, torch.float32),

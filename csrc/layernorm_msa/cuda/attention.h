@@ -15,12 +15,13 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 template <class T>
 struct AttentionParams {
-  const T* qkv;         // [B, N, 3, h, d]
-  T* heads;             // [B, N, h, d]
-  float* lse;           // [B, h, N], or null
-  const T* dheads;      // [B, N, h, d], for backward, as are those below
-  float2* query_terms;  // [B, h, N rounded up to kRowsOfBlock]: lse in base 2, and o . do
-  T* dqkv;              // [B, N, 3, h, d]
+  const T* qkv;          // [B, N, 3, h, d]
+  const bool* key_mask;  // [B, N], true: attended to; or null. k and v of others are 0
+  T* heads;              // [B, N, h, d]
+  float* lse;            // [B, h, N], or null
+  const T* dheads;       // [B, N, h, d], for backward, as are those below
+  float2* query_terms;   // [B, h, N rounded up to kRowsOfBlock]: lse in base 2, and o . do
+  T* dqkv;               // [B, N, 3, h, d]
   int64_t batch;
   int num_tokens, num_heads, head_dim;
 
@@ -45,6 +46,12 @@ struct BlockOfHead {
     rows = minimum(a.num_tokens - first, kRowsOfBlock);
   }
 };
+
+// Which keys of the block's image are attended to.
+template <class T>
+__device__ const bool* mask_of_keys(const AttentionParams<T>& a, const BlockOfHead& block) {
+  return a.key_mask + block.image * a.num_tokens;
+}
 
 // One of q, k, v of a head, or of the tensors like them: rows of all tokens, `stride` apart.
 template <class E>
@@ -148,6 +155,36 @@ __device__ __forceinline__ void exclude(Sums<kTiles>& s, int count) {
     for (int i = 0; i < 4; ++i) {
       if (8 * j + lane_index() % 4 * 2 + i % 2 >= count) s.of[j][i] = -INFINITY;
     }
+  }
+}
+
+// Excludes columns whose keys do not exist or are masked.
+template <int kTiles>
+__device__ __forceinline__ void exclude(Sums<kTiles>& s, int count, const bool* mask) {
+  unsigned attended = 0;  // of 32 keys, a bit each
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    if (j % 4 == 0) {
+      const int key = 8 * j + lane_index();
+      attended = __ballot_sync(~0u, key < count && mask[key]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int bit = j % 4 * 8 + lane_index() % 4 * 2 + i % 2;
+      if (!(attended >> bit & 1)) s.of[j][i] = -INFINITY;
+    }
+  }
+}
+
+// Excludes the columns of a step that are past the last key or masked.
+template <int kTiles, class T>
+__device__ __forceinline__ void exclude_others(Sums<kTiles>& s, const AttentionParams<T>& a,
+                                               const BlockOfHead& block, int first) {
+  const int count = a.num_tokens - first;
+  if (a.key_mask) {
+    exclude(s, count, mask_of_keys(a, block) + first);
+  } else if (count < 8 * kTiles) {
+    exclude(s, count);
   }
 }
 

@@ -49,9 +49,13 @@ template <class P>
 constexpr int kQueriesBytes = (2 * P::RowTile::kSize + 2 * P::kStages * P::StepTile::kSize) *
                               static_cast<int>(sizeof(typename P::T));
 
+// Blocks that share a multiprocessor: for four, a thread has 128 registers.
+template <class P>
+constexpr int kQueriesBlocks = sizeof(typename P::T) == 2 || P::kHeadDim <= 32 ? 4 : 2;
+
 // dq, and the queries' terms. A block has 64 queries; a step's rows are keys.
 template <class P>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, kQueriesBlocks<P>)
     attention_backward_queries(const AttentionParams<typename P::T> a) {
   using T = typename P::T;
   CROSSVIT_DYNAMIC_SHARED(memory);
@@ -83,8 +87,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
         const T* const tile = stages + stage * 2 * P::StepTile::kSize;
         auto s = products_with_step(q_rows, tile);
         const auto dp = products_with_step(d_rows, tile + P::StepTile::kSize);
-        const int count = a.num_tokens - step * P::kStep;
-        if (count < P::kStep) exclude(s, count);
+        exclude_others(s, a, block, step * P::kStep);
 #pragma unroll
         for (int j = 0; j < P::kStep / 8; ++j) {
 #pragma unroll
@@ -99,6 +102,18 @@ __global__ void __launch_bounds__(kAttentionThreads)
 
   const HeadRows<T> out = rows_of_qkv(a.dqkv, a, block, 0);
   store_rows<P>(dq, a.scale(), a.scale(), q_tile, out, block, a.head_dim);
+}
+
+// Zeroes the warp's rows of masked keys, whatever they were multiplied by.
+template <int kTiles>
+__device__ __forceinline__ void zero_masked(Sums<kTiles>& sums, const bool* mask, int count) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int key = warp_index() * 16 + 8 * half + lane_index() / 4;
+    if (key < count && mask[key]) continue;
+#pragma unroll
+    for (auto& tile : sums.of) tile[2 * half] = tile[2 * half + 1] = 0;
+  }
 }
 
 template <class P>
@@ -168,6 +183,11 @@ __global__ void __launch_bounds__(kAttentionThreads)
         add_weighted_step<P>(dk, ds, tile);
       });
 
+  if (a.key_mask) {
+    const bool* const mask = mask_of_keys(a, block) + block.first;
+    zero_masked(dk, mask, block.rows);
+    zero_masked(dv, mask, block.rows);
+  }
   store_rows<P>(dk, a.scale(), a.scale(), k_tile, rows_of_qkv(a.dqkv, a, block, 1), block,
                 a.head_dim);
   store_rows<P>(dv, 1, 1, v_tile, rows_of_qkv(a.dqkv, a, block, 2), block, a.head_dim);
@@ -194,7 +214,8 @@ void run(const BackwardParams& params, cudaStream_t stream) {
   linear<Linear::kBackward>(
       linear_params<T>(problem, params.dupdate, w.out.weight.data, width, width, params.dheads),
       stream);
-  AttentionParams<T> attention = attention_params<T>(problem, params.qkv, params.heads, params.lse);
+  AttentionParams<T> attention =
+      attention_params<T>(problem, params.qkv, params.key_mask, params.heads, params.lse);
   attention.dheads = static_cast<const T*>(params.dheads);
   attention.query_terms = reinterpret_cast<QueryTerms*>(params.query_terms);
   attention.dqkv = static_cast<T*>(params.dqkv);

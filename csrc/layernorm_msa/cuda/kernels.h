@@ -36,8 +36,9 @@ struct ForwardParams {
   Weights weights;
   const float* residual_scale;  // r: [B], or null
   Parameter layer_scale;        // s: [C], or null
+  const bool* key_mask;         // [B, N], true: attended to; or null
   void* normed;                 // scratch: LN(x) [B, N, C]
-  void* qkv;                    // out: [B, N, 3, h, d]
+  void* qkv;                    // out: [B, N, 3, h, d]; k and v of masked keys are 0
   void* heads;                  // out: attention's result [B, N, h, d]
   float* lse;                   // out: [B, h, N], or null
   void* y;                      // out: [B, N, C], or null
@@ -48,18 +49,19 @@ struct BackwardParams {
   Problem problem;
   Tokens x;
   Weights weights;
-  const void* qkv;      // from forward
-  const void* heads;    // from forward
-  const float* lse;     // from forward
-  Parameter dy;         // [B, N, C], of y's type
-  const void* dupdate;  // [B, N, C]: r s dy
-  void* dheads;         // scratch: [B, N, C]
-  float* query_terms;   // scratch: [B, h, N rounded up, 2], query_term_floats()
-  void* dqkv;           // out: [B, N, 3, h, d]
-  void* dnormed;        // scratch: [B, N, C]
-  void* normed;         // out: LN(x) [B, N, C]
-  Tokens dx;            // out, with the gradient of the CLS as its extra token
-  float* norm_shares;   // out: [blocks, 2, C], norm_share_floats()
+  const bool* key_mask;  // as in forward
+  const void* qkv;       // from forward
+  const void* heads;     // from forward
+  const float* lse;      // from forward
+  Parameter dy;          // [B, N, C], of y's type
+  const void* dupdate;   // [B, N, C]: r s dy
+  void* dheads;          // scratch: [B, N, C]
+  float* query_terms;    // scratch: [B, h, N rounded up, 2], query_term_floats()
+  void* dqkv;            // out: [B, N, 3, h, d]
+  void* dnormed;         // scratch: [B, N, C]
+  void* normed;          // out: LN(x) [B, N, C]
+  Tokens dx;             // out, with the gradient of the CLS as its extra token
+  float* norm_shares;    // out: [blocks, 2, C], norm_share_floats()
 };
 
 // Sizes of scratch memory, in floats.

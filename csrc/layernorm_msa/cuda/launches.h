@@ -10,10 +10,11 @@
 namespace crossvit::layernorm_msa::cuda {
 
 template <class T>
-AttentionParams<T> attention_params(const Problem& problem, const void* qkv, const void* heads,
-                                    const float* lse) {
+AttentionParams<T> attention_params(const Problem& problem, const void* qkv, const bool* key_mask,
+                                    const void* heads, const float* lse) {
   AttentionParams<T> a = {};
   a.qkv = static_cast<const T*>(qkv);
+  a.key_mask = key_mask;
   a.heads = static_cast<T*>(const_cast<void*>(heads));
   a.lse = const_cast<float*>(lse);
   a.batch = problem.batch;
