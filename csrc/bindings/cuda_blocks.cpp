@@ -41,6 +41,10 @@ void define_msa(py::module_& m) {
   m.attr("layernorm_msa_widest") = msa::kMaxChannels;
   m.attr("layernorm_msa_widest_head") = msa::kMaxHeadDim;
   m.def(
+      "layernorm_msa_shared_bytes",
+      [](int head_dim, int dtype) { return msa::shared_bytes(head_dim, DType(dtype)); },
+      py::arg("head_dim"), py::arg("dtype"));
+  m.def(
       "layernorm_msa_scratch",
       [](const BlockArg& arg) {
         const auto problem = to_problem<msa::Problem>(arg);

@@ -46,8 +46,8 @@ REDUCED: list[Change] = [
     (LAYER_NORM, "kNormWarps = 8;", "kNormWarps = 2;"),
     (ATTENTION, "kRowsOfBlock = 64;", "kRowsOfBlock = 32;"),
     (ATTENTION, "kAttentionThreads = 128;", "kAttentionThreads = 64;"),
-    (MSA_FORWARD, "sizeof(T) == 2 ? 64 : 32, 3>", "16, 3>"),
-    (MSA_BACKWARD, "sizeof(T) == 2 && kHeadDim <= 32 ? 64 : 32, 3>", "16, 3>"),
+    (MSA_FORWARD, "(sizeof(T) == 2 ? 64 : 32) / (kHeadDim > 64 ? 2 : 1)>", "16>"),
+    (MSA_BACKWARD, "kHeadDim > 64 ? 16 : sizeof(T) == 2 && kHeadDim <= 32 ? 64 : 32;", "16;"),
 ]
 
 FAULTS: dict[str, Fault] = {
@@ -92,7 +92,13 @@ FAULTS: dict[str, Fault] = {
         MSA, "y", (TOKEN_ROWS, "if (cls && token == 0)", "if (cls && token == FAULT)")
     ),
     "attention: a missing key attended to": wrong(
-        MSA, "y", left_out(MSA_FORWARD, "if (count < P::kStep) exclude(s, count);")
+        MSA,
+        "y",
+        (
+            ATTENTION,
+            "} else if (count < 8 * kTiles) {",
+            "} else if (count < 8 * kTiles && !FAULT) {",
+        ),
     ),
     "attention: sums not rescaled": wrong(
         MSA,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import assert_within_rule
 from block_cases import (
     DTYPES,
     FFN_BIASES,
@@ -14,14 +15,14 @@ from block_cases import (
     float_msa,
     per_channel,
 )
-from accuracy import assert_within_rule
 from operator_checks import check_operators
 from torch import Tensor
 
 import crossvit_kernels as ck
-from crossvit_kernels import FfnWeights, MsaWeights
+from crossvit_kernels import FfnWeights, MsaWeights, extension
 from crossvit_kernels.ops.common import activations
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
+from crossvit_kernels.ops.layernorm_msa import cuda
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs
 from crossvit_kernels.ops.operator import OPERATIONS
 
@@ -198,3 +199,32 @@ def test_an_image_without_keys(cuda_device: str) -> None:
     assert torch.equal(y[1], ck.layernorm_msa(x, weights, 2, backend="cuda")[1])
     (dx,) = torch.autograd.grad(y[0].sum(), x)
     assert torch.equal(dx[0], torch.ones_like(dx[0])) and (dx[1] == 0).all()
+
+
+@pytest.mark.parametrize("head_dim", [72, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_heads(head_dim: int, dtype: torch.dtype, cuda_device: str) -> None:
+    options = {"masked": head_dim == 72, "backend": "cuda", "device": cuda_device}
+    check_msa(head_dim, 1, 2, 37, dtype, keep="lean", **options)
+
+
+@pytest.mark.slow_on_cpu
+@pytest.mark.parametrize("head_dim", [80, 88, 96, 104, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_heads_of_several_tiles(head_dim: int, dtype: torch.dtype, cuda_device: str) -> None:
+    options = {"with_cls": True, "backend": "cuda", "device": cuda_device}
+    check_msa(2 * head_dim, 2, 3, 131, dtype, masked=True, scaled=True, **options)
+    check_msa(2 * head_dim, 2, 1, 64, dtype, **options)
+
+
+def test_wide_heads_need_shared_memory(cuda_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 those of more than 64 channels do not fit a GPU with 99 KB for a block."""
+    monkeypatch.setattr(extension, "shared_bytes_of_block", lambda x: 99 * 1024)
+    for channels, dtype, fits in (
+        *((72, torch.bfloat16, True), (128, torch.float16, True)),
+        *((64, torch.float32, True), (72, torch.float32, False), (128, torch.float32, False)),
+    ):
+        x, weights = torch.randn(1, 2, channels), float_msa(channels)
+        x, *weights = (t.to(cuda_device, dtype) for t in (x, *weights))
+        reason = cuda.why_not(MsaInputs(x, MsaWeights(*weights), 1, None, None))
+        assert (reason is None) == fits and (fits or "bytes of shared memory" in reason)

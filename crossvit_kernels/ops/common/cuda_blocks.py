@@ -39,7 +39,6 @@ def functions() -> Any:
 
 def aligned_weights(weights: Any, matrix_dtype: torch.dtype) -> Any:
     """Return a NamedTuple of weights as kernels read them: aligned, vectors of no third dtype."""
-
     return type(weights)(*(aligned(t, matrix_dtype) for t in weights))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crossvit_kernels import extension
+from crossvit_kernels.backends import autocast_dtype
 from crossvit_kernels.extension import Arguments
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.common import cuda_blocks as blocks
@@ -40,9 +41,14 @@ def why_not(inputs: MsaInputs) -> str | None:
         return reason
     if reason := blocks.why_not(x, weights.qkv_weight, inputs.layer_scale):
         return reason
-    head_dim, widest = x.shape[2] // num_heads, blocks.functions().layernorm_msa_widest_head
-    if head_dim > widest:
-        return f"{head_dim} channels of a head are more than {widest}"
+    head_dim, functions = x.shape[2] // num_heads, blocks.functions()
+    if head_dim > functions.layernorm_msa_widest_head:
+        return f"{head_dim} channels of a head are more than {functions.layernorm_msa_widest_head}"
+    code = extension.DTYPE_CODES[autocast_dtype(x) or weights.qkv_weight.dtype]
+    needed = functions.layernorm_msa_shared_bytes(head_dim, code)
+    available = extension.shared_bytes_of_block(x)
+    if needed > available:
+        return f"it needs {needed} bytes of shared memory, of which a block there has {available}"
     return None
 
 

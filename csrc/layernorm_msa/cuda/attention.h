@@ -77,11 +77,14 @@ __device__ HeadRows<E> rows_of_heads(E* heads, const AttentionParams<T>& a,
   return {heads + block.image * a.num_tokens * width + block.head * a.head_dim, width};
 }
 
-// A kernel of attention for heads of up to kMaxHeadDim channels, with kStepRows rows a step.
-template <class E, int kMaxHeadDim, int kStepRows, int kNumStages>
+// A kernel of attention for heads of up to kWidestHead channels, with kStepRows rows a step.
+// kInRegisters: whether warps keep the block's rows there, as operands, for which floats are too
+// many.
+template <class E, int kWidestHead, int kStepRows, bool kInRegisters = sizeof(E) == 2>
 struct AttentionPlan {
   using T = E;
-  static constexpr int kHeadDim = kMaxHeadDim, kStep = kStepRows, kStages = kNumStages;
+  static constexpr int kHeadDim = kWidestHead, kStep = kStepRows, kStages = 3;
+  static constexpr bool kRowsInRegisters = kInRegisters;
   static constexpr int kUnits = kHeadDim / 16, kColumnTiles = kHeadDim / 8;
   using RowTile = Tile<T, kRowsOfBlock, kHeadDim>;
   using StepTile = Tile<T, kStep, kHeadDim>;
@@ -96,12 +99,11 @@ struct AttentionPlan {
   }
 };
 
-// The 16 rows of a warp as operands: in registers, or for floats, of which there would be too many,
-// in shared memory.
+// The 16 rows of a warp as operands: in registers or in shared memory.
 template <class P>
 class WarpRows {
   using T = typename P::T;
-  static constexpr bool kInRegisters = sizeof(T) == 2;
+  static constexpr bool kInRegisters = P::kRowsInRegisters;
 
  public:
   __device__ __forceinline__ explicit WarpRows(const T* tile)

@@ -4,7 +4,14 @@ namespace crossvit::layernorm_msa::cuda {
 namespace {
 
 template <class T, int kHeadDim>
-using BackwardPlan = AttentionPlan<T, kHeadDim, sizeof(T) == 2 && kHeadDim <= 32 ? 64 : 32, 3>;
+constexpr int kStepRows = kHeadDim > 64                      ? 16
+                          : sizeof(T) == 2 && kHeadDim <= 32 ? 64
+                                                             : 32;
+
+// Heads of more than 64 channels need all registers for sums.
+template <class T, int kHeadDim>
+using BackwardPlan =
+    AttentionPlan<T, kHeadDim, kStepRows<T, kHeadDim>, sizeof(T) == 2 && kHeadDim <= 64>;
 
 // A query's lse in base 2, and o . do; after the last token, where all weights are 0, infinity.
 using QueryTerms = float2;
@@ -51,7 +58,7 @@ constexpr int kQueriesBytes = (2 * P::RowTile::kSize + 2 * P::kStages * P::StepT
 
 // Blocks that share a multiprocessor: for four, a thread has 128 registers.
 template <class P>
-constexpr int kQueriesBlocks = sizeof(typename P::T) == 2 || P::kHeadDim <= 32 ? 4 : 2;
+constexpr int kQueriesBlocks = P::kHeadDim <= (sizeof(typename P::T) == 2 ? 64 : 32) ? 4 : 2;
 
 // dq, and the queries' terms. A block has 64 queries; a step's rows are keys.
 template <class P>
@@ -227,6 +234,18 @@ void run(const BackwardParams& params, cudaStream_t stream) {
 }
 
 }  // namespace
+
+// Forward's kernel has fewer tiles than any of these.
+int shared_bytes(int head_dim, DType dtype) {
+  int bytes = 0;
+  with_element_type(dtype, [&](auto element) {
+    with_head_dim(head_dim, [&](auto widest) {
+      using P = BackwardPlan<decltype(element), widest()>;
+      bytes = maximum(kQueriesBytes<P>, KeysMemory<P>::kBytes);
+    });
+  });
+  return bytes;
+}
 
 int64_t query_term_floats(const Problem& problem) {
   return problem.batch * problem.num_heads * round_up(problem.num_tokens, kRowsOfBlock) * 2;

@@ -5,8 +5,10 @@
 namespace crossvit::layernorm_msa::cuda {
 namespace {
 
+// Twice the bytes a row, half the rows a step.
 template <class T, int kHeadDim>
-using ForwardPlan = AttentionPlan<T, kHeadDim, sizeof(T) == 2 ? 64 : 32, 3>;
+using ForwardPlan =
+    AttentionPlan<T, kHeadDim, (sizeof(T) == 2 ? 64 : 32) / (kHeadDim > 64 ? 2 : 1)>;
 
 // A warp's softmax over the keys so far, of its 16 queries. Lane 4 g + t has queries g and g + 8.
 template <class P>

@@ -22,7 +22,7 @@ struct Problem {
   DType dtype;  // of the matrices
 };
 
-constexpr int kMaxHeadDim = 64;
+constexpr int kMaxHeadDim = 128;
 constexpr int kMaxChannels = 1024;
 
 struct Weights {
@@ -63,6 +63,9 @@ struct BackwardParams {
   Tokens dx;             // out, with the gradient of the CLS as its extra token
   float* norm_shares;    // out: [blocks, 2, C], norm_share_floats()
 };
+
+// Most shared memory of a block of these kernels, for heads of this width.
+int shared_bytes(int head_dim, DType dtype);
 
 // Sizes of scratch memory, in floats.
 int64_t query_term_floats(const Problem& problem);

@@ -32,6 +32,7 @@ LaunchConfig attention_config(const AttentionParams<T>& a, int shared_bytes, cud
 template <class Run>
 void with_head_dim(int head_dim, Run&& run) {
   if (head_dim <= 32) return run(std::integral_constant<int, 32>());
+  if (head_dim <= 64) return run(std::integral_constant<int, 64>());
   return run(std::integral_constant<int, kMaxHeadDim>());
 }
 
