@@ -22,11 +22,13 @@ DISPATCH, PIPELINE, TOKEN_ROWS, LINEAR, LAYER_NORM = (
         *("linear.cu", "layer_norm.cu"),
     )
 )
-ATTENTION, MSA_FORWARD, MSA_BACKWARD = (
-    f"layernorm_msa/cuda/{name}" for name in ("attention.h", "forward.cu", "backward.cu")
+ATTENTION, MSA_LAUNCHES, MSA_FORWARD, MSA_BACKWARD = (
+    f"layernorm_msa/cuda/{name}"
+    for name in ("attention.h", "launches.h", "forward.cu", "backward.cu")
 )
 # Names in kernel_cases.CASES.
-MSA, MSA_FEW, FFN = "msa", "msa, few tokens", "ffn"
+MSA, MSA_FEW, MSA_OPTIONS = "msa", "msa, few tokens", "msa, options"
+FFN, FFN_OPTIONS = "ffn", "ffn, options"
 
 # One element type; smaller tiles, of which small inputs have several.
 REDUCED: list[Change] = [
@@ -47,7 +49,7 @@ REDUCED: list[Change] = [
     (ATTENTION, "kRowsOfBlock = 64;", "kRowsOfBlock = 32;"),
     (ATTENTION, "kAttentionThreads = 128;", "kAttentionThreads = 64;"),
     (MSA_FORWARD, "(sizeof(T) == 2 ? 64 : 32) / (kHeadDim > 64 ? 2 : 1)>", "16>"),
-    (MSA_BACKWARD, "kHeadDim > 64 ? 16 : sizeof(T) == 2 && kHeadDim <= 32 ? 64 : 32;", "16;"),
+    (MSA_BACKWARD, "minimum(2048 / kHeadDim, sizeof(T) == 2 ? 64 : 32);", "16;"),
 ]
 
 FAULTS: dict[str, Fault] = {
@@ -84,6 +86,14 @@ FAULTS: dict[str, Fault] = {
             "if (column >= a.columns + 8 * FAULT) continue;",
         ),
     ),
+    "linear: another activation": wrong(
+        FFN_OPTIONS,
+        "y",
+        (LINEAR, "if (a.gate.linear != 0) return", "if (a.gate.linear != 0 && !FAULT) return"),
+    ),
+    "linear: no LayerScale": wrong(
+        FFN_OPTIONS, "y", (LINEAR, "if (a.layer_scale.data)", "if (a.layer_scale.data && !FAULT)")
+    ),
     "LayerNorm: a row too many": overflow(
         MSA_FEW, (LAYER_NORM, "if (row >= a.rows) return;", "if (row >= a.rows + FAULT) return;")
     ),
@@ -96,9 +106,26 @@ FAULTS: dict[str, Fault] = {
         "y",
         (
             ATTENTION,
-            "} else if (count < 8 * kTiles) {",
-            "} else if (count < 8 * kTiles && !FAULT) {",
+            "if (count < 8 * kTiles) exclude",
+            "if (!FAULT && count < 8 * kTiles) exclude",
         ),
+    ),
+    "attention: a masked key attended to": wrong(
+        MSA_OPTIONS,
+        "y",
+        (ATTENTION, "if (!(attended >> bit & 1))", "if (!FAULT && !(attended >> bit & 1))"),
+    ),
+    "attention: a key of the mask too many": overflow(
+        MSA_OPTIONS,
+        (ATTENTION, "key < count && mask[key]", "key < count + FAULT && mask[key]"),
+    ),
+    "masked keys: a row too many": overflow(
+        MSA_OPTIONS, (MSA_LAUNCHES, "if (row >= rows ||", "if (row >= rows + FAULT ||")
+    ),
+    "attention backward: masked keys with gradients": wrong(
+        MSA_OPTIONS,
+        "dx",
+        (MSA_BACKWARD, "if (params.key_mask) zero", "if (params.key_mask && !FAULT) zero"),
     ),
     "attention: sums not rescaled": wrong(
         MSA,

@@ -228,3 +228,6 @@ def test_wide_heads_need_shared_memory(cuda_device: str, monkeypatch: pytest.Mon
         x, *weights = (t.to(cuda_device, dtype) for t in (x, *weights))
         reason = cuda.why_not(MsaInputs(x, MsaWeights(*weights), 1, None, None))
         assert (reason is None) == fits and (fits or "bytes of shared memory" in reason)
+    functions = extension.cuda_kernels.functions
+    for code in (extension.DTYPE_CODES[dtype] for dtype in DTYPES):
+        assert functions.layernorm_msa_shared_bytes(64, code) <= 99 * 1024

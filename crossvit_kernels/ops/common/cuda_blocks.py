@@ -38,7 +38,13 @@ def functions() -> Any:
 
 
 def aligned_weights(weights: Any, matrix_dtype: torch.dtype) -> Any:
-    """Return a NamedTuple of weights as kernels read them: aligned, vectors of no third dtype."""
+    """Return a NamedTuple of weights as kernels read them: aligned, vectors of no third dtype.
+
+    LayerNorm's kernels have no test for a missing bias, which would cost every call more than
+    zeros in its place cost the few without one.
+    """
+    if weights.norm_bias is None:
+        weights = weights._replace(norm_bias=torch.zeros_like(weights.norm_weight))
     return type(weights)(*(aligned(t, matrix_dtype) for t in weights))
 
 
@@ -65,7 +71,6 @@ def weight_arguments(args: Arguments, weights: Any) -> list[tuple[int, int]]:
 def norm_gradients(shares: Tensor, weights: Any) -> dict[str, Tensor]:
     """Return the gradients of LayerNorm's parameters from the blocks' shares [., 2, C]."""
     channels = weights.norm_weight.shape[0]
-    vectors = weights.norm_weight, weights.norm_bias
-    dtypes = [weights.norm_weight.dtype if t is None else t.dtype for t in vectors]
+    dtypes = weights.norm_weight.dtype, weights.norm_bias.dtype
     sums = column_sums(shares.view(-1, 2 * channels), [channels] * 2, dtypes)
     return dict(zip(("norm_weight", "norm_bias"), sums, strict=True))

@@ -20,6 +20,9 @@ from crossvit_kernels.ops.common import layer_scale as scaled
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights, gradients
 
+#: Kernels of heads up to this width fit every GPU's shared memory, 99 KB a block or more.
+_NARROW_HEAD = 64
+
 
 class Saved(NamedTuple):
     """What forward keeps for backward; lean keeps no qkv and no heads."""
@@ -44,6 +47,8 @@ def why_not(inputs: MsaInputs) -> str | None:
     head_dim, functions = x.shape[2] // num_heads, blocks.functions()
     if head_dim > functions.layernorm_msa_widest_head:
         return f"{head_dim} channels of a head are more than {functions.layernorm_msa_widest_head}"
+    if head_dim <= _NARROW_HEAD:
+        return None
     code = extension.DTYPE_CODES[autocast_dtype(x) or weights.qkv_weight.dtype]
     needed = functions.layernorm_msa_shared_bytes(head_dim, code)
     available = extension.shared_bytes_of_block(x)

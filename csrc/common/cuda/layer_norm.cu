@@ -64,11 +64,6 @@ __device__ __forceinline__ float standardize(LaneRow<kVectors>& row, int channel
   return rstd;
 }
 
-template <class T>
-__device__ __forceinline__ float4 load_bias(const NormParams<T>& a, int c) {
-  return a.bias.data ? a.bias.load_4(c) : make_float4(0, 0, 0, 0);
-}
-
 // normed = LN(x) [rows, C]. Grid: eight rows a block.
 template <class T, int kVectors>
 __global__ void __launch_bounds__(32 * kNormWarps)
@@ -80,7 +75,7 @@ __global__ void __launch_bounds__(32 * kNormWarps)
   standardize(x, a.channels, a.eps);
   const MutableElements<T> out = {normed, false};
   x.visit(a.channels, [&](int c, float4& xhat) {
-    out.store_4(row * a.channels + c, xhat * a.weight.load_4(c) + load_bias(a, c));
+    out.store_4(row * a.channels + c, xhat * a.weight.load_4(c) + a.bias.load_4(c));
   });
 }
 
@@ -138,7 +133,7 @@ __global__ void __launch_bounds__(32 * kNormWarps)
       dbias.part[j] = dbias.part[j] + d.part[j];
       if (a.normed) {
         const MutableElements<T> normed = {a.normed, false};
-        normed.store_4(row * channels + c, xhat * weight + load_bias(norm, c));
+        normed.store_4(row * channels + c, xhat * weight + norm.bias.load_4(c));
       }
       d.part[j] = d.part[j] * weight;
       sum += sum_of_four(d.part[j]);

@@ -10,7 +10,7 @@ constexpr int kMaxNormChannels = 1024;
 template <class T>
 struct NormParams {
   TokenRows<T> x;
-  Elements<T> weight, bias;  // [C]; bias may be null
+  Elements<T> weight, bias;  // [C]
   int64_t rows;
   int channels;
   float eps;

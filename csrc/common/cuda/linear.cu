@@ -29,6 +29,21 @@ struct LinearPlan {
   }
 };
 
+// What is applied to the update of a residual.
+struct NoLayerScale {
+  __device__ __forceinline__ float2 operator()(float2 update, int) const { return update; }
+};
+
+template <class T>
+struct LayerScale {
+  Elements<T> scale;
+
+  __device__ __forceinline__ float2 operator()(float2 update, int column) const {
+    const float2 s = scale.load_2(column);
+    return make_float2(update.x * s.x, update.y * s.y);
+  }
+};
+
 // A warp's share of a block's result.
 template <class T, Linear kKind>
 struct LinearSums {
@@ -77,7 +92,10 @@ struct LinearSums {
     if constexpr (kKind == Linear::kActivation || kKind == Linear::kActivationBackward) {
       if (a.gate.linear != 0) return write(a, row, column, a.gate);
     }
-    write(a, row, column, ExactGelu());
+    if constexpr (kKind == Linear::kForward) {
+      if (a.layer_scale.data) return write(a, row, column, LayerScale<T>{a.layer_scale});
+    }
+    write(a, row, column, std::conditional_t<kKind == Linear::kForward, NoLayerScale, ExactGelu>());
   }
 
  private:
@@ -105,8 +123,7 @@ struct LinearSums {
 
   // What follows the products of a row.
   struct RowEnd {
-    __device__ __forceinline__ RowEnd(const LinearParams<T>& a, int64_t row)
-        : bias(a.bias), layer_scale(a.layer_scale) {
+    __device__ __forceinline__ RowEnd(const LinearParams<T>& a, int64_t row) : bias(a.bias) {
       if constexpr (kKind == Linear::kForward) {
         if (a.x.x.data) x = a.x[row];
         if (a.scale) scale = a.scale[row / a.x.num_tokens];
@@ -133,16 +150,13 @@ struct LinearSums {
       }
       if (x.data) {
         const float2 residual = x.load_2(column);
-        if (layer_scale.data) {
-          const float2 s = layer_scale.load_2(column);
-          y = make_float2(y.x * s.x, y.y * s.y);
-        }
+        if constexpr (kKind == Linear::kForward) y = function(y, column);
         y = make_float2(fmaf(scale, y.x, residual.x), fmaf(scale, y.y, residual.y));
       }
       return y;
     }
 
-    Elements<T> bias, layer_scale, x = {nullptr, false};
+    Elements<T> bias, x = {nullptr, false};
     float scale = 1;
     T* hidden = nullptr;
   };

@@ -47,12 +47,6 @@ struct BlockOfHead {
   }
 };
 
-// Which keys of the block's image are attended to.
-template <class T>
-__device__ const bool* mask_of_keys(const AttentionParams<T>& a, const BlockOfHead& block) {
-  return a.key_mask + block.image * a.num_tokens;
-}
-
 // One of q, k, v of a head, or of the tensors like them: rows of all tokens, `stride` apart.
 template <class E>
 struct HeadRows {
@@ -179,14 +173,14 @@ __device__ __forceinline__ void exclude(Sums<kTiles>& s, int count, const bool* 
 }
 
 // Excludes the columns of a step that are past the last key or masked.
-template <int kTiles, class T>
+template <bool kMasked, int kTiles, class T>
 __device__ __forceinline__ void exclude_others(Sums<kTiles>& s, const AttentionParams<T>& a,
                                                const BlockOfHead& block, int first) {
   const int count = a.num_tokens - first;
-  if (a.key_mask) {
-    exclude(s, count, mask_of_keys(a, block) + first);
-  } else if (count < 8 * kTiles) {
-    exclude(s, count);
+  if constexpr (kMasked) {
+    exclude(s, count, a.key_mask + block.image * a.num_tokens + first);
+  } else {
+    if (count < 8 * kTiles) exclude(s, count);
   }
 }
 

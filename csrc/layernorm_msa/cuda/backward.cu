@@ -4,9 +4,7 @@ namespace crossvit::layernorm_msa::cuda {
 namespace {
 
 template <class T, int kHeadDim>
-constexpr int kStepRows = kHeadDim > 64                      ? 16
-                          : sizeof(T) == 2 && kHeadDim <= 32 ? 64
-                                                             : 32;
+constexpr int kStepRows = minimum(2048 / kHeadDim, sizeof(T) == 2 ? 64 : 32);
 
 // Heads of more than 64 channels need all registers for sums.
 template <class T, int kHeadDim>
@@ -56,13 +54,14 @@ template <class P>
 constexpr int kQueriesBytes = (2 * P::RowTile::kSize + 2 * P::kStages * P::StepTile::kSize) *
                               static_cast<int>(sizeof(typename P::T));
 
-// Blocks that share a multiprocessor: for four, a thread has 128 registers.
-template <class P>
-constexpr int kQueriesBlocks = P::kHeadDim <= (sizeof(typename P::T) == 2 ? 64 : 32) ? 4 : 2;
+// Least blocks on a multiprocessor; 0 lets the compiler choose, which with a mask takes too few
+// registers for floats.
+template <class P, bool kMasked>
+constexpr int kQueriesBlocks = kMasked && sizeof(typename P::T) == 4 ? 2 : 0;
 
 // dq, and the queries' terms. A block has 64 queries; a step's rows are keys.
-template <class P>
-__global__ void __launch_bounds__(kAttentionThreads, kQueriesBlocks<P>)
+template <class P, bool kMasked>
+__global__ void __launch_bounds__(kAttentionThreads, kQueriesBlocks<P, kMasked>)
     attention_backward_queries(const AttentionParams<typename P::T> a) {
   using T = typename P::T;
   CROSSVIT_DYNAMIC_SHARED(memory);
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kQueriesBlocks<P>)
         const T* const tile = stages + stage * 2 * P::StepTile::kSize;
         auto s = products_with_step(q_rows, tile);
         const auto dp = products_with_step(d_rows, tile + P::StepTile::kSize);
-        exclude_others(s, a, block, step * P::kStep);
+        exclude_others<kMasked>(s, a, block, step * P::kStep);
 #pragma unroll
         for (int j = 0; j < P::kStep / 8; ++j) {
 #pragma unroll
@@ -109,18 +108,6 @@ __global__ void __launch_bounds__(kAttentionThreads, kQueriesBlocks<P>)
 
   const HeadRows<T> out = rows_of_qkv(a.dqkv, a, block, 0);
   store_rows<P>(dq, a.scale(), a.scale(), q_tile, out, block, a.head_dim);
-}
-
-// Zeroes the warp's rows of masked keys, whatever they were multiplied by.
-template <int kTiles>
-__device__ __forceinline__ void zero_masked(Sums<kTiles>& sums, const bool* mask, int count) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int key = warp_index() * 16 + 8 * half + lane_index() / 4;
-    if (key < count && mask[key]) continue;
-#pragma unroll
-    for (auto& tile : sums.of) tile[2 * half] = tile[2 * half + 1] = 0;
-  }
 }
 
 template <class P>
@@ -190,11 +177,6 @@ __global__ void __launch_bounds__(kAttentionThreads)
         add_weighted_step<P>(dk, ds, tile);
       });
 
-  if (a.key_mask) {
-    const bool* const mask = mask_of_keys(a, block) + block.first;
-    zero_masked(dk, mask, block.rows);
-    zero_masked(dv, mask, block.rows);
-  }
   store_rows<P>(dk, a.scale(), a.scale(), k_tile, rows_of_qkv(a.dqkv, a, block, 1), block,
                 a.head_dim);
   store_rows<P>(dv, 1, 1, v_tile, rows_of_qkv(a.dqkv, a, block, 2), block, a.head_dim);
@@ -204,9 +186,10 @@ template <class T>
 void launch_attention(const AttentionParams<T>& a, cudaStream_t stream) {
   with_head_dim(a.head_dim, [&](auto head_dim) {
     using P = BackwardPlan<T, head_dim()>;
-    check_launch(
-        launch(attention_backward_queries<P>, attention_config(a, kQueriesBytes<P>, stream), a),
-        "attention_backward_queries");
+    const auto of_queries =
+        a.key_mask ? attention_backward_queries<P, true> : attention_backward_queries<P, false>;
+    check_launch(launch(of_queries, attention_config(a, kQueriesBytes<P>, stream), a),
+                 "attention_backward_queries");
     check_launch(
         launch(attention_backward_keys<P>, attention_config(a, KeysMemory<P>::kBytes, stream), a),
         "attention_backward_keys");
@@ -227,6 +210,7 @@ void run(const BackwardParams& params, cudaStream_t stream) {
   attention.query_terms = reinterpret_cast<QueryTerms*>(params.query_terms);
   attention.dqkv = static_cast<T*>(params.dqkv);
   launch_attention(attention, stream);
+  if (params.key_mask) zero_masked_keys<T>(problem, params.key_mask, params.dqkv, stream);
   linear<Linear::kBackward>(
       linear_params<T>(problem, params.dqkv, w.qkv.weight.data, 3 * width, width, params.dnormed),
       stream);

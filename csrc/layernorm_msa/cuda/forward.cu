@@ -11,11 +11,12 @@ using ForwardPlan =
     AttentionPlan<T, kHeadDim, (sizeof(T) == 2 ? 64 : 32) / (kHeadDim > 64 ? 2 : 1)>;
 
 // A warp's softmax over the keys so far, of its 16 queries. Lane 4 g + t has queries g and g + 8.
-template <class P>
+template <class P, bool kMasked>
 struct Softmax {
-  // Largest products with a key, finite before the first one that is attended to; sums of
-  // exponentials relative to them, the lane's share.
-  float peak[2] = {-FLT_MAX, -FLT_MAX}, total[2] = {0, 0};
+  // With a mask finite, as no key of the first steps may be attended to.
+  static constexpr float kLowest = kMasked ? -FLT_MAX : -INFINITY;
+  // Largest products with a key; sums of exponentials relative to them, the lane's share.
+  float peak[2] = {kLowest, kLowest}, total[2] = {0, 0};
   Sums<P::kColumnTiles> sums;
 
   __device__ Softmax() { sums.clear(); }
@@ -52,7 +53,7 @@ constexpr int kForwardBytes = (P::RowTile::kSize + 2 * P::kStages * P::StepTile:
                               static_cast<int>(sizeof(typename P::T));
 
 // heads = softmax(q k^T / sqrt(d)) v, and its log-sum-exp.
-template <class P>
+template <class P, bool kMasked>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_forward(const AttentionParams<typename P::T> a) {
   using T = typename P::T;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   P::copy_rows(queries, q, block.first, block.rows, a.head_dim);  // in the first step's group
 
   WarpRows<P> rows(queries);
-  Softmax<P> softmax;
+  Softmax<P, kMasked> softmax;
   pipelined<P::kStages>(
       ceil_div(a.num_tokens, P::kStep),
       [&](int step, int stage) {
@@ -79,15 +80,16 @@ __global__ void __launch_bounds__(kAttentionThreads)
         if (step == 0) rows.load();
         const T* const tile = stages + stage * 2 * P::StepTile::kSize;
         auto s = products_with_step(rows, tile);
-        exclude_others(s, a, block, step * P::kStep);
+        exclude_others<kMasked>(s, a, block, step * P::kStep);
         softmax.add(s, scale);
         add_weighted_step<P>(softmax.sums, s, tile + P::StepTile::kSize);
       });
 
   float upper = sum_of_row(softmax.total[0]), lower = sum_of_row(softmax.total[1]);
-  // Without keys to attend to, sums are 0.
-  if (upper == 0) upper = 1;
-  if (lower == 0) lower = 1;
+  if constexpr (kMasked) {  // without keys to attend to, the result is 0
+    if (upper == 0) upper = 1;
+    if (lower == 0) lower = 1;
+  }
   if (a.lse && lane_index() % 4 == 0) {
     const int token = warp_index() * 16 + lane_index() / 4;
     float* const lse = a.lse + block.pair * a.num_tokens + block.first;
@@ -106,32 +108,10 @@ template <class T>
 void launch_attention(const AttentionParams<T>& a, cudaStream_t stream) {
   with_head_dim(a.head_dim, [&](auto head_dim) {
     using P = ForwardPlan<T, head_dim()>;
-    check_launch(launch(attention_forward<P>, attention_config(a, kForwardBytes<P>, stream), a),
+    const auto kernel = a.key_mask ? attention_forward<P, true> : attention_forward<P, false>;
+    check_launch(launch(kernel, attention_config(a, kForwardBytes<P>, stream), a),
                  "attention_forward");
   });
-}
-
-constexpr int kZeroWarps = 8;
-
-// Zeroes k and v of masked keys, so that nothing of them, such as NaN, reaches others: rows of
-// `units` times 16 bytes, `stride` units apart. Grid: eight rows a block.
-__global__ void __launch_bounds__(32 * kZeroWarps)
-    zero_masked_keys(uint4* kv, const bool* key_mask, int64_t rows, int stride, int units) {
-  const int64_t row = int64_t{blockIdx.x} * kZeroWarps + warp_index();
-  if (row >= rows || key_mask[row]) return;
-  uint4* const to = kv + row * stride;
-  for (int i = lane_index(); i < units; i += 32) to[i] = make_uint4(0, 0, 0, 0);
-}
-
-template <class T>
-void launch_zero_masked(const ForwardParams& params, cudaStream_t stream) {
-  const Problem& problem = params.problem;
-  const int64_t rows = problem.batch * problem.num_tokens;
-  const int units = static_cast<int>(problem.channels * sizeof(T) / sizeof(uint4));
-  uint4* const kv = static_cast<uint4*>(params.qkv) + units;
-  const LaunchConfig config = launch_config(ceil_div(rows, kZeroWarps), 32 * kZeroWarps, 0, stream);
-  check_launch(launch(zero_masked_keys, config, kv, params.key_mask, rows, 3 * units, 2 * units),
-               "zero_masked_keys");
 }
 
 template <class T>
@@ -145,7 +125,7 @@ void run(const ForwardParams& params, cudaStream_t stream) {
       linear_params<T>(problem, params.normed, w.qkv.weight.data, width, 3 * width, params.qkv);
   qkv.bias = elements_of<T>(w.qkv.bias);
   linear<Linear::kForward>(qkv, stream);
-  if (params.key_mask) launch_zero_masked<T>(params, stream);
+  if (params.key_mask) zero_masked_keys<T>(problem, params.key_mask, params.qkv, stream);
   launch_attention(
       attention_params<T>(problem, params.qkv, params.key_mask, params.heads, params.lse), stream);
   if (!params.y) return;

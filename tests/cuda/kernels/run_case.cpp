@@ -201,7 +201,7 @@ bool run_fusion(File& file, const int64_t* settings) {
 struct BlockInputs {
   int64_t batch, tokens, channels, heads_or_hidden;
   Activation activation;
-  Array x, cls, scale, layer_scale, dy, dupdate;
+  Array x, cls, scale, layer_scale, key_mask, dy, dupdate;
   std::vector<Array> weights;
 
   BlockInputs(File& file, const int64_t* settings)
@@ -214,6 +214,7 @@ struct BlockInputs {
         cls(file.next()),
         scale(file.next()),
         layer_scale(file.next()),
+        key_mask(file.next()),
         dy(file.next()),
         dupdate(file.next()) {
     for (int i = 0; i < 6; ++i) weights.push_back(file.next());
@@ -265,7 +266,8 @@ bool run_msa(File& file, const int64_t* settings) {
   const Array normed = in.rows(width), qkv = in.rows(3 * width), heads = in.rows(width);
   const Array lse(in.batch * in.heads_or_hidden * in.tokens * int64_t{sizeof(float)});
   const Array y = like<bf16>(expected_y);
-  msa::forward({problem, x, weights, in.scale.as<float>(), in.parameter(in.layer_scale),
+  const bool* const mask = in.key_mask.as<const bool>();
+  msa::forward({problem, x, weights, in.scale.as<float>(), in.parameter(in.layer_scale), mask,
                 normed.as(), qkv.as(), heads.as(), lse.as<float>(), y.as(), DType::kBFloat16},
                {});
   const Array dheads = in.rows(width), dqkv = in.rows(3 * width), dnormed = in.rows(width);
@@ -273,9 +275,9 @@ bool run_msa(File& file, const int64_t* settings) {
   const Array shares(msa::norm_share_floats(problem) * int64_t{sizeof(float)});
   const Array again = in.rows(width), dx = like<bf16>(expected_dx);
   const Array dcls = like<bf16>(expected_dcls);
-  msa::backward({problem, x, weights, qkv.as(), heads.as(), lse.as<float>(), in.parameter(in.dy),
-                 in.dupdate.as(), dheads.as(), terms.as<float>(), dqkv.as(), dnormed.as(),
-                 again.as(), in.tokens_of(dx, dcls), shares.as<float>()},
+  msa::backward({problem, x, weights, mask, qkv.as(), heads.as(), lse.as<float>(),
+                 in.parameter(in.dy), in.dupdate.as(), dheads.as(), terms.as<float>(), dqkv.as(),
+                 dnormed.as(), again.as(), in.tokens_of(dx, dcls), shares.as<float>()},
                 {});
   Results results;
   results.compare<bf16>("y", y, expected_y);
