@@ -22,9 +22,8 @@ DISPATCH, PIPELINE, TOKEN_ROWS, LINEAR, LAYER_NORM = (
         *("linear.cu", "layer_norm.cu"),
     )
 )
-ATTENTION, MSA_LAUNCHES, MSA_FORWARD, MSA_BACKWARD = (
-    f"layernorm_msa/cuda/{name}"
-    for name in ("attention.h", "launches.h", "forward.cu", "backward.cu")
+ATTENTION, MSA_FORWARD, MSA_BACKWARD = (
+    f"layernorm_msa/cuda/{name}" for name in ("attention.h", "forward.cu", "backward.cu")
 )
 # Names in kernel_cases.CASES.
 MSA, MSA_FEW, MSA_OPTIONS = "msa", "msa, few tokens", "msa, options"
@@ -120,7 +119,7 @@ FAULTS: dict[str, Fault] = {
         (ATTENTION, "key < count && mask[key]", "key < count + FAULT && mask[key]"),
     ),
     "masked keys: a row too many": overflow(
-        MSA_OPTIONS, (MSA_LAUNCHES, "if (row >= rows ||", "if (row >= rows + FAULT ||")
+        MSA_OPTIONS, (MSA_FORWARD, "if (row >= rows ||", "if (row >= rows + FAULT ||")
     ),
     "attention backward: masked keys with gradients": wrong(
         MSA_OPTIONS,

@@ -210,7 +210,7 @@ void run(const BackwardParams& params, cudaStream_t stream) {
   attention.query_terms = reinterpret_cast<QueryTerms*>(params.query_terms);
   attention.dqkv = static_cast<T*>(params.dqkv);
   launch_attention(attention, stream);
-  if (params.key_mask) zero_masked_keys<T>(problem, params.key_mask, params.dqkv, stream);
+  if (params.key_mask) zero_masked_keys(problem, params.key_mask, params.dqkv, sizeof(T), stream);
   linear<Linear::kBackward>(
       linear_params<T>(problem, params.dqkv, w.qkv.weight.data, 3 * width, width, params.dnormed),
       stream);

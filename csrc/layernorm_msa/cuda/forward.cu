@@ -114,6 +114,17 @@ void launch_attention(const AttentionParams<T>& a, cudaStream_t stream) {
   });
 }
 
+constexpr int kZeroWarps = 8;
+
+// Rows of `units` times 16 bytes, `stride` units apart. Grid: eight rows a block.
+__global__ void __launch_bounds__(32 * kZeroWarps)
+    zero_masked_rows(uint4* keys, const bool* key_mask, int64_t rows, int stride, int units) {
+  const int64_t row = int64_t{blockIdx.x} * kZeroWarps + warp_index();
+  if (row >= rows || key_mask[row]) return;
+  uint4* const to = keys + row * stride;
+  for (int i = lane_index(); i < units; i += 32) to[i] = make_uint4(0, 0, 0, 0);
+}
+
 template <class T>
 void run(const ForwardParams& params, cudaStream_t stream) {
   const Problem& problem = params.problem;
@@ -125,7 +136,7 @@ void run(const ForwardParams& params, cudaStream_t stream) {
       linear_params<T>(problem, params.normed, w.qkv.weight.data, width, 3 * width, params.qkv);
   qkv.bias = elements_of<T>(w.qkv.bias);
   linear<Linear::kForward>(qkv, stream);
-  if (params.key_mask) zero_masked_keys<T>(problem, params.key_mask, params.qkv, stream);
+  if (params.key_mask) zero_masked_keys(problem, params.key_mask, params.qkv, sizeof(T), stream);
   launch_attention(
       attention_params<T>(problem, params.qkv, params.key_mask, params.heads, params.lse), stream);
   if (!params.y) return;
@@ -133,6 +144,16 @@ void run(const ForwardParams& params, cudaStream_t stream) {
 }
 
 }  // namespace
+
+void zero_masked_keys(const Problem& problem, const bool* key_mask, void* qkv, int element_size,
+                      cudaStream_t stream) {
+  const int64_t rows = problem.batch * problem.num_tokens;
+  const int units = static_cast<int>(problem.channels) * element_size / int{sizeof(uint4)};
+  uint4* const keys = static_cast<uint4*>(qkv) + units;
+  const LaunchConfig config = launch_config(ceil_div(rows, kZeroWarps), 32 * kZeroWarps, 0, stream);
+  check_launch(launch(zero_masked_rows, config, keys, key_mask, rows, 3 * units, 2 * units),
+               "zero_masked_keys");
+}
 
 void forward(const ForwardParams& params, const Place& place) {
   const DeviceGuard guard(place.device);
