@@ -45,11 +45,10 @@ def layernorm_msa(
         keep: What is kept for backward besides x, on a GPU: "fast" keeps q, k, v and attention's
             output (4 B N C elements), "lean" only statistics, and recomputes the rest.
         backend: Name of a backend, or None.
-        layer_scale: [C]: factor of each channel of the update (CaiT's LayerScale), or None. CUDA
-            has no kernels for it.
+        layer_scale: [C]: factor of each channel of the update (CaiT's LayerScale), or None.
         key_mask: bool [B, N], True where a token, or the cls in place of row 0, is attended to. All
             tokens are queries. If an image's mask is all False, its heads are 0 and the update is
-            the last bias. CUDA has no kernels for it.
+            the last bias.
 
     Returns:
         y [B, N, C].
@@ -100,7 +99,7 @@ def layernorm_ffn(
         residual_scale: [B]: factor of each image's update (drop path), or None.
         backend: Name of a backend, or None.
         activation: "gelu" (exact), "gelu_tanh" (its approximation), "quick_gelu" (CLIP's
-            ``x sigmoid(1.702 x)``) or "silu". CUDA has kernels for the first.
+            ``x sigmoid(1.702 x)``) or "silu".
         layer_scale: As in ``layernorm_msa``.
 
     Returns:

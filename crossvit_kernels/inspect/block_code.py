@@ -33,7 +33,7 @@ _SYMBOLS: tuple[tuple[re.Pattern[str], Callable[[str], str]], ...] = (
     ),
     (
         re.compile(rf"\d(linear)_kernelI{_ELEMENT}LNS_6LinearE(\d)E"),
-        lambda kind: ("a W^T", "gelu(a W^T)", "a W", "a W gelu'")[int(kind)],
+        lambda kind: ("a W^T", "f(a W^T)", "a W", "a W f'")[int(kind)],
     ),
 )
 _EPS = 1e-6

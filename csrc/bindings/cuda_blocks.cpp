@@ -41,6 +41,10 @@ void define_msa(py::module_& m) {
   m.attr("layernorm_msa_widest") = msa::kMaxChannels;
   m.attr("layernorm_msa_widest_head") = msa::kMaxHeadDim;
   m.def(
+      "layernorm_msa_shared_bytes",
+      [](int head_dim, int dtype) { return msa::shared_bytes(head_dim, DType(dtype)); },
+      py::arg("head_dim"), py::arg("dtype"));
+  m.def(
       "layernorm_msa_scratch",
       [](const BlockArg& arg) {
         const auto problem = to_problem<msa::Problem>(arg);
@@ -50,35 +54,37 @@ void define_msa(py::module_& m) {
   m.def(
       "layernorm_msa_forward",
       [](const BlockArg& problem, const TokensArg& x, const std::vector<ParameterArg>& weights,
-         Address residual_scale, Address normed, Address qkv, Address heads, Address lse, Address y,
-         const PlaceArg& place) {
-        msa::forward(
-            {to_problem<msa::Problem>(problem), to_tokens(x), to_weights<msa::Weights>(weights),
-             pointer<const float>(residual_scale), pointer<void>(normed), pointer<void>(qkv),
-             pointer<void>(heads), pointer<float>(lse), pointer<void>(y)},
-            to_place(place));
+         Address residual_scale, const ParameterArg& layer_scale, Address key_mask, Address normed,
+         Address qkv, Address heads, Address lse, const ParameterArg& y, const PlaceArg& place) {
+        msa::forward({to_problem<msa::Problem>(problem), to_tokens(x),
+                      to_weights<msa::Weights>(weights), pointer<const float>(residual_scale),
+                      to_parameter(layer_scale), pointer<const bool>(key_mask),
+                      pointer<void>(normed), pointer<void>(qkv), pointer<void>(heads),
+                      pointer<float>(lse), pointer<void>(std::get<0>(y)), DType(std::get<1>(y))},
+                     to_place(place));
       },
       py::arg("problem"), py::arg("x"), py::arg("weights"), py::arg("residual_scale"),
-      py::arg("normed"), py::arg("qkv"), py::arg("heads"), py::arg("lse"), py::arg("y"),
-      py::arg("place"), Released());
+      py::arg("layer_scale"), py::arg("key_mask"), py::arg("normed"), py::arg("qkv"),
+      py::arg("heads"), py::arg("lse"), py::arg("y"), py::arg("place"), Released());
   m.def(
       "layernorm_msa_backward",
       [](const BlockArg& problem, const TokensArg& x, const std::vector<ParameterArg>& weights,
-         Address qkv, Address heads, Address lse, Address dy, Address dupdate, Address dheads,
-         Address query_terms, Address dqkv, Address dnormed, Address normed, const TokensArg& dx,
-         Address norm_shares, const PlaceArg& place) {
+         Address key_mask, Address qkv, Address heads, Address lse, const ParameterArg& dy,
+         Address dupdate, Address dheads, Address query_terms, Address dqkv, Address dnormed,
+         Address normed, const TokensArg& dx, Address norm_shares, const PlaceArg& place) {
         msa::backward(
             {to_problem<msa::Problem>(problem), to_tokens(x), to_weights<msa::Weights>(weights),
-             pointer<const void>(qkv), pointer<const void>(heads), pointer<const float>(lse),
-             pointer<const void>(dy), pointer<const void>(dupdate), pointer<void>(dheads),
-             pointer<float>(query_terms), pointer<void>(dqkv), pointer<void>(dnormed),
-             pointer<void>(normed), to_tokens(dx), pointer<float>(norm_shares)},
+             pointer<const bool>(key_mask), pointer<const void>(qkv), pointer<const void>(heads),
+             pointer<const float>(lse), to_parameter(dy), pointer<const void>(dupdate),
+             pointer<void>(dheads), pointer<float>(query_terms), pointer<void>(dqkv),
+             pointer<void>(dnormed), pointer<void>(normed), to_tokens(dx),
+             pointer<float>(norm_shares)},
             to_place(place));
       },
-      py::arg("problem"), py::arg("x"), py::arg("weights"), py::arg("qkv"), py::arg("heads"),
-      py::arg("lse"), py::arg("dy"), py::arg("dupdate"), py::arg("dheads"), py::arg("query_terms"),
-      py::arg("dqkv"), py::arg("dnormed"), py::arg("normed"), py::arg("dx"), py::arg("norm_shares"),
-      py::arg("place"), Released());
+      py::arg("problem"), py::arg("x"), py::arg("weights"), py::arg("key_mask"), py::arg("qkv"),
+      py::arg("heads"), py::arg("lse"), py::arg("dy"), py::arg("dupdate"), py::arg("dheads"),
+      py::arg("query_terms"), py::arg("dqkv"), py::arg("dnormed"), py::arg("normed"), py::arg("dx"),
+      py::arg("norm_shares"), py::arg("place"), Released());
 }
 
 void define_ffn(py::module_& m) {
@@ -91,30 +97,34 @@ void define_ffn(py::module_& m) {
   m.def(
       "layernorm_ffn_forward",
       [](const BlockArg& problem, const TokensArg& x, const std::vector<ParameterArg>& weights,
-         Address residual_scale, Address normed, Address activated, Address y,
-         const PlaceArg& place) {
-        ffn::forward({to_problem<ffn::Problem>(problem), to_tokens(x),
-                      to_weights<ffn::Weights>(weights), pointer<const float>(residual_scale),
-                      pointer<void>(normed), pointer<void>(activated), pointer<void>(y)},
-                     to_place(place));
+         int activation, Address residual_scale, const ParameterArg& layer_scale, Address normed,
+         Address activated, const ParameterArg& y, const PlaceArg& place) {
+        ffn::forward(
+            {to_problem<ffn::Problem>(problem), to_tokens(x), to_weights<ffn::Weights>(weights),
+             Activation(activation), pointer<const float>(residual_scale),
+             to_parameter(layer_scale), pointer<void>(normed), pointer<void>(activated),
+             pointer<void>(std::get<0>(y)), DType(std::get<1>(y))},
+            to_place(place));
       },
-      py::arg("problem"), py::arg("x"), py::arg("weights"), py::arg("residual_scale"),
-      py::arg("normed"), py::arg("activated"), py::arg("y"), py::arg("place"), Released());
+      py::arg("problem"), py::arg("x"), py::arg("weights"), py::arg("activation"),
+      py::arg("residual_scale"), py::arg("layer_scale"), py::arg("normed"), py::arg("activated"),
+      py::arg("y"), py::arg("place"), Released());
   m.def(
       "layernorm_ffn_backward",
       [](const BlockArg& problem, const TokensArg& x, const std::vector<ParameterArg>& weights,
-         Address dy, Address dupdate, Address normed, Address activated, Address dhidden,
-         Address dnormed, const TokensArg& dx, Address norm_shares, const PlaceArg& place) {
+         int activation, const ParameterArg& dy, Address dupdate, Address normed, Address activated,
+         Address dhidden, Address dnormed, const TokensArg& dx, Address norm_shares,
+         const PlaceArg& place) {
         ffn::backward(
             {to_problem<ffn::Problem>(problem), to_tokens(x), to_weights<ffn::Weights>(weights),
-             pointer<const void>(dy), pointer<const void>(dupdate), pointer<void>(normed),
-             pointer<void>(activated), pointer<void>(dhidden), pointer<void>(dnormed),
-             to_tokens(dx), pointer<float>(norm_shares)},
+             Activation(activation), to_parameter(dy), pointer<const void>(dupdate),
+             pointer<void>(normed), pointer<void>(activated), pointer<void>(dhidden),
+             pointer<void>(dnormed), to_tokens(dx), pointer<float>(norm_shares)},
             to_place(place));
       },
-      py::arg("problem"), py::arg("x"), py::arg("weights"), py::arg("dy"), py::arg("dupdate"),
-      py::arg("normed"), py::arg("activated"), py::arg("dhidden"), py::arg("dnormed"),
-      py::arg("dx"), py::arg("norm_shares"), py::arg("place"), Released());
+      py::arg("problem"), py::arg("x"), py::arg("weights"), py::arg("activation"), py::arg("dy"),
+      py::arg("dupdate"), py::arg("normed"), py::arg("activated"), py::arg("dhidden"),
+      py::arg("dnormed"), py::arg("dx"), py::arg("norm_shares"), py::arg("place"), Released());
 }
 
 }  // namespace

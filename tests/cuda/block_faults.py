@@ -26,7 +26,8 @@ ATTENTION, MSA_FORWARD, MSA_BACKWARD = (
     f"layernorm_msa/cuda/{name}" for name in ("attention.h", "forward.cu", "backward.cu")
 )
 # Names in kernel_cases.CASES.
-MSA, MSA_FEW, FFN = "msa", "msa, few tokens", "ffn"
+MSA, MSA_FEW, MSA_OPTIONS = "msa", "msa, few tokens", "msa, options"
+FFN, FFN_OPTIONS = "ffn", "ffn, options"
 
 # One element type; smaller tiles, of which small inputs have several.
 REDUCED: list[Change] = [
@@ -46,8 +47,8 @@ REDUCED: list[Change] = [
     (LAYER_NORM, "kNormWarps = 8;", "kNormWarps = 2;"),
     (ATTENTION, "kRowsOfBlock = 64;", "kRowsOfBlock = 32;"),
     (ATTENTION, "kAttentionThreads = 128;", "kAttentionThreads = 64;"),
-    (MSA_FORWARD, "sizeof(T) == 2 ? 64 : 32, 3>", "16, 3>"),
-    (MSA_BACKWARD, "sizeof(T) == 2 && kHeadDim <= 32 ? 64 : 32, 3>", "16, 3>"),
+    (MSA_FORWARD, "(sizeof(T) == 2 ? 64 : 32) / (kHeadDim > 64 ? 2 : 1)>", "16>"),
+    (MSA_BACKWARD, "minimum(2048 / kHeadDim, sizeof(T) == 2 ? 64 : 32);", "16;"),
 ]
 
 FAULTS: dict[str, Fault] = {
@@ -84,6 +85,14 @@ FAULTS: dict[str, Fault] = {
             "if (column >= a.columns + 8 * FAULT) continue;",
         ),
     ),
+    "linear: another activation": wrong(
+        FFN_OPTIONS,
+        "y",
+        (LINEAR, "if (a.gate.linear != 0) return", "if (a.gate.linear != 0 && !FAULT) return"),
+    ),
+    "linear: no LayerScale": wrong(
+        FFN_OPTIONS, "y", (LINEAR, "if (a.layer_scale.data)", "if (a.layer_scale.data && !FAULT)")
+    ),
     "LayerNorm: a row too many": overflow(
         MSA_FEW, (LAYER_NORM, "if (row >= a.rows) return;", "if (row >= a.rows + FAULT) return;")
     ),
@@ -92,7 +101,30 @@ FAULTS: dict[str, Fault] = {
         MSA, "y", (TOKEN_ROWS, "if (cls && token == 0)", "if (cls && token == FAULT)")
     ),
     "attention: a missing key attended to": wrong(
-        MSA, "y", left_out(MSA_FORWARD, "if (count < P::kStep) exclude(s, count);")
+        MSA,
+        "y",
+        (
+            ATTENTION,
+            "if (count < 8 * kTiles) exclude",
+            "if (!FAULT && count < 8 * kTiles) exclude",
+        ),
+    ),
+    "attention: a masked key attended to": wrong(
+        MSA_OPTIONS,
+        "y",
+        (ATTENTION, "if (!(attended >> bit & 1))", "if (!FAULT && !(attended >> bit & 1))"),
+    ),
+    "attention: a key of the mask too many": overflow(
+        MSA_OPTIONS,
+        (ATTENTION, "key < count && mask[key]", "key < count + FAULT && mask[key]"),
+    ),
+    "masked keys: a row too many": overflow(
+        MSA_OPTIONS, (MSA_FORWARD, "if (row >= rows ||", "if (row >= rows + FAULT ||")
+    ),
+    "attention backward: masked keys with gradients": wrong(
+        MSA_OPTIONS,
+        "dx",
+        (MSA_BACKWARD, "if (params.key_mask) zero", "if (params.key_mask && !FAULT) zero"),
     ),
     "attention: sums not rescaled": wrong(
         MSA,

@@ -16,6 +16,7 @@ from torch import Tensor
 import crossvit_kernels as ck
 from crossvit_kernels import FfnWeights, FusionWeights, MsaWeights
 from crossvit_kernels.ops.attention_core import reference
+from crossvit_kernels.ops.common import activations
 
 DTYPE = torch.bfloat16
 # The weights whose gradients form an image's row (saved.gradient_sizes), in order.
@@ -102,6 +103,9 @@ class Block:
     channels: int
     heads: int = 0
     hidden: int = 0
+    layer_scale: bool = False
+    masked: bool = False
+    activation: str = "gelu"
 
     def arrays(self) -> list[np.ndarray]:
         size = self.batch, self.tokens, self.channels
@@ -109,21 +113,29 @@ class Block:
         weights = msa_weights(size[2]) if self.heads else ffn_weights(size[2], self.hidden)
         x, dy, cls, *weights = (representable(t, DTYPE) for t in (x, dy, cls, *weights))
         scale = torch.tensor([1.25, 0.5]).double()[: self.batch]
+        per_channel = representable(torch.rand(size[2]).double(), DTYPE)
         options = {"residual_scale": scale, "backend": "reference"}
+        dupdate = scale.view(-1, 1, 1) * dy
+        mask = torch.rand(size[:2]) < 0.6 if self.masked else None
+        if self.layer_scale:
+            options["layer_scale"], dupdate = per_channel, per_channel * dupdate
 
         def msa(x: Tensor, cls: Tensor, *w: Tensor) -> Tensor:
-            return ck.layernorm_msa(x, MsaWeights(*w), self.heads, cls=cls, **options)
+            w = MsaWeights(*w)
+            return ck.layernorm_msa(x, w, self.heads, cls=cls, key_mask=mask, **options)
 
         def ffn(x: Tensor, *w: Tensor) -> Tensor:
-            return ck.layernorm_ffn(x, FfnWeights(*w), **options)
+            return ck.layernorm_ffn(x, FfnWeights(*w), activation=self.activation, **options)
 
         inputs = [x, cls, *weights] if self.heads else [x, *weights]
         function = msa if self.heads else ffn
         y, *gradients = outputs_and_gradients(function, inputs, [dy], torch.float64)
         exact = [y, *gradients[: -len(weights)], torch.stack(gradients[-6:-4])]
-        numbers = _numbers(2 if self.heads else 3, *size, self.heads or self.hidden)
-        dupdate = scale.view(-1, 1, 1) * dy
-        given = bits(x), bits(cls if self.heads else None), floats(scale), bits(dy), bits(dupdate)
+        activation = activations.NAMES.index(self.activation)
+        numbers = _numbers(2 if self.heads else 3, *size, self.heads or self.hidden, activation)
+        given = bits(x), bits(cls if self.heads else None), floats(scale)
+        given += bits(per_channel if self.layer_scale else None), _array(mask)
+        given += bits(dy), bits(dupdate)
         return [numbers, *given, *map(bits, weights), *(t.numpy() for t in exact)]
 
 
@@ -142,7 +154,9 @@ CASES = {
     "fusion, wide": Fusion(3, 40, 112, 48, 7, images=3, blocks=2),
     "msa": Block(2, 53, 48, heads=3),
     "msa, few tokens": Block(1, 5, 32, heads=1),
+    "msa, options": Block(2, 53, 48, heads=3, layer_scale=True, masked=True),
     "ffn": Block(2, 37, 48, hidden=136),
+    "ffn, options": Block(2, 37, 48, hidden=136, layer_scale=True, activation="silu"),
     "fusion, wide, aliased": Fusion(3, 40, 112, 48, 7, images=3, blocks=2, aliased=True),
 }
 

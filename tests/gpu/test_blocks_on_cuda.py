@@ -36,6 +36,16 @@ def test_blocks_of_models(channels, heads, tokens, keep, dtype) -> None:
         check_ffn(channels, 3 * channels, batch, tokens, dtype, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels, heads, tokens", [(192, 6, 401), (768, 12, 197), (640, 8, 257)])
+def test_options_of_blocks(channels, heads, tokens, dtype) -> None:
+    """LayerScale, a mask and activations, with heads of 32, 64 and 80 channels."""
+    options = {"layer_scale": 0.1, "backend": "cuda", "device": "cuda"}
+    check_msa(channels, heads, 5, tokens, dtype, with_cls=True, masked=True, **options)
+    for activation in ("gelu_tanh", "quick_gelu", "silu"):
+        check_ffn(channels, 3 * channels, 2, tokens, dtype, activation=activation, **options)
+
+
 def results(half: str, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in (x, *weights)]
     if half == "msa":

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_within_rule
 from block_cases import (
-    MSA_BIASES,
     check_ffn,
     check_msa,
     ffn_weights,
@@ -15,7 +14,6 @@ from block_cases import (
     float_msa,
     in_triton,
     msa_weights,
-    without,
 )
 from operator_checks import check_operators
 from torch import Tensor
@@ -363,20 +361,3 @@ def test_a_compiled_activation() -> None:
 def test_an_unknown_activation() -> None:
     with pytest.raises(ValueError, match=r"activation: expected one of .*'silu'.*, found 'relu'"):
         ck.layernorm_ffn(torch.randn(1, 2, 32), float_ffn(), activation="relu")
-
-
-def test_cuda_declines() -> None:
-    x, weights, ones = torch.randn(1, 2, 32), float_ffn(), torch.ones(32)
-    for function, given in ((ck.layernorm_ffn, ()), (ck.layernorm_msa, (2,))):
-        w = weights if not given else float_msa()
-        with pytest.raises(ValueError, match="cuda: it has no layer_scale"):
-            function(x, w, *given, layer_scale=ones, backend="cuda")
-    with pytest.raises(ValueError, match="cuda: it needs norm_bias and out_bias"):
-        ck.layernorm_msa(x, without(float_msa(), *MSA_BIASES), 2, backend="cuda")
-    with pytest.raises(ValueError, match="cuda: it needs fc2_bias"):
-        ck.layernorm_ffn(x, without(weights, "fc2_bias"), backend="cuda")
-    with pytest.raises(ValueError, match="cuda: it has no key_mask"):
-        mask = torch.ones(1, 2, dtype=torch.bool)
-        ck.layernorm_msa(x, float_msa(), 2, key_mask=mask, backend="cuda")
-    with pytest.raises(ValueError, match="cuda: its activation is gelu, not silu"):
-        ck.layernorm_ffn(x, weights, activation="silu", backend="cuda")

@@ -279,7 +279,7 @@ def test_compiled_without_a_graph_break(cuda_device: str) -> None:
 def test_what_is_declined(cuda_device: str) -> None:
     cases = [
         (24, 2, 5, "12 channels of a head are no multiple of 8"),
-        (72, 1, 5, "72 channels of a head are more than 64"),
+        (136, 1, 5, "136 channels of a head are more than 128"),
         (1152, 18, 5, "1152 channels are more than 1024"),
         (24, 3, 0, "there are no tokens"),
     ]

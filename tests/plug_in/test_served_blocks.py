@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from zoo_cases import assert_served_equals_own, randomised
 
 import crossvit_kernels as ck
-from crossvit_kernels import extension, functional
+from crossvit_kernels import functional
 
 timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -255,17 +255,29 @@ def test_copies_have_their_own_layer_scale(calls: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("named", ["cuda", "cpu", "triton", None])
-def test_only_what_the_backend_takes(named: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA has no LayerScale; the other backends have."""
-    if named == "cuda":
-        kernels = extension.CudaKernels(object(), "cpu")
-        monkeypatch.setattr(extension, "cuda_kernels", kernels)
-    report = ck.accelerate(block(), backend=named)
-    serves, reasons = report.rows[0].serves, report.rows[0].reasons
-    if named == "cuda":
-        assert serves == () and reasons == ("no kernels: cuda: it has no layer_scale",)
-    else:
-        assert serves == BLOCK
+def test_every_backend_takes_layer_scale(named: str | None) -> None:
+    assert ck.accelerate(block(), backend=named).rows[0].serves == BLOCK
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_everything_a_block_may_have_in_cuda(
+    masked: bool, cuda_device: str, calls: list[dict[str, Any]]
+) -> None:
+    """LayerScale, SiLU, no biases of projections, and a mask of keys."""
+    module = block(act_layer=nn.SiLU, proj_bias=False).to(cuda_device)
+    x = tokens().to(cuda_device).requires_grad_()
+    mask = mask_of_keys().to(cuda_device) if masked else None
+    leaves = [x, *module.parameters()]
+
+    def run() -> list[Tensor]:
+        y = module(x, attn_mask=mask)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    expected = run()
+    assert ck.accelerate(module, backend="cuda").rows[0].serves == BLOCK
+    for actual, own in zip(run(), expected, strict=True):
+        torch.testing.assert_close(actual, own, rtol=1e-3, atol=1e-3)
+    assert [call["backend"] for call in calls] == ["cuda", "cuda"]
 
 
 def test_silu_of_few_rows(calls: list[dict[str, Any]]) -> None:
@@ -315,18 +327,6 @@ def test_masks(kind: str, calls: list[dict[str, Any]]) -> None:
     assert len(calls) == 1 + served
     if served:
         assert torch.equal(calls[0]["key_mask"], mask[:, 0, 0])
-
-
-def test_a_mask_that_the_named_backend_does_not_take(
-    cuda_device: str, calls: list[dict[str, Any]]
-) -> None:
-    """The library's attention computes it; the MLP is served."""
-    module = block(init_values=None).to(cuda_device)
-    x, mask = tokens().to(cuda_device), mask_of_keys().to(cuda_device)
-    expected = module(x, attn_mask=mask)
-    assert ck.accelerate(module, backend="cuda").rows[0].serves == BLOCK
-    torch.testing.assert_close(module(x, attn_mask=mask), expected, rtol=1e-3, atol=1e-3)
-    assert [call["backend"] for call in calls] == ["cuda"]
 
 
 def test_a_mask_without_torchs_attention(calls: list[Any]) -> None:

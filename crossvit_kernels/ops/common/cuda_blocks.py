@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,16 +13,8 @@ from crossvit_kernels.extension import Arguments
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.common.column_sums import column_sums
 
-NO_LAYER_SCALE = "it has no layer_scale"
 
-
-def why_not_biases(weights: Any, names: Sequence[str]) -> str | None:
-    """Return which of these biases is missing, or None."""
-    missing = [name for name in names if getattr(weights, name) is None]
-    return f"it needs {' and '.join(missing)}" if missing else None
-
-
-def why_not(x: Tensor, matrix: Tensor) -> str | None:
+def why_not(x: Tensor, matrix: Tensor, layer_scale: Tensor | None) -> str | None:
     """Return why no CUDA kernel takes tokens x [B, N, C] beside this weight matrix, or None."""
     if reason := extension.why_not_cuda_kernels(x):
         return reason
@@ -35,6 +26,8 @@ def why_not(x: Tensor, matrix: Tensor) -> str | None:
     dtype = autocast_dtype(x) or matrix.dtype  # without autocast all have one dtype
     if dtype != x.dtype and (x.dtype != torch.float32 or dtype == torch.float64):
         return f"the matrices are in {dtype}, the tokens in {x.dtype}"
+    if layer_scale is not None and layer_scale.dtype == torch.float64:
+        return "layer_scale is in torch.float64"
     return "there are no tokens" if x.numel() == 0 else None
 
 
@@ -45,15 +38,21 @@ def functions() -> Any:
 
 
 def aligned_weights(weights: Any, matrix_dtype: torch.dtype) -> Any:
-    """Return a NamedTuple of weights as kernels read them: aligned, vectors of no third dtype."""
+    """Return a NamedTuple of weights as kernels read them: aligned, vectors of no third dtype.
 
-    def aligned(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
-        t = t if t.dtype in (matrix_dtype, torch.float32) else t.float()
-        return launcher.aligned_rows(t)
+    LayerNorm's kernels have no test for a missing bias, which would cost every call more than
+    zeros in its place cost the few without one.
+    """
+    if weights.norm_bias is None:
+        weights = weights._replace(norm_bias=torch.zeros_like(weights.norm_weight))
+    return type(weights)(*(aligned(t, matrix_dtype) for t in weights))
 
-    return type(weights)(*map(aligned, weights))
+
+def aligned(t: Tensor | None, matrix_dtype: torch.dtype) -> Tensor | None:
+    """Return a parameter as kernels read it."""
+    if t is None:
+        return None
+    return launcher.aligned_rows(t if t.dtype in (matrix_dtype, torch.float32) else t.float())
 
 
 def aligned_scale(residual_scale: Tensor | None) -> Tensor | None:

@@ -23,7 +23,7 @@ multiply_wait = gluon.hopper.warpgroup_mma_wait
 
 @gluon.jit
 def _gelu(x):
-    """x times the normal distribution; the error is below 6e-7 (csrc/common/cuda/gelu.h)."""
+    """x times the normal distribution; the error is below 6e-7 (csrc/common/cuda/activations.h)."""
     size = gl.abs(x)
     power = x * x * -0.72134752
     density = gl.inline_asm_elementwise(

@@ -6,7 +6,7 @@ The gradients of weights are products and sums over all tokens, computed by torc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch import Tensor
 from crossvit_kernels import extension
 from crossvit_kernels.extension import Arguments
 from crossvit_kernels.gpu import launcher
+from crossvit_kernels.ops.common import activations
 from crossvit_kernels.ops.common import cuda_blocks as blocks
+from crossvit_kernels.ops.common import layer_scale as scaled
 from crossvit_kernels.ops.common import torch_norm as norm
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights, gradients
 
@@ -27,14 +29,7 @@ class Saved(NamedTuple):
 
 def why_never(inputs: FfnInputs) -> str | None:
     """Return why no device's kernels take such inputs, or None."""
-    _, w, _, activation, layer_scale = inputs
-    hidden = w.fc1_weight.shape[0]
-    if activation != "gelu":
-        return f"its activation is gelu, not {activation}"
-    if layer_scale is not None:
-        return blocks.NO_LAYER_SCALE
-    if reason := blocks.why_not_biases(w, ("norm_bias", "fc1_bias", "fc2_bias")):
-        return reason
+    hidden = inputs.weights.fc1_weight.shape[0]
     if hidden == 0:
         return "there are no hidden units"
     if hidden % 8:
@@ -43,7 +38,8 @@ def why_never(inputs: FfnInputs) -> str | None:
 
 
 def why_not(inputs: FfnInputs) -> str | None:
-    return why_never(inputs) or blocks.why_not(inputs.x, inputs.weights.fc1_weight)
+    matrix = inputs.weights.fc1_weight
+    return why_never(inputs) or blocks.why_not(inputs.x, matrix, inputs.layer_scale)
 
 
 def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
@@ -53,19 +49,22 @@ def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
 
 def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
     inputs = _readable(inputs)
-    x, w, scale, *_ = inputs
+    x, w, scale, activation, layer_scale = inputs
     hidden, dtype = w.fc1_weight.shape[0], w.fc1_weight.dtype
-    y, saved = x.new_empty(x.shape), empty_saved(inputs, keep)
+    y = x.new_empty(x.shape, dtype=norm.result_dtype(x, w.fc2_weight, layer_scale))
+    saved = empty_saved(inputs, keep)
     activated = saved.normed.new_empty(*x.shape[:2], hidden)
     args = Arguments(x.device)
     blocks.functions().layernorm_ffn_forward(
         problem=blocks.problem(x, w.fc1_weight, hidden, eps),
         x=args.tokens(x, None),
         weights=blocks.weight_arguments(args, w),
+        activation=activations.NAMES.index(activation),
         residual_scale=args.pointer(scale, torch.float32),
+        layer_scale=args.parameter(layer_scale),
         normed=args.pointer(saved.normed, dtype),
         activated=args.pointer(activated, dtype),
-        y=args.pointer(y, x.dtype),
+        y=args.parameter(y),
         place=extension.place(x),
     )
     return y, saved if keep else None
@@ -75,32 +74,46 @@ def backward(
     douts: Sequence[Tensor], inputs: FfnInputs, saved: Saved, eps: float, wanted: Any
 ) -> FfnInputs:
     """Compute the gradients; products that are not wanted are None."""
-    (dy,), inputs, wants = douts, _readable(inputs), wanted.weights
+    (dy,), layer_scale, wants = douts, inputs.layer_scale, wanted.weights
+    inputs = _readable(inputs)
     x, w, scale, *_ = inputs
     dy, channels = dy.contiguous(), x.shape[2]
-    dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype).contiguous().view(-1, channels)
+    dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype, layer_scale)
+    dupdate = dupdate.contiguous().view(-1, channels)
     d_weights: dict[str, Any] = {}
-    if wants.fc2_bias:
-        d_weights["fc2_bias"] = dupdate.sum(dim=0)
-    dx = None
-    if wanted.x or any(wants[:5]):
+    dx = activated = None
+    if wanted.x or wanted.layer_scale or any(wants[:5]):
         normed = saved.normed.view(-1, channels)
         dx, activated, dhidden, shares = _run_backward(inputs, eps, dy, dupdate, normed)
         if wants.fc1_weight:
             d_weights["fc1_weight"] = dhidden.t() @ normed
         if wants.fc1_bias:
             d_weights["fc1_bias"] = dhidden.sum(dim=0)
-        if wants.fc2_weight:
-            d_weights["fc2_weight"] = dupdate.t() @ activated
         d_weights |= blocks.norm_gradients(shares, w)
-    return gradients(dx, FfnWeights._make(map(d_weights.get, FfnWeights._fields)))
+    last = scaled.last_layer(
+        dy,
+        dupdate,
+        cast(Tensor, activated),
+        (w.fc2_weight, w.fc2_bias),
+        (scale, layer_scale),
+        (wants.fc2_weight, wants.fc2_bias, wanted.layer_scale),
+    )
+    d_weights |= {"fc2_weight": last.weight, "fc2_bias": last.bias}
+    found = FfnWeights._make(map(d_weights.get, FfnWeights._fields))
+    return gradients(dx, found, last.layer_scale)
 
 
 def _readable(inputs: FfnInputs) -> FfnInputs:
     """Return the inputs as kernels read them."""
-    x, w, scale, *_ = inputs
-    weights = blocks.aligned_weights(w, w.fc1_weight.dtype)
-    return FfnInputs(launcher.aligned_rows(x), weights, blocks.aligned_scale(scale))
+    x, w, scale, activation, layer_scale = inputs
+    dtype = w.fc1_weight.dtype
+    return FfnInputs(
+        launcher.aligned_rows(x),
+        blocks.aligned_weights(w, dtype),
+        blocks.aligned_scale(scale),
+        activation,
+        blocks.aligned(layer_scale, dtype),
+    )
 
 
 class _Gradients(NamedTuple):
@@ -113,7 +126,7 @@ class _Gradients(NamedTuple):
 def _run_backward(
     inputs: FfnInputs, eps: float, dy: Tensor, dupdate: Tensor, normed: Tensor
 ) -> _Gradients:
-    functions, (x, w, *_) = blocks.functions(), inputs
+    functions, (x, w, _, activation, _) = blocks.functions(), inputs
     hidden, dtype = w.fc1_weight.shape[0], w.fc1_weight.dtype
     problem = blocks.problem(x, w.fc1_weight, hidden, eps)
     activated, dnormed = dupdate.new_empty(dupdate.shape[0], hidden), torch.empty_like(normed)
@@ -124,7 +137,8 @@ def _run_backward(
         problem=problem,
         x=args.tokens(x, None),
         weights=blocks.weight_arguments(args, w),
-        dy=args.pointer(dy, x.dtype),
+        activation=activations.NAMES.index(activation),
+        dy=args.parameter(dy),
         dupdate=args.pointer(dupdate, dtype),
         normed=args.pointer(normed, dtype),
         activated=args.pointer(activated, dtype),

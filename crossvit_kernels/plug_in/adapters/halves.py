@@ -137,8 +137,6 @@ class Blocks:
             is_plain: Whether the call wants nothing of attention besides key_mask.
             key_mask: bool [B, N], or None.
         """
-        if key_mask is not None and backend is not None and backend.startswith("cuda"):
-            is_plain = False  # CUDA has no kernels for masks; the library's attention has
         of_attention, of_mlp = found if is_plain else (None, found[1])
         if of_attention is None and of_mlp is None:
             return ""

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
+
 // Parameters that both halves of a transformer block have, in float32.
 
 namespace crossvit {
@@ -33,8 +35,5 @@ struct LinearParams {
   const float* weight;  // [out, in]
   const float* bias;    // [out]
 };
-
-// In the order of ops/common/activations.py.
-enum class Activation { kGelu, kGeluTanh, kQuickGelu, kSilu };
 
 }  // namespace crossvit

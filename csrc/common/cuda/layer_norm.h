@@ -10,7 +10,7 @@ constexpr int kMaxNormChannels = 1024;
 template <class T>
 struct NormParams {
   TokenRows<T> x;
-  Elements<T> weight, bias;
+  Elements<T> weight, bias;  // [C]
   int64_t rows;
   int channels;
   float eps;
@@ -24,7 +24,7 @@ template <class T>
 struct NormBackwardParams {
   NormParams<T> norm;
   const T* d;               // [rows, C]: the gradient of LN(x)
-  Elements<T> dy;           // [rows, C]: the residual's
+  Elements<T> dy;           // [rows, C]: the residual's, in a type of its own
   MutableElements<T> dx;    // out: [rows, C]; row 0 of each image is 0 if there is a cls
   MutableElements<T> dcls;  // out: [B, C] if there is one
   T* normed;                // out: LN(x) [rows, C], or null

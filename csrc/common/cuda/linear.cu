@@ -1,7 +1,6 @@
 #include "common/cuda/linear.h"
 
 #include "common/cuda/dispatch.h"
-#include "common/cuda/gelu.h"
 #include "common/cuda/pipeline.h"
 
 namespace crossvit {
@@ -12,7 +11,7 @@ namespace {
 template <class T, Linear kKind>
 struct LinearPlan {
   static constexpr bool kIsTransposed =
-      kKind == Linear::kBackward || kKind == Linear::kGeluBackward;
+      kKind == Linear::kBackward || kKind == Linear::kActivationBackward;
   static constexpr int kRows = 128, kColumns = 128, kTerms = 128 / sizeof(T);
   static constexpr int kThreads = 256, kStages = 3;
   static constexpr int kWarpRows = 32, kWarpColumns = 64;
@@ -27,6 +26,21 @@ struct LinearPlan {
 
   static int64_t blocks(const LinearParams<T>& params) {
     return ceil_div(params.rows, kRows) * ceil_div(params.columns, kColumns);
+  }
+};
+
+// What is applied to the update of a residual.
+struct NoLayerScale {
+  __device__ __forceinline__ float2 operator()(float2 update, int) const { return update; }
+};
+
+template <class T>
+struct LayerScale {
+  Elements<T> scale;
+
+  __device__ __forceinline__ float2 operator()(float2 update, int column) const {
+    const float2 s = scale.load_2(column);
+    return make_float2(update.x * s.x, update.y * s.y);
   }
 };
 
@@ -74,8 +88,20 @@ struct LinearSums {
   }
 
   // Writes the result, the block's rows and columns from these on.
+  __device__ __forceinline__ void write(const LinearParams<T>& a, int64_t row, int column) const {
+    if constexpr (kKind == Linear::kActivation || kKind == Linear::kActivationBackward) {
+      if (a.gate.linear != 0) return write(a, row, column, a.gate);
+    }
+    if constexpr (kKind == Linear::kForward) {
+      if (a.layer_scale.data) return write(a, row, column, LayerScale<T>{a.layer_scale});
+    }
+    write(a, row, column, std::conditional_t<kKind == Linear::kForward, NoLayerScale, ExactGelu>());
+  }
+
+ private:
+  template <class Function>
   __device__ __forceinline__ void write(const LinearParams<T>& a, int64_t block_row,
-                                        int block_column) const {
+                                        int block_column, Function function) const {
     const int group = lane_index() / 4, pair = lane_index() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
@@ -89,13 +115,12 @@ struct LinearSums {
           const int column = block_column + first_column() + 8 * j + pair;
           if (column >= a.columns) continue;
           const float2 y = make_float2(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
-          a.out.store_2(row * a.columns + column, end(y, column));
+          a.out.store_2(row * a.columns + column, end(y, column, function));
         }
       }
     }
   }
 
- private:
   // What follows the products of a row.
   struct RowEnd {
     __device__ __forceinline__ RowEnd(const LinearParams<T>& a, int64_t row) : bias(a.bias) {
@@ -103,13 +128,14 @@ struct LinearSums {
         if (a.x.x.data) x = a.x[row];
         if (a.scale) scale = a.scale[row / a.x.num_tokens];
       }
-      if constexpr (kKind == Linear::kGeluBackward) hidden = a.hidden + row * a.columns;
+      if constexpr (kKind == Linear::kActivationBackward) hidden = a.hidden + row * a.columns;
     }
 
-    __device__ __forceinline__ float2 operator()(float2 y, int column) const {
-      if constexpr (kKind == Linear::kGeluBackward) {
+    template <class Function>
+    __device__ __forceinline__ float2 operator()(float2 y, int column, Function function) const {
+      if constexpr (kKind == Linear::kActivationBackward) {
         const float2 h = unpack<T>(load_pair(hidden + column));
-        const Gelu<T> first(h.x), second(h.y);
+        const auto first = function.template at<T>(h.x), second = function.template at<T>(h.y);
         store_pair(hidden + column, pack<T>(first.value(), second.value()));
         return make_float2(y.x * first.slope(), y.y * second.slope());
       }
@@ -118,11 +144,13 @@ struct LinearSums {
         const float2 b = bias.load_2(column);
         y = make_float2(y.x + b.x, y.y + b.y);
       }
-      if constexpr (kKind == Linear::kGelu) {
-        return make_float2(Gelu<T>(y.x).value(), Gelu<T>(y.y).value());
+      if constexpr (kKind == Linear::kActivation) {
+        return make_float2(function.template at<T>(y.x).value(),
+                           function.template at<T>(y.y).value());
       }
       if (x.data) {
         const float2 residual = x.load_2(column);
+        if constexpr (kKind == Linear::kForward) y = function(y, column);
         y = make_float2(fmaf(scale, y.x, residual.x), fmaf(scale, y.y, residual.y));
       }
       return y;
@@ -181,11 +209,11 @@ void linear(const LinearParams<T>& params, cudaStream_t stream) {
   check_launch(launch(linear_kernel<T, kKind>, config, params), "linear");
 }
 
-#define CROSSVIT_LINEAR(T)                                                          \
-  template void linear<Linear::kForward, T>(const LinearParams<T>&, cudaStream_t);  \
-  template void linear<Linear::kGelu, T>(const LinearParams<T>&, cudaStream_t);     \
-  template void linear<Linear::kBackward, T>(const LinearParams<T>&, cudaStream_t); \
-  template void linear<Linear::kGeluBackward, T>(const LinearParams<T>&, cudaStream_t);
+#define CROSSVIT_LINEAR(T)                                                            \
+  template void linear<Linear::kForward, T>(const LinearParams<T>&, cudaStream_t);    \
+  template void linear<Linear::kActivation, T>(const LinearParams<T>&, cudaStream_t); \
+  template void linear<Linear::kBackward, T>(const LinearParams<T>&, cudaStream_t);   \
+  template void linear<Linear::kActivationBackward, T>(const LinearParams<T>&, cudaStream_t);
 CROSSVIT_LINEAR(float)
 CROSSVIT_LINEAR(bf16)
 CROSSVIT_LINEAR(half)

@@ -8,7 +8,7 @@ namespace {
 using layernorm_msa::cuda::elements_of, layernorm_msa::cuda::linear_params,
     layernorm_msa::cuda::norm_backward_params;
 
-// The hidden units before GELU are recomputed where those after it are then stored.
+// The hidden units before the activation are recomputed where those after it are then stored.
 template <class T>
 void run(const BackwardParams& params, cudaStream_t stream) {
   const Problem& problem = params.problem;
@@ -21,7 +21,8 @@ void run(const BackwardParams& params, cudaStream_t stream) {
   LinearParams<T> dhidden = linear_params<T>(problem, params.dupdate, w.fc2.weight.data, width,
                                              hidden_width, params.dhidden);
   dhidden.hidden = static_cast<T*>(params.activated);
-  linear<Linear::kGeluBackward>(dhidden, stream);
+  dhidden.gate = gate_of(params.activation);
+  linear<Linear::kActivationBackward>(dhidden, stream);
   linear<Linear::kBackward>(linear_params<T>(problem, params.dhidden, w.fc1.weight.data,
                                              hidden_width, width, params.dnormed),
                             stream);

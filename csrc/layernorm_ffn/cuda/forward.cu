@@ -17,7 +17,8 @@ void run(const ForwardParams& params, cudaStream_t stream) {
   LinearParams<T> fc1 = linear_params<T>(problem, params.normed, w.fc1.weight.data,
                                          problem.channels, problem.hidden_width, params.activated);
   fc1.bias = elements_of<T>(w.fc1.bias);
-  linear<Linear::kGelu>(fc1, stream);
+  fc1.gate = gate_of(params.activation);
+  linear<Linear::kActivation>(fc1, stream);
   linear<Linear::kForward>(
       residual_params<T>(params, params.activated, w.fc2, problem.hidden_width), stream);
 }

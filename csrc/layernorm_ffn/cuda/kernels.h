@@ -1,15 +1,16 @@
 #pragma once
 
+#include "common/activation.h"
 #include "layernorm_msa/cuda/kernels.h"
 
-// y = x + r FFN(LN(x)) on an NVIDIA GPU, in the types of LayerNorm-MSA. C and F, the number of
+// y = x + r s FFN(LN(x)) on an NVIDIA GPU, in the types of LayerNorm-MSA. C and F, the number of
 // hidden units, are multiples of 8.
 
 namespace crossvit::layernorm_ffn::cuda {
 
 using attention_core::Tokens;
 using attention_core::cuda::Place;
-using cross_attention::Layer;
+using cross_attention::Layer, cross_attention::Parameter;
 
 struct Problem {
   int64_t batch;
@@ -29,21 +30,25 @@ struct ForwardParams {
   Problem problem;
   Tokens x;
   Weights weights;
+  Activation activation;
   const float* residual_scale;  // r: [B], or null
+  Parameter layer_scale;        // s: [C], or null
   void* normed;                 // out: LN(x) [B, N, C]
   void* activated;              // scratch: [B, N, F]
-  void* y;                      // out: [B, N, C], of x's type
+  void* y;                      // out: [B, N, C]
+  DType y_dtype;                // the matrices' or float32
 };
 
 struct BackwardParams {
   Problem problem;
   Tokens x;
   Weights weights;
-  const void* dy;       // [B, N, C], of x's type
-  const void* dupdate;  // [B, N, C]: r dy
+  Activation activation;
+  Parameter dy;         // [B, N, C], of y's type
+  const void* dupdate;  // [B, N, C]: r s dy
   const void* normed;   // from forward
   void* activated;      // out: [B, N, F]
-  void* dhidden;        // out: [B, N, F], the gradient before GELU
+  void* dhidden;        // out: [B, N, F], the gradient before the activation
   void* dnormed;        // scratch: [B, N, C]
   Tokens dx;            // out
   float* norm_shares;   // out: [blocks, 2, C], norm_share_floats()

@@ -15,12 +15,13 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 template <class T>
 struct AttentionParams {
-  const T* qkv;         // [B, N, 3, h, d]
-  T* heads;             // [B, N, h, d]
-  float* lse;           // [B, h, N], or null
-  const T* dheads;      // [B, N, h, d], for backward, as are those below
-  float2* query_terms;  // [B, h, N rounded up to kRowsOfBlock]: lse in base 2, and o . do
-  T* dqkv;              // [B, N, 3, h, d]
+  const T* qkv;          // [B, N, 3, h, d]
+  const bool* key_mask;  // [B, N], true: attended to; or null. k and v of others are 0
+  T* heads;              // [B, N, h, d]
+  float* lse;            // [B, h, N], or null
+  const T* dheads;       // [B, N, h, d], for backward, as are those below
+  float2* query_terms;   // [B, h, N rounded up to kRowsOfBlock]: lse in base 2, and o . do
+  T* dqkv;               // [B, N, 3, h, d]
   int64_t batch;
   int num_tokens, num_heads, head_dim;
 
@@ -70,11 +71,14 @@ __device__ HeadRows<E> rows_of_heads(E* heads, const AttentionParams<T>& a,
   return {heads + block.image * a.num_tokens * width + block.head * a.head_dim, width};
 }
 
-// A kernel of attention for heads of up to kMaxHeadDim channels, with kStepRows rows a step.
-template <class E, int kMaxHeadDim, int kStepRows, int kNumStages>
+// A kernel of attention for heads of up to kWidestHead channels, with kStepRows rows a step.
+// kInRegisters: whether warps keep the block's rows there, as operands, for which floats are too
+// many.
+template <class E, int kWidestHead, int kStepRows, bool kInRegisters = sizeof(E) == 2>
 struct AttentionPlan {
   using T = E;
-  static constexpr int kHeadDim = kMaxHeadDim, kStep = kStepRows, kStages = kNumStages;
+  static constexpr int kHeadDim = kWidestHead, kStep = kStepRows, kStages = 3;
+  static constexpr bool kRowsInRegisters = kInRegisters;
   static constexpr int kUnits = kHeadDim / 16, kColumnTiles = kHeadDim / 8;
   using RowTile = Tile<T, kRowsOfBlock, kHeadDim>;
   using StepTile = Tile<T, kStep, kHeadDim>;
@@ -89,12 +93,11 @@ struct AttentionPlan {
   }
 };
 
-// The 16 rows of a warp as operands: in registers, or for floats, of which there would be too many,
-// in shared memory.
+// The 16 rows of a warp as operands: in registers or in shared memory.
 template <class P>
 class WarpRows {
   using T = typename P::T;
-  static constexpr bool kInRegisters = sizeof(T) == 2;
+  static constexpr bool kInRegisters = P::kRowsInRegisters;
 
  public:
   __device__ __forceinline__ explicit WarpRows(const T* tile)
@@ -148,6 +151,36 @@ __device__ __forceinline__ void exclude(Sums<kTiles>& s, int count) {
     for (int i = 0; i < 4; ++i) {
       if (8 * j + lane_index() % 4 * 2 + i % 2 >= count) s.of[j][i] = -INFINITY;
     }
+  }
+}
+
+// Excludes columns whose keys do not exist or are masked.
+template <int kTiles>
+__device__ __forceinline__ void exclude(Sums<kTiles>& s, int count, const bool* mask) {
+  unsigned attended = 0;  // of 32 keys, a bit each
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    if (j % 4 == 0) {
+      const int key = 8 * j + lane_index();
+      attended = __ballot_sync(~0u, key < count && mask[key]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int bit = j % 4 * 8 + lane_index() % 4 * 2 + i % 2;
+      if (!(attended >> bit & 1)) s.of[j][i] = -INFINITY;
+    }
+  }
+}
+
+// Excludes the columns of a step that are past the last key or masked.
+template <bool kMasked, int kTiles, class T>
+__device__ __forceinline__ void exclude_others(Sums<kTiles>& s, const AttentionParams<T>& a,
+                                               const BlockOfHead& block, int first) {
+  const int count = a.num_tokens - first;
+  if constexpr (kMasked) {
+    exclude(s, count, a.key_mask + block.image * a.num_tokens + first);
+  } else {
+    if (count < 8 * kTiles) exclude(s, count);
   }
 }
 

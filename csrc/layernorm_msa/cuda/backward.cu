@@ -4,7 +4,12 @@ namespace crossvit::layernorm_msa::cuda {
 namespace {
 
 template <class T, int kHeadDim>
-using BackwardPlan = AttentionPlan<T, kHeadDim, sizeof(T) == 2 && kHeadDim <= 32 ? 64 : 32, 3>;
+constexpr int kStepRows = minimum(2048 / kHeadDim, sizeof(T) == 2 ? 64 : 32);
+
+// Heads of more than 64 channels need all registers for sums.
+template <class T, int kHeadDim>
+using BackwardPlan =
+    AttentionPlan<T, kHeadDim, kStepRows<T, kHeadDim>, sizeof(T) == 2 && kHeadDim <= 64>;
 
 // A query's lse in base 2, and o . do; after the last token, where all weights are 0, infinity.
 using QueryTerms = float2;
@@ -49,9 +54,14 @@ template <class P>
 constexpr int kQueriesBytes = (2 * P::RowTile::kSize + 2 * P::kStages * P::StepTile::kSize) *
                               static_cast<int>(sizeof(typename P::T));
 
+// Least blocks on a multiprocessor; 0 lets the compiler choose, which with a mask takes too few
+// registers for floats.
+template <class P, bool kMasked>
+constexpr int kQueriesBlocks = kMasked && sizeof(typename P::T) == 4 ? 2 : 0;
+
 // dq, and the queries' terms. A block has 64 queries; a step's rows are keys.
-template <class P>
-__global__ void __launch_bounds__(kAttentionThreads)
+template <class P, bool kMasked>
+__global__ void __launch_bounds__(kAttentionThreads, kQueriesBlocks<P, kMasked>)
     attention_backward_queries(const AttentionParams<typename P::T> a) {
   using T = typename P::T;
   CROSSVIT_DYNAMIC_SHARED(memory);
@@ -83,8 +93,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
         const T* const tile = stages + stage * 2 * P::StepTile::kSize;
         auto s = products_with_step(q_rows, tile);
         const auto dp = products_with_step(d_rows, tile + P::StepTile::kSize);
-        const int count = a.num_tokens - step * P::kStep;
-        if (count < P::kStep) exclude(s, count);
+        exclude_others<kMasked>(s, a, block, step * P::kStep);
 #pragma unroll
         for (int j = 0; j < P::kStep / 8; ++j) {
 #pragma unroll
@@ -177,9 +186,10 @@ template <class T>
 void launch_attention(const AttentionParams<T>& a, cudaStream_t stream) {
   with_head_dim(a.head_dim, [&](auto head_dim) {
     using P = BackwardPlan<T, head_dim()>;
-    check_launch(
-        launch(attention_backward_queries<P>, attention_config(a, kQueriesBytes<P>, stream), a),
-        "attention_backward_queries");
+    const auto of_queries =
+        a.key_mask ? attention_backward_queries<P, true> : attention_backward_queries<P, false>;
+    check_launch(launch(of_queries, attention_config(a, kQueriesBytes<P>, stream), a),
+                 "attention_backward_queries");
     check_launch(
         launch(attention_backward_keys<P>, attention_config(a, KeysMemory<P>::kBytes, stream), a),
         "attention_backward_keys");
@@ -194,11 +204,13 @@ void run(const BackwardParams& params, cudaStream_t stream) {
   linear<Linear::kBackward>(
       linear_params<T>(problem, params.dupdate, w.out.weight.data, width, width, params.dheads),
       stream);
-  AttentionParams<T> attention = attention_params<T>(problem, params.qkv, params.heads, params.lse);
+  AttentionParams<T> attention =
+      attention_params<T>(problem, params.qkv, params.key_mask, params.heads, params.lse);
   attention.dheads = static_cast<const T*>(params.dheads);
   attention.query_terms = reinterpret_cast<QueryTerms*>(params.query_terms);
   attention.dqkv = static_cast<T*>(params.dqkv);
   launch_attention(attention, stream);
+  if (params.key_mask) zero_masked_keys(problem, params.key_mask, params.dqkv, sizeof(T), stream);
   linear<Linear::kBackward>(
       linear_params<T>(problem, params.dqkv, w.qkv.weight.data, 3 * width, width, params.dnormed),
       stream);
@@ -206,6 +218,18 @@ void run(const BackwardParams& params, cudaStream_t stream) {
 }
 
 }  // namespace
+
+// Forward's kernel has fewer tiles than any of these.
+int shared_bytes(int head_dim, DType dtype) {
+  int bytes = 0;
+  with_element_type(dtype, [&](auto element) {
+    with_head_dim(head_dim, [&](auto widest) {
+      using P = BackwardPlan<decltype(element), widest()>;
+      bytes = maximum(kQueriesBytes<P>, KeysMemory<P>::kBytes);
+    });
+  });
+  return bytes;
+}
 
 int64_t query_term_floats(const Problem& problem) {
   return problem.batch * problem.num_heads * round_up(problem.num_tokens, kRowsOfBlock) * 2;

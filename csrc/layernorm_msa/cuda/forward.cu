@@ -1,16 +1,22 @@
+#include <cfloat>
+
 #include "layernorm_msa/cuda/launches.h"
 
 namespace crossvit::layernorm_msa::cuda {
 namespace {
 
+// Twice the bytes a row, half the rows a step.
 template <class T, int kHeadDim>
-using ForwardPlan = AttentionPlan<T, kHeadDim, sizeof(T) == 2 ? 64 : 32, 3>;
+using ForwardPlan =
+    AttentionPlan<T, kHeadDim, (sizeof(T) == 2 ? 64 : 32) / (kHeadDim > 64 ? 2 : 1)>;
 
 // A warp's softmax over the keys so far, of its 16 queries. Lane 4 g + t has queries g and g + 8.
-template <class P>
+template <class P, bool kMasked>
 struct Softmax {
+  // With a mask finite, as no key of the first steps may be attended to.
+  static constexpr float kLowest = kMasked ? -FLT_MAX : -INFINITY;
   // Largest products with a key; sums of exponentials relative to them, the lane's share.
-  float peak[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+  float peak[2] = {kLowest, kLowest}, total[2] = {0, 0};
   Sums<P::kColumnTiles> sums;
 
   __device__ Softmax() { sums.clear(); }
@@ -47,7 +53,7 @@ constexpr int kForwardBytes = (P::RowTile::kSize + 2 * P::kStages * P::StepTile:
                               static_cast<int>(sizeof(typename P::T));
 
 // heads = softmax(q k^T / sqrt(d)) v, and its log-sum-exp.
-template <class P>
+template <class P, bool kMasked>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_forward(const AttentionParams<typename P::T> a) {
   using T = typename P::T;
@@ -61,7 +67,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   P::copy_rows(queries, q, block.first, block.rows, a.head_dim);  // in the first step's group
 
   WarpRows<P> rows(queries);
-  Softmax<P> softmax;
+  Softmax<P, kMasked> softmax;
   pipelined<P::kStages>(
       ceil_div(a.num_tokens, P::kStep),
       [&](int step, int stage) {
@@ -74,13 +80,16 @@ __global__ void __launch_bounds__(kAttentionThreads)
         if (step == 0) rows.load();
         const T* const tile = stages + stage * 2 * P::StepTile::kSize;
         auto s = products_with_step(rows, tile);
-        const int count = a.num_tokens - step * P::kStep;
-        if (count < P::kStep) exclude(s, count);
+        exclude_others<kMasked>(s, a, block, step * P::kStep);
         softmax.add(s, scale);
         add_weighted_step<P>(softmax.sums, s, tile + P::StepTile::kSize);
       });
 
-  const float upper = sum_of_row(softmax.total[0]), lower = sum_of_row(softmax.total[1]);
+  float upper = sum_of_row(softmax.total[0]), lower = sum_of_row(softmax.total[1]);
+  if constexpr (kMasked) {  // without keys to attend to, the result is 0
+    if (upper == 0) upper = 1;
+    if (lower == 0) lower = 1;
+  }
   if (a.lse && lane_index() % 4 == 0) {
     const int token = warp_index() * 16 + lane_index() / 4;
     float* const lse = a.lse + block.pair * a.num_tokens + block.first;
@@ -99,9 +108,21 @@ template <class T>
 void launch_attention(const AttentionParams<T>& a, cudaStream_t stream) {
   with_head_dim(a.head_dim, [&](auto head_dim) {
     using P = ForwardPlan<T, head_dim()>;
-    check_launch(launch(attention_forward<P>, attention_config(a, kForwardBytes<P>, stream), a),
+    const auto kernel = a.key_mask ? attention_forward<P, true> : attention_forward<P, false>;
+    check_launch(launch(kernel, attention_config(a, kForwardBytes<P>, stream), a),
                  "attention_forward");
   });
+}
+
+constexpr int kZeroWarps = 8;
+
+// Rows of `units` times 16 bytes, `stride` units apart. Grid: eight rows a block.
+__global__ void __launch_bounds__(32 * kZeroWarps)
+    zero_masked_rows(uint4* keys, const bool* key_mask, int64_t rows, int stride, int units) {
+  const int64_t row = int64_t{blockIdx.x} * kZeroWarps + warp_index();
+  if (row >= rows || key_mask[row]) return;
+  uint4* const to = keys + row * stride;
+  for (int i = lane_index(); i < units; i += 32) to[i] = make_uint4(0, 0, 0, 0);
 }
 
 template <class T>
@@ -115,12 +136,24 @@ void run(const ForwardParams& params, cudaStream_t stream) {
       linear_params<T>(problem, params.normed, w.qkv.weight.data, width, 3 * width, params.qkv);
   qkv.bias = elements_of<T>(w.qkv.bias);
   linear<Linear::kForward>(qkv, stream);
-  launch_attention(attention_params<T>(problem, params.qkv, params.heads, params.lse), stream);
+  if (params.key_mask) zero_masked_keys(problem, params.key_mask, params.qkv, sizeof(T), stream);
+  launch_attention(
+      attention_params<T>(problem, params.qkv, params.key_mask, params.heads, params.lse), stream);
   if (!params.y) return;
   linear<Linear::kForward>(residual_params<T>(params, params.heads, w.out, width), stream);
 }
 
 }  // namespace
+
+void zero_masked_keys(const Problem& problem, const bool* key_mask, void* qkv, int element_size,
+                      cudaStream_t stream) {
+  const int64_t rows = problem.batch * problem.num_tokens;
+  const int units = static_cast<int>(problem.channels) * element_size / int{sizeof(uint4)};
+  uint4* const keys = static_cast<uint4*>(qkv) + units;
+  const LaunchConfig config = launch_config(ceil_div(rows, kZeroWarps), 32 * kZeroWarps, 0, stream);
+  check_launch(launch(zero_masked_rows, config, keys, key_mask, rows, 3 * units, 2 * units),
+               "zero_masked_keys");
+}
 
 void forward(const ForwardParams& params, const Place& place) {
   const DeviceGuard guard(place.device);

@@ -42,7 +42,7 @@ NormBackwardParams<T> norm_backward_params(const Params& params, void* normed) {
   NormBackwardParams<T> a = {};
   a.norm = norm_params<T>(params.x, params.weights.norm, params.problem);
   a.d = static_cast<const T*>(params.dnormed);
-  a.dy = Elements<T>::of(params.dy, dtype);
+  a.dy = elements_of<T>(params.dy);
   a.dx = MutableElements<T>::of(params.dx.data, dtype);
   a.dcls = MutableElements<T>::of(params.dx.extra, dtype);
   a.normed = static_cast<T*>(normed);
@@ -63,7 +63,7 @@ LinearParams<T> linear_params(const Problem& problem, const void* a, const void*
   return layer;
 }
 
-// The layer that ends a block: y = x + r (a W^T + b), of x's type.
+// The layer that ends a block: y = x + r s (a W^T + b).
 template <class T, class Params>
 LinearParams<T> residual_params(const Params& params, const void* a,
                                 const cross_attention::Layer& out, int64_t terms) {
@@ -72,7 +72,8 @@ LinearParams<T> residual_params(const Params& params, const void* a,
   layer.bias = elements_of<T>(out.bias);
   layer.x = token_rows<T>(params.x, params.problem);
   layer.scale = params.residual_scale;
-  layer.out = MutableElements<T>::of(params.y, params.x.dtype);
+  layer.layer_scale = elements_of<T>(params.layer_scale);
+  layer.out = MutableElements<T>::of(params.y, params.y_dtype);
   return layer;
 }
 

@@ -197,10 +197,11 @@ bool run_fusion(File& file, const int64_t* settings) {
   return results.report();
 }
 
-// The inputs of half a transformer block: [B, N, C] with, for MSA, a CLS.
+// The inputs of half a transformer block: [B, N, C] with, for MSA, a CLS. Omitted arrays are null.
 struct BlockInputs {
   int64_t batch, tokens, channels, heads_or_hidden;
-  Array x, cls, scale, dy, dupdate;
+  Activation activation;
+  Array x, cls, scale, layer_scale, key_mask, dy, dupdate;
   std::vector<Array> weights;
 
   BlockInputs(File& file, const int64_t* settings)
@@ -208,9 +209,12 @@ struct BlockInputs {
         tokens(settings[1]),
         channels(settings[2]),
         heads_or_hidden(settings[3]),
+        activation(static_cast<Activation>(settings[4])),
         x(file.next()),
         cls(file.next()),
         scale(file.next()),
+        layer_scale(file.next()),
+        key_mask(file.next()),
         dy(file.next()),
         dupdate(file.next()) {
     for (int i = 0; i < 6; ++i) weights.push_back(file.next());
@@ -223,9 +227,12 @@ struct BlockInputs {
   template <class Weights>
   Weights layers() const {
     const auto layer = [&](int i) -> cross_attention::Layer {
-      return {{weights[2 * i].as(), DType::kBFloat16}, {weights[2 * i + 1].as(), DType::kBFloat16}};
+      return {parameter(weights[2 * i]), parameter(weights[2 * i + 1])};
     };
     return {layer(0), layer(1), layer(2)};
+  }
+  static cross_attention::Parameter parameter(const Array& array) {
+    return {array.as(), DType::kBFloat16};
   }
   attention_core::Tokens tokens_of(const Array& all, const Array& first) const {
     return {all.as(), DType::kBFloat16, tokens * channels, channels, first.as(), channels};
@@ -259,17 +266,18 @@ bool run_msa(File& file, const int64_t* settings) {
   const Array normed = in.rows(width), qkv = in.rows(3 * width), heads = in.rows(width);
   const Array lse(in.batch * in.heads_or_hidden * in.tokens * int64_t{sizeof(float)});
   const Array y = like<bf16>(expected_y);
-  msa::forward({problem, x, weights, in.scale.as<float>(), normed.as(), qkv.as(), heads.as(),
-                lse.as<float>(), y.as()},
+  const bool* const mask = in.key_mask.as<const bool>();
+  msa::forward({problem, x, weights, in.scale.as<float>(), in.parameter(in.layer_scale), mask,
+                normed.as(), qkv.as(), heads.as(), lse.as<float>(), y.as(), DType::kBFloat16},
                {});
   const Array dheads = in.rows(width), dqkv = in.rows(3 * width), dnormed = in.rows(width);
   const Array terms(msa::query_term_floats(problem) * int64_t{sizeof(float)});
   const Array shares(msa::norm_share_floats(problem) * int64_t{sizeof(float)});
   const Array again = in.rows(width), dx = like<bf16>(expected_dx);
   const Array dcls = like<bf16>(expected_dcls);
-  msa::backward({problem, x, weights, qkv.as(), heads.as(), lse.as<float>(), in.dy.as(),
-                 in.dupdate.as(), dheads.as(), terms.as<float>(), dqkv.as(), dnormed.as(),
-                 again.as(), in.tokens_of(dx, dcls), shares.as<float>()},
+  msa::backward({problem, x, weights, mask, qkv.as(), heads.as(), lse.as<float>(),
+                 in.parameter(in.dy), in.dupdate.as(), dheads.as(), terms.as<float>(), dqkv.as(),
+                 dnormed.as(), again.as(), in.tokens_of(dx, dcls), shares.as<float>()},
                 {});
   Results results;
   results.compare<bf16>("y", y, expected_y);
@@ -290,14 +298,17 @@ bool run_ffn(File& file, const int64_t* settings) {
   const int64_t width = in.channels, hidden_width = in.heads_or_hidden;
   const Array normed = in.rows(width), activated = in.rows(hidden_width);
   const Array y = like<bf16>(expected_y);
-  ffn::forward({problem, x, weights, in.scale.as<float>(), normed.as(), activated.as(), y.as()},
-               {});
+  ffn::forward(
+      {problem, x, weights, in.activation, in.scale.as<float>(), in.parameter(in.layer_scale),
+       normed.as(), activated.as(), y.as(), DType::kBFloat16},
+      {});
   const Array again = in.rows(hidden_width), dhidden = in.rows(hidden_width);
   const Array shares(ffn::norm_share_floats(problem) * int64_t{sizeof(float)});
   const Array dnormed = in.rows(width), dx = like<bf16>(expected_dx);
-  ffn::backward({problem, x, weights, in.dy.as(), in.dupdate.as(), normed.as(), again.as(),
-                 dhidden.as(), dnormed.as(), in.tokens_of(dx, in.cls), shares.as<float>()},
-                {});
+  ffn::backward(
+      {problem, x, weights, in.activation, in.parameter(in.dy), in.dupdate.as(), normed.as(),
+       again.as(), dhidden.as(), dnormed.as(), in.tokens_of(dx, in.cls), shares.as<float>()},
+      {});
   Results results;
   results.compare<bf16>("y", y, expected_y);
   results.compare<bf16>("dx", dx, expected_dx);
