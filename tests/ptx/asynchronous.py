@@ -42,22 +42,25 @@ class Asynchronous:
 
     # cp.async
 
-    def copy(self, to: Array, source: Array, size: int, used: Array | None, mask: Any) -> None:
+    def copy(
+        self, to: Array, source: Array, size: int, used: Array | None, bypass: bool, mask: Any
+    ) -> None:
         count = np.full(32, size) if used is None else used.astype(np.int64)
+        lanes = np.arange(32)
         if mask is not None:
-            to, source, count = to[mask], source[mask], count[mask]
+            to, source, count, lanes = to[mask], source[mask], count[mask], lanes[mask]
         if not to.size:
             return
         shared = self.cta.shared
         index = shared.place(to, size)
-        self.counters.shared("cp.async", index, size)
+        self.counters.shared(index, size, lanes)
         self.copy_time += 1
         shared.writing(shared.cells(index, size), self.copier, self.copy_time, self.clock)
         reading = count > 0
         if ((count != size) & reading).any():
             raise Fault("cp.async of a part of its bytes is not modelled")
         place = self.memory.place(source[reading], size)
-        self.counters.sectors("cp.async", place, size)
+        self.counters.sectors(place, size, None if bypass else self.cta.loaded, write=False)
         self.memory.reading(self, place, size, self.copier, self.copy_time)
         data = np.zeros((to.size, size), np.uint8)
 

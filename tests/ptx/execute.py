@@ -13,7 +13,7 @@ import numpy as np
 from ptx import arithmetic, transfers
 from ptx.bulk import MBarrier
 from ptx.global_memory import Memory
-from ptx.memory import Agents, Fault, Shared, conflicts
+from ptx.memory import Agents, Fault, Shared, passes
 from ptx.parse import Instruction, Kernel, bits
 from ptx.segment import CONTROL, Segment
 from ptx.warp import Warp
@@ -33,16 +33,33 @@ class Counters(collections.Counter[str]):
     def add(self, name: str, count: int) -> None:
         self[name] += count
 
-    def shared(self, name: str, index: Array, size: int) -> None:
+    def shared(self, index: Array, size: int, lanes: Array) -> None:
+        """Count an access to shared memory by lanes of a warp."""
+        count, conflicts = passes(index, size, lanes)
         self["shared bytes"] += index.size * size
-        self["bank conflicts"] += conflicts(index, size)
+        self["shared passes"] += count
+        self["bank conflicts"] += conflicts
 
-    def sectors(self, name: str, index: Array, size: int) -> None:
-        """Count the 32-byte sectors that one access of a warp touches."""
+    def sectors(self, index: Array, size: int, loaded: set[int] | None, write: bool) -> None:
+        """Count the 32-byte sectors that one access of a warp touches.
+
+        Args:
+            index: Addresses of the lanes.
+            size: Bytes of a lane.
+            loaded: Sectors that the L1 has for the CTA; None for an access that passes it by.
+            write: Whether it is a store.
+        """
+        touched = np.unique((index[:, None] + np.arange(0, size, min(size, 32))) // 32)
         self["global bytes"] += index.size * size
-        self["sectors"] += np.unique(
-            (index[:, None] + np.arange(0, size, min(size, 32))) // 32
-        ).size
+        self["sectors"] += touched.size
+        if write:
+            self["sectors stored"] += touched.size
+        elif loaded is None:
+            self["sectors from L2"] += touched.size
+        else:
+            before = len(loaded)
+            loaded.update(touched.tolist())
+            self["sectors from L2"] += len(loaded) - before
 
 
 class Program:
@@ -124,6 +141,7 @@ class Cta:
         self.cluster, self.rank, self.block = cluster, rank, block
         self.num_warps = cluster.agents.warps // cluster.size
         self.shared = Shared(size, cluster.agents, cluster.program.granule)
+        self.loaded: set[int] = set()  # sectors of global memory that are in the L1
         self.barriers: dict[int, Any] = {}
         self.mbarriers: dict[int, MBarrier] = {}
 

@@ -42,6 +42,9 @@ class Lanes:
             result = active.all() if ".all" in name else active.any()
             if ".uni" in name:
                 result = active.all() or not active.any()
+            if ".any" in name:
+                self.counters.add("votes", 1)
+                self.counters.add("votes that hold", int(result))
             return np.full(32, bool(result))
         function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
                     "or": np.bitwise_or, "xor": np.bitwise_xor}[name.split(".")[2]]  # fmt: skip

@@ -170,11 +170,14 @@ class Shared:
         self.writer[cells], self.written[cells] = agent, time
 
 
-def conflicts(index: Array, size: int) -> int:
-    """Return the wavefronts of a shared access beyond the fewest: 32 banks of 4 bytes."""
-    lanes = max(1, 128 // size) if size > 4 else 32
-    extra = 0
-    for begin in range(0, index.size, lanes):
-        words = np.unique((index[begin : begin + lanes, None] + np.arange(0, size, 4)) // 4)
-        extra += int(np.bincount(words % 32).max()) - 1
-    return extra
+def passes(index: Array, size: int, lanes: Array) -> tuple[int, int]:
+    """Return the passes of a shared access, and how many of them bank conflicts add.
+
+    There are 32 banks of 4 bytes; a pass has at most 128 bytes, in the order of lanes.
+    """
+    group = np.repeat(lanes * size // 128 if size > 4 else lanes * 0, max(size // 4, 1))
+    word = (index[:, None] + np.arange(0, size, 4)).reshape(-1) // 4
+    distinct = np.unique(group.astype(np.int64) << 32 | word)
+    banks = np.bincount((distinct >> 32) * 32 + distinct % 32, minlength=32 * max(size // 4, 1))
+    of_groups = banks.reshape(-1, 32).max(axis=1)
+    return int(of_groups.sum()), int(of_groups.sum() - np.count_nonzero(of_groups))

@@ -152,7 +152,8 @@ def _copy(s: Segment, i: Instruction) -> None:
         size = number(i.operands[2].text, 32)
         used = s.get(i.operands[3], "b32") if len(i.operands) > 3 else "None"
         to, source = map(s.pointer, i.operands[:2])
-        s.lines.append(f"w.copy({to}, {source}, {size}, {used}, {s.mask})")
+        bypass = i.parts[2] == "cg"
+        s.lines.append(f"w.copy({to}, {source}, {size}, {used}, {bypass}, {s.mask})")
     elif i.parts[2] == "bulk":
         _bulk(s, i)
     elif name.startswith("cp.async.mbarrier.arrive"):

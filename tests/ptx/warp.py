@@ -290,15 +290,18 @@ class Warp(Asynchronous, Bulk, Lanes):
         data: Array | None = None,
         whole: bool = True,
     ) -> list[Any]:
-        """Return (bytes, which of the pointers, indices of bytes) of an access, checked."""
+        """Return (bytes, which of the pointers, indices of bytes) of an access, checked.
+
+        Given data, write it.
+        """
         space = self._space(space, pointer)
         step = np.arange(size)
         if space == "global":
             index = self.memory.place(pointer, size)
-            self.counters.sectors("global", index, size)
+            self.counters.sectors(index, size, self.cta.loaded, data is not None)
             by = self.agent, self.now
             if data is not None:
-                same = (self.memory.bytes[index[:, None] + step] == data).all(axis=1)
+                same = _write(self.memory.bytes, index[:, None] + step, data)
                 self.memory.writing(self, index, size, *by, same)
             else:
                 self.memory.reading(self, index, size, *by)
@@ -307,8 +310,10 @@ class Warp(Asynchronous, Bulk, Lanes):
             index = pointer - (LOCAL if pointer[0] >= LOCAL else 0)
             if (index < 0).any() or (index + size > self.local.shape[1]).any():
                 raise Fault("a local address is out of bounds")
-            flat = lanes * self.local.shape[1] + index
-            return [(self.local.reshape(-1), slice(None), flat[:, None] + step)]
+            flat = (lanes * self.local.shape[1] + index)[:, None] + step
+            if data is not None:
+                self.local.reshape(-1)[flat] = data
+            return [(self.local.reshape(-1), slice(None), flat)]
         pointer = np.where(pointer >= SHARED, pointer - SHARED, pointer)
         ranks = pointer // STRIDE
         result = []
@@ -317,9 +322,9 @@ class Warp(Asynchronous, Bulk, Lanes):
             shared = (self.cta if rank == 0 else self.cta.cluster.ctas[rank - 1]).shared
             index = shared.place(pointer[which] % STRIDE, size)
             cells = shared.cells(index, size)
-            self.counters.shared("shared", index, size)
+            self.counters.shared(index, size, lanes[which])
             if data is not None:
-                same = (shared.bytes[index[:, None] + step] == data[which]).all(axis=1)
+                same = _write(shared.bytes, index[:, None] + step, data[which])
                 shared.writing(cells, self.agent, self.now, self.clock, same)
             else:
                 shared.reading(cells, self.agent, self.now, self.clock, False, whole)
@@ -341,10 +346,7 @@ class Warp(Asynchronous, Bulk, Lanes):
         if not lanes.size:
             return
         data = np.stack([v[lanes].astype(_UNSIGNED[size]) for v in values], axis=1).view(np.uint8)
-        for raw, which, index in self._places(
-            space, pointer[lanes], size * len(values), lanes, data
-        ):
-            raw[index] = data[which]
+        self._places(space, pointer[lanes], size * len(values), lanes, data)
 
     def atomic(
         self, name: str, which: str, space: str, pointer: Array, values: list[Array], mask: Any
@@ -362,7 +364,8 @@ class Warp(Asynchronous, Bulk, Lanes):
     def load_matrix(self, pointer: Array, count: int, transposed: bool, mask: Any) -> list[Array]:
         if mask is not None:
             raise Fault("ldmatrix by a part of a warp")
-        ((raw, _, index),) = self._places("shared", pointer[: 8 * count], 16, _LANES, whole=False)
+        rows = _LANES[: 8 * count]
+        ((raw, _, index),) = self._places("shared", pointer[rows], 16, rows, whole=False)
         matrices = raw[index].view(np.uint16).reshape(count, 8, 8)
         return [T.matrix_rows(matrix, transposed) for matrix in matrices]
 
@@ -373,9 +376,8 @@ class Warp(Asynchronous, Bulk, Lanes):
             raise Fault("stmatrix by a part of a warp")
         rows = np.concatenate([T.rows_of_matrix(v, transposed) for v in values])
         data = np.ascontiguousarray(rows).view(np.uint8)
-        pointer = pointer[: 8 * len(values)]
-        ((raw, _, index),) = self._places("shared", pointer, 16, _LANES, data)
-        raw[index] = data
+        lanes = _LANES[: 8 * len(values)]
+        self._places("shared", pointer[lanes], 16, lanes, data)
 
     def mma(
         self, shape: str, kind: str, a: list[Array], b: list[Array], c: list[Array], mask: Any
@@ -394,3 +396,14 @@ class Warp(Asynchronous, Bulk, Lanes):
         inner = address & address.dtype.type(STRIDE - 1)
         base = address.dtype.type(SHARED) if address.dtype.itemsize == 8 else address.dtype.type(0)
         return base + moved + inner
+
+
+def _write(raw: Array, index: Array, data: Array) -> Array:
+    """Write rows of bytes, the last of those at one place; return which places hold what they did.
+
+    Lanes that hold copies of one sum may differ in its last bit: a compiler makes a multiply-add of
+    the product and the first exchange.
+    """
+    before = raw[index]
+    raw[index] = data
+    return (raw[index] == before).all(axis=1)
