@@ -170,18 +170,17 @@ def _ffn(tokens: int = 21, **options: Any) -> Check:
     return run
 
 
-def _inference(dtype: torch.dtype, backend: str) -> None:
-    """Both halves of a block without what backward needs."""
-    weights, hidden = block_cases.msa_weights(64 * scale), block_cases.ffn_weights(64 * scale, 128)
-    x = torch.randn(1, 21, 64 * scale, dtype=torch.float64, device="cpu").to(dtype)
+def _msa_inference(dtype: torch.dtype, backend: str) -> None:
+    """Forward without what backward needs."""
+    weights = block_cases.msa_weights(64)
+    x = torch.randn(1, 21, 64, dtype=torch.float64, device="cpu").to(dtype)
 
-    def block(backend: str, as_dtype: torch.dtype) -> Tensor:
-        msa, ffn = ([w.to(dtype).to(as_dtype) for w in group] for group in (weights, hidden))
+    def forward(backend: str, as_dtype: torch.dtype) -> Tensor:
+        w = ck.MsaWeights(*(w.to(dtype).to(as_dtype) for w in weights))
         with torch.no_grad():
-            y = ck.layernorm_msa(x.to(as_dtype), ck.MsaWeights(*msa), 2, backend=backend)
-            return ck.layernorm_ffn(y, ck.FfnWeights(*ffn), backend=backend)
+            return ck.layernorm_msa(x.to(as_dtype), w, 2, backend=backend)
 
-    _judge_all(block, dtype, backend, "y")
+    _judge_all(forward, dtype, backend, "y")
 
 
 def _ffn_inference(activation: str) -> Check:
@@ -218,101 +217,73 @@ def _device_check(dtype: torch.dtype, backend: str) -> None:
 
 
 _MSA_BIASES, _FFN_BIASES = block_cases.MSA_BIASES, block_cases.FFN_BIASES
-_FUSED, _SPLIT, _LIBRARY = map(_variant, ("fused", "split", "library"))
+_FUSED, _SPLIT, _LIBRARY, _GLUON = map(_variant, ("fused", "split", "library", "gluon"))
 _TRAINING = {"with_cls": True, "scaled": True}
-#: All keys, none, and the first.
-_MASKED = {"channels": 32, "heads": 1, "tokens": 9, "batch": 3, "masked": True}
-_BOTH = "80 fp32 90 bf16"
-_BOTH_ALSO = "80 bf16 90 fp32"
+#: All keys, none, and the first; nothing else that may be absent, and a LayerScale.
+_BARE = {"absent": _MSA_BIASES, "layer_scale": 0.1}
+_MASKED = {"tokens": 9, "batch": 3, "masked": True, **_BARE}
+#: Each kernel is met in both: on both architectures and in both types.
+_ONE, _OTHER = "80 fp32 90 bf16", "80 bf16 90 fp32"
+_HOPPER = "90 bf16 90 fp16"
 
 _TRITON = {
-    "attention_core": Case(_core(extra=True), _BOTH),
-    "attention_core_masked": Case(_core(masked=True), _BOTH_ALSO),
+    "attention_core": Case(_core(extra=True), _ONE),
+    "attention_core_masked": Case(_core(masked=True), _OTHER),
     "attention_core_plain": Case(_core(eps=None), "80 bf16"),
     "attention_core_frozen": Case(_core_frozen, "90 bf16"),
-    "attention_core_many_queries": Case(_core(rows=66), "90 fp32"),
-    "attention_core_splits": Case(_when(_core(tokens=50), _splits), f"{_BOTH} {_BOTH_ALSO}"),
-    "cross_attention_fusion": Case(_fusion(scaled=True), f"{_BOTH} {_BOTH_ALSO}"),
+    "attention_core_many_queries": Case(_core(rows=66), "80 bf16"),
+    "attention_core_splits": Case(_when(_core(tokens=50), _splits), _ONE),
+    "cross_attention_fusion": Case(_fusion(scaled=True), _ONE),
     "cross_attention_fusion_frozen": Case(_fusion_frozen, "80 bf16"),
-    "cross_attention_fusion_in_three": Case(
-        _when(_fusion(scaled=True), _in_three), f"{_BOTH} {_BOTH_ALSO}"
-    ),
+    "cross_attention_fusion_three": Case(_when(_fusion(scaled=True), _in_three), "80 fp32"),
     "cross_attention_fusion_shared": Case(
-        _when(_fusion(biases=False), _in_three, _shared_programs), "80 bf16"
+        _when(_fusion(biases=False), _in_three, _shared_programs), "90 bf16"
     ),
-    **{
-        f"cross_attention_fusion_without_{which}": Case(
-            _when(_fusion(1, identity=which), *choices), where
-        )
-        for which, where, *choices in (
-            ("f", "80 bf16"),
-            ("g", "90 bf16"),
-            ("fg", "80 bf16 90 bf16", _in_three),
-        )
-    },
-    "layernorm_ffn_fused": Case(_when(_ffn(scaled=True), _FUSED), f"{_BOTH} {_BOTH_ALSO}"),
-    "layernorm_ffn_split": Case(_when(_ffn(scaled=True), _SPLIT), f"{_BOTH} {_BOTH_ALSO}"),
-    "layernorm_ffn_library": Case(_when(_ffn(layer_scale=0.1), _LIBRARY), "80 bf16"),
-    "layernorm_ffn_no_bias": Case(_when(_ffn(absent=_FFN_BIASES), _FUSED), "80 fp32"),
-    "layernorm_ffn_layer_scale": Case(_when(_ffn(layer_scale=0.1), _FUSED), "90 bf16"),
+    "cross_attention_fusion_without": Case(_fusion(1, identity="fg"), "90 fp32"),
+    "cross_attention_fusion_three_without": Case(
+        _when(_fusion(1, identity="fg"), _in_three), "80 bf16"
+    ),
+    "layernorm_ffn_fused": Case(_when(_ffn(scaled=True), _FUSED), _ONE),
+    "layernorm_ffn_split": Case(_when(_ffn(scaled=True), _SPLIT), _OTHER),
+    "layernorm_ffn_bare": Case(
+        _when(_ffn(absent=_FFN_BIASES, layer_scale=0.1, activation="gelu_tanh"), _FUSED),
+        "80 bf16",
+    ),
+    "layernorm_ffn_library": Case(_when(_ffn(activation="quick_gelu"), _LIBRARY), "90 bf16"),
     "layernorm_ffn_many_rows": Case(
-        _when(_ffn(absent=_FFN_BIASES, layer_scale=0.1), _SPLIT, _many_rows), "90 bf16"
+        _when(_ffn(absent=_FFN_BIASES, layer_scale=0.1, activation="silu"), _SPLIT, _many_rows),
+        "80 bf16",
     ),
-    **{
-        f"layernorm_ffn_{name}": Case(_when(_ffn(activation=name), variant), where)
-        for name, variant, where in (
-            ("gelu_tanh", _FUSED, "80 bf16"),
-            ("quick_gelu", _SPLIT, "90 bf16"),
-            ("silu", _FUSED, "80 fp32"),
-        )
-    },
     "layernorm_ffn_norm_apart": Case(
-        _when(_ffn(activation="silu"), _SPLIT, _many_rows, _norm_apart), "80 bf16"
+        _when(_ffn(activation="gelu_tanh"), _SPLIT, _many_rows, _norm_apart), "90 bf16"
     ),
-    "layernorm_msa_fused_fast": Case(_when(_msa(**_TRAINING), _FUSED), f"{_BOTH} {_BOTH_ALSO}"),
-    "layernorm_msa_split_lean": Case(
-        _when(_msa(keep="lean", **_TRAINING), _SPLIT), f"{_BOTH} {_BOTH_ALSO}"
-    ),
-    "layernorm_msa_fused_lean": Case(_when(_msa(keep="lean", **_MASKED), _FUSED), "80 bf16"),
-    "layernorm_msa_split_fast": Case(_when(_msa(**_MASKED), _SPLIT), "90 bf16"),
-    "layernorm_msa_fused_no_bias": Case(_when(_msa(absent=_MSA_BIASES), _FUSED), "90 bf16"),
-    "layernorm_msa_split_no_bias": Case(
-        _when(_msa(absent=_MSA_BIASES, layer_scale=0.1), _SPLIT), "80 fp32"
-    ),
-    "layernorm_msa_layer_scale": Case(_when(_msa(layer_scale=0.1), _FUSED), "80 bf16"),
+    **{
+        f"layernorm_ffn_{name}_{way}": Case(_when(_ffn_inference(name), variant), where)
+        for way, variant, name, where in (
+            ("fused", _FUSED, "quick_gelu", "80 bf16"),
+            ("fused", _FUSED, "silu", "90 fp32"),
+            ("split", _SPLIT, "quick_gelu", "80 bf16"),
+            ("split", _SPLIT, "gelu_tanh", "90 bf16"),
+        )
+    },
+    "layernorm_msa_fused": Case(_when(_msa(**_TRAINING), _FUSED), _ONE),
+    "layernorm_msa_split": Case(_when(_msa(keep="lean", **_TRAINING), _SPLIT), _OTHER),
+    "layernorm_msa_fused_masked": Case(_when(_msa(keep="lean", **_MASKED), _FUSED), "80 bf16"),
+    "layernorm_msa_split_masked": Case(_when(_msa(heads=1, **_MASKED), _SPLIT), "90 bf16"),
     "layernorm_msa_many_rows": Case(
-        _when(_msa(**_TRAINING), _SPLIT, _many_rows, _norm_apart), "80 bf16"
+        _when(_msa(heads=4, **_TRAINING), _SPLIT, _many_rows, _norm_apart), "80 bf16"
     ),
-    **{
-        f"layernorm_msa_heads_of_{size}": Case(
-            _when(_msa(size * heads, heads, 19), _SPLIT), where
-        )
-        for size, heads, where in (
-            (8, 2, "80 bf16"),
-            (16, 2, "90 fp32"),
-            (64, 1, "80 bf16"),
-            (128, 1, "90 bf16"),
-        )
-    },
-    "inference_fused": Case(_when(_inference, _FUSED), "80 fp32"),
-    "inference_split": Case(_when(_inference, _SPLIT), "90 bf16"),
-    **{
-        f"inference_{name}": Case(_when(_ffn_inference(name), variant), where)
-        for name, variant, where in (
-            ("gelu_tanh", _SPLIT, "90 fp32"),
-            ("quick_gelu", _FUSED, "90 fp32"),
-            ("silu", _SPLIT, "80 bf16"),
-        )
-    },
-    "sm90_linear_qkv": Case(_when(_layer("norm"), _variant("gluon")), "90 bf16 90 fp16"),
-    "sm90_linear_projection": Case(
-        _when(_layer("residual"), _variant("gluon")), "90 bf16 90 fp16"
-    ),
-    "sm90_linear_fc1": Case(_when(_layer("norm gelu"), _variant("gluon")), "90 bf16 90 fp16"),
-    "layernorm_msa_gluon": Case(_when(_msa(tokens=40), _variant("gluon")), ""),
-    "layernorm_ffn_gluon": Case(_when(_ffn(tokens=40), _variant("gluon")), ""),
+    "layernorm_msa_heads_of_8": Case(_when(_msa(16, 2), _SPLIT), "80 bf16"),
+    "layernorm_msa_heads_of_128": Case(_when(_msa(128, 1), _SPLIT), "90 bf16"),
+    "layernorm_msa_inference": Case(_when(_msa_inference, _FUSED), "90 bf16"),
+    "sm90_linear_qkv": Case(_when(_layer("norm"), _GLUON), _HOPPER),
+    "sm90_linear_projection": Case(_when(_layer("residual"), _GLUON), _HOPPER),
+    "sm90_linear_fc1": Case(_when(_layer("norm gelu"), _GLUON), _HOPPER),
+    "layernorm_msa_gluon": Case(_when(_msa(tokens=40), _GLUON), ""),
+    "layernorm_ffn_gluon": Case(_when(_ffn(tokens=40), _GLUON), ""),
 }
 
+#: In the architecture of the extension.
 _CUDA = {
     "attention_core": Case(_core(extra=True), "90 bf16 90 fp32"),
     "attention_core_masked": Case(_core(masked=True), "90 bf16"),

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import ptx
 import ptx_cuda
-import ptx_launches
 import pytest
 import torch
 from ptx.memory import passes
+from ptx_cases import CASES
 from ptx_text import BULK, CLUSTER, COPIES, FAULTS, IN_SOME_ORDERS, REVERSE, kernel, warp_group
 
 from crossvit_kernels import supported
@@ -277,30 +277,18 @@ def _skip_without_fences() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", ["80", "90"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_triton_kernels(dtype: str, sm: str) -> None:
+@pytest.mark.parametrize(
+    "sm, dtype", [("80", "fp32"), ("80", "bf16"), ("90", "fp32"), ("90", "bf16"), ("90", "fp16")]
+)
+def test_triton_kernels(sm: str, dtype: str) -> None:
+    """Every kernel and form (test_ptx_coverage.py), in two schedules, which give the same bits."""
     if (sm, dtype) == ("90", "bf16"):
         _skip_without_fences()
-    done = _launch("layernorm_ffn_split", "--sm", sm, "--dtypes", dtype)
+    done = _launch("--backend", "triton", "--slow", "--sm", sm, "--dtypes", dtype)
     assert not done.returncode, done.stdout + done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["attention_core", "cross_attention_fusion"])
-def test_more_triton_kernels(case: str) -> None:
-    done = _launch(case, "--sm", "80", "--dtypes", "bf16", "--orders", "1")
-    assert not done.returncode, done.stdout + done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_gluon_kernel(dtype: str) -> None:
-    """Its three layers in three schedules, which give the same bits."""
-    names = ("sm90_linear_qkv", "sm90_linear_projection", "sm90_linear_fc1")
-    done = _launch(*names, "--sm", "90", "--dtypes", dtype, "--orders", "3")
-    assert not done.returncode, done.stdout + done.stderr
-    assert done.stdout.count(": ok") == 3, done.stdout
+    assert done.stdout.count(": ok") == sum(
+        run == (int(sm), dtype) for case in CASES["triton"].values() for run in case.runs
+    )
 
 
 @pytest.mark.slow
@@ -313,13 +301,14 @@ def test_faults_in_the_gluon_kernel() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ptx_launches.CASES["cuda"])
+@pytest.mark.parametrize("case", CASES["cuda"])
 def test_cuda_kernels(case: str) -> None:
     """In two schedules, which give the same bits."""
     if reason := ptx_cuda.why_not():
         pytest.skip(reason)
-    done = _launch(case, "--backend", "cuda", "--dtypes", "bf16")
+    done = _launch(case, "--backend", "cuda", "--slow")
     assert not done.returncode, done.stdout + done.stderr
+    assert done.stdout.count(": ok") == len(CASES["cuda"][case].runs)
 
 
 @pytest.mark.slow
@@ -353,5 +342,5 @@ def test_faults_in_cuda_kernels(case: str, without: str, cause: str) -> None:
 def test_faults_in_triton_kernels(without: str, cause: str) -> None:
     _skip_without_fences()
     arguments = ["--sm", "90", "--dtypes", "bf16", "--orders", "1", "--without", without]
-    done = _launch("layernorm_ffn_split", *arguments)
+    done = _launch("layernorm_ffn_split", "--backend", "triton", *arguments)
     assert done.returncode and re.search(cause, done.stdout), done.stdout + done.stderr

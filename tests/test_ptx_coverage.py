@@ -102,6 +102,7 @@ def test_every_kernel_runs_on_both_architectures_in_both_types() -> None:
             assert sms == {80, 90} and {"fp32", "bf16"} <= dtypes, kernel
 
 
+@pytest.mark.slow
 def test_every_form_runs() -> None:
     """Optional tensors with and without, activations, LayerNorm apart or not."""
     forms, _, _ = launched()
