@@ -104,9 +104,15 @@ def _splits() -> Any:
     )
 
 
-def _core(rows: int = 3, tokens: int = 19, eps: float | None = 1e-6, **options: bool) -> Check:
+def _core(
+    rows: int = 3,
+    tokens: int = 19,
+    channels: int = 32,
+    eps: float | None = 1e-6,
+    **options: bool,
+) -> Check:
     def run(dtype: torch.dtype, backend: str) -> None:
-        inputs, mask = core_cases.make(1, tokens, rows, 32 * scale, dtype, **options)
+        inputs, mask = core_cases.make(1, tokens, rows, channels * scale, dtype, **options)
         core_cases.check_rule(inputs, mask, dtype, norm_eps=eps, backend=backend)
 
     return run
@@ -288,6 +294,7 @@ _CUDA = {
     "attention_core": Case(_core(extra=True), "90 bf16 90 fp32"),
     "attention_core_masked": Case(_core(masked=True), "90 bf16"),
     "attention_core_splits": Case(_core(tokens=1040, masked=True), "90 bf16"),
+    "attention_core_of_crossvit_15": Case(_core(6, 401, 192), ""),
     "cross_attention_fusion": Case(_fusion(scaled=True), "90 bf16 90 fp32"),
     "layernorm_ffn": Case(_ffn(scaled=True), "90 bf16"),
     "layernorm_msa_fast": Case(_msa(**_TRAINING), "90 bf16"),

@@ -67,12 +67,14 @@ class Functions:
         names: Of all kernels that were launched.
         memory: What kernels may touch: the tensors that the calls were given.
         counters: What each kernel did, by name.
+        launches: Each launch, and what it did.
         seconds: Time spent in each.
     """
 
     def __init__(self, order: int, without: str, dry: bool) -> None:
         self.order, self.without, self.dry = order, without, dry
         self.names: list[str] = []
+        self.launches: list[tuple[RecordedLaunch, ptx.Counters]] = []
         self.memory = ptx.Memory()
         self.counters: dict[str, ptx.Counters] = collections.defaultdict(ptx.Counters)
         self.seconds: dict[str, float] = collections.defaultdict(float)
@@ -114,6 +116,7 @@ class Functions:
         name = function_name(launch.symbol)
         self.seconds[name] += time.perf_counter() - began
         self.counters[name].update(counters)
+        self.launches.append((launch, counters))
 
 
 @contextlib.contextmanager

@@ -53,7 +53,8 @@ class Launcher:
         specializations: What was launched by ``launcher.start``.
         names: Of all kernels that were launched.
         counters: What each kernel did, by name.
-        seconds: Time spent in each.
+        launches: Each launch as the cycle model takes it, and what it did.
+        seconds: Time spent in each kernel.
         compiling: Time spent in the compiler.
     """
 
@@ -63,10 +64,11 @@ class Launcher:
         self.names: list[str] = []
         self.counters: dict[str, ptx.Counters] = {}
         self.seconds: dict[str, float] = {}
+        self.launches: list[tuple[Any, ptx.Counters]] = []
         self.compiling = 0.0
         self._kernels: dict[Any, Any] = {}
 
-    def compiled(self, case: CompileCase) -> tuple[ptx.Kernel, Any, Any]:
+    def compiled(self, case: CompileCase) -> tuple[ptx.Kernel, Any]:
         candidate = case.specialization.candidates[0]
         key = repr((case.name, *case.specialization[1:3], candidate, case.specialization.constants))
         if key not in self._kernels:
@@ -74,7 +76,7 @@ class Launcher:
             compiled = compile_for(case, "cuda", self.sm, candidate)
             kernel = self.read(compiled.asm["ptx"])
             self.compiling += _seconds() - began
-            self._kernels[key] = kernel, compiled.metadata, candidate
+            self._kernels[key] = kernel, compiled
         return self._kernels[key]
 
     def read(self, text: str) -> ptx.Kernel:
@@ -91,15 +93,9 @@ class Launcher:
         if launch.text not in self._kernels:
             self._kernels[launch.text] = self.read(launch.text)
         code = self._kernels[launch.text]
-        self.execute(
-            launch.name,
-            code,
-            launch.grid,
-            launch.threads,
-            launch.tensors,
-            launch.values,
-            launch.shared_bytes,
-        )
+        values = launch.values + [np.uint64(0)] * (len(code.params) - len(launch.values))
+        how = launch.grid, launch.threads, launch.tensors, values, launch.shared_bytes
+        self.execute(launch.name, code, *how)
 
     def __call__(
         self,
@@ -129,15 +125,20 @@ class Launcher:
         self.names.append(case.name)
         if self.dry:
             return programs.tensors
-        code, metadata, _ = self.compiled(case)
+        code, compiled = self.compiled(case)
         present = [
             t for t in (*tensors, *programs.tensors, *sum(map(tuple, weights), ())) if t is not None
         ]
         values = [np.uint64(tensor.data_ptr()) for tensor in present]
         values += [np.int32(n) for n in (*sizes, *programs.sizes)]
         values += [] if eps is None else [np.float32(eps)]
-        threads = 32 * metadata.num_warps
-        self.execute(case.name, code, programs.grid, threads, present, values, metadata.shared)
+        num_warps, shared_bytes = compiled.metadata.num_warps, compiled.metadata.shared
+        values += [np.uint64(0)] * (len(code.params) - len(values))  # Triton's, of no bytes
+        counters = self.execute(
+            case.name, code, programs.grid, 32 * num_warps, present, values, shared_bytes
+        )
+        launch = compiled.asm["cubin"], programs.grid, num_warps, ptx.pack(code, values)
+        self.launches.append((launch, counters))
         return programs.tensors
 
     def execute(
@@ -149,17 +150,16 @@ class Launcher:
         tensors: list[Tensor],
         values: list[Any],
         shared_bytes: int,
-    ) -> None:
+    ) -> ptx.Counters:
         """Run a kernel; of all memory, it may touch the tensors' storages."""
         began = time.perf_counter()
         memory = ptx.Memory()
         for tensor in tensors:
             memory.add(ptx_gluon.storage_of(tensor))
-        scratch = [np.uint64(0)] * (len(kernel.params) - len(values))  # Triton's, of no bytes
-        values = [*values, *scratch]
         counters = ptx.run(kernel, grid, threads, values, memory, shared_bytes, self.order)
         self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - began
         self.counters.setdefault(name, ptx.Counters()).update(counters)
+        return counters
 
 
 @contextmanager

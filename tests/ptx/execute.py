@@ -18,7 +18,7 @@ from ptx.parse import Instruction, Kernel, bits
 from ptx.segment import CONTROL, Segment
 from ptx.warp import Warp
 
-__all__ = ["Counters", "Fault", "Memory", "run"]
+__all__ = ["Counters", "Fault", "Memory", "pack", "run"]
 
 Array = np.ndarray[Any, Any]
 
@@ -123,12 +123,18 @@ class Program:
         return instruction if CONTROL.match(instruction.name) else None
 
 
+_OWN_CLASS = ("ld", "st", "atom", "red", "ldmatrix", "stmatrix", "mma", "wgmma", "shfl")
+_SPECIAL = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos")
+
+
 def _class(instruction: Instruction) -> str:
     name, kind = instruction.parts[0], instruction.parts[-1]
-    if name in ("ld", "st", "atom", "red", "cp", "ldmatrix", "stmatrix", "mma", "wgmma", "shfl"):
+    if name in _OWN_CLASS or (name == "cp" and {"cg", "ca"} & {*instruction.parts}):
         return name
-    if name in ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos"):
+    if name in _SPECIAL or (name == "div" and {"full", "approx"} & {*instruction.parts}):
         return "special functions"
+    if name in ("cp", "mbarrier", "fence", "membar"):
+        return "waits"
     return (
         "floating point" if kind in ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64") else "integer"
     )
@@ -221,6 +227,17 @@ class Cluster:
         self.in_flight.pop(n).land()
 
 
+def pack(kernel: Kernel, arguments: list[Any]) -> bytes:
+    """Return arguments as a kernel finds them: NumPy scalars or bytes, one behind the other."""
+    raw = bytearray(max((offset + size for _, offset, size in kernel.params), default=0))
+    for (_, offset, size), value in zip(kernel.params, arguments, strict=True):
+        data = value if isinstance(value, bytes) else np.asarray(value).tobytes()
+        if len(data) != size:
+            raise ValueError(f"{kernel.name}: an argument has {len(data)} bytes, not {size}")
+        raw[offset : offset + size] = data
+    return bytes(raw)
+
+
 def run(
     kernel: Kernel,
     grid: tuple[int, ...],
@@ -250,13 +267,7 @@ def run(
     """
     grid = (*grid, 1, 1)[:3]
     threads = (threads, 1, 1) if isinstance(threads, int) else tuple(threads)
-    raw = bytearray(max((offset + size for _, offset, size in kernel.params), default=0))
-    for (_, offset, size), value in zip(kernel.params, arguments, strict=True):
-        data = value if isinstance(value, bytes) else np.asarray(value).tobytes()
-        if len(data) != size:
-            raise ValueError(f"{kernel.name}: an argument has {len(data)} bytes, not {size}")
-        raw[offset : offset + size] = data
-    counters = Counters()
+    counters, raw = Counters(), pack(kernel, arguments)
     program = kernel.__dict__.setdefault("program", None) or Program(kernel)
     kernel.__dict__["program"] = program
     memory.launch(program.global_granule)

@@ -211,6 +211,7 @@ class Warp(Asynchronous, Bulk, Lanes):
             needed = int(self.value(i.operands[1])[mask][0])
         if "red" in i.parts:
             raise Unknown("bar.red")
+        self.counters.add("barriers", self.waiting is None)
         return self._barrier(name, needed, "arrive" not in i.parts)
 
     def _barrier(self, name: int, needed: int, wait: bool) -> bool:
