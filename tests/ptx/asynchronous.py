@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ptx import tensor_cores as T
-from ptx.memory import Fault
+from ptx.memory import Fault, lanes_of
 
 Array = np.ndarray[Any, Any]
 
@@ -46,9 +46,8 @@ class Asynchronous:
         self, to: Array, source: Array, size: int, used: Array | None, bypass: bool, mask: Any
     ) -> None:
         count = np.full(32, size) if used is None else used.astype(np.int64)
-        lanes = np.arange(32)
-        if mask is not None:
-            to, source, count, lanes = to[mask], source[mask], count[mask], lanes[mask]
+        lanes = lanes_of(mask)
+        to, source, count = to[lanes], source[lanes], count[lanes]
         if not to.size:
             return
         shared = self.cta.shared
@@ -88,7 +87,7 @@ class Asynchronous:
         self.wait_copies(-1)
         if not noinc:
             barrier = self.barrier_at(pointer, mask)
-            barrier.left += 32 if mask is None else int(mask.sum())
+            barrier.left += lanes_of(mask).size
         self.arrive(pointer, None, mask)
 
     # wgmma

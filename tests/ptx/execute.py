@@ -6,14 +6,14 @@ import collections
 import functools
 import itertools
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptx import arithmetic, transfers
 from ptx.bulk import MBarrier
 from ptx.global_memory import Memory
-from ptx.memory import Agents, Fault, Shared, passes
+from ptx.memory import Agents, Barrier, Fault, Shared, passes
 from ptx.parse import Instruction, Kernel, bits
 from ptx.segment import CONTROL, Segment
 from ptx.warp import Warp
@@ -140,47 +140,49 @@ def _class(instruction: Instruction) -> str:
     )
 
 
+class Launch(NamedTuple):
+    """What the clusters of a grid share."""
+
+    program: Program
+    grid: tuple[int, int, int]
+    threads: tuple[int, int, int]
+    shared_bytes: int
+    arguments: Array
+    memory: Memory
+    counters: Counters
+
+
 class Cta:
     """A thread block: shared memory, barriers and warps."""
 
-    def __init__(self, cluster: Cluster, rank: int, block: tuple[int, int, int], size: int) -> None:
+    def __init__(self, cluster: Cluster, rank: int, block: tuple[int, int, int]) -> None:
         self.cluster, self.rank, self.block = cluster, rank, block
         self.num_warps = cluster.agents.warps // cluster.size
-        self.shared = Shared(size, cluster.agents, cluster.program.granule)
+        program, size = cluster.launch.program, cluster.launch.shared_bytes
+        size += program.kernel.static_bytes
+        self.shared = Shared(size, cluster.agents, program.granule)
         self.loaded: set[int] = set()  # sectors of global memory that are in the L1
-        self.barriers: dict[int, Any] = {}
+        self.barriers: dict[int, Barrier] = collections.defaultdict(Barrier)
         self.mbarriers: dict[int, MBarrier] = {}
 
 
 class Cluster:
     """CTAs that run together."""
 
-    def __init__(
-        self,
-        program: Program,
-        blocks: list[tuple[int, int, int]],
-        grid: Any,
-        threads: tuple[int, int, int],
-        shared_bytes: int,
-        arguments: Array,
-        memory: Memory,
-        order: int,
-        counters: Counters,
-    ) -> None:
-        self.program, self.grid, self.threads, self.size = program, grid, threads, len(blocks)
-        self.arguments, self.memory, self.counters = arguments, memory, counters
+    def __init__(self, launch: Launch, blocks: list[tuple[int, int, int]], order: int) -> None:
+        self.launch, self.size = launch, len(blocks)
         self.random = random.Random(order) if order else None
-        self.agents = Agents(-(-int(np.prod(threads)) // 32) * self.size, _BARRIERS * self.size)
+        warps = -(-int(np.prod(launch.threads)) // 32)
+        self.agents = Agents(warps * self.size, _BARRIERS * self.size)
         self.in_flight: list[Any] = []
         self.num_barriers = 0
-        self.number = memory.enter()
+        self.number = launch.memory.enter()
         #: By a cluster's number, what its agents released to this one: seen at atomics, and seen
         #: before a fence.
         self.seen: dict[int, Array] = {}
         self.acquired: dict[int, Array] = {}
-        self.barrier: dict[str, Any] = {"arrived": 0, "phase": 0, "clock": None, "done": None}
-        size = program.kernel.static_bytes + shared_bytes
-        self.ctas = [Cta(self, n, block, size) for n, block in enumerate(blocks)]
+        self.barrier = Barrier()
+        self.ctas = [Cta(self, n, block) for n, block in enumerate(blocks)]
         self.warps = [Warp(cta, n) for cta in self.ctas for n in range(cta.num_warps)]
 
     def acquire(self, released: dict[int, Array]) -> None:
@@ -271,26 +273,16 @@ def run(
     program = kernel.__dict__.setdefault("program", None) or Program(kernel)
     kernel.__dict__["program"] = program
     memory.launch(program.global_granule)
-    starts = [
-        (x, y, z)
-        for z in range(grid[2])
-        for y in range(grid[1])
-        for x in range(0, grid[0], cluster)
-    ]
+    launch = Launch(
+        program, grid, threads, shared_bytes, np.frombuffer(raw, np.uint8), memory, counters
+    )
+    firsts = [range(n) for n in grid[::-1]]
+    firsts[2] = range(0, grid[0], cluster)
+    starts = list(itertools.product(*firsts))
     if order:
         random.Random(order).shuffle(starts)
     with np.errstate(all="ignore"):
-        for x, y, z in starts:
+        for z, y, x in starts:
             blocks = [(x + n, y, z) for n in range(cluster)]
-            Cluster(
-                program,
-                blocks,
-                grid,
-                threads,
-                shared_bytes,
-                np.frombuffer(raw, np.uint8),
-                memory,
-                order and order + x + 1000 * y,
-                counters,
-            ).run()
+            Cluster(launch, blocks, order and order + x + 1000 * y).run()
     return counters

@@ -17,6 +17,14 @@ LOCAL = 1 << 36
 NEVER = np.int64(1) << 62
 
 
+_LANES = np.arange(32)
+
+
+def lanes_of(mask: Any) -> Array:
+    """Return the numbers of a mask's lanes; None is all of them."""
+    return _LANES if mask is None else _LANES[mask]
+
+
 class Fault(RuntimeError):
     """Raised where a kernel does what a GPU may not do, or may do differently."""
 
@@ -69,6 +77,29 @@ class Clock:
 
     def copy(self) -> Clock:
         return Clock(self.seen.copy(), self.fenced.copy(), self.released.copy())
+
+
+class Barrier:
+    """A barrier of warps: what has arrived in its phase, and what they had seen then."""
+
+    def __init__(self) -> None:
+        self.arrived = self.phase = 0
+        self.arriving: Clock | None = None
+        self.done: Any = None
+
+    def arrive(self, clock: Clock, needed: int) -> int:
+        """Let a warp arrive of so many lanes that are needed; return the phase."""
+        phase = self.phase
+        if self.arriving is None:
+            self.arriving = clock.copy()
+        self.arriving.join(clock)
+        self.arrived += 32
+        if self.arrived > needed:
+            raise Fault("more warps arrive at a barrier than it expects")
+        if self.arrived == needed:
+            self.done, self.arriving = self.arriving, None
+            self.arrived, self.phase = 0, phase + 1
+        return phase
 
 
 class Shared:

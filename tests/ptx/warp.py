@@ -10,7 +10,7 @@ from ptx import tensor_cores as T
 from ptx.asynchronous import Asynchronous
 from ptx.bulk import Bulk
 from ptx.lanes import Lanes
-from ptx.memory import GLOBAL, LOCAL, PARAM, SHARED, STRIDE, Fault
+from ptx.memory import GLOBAL, LOCAL, PARAM, SHARED, STRIDE, Barrier, Fault, lanes_of
 from ptx.parse import Instruction, Operand, Unknown, number
 
 Array = np.ndarray[Any, Any]
@@ -27,14 +27,9 @@ class Warp(Asynchronous, Bulk, Lanes):
     def __init__(self, cta: Any, index: int) -> None:
         Asynchronous.__init__(self)
         Bulk.__init__(self)
-        cluster = cta.cluster
-        self.cta, self.index, self.memory, self.counters = (
-            cta,
-            index,
-            cluster.memory,
-            cluster.counters,
-        )
-        self.program, self.line = cluster.program, 0
+        cluster, launch = cta.cluster, cta.cluster.launch
+        self.cta, self.index, self.line = cta, index, 0
+        self.program, self.memory, self.counters = launch.program, launch.memory, launch.counters
         kernel = self.program.kernel
         self.R: list[Any] = [np.full(32, _POISON[b], _RAW[b]) for _, b in kernel.registers.values()]
         total = cta.num_warps * cluster.size
@@ -43,7 +38,7 @@ class Warp(Asynchronous, Bulk, Lanes):
         self.clock = cluster.agents.clock()
         self.clock.seen[self.agent] = 1
         thread = 32 * index + _LANES
-        count = int(np.prod(cluster.threads))
+        count = int(np.prod(launch.threads))
         # (instruction, where its lanes wait for others, lanes); the last entry runs.
         self.stack: list[list[Any]] = [[0, None, thread < count]]
         self.waiting: Any = None
@@ -54,7 +49,8 @@ class Warp(Asynchronous, Bulk, Lanes):
         self._special = self._specials(thread)
 
     def _specials(self, thread: Array) -> dict[str, Array]:
-        cluster, (x, y, _) = self.cta.cluster, self.cta.cluster.threads
+        cluster, launch = self.cta.cluster, self.cta.cluster.launch
+        x, y, _ = launch.threads
         values: dict[str, Any] = {
             "%laneid": _LANES,
             "%warpid": self.index,
@@ -73,8 +69,8 @@ class Warp(Asynchronous, Bulk, Lanes):
             "WARP_SZ": 32,
         }
         for n, axis in enumerate("xyz"):
-            values |= {f"%ctaid.{axis}": self.cta.block[n], f"%nctaid.{axis}": cluster.grid[n]}
-            values |= {f"%ntid.{axis}": cluster.threads[n]}
+            values |= {f"%ctaid.{axis}": self.cta.block[n], f"%nctaid.{axis}": launch.grid[n]}
+            values |= {f"%ntid.{axis}": launch.threads[n]}
         return {k: np.broadcast_to(np.asarray(v), 32).astype(np.uint32) for k, v in values.items()}
 
     def special(self, name: str) -> Array:
@@ -211,51 +207,33 @@ class Warp(Asynchronous, Bulk, Lanes):
             needed = int(self.value(i.operands[1])[mask][0])
         if "red" in i.parts:
             raise Unknown("bar.red")
-        self.counters.add("barriers", self.waiting is None)
-        return self._barrier(name, needed, "arrive" not in i.parts)
+        return self._barrier(self.cta.barriers[name], needed, "arrive" not in i.parts)
 
-    def _barrier(self, name: int, needed: int, wait: bool) -> bool:
-        empty = {"arrived": 0, "phase": 0, "clock": None, "done": None}
-        barrier = self.cta.barriers.setdefault(name, empty)
-        return self._arrive_and_wait(barrier, needed, 32, wait)
+    def _arrive(self, barrier: Barrier, needed: int) -> int:
+        phase = barrier.arrive(self.clock, needed)
+        self.tick()
+        return phase
+
+    def _has_passed(self, barrier: Barrier, phase: int) -> bool:
+        if barrier.phase <= phase:
+            return False
+        self.clock.join(barrier.done)
+        return True
 
     def _cluster_barrier(self, wait: bool) -> bool:
         cluster = self.cta.cluster
-        if not wait:
-            self.arrived_in = cluster.barrier["phase"]
-            self._arrive(cluster.barrier, 32 * len(cluster.warps), 32)
-            return True
-        if cluster.barrier["phase"] <= self.arrived_in:
-            return False
-        self.clock.join(cluster.barrier["done"])
+        if wait:
+            return self._has_passed(cluster.barrier, self.arrived_in)
+        self.arrived_in = self._arrive(cluster.barrier, 32 * len(cluster.warps))
         return True
 
-    def _arrive(self, barrier: dict[str, Any], needed: int, lanes: int) -> None:
-        if barrier["clock"] is None:
-            barrier["clock"] = self.clock.copy()
-        barrier["clock"].join(self.clock)
-        self.tick()
-        barrier["arrived"] += lanes
-        if barrier["arrived"] > needed:
-            raise Fault("more warps arrive at a barrier than it expects")
-        if barrier["arrived"] == needed:
-            barrier["done"], barrier["clock"] = barrier["clock"], None
-            barrier["arrived"] = 0
-            barrier["phase"] += 1
-
-    def _arrive_and_wait(
-        self, barrier: dict[str, Any], needed: int, lanes: int, wait: bool
-    ) -> bool:
+    def _barrier(self, barrier: Barrier, needed: int, wait: bool) -> bool:
         if self.waiting is None:
-            self.waiting = barrier["phase"]
-            self._arrive(barrier, needed, lanes)
-            if not wait:
-                self.waiting = None
-                return True
-        if barrier["phase"] <= self.waiting:
+            self.counters.add("barriers", 1)
+            self.waiting = self._arrive(barrier, needed)
+        if wait and not self._has_passed(barrier, self.waiting):
             return False
         self.waiting = None
-        self.clock.join(barrier["done"])
         return True
 
     # Memory
@@ -268,7 +246,7 @@ class Warp(Asynchronous, Bulk, Lanes):
         return (self.cta if rank == 0 else self.cta.cluster.ctas[rank - 1]), at
 
     def param(self, address: Array, size: int, mask: Any) -> Array:
-        arguments = self.cta.cluster.arguments
+        arguments = self.cta.cluster.launch.arguments
         index = address - PARAM if mask is None else np.where(mask, address - PARAM, 0)
         if (index < 0).any() or (index + size > arguments.size).any():
             raise Fault("a parameter's address is out of bounds")
@@ -333,7 +311,7 @@ class Warp(Asynchronous, Bulk, Lanes):
         return result
 
     def load(self, space: str, pointer: Array, size: int, count: int, mask: Any) -> list[Array]:
-        lanes = _LANES if mask is None else _LANES[mask]
+        lanes = lanes_of(mask)
         result = np.zeros((32, count), _UNSIGNED[size])
         if lanes.size:
             data = np.zeros((lanes.size, size * count), np.uint8)
@@ -343,7 +321,7 @@ class Warp(Asynchronous, Bulk, Lanes):
         return [result[:, n] for n in range(count)]
 
     def store(self, space: str, pointer: Array, size: int, values: list[Array], mask: Any) -> None:
-        lanes = _LANES if mask is None else _LANES[mask]
+        lanes = lanes_of(mask)
         if not lanes.size:
             return
         data = np.stack([v[lanes].astype(_UNSIGNED[size]) for v in values], axis=1).view(np.uint8)
@@ -356,7 +334,7 @@ class Warp(Asynchronous, Bulk, Lanes):
         result = np.zeros(32, dtype)
         if self._space(space, pointer) != "global":
             raise Unknown("atomics in shared memory")
-        for lane in _LANES if mask is None else _LANES[mask]:
+        for lane in lanes_of(mask):
             given = [v[lane] for v in values]
             at = int(pointer[lane])
             result[lane] = self.memory.atomic(self, name, which, at, given, dtype)
