@@ -225,6 +225,9 @@ class Warp(Asynchronous, Bulk, Lanes):
         if wait:
             return self._has_passed(cluster.barrier, self.arrived_in)
         self.arrived_in = self._arrive(cluster.barrier, 32 * len(cluster.warps))
+        if cluster.barrier.phase > self.arrived_in:  # and behind it, the L1 is empty
+            for cta in cluster.ctas:
+                cta.loaded.clear()
         return True
 
     def _barrier(self, barrier: Barrier, needed: int, wait: bool) -> bool:
