@@ -40,6 +40,9 @@ from crossvit_kernels.inspect import ahead_of_time
 from crossvit_kernels.inspect.ahead_of_time import CompileCase, compile_for
 from crossvit_kernels.ops.common import configs
 
+#: Kernels that were compiled and read, by all that they depend on.
+_kernels: dict[Any, Any] = {}
+
 
 def _seconds() -> float:
     """Of the processors, with those of compilers."""
@@ -66,18 +69,19 @@ class Launcher:
         self.seconds: dict[str, float] = {}
         self.launches: list[tuple[Any, ptx.Counters]] = []
         self.compiling = 0.0
-        self._kernels: dict[Any, Any] = {}
 
     def compiled(self, case: CompileCase) -> tuple[ptx.Kernel, Any]:
         candidate = case.specialization.candidates[0]
-        key = repr((case.name, *case.specialization[1:3], candidate, case.specialization.constants))
-        if key not in self._kernels:
+        _, *specialized = case.specialization[:3]
+        how = candidate, case.specialization.constants, self.sm, self.without
+        key = repr((case.name, *specialized, *how))
+        if key not in _kernels:
             began = _seconds()
             compiled = compile_for(case, "cuda", self.sm, candidate)
             kernel = self.read(compiled.asm["ptx"])
             self.compiling += _seconds() - began
-            self._kernels[key] = kernel, compiled
-        return self._kernels[key]
+            _kernels[key] = kernel, compiled
+        return _kernels[key]
 
     def read(self, text: str) -> ptx.Kernel:
         """Return the kernel in a text, without the instructions to be left out."""
@@ -90,9 +94,10 @@ class Launcher:
         self.names.append(launch.name)
         if self.dry:
             return
-        if launch.text not in self._kernels:
-            self._kernels[launch.text] = self.read(launch.text)
-        code = self._kernels[launch.text]
+        key = launch.text, self.without
+        if key not in _kernels:
+            _kernels[key] = self.read(launch.text)
+        code = _kernels[key]
         values = launch.values + [np.uint64(0)] * (len(code.params) - len(launch.values))
         how = launch.grid, launch.threads, launch.tensors, values, launch.shared_bytes
         self.execute(launch.name, code, *how)
@@ -267,8 +272,7 @@ def _problem(run: tuple[str, str, int, str], options: argparse.Namespace) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    names = {backend: ", ".join(cases) for backend, cases in CASES.items()}
-    parser.add_argument("cases", nargs="*", default=[], metavar="CASE", help=str(names))
+    parser.add_argument("cases", nargs="*", default=[], metavar="CASE", help="default: all")
     parser.add_argument("--backend", choices=CASES, help="default: both")
     help_sm = "of Triton's; CUDA's are what was built"
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help=help_sm)
@@ -279,6 +283,9 @@ def main() -> None:
     parser.add_argument("--counters", action="store_true", help="print what each kernel did")
     parser.add_argument("--without", default="", help="leave out instructions of these names")
     options = parser.parse_args()
+    known = set().union(*CASES.values())
+    if unknown := set(options.cases) - known:
+        parser.error(f"expected cases of {sorted(known)}, found {sorted(unknown)}")
     ptx_cases.scale, failed = options.scale, 0
     for backend in [options.backend] if options.backend else CASES:
         if backend == "cuda" and (reason := ptx_cuda.why_not()):
