@@ -263,7 +263,7 @@ class Warp(Asynchronous, Bulk, Lanes):
             return "global"
         return "local" if LOCAL <= first < LOCAL + STRIDE else "shared"
 
-    def _places(
+    def _access(
         self,
         space: str,
         pointer: Array,
@@ -271,64 +271,58 @@ class Warp(Asynchronous, Bulk, Lanes):
         lanes: Array,
         data: Array | None = None,
         whole: bool = True,
-    ) -> list[Any]:
-        """Return (bytes, which of the pointers, indices of bytes) of an access, checked.
+    ) -> Array:
+        """Read or, given data, write rows of bytes, checked; return what is there now.
 
-        Given data, write it.
+        If not the whole of what is read counts, what was never written is no fault.
         """
-        space = self._space(space, pointer)
-        step = np.arange(size)
+        space, step = self._space(space, pointer), np.arange(size)
         if space == "global":
             index = self.memory.place(pointer, size)
             self.counters.sectors(index, size, self.cta.loaded, data is not None)
-            by = self.agent, self.now
-            if data is not None:
-                same = _write(self.memory.bytes, index[:, None] + step, data)
-                self.memory.writing(self, index, size, *by, same)
-            else:
+            by, places = (self.agent, self.now), index[:, None] + step
+            if data is None:
                 self.memory.reading(self, index, size, *by)
-            return [(self.memory.bytes, slice(None), index[:, None] + step)]
+            else:
+                same = _write(self.memory.bytes, places, data)
+                self.memory.writing(self, index, size, *by, same)
+            return self.memory.bytes[places]
         if space == "local":
             index = pointer - (LOCAL if pointer[0] >= LOCAL else 0)
             if (index < 0).any() or (index + size > self.local.shape[1]).any():
                 raise Fault("a local address is out of bounds")
-            flat = (lanes * self.local.shape[1] + index)[:, None] + step
             if data is not None:
-                self.local.reshape(-1)[flat] = data
-            return [(self.local.reshape(-1), slice(None), flat)]
+                self.local[lanes[:, None], index[:, None] + step] = data
+            return self.local[lanes[:, None], index[:, None] + step]
         pointer = np.where(pointer >= SHARED, pointer - SHARED, pointer)
-        ranks = pointer // STRIDE
-        result = []
+        ranks, result = pointer // STRIDE, np.zeros((pointer.size, size), np.uint8)
         for rank in np.unique(ranks) if ranks.any() else (0,):
             which = ranks == rank
             shared = (self.cta if rank == 0 else self.cta.cluster.ctas[rank - 1]).shared
             index = shared.place(pointer[which] % STRIDE, size)
-            cells = shared.cells(index, size)
+            cells, places = shared.cells(index, size), index[:, None] + step
             self.counters.shared(index, size, lanes[which])
-            if data is not None:
-                same = _write(shared.bytes, index[:, None] + step, data[which])
-                shared.writing(cells, self.agent, self.now, self.clock, same)
-            else:
+            if data is None:
                 shared.reading(cells, self.agent, self.now, self.clock, False, whole)
-            result.append((shared.bytes, which, index[:, None] + step))
+            else:
+                same = _write(shared.bytes, places, data[which])
+                shared.writing(cells, self.agent, self.now, self.clock, same)
+            result[which] = shared.bytes[places]
         return result
 
     def load(self, space: str, pointer: Array, size: int, count: int, mask: Any) -> list[Array]:
-        lanes = lanes_of(mask)
-        result = np.zeros((32, count), _UNSIGNED[size])
+        lanes, result = lanes_of(mask), np.zeros((32, count), _UNSIGNED[size])
         if lanes.size:
-            data = np.zeros((lanes.size, size * count), np.uint8)
-            for raw, which, index in self._places(space, pointer[lanes], size * count, lanes):
-                data[which] = raw[index]
+            data = self._access(space, pointer[lanes], size * count, lanes)
             result[lanes] = data.view(_UNSIGNED[size])
         return [result[:, n] for n in range(count)]
 
     def store(self, space: str, pointer: Array, size: int, values: list[Array], mask: Any) -> None:
         lanes = lanes_of(mask)
-        if not lanes.size:
-            return
-        data = np.stack([v[lanes].astype(_UNSIGNED[size]) for v in values], axis=1).view(np.uint8)
-        self._places(space, pointer[lanes], size * len(values), lanes, data)
+        if lanes.size:
+            columns = [v[lanes].astype(_UNSIGNED[size]) for v in values]
+            data = np.stack(columns, axis=1).view(np.uint8)
+            self._access(space, pointer[lanes], size * len(values), lanes, data)
 
     def atomic(
         self, name: str, which: str, space: str, pointer: Array, values: list[Array], mask: Any
@@ -347,8 +341,8 @@ class Warp(Asynchronous, Bulk, Lanes):
         if mask is not None:
             raise Fault("ldmatrix by a part of a warp")
         rows = _LANES[: 8 * count]
-        ((raw, _, index),) = self._places("shared", pointer[rows], 16, rows, whole=False)
-        matrices = raw[index].view(np.uint16).reshape(count, 8, 8)
+        raw = self._access("shared", pointer[rows], 16, rows, whole=False)
+        matrices = raw.view(np.uint16).reshape(count, 8, 8)
         return [T.matrix_rows(matrix, transposed) for matrix in matrices]
 
     def store_matrix(
@@ -359,7 +353,7 @@ class Warp(Asynchronous, Bulk, Lanes):
         rows = np.concatenate([T.rows_of_matrix(v, transposed) for v in values])
         data = np.ascontiguousarray(rows).view(np.uint8)
         lanes = _LANES[: 8 * len(values)]
-        self._places("shared", pointer[lanes], 16, lanes, data)
+        self._access("shared", pointer[lanes], 16, lanes, data)
 
     def mma(
         self, shape: str, kind: str, a: list[Array], b: list[Array], c: list[Array], mask: Any
