@@ -54,17 +54,27 @@ def kernel(symbol: str, without: str) -> ptx.Kernel:
     return ptx.kernels(text, only=symbol)[symbol]
 
 
+@functools.cache
+def symbols() -> list[str]:
+    """Return the symbols of the extension's kernels."""
+    return [symbol for text in modules() for symbol in re.findall(r"\.entry\s+([\w$]+)", text)]
+
+
 class Functions:
     """Stands in for the extension's launchers: executes what each call launches.
 
     Attributes:
+        names: Of all kernels that were launched.
         memory: What kernels may touch: the tensors that the calls were given.
         counters: What each kernel did, by name.
+        launches: Each launch, and what it did.
         seconds: Time spent in each.
     """
 
-    def __init__(self, order: int, without: str) -> None:
-        self.order, self.without = order, without
+    def __init__(self, order: int, without: str, dry: bool) -> None:
+        self.order, self.without, self.dry = order, without, dry
+        self.names: list[str] = []
+        self.launches: list[tuple[RecordedLaunch, ptx.Counters]] = []
         self.memory = ptx.Memory()
         self.counters: dict[str, ptx.Counters] = collections.defaultdict(ptx.Counters)
         self.seconds: dict[str, float] = collections.defaultdict(float)
@@ -86,6 +96,9 @@ class Functions:
         return results[0]
 
     def _execute(self, launch: RecordedLaunch) -> None:
+        self.names.append(function_name(launch.symbol))
+        if self.dry:
+            return
         code = kernel(launch.symbol, self.without)
         padded = launch.parameters + bytes(16)
         arguments = [padded[offset : offset + size] for _, offset, size in code.params]
@@ -103,12 +116,16 @@ class Functions:
         name = function_name(launch.symbol)
         self.seconds[name] += time.perf_counter() - began
         self.counters[name].update(counters)
+        self.launches.append((launch, counters))
 
 
 @contextlib.contextmanager
-def executing(order: int = 0, without: str = "") -> Iterator[Functions]:
-    """Execute the CUDA backend's launches on CPU tensors as if they were on a GPU."""
-    functions = Functions(order, without)
+def executing(order: int = 0, without: str = "", dry: bool = False) -> Iterator[Functions]:
+    """Execute the CUDA backend's launches on CPU tensors as if they were on a GPU.
+
+    Or, dry, only note them.
+    """
+    functions = Functions(order, without, dry)
     extension.multiprocessors.cache_clear()
     with (
         mock.patch.object(extension, "cuda_kernels", CudaKernels(functions, "cpu")),

@@ -164,6 +164,30 @@ def test_an_unknown_branch_is_reported() -> None:
     assert sum(trace.unknown_branches.values()) == 1
 
 
+@pytest.mark.parametrize("share, falls", [(1.0, [1] * 8), (0.5, [1, 0] * 4), (0.0, [0] * 8)])
+def test_a_branch_on_data_falls_through_as_often_as_is_known(
+    share: float, falls: list[int]
+) -> None:
+    kernel = code(
+        "MOV R2, RZ",
+        ".L_x_1:",
+        "LDG.E R3, desc[UR4][R4.64]",
+        "ISETP.GE.AND P0, PT, R3, 0x1, PT",
+        "@P0 BRA `(.L_x_0)",
+        "NOP",
+        ".L_x_0:",
+        "IADD3 R2, R2, 0x1, RZ",
+        "ISETP.GE.AND P1, PT, R2, 0x8, PT",
+        "@!P1 BRA `(.L_x_1)",
+        "EXIT",
+    )
+    trace = Emulator(kernel, {}, share).run([Block(0, 0, 0)], 1)
+    path = [step.instruction for step in trace.warps[0][0]]
+    labels = {i.opcode: i.index for i in kernel.instructions}
+    each = [n for n, index in enumerate(path) if index == labels["LDG"]]
+    assert [int(path[n + 3] == labels["NOP"]) for n in each] == falls
+
+
 @pytest.mark.parametrize(
     "stride, access_bytes, wavefronts",
     [

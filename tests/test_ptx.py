@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import ptx
 import ptx_cuda
-import ptx_launches
 import pytest
 import torch
-from ptx.memory import conflicts
+from ptx.memory import passes
+from ptx_cases import CASES
 from ptx_text import BULK, CLUSTER, COPIES, FAULTS, IN_SOME_ORDERS, REVERSE, kernel, warp_group
 
 from crossvit_kernels import supported
@@ -246,7 +246,8 @@ def test_unknown_instructions_are_named() -> None:
     "step, size, extra", [(4, 4, 0), (8, 4, 1), (128, 4, 31), (0, 4, 0), (16, 16, 0)]
 )
 def test_bank_conflicts(step: int, size: int, extra: int) -> None:
-    assert conflicts(np.arange(32) * step, size) == extra
+    _, added = passes(np.arange(32) * step, size, np.arange(32))
+    assert added == extra
 
 
 def test_counters() -> None:
@@ -261,7 +262,8 @@ def test_counters() -> None:
     assert counters["ld"] == 4 * 4 and counters["bank conflicts"] == 0
 
 
-def _launch(*arguments: str, script: str = "ptx_launches.py") -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str, script: str = "ptx_launches.py") -> subprocess.CompletedProcess[str]:
+    """Run a program of this folder in a process whose Triton compiles."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parents[1]
@@ -276,31 +278,18 @@ def _skip_without_fences() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", ["80", "90"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_triton_kernels(dtype: str, sm: str) -> None:
+@pytest.mark.parametrize(
+    "sm, dtype", [("80", "fp32"), ("80", "bf16"), ("90", "fp32"), ("90", "bf16"), ("90", "fp16")]
+)
+def test_triton_kernels(sm: str, dtype: str) -> None:
+    """Every kernel and form (test_ptx_coverage.py), in two schedules, which give the same bits."""
     if (sm, dtype) == ("90", "bf16"):
         _skip_without_fences()
-    done = _launch("layernorm_ffn_split", "--sm", sm, "--dtypes", dtype)
+    done = launch("--backend", "triton", "--slow", "--sm", sm, "--dtypes", dtype)
     assert not done.returncode, done.stdout + done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["attention_core", "cross_attention_fusion"])
-def test_more_triton_kernels(case: str) -> None:
-    done = _launch(case, "--sm", "80", "--dtypes", "bf16", "--orders", "1")
-    assert not done.returncode, done.stdout + done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_gluon_kernel(dtype: str) -> None:
-    """Its layers in three schedules, which give the same bits."""
-    names = ["sm90_linear_qkv", "sm90_linear_projection", "sm90_linear_fc1"]
-    names += ["sm90_wide_linear", "sm90_wide_gradient"]
-    done = _launch(*names, "--sm", "90", "--dtypes", dtype, "--orders", "3")
-    assert not done.returncode, done.stdout + done.stderr
-    assert done.stdout.count(": ok") == 5, done.stdout
+    assert done.stdout.count(": ok") == sum(
+        run == (int(sm), dtype) for case in CASES["triton"].values() for run in case.runs
+    )
 
 
 @pytest.mark.slow
@@ -313,19 +302,20 @@ def test_gluon_kernel(dtype: str) -> None:
 )
 def test_faults_in_the_gluon_kernel(form: str, faults: list[str]) -> None:
     """Each proxy fence left out is found, as the one was that an H100 missed."""
-    done = _launch(*faults, "--forms", form, script="ptx_gluon.py")
+    done = launch(*faults, "--forms", form, script="ptx_gluon.py")
     assert not done.returncode, done.stdout + done.stderr
     assert len(re.findall(r"(\b[1-9]\d*) of \1\b", done.stdout)) == len(faults), done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ptx_launches.CASES["cuda"])
+@pytest.mark.parametrize("case", [name for name, case in CASES["cuda"].items() if case.runs])
 def test_cuda_kernels(case: str) -> None:
     """In two schedules, which give the same bits."""
     if reason := ptx_cuda.why_not():
         pytest.skip(reason)
-    done = _launch(case, "--backend", "cuda", "--dtypes", "bf16")
+    done = launch(case, "--backend", "cuda", "--slow")
     assert not done.returncode, done.stdout + done.stderr
+    assert done.stdout.count(": ok") == len(CASES["cuda"][case].runs)
 
 
 @pytest.mark.slow
@@ -342,7 +332,7 @@ def test_faults_in_cuda_kernels(case: str, without: str, cause: str) -> None:
     if reason := ptx_cuda.why_not():
         pytest.skip(reason)
     arguments = ["--dtypes", "bf16", "--orders", "1", "--without", without]
-    done = _launch(case, "--backend", "cuda", *arguments)
+    done = launch(case, "--backend", "cuda", *arguments)
     assert done.returncode and re.search(cause, done.stdout), done.stdout + done.stderr
 
 
@@ -359,5 +349,5 @@ def test_faults_in_cuda_kernels(case: str, without: str, cause: str) -> None:
 def test_faults_in_triton_kernels(without: str, cause: str) -> None:
     _skip_without_fences()
     arguments = ["--sm", "90", "--dtypes", "bf16", "--orders", "1", "--without", without]
-    done = _launch("layernorm_ffn_split", *arguments)
+    done = launch("layernorm_ffn_split", "--backend", "triton", *arguments)
     assert done.returncode and re.search(cause, done.stdout), done.stdout + done.stderr

@@ -11,19 +11,7 @@ _COMPARE |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 _SIMPLE = {"add": "{} + {}", "sub": "{} - {}", "and": "{} & {}", "or": "{} | {}", "xor": "{} ^ {}"}
 _HALVES = ("f16", "bf16", "f16x2", "bf16x2")
 _ROUND = {
-    "rn",
-    "rz",
-    "rm",
-    "rp",
-    "rni",
-    "rzi",
-    "rmi",
-    "rpi",
-    "rna",
-    "ftz",
-    "sat",
-    "relu",
-    "satfinite",
+    *["rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "rna", "ftz", "sat", "relu", "satfinite"]
 }
 
 
@@ -209,19 +197,13 @@ def _compare(s: Segment, i: Instruction) -> None:
         a = [s.get(o, kind) for o in i.operands[1:3]]
     a = _flush(i, a)
     floating = kind in ("f16", "bf16", "f32", "f64")
+    unordered = f"(({a[0]} != {a[0]}) | ({a[1]} != {a[1]}))"
     if floating and name in ("num", "nan"):
-        text = f"(({a[0]} == {a[0]}) & ({a[1]} == {a[1]}))"
-        text = text if name == "num" else f"(~{text})"
-    elif floating and name.endswith("u"):
-        opposite = {"equ": "!=", "neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
-        if name in ("neu", "equ"):
-            equal = f"({a[0]} == {a[1]})"
-            unordered = f"(({a[0]} != {a[0]}) | ({a[1]} != {a[1]}))"
-            text = f"(~{equal})" if name == "neu" else f"({equal} | {unordered})"
-        else:
-            text = f"(~({a[0]} {opposite[name]} {a[1]}))"
+        text = unordered if name == "nan" else f"(~{unordered})"
     elif floating and name == "ne":
         text = f"(({a[0]} < {a[1]}) | ({a[0]} > {a[1]}))"
+    elif floating and name.endswith("u"):
+        text = f"(({a[0]} {_COMPARE[name[:-1]]} {a[1]}) | {unordered})"
     else:
         text = f"({a[0]} {_COMPARE[name]} {a[1]})"
     targets = s.elements(i.operands[0])

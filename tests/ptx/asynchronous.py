@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ptx import tensor_cores as T
-from ptx.memory import Fault
+from ptx.memory import Fault, lanes_of
 
 Array = np.ndarray[Any, Any]
 
@@ -42,22 +42,24 @@ class Asynchronous:
 
     # cp.async
 
-    def copy(self, to: Array, source: Array, size: int, used: Array | None, mask: Any) -> None:
+    def copy(
+        self, to: Array, source: Array, size: int, used: Array | None, bypass: bool, mask: Any
+    ) -> None:
         count = np.full(32, size) if used is None else used.astype(np.int64)
-        if mask is not None:
-            to, source, count = to[mask], source[mask], count[mask]
+        lanes = lanes_of(mask)
+        to, source, count = to[lanes], source[lanes], count[lanes]
         if not to.size:
             return
         shared = self.cta.shared
         index = shared.place(to, size)
-        self.counters.shared("cp.async", index, size)
+        self.counters.shared(index, size, lanes)
         self.copy_time += 1
         shared.writing(shared.cells(index, size), self.copier, self.copy_time, self.clock)
         reading = count > 0
         if ((count != size) & reading).any():
             raise Fault("cp.async of a part of its bytes is not modelled")
         place = self.memory.place(source[reading], size)
-        self.counters.sectors("cp.async", place, size)
+        self.counters.sectors(place, size, None if bypass else self.cta.loaded, write=False)
         self.memory.reading(self, place, size, self.copier, self.copy_time)
         data = np.zeros((to.size, size), np.uint8)
 
@@ -85,7 +87,7 @@ class Asynchronous:
         self.wait_copies(-1)
         if not noinc:
             barrier = self.barrier_at(pointer, mask)
-            barrier.left += 32 if mask is None else int(mask.sum())
+            barrier.left += lanes_of(mask).size
         self.arrive(pointer, None, mask)
 
     # wgmma

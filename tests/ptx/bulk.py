@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ptx.memory import GLOBAL, LOCAL, PARAM, Agents, Clock, Fault
+from ptx.memory import GLOBAL, LOCAL, PARAM, Agents, Clock, Fault, lanes_of
 from ptx.tensor_map import TensorMap, decode
 
 Array = np.ndarray[Any, Any]
+
+#: See ``Bulk._row``.
+Part = tuple[Array, Array, int, Any]
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -92,7 +95,7 @@ class Bulk:
     # mbarriers
 
     def barrier_at(self, pointer: Array, mask: Any) -> MBarrier:
-        pointer = pointer if mask is None else pointer[mask]
+        pointer = pointer[lanes_of(mask)]
         if (pointer != pointer[0]).any():
             raise Fault("lanes address several mbarriers")
         cta, at = self.home(int(pointer[0]))
@@ -106,8 +109,7 @@ class Bulk:
         return cta.mbarriers[at]
 
     def init(self, pointer: Array, count: Array, mask: Any) -> None:
-        lanes = np.ones(32, bool) if mask is None else mask
-        cluster = self.cta.cluster
+        lanes, cluster = lanes_of(mask), self.cta.cluster
         for at, expected in {
             (int(p), int(c)) for p, c in zip(pointer[lanes], count[lanes], strict=True)
         }:
@@ -118,7 +120,7 @@ class Bulk:
             cluster.num_barriers += 1
 
     def inval(self, pointer: Array, _: Any, mask: Any) -> None:
-        for at in {int(p) for p in (pointer if mask is None else pointer[mask])}:
+        for at in {int(p) for p in pointer[lanes_of(mask)]}:
             if at not in self.cta.mbarriers:
                 raise Fault(f"no mbarrier is initialised at {at}")
             cells = self.cta.shared.cells(np.array([at]), 8)
@@ -126,20 +128,19 @@ class Bulk:
             del self.cta.mbarriers[at]
 
     def arrive(self, pointer: Array, count: Any, mask: Any) -> Array:
-        lanes = 32 if mask is None else int(mask.sum())
-        if not lanes:
+        lanes = lanes_of(mask)
+        if not lanes.size:
             return np.zeros(32, np.uint64)
         barrier = self.barrier_at(pointer, mask)
         phase = barrier.phase
-        number = lanes if count is None else int((count if mask is None else count[mask]).sum())
+        number = lanes.size if count is None else int(count[lanes].sum())
         barrier.update(number, clock=self.clock.copy())
         self.tick()
         return np.full(32, phase, np.uint64)
 
     def expect(self, pointer: Array, count: Array, mask: Any) -> None:
-        if mask is None or mask.any():
-            barrier = self.barrier_at(pointer, mask)
-            barrier.bytes += int((count if mask is None else count[mask]).sum())
+        if (lanes := lanes_of(mask)).size:
+            self.barrier_at(pointer, mask).bytes += int(count[lanes].sum())
 
     def has_completed(self, pointer: Array, state: Array, parity: bool, mask: Array) -> bool:
         barrier = self.barrier_at(pointer, mask)
@@ -149,58 +150,51 @@ class Bulk:
             self.clock.join(barrier.done)
         return passed
 
-    # Copies to shared memory
+    # What is copied: places in shared and in global memory, bytes of an element, and which of the
+    # elements exist in global memory
+
+    def _row(self, shared: Array, source: Array, size: Array, lane: int) -> Part:
+        at, count = self.home(int(shared[lane]))[1], int(size[lane])
+        place = self.memory.place(source[lane] + 16 * np.arange(count // 16), 16)
+        if count and at % 16:
+            raise Fault(f"a bulk copy's shared address {at} is no multiple of 16")
+        halves = (place[:, None] + [0, 8]).reshape(-1)
+        return at + np.arange(0, count, 8), halves, 8, slice(None)
+
+    def _box(self, shared: Array, tensor: Array, coordinates: list[Array], lane: int) -> Part:
+        box = self.tensor_map(int(tensor[lane]))
+        address, exists = box.elements([int(c.view(np.int32)[lane]) for c in coordinates])
+        place = self.memory.place(address[exists], box.element)
+        return box.places(self.home(int(shared[lane]))[1]), place, box.element, exists
+
+    def tensor_map(self, pointer: int) -> TensorMap:
+        """Return the tensor map at a generic address."""
+        if pointer % 64:
+            raise Fault(f"a tensor map's address {pointer:#x} is no multiple of 64")
+        if pointer >= GLOBAL:
+            at = self.memory.place(pointer + 64 * np.arange(2), 64)
+            return decode(self.memory.bytes[at[0] : at[0] + 128].tobytes())
+        if not PARAM <= pointer < LOCAL:
+            raise Fault("a tensor map is neither a parameter nor in global memory")
+        at = pointer - PARAM
+        return decode(self.cta.cluster.launch.arguments[at : at + 128].tobytes())
+
+    # Copies to shared memory, which signal mbarriers beside their targets
 
     def copy_bulk(
         self, to: Array, source: Array, size: Array, pointer: Array, ranks: Any, mask: Any
     ) -> None:
-        for lane in _lanes(mask):
-            count = int(size[lane])
-            place = self.memory.place(source[lane] + 16 * np.arange(count // 16), 16)
-            place = (place[:, None] + [0, 8]).reshape(-1)
-
-            def read(place: Array = place) -> Array:
-                return _elements(self.memory.bytes, 8)[place // 8]
-
-            index = self.home(int(to[lane]))[1] + np.arange(0, count, 8)
-            if index.size and index[0] % 16:
-                raise Fault(f"a bulk copy's shared address {index[0]} is no multiple of 16")
-            self._load(lane, to, pointer, ranks, index, 8, place, read)
+        for lane in lanes_of(mask):
+            self._load(lane, to, pointer, ranks, self._row(to, source, size, lane))
 
     def load_box(
-        self,
-        to: Array,
-        tensor: Array,
-        coordinates: list[Array],
-        pointer: Array,
-        ranks: Any,
-        mask: Any,
+        self, to: Array, tensor: Array, at: list[Array], pointer: Array, ranks: Any, mask: Any
     ) -> None:
-        for lane in _lanes(mask):
-            box = self.tensor_map(int(tensor[lane]))
-            address, exists = box.elements([int(c.view(np.int32)[lane]) for c in coordinates])
-            place, size = self.memory.place(address[exists], box.element), box.element
+        for lane in lanes_of(mask):
+            self._load(lane, to, pointer, ranks, self._box(to, tensor, at, lane))
 
-            def read(place: Array = place, exists: Array = exists, size: int = size) -> Array:
-                data = np.zeros(exists.size, _UNSIGNED[size])
-                data[exists] = _elements(self.memory.bytes, size)[place // size]
-                return data
-
-            index = box.places(self.home(int(to[lane]))[1])
-            self._load(lane, to, pointer, ranks, index, size, place, read)
-
-    def _load(
-        self,
-        lane: int,
-        to: Array,
-        pointer: Array,
-        ranks: Any,
-        index: Array,
-        size: int,
-        place: Array,
-        read: Callable[[], Array],
-    ) -> None:
-        """Start a copy to elements of shared memory; it signals the mbarriers beside them."""
+    def _load(self, lane: int, to: Array, pointer: Array, ranks: Any, part: Part) -> None:
+        index, place, size, exists = part
         ctas = [self.home(int(to[lane]))[0]]
         home, at = self.home(int(pointer[lane]))
         if home is not ctas[0]:
@@ -218,6 +212,11 @@ class Bulk:
             barrier.flying += 1
             self.counters.add("bytes by bulk copies", index.size * size)
 
+        def read() -> Array:
+            data = np.zeros(index.size, _UNSIGNED[size])
+            data[exists] = _elements(self.memory.bytes, size)[place // size]
+            return data
+
         def write(data: Array) -> None:
             for cta, barrier in zip(ctas, barriers, strict=True):
                 _elements(cta.shared.bytes, size)[index // size] = data
@@ -226,52 +225,27 @@ class Bulk:
 
         self.cta.cluster.in_flight.append(Copy(self.line, read, write, True))
 
-    def tensor_map(self, pointer: int) -> TensorMap:
-        """Return the tensor map at a generic address."""
-        if pointer % 64:
-            raise Fault(f"a tensor map's address {pointer:#x} is no multiple of 64")
-        if pointer >= GLOBAL:
-            at = self.memory.place(pointer + 64 * np.arange(2), 64)
-            return decode(self.memory.bytes[at[0] : at[0] + 128].tobytes())
-        if not PARAM <= pointer < LOCAL:
-            raise Fault("a tensor map is neither a parameter nor in global memory")
-        at = pointer - PARAM
-        return decode(self.cta.cluster.arguments[at : at + 128].tobytes())
-
     # Copies from shared memory
 
     def store_bulk(self, to: Array, source: Array, size: Array, mask: Any) -> None:
-        for lane in _lanes(mask):
-            count = int(size[lane])
-            place = self.memory.place(to[lane] + 16 * np.arange(count // 16), 16)
-            place = (place[:, None] + [0, 8]).reshape(-1)
-            index = self.home(int(source[lane]))[1] + np.arange(0, count, 8)
-            if index.size and index[0] % 16:
-                raise Fault(f"a bulk copy's shared address {index[0]} is no multiple of 16")
-            self._store(lane, index, place, 8)
+        for lane in lanes_of(mask):
+            self._store(lane, self._row(source, to, size, lane))
 
-    def store_box(self, tensor: Array, coordinates: list[Array], source: Array, mask: Any) -> None:
-        for lane in _lanes(mask):
-            box = self.tensor_map(int(tensor[lane]))
-            address, exists = box.elements([int(c.view(np.int32)[lane]) for c in coordinates])
-            place = self.memory.place(address[exists], box.element)
-            index = box.places(self.home(int(source[lane]))[1])
-            self._store(lane, index, place, box.element, exists)
+    def store_box(self, tensor: Array, at: list[Array], source: Array, mask: Any) -> None:
+        for lane in lanes_of(mask):
+            self._store(lane, self._box(source, tensor, at, lane))
 
-    def _store(
-        self, lane: int, index: Array, place: Array, size: int, exists: Any = slice(None)
-    ) -> None:
-        """Start a copy of elements of shared memory."""
+    def _store(self, lane: int, part: Part) -> None:
+        index, place, size, exists = part
         shared = self.cta.shared
         cells = np.unique(shared.cells(shared.place(index, size), size))
         self.store_time += 1
         shared.reading(cells, self.storer, self.store_time, self.clock, proxy=True)
         self.counters.add("bytes by bulk copies", index.size * size)
+        time = self.store_time
 
         def read() -> Array:
             return _elements(shared.bytes, size)[index // size][exists]
-
-        time = self.store_time
 
         def write(data: Array) -> None:
             target = _elements(self.memory.bytes, size)
@@ -286,7 +260,7 @@ class Bulk:
         self.cta.cluster.in_flight.append(copy)
 
     def commit_stores(self, mask: Any) -> None:
-        for lane in _lanes(mask):
+        for lane in lanes_of(mask):
             group = self.store_time, self.open_stores[lane]
             self.unread[lane].append(group)
             self.unwritten[lane].append(group)
@@ -294,7 +268,7 @@ class Bulk:
 
     def wait_stores(self, left: int, only_read: bool, mask: Any) -> None:
         seen = self.clock.seen
-        for lane in _lanes(mask):
+        for lane in lanes_of(mask):
             for queue in (
                 (self.unread[lane],) if only_read else (self.unread[lane], self.unwritten[lane])
             ):
@@ -327,10 +301,6 @@ class Bulk:
         for barrier in self.unfenced:
             barrier.is_visible = True
         self.unfenced.clear()
-
-
-def _lanes(mask: Any) -> range | list[int]:
-    return range(32) if mask is None else [int(n) for n in np.nonzero(mask)[0]]
 
 
 def _elements(raw: Array, size: int) -> Array:

@@ -6,19 +6,19 @@ import collections
 import functools
 import itertools
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptx import arithmetic, transfers
 from ptx.bulk import MBarrier
 from ptx.global_memory import Memory
-from ptx.memory import Agents, Fault, Shared, conflicts
+from ptx.memory import Agents, Barrier, Fault, Shared, passes
 from ptx.parse import Instruction, Kernel, bits
 from ptx.segment import CONTROL, Segment
 from ptx.warp import Warp
 
-__all__ = ["Counters", "Fault", "Memory", "run"]
+__all__ = ["Counters", "Fault", "Memory", "pack", "run"]
 
 Array = np.ndarray[Any, Any]
 
@@ -33,16 +33,33 @@ class Counters(collections.Counter[str]):
     def add(self, name: str, count: int) -> None:
         self[name] += count
 
-    def shared(self, name: str, index: Array, size: int) -> None:
+    def shared(self, index: Array, size: int, lanes: Array) -> None:
+        """Count an access to shared memory by lanes of a warp."""
+        count, conflicts = passes(index, size, lanes)
         self["shared bytes"] += index.size * size
-        self["bank conflicts"] += conflicts(index, size)
+        self["shared passes"] += count
+        self["bank conflicts"] += conflicts
 
-    def sectors(self, name: str, index: Array, size: int) -> None:
-        """Count the 32-byte sectors that one access of a warp touches."""
+    def sectors(self, index: Array, size: int, loaded: set[int] | None, write: bool) -> None:
+        """Count the 32-byte sectors that one access of a warp touches.
+
+        Args:
+            index: Addresses of the lanes.
+            size: Bytes of a lane.
+            loaded: Sectors that the L1 has for the CTA; None for an access that passes it by.
+            write: Whether it is a store.
+        """
+        touched = np.unique((index[:, None] + np.arange(0, size, min(size, 32))) // 32)
         self["global bytes"] += index.size * size
-        self["sectors"] += np.unique(
-            (index[:, None] + np.arange(0, size, min(size, 32))) // 32
-        ).size
+        self["sectors"] += touched.size
+        if write:
+            self["sectors stored"] += touched.size
+        elif loaded is None:
+            self["sectors from L2"] += touched.size
+        else:
+            before = len(loaded)
+            loaded.update(touched.tolist())
+            self["sectors from L2"] += len(loaded) - before
 
 
 class Program:
@@ -106,57 +123,66 @@ class Program:
         return instruction if CONTROL.match(instruction.name) else None
 
 
+_OWN_CLASS = ("ld", "st", "atom", "red", "ldmatrix", "stmatrix", "mma", "wgmma", "shfl")
+_SPECIAL = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos")
+
+
 def _class(instruction: Instruction) -> str:
     name, kind = instruction.parts[0], instruction.parts[-1]
-    if name in ("ld", "st", "atom", "red", "cp", "ldmatrix", "stmatrix", "mma", "wgmma", "shfl"):
+    if name in _OWN_CLASS or (name == "cp" and {"cg", "ca"} & {*instruction.parts}):
         return name
-    if name in ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos"):
+    if name in _SPECIAL or (name == "div" and {"full", "approx"} & {*instruction.parts}):
         return "special functions"
+    if name in ("cp", "mbarrier", "fence", "membar"):
+        return "waits"
     return (
         "floating point" if kind in ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64") else "integer"
     )
 
 
+class Launch(NamedTuple):
+    """What the clusters of a grid share."""
+
+    program: Program
+    grid: tuple[int, int, int]
+    threads: tuple[int, int, int]
+    shared_bytes: int
+    arguments: Array
+    memory: Memory
+    counters: Counters
+
+
 class Cta:
     """A thread block: shared memory, barriers and warps."""
 
-    def __init__(self, cluster: Cluster, rank: int, block: tuple[int, int, int], size: int) -> None:
+    def __init__(self, cluster: Cluster, rank: int, block: tuple[int, int, int]) -> None:
         self.cluster, self.rank, self.block = cluster, rank, block
         self.num_warps = cluster.agents.warps // cluster.size
-        self.shared = Shared(size, cluster.agents, cluster.program.granule)
-        self.barriers: dict[int, Any] = {}
+        program, size = cluster.launch.program, cluster.launch.shared_bytes
+        size += program.kernel.static_bytes
+        self.shared = Shared(size, cluster.agents, program.granule)
+        self.loaded: set[int] = set()  # sectors of global memory that are in the L1
+        self.barriers: dict[int, Barrier] = collections.defaultdict(Barrier)
         self.mbarriers: dict[int, MBarrier] = {}
 
 
 class Cluster:
     """CTAs that run together."""
 
-    def __init__(
-        self,
-        program: Program,
-        blocks: list[tuple[int, int, int]],
-        grid: Any,
-        threads: tuple[int, int, int],
-        shared_bytes: int,
-        arguments: Array,
-        memory: Memory,
-        order: int,
-        counters: Counters,
-    ) -> None:
-        self.program, self.grid, self.threads, self.size = program, grid, threads, len(blocks)
-        self.arguments, self.memory, self.counters = arguments, memory, counters
+    def __init__(self, launch: Launch, blocks: list[tuple[int, int, int]], order: int) -> None:
+        self.launch, self.size = launch, len(blocks)
         self.random = random.Random(order) if order else None
-        self.agents = Agents(-(-int(np.prod(threads)) // 32) * self.size, _BARRIERS * self.size)
+        warps = -(-int(np.prod(launch.threads)) // 32)
+        self.agents = Agents(warps * self.size, _BARRIERS * self.size)
         self.in_flight: list[Any] = []
         self.num_barriers = 0
-        self.number = memory.enter()
+        self.number = launch.memory.enter()
         #: By a cluster's number, what its agents released to this one: seen at atomics, and seen
         #: before a fence.
         self.seen: dict[int, Array] = {}
         self.acquired: dict[int, Array] = {}
-        self.barrier: dict[str, Any] = {"arrived": 0, "phase": 0, "clock": None, "done": None}
-        size = program.kernel.static_bytes + shared_bytes
-        self.ctas = [Cta(self, n, block, size) for n, block in enumerate(blocks)]
+        self.barrier = Barrier()
+        self.ctas = [Cta(self, n, block) for n, block in enumerate(blocks)]
         self.warps = [Warp(cta, n) for cta in self.ctas for n in range(cta.num_warps)]
 
     def acquire(self, released: dict[int, Array]) -> None:
@@ -203,6 +229,17 @@ class Cluster:
         self.in_flight.pop(n).land()
 
 
+def pack(kernel: Kernel, arguments: list[Any]) -> bytes:
+    """Return arguments as a kernel finds them: NumPy scalars or bytes, one behind the other."""
+    raw = bytearray(max((offset + size for _, offset, size in kernel.params), default=0))
+    for (_, offset, size), value in zip(kernel.params, arguments, strict=True):
+        data = value if isinstance(value, bytes) else np.asarray(value).tobytes()
+        if len(data) != size:
+            raise ValueError(f"{kernel.name}: an argument has {len(data)} bytes, not {size}")
+        raw[offset : offset + size] = data
+    return bytes(raw)
+
+
 def run(
     kernel: Kernel,
     grid: tuple[int, ...],
@@ -232,36 +269,20 @@ def run(
     """
     grid = (*grid, 1, 1)[:3]
     threads = (threads, 1, 1) if isinstance(threads, int) else tuple(threads)
-    raw = bytearray(max((offset + size for _, offset, size in kernel.params), default=0))
-    for (_, offset, size), value in zip(kernel.params, arguments, strict=True):
-        data = value if isinstance(value, bytes) else np.asarray(value).tobytes()
-        if len(data) != size:
-            raise ValueError(f"{kernel.name}: an argument has {len(data)} bytes, not {size}")
-        raw[offset : offset + size] = data
-    counters = Counters()
+    counters, raw = Counters(), pack(kernel, arguments)
     program = kernel.__dict__.setdefault("program", None) or Program(kernel)
     kernel.__dict__["program"] = program
     memory.launch(program.global_granule)
-    starts = [
-        (x, y, z)
-        for z in range(grid[2])
-        for y in range(grid[1])
-        for x in range(0, grid[0], cluster)
-    ]
+    launch = Launch(
+        program, grid, threads, shared_bytes, np.frombuffer(raw, np.uint8), memory, counters
+    )
+    firsts = [range(n) for n in grid[::-1]]
+    firsts[2] = range(0, grid[0], cluster)
+    starts = list(itertools.product(*firsts))
     if order:
         random.Random(order).shuffle(starts)
     with np.errstate(all="ignore"):
-        for x, y, z in starts:
+        for z, y, x in starts:
             blocks = [(x + n, y, z) for n in range(cluster)]
-            Cluster(
-                program,
-                blocks,
-                grid,
-                threads,
-                shared_bytes,
-                np.frombuffer(raw, np.uint8),
-                memory,
-                order and order + x + 1000 * y,
-                counters,
-            ).run()
+            Cluster(launch, blocks, order and order + x + 1000 * y).run()
     return counters

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ptx import numbers as N
-from ptx.memory import Fault
+from ptx.memory import Fault, lanes_of
 
 Array = np.ndarray[Any, Any]
 
@@ -32,7 +32,7 @@ class Lanes:
         return a[source], valid
 
     def vote(self, name: str, values: Any, mask: Any) -> Array:
-        lanes = _LANES if mask is None else _LANES[mask]
+        lanes = lanes_of(mask)
         if name.startswith("activemask"):
             return np.full(32, sum(1 << int(n) for n in lanes), np.uint32)
         if name.startswith("vote"):
@@ -42,6 +42,9 @@ class Lanes:
             result = active.all() if ".all" in name else active.any()
             if ".uni" in name:
                 result = active.all() or not active.any()
+            if ".any" in name:
+                self.counters.add("votes", 1)
+                self.counters.add("votes that hold", int(result))
             return np.full(32, bool(result))
         function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
                     "or": np.bitwise_or, "xor": np.bitwise_xor}[name.split(".")[2]]  # fmt: skip

@@ -17,6 +17,14 @@ LOCAL = 1 << 36
 NEVER = np.int64(1) << 62
 
 
+_LANES = np.arange(32)
+
+
+def lanes_of(mask: Any) -> Array:
+    """Return the numbers of a mask's lanes; None is all of them."""
+    return _LANES if mask is None else _LANES[mask]
+
+
 class Fault(RuntimeError):
     """Raised where a kernel does what a GPU may not do, or may do differently."""
 
@@ -69,6 +77,29 @@ class Clock:
 
     def copy(self) -> Clock:
         return Clock(self.seen.copy(), self.fenced.copy(), self.released.copy())
+
+
+class Barrier:
+    """A barrier of warps: what has arrived in its phase, and what they had seen then."""
+
+    def __init__(self) -> None:
+        self.arrived = self.phase = 0
+        self.arriving: Clock | None = None
+        self.done: Any = None
+
+    def arrive(self, clock: Clock, needed: int) -> int:
+        """Let a warp arrive of so many lanes that are needed; return the phase."""
+        phase = self.phase
+        if self.arriving is None:
+            self.arriving = clock.copy()
+        self.arriving.join(clock)
+        self.arrived += 32
+        if self.arrived > needed:
+            raise Fault("more warps arrive at a barrier than it expects")
+        if self.arrived == needed:
+            self.done, self.arriving = self.arriving, None
+            self.arrived, self.phase = 0, phase + 1
+        return phase
 
 
 class Shared:
@@ -170,11 +201,14 @@ class Shared:
         self.writer[cells], self.written[cells] = agent, time
 
 
-def conflicts(index: Array, size: int) -> int:
-    """Return the wavefronts of a shared access beyond the fewest: 32 banks of 4 bytes."""
-    lanes = max(1, 128 // size) if size > 4 else 32
-    extra = 0
-    for begin in range(0, index.size, lanes):
-        words = np.unique((index[begin : begin + lanes, None] + np.arange(0, size, 4)) // 4)
-        extra += int(np.bincount(words % 32).max()) - 1
-    return extra
+def passes(index: Array, size: int, lanes: Array) -> tuple[int, int]:
+    """Return the passes of a shared access, and how many of them bank conflicts add.
+
+    There are 32 banks of 4 bytes; a pass has at most 128 bytes, in the order of lanes.
+    """
+    group = np.repeat(lanes * size // 128 if size > 4 else lanes * 0, max(size // 4, 1))
+    word = (index[:, None] + np.arange(0, size, 4)).reshape(-1) // 4
+    distinct = np.unique(group.astype(np.int64) << 32 | word)
+    banks = np.bincount((distinct >> 32) * 32 + distinct % 32, minlength=32 * max(size // 4, 1))
+    of_groups = banks.reshape(-1, 32).max(axis=1)
+    return int(of_groups.sum()), int(of_groups.sum() - np.count_nonzero(of_groups))

@@ -137,5 +137,14 @@ class Segment:
     def args(self, i: Instruction, kind: str, begin: int = 1) -> list[str]:
         return [self.get(operand, kind) for operand in i.operands[begin:]]
 
+    def list(self, operand: Operand, kind: str = "b32") -> str:
+        """Return an expression of a list of an operand's elements."""
+        return f"[{', '.join(self.get(part, kind) for part in self.elements(operand))}]"
+
+    def put_each(self, operand: Operand, kind: str = "b32") -> None:
+        """Write the elements of t, raw bits, to those of an operand."""
+        for n, target in enumerate(self.elements(operand)):
+            self.put(target, f"t[{n}]", kind, raw=True)
+
     def elements(self, operand: Operand) -> tuple[Operand, ...]:
         return operand.parts if operand.kind == "list" else (operand,)

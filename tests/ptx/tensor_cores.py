@@ -35,27 +35,25 @@ def values(raw: Array, kind: str) -> Array:
 
 def left(registers: list[Array], kind: str, k: int) -> Array:
     """Return A [16, k] from its registers."""
-    a = np.zeros((16, k), F4)
-    for n, register in enumerate(registers):
-        row = ROW + 8 * (n % 2)
-        if kind == "tf32":
-            a[row, COLUMN + 4 * (n // 2)] = tf32(register)
-        else:
-            for part, raw in enumerate(halves(register)):
-                a[row, 2 * COLUMN + part + 8 * (n // 2)] = values(raw, kind)
-    return a
+    return _operand(registers, kind, k, 2)
 
 
 def right(registers: list[Array], kind: str, k: int) -> Array:
     """Return B [k, 8] from its registers."""
-    b = np.zeros((k, 8), F4)
+    return _operand(registers, kind, k, 1).T
+
+
+def _operand(registers: list[Array], kind: str, k: int, blocks: int) -> Array:
+    """Return 8 rows a block, of k elements; registers go down the blocks first."""
+    rows = np.zeros((8 * blocks, k), F4)
     for n, register in enumerate(registers):
+        row, first = ROW + 8 * (n % blocks), n // blocks
         if kind == "tf32":
-            b[COLUMN + 4 * n, ROW] = tf32(register)
+            rows[row, COLUMN + 4 * first] = tf32(register)
         else:
             for part, raw in enumerate(halves(register)):
-                b[2 * COLUMN + part + 8 * n, ROW] = values(raw, kind)
-    return b
+                rows[row, 2 * COLUMN + part + 8 * first] = values(raw, kind)
+    return rows
 
 
 def accumulators(registers: list[Array]) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import struct
 from typing import Any
 
@@ -15,7 +14,7 @@ from ptx.tensor_cores import swizzled
 Array = np.ndarray[Any, Any]
 
 _MARK = b"a tensor"
-_FORMAT = "<8sQ4I5Q4Q5I"
+_encoded: list[TensorMap] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +51,9 @@ class TensorMap:
             )
 
     def encode(self) -> bytes:
-        """Return the 128 bytes of a kernel's parameter, in an encoding of this package's own."""
-
-        def padded(values: tuple[int, ...], count: int) -> tuple[int, ...]:
-            return (*values, *[0] * (count - len(values)))
-
-        head = (_MARK, self.address, len(self.sizes), self.element, self.swizzle, 0)
-        rest = (*padded(self.sizes, 5), *padded(self.strides, 4), *padded(self.box, 5))
-        return struct.pack(_FORMAT, *head, *rest).ljust(128, b"\0")
+        """Return the 128 bytes of a kernel's parameter: which of all tensor maps it is."""
+        _encoded.append(self)
+        return struct.pack("<8sQ", _MARK, len(_encoded) - 1).ljust(128, b"\0")
 
     @property
     def num_bytes(self) -> int:
@@ -85,11 +79,9 @@ class TensorMap:
         return swizzled(to + np.arange(0, self.num_bytes, self.element), self.swizzle)
 
 
-@functools.cache
 def decode(raw: bytes) -> TensorMap:
     """Return the tensor map that ``encode`` has packed."""
-    mark, address, rank, element, swizzle, _, *rest = struct.unpack_from(_FORMAT, raw)
+    mark, number = struct.unpack_from("<8sQ", raw)
     if mark != _MARK:
         raise Fault("no tensor map is where a copy expects it")
-    sizes, strides, box = rest[:rank], rest[5 : 4 + rank], rest[9 : 9 + rank]
-    return TensorMap(address, tuple(sizes), tuple(strides), tuple(box), element, swizzle)
+    return _encoded[number]

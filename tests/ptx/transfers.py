@@ -29,18 +29,15 @@ def _load(s: Segment, i: Instruction) -> None:
     s.lines.append(
         f"t = w.load({_space(i)!r}, {pointer}, {bits(kind) // 8}, {len(targets)}, {s.mask})"
     )
-    for n, target in enumerate(targets):
-        s.put(target, f"t[{n}]", kind, raw=True)
+    s.put_each(i.operands[0], kind)
 
 
 def _store(s: Segment, i: Instruction) -> None:
     kind = f"b{bits(i.parts[-1])}"
-    sources = s.elements(i.operands[1])
     if i.parts[1] == "async":
         raise Unknown("st.async")
-    values = ", ".join(s.get(v, kind) for v in sources)
-    pointer = s.pointer(i.operands[0])
-    s.lines.append(f"w.store({_space(i)!r}, {pointer}, {bits(kind) // 8}, [{values}], {s.mask})")
+    values, pointer = s.list(i.operands[1], kind), s.pointer(i.operands[0])
+    s.lines.append(f"w.store({_space(i)!r}, {pointer}, {bits(kind) // 8}, {values}, {s.mask})")
 
 
 def _atomic(s: Segment, i: Instruction) -> None:
@@ -50,8 +47,7 @@ def _atomic(s: Segment, i: Instruction) -> None:
     which = next(
         p for p in i.parts[1:] if p in ("add", "min", "max", "and", "or", "exch", "cas", "inc")
     )
-    values = ", ".join(s.get(v, kind) for v in operands[1:])
-    pointer = s.pointer(operands[0])
+    values, pointer = ", ".join(s.get(v, kind) for v in operands[1:]), s.pointer(operands[0])
     call = f"w.atomic({i.name!r}, {which!r}, {_space(i)!r}, {pointer}, [{values}], {s.mask})"
     if reduction:
         s.lines.append(call)
@@ -90,50 +86,36 @@ def _matrix(s: Segment, i: Instruction) -> None:
     """ldmatrix and stmatrix."""
     transposed = "trans" in i.parts
     if i.parts[0] == "ldmatrix":
-        targets = s.elements(i.operands[0])
-        pointer = s.pointer(i.operands[1])
-        s.lines.append(f"t = w.load_matrix({pointer}, {len(targets)}, {transposed}, {s.mask})")
-        for n, target in enumerate(targets):
-            s.put(target, f"t[{n}]", "b32", raw=True)
+        pointer, count = s.pointer(i.operands[1]), len(s.elements(i.operands[0]))
+        s.lines.append(f"t = w.load_matrix({pointer}, {count}, {transposed}, {s.mask})")
+        s.put_each(i.operands[0])
         return
-    values = ", ".join(s.get(v, "b32") for v in s.elements(i.operands[1]))
-    s.lines.append(
-        f"w.store_matrix({s.pointer(i.operands[0])}, [{values}], {transposed}, {s.mask})"
-    )
+    pointer, values = s.pointer(i.operands[0]), s.list(i.operands[1])
+    s.lines.append(f"w.store_matrix({pointer}, {values}, {transposed}, {s.mask})")
+
+
+def _shape(i: Instruction) -> str:
+    return next(p for p in i.parts if re.fullmatch(r"m\d+n\d+k\d+", p))
 
 
 def _mma(s: Segment, i: Instruction) -> None:
-    shape = next(p for p in i.parts if re.fullmatch(r"m\d+n\d+k\d+", p))
     kinds = i.parts[-4:]
     if kinds[0] != "f32" or kinds[1] != kinds[2] or kinds[1] not in ("f16", "bf16", "tf32"):
         raise Unknown("types")
-    a, b, c = (
-        "[" + ", ".join(s.get(o, "b32") for o in s.elements(x)) + "]" for x in i.operands[1:4]
-    )
-    s.lines.append(f"t = w.mma({shape!r}, {kinds[1]!r}, {a}, {b}, {c}, {s.mask})")
-    for n, target in enumerate(s.elements(i.operands[0])):
-        s.put(target, f"t[{n}]", "b32", raw=True)
+    a, b, c = map(s.list, i.operands[1:4])
+    s.lines.append(f"t = w.mma({_shape(i)!r}, {kinds[1]!r}, {a}, {b}, {c}, {s.mask})")
+    s.put_each(i.operands[0])
 
 
 def _wgmma(s: Segment, i: Instruction) -> None:
     if i.parts[1] == "mma_async":
-        shape = next(p for p in i.parts if re.fullmatch(r"m\d+n\d+k\d+", p))
         targets = [s.kernel.registers[o.text][0] for o in s.elements(i.operands[0])]
-        a = i.operands[1]
-        left = (
-            "[" + ", ".join(s.get(o, "b32") for o in a.parts) + "]"
-            if a.kind == "list"
-            else s.get(a, "b64")
-        )
-        right = s.get(i.operands[2], "b64")
-        scale = i.operands[3]
-        keep = s.get(scale, "pred") if scale.kind == "reg" else f"K0[{number(scale.text, 32)}]"
-        keep = keep.replace("K0[0]", "np.zeros(32, bool)").replace("K0[1]", "np.ones(32, bool)")
+        a, right, scale = i.operands[1], s.get(i.operands[2], "b64"), i.operands[3]
+        left = s.list(a) if a.kind == "list" else s.get(a, "b64")
+        keep = s.get(scale, "pred")
         flags = [int(o.text, 0) for o in i.operands[4:]]
-        s.lines.append(
-            f"w.wgmma({shape!r}, {i.parts[-3:]!r}, {targets}, {left}, {right}, {keep}, {flags}, "
-            f"{s.mask})"
-        )
+        args = f"{_shape(i)!r}, {i.parts[-3:]!r}, {targets}, {left}, {right}, {keep}, {flags}"
+        s.lines.append(f"w.wgmma({args}, {s.mask})")
     elif i.parts[1] == "wait_group":
         s.lines.append(f"w.wgmma_wait({number(i.operands[0].text, 32)})")
     else:
@@ -152,7 +134,8 @@ def _copy(s: Segment, i: Instruction) -> None:
         size = number(i.operands[2].text, 32)
         used = s.get(i.operands[3], "b32") if len(i.operands) > 3 else "None"
         to, source = map(s.pointer, i.operands[:2])
-        s.lines.append(f"w.copy({to}, {source}, {size}, {used}, {s.mask})")
+        bypass = i.parts[2] == "cg"
+        s.lines.append(f"w.copy({to}, {source}, {size}, {used}, {bypass}, {s.mask})")
     elif i.parts[2] == "bulk":
         _bulk(s, i)
     elif name.startswith("cp.async.mbarrier.arrive"):
@@ -196,8 +179,7 @@ def _bulk(s: Segment, i: Instruction) -> None:
 
 def _box(s: Segment, operand: Operand) -> list[str]:
     """Return the address of a tensor map, and coordinates."""
-    coordinates = ", ".join(s.get(c, "b32") for c in operand.parts[1].parts)
-    return [s.pointer(operand), f"[{coordinates}]"]
+    return [s.pointer(operand), s.list(operand.parts[1])]
 
 
 def _mbarrier(s: Segment, i: Instruction) -> None:

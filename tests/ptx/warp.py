@@ -10,7 +10,7 @@ from ptx import tensor_cores as T
 from ptx.asynchronous import Asynchronous
 from ptx.bulk import Bulk
 from ptx.lanes import Lanes
-from ptx.memory import GLOBAL, LOCAL, PARAM, SHARED, STRIDE, Fault
+from ptx.memory import GLOBAL, LOCAL, PARAM, SHARED, STRIDE, Barrier, Fault, lanes_of
 from ptx.parse import Instruction, Operand, Unknown, number
 
 Array = np.ndarray[Any, Any]
@@ -27,14 +27,9 @@ class Warp(Asynchronous, Bulk, Lanes):
     def __init__(self, cta: Any, index: int) -> None:
         Asynchronous.__init__(self)
         Bulk.__init__(self)
-        cluster = cta.cluster
-        self.cta, self.index, self.memory, self.counters = (
-            cta,
-            index,
-            cluster.memory,
-            cluster.counters,
-        )
-        self.program, self.line = cluster.program, 0
+        cluster, launch = cta.cluster, cta.cluster.launch
+        self.cta, self.index, self.line = cta, index, 0
+        self.program, self.memory, self.counters = launch.program, launch.memory, launch.counters
         kernel = self.program.kernel
         self.R: list[Any] = [np.full(32, _POISON[b], _RAW[b]) for _, b in kernel.registers.values()]
         total = cta.num_warps * cluster.size
@@ -43,7 +38,7 @@ class Warp(Asynchronous, Bulk, Lanes):
         self.clock = cluster.agents.clock()
         self.clock.seen[self.agent] = 1
         thread = 32 * index + _LANES
-        count = int(np.prod(cluster.threads))
+        count = int(np.prod(launch.threads))
         # (instruction, where its lanes wait for others, lanes); the last entry runs.
         self.stack: list[list[Any]] = [[0, None, thread < count]]
         self.waiting: Any = None
@@ -54,7 +49,8 @@ class Warp(Asynchronous, Bulk, Lanes):
         self._special = self._specials(thread)
 
     def _specials(self, thread: Array) -> dict[str, Array]:
-        cluster, (x, y, _) = self.cta.cluster, self.cta.cluster.threads
+        cluster, launch = self.cta.cluster, self.cta.cluster.launch
+        x, y, _ = launch.threads
         values: dict[str, Any] = {
             "%laneid": _LANES,
             "%warpid": self.index,
@@ -73,8 +69,8 @@ class Warp(Asynchronous, Bulk, Lanes):
             "WARP_SZ": 32,
         }
         for n, axis in enumerate("xyz"):
-            values |= {f"%ctaid.{axis}": self.cta.block[n], f"%nctaid.{axis}": cluster.grid[n]}
-            values |= {f"%ntid.{axis}": cluster.threads[n]}
+            values |= {f"%ctaid.{axis}": self.cta.block[n], f"%nctaid.{axis}": launch.grid[n]}
+            values |= {f"%ntid.{axis}": launch.threads[n]}
         return {k: np.broadcast_to(np.asarray(v), 32).astype(np.uint32) for k, v in values.items()}
 
     def special(self, name: str) -> Array:
@@ -211,50 +207,36 @@ class Warp(Asynchronous, Bulk, Lanes):
             needed = int(self.value(i.operands[1])[mask][0])
         if "red" in i.parts:
             raise Unknown("bar.red")
-        return self._barrier(name, needed, "arrive" not in i.parts)
+        return self._barrier(self.cta.barriers[name], needed, "arrive" not in i.parts)
 
-    def _barrier(self, name: int, needed: int, wait: bool) -> bool:
-        empty = {"arrived": 0, "phase": 0, "clock": None, "done": None}
-        barrier = self.cta.barriers.setdefault(name, empty)
-        return self._arrive_and_wait(barrier, needed, 32, wait)
+    def _arrive(self, barrier: Barrier, needed: int) -> int:
+        phase = barrier.arrive(self.clock, needed)
+        self.tick()
+        return phase
+
+    def _has_passed(self, barrier: Barrier, phase: int) -> bool:
+        if barrier.phase <= phase:
+            return False
+        self.clock.join(barrier.done)
+        return True
 
     def _cluster_barrier(self, wait: bool) -> bool:
         cluster = self.cta.cluster
-        if not wait:
-            self.arrived_in = cluster.barrier["phase"]
-            self._arrive(cluster.barrier, 32 * len(cluster.warps), 32)
-            return True
-        if cluster.barrier["phase"] <= self.arrived_in:
-            return False
-        self.clock.join(cluster.barrier["done"])
+        if wait:
+            return self._has_passed(cluster.barrier, self.arrived_in)
+        self.arrived_in = self._arrive(cluster.barrier, 32 * len(cluster.warps))
+        if cluster.barrier.phase > self.arrived_in:  # and behind it, the L1 is empty
+            for cta in cluster.ctas:
+                cta.loaded.clear()
         return True
 
-    def _arrive(self, barrier: dict[str, Any], needed: int, lanes: int) -> None:
-        if barrier["clock"] is None:
-            barrier["clock"] = self.clock.copy()
-        barrier["clock"].join(self.clock)
-        self.tick()
-        barrier["arrived"] += lanes
-        if barrier["arrived"] > needed:
-            raise Fault("more warps arrive at a barrier than it expects")
-        if barrier["arrived"] == needed:
-            barrier["done"], barrier["clock"] = barrier["clock"], None
-            barrier["arrived"] = 0
-            barrier["phase"] += 1
-
-    def _arrive_and_wait(
-        self, barrier: dict[str, Any], needed: int, lanes: int, wait: bool
-    ) -> bool:
+    def _barrier(self, barrier: Barrier, needed: int, wait: bool) -> bool:
         if self.waiting is None:
-            self.waiting = barrier["phase"]
-            self._arrive(barrier, needed, lanes)
-            if not wait:
-                self.waiting = None
-                return True
-        if barrier["phase"] <= self.waiting:
+            self.counters.add("barriers", 1)
+            self.waiting = self._arrive(barrier, needed)
+        if wait and not self._has_passed(barrier, self.waiting):
             return False
         self.waiting = None
-        self.clock.join(barrier["done"])
         return True
 
     # Memory
@@ -267,7 +249,7 @@ class Warp(Asynchronous, Bulk, Lanes):
         return (self.cta if rank == 0 else self.cta.cluster.ctas[rank - 1]), at
 
     def param(self, address: Array, size: int, mask: Any) -> Array:
-        arguments = self.cta.cluster.arguments
+        arguments = self.cta.cluster.launch.arguments
         index = address - PARAM if mask is None else np.where(mask, address - PARAM, 0)
         if (index < 0).any() or (index + size > arguments.size).any():
             raise Fault("a parameter's address is out of bounds")
@@ -281,7 +263,7 @@ class Warp(Asynchronous, Bulk, Lanes):
             return "global"
         return "local" if LOCAL <= first < LOCAL + STRIDE else "shared"
 
-    def _places(
+    def _access(
         self,
         space: str,
         pointer: Array,
@@ -289,62 +271,58 @@ class Warp(Asynchronous, Bulk, Lanes):
         lanes: Array,
         data: Array | None = None,
         whole: bool = True,
-    ) -> list[Any]:
-        """Return (bytes, which of the pointers, indices of bytes) of an access, checked."""
-        space = self._space(space, pointer)
-        step = np.arange(size)
+    ) -> Array:
+        """Read or, given data, write rows of bytes, checked; return what is there now.
+
+        If not the whole of what is read counts, what was never written is no fault.
+        """
+        space, step = self._space(space, pointer), np.arange(size)
         if space == "global":
             index = self.memory.place(pointer, size)
-            self.counters.sectors("global", index, size)
-            by = self.agent, self.now
-            if data is not None:
-                same = (self.memory.bytes[index[:, None] + step] == data).all(axis=1)
-                self.memory.writing(self, index, size, *by, same)
-            else:
+            self.counters.sectors(index, size, self.cta.loaded, data is not None)
+            by, places = (self.agent, self.now), index[:, None] + step
+            if data is None:
                 self.memory.reading(self, index, size, *by)
-            return [(self.memory.bytes, slice(None), index[:, None] + step)]
+            else:
+                same = _write(self.memory.bytes, places, data)
+                self.memory.writing(self, index, size, *by, same)
+            return self.memory.bytes[places]
         if space == "local":
             index = pointer - (LOCAL if pointer[0] >= LOCAL else 0)
             if (index < 0).any() or (index + size > self.local.shape[1]).any():
                 raise Fault("a local address is out of bounds")
-            flat = lanes * self.local.shape[1] + index
-            return [(self.local.reshape(-1), slice(None), flat[:, None] + step)]
+            if data is not None:
+                self.local[lanes[:, None], index[:, None] + step] = data
+            return self.local[lanes[:, None], index[:, None] + step]
         pointer = np.where(pointer >= SHARED, pointer - SHARED, pointer)
-        ranks = pointer // STRIDE
-        result = []
+        ranks, result = pointer // STRIDE, np.zeros((pointer.size, size), np.uint8)
         for rank in np.unique(ranks) if ranks.any() else (0,):
             which = ranks == rank
             shared = (self.cta if rank == 0 else self.cta.cluster.ctas[rank - 1]).shared
             index = shared.place(pointer[which] % STRIDE, size)
-            cells = shared.cells(index, size)
-            self.counters.shared("shared", index, size)
-            if data is not None:
-                same = (shared.bytes[index[:, None] + step] == data[which]).all(axis=1)
-                shared.writing(cells, self.agent, self.now, self.clock, same)
-            else:
+            cells, places = shared.cells(index, size), index[:, None] + step
+            self.counters.shared(index, size, lanes[which])
+            if data is None:
                 shared.reading(cells, self.agent, self.now, self.clock, False, whole)
-            result.append((shared.bytes, which, index[:, None] + step))
+            else:
+                same = _write(shared.bytes, places, data[which])
+                shared.writing(cells, self.agent, self.now, self.clock, same)
+            result[which] = shared.bytes[places]
         return result
 
     def load(self, space: str, pointer: Array, size: int, count: int, mask: Any) -> list[Array]:
-        lanes = _LANES if mask is None else _LANES[mask]
-        result = np.zeros((32, count), _UNSIGNED[size])
+        lanes, result = lanes_of(mask), np.zeros((32, count), _UNSIGNED[size])
         if lanes.size:
-            data = np.zeros((lanes.size, size * count), np.uint8)
-            for raw, which, index in self._places(space, pointer[lanes], size * count, lanes):
-                data[which] = raw[index]
+            data = self._access(space, pointer[lanes], size * count, lanes)
             result[lanes] = data.view(_UNSIGNED[size])
         return [result[:, n] for n in range(count)]
 
     def store(self, space: str, pointer: Array, size: int, values: list[Array], mask: Any) -> None:
-        lanes = _LANES if mask is None else _LANES[mask]
-        if not lanes.size:
-            return
-        data = np.stack([v[lanes].astype(_UNSIGNED[size]) for v in values], axis=1).view(np.uint8)
-        for raw, which, index in self._places(
-            space, pointer[lanes], size * len(values), lanes, data
-        ):
-            raw[index] = data[which]
+        lanes = lanes_of(mask)
+        if lanes.size:
+            columns = [v[lanes].astype(_UNSIGNED[size]) for v in values]
+            data = np.stack(columns, axis=1).view(np.uint8)
+            self._access(space, pointer[lanes], size * len(values), lanes, data)
 
     def atomic(
         self, name: str, which: str, space: str, pointer: Array, values: list[Array], mask: Any
@@ -353,7 +331,7 @@ class Warp(Asynchronous, Bulk, Lanes):
         result = np.zeros(32, dtype)
         if self._space(space, pointer) != "global":
             raise Unknown("atomics in shared memory")
-        for lane in _LANES if mask is None else _LANES[mask]:
+        for lane in lanes_of(mask):
             given = [v[lane] for v in values]
             at = int(pointer[lane])
             result[lane] = self.memory.atomic(self, name, which, at, given, dtype)
@@ -362,8 +340,9 @@ class Warp(Asynchronous, Bulk, Lanes):
     def load_matrix(self, pointer: Array, count: int, transposed: bool, mask: Any) -> list[Array]:
         if mask is not None:
             raise Fault("ldmatrix by a part of a warp")
-        ((raw, _, index),) = self._places("shared", pointer[: 8 * count], 16, _LANES, whole=False)
-        matrices = raw[index].view(np.uint16).reshape(count, 8, 8)
+        rows = _LANES[: 8 * count]
+        raw = self._access("shared", pointer[rows], 16, rows, whole=False)
+        matrices = raw.view(np.uint16).reshape(count, 8, 8)
         return [T.matrix_rows(matrix, transposed) for matrix in matrices]
 
     def store_matrix(
@@ -373,9 +352,8 @@ class Warp(Asynchronous, Bulk, Lanes):
             raise Fault("stmatrix by a part of a warp")
         rows = np.concatenate([T.rows_of_matrix(v, transposed) for v in values])
         data = np.ascontiguousarray(rows).view(np.uint8)
-        pointer = pointer[: 8 * len(values)]
-        ((raw, _, index),) = self._places("shared", pointer, 16, _LANES, data)
-        raw[index] = data
+        lanes = _LANES[: 8 * len(values)]
+        self._access("shared", pointer[lanes], 16, lanes, data)
 
     def mma(
         self, shape: str, kind: str, a: list[Array], b: list[Array], c: list[Array], mask: Any
@@ -394,3 +372,14 @@ class Warp(Asynchronous, Bulk, Lanes):
         inner = address & address.dtype.type(STRIDE - 1)
         base = address.dtype.type(SHARED) if address.dtype.itemsize == 8 else address.dtype.type(0)
         return base + moved + inner
+
+
+def _write(raw: Array, index: Array, data: Array) -> Array:
+    """Write rows of bytes, the last of those at one place; return which places hold what they did.
+
+    Lanes that hold copies of one sum may differ in its last bit: a compiler makes a multiply-add of
+    the product and the first exchange.
+    """
+    before = raw[index]
+    raw[index] = data
+    return (raw[index] == before).all(axis=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -60,9 +61,12 @@ class Emulator:
     Args:
         kernel: Its machine code.
         constants: Words of the constant bank by their place in bytes: parameters and grid.
+        fall_through: How often, of 1, a branch on data falls through, the first time among them.
     """
 
-    def __init__(self, kernel: Kernel, constants: Mapping[int, int]) -> None:
+    def __init__(
+        self, kernel: Kernel, constants: Mapping[int, int], fall_through: float = 1.0
+    ) -> None:
         translator = Translator(constants)
         self._kernel = kernel
         self._guards = [i.guard for i in kernel.instructions]
@@ -76,11 +80,13 @@ class Emulator:
         ]
         self._memory = Memory(translator, kernel.instructions)
         self._unknown: collections.Counter[str] = collections.Counter()
+        self._fall_through, self._times = fall_through, collections.Counter[int]()
 
     def run(self, blocks: Sequence[Block], num_warps: int) -> Trace:
         """Execute blocks of so many warps."""
         count = len(blocks) * num_warps
         self._unknown.clear()
+        self._times.clear()
         self._memory.start([warp // num_warps for warp in range(count)])
         lane = np.broadcast_to(np.arange(32), (count, 32)).astype(np.int64)
         warp = np.arange(count)[:, None] % num_warps
@@ -169,7 +175,7 @@ class Emulator:
         if mask is None:
             mask = self._avoids_slow_path(i)
             if mask is None:
-                mask = False
+                mask = self._is_guessed_taken(i)
                 self._unknown[i.source or str(i.index)] += len(group.warps)
         if not isinstance(mask, np.ndarray):
             if not mask:
@@ -178,6 +184,12 @@ class Emulator:
                 group.pc = target
                 return [group] if target < 0 else None
         return group.diverge(mask, target)
+
+    def _is_guessed_taken(self, i: Instruction) -> bool:
+        """Whether this time a branch on data is taken, which falls through as often as given."""
+        self._times[i.index] += 1
+        times, share = self._times[i.index], self._fall_through
+        return math.ceil(times * share) == math.ceil((times - 1) * share)
 
     def _avoids_slow_path(self, i: Instruction) -> bool | None:
         """Whether a branch is taken that one side of which calls a slow path; None if none does."""

@@ -29,6 +29,7 @@ class Launch:
         architecture: That the machine code is for, 90 for sm_90.
         cluster: Blocks of a cluster.
         workspaces: Numbers of tensors that nothing reads after the launch.
+        fall_through: How often, of 1, a branch on data falls through.
     """
 
     kernel: Kernel
@@ -41,6 +42,7 @@ class Launch:
     architecture: int
     cluster: int = 1
     workspaces: frozenset[int] = frozenset()
+    fall_through: float = 1.0
 
     @property
     def num_blocks(self) -> int:
