@@ -47,12 +47,14 @@ def skip_unless_built(arch: int) -> None:
 
 #: Bytes of stack of float32 kernels whose products leave the compiler a few registers too few:
 #: sums that start from zero in every k-step need four more (csrc/common/cuda/fragments.h).
-STACK = {"cross_attention_backward": 16, "attention_forward": 24, "attention_backward_keys": 16}
+STACK = {"cross_attention_backward": 40, "attention_forward": 24, "attention_backward_keys": 16}
 
 
-def allowed_stack(name: str) -> int:
-    in_float32 = "PlanIf" in name
-    return max([size for kernel, size in STACK.items() if in_float32 and kernel in name], default=0)
+def allowed_stack(name: str, arch: int) -> int:
+    if "PlanIf" not in name:
+        # A word of the whole kernel, which no loop over tokens uses; with clusters there is none.
+        return 8 if arch == 80 and "cross_attention_forward" in name else 0
+    return max([size for kernel, size in STACK.items() if kernel in name], default=0)
 
 
 @needs_cuda_code
@@ -66,7 +68,7 @@ def test_registers_and_stack(arch: int) -> None:
     assert {kernel.name for kernel in kernels} == {*extension_code.NAMES}
     assert {kernel.dtype for kernel in kernels} == {"bf16", "fp16", "fp32"}
     for name, (registers, stack) in usage.items():
-        assert stack <= allowed_stack(name), name
+        assert stack <= allowed_stack(name, arch), name
         assert 0 < registers <= 255, name
         if kernel := extension_code.kernel_of(name):
             threads, _ = kernel.block(arch, 16)

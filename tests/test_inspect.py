@@ -57,7 +57,10 @@ def check(output: str) -> list[dict]:
     """Check what would be launched: no spills, tensor cores, shared memory that fits."""
     rows = json.loads(output)
     for row in rows:
-        assert row["spills"] <= allowed_spills(row["kernel"], row["config"]), (SPILLS, row)
+        assert row["spills"] <= allowed_spills(row["kernel"], row["config"], row["arch"]), (
+            SPILLS,
+            row,
+        )
         most = machine_code.SHARED_BYTES_OF_PROGRAM[row["arch"]]
         assert row["shared_bytes"] <= most, (SPILLS, row)
         assert 0 < row["occupancy"] <= 1 and 0 < row["registers"] <= 255, row
@@ -66,13 +69,14 @@ def check(output: str) -> list[dict]:
     return rows
 
 
-def allowed_spills(kernel: str, config: str) -> int:
-    """Return the instructions of local memory a kernel may have: few, and only CUDA's float32.
+def allowed_spills(kernel: str, config: str, arch: int) -> int:
+    """Return the instructions of local memory a kernel may have: few, and only some of CUDA's.
 
-    Its bytes of stack and their reason are in test_cuda_code.py.
+    Their bytes of stack and the reasons are in test_cuda_code.py.
     """
-    in_float32 = kernel.endswith(" (CUDA)") and config.startswith("fp32")
-    return 48 if in_float32 else 0
+    if kernel.endswith(" (CUDA)") and config.startswith("fp32"):
+        return 56
+    return 16 if kernel == "cross_attention_forward (CUDA)" and arch == 80 else 0
 
 
 def has_products(row: dict) -> bool:
@@ -358,7 +362,7 @@ def test_the_kernels_of_blocks_do_not_spill() -> None:
     # LayerNorm and its backward, by width; four kinds of linear layers; attention, by head width.
     assert len(rows) == len({(row.kernel, row.config) for row in rows}) == 3 * (4 + 4 + 6)
     assert {row.kernel.removesuffix(" (CUDA)") for row in rows} == set(block_code.NAMES)
-    assert all(row.spills <= allowed_spills(row.kernel, row.config) for row in rows)
+    assert all(row.spills <= allowed_spills(row.kernel, row.config, 90) for row in rows)
     assert all(0 < row.occupancy <= 1 for row in rows)
     products = [row for row in rows if "layer_norm" not in row.kernel]
     assert all(row.tensor_core_instructions and row.wide_loads for row in products)

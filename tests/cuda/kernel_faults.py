@@ -63,8 +63,8 @@ REDUCED: list[Change] = [
     (BLOCK, "warp_groups = 8 / P::group_warps(channels);", "warp_groups = 2;"),
     (
         BLOCK,
-        "aliased = bytes(false) > max_bytes;",
-        "aliased = bytes(false) > max_bytes || ::crossvit::choice::aliased;",
+        "if (bytes() > max_bytes) layout",
+        "if (bytes() > max_bytes || ::crossvit::choice::aliased) layout",
     ),
     ("attention_core/cuda/kernels.h", "kSplitTokens = 1024;", "kSplitTokens = 128;"),
     *block_faults.REDUCED,
@@ -115,21 +115,20 @@ def of_a_pass(way: str, file: str, result: str, refilled: str, in_row: str) -> d
 # The context of each cluster barrier of a fusion, by what precedes it.
 CLUSTER_BARRIERS = {
     FUSION_FORWARD: {
-        "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start, and",
-        "y0": f"{CLUSTER_BARRIER}\n\n  clear_rows(rows, count, channels);\n  const int pitch",
-        "q": f"{CLUSTER_BARRIER}\n\n  // kt_h",
-        "kt": f"{CLUSTER_BARRIER}\n\n  const Elements<T> gains",
+        "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start",
+        "the CLS": f"{CLUSTER_BARRIER}  // also until",
+        "y0": f"{CLUSTER_BARRIER}\n\n  LinearTiles<T, OwnHeads> query",
+        "kt": f"{CLUSTER_BARRIER}\n\n  const auto run",
         "o": f"{CLUSTER_BARRIER}\n\n  // y = y0",
-        "y": f"{CLUSTER_BARRIER}\n\n  clear_rows(rows, count, channels);\n  normalize_rows<T, t",
+        "y": f"{CLUSTER_BARRIER}\n\n  // g",
     },
     FUSION_BACKWARD: {
         "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start, and",
         "g": f"{CLUSTER_BARRIER}\n\n  // dy of",
         "do": f"{CLUSTER_BARRIER}\n  // dz_h",
-        "dz": f"{CLUSTER_BARRIER}\n\n  const Elements<T> gains",
+        "dz": f"{CLUSTER_BARRIER}\n\n  const auto run",
         "dq": f"{CLUSTER_BARRIER}\n  // The gradient of LN",
         "the query": f"{CLUSTER_BARRIER}\n\n  // dy0 sums",
-        "reading floats": f"{CLUSTER_BARRIER}  // waits until no block",
         "f": f"{CLUSTER_BARRIER}\n  const Elements<T> cls",
     },
 }
@@ -261,28 +260,36 @@ FAULTS: dict[str, Fault] = {
     ),
     # The fusion's linear layers.
     "columns of a layer too many": overflow(
-        FUSION, (ROWS, "n < last; n +=", "n < last + 8 * FAULT; n +=")
+        FUSION, (ROWS, "columns_.tiles(); tile +=", "columns_.tiles() + FAULT; tile +=")
     ),
     "columns of a transposed layer too many": overflow(
         FUSION, (BLOCK, "i < heads * column_blocks;", "i < heads * column_blocks + FAULT;")
     ),
+    "columns of a head's layer too many": overflow(
+        FUSION, (BLOCK, "i < own.count * column_blocks;", "i < own.count * column_blocks + FAULT;")
+    ),
     "a head's rows not seen": race(
-        FUSION_ALIASED, no_barrier(BLOCK, f"    }}\n    {BARRIER}\n    linear(rows")
+        FUSION_ALIASED, no_barrier(BLOCK, f"    }}\n    {BARRIER}\n    linear.run(rows")
     ),
     "a head's rows overwrite others in use": race(
-        FUSION_ALIASED, no_barrier(BLOCK, f"write);\n    {BARRIER}\n    begin")
+        FUSION_ALIASED, no_barrier(BLOCK, f"pitch, write);\n    {BARRIER}")
     ),
-    "fusion forward: rows of q not seen": race(
-        FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  // Writes to the queries")
+    "fusion forward: q not seen": race(
+        FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"{BARRIER}\n\n  // kt_h")
     ),
-    "fusion forward: the CLS not seen": race(
-        FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"cls_channels);\n  {BARRIER}\n  normalize_rows")
+    "rows of other blocks not there": race(
+        FUSION_ALIASED, barrier_of_a_block(BLOCK, f"{CLUSTER_BARRIER}\n    }}\n  }}\n}};")
+    ),
+    "rows of other warps not there": race(
+        FUSION_SHARED, no_barrier(BLOCK, f"if (are_all) {{\n      {BARRIER}")
+    ),
+    "a row of another block": wrong(
+        FUSION_ALIASED,
+        "new_cls",
+        (BLOCK, "*in_rank(to, row & (ranks - 1))", "*in_rank(to, (row + FAULT) & (ranks - 1))"),
     ),
     "fusion backward: dnew_cls not seen": race(
-        FUSION, no_barrier(FUSION_BACKWARD, f"(channels);\n  {BARRIER}\n#pragma")
-    ),
-    "statistics not seen": race(
-        FUSION_ALIASED, no_barrier(ROWS, f"width, eps, x);\n  {BARRIER}\n  const auto xhat")
+        FUSION, no_barrier(FUSION_BACKWARD, f"(cls_channels);\n  {BARRIER}\n#pragma")
     ),
     "backward: statistics not seen": race(
         FUSION_ALIASED, no_barrier(ROWS, f"width, eps, x);\n  {BARRIER}\n  if (kGelu)")
@@ -293,11 +300,15 @@ FAULTS: dict[str, Fault] = {
     "means not seen": race(
         FUSION_ALIASED, no_barrier(ROWS, f"  }}\n  {BARRIER}\n  const auto load")
     ),
-    "fusion forward: rows of g not seen": race(
-        FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  const Share back")
+    "rows to send not seen": race(
+        FUSION_ALIASED, no_barrier(BLOCK, f"{BARRIER}\n    if (are_all ||")
     ),
-    "fusion backward: rows of do not seen": race(
-        FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"{BARRIER}\n\n  // do = W_o")
+    "sent rows not there": race(
+        FUSION_ALIASED, barrier_of_a_block(BLOCK, f"{CLUSTER_BARRIER}\n  }}\n\n  // Waits for")
+    ),
+    "fusion backward: floats in use overwritten": race(
+        FUSION_SHARED,
+        barrier_of_a_block(FUSION_BACKWARD, f"{CLUSTER_BARRIER}  // waits until no block"),
     ),
     # Several images per block.
     "fusion forward: an image overwrites results": race(
@@ -311,7 +322,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "fusion: the pass's results not there": race(
         FUSION_SHARED,
-        barrier_of_a_block(BLOCK, f"  }}\n  {CLUSTER_BARRIER}\n}}\n\n// This block's columns"),
+        barrier_of_a_block(BLOCK, f"  }}\n  {CLUSTER_BARRIER}\n}}\n\n// Which blocks"),
     ),
     **block_faults.FAULTS,
     **{

@@ -2,6 +2,7 @@
 
 #include "attention_core/cuda/partials.h"
 #include "attention_core/cuda/row_loads.h"
+#include "common/cuda/cluster.h"
 
 // The forward pass: online softmax, and sums of raw tokens whose means are subtracted at the end
 // (docs/derivation.md).
@@ -250,7 +251,10 @@ class ForwardPass : public ForwardBase<P, kAlone> {
   // Overwrites the rows and the rings, to which no copy is in flight.
   __device__ void store_partials() {
     const int warp_group = P::warp_group(channels_);
-    sums_.template store<true>(group_sums(warp_group), Base::sums_pitch(channels_), slice_);
+    float* sums = group_sums(warp_group);
+    // Before sm_90 the compiler would compute all addresses ahead of the first image.
+    if constexpr (!kHasClusters) sums = used_from_here(sums);
+    sums_.template store<true>(sums, Base::sums_pitch(channels_), slice_);
     if (lane_index() % 4 || P::group_lane(channels_)) return;
     for (int group = 0; group < P::kRowGroups; ++group) {
       *group_state(warp_group, 8 * group + lane_index() / 4) = softmax_[group];

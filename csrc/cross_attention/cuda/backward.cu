@@ -12,7 +12,7 @@ using attention_core::RowLoads;
 template <class P>
 __global__ void __launch_bounds__(P::kMaxThreads, 1)
     cross_attention_backward(const BackwardParams p, const Vectors v, float* workspace,
-                             int images_per_cluster, bool aliased) {
+                             int images_per_cluster, const BlockLayout layout) {
   using T = typename P::Element;
   CROSSVIT_DYNAMIC_SHARED(memory);
   const int channels = static_cast<int>(p.problem.channels);
@@ -20,19 +20,17 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int heads = static_cast<int>(p.problem.num_heads), head_dim = channels / heads;
   const int64_t batch = p.problem.batch;
   const float eps = static_cast<float>(p.problem.eps);
-  const int rank = cluster_rank(), ranks = cluster_size();
   const Images images = Images::of(p.problem, images_per_cluster);
   const int64_t first = images.first;
   const int count = images.count;
-  // Divides what every block computes among those that store it; their number is a power of two.
-  const auto stores = [=](int row) { return (row & (ranks - 1)) == rank; };
-  const BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, aliased);
+  const RowOwners owners = RowOwners::of(count);
   RowStatistics* statistics = reinterpret_cast<RowStatistics*>(memory);
   T* rows = reinterpret_cast<T*>(memory + layout.wide);
   T* narrow = reinterpret_cast<T*>(memory + layout.narrow);
   float* floats = reinterpret_cast<float*>(memory + layout.floats);
   float* residual_dy = p.residuals;
   float* token_dy0 = p.residuals + batch * channels;
+  const int pitch = operand_pitch<T>(channels);
   const Weights& w = p.weights;
   const auto gradients_of = [&](int row) {
     return Gradients::at(p.gradients, first + row, cls_channels, channels);
@@ -41,16 +39,16 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const auto image_of = [&](int image) {
     Image<T> x = attention_core::image_of<T>(p.tokens, {}, first + image);
     x.has_extra = true;
-    x.extra = rows + image * layout.pitch;
+    x.extra = rows + image * pitch;
     return x;
   };
   prefetch_parameters<T>(w, cls_channels, channels);
-  copy_rows<T>(floats, p.dnew_cls, first, count, cls_channels);
-  if (!aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
+  copy_rows<T>(floats, p.dnew_cls, first, 0, 1, count, cls_channels);
+  if (!layout.aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
 
   // g
   clear_rows(rows, count, cls_channels);
-  const int cls_pitch = operand_pitch<T>(cls_channels), pitch = operand_pitch<T>(channels);
+  const int cls_pitch = operand_pitch<T>(cls_channels);
   __syncthreads();
 #pragma unroll 1
   for (int c = thread_index(); c < cls_channels; c += block_threads()) {
@@ -58,39 +56,34 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     for (int row = 0; row < count; ++row) {
       const float value = floats[row * cls_channels + c];
       rows[row * cls_pitch + c] = from_float<T>(value);
-      if (stores(row)) gradients_of(row).dnew_cls[c] = value;
+      if (owners.stores(row)) gradients_of(row).dnew_cls[c] = value;
     }
   }
   cluster_sync();  // waits for the other blocks to start, and until this one has read dnew_cls
-  // Writes to the floats of all blocks.
-  const auto write_floats = [&](int width) {
-    return [&, width](int) {
-      return [&, width](int row, int c, float4 values) {
-        if (row >= count) return;
-        store_in_ranks(reinterpret_cast<float4*>(floats + row * width + c), values);
-      };
+  transposed_linears(rows, cls_pitch, w.back.weight.data, 1, cls_channels, channels, [&](int) {
+    return [&](int row, int c, float4 values) {
+      if (row >= count) return;
+      owners.store_input(row, reinterpret_cast<float4*>(floats + row * channels + c), values);
     };
-  };
-  transposed_linears(rows, cls_pitch, w.back.weight.data, 1, cls_channels, channels,
-                     write_floats(channels));
+  });
   cluster_sync();
 
   // dy of the residual, and r dy of the update.
   clear_rows(rows, count, channels);
   normalize_rows_backward<T, true>(
-      statistics, 0, 1, count, channels, eps, w.back_norm,
+      statistics, owners.begin(), owners.step(), count, channels, eps, w.back_norm,
       [&](int row, int c) { return v.y[(first + row) * channels + c]; }, floats,
       [&](int row, int c, float dy, float dn, float xhat) {
         const float r = scale_of_residual(p.residual_scale, first + row);
         rows[row * pitch + c] = from_float<T>(dy * r);
-        if (!stores(row)) return;
+        if (!owners.stores(row)) return;
         const Gradients g = gradients_of(row);
         g.back_norm_weight[c] = dn * xhat;
         g.back_norm_bias[c] = dn;
         g.dupdate[c] = dy * r;
         residual_dy[(first + row) * channels + c] = dy;
       });
-  __syncthreads();
+  owners.exchange(rows, channels, count);
 
   // do = W_o^T dupdate, written to the operands of all blocks and to memory
   transposed_linears(rows, pitch, w.out.weight.data, 1, channels, channels, [&](int) {
@@ -113,18 +106,18 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   for (int row = 0; row < count; ++row) {
 #pragma unroll 1
     for (int c = thread_index(); c < channels; c += block_threads()) {
-      rows[row * layout.pitch + c] = from_float<T>(v.y0[(first + row) * channels + c]);
+      rows[row * pitch + c] = from_float<T>(v.y0[(first + row) * channels + c]);
     }
   }
   cluster_sync();
 
-  const Elements<T> gains(w.norm.weight);
   const auto run = [&](int image, int begin, const TilePartials<P>& tiles) {
     const Image<T> x = image_of(image);
     T* dx = static_cast<T*>(p.dx.data) + (first + image) * p.dx.batch_stride;
     const int count = minimum(P::kRows, heads - begin);
     const int64_t offset = head_offset(batch, channels, begin, first + image);
     constexpr int kColumns = sizeof(T) == 4 ? 1 : 2;
+    const Elements<T> gains(w.norm.weight);
     const RowLoads<P, kColumns, Elements<T>> dm(p.dz + offset, batch * channels, count, channels,
                                                 gains);
     const RowLoads<P, kColumns, Elements<T>> u(v.kt + offset, batch * channels, count, channels,
@@ -132,7 +125,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     const RowLoads<P, kColumns> m(v.m + offset, batch * channels, count, channels);
     const int row = thread_index();
     const float lse = row < count ? v.lse[(first + image) * heads + begin + row] : INFINITY;
-    if (aliased || image != images.begin || begin > 0) pass.start(x, images.tokens);
+    if (layout.aliased || image != images.begin || begin > 0) pass.start(x, images.tokens);
     dm.write(pass.rows());
     u.write(pass.rows() + P::kRows * P::row_pitch(channels));
     pass.write_row_floats(lse, 0, dm, m);
@@ -153,7 +146,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   // dq_h = W_k,h (gamma du_h) / sqrt(d)
   const float scale = 1.0f / sqrtf(static_cast<float>(head_dim));
   linear_of_heads(
-      rows, pitch, {w.key.weight, {}}, w.norm, channels, head_dim, count,
+      rows, pitch, {w.key.weight, {}}, w.norm, channels, OwnHeads::of(channels, heads), count,
       [&](int head) { return p.du + head_offset(batch, channels, head, first); },
       [](float weight, float, float du) { return du * weight; },
       [&](int row, int c, float a, float b) {
@@ -166,20 +159,25 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       });
   cluster_sync();
   // The gradient of LN(y0) as the query
-  transposed_linears(narrow, pitch, w.query.weight.data, 1, channels, channels,
-                     write_floats(channels));
+  const RowOwners last_owners = RowOwners::of(count);
+  transposed_linears(narrow, pitch, w.query.weight.data, 1, channels, channels, [&](int) {
+    return [&](int row, int c, float4 values) {
+      if (row >= count) return;
+      last_owners.store_input(row, reinterpret_cast<float4*>(floats + row * channels + c), values);
+    };
+  });
   cluster_sync();
 
   // dy0 sums the gradients of the residual, the query and the token.
   clear_rows(rows, count, channels);
   normalize_rows_backward<T, false>(
-      statistics, 0, 1, count, channels, eps, w.norm,
+      statistics, last_owners.begin(), last_owners.step(), count, channels, eps, w.norm,
       [&](int row, int c) { return v.y0[(first + row) * channels + c]; }, floats,
       [&](int row, int c, float dx, float dn, float xhat) {
         const int64_t offset = (first + row) * channels + c;
         const float dy0 = dx + residual_dy[offset] + token_dy0[offset];
         rows[row * pitch + c] = from_float<T>(dy0);
-        if (!stores(row)) return;
+        if (!last_owners.stores(row)) return;
         float dgain = dn * xhat, dbeta = dn;
         for (int head = 0; head < heads; ++head) {
           const int64_t i = head_offset(batch, channels, head, first + row) + c;
@@ -191,11 +189,18 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
         g.norm_weight[c] = dgain;
         g.norm_bias[c] = dbeta;
       });
-  cluster_sync();  // waits until no block reads its floats any more
+  last_owners.exchange(rows, channels, count);
+  if (last_owners.are_all) cluster_sync();  // waits until no block reads its floats any more
 
   // f
-  transposed_linears(rows, pitch, w.proj.weight.data, 1, channels, cls_channels,
-                     write_floats(cls_channels));
+  const int rank = last_owners.rank, ranks = last_owners.ranks;
+  transposed_linears(rows, pitch, w.proj.weight.data, 1, channels, cls_channels, [&](int) {
+    return [&](int row, int c, float4 values) {
+      if (row >= count) return;
+      float* to = in_rank(floats + row * cls_channels + c, row & (ranks - 1));
+      *reinterpret_cast<float4*>(to) = values;
+    };
+  });
   cluster_sync();
   const Elements<T> cls(p.cls);
   normalize_rows_backward<T, true>(

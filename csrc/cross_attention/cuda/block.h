@@ -25,14 +25,14 @@ using attention_core::cuda::Place;
 // narrow operand are dead while the pass runs: if not everything fits, the pass is aliased to them,
 // and its copies start late.
 struct BlockLayout {
-  int pitch;  // of the wide operand's rows that hold the images' first tokens
   int wide, floats, narrow, pass;
+  bool aliased;
 
   template <class T>
-  __host__ __device__ static BlockLayout of(int cls_channels, int channels, bool aliased) {
+  static BlockLayout of(int cls_channels, int channels, bool aliased) {
     const int width = maximum(cls_channels, channels);
     BlockLayout layout;
-    layout.pitch = operand_pitch<T>(width);
+    layout.aliased = aliased;
     layout.wide = kStatisticsBytes;
     layout.floats = layout.wide + operand_bytes_of<T>(width);
     layout.narrow = layout.floats + float_bytes_of(width);
@@ -96,13 +96,85 @@ __device__ void pass_over_images(Pass& pass, const Images& images, float* memory
   cluster_sync();
 }
 
+// Which blocks of a cluster compute the LayerNorm of an image's row. Each row has one, which sends
+// the result to all, unless there are few rows: then each block computes all of them, in less time
+// than another barrier of the cluster takes. A cluster's size is a power of two.
+struct RowOwners {
+  int rank, ranks;
+  bool are_all;
+
+  __device__ static RowOwners of(int count) { return {cluster_rank(), cluster_size(), count <= 2}; }
+
+  // This block's rows: begin, begin + step and so on.
+  __device__ int begin() const { return are_all ? 0 : rank; }
+  __device__ int step() const { return are_all ? 1 : ranks; }
+  // Whether this block stores what is computed from a row to memory.
+  __device__ bool stores(int row) const { return (row & (ranks - 1)) == rank; }
+
+  // Stores to an input of a row's LayerNorm.
+  template <class V>
+  __device__ void store_input(int row, V* to, V value) const {
+    if (are_all) {
+      store_in_ranks(to, value);
+    } else {
+      *in_rank(to, row & (ranks - 1)) = value;
+    }
+  }
+
+  // Returns write(row, c, y): stores results as operands of all blocks, and to rows `first` and
+  // following in memory.
+  template <class T>
+  __device__ auto writer(T* rows, int width, float* saved, int64_t first) const {
+    return [=, *this](int row, int c, float2 value) {
+      Pair<T>* to = reinterpret_cast<Pair<T>*>(rows + row * operand_pitch<T>(width) + c);
+      const Pair<T> operand = pack<T>(value.x, value.y);
+      if (are_all) {
+        *to = operand;
+      } else {
+        store_in_ranks(to, operand);
+      }
+      if (stores(row)) *reinterpret_cast<float2*>(saved + (first + row) * width + c) = value;
+    };
+  }
+
+  // Sends this block's rows of an operand to the others, and waits for theirs. For all threads of a
+  // block.
+  template <class T>
+  __device__ void exchange(T* rows, int width, int count) const {
+    __syncthreads();
+    if (are_all || ranks == 1) return;
+    const int vectors = width * static_cast<int>(sizeof(T)) / 16;
+#pragma unroll 1
+    for (int row = rank; row < count; row += ranks) {
+      uint4* from = reinterpret_cast<uint4*>(rows + row * operand_pitch<T>(width));
+#pragma unroll 1
+      for (int i = thread_index(); i < vectors; i += block_threads()) {
+        store_in_ranks(from + i, from[i]);
+      }
+    }
+    cluster_sync();
+  }
+
+  // Waits for the results of all rows.
+  __device__ void wait() const {
+    if (are_all) {
+      __syncthreads();
+    } else {
+      cluster_sync();
+    }
+  }
+};
+
 // This block's columns of a linear layer, in tiles of 8.
 struct Share {
-  int first, last;
+  int begin, end;  // in tiles
+
   __device__ static Share of(int columns) {
-    const int tiles = columns / 8, rank = cluster_rank(), size = cluster_size();
-    return {tiles * rank / size * 8, tiles * (rank + 1) / size * 8};
+    const int all = columns / 8, rank = cluster_rank(), size = cluster_size();
+    return {all * rank / size, all * (rank + 1) / size};
   }
+  __device__ int tiles() const { return end - begin; }
+  __device__ int first(int tile) const { return 8 * (begin + tile); }
 };
 
 // transposed_linear for all columns of `heads` matrices of `depth` rows each, with `depth` columns
@@ -121,19 +193,49 @@ __device__ void transposed_linears(const T* rows, int pitch, const void* weights
   }
 }
 
-// linear for this block's columns, with head_dim columns per head. A head's operand is of
-// value(weight, bias, x) for the images' x [count, depth] of that head, with the parameters of a
-// LayerNorm, and is computed into `rows`.
+// The heads of this block, rank, rank + size and so on, as tiles of 8 of their columns.
+struct OwnHeads {
+  int head_dim, rank, size, count;
+
+  __device__ static OwnHeads of(int channels, int heads) {
+    const int head_dim = channels / used_from_here(heads);
+    const int rank = cluster_rank(), size = cluster_size();
+    return {head_dim, rank, size, rank < heads ? ceil_div(heads - rank, size) : 0};
+  }
+  __device__ int head(int i) const { return rank + i * size; }
+  __device__ int tiles() const { return count * head_dim / 8; }
+  __device__ int first(int tile) const {
+    const int i = tile * 8 / head_dim;
+    return head(i) * head_dim + tile * 8 - i * head_dim;
+  }
+};
+
+// The same for this block's heads only, by its warps.
+template <class T, class WriteOf>
+__device__ void transposed_linears_of_heads(const T* rows, int pitch, const void* weights,
+                                            const OwnHeads& own, int columns, WriteOf write_of) {
+  const int column_blocks = ceil_div(columns, kColumnBlock), depth = own.head_dim;
+  for (int i = warp_index(); i < own.count * column_blocks; i += block_warps()) {
+    const int head = own.head(i / column_blocks);
+    const T* weight = static_cast<const T*>(weights) + int64_t{head} * depth * columns;
+    transposed_linear(rows + head * depth, pitch, weight, depth, columns,
+                      i % column_blocks * kColumnBlock, write_of(head));
+  }
+}
+
+// A linear layer for the columns of this block's heads. A head's operand is of value(weight, bias,
+// x) for the images' x [count, depth] of that head, with the parameters of a LayerNorm, and is
+// computed into `rows`.
 template <class T, class XOf, class Value, class Write>
 __device__ void linear_of_heads(T* rows, int pitch, const Layer& layer, const Layer& norm,
-                                int depth, int head_dim, int count, XOf x_of, Value value,
+                                int depth, const OwnHeads& own, int count, XOf x_of, Value value,
                                 Write write) {
-  const Share share = Share::of(depth);
   const Elements<T> weights(norm.weight), biases(norm.bias);
 #pragma unroll 1
-  for (int begin = share.first; begin < share.last;) {
-    const int head = begin / head_dim;
-    const int end = minimum((head + 1) * head_dim, share.last);
+  for (int i = 0; i < own.count; ++i) {
+    const int head = own.head(i);
+    const int tile = head * own.head_dim / 8;
+    LinearTiles<T, Share> linear(layer, depth, {tile, tile + own.head_dim / 8});
     const float* x = x_of(head);
 #pragma unroll 1
     for (int c = thread_index(); c < depth; c += block_threads()) {
@@ -150,9 +252,8 @@ __device__ void linear_of_heads(T* rows, int pitch, const Layer& layer, const La
       }
     }
     __syncthreads();
-    linear(rows, pitch, layer, depth, begin, end, write);
+    linear.run(rows, pitch, write);
     __syncthreads();
-    begin = end;
   }
 }
 
@@ -181,23 +282,28 @@ __device__ void prefetch_parameters(const Weights& w, int cls_channels, int chan
   fetch_layer(w.back, channels, cls_channels);
 }
 
-// Copies rows of a parameter [.., width] to floats in shared memory. Called by a block.
+// Copies rows begin, begin + step, ... below count of a parameter [.., width], after its first
+// ones, to floats in shared memory. Called by a block.
 template <class T>
-__device__ void copy_rows(float* to, const Parameter& from, int64_t first, int count, int width) {
+__device__ void copy_rows(float* to, const Parameter& from, int64_t first, int begin, int step,
+                          int count, int width) {
   constexpr int kLoads = 8;  // in flight
   const Elements<T> elements(from);
+  const int total = begin < count ? ceil_div(count - begin, step) * width : 0;
 #pragma unroll 1
-  for (int begin = thread_index(); begin < count * width; begin += kLoads * block_threads()) {
+  for (int start = thread_index(); start < total; start += kLoads * block_threads()) {
     LoadedElement loaded[kLoads];
+    int offsets[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int index = begin + i * block_threads();
-      loaded[i] = elements.load(first * width + index, index < count * width);
+      const int index = start + i * block_threads();
+      // Row begin + index / width * step, column index % width.
+      offsets[i] = begin * width + index + index / width * ((step - 1) * width);
+      loaded[i] = elements.load(first * width + offsets[i], index < total);
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int index = begin + i * block_threads();
-      if (index < count * width) to[index] = elements.value(loaded[i]);
+      if (start + i * block_threads() < total) to[offsets[i]] = elements.value(loaded[i]);
     }
   }
 }
@@ -223,7 +329,7 @@ void with_fusion_plan(int64_t channels, Run&& run) {
 
 struct Setup {
   BlockSize block;
-  bool aliased;
+  BlockLayout layout;
 };
 
 // Takes as many warp groups as eight warps and the block's shared memory allow. An aliased pass is
@@ -232,13 +338,11 @@ template <class P, class Pass>
 Setup setup_of(int cls_channels, int channels, int max_bytes) {
   using T = typename P::Element;
   int warp_groups = 8 / P::group_warps(channels);
-  const auto bytes = [&](bool aliased) {
-    return BlockLayout::of<T>(cls_channels, channels, aliased)
-        .template bytes<T>(channels, Pass::bytes(channels, warp_groups));
-  };
-  while (warp_groups > 1 && bytes(false) > max_bytes) warp_groups /= 2;
-  const bool aliased = bytes(false) > max_bytes;
-  return {{P::threads(channels, warp_groups), bytes(aliased)}, aliased};
+  BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, false);
+  const auto bytes = [&] { return layout.bytes<T>(channels, Pass::bytes(channels, warp_groups)); };
+  while (warp_groups > 1 && bytes() > max_bytes) warp_groups /= 2;
+  if (bytes() > max_bytes) layout = BlockLayout::of<T>(cls_channels, channels, true);
+  return {{P::threads(channels, warp_groups), bytes()}, layout};
 }
 
 // Launch shape of the kernel with this pass, whose blocks may have up to `max_bytes`.
@@ -276,7 +380,7 @@ void start(const char* name, const Params& p, const ClusterShape& shape, float* 
       config.shared_bytes = setup.block.shared_bytes;
       const Vectors vectors = Vectors::at(static_cast<float*>(p.vectors), p.problem);
       attention_core::cuda::check(
-          launch(kernel_of(plan), config, p, vectors, workspace, shape.images, setup.aliased),
+          launch(kernel_of(plan), config, p, vectors, workspace, shape.images, setup.layout),
           attention_core::cuda::name_of<P>(name));
     });
   });

@@ -147,26 +147,88 @@ __device__ __forceinline__ float normal_cdf(float x) {
   return 0.5f * (1.0f + erff(x * 0.70710678118654752f));
 }
 
-// Calls write(row, c, y) with the LayerNorm of x(row, c), or its GELU, for rows [0, count). Called
-// by a block.
-template <class T, bool kGelu, class X, class Write>
-__device__ void normalize_rows(RowStatistics* statistics, int count, int width, float eps,
-                               const Layer& norm, X x, Write write) {
-  find_statistics(statistics, 0, 1, count, width, eps, x);
-  __syncthreads();
-  const auto xhat = [&](int row, int c) {
-    return (x(row, c) - statistics[row].mean) * statistics[row].rstd;
-  };
-  const auto normalize = [&](int row, int c, float weight, float bias, float xhat) {
-    const float n = xhat * weight + bias;
-    write(row, c, kGelu ? n * normal_cdf(n) : n);
-  };
-  for_each_element<T>(0, 1, count, width, norm, xhat, normalize);
-}
+// LayerNorm of this block's rows (RowOwners) below count, or its GELU. The parameters' first loads
+// start in the constructor. If there are fewer rows than warps, several warps share a row, of which
+// each finds the statistics. For all threads of a block.
+template <class T, bool kGelu>
+class RowNormalization {
+ public:
+  template <class Owners>
+  __device__ RowNormalization(const Layer& norm, int width, const Owners& owners, int count)
+      : weight_(norm.weight), bias_(norm.bias), width_(width), step_(owners.step()), count_(count) {
+    const int rows = maximum(1, ceil_div(count - owners.begin(), step_));
+    warps_of_row_ = maximum(1, block_warps() / rows);
+    first_row_ = owners.begin() + warp_index() / warps_of_row_ * step_;
+    first_ = warp_index() % warps_of_row_ * 64 + 2 * lane_index();
+    parameters_ = load(first_);
+  }
 
-// Backward of normalize_rows, for rows begin, begin + step, ... below count: given the gradients of
-// the result, d [.., width] in shared memory, which it overwrites with those of LayerNorm's output,
-// calls write(row, c, dx, dn, xhat). Called by a block.
+  // Calls write(row, c, y) with columns c and c + 1 of x [.., width].
+  template <class Write>
+  __device__ void run(const float* x, float eps, Write write) const {
+    const float inverse_width = 1.0f / width_;
+    const int rows_at_once = block_warps() / warps_of_row_;
+#pragma unroll 1
+    for (int row = first_row_; row < count_; row += rows_at_once * step_) {
+      const float* values = x + row * width_;
+      const float mean = sum_of_columns(width_, [&](int c) { return values[c]; }) * inverse_width;
+      const float squares = sum_of_columns(width_, [&](int c) {
+        const float deviation = values[c] - mean;
+        return deviation * deviation;
+      });
+      const float rstd = rsqrtf(squares * inverse_width + eps);
+      const auto normalize = [&](float value, const LoadedElement& w, const LoadedElement& b) {
+        const float n = (value - mean) * rstd * weight_.value(w) + bias_.value(b);
+        return kGelu ? n * normal_cdf(n) : n;
+      };
+      Parameters p = parameters_;
+#pragma unroll 1
+      for (int c = first_; c < width_; c += kPairs * stride()) {
+        if (c != first_) p = load(c);
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          const int column = c + i * stride();
+          if (column >= width_) continue;
+          const float2 pair = *reinterpret_cast<const float2*>(values + column);
+          write(row, column,
+                make_float2(normalize(pair.x, p.weight[i][0], p.bias[i][0]),
+                            normalize(pair.y, p.weight[i][1], p.bias[i][1])));
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kPairs = 2;  // in flight
+  struct Parameters {
+    LoadedElement weight[kPairs][2], bias[kPairs][2];
+  };
+
+  // Between the pairs of columns of a lane.
+  __device__ int stride() const { return 64 * warps_of_row_; }
+
+  __device__ __forceinline__ Parameters load(int first) const {
+    Parameters p;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int c = first + i * stride() + j;
+        p.weight[i][j] = weight_.load(c, c < width_);
+        p.bias[i][j] = bias_.load(c, c < width_);
+      }
+    }
+    return p;
+  }
+
+  Elements<T> weight_, bias_;
+  int width_, step_, count_, warps_of_row_, first_row_, first_;
+  Parameters parameters_;
+};
+
+// Backward of LayerNorm, or of its GELU, for rows begin, begin + step, ... below count: given the
+// gradients of the result, d [.., width] in shared memory, which it overwrites with those of
+// LayerNorm's output, calls write(row, c, dx, dn, xhat). Called by a block.
 template <class T, bool kGelu, class X, class Write>
 __device__ void normalize_rows_backward(RowStatistics* statistics, int begin, int step, int count,
                                         int width, float eps, const Layer& norm, X x, float* d,
@@ -239,51 +301,88 @@ __device__ __forceinline__ FragmentA<T> a_of_rows(const Vector<T>& upper, const 
   return {{upper.pair[i], lower.pair[i], upper.pair[i + 1], lower.pair[i + 1]}};
 }
 
-// Columns [first, last), multiples of 8, of rows W^T + bias, W [columns, depth]: calls write(row,
-// column, a, b) with columns `column` and `column` + 1 for each of the 16 rows. The order of k is
-// free as long as both operands share it: a lane takes consecutive elements. Called by a block.
-template <class T, class Write>
-__device__ void linear(const T* rows, int pitch, const Layer& layer, int depth, int first, int last,
-                       Write write) {
-  using V = Vector<T>;
-  constexpr int kDepth = 4 * V::kElements;
-  constexpr int kSteps = sizeof(T) == 4 ? 6 : 12;  // along k, loads in flight: 16-bit rows of 384
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  const Elements<T> bias(layer.bias);
-#pragma unroll 1
-  for (int n = first + warp_index() * 8; n < last; n += block_warps() * 8) {
-    const T* w = static_cast<const T*>(layer.weight.data) + int64_t{n + g} * depth;
-    const LoadedElement biases[2] = {bias.load(n + 2 * t), bias.load(n + 2 * t + 1)};
-    float sums[4][4] = {};  // several chains of products
-#pragma unroll 1
-    for (int begin = 0; begin < depth; begin += kSteps * kDepth) {
-      const int k = begin + t * V::kElements;
-      V b[kSteps];
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        b[step] = V::load_if(k + step * kDepth < depth, w + k + step * kDepth);
-      }
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const int k_step = k + step * kDepth < depth ? k + step * kDepth : 0;  // there b is 0
-        const V upper = V::load(rows + g * pitch + k_step);
-        const V lower = V::load(rows + (g + 8) * pitch + k_step);
-#pragma unroll
-        for (int i = 0; i < V::kPairs; i += 2) {
-          const FragmentA<T> a = a_of_rows(upper, lower, i);
-          multiply(sums[(step * V::kPairs / 2 + i / 2) % 4], a,
-                   FragmentB<T>{{b[step].pair[i], b[step].pair[i + 1]}});
-        }
-      }
-    }
-    float total[4];
-    for (int i = 0; i < 4; ++i) {
-      total[i] = sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i]) + bias.value(biases[i & 1]);
-    }
-    write(g, n + 2 * t, total[0], total[1]);
-    write(g + 8, n + 2 * t, total[2], total[3]);
+// A linear layer, rows W^T + bias with W [columns, depth], in tiles of 8 columns; column_of(tile)
+// is the first column of a tile. The loads of each warp's first tile start in the constructor: a
+// barrier that the rows wait for may follow. The order of k is free as long as both operands share
+// it: a lane takes consecutive elements. For all threads of a block.
+template <class T, class Columns>
+class LinearTiles {
+ public:
+  __device__ LinearTiles(const Layer& layer, int depth, const Columns& columns)
+      : layer_(layer), depth_(depth), columns_(columns) {
+    if (warp_index() < columns.tiles()) load_first(warp_index());
   }
-}
+
+  // Calls write(row, column, a, b) with columns `column` and `column` + 1 of each of the 16 rows.
+  template <class Write>
+  __device__ void run(const T* rows, int pitch, Write write) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    const Elements<T> bias(layer_.bias);
+#pragma unroll 1
+    for (int tile = warp_index(); tile < columns_.tiles(); tile += block_warps()) {
+      if (tile != warp_index()) load_first(tile);
+      float sums[4][4] = {};  // several chains of products
+      multiply_loaded(rows, pitch, 0, sums);
+#pragma unroll 1
+      for (int begin = kSteps * kDepth; begin < depth_; begin += kSteps * kDepth) {
+        load(tile, begin);
+        multiply_loaded(rows, pitch, begin, sums);
+      }
+      float total[4];
+      for (int i = 0; i < 4; ++i) {
+        total[i] = sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i]) + bias.value(biases_[i & 1]);
+      }
+      const int column = columns_.first(tile) + 2 * t;
+      write(g, column, total[0], total[1]);
+      write(g + 8, column, total[2], total[3]);
+    }
+  }
+
+ private:
+  using V = Vector<T>;
+  static constexpr int kDepth = 4 * V::kElements;
+  // Along k, loads in flight: 16-bit rows of 384.
+  static constexpr int kSteps = sizeof(T) == 4 ? 6 : 12;
+
+  __device__ __forceinline__ void load_first(int tile) {
+    const Elements<T> bias(layer_.bias);
+    const int column = columns_.first(tile) + 2 * (lane_index() % 4);
+    for (int i = 0; i < 2; ++i) biases_[i] = bias.load(column + i);
+    load(tile, 0);
+  }
+
+  __device__ __forceinline__ void load(int tile, int begin) {
+    const int row = columns_.first(tile) + lane_index() / 4;
+    const int k = begin + lane_index() % 4 * V::kElements;
+    const T* from = static_cast<const T*>(layer_.weight.data) + int64_t{row} * depth_ + k;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      weights_[step] = V::load_if(k + step * kDepth < depth_, from + step * kDepth);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_loaded(const T* rows, int pitch, int begin,
+                                                  float (&sums)[4][4]) const {
+    const int g = lane_index() / 4, k = begin + lane_index() % 4 * V::kElements;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int k_step = k + step * kDepth < depth_ ? k + step * kDepth : 0;  // weights are 0 there
+      const V upper = V::load(rows + g * pitch + k_step);
+      const V lower = V::load(rows + (g + 8) * pitch + k_step);
+#pragma unroll
+      for (int i = 0; i < V::kPairs; i += 2) {
+        multiply(sums[(step * V::kPairs / 2 + i / 2) % 4], a_of_rows(upper, lower, i),
+                 FragmentB<T>{{weights_[step].pair[i], weights_[step].pair[i + 1]}});
+      }
+    }
+  }
+
+  const Layer& layer_;
+  int depth_;
+  Columns columns_;
+  V weights_[kSteps];
+  LoadedElement biases_[2];
+};
 
 // Four adjacent elements of a row of a matrix.
 template <class T>
