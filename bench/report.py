@@ -183,7 +183,11 @@ def new_document(options: argparse.Namespace, **measured: Any) -> dict[str, Any]
     return {
         "benchmark": options.benchmark,
         "environment": environment.environment(options.device, options.dtype),
-        "arguments": {name: str(value) for name, value in vars(options).items()},
+        # Of paths the names alone: folders are the machine's own.
+        "arguments": {
+            name: value.name if isinstance(value, Path) else str(value)
+            for name, value in vars(options).items()
+        },
         **measured,
     }
 
