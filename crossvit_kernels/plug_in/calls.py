@@ -76,6 +76,28 @@ def key_mask_of(mask: Any, x: Tensor, num_queries: int | None = None) -> Tensor 
     return mask[:, 0, 0]
 
 
+#: What is added to a score at least to leave its key out.
+_LEFT_OUT = -1e4
+
+
+def kept_by(mask: Any) -> Tensor | None:
+    """Return the keys that a mask added to scores keeps, bool of its shape, or None.
+
+    None if it may do more than leave keys out: if its values are not known (``can_look_at``), are
+    others than 0 and -1e4 or less, or leave an image no key.
+
+    Args:
+        mask: Floats [.., N].
+    """
+    if not isinstance(mask, Tensor) or not mask.is_floating_point() or mask.requires_grad:
+        return None
+    if not can_look_at(mask):
+        return None
+    kept = mask == 0
+    is_known = (kept | (mask <= _LEFT_OUT)).all() and kept.any(dim=-1).all()
+    return kept if is_known else None
+
+
 def msa(
     x: Tensor,
     weights: MsaWeights,

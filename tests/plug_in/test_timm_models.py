@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -160,15 +161,38 @@ def test_why_not(options: dict[str, Any], reason: str) -> None:
     assert ck.accelerate(pool).declined == {"": reason}
 
 
-def test_a_mask_of_keys() -> None:
+@pytest.mark.parametrize("fused_attn", [True, False])
+def test_a_mask_of_keys(fused_attn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bool or added to scores; whatever does more than leave keys out is the pool's own."""
     import crossvit_kernels as ck
+    from crossvit_kernels.plug_in import calls
 
-    pool = randomised(timm.layers.AttentionPoolLatent(48, num_heads=3))
+    masks = []
+    pool_of_calls = calls.pool
+
+    def watched(*args: Any, key_mask: torch.Tensor, **options: Any) -> Any:
+        masks.append(key_mask)
+        return pool_of_calls(*args, key_mask=key_mask, **options)
+
+    monkeypatch.setattr(calls, "pool", watched)
+    pool = randomised(timm.layers.AttentionPoolLatent(48, num_heads=3, latent_len=2))
+    pool.fused_attn = fused_attn
+    served = copy.deepcopy(pool)
+    ck.accelerate(served)
     x = torch.randn(2, 9, 48, dtype=torch.float32)
     mask = torch.rand(2, 1, 1, 9, dtype=torch.float32) < 0.5
     mask[..., 0] = True
-    additive = torch.zeros(2, 1, 1, 9, dtype=torch.float32).masked_fill(~mask, -torch.inf)
-    expected = pool(x, attn_mask=mask)
-    ck.accelerate(pool)
-    torch.testing.assert_close(pool(x, attn_mask=mask), expected)
-    assert torch.equal(pool(x, attn_mask=additive), pool.__class__.forward(pool, x, additive))
+    lowest = torch.finfo(torch.float32).min
+    added = [torch.where(mask, 0.0, value) for value in (-torch.inf, lowest, -1e4)]
+    keys = [*added, added[0].expand(2, 1, 2, 9), added[0].expand(2, 1, 2, 9).contiguous()]
+    for given in [*keys, *([mask] if fused_attn else [])]:
+        torch.testing.assert_close(served(x, attn_mask=given), pool(x, attn_mask=given))
+        assert torch.equal(masks.pop(), mask[:, 0, 0]) and not masks
+    none = torch.where(torch.tensor([True, False]).view(2, 1, 1, 1) & mask, 0.0, -1e4)
+    differ = added[0].repeat(1, 1, 2, 1)
+    differ[:, :, 1, 1:] = -torch.inf
+    differ[:, :, 0] = 0
+    own = [torch.where(mask, 0.0, -9.0), torch.where(mask, 0.5, -1e4), none, differ]
+    for given in [*own, *([] if fused_attn else [mask])]:
+        assert torch.equal(served(x, attn_mask=given), pool(x, attn_mask=given))
+    assert not masks

@@ -59,8 +59,10 @@ def _call_latent(
         return ""
     key_mask = None
     if attn_mask is not None:
-        if getattr(pool, "fused_attn", False):  # else True and False are added to scores
-            key_mask = calls.key_mask_of(attn_mask, x, pool.latent_len)
+        keys = calls.kept_by(attn_mask)
+        if keys is None and getattr(pool, "fused_attn", False):
+            keys = attn_mask  # of bool; otherwise True and False are added to scores
+        key_mask = calls.key_mask_of(keys, x, pool.latent_len)
         if key_mask is None:
             return ""
     if pool.pos_embed is not None:
