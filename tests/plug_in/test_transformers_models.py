@@ -174,7 +174,7 @@ SLOW = [
         {**VIT, "use_swiglu_ffn": True},
         images,
         {BLOCK[:1]: 2},
-        "layernorm_ffn: a gate",
+        "layernorm_ffn: mlp is a Dinov2SwiGLUFFN",
     ),
     Case("BeitModel", "BeitConfig", VIT, images, {}, "relative position bias"),
     Case(
