@@ -46,5 +46,5 @@ def test_counts_agree(backend: str, cases: tuple[str, ...], options: tuple[str, 
         executed, modelled = row["instructions"]
         assert executed == pytest.approx(modelled, rel=0.3), row
         holds, votes = row["votes"]
-        # Branches on one lane's values, as in erff, are guessed as well.
+        # Branches on values without a vote, as in activations, are guessed as well.
         assert (row["guessed"] or not votes) and 0 <= holds <= votes
