@@ -41,7 +41,7 @@ def test_counts_agree(backend: str, cases: tuple[str, ...], options: tuple[str, 
             assert (1 - share) * executed <= modelled <= executed, (name, row)
         executed, modelled = row["sectors from L2"]
         # Warps empty the L1 behind a cluster's barrier; the model runs some before others.
-        most = 1.12 if "cross_attention" in row["kernel"] else 1.0
+        most = 1.2 if "cross_attention" in row["kernel"] else 1.0
         assert executed <= modelled <= most * executed, row
         executed, modelled = row["instructions"]
         assert executed == pytest.approx(modelled, rel=0.3), row
