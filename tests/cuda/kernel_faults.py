@@ -32,6 +32,7 @@ PLAN, SCORES, PARTIALS, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
     for name in ("plan", "scores", "partials", "choose", "forward_pass", "backward_pass")
 )
 ROWS, BLOCK = "cross_attention/cuda/rows.h", "cross_attention/cuda/block.h"
+LAYERS = "cross_attention/cuda/layers.h"
 FUSION_FORWARD, FUSION_BACKWARD = (
     "cross_attention/cuda/forward.cu",
     "cross_attention/cuda/backward.cu",
@@ -253,14 +254,14 @@ FAULTS: dict[str, Fault] = {
         FUSION,
         "new_cls",
         (
-            ROWS,
+            LAYERS,
             "{upper.pair[i], lower.pair[i],",
             "{(FAULT ? lower : upper).pair[i], lower.pair[i],",
         ),
     ),
     # The fusion's linear layers.
     "columns of a layer too many": overflow(
-        FUSION, (ROWS, "columns_.tiles(); tile +=", "columns_.tiles() + FAULT; tile +=")
+        FUSION, (LAYERS, "columns_.tiles(); tile +=", "columns_.tiles() + FAULT; tile +=")
     ),
     "columns of a transposed layer too many": overflow(
         FUSION, (BLOCK, "i < heads * column_blocks;", "i < heads * column_blocks + FAULT;")

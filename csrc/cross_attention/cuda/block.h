@@ -4,7 +4,7 @@
 #include "common/cuda/cluster.h"
 #include "common/cuda/memory.h"
 #include "cross_attention/cuda/kernels.h"
-#include "cross_attention/cuda/rows.h"
+#include "cross_attention/cuda/layers.h"
 
 // Code that the fusion's two kernels share. A cluster of blocks processes up to 16 images. Its
 // blocks share the columns of every linear layer and exchange the results through distributed
