@@ -75,15 +75,25 @@ FAULTS: dict[str, Fault] = {
         MSA, (PIPELINE, "&& column < columns;", "&& column < columns + 8 * FAULT;")
     ),
     "linear: a row too many": overflow(
-        FFN, (LINEAR, "if (row >= a.rows) continue;", "if (row >= a.rows + FAULT) continue;")
+        FFN, (
+            LINEAR,
+            "if (row + of_warp < a.rows) end.store(",
+            "if (row + of_warp < a.rows + FAULT) end.store(",
+        ),
     ),
     "linear: a column too many": overflow(
         FFN,
         (
             LINEAR,
-            "if (column >= a.columns) continue;",
-            "if (column >= a.columns + 8 * FAULT) continue;",
+            "if (column >= a.columns) return;",
+            "if (column >= a.columns + 8 * FAULT) return;",
         ),
+    ),
+    "linear: stages overwritten that are read": race(
+        FFN, no_barrier(LINEAR, f"{BARRIER}\n  const auto result")
+    ),
+    "linear: results not seen": race(
+        FFN, no_warp_barrier(LINEAR, f"{WARP_BARRIER}\n    row += first_row()")
     ),
     "linear: another activation": wrong(
         FFN_OPTIONS,

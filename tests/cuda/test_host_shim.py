@@ -333,6 +333,18 @@ def test_conversions(formats: ctypes.CDLL, half: bool) -> None:
     assert (rounded[nan] == 0x7FFF).all()
 
 
+def test_division_by_a_reciprocal(formats: ctypes.CDLL) -> None:
+    """Around multiples, where a reciprocal that is off by one unit shows."""
+    most = 2**31 - 1
+    divisors = [*range(1, 300), *(2**k + i for k in range(9, 31) for i in (-1, 0, 1)), most]
+    for divisor in divisors:
+        multiples = np.linspace(0, most // divisor, 200).astype(np.int64) * divisor
+        numerators = np.stack([multiples - 1, multiples, multiples + 1]).clip(0, most).ravel()
+        found = np.empty(numerators.size, np.int32)
+        formats.quotients(divisor, pointer(numerators.astype(np.int32)), pointer(found), found.size)
+        np.testing.assert_array_equal(found, numerators // divisor)
+
+
 def test_votes_shuffles_and_atomics(formats: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in ("", "1"):
         monkeypatch.setenv("CROSSVIT_SHIM_SEED", seed)

@@ -287,6 +287,9 @@ def test_what_is_declined(cuda_device: str) -> None:
         x = torch.randn(1, num_tokens, channels, device=cuda_device)
         with pytest.raises(ValueError, match=f"cuda: .*{reason}"):
             ck.layernorm_msa(x, weights_of(channels, cuda_device), heads, backend="cuda")
+    x = torch.zeros(1, 1, 24, device=cuda_device).expand(2, 2**29 + 1, 24)
+    with pytest.raises(ValueError, match=f"cuda: .*{2**30 + 2} tokens are more than {2**30}"):
+        ck.layernorm_msa(x, weights_of(24, cuda_device), 3, backend="cuda")
     x = torch.randn(1, 5, 24, device=cuda_device)
     with pytest.raises(ValueError, match=r"cuda: .*12 hidden units are no multiple of 8"):
         weights = FfnWeights(*(w.float().to(cuda_device) for w in ffn_weights(24, 12)))

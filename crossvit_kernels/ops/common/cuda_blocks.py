@@ -13,6 +13,9 @@ from crossvit_kernels.extension import Arguments
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.ops.common.column_sums import column_sums
 
+#: Indices of tokens have 32 bits.
+_MOST_TOKENS = 2**30
+
 
 def why_not(x: Tensor, matrix: Tensor, layer_scale: Tensor | None) -> str | None:
     """Return why no CUDA kernel takes tokens x [B, N, C] beside this weight matrix, or None."""
@@ -28,7 +31,10 @@ def why_not(x: Tensor, matrix: Tensor, layer_scale: Tensor | None) -> str | None
         return f"the matrices are in {dtype}, the tokens in {x.dtype}"
     if layer_scale is not None and layer_scale.dtype == torch.float64:
         return "layer_scale is in torch.float64"
-    return "there are no tokens" if x.numel() == 0 else None
+    if x.numel() == 0:
+        return "there are no tokens"
+    tokens = x.shape[0] * x.shape[1]
+    return f"{tokens} tokens are more than {_MOST_TOKENS}" if tokens > _MOST_TOKENS else None
 
 
 def functions() -> Any:

@@ -1,6 +1,7 @@
 #include "common/cuda/layer_norm.h"
 
 #include "common/cuda/dispatch.h"
+#include "common/cuda/four_floats.h"
 
 // A warp has a row, in registers, so that memory is read once.
 
@@ -9,44 +10,44 @@ namespace {
 
 constexpr int kNormWarps = 8;
 
-// A row in a warp's registers: of each 128 channels, a lane has four.
+// Of each 128 channels of a row, a lane has four.
+__device__ __forceinline__ int lane_channel(int i) { return 4 * (lane_index() + 32 * i); }
+
+// A row in a warp's registers.
 template <int kVectors>
 struct LaneRow {
   float4 part[kVectors];
-
-  static __device__ __forceinline__ int channel(int i) { return 4 * (lane_index() + 32 * i); }
 
   // Calls visit(channel, part) for the lane's channels below `channels`, a multiple of 4.
   template <class Visit>
   __device__ __forceinline__ void visit(int channels, Visit visit) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (channel(i) < channels) visit(channel(i), part[i]);
+      if (lane_channel(i) < channels) visit(lane_channel(i), part[i]);
     }
-  }
-
-  // Loads a row; zeros follow it.
-  template <class T>
-  __device__ __forceinline__ void load(const Elements<T>& row, int channels) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) part[i] = make_float4(0, 0, 0, 0);
-    visit(channels, [&](int c, float4& x) { x = row.load_4(c); });
   }
 };
 
-__device__ __forceinline__ float sum_of_four(const float4& x) { return (x.x + x.y) + (x.z + x.w); }
-__device__ __forceinline__ float4 operator*(const float4& a, const float4& b) {
-  return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
-}
-__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-__device__ __forceinline__ float4 operator*(const float4& a, float b) {
-  return make_float4(a.x * b, a.y * b, a.z * b, a.w * b);
-}
-__device__ __forceinline__ float4 operator-(const float4& a, float b) {
-  return make_float4(a.x - b, a.y - b, a.z - b, a.w - b);
-}
+// A row as it was loaded, followed by zeros.
+template <class T, int kVectors>
+struct LoadedRow {
+  uint4 bits[kVectors];
+
+  __device__ __forceinline__ void load(const Elements<T>& row, int channels) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      bits[i] = make_uint4(0, 0, 0, 0);
+      if (lane_channel(i) < channels) bits[i] = row.load_bits_4(lane_channel(i));
+    }
+  }
+
+  __device__ __forceinline__ LaneRow<kVectors> values(const Elements<T>& type) const {
+    LaneRow<kVectors> row;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) row.part[i] = type.four(bits[i]);
+    return row;
+  }
+};
 
 // Replaces a row by (x - mean) rstd; returns rstd.
 template <int kVectors>
@@ -68,20 +69,21 @@ __device__ __forceinline__ float standardize(LaneRow<kVectors>& row, int channel
 template <class T, int kVectors>
 __global__ void __launch_bounds__(32 * kNormWarps)
     layer_norm_forward_kernel(const NormParams<T> a, T* normed) {
-  const int64_t row = int64_t{blockIdx.x} * kNormWarps + warp_index();
+  const int row = static_cast<int>(blockIdx.x) * kNormWarps + warp_index();
   if (row >= a.rows) return;
-  LaneRow<kVectors> x;
-  x.load(a.x[row], a.channels);
+  LoadedRow<T, kVectors> loaded;
+  loaded.load(a.x[row], a.channels);
+  LaneRow<kVectors> x = loaded.values(a.x.x);
   standardize(x, a.channels, a.eps);
   const MutableElements<T> out = {normed, false};
   x.visit(a.channels, [&](int c, float4& xhat) {
-    out.store_4(row * a.channels + c, xhat * a.weight.load_4(c) + a.bias.load_4(c));
+    out.store_4(int64_t{row} * a.channels + c, xhat * a.weight.load_4(c) + a.bias.load_4(c));
   });
 }
 
 // Rows of a warp and of a block of backward. They do not depend on the batch, so neither
 // do the results.
-constexpr int kNormBackwardRowsOfWarp = 8;
+constexpr int kNormBackwardRowsOfWarp = 4;
 constexpr int kNormBackwardRows = kNormWarps * kNormBackwardRowsOfWarp;
 
 int norm_backward_shared_bytes(int channels) {
@@ -105,6 +107,20 @@ __device__ void add_shares(LaneRow<kVectors>& dweight, LaneRow<kVectors>& dbias,
   }
 }
 
+// What backward loads of a row.
+template <class T, int kVectors>
+struct NormBackwardRow {
+  LoadedRow<T, kVectors> x, d, dy;
+
+  __device__ __forceinline__ void load(const NormBackwardParams<T>& a, int row) {
+    const int channels = a.norm.channels;
+    const int64_t first = int64_t{row} * channels;
+    x.load(a.norm.x[row], channels);
+    d.load(Elements<T>{a.d, false}.from(first), channels);
+    dy.load(a.dy.from(first), channels);
+  }
+};
+
 // dx = dy + LayerNorm's backward of d. Grid: kNormBackwardRows rows a block.
 template <class T, int kVectors>
 __global__ void __launch_bounds__(32 * kNormWarps)
@@ -114,26 +130,31 @@ __global__ void __launch_bounds__(32 * kNormWarps)
   const int channels = norm.channels;
   const float inverse_width = 1.0f / channels;
   LaneRow<kVectors> dweight = {}, dbias = {};
-  const int64_t first = int64_t{blockIdx.x} * kNormBackwardRows + warp_index();
+  const int first = static_cast<int>(blockIdx.x) * kNormBackwardRows + warp_index();
+  const int end = minimum(norm.rows, first - warp_index() + kNormBackwardRows);
+  constexpr int kAhead = kVectors <= 3 ? kNormWarps : 0;  // as registers allow
+  NormBackwardRow<T, kVectors> next;
+  if (kAhead > 0 && first < end) next.load(a, first);
 #pragma unroll 1
-  for (int i = 0; i < kNormBackwardRowsOfWarp; ++i) {
-    const int64_t row = first + i * kNormWarps;
-    if (row >= norm.rows) break;
-    LaneRow<kVectors> x, d;
-    x.load(norm.x[row], channels);
-    d.load(Elements<T>{a.d, false}.from(row * channels), channels);
+  for (int row = first; row < end; row += kNormWarps) {
+    if (kAhead == 0) next.load(a, row);
+    LaneRow<kVectors> x = next.x.values(norm.x.x);
+    LaneRow<kVectors> d = next.d.values({a.d, false});
+    const LaneRow<kVectors> dy = next.dy.values(a.dy);
+    if (kAhead > 0 && row + kAhead < end) next.load(a, row + kAhead);
+    const int64_t first_element = int64_t{row} * channels;
     const float rstd = standardize(x, channels, norm.eps);
     float sum = 0, products = 0;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      const int c = LaneRow<kVectors>::channel(j);
+      const int c = lane_channel(j);
       if (c >= channels) continue;
       const float4 weight = norm.weight.load_4(c), xhat = x.part[j];
       dweight.part[j] = dweight.part[j] + d.part[j] * xhat;
       dbias.part[j] = dbias.part[j] + d.part[j];
       if (a.normed) {
         const MutableElements<T> normed = {a.normed, false};
-        normed.store_4(row * channels + c, xhat * weight + norm.bias.load_4(c));
+        normed.store_4(first_element + c, xhat * weight + norm.bias.load_4(c));
       }
       d.part[j] = d.part[j] * weight;
       sum += sum_of_four(d.part[j]);
@@ -141,25 +162,25 @@ __global__ void __launch_bounds__(32 * kNormWarps)
     }
     const float mean = sum_of_warp(sum) * inverse_width;
     const float slope = sum_of_warp(products) * inverse_width;
-    const int64_t image = row / norm.x.num_tokens;
-    const bool is_cls = norm.x.cls && row == image * norm.x.num_tokens;
+    const int image = norm.x.image(row);
+    const bool is_cls = norm.x.cls && row == image * norm.x.num_tokens.value;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      const int c = LaneRow<kVectors>::channel(j);
+      const int c = lane_channel(j);
       if (c >= channels) continue;
-      const float4 through_norm = ((d.part[j] - mean) + x.part[j] * -slope) * rstd;
-      const float4 dx = through_norm + a.dy.load_4(row * channels + c);
-      if (is_cls) a.dcls.store_4(image * channels + c, dx);
-      a.dx.store_4(row * channels + c, is_cls ? make_float4(0, 0, 0, 0) : dx);
+      const float4 dx = ((d.part[j] - mean) + x.part[j] * -slope) * rstd + dy.part[j];
+      if (is_cls) a.dcls.store_4(int64_t{image} * channels + c, dx);
+      a.dx.store_4(first_element + c, is_cls ? make_float4(0, 0, 0, 0) : dx);
     }
   }
   float* const shares = a.shares + int64_t{blockIdx.x} * 2 * channels;
   add_shares(dweight, dbias, reinterpret_cast<float*>(memory), shares, channels);
 }
 
-// Calls run() with the vectors of four channels that a lane has of a row of up to 384 or 1024.
+// Calls run() with the vectors of four channels that a lane has of a row of up to 256, 384 or 1024.
 template <class Run>
 void with_vectors(int channels, Run&& run) {
+  if (channels <= 256) return run(std::integral_constant<int, 2>());
   if (channels <= 384) return run(std::integral_constant<int, 3>());
   return run(std::integral_constant<int, kMaxNormChannels / 128>());
 }

@@ -11,7 +11,7 @@ template <class T>
 struct NormParams {
   TokenRows<T> x;
   Elements<T> weight, bias;  // [C]
-  int64_t rows;
+  int rows;
   int channels;
   float eps;
 };

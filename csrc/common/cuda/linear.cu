@@ -1,6 +1,7 @@
 #include "common/cuda/linear.h"
 
 #include "common/cuda/dispatch.h"
+#include "common/cuda/four_floats.h"
 #include "common/cuda/pipeline.h"
 
 namespace crossvit {
@@ -21,27 +22,93 @@ struct LinearPlan {
       std::conditional_t<kIsTransposed, Tile<T, kTerms, kColumns>, Tile<T, kColumns, kTerms>>;
   static constexpr int kStageSize = RowTile::kSize + WeightTile::kSize;
   static constexpr int kSharedBytes = kStages * kStageSize * static_cast<int>(sizeof(T));
+  // The result passes through shared memory, from fragments to lines: a warp's rows of floats, of
+  // which the four of a store are in different banks.
+  static constexpr int kResultPitch = kWarpColumns + 8;
+  static constexpr int kResultFloats = kWarpRows * kResultPitch;
+  static_assert(kThreads / 32 * kResultFloats * static_cast<int>(sizeof(float)) <= kSharedBytes);
   // Two blocks on a multiprocessor, for which a float's operands take too many registers.
   static constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;
 
+  // The first row and column of a block's tile. Blocks that run at once share rows in L2.
+  struct First {
+    int row, column;
+  };
+  static __device__ __forceinline__ First tile(const LinearParams<T>& params, int block) {
+    const int column_tiles = ceil_div(params.columns, kColumns);
+    return {block / column_tiles * kRows, block % column_tiles * kColumns};
+  }
+
   static int64_t blocks(const LinearParams<T>& params) {
-    return ceil_div(params.rows, kRows) * ceil_div(params.columns, kColumns);
+    return int64_t{ceil_div(params.rows, kRows)} * ceil_div(params.columns, kColumns);
   }
 };
 
-// What is applied to the update of a residual.
-struct NoLayerScale {
-  __device__ __forceinline__ float2 operator()(float2 update, int) const { return update; }
-};
-
-template <class T>
-struct LayerScale {
-  Elements<T> scale;
-
-  __device__ __forceinline__ float2 operator()(float2 update, int column) const {
-    const float2 s = scale.load_2(column);
-    return make_float2(update.x * s.x, update.y * s.y);
+// What follows the products, for four columns of rows.
+template <class T, Linear kKind, class Function>
+class LinearEnd {
+ public:
+  __device__ __forceinline__ LinearEnd(const LinearParams<T>& a, int column, Function function)
+      : a_(a), column_(column), function_(function) {
+    if constexpr (!LinearPlan<T, kKind>::kIsTransposed) {
+      if (a.bias.data) bias_ = a.bias.load_4(column);
+    }
+    if constexpr (kKind == Linear::kForward) {
+      if (a.layer_scale.data) layer_scale_ = a.layer_scale.load_4(column);
+    }
   }
+
+  // What is loaded for a row: its residual, or the hidden units before the activation.
+  struct Row {
+    uint4 bits = {0, 0, 0, 0};
+    float scale = 1;
+  };
+
+  __device__ __forceinline__ Row load(int row) const {
+    Row loaded;
+    if constexpr (kKind == Linear::kForward) {
+      if (a_.x.x.data) loaded.bits = a_.x[row].load_bits_4(column_);
+      if (a_.scale) loaded.scale = a_.scale[a_.x.image(row)];
+    }
+    if constexpr (kKind == Linear::kActivationBackward) {
+      loaded.bits = hidden().load_bits_4(index(row));
+    }
+    return loaded;
+  }
+
+  __device__ __forceinline__ void store(int row, float4 y, const Row& loaded) const {
+    if constexpr (!LinearPlan<T, kKind>::kIsTransposed) y = y + bias_;
+    if constexpr (kKind == Linear::kForward) {
+      if (a_.x.x.data) y = a_.x.x.four(loaded.bits) + y * (layer_scale_ * loaded.scale);
+    }
+    if constexpr (kKind == Linear::kActivation) {
+      y = apply_to_four(y, [&](float h) { return function_.template at<T>(h).value(); });
+    }
+    if constexpr (kKind == Linear::kActivationBackward) {
+      float4 values;
+      const auto slope = [&](float h, float& value) {
+        const auto f = function_.template at<T>(h);
+        value = f.value();
+        return f.slope();
+      };
+      const float4 h = hidden().four(loaded.bits);
+      y = y * make_float4(slope(h.x, values.x), slope(h.y, values.y), slope(h.z, values.z),
+                          slope(h.w, values.w));
+      MutableElements<T>{a_.hidden, false}.store_4(index(row), values);
+    }
+    a_.out.store_4(index(row), y);
+  }
+
+ private:
+  __device__ __forceinline__ int64_t index(int row) const {
+    return int64_t{row} * a_.columns + column_;
+  }
+  __device__ __forceinline__ Elements<T> hidden() const { return {a_.hidden, false}; }
+
+  const LinearParams<T>& a_;
+  int column_;
+  Function function_;
+  float4 bias_ = {0, 0, 0, 0}, layer_scale_ = {1, 1, 1, 1};
 };
 
 // A warp's share of a block's result.
@@ -62,7 +129,7 @@ struct LinearSums {
   __device__ __forceinline__ void add(const T* rows, const T* weight) {
     using RowTile = typename Plan::RowTile;
     using WeightTile = typename Plan::WeightTile;
-#pragma unroll
+#pragma unroll 2
     for (int k = 0; k < Plan::kTerms; k += 16) {
       FragmentA<T> a[kRowTiles];
 #pragma unroll
@@ -87,92 +154,70 @@ struct LinearSums {
     }
   }
 
-  // Writes the result, the block's rows and columns from these on.
-  __device__ __forceinline__ void write(const LinearParams<T>& a, int64_t row, int column) const {
-    if constexpr (kKind == Linear::kActivation || kKind == Linear::kActivationBackward) {
-      if (a.gate.linear != 0) return write(a, row, column, a.gate);
-    }
-    if constexpr (kKind == Linear::kForward) {
-      if (a.layer_scale.data) return write(a, row, column, LayerScale<T>{a.layer_scale});
-    }
-    write(a, row, column, std::conditional_t<kKind == Linear::kForward, NoLayerScale, ExactGelu>());
-  }
-
- private:
-  template <class Function>
-  __device__ __forceinline__ void write(const LinearParams<T>& a, int64_t block_row,
-                                        int block_column, Function function) const {
+  // Writes the result, the block's rows and columns from these on, by way of shared memory of the
+  // warp.
+  __device__ __forceinline__ void write(const LinearParams<T>& a, int row, int column,
+                                        float* memory) const {
     const int group = lane_index() / 4, pair = lane_index() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t row = block_row + first_row() + 16 * i + 8 * half + group;
-        if (row >= a.rows) continue;
-        const RowEnd end(a, row);
+      for (int j = 0; j < kColumnTiles; ++j) {
+        float* to = memory + (16 * i + group) * Plan::kResultPitch + 8 * j + pair;
+        const float(&s)[4] = sum[i][j];
+        *reinterpret_cast<float2*>(to) = make_float2(s[0], s[1]);
+        *reinterpret_cast<float2*>(to + 8 * Plan::kResultPitch) = make_float2(s[2], s[3]);
+      }
+    }
+    __syncwarp();
+    row += first_row(), column += first_column();
+    if constexpr (kKind == Linear::kActivation || kKind == Linear::kActivationBackward) {
+      if (a.gate.linear != 0) return write_lines(a, row, column, memory, a.gate);
+    }
+    write_lines(a, row, column, memory, ExactGelu());
+  }
+
+ private:
+  template <class Function>
+  static __device__ __forceinline__ void write_lines(const LinearParams<T>& a, int row, int column,
+                                                     const float* memory, Function function) {
+    constexpr int kLanes = Plan::kWarpColumns / 4, kRowsAtOnce = 32 / kLanes;
+    constexpr int kLoads = 8;  // in flight
+    const int lane = lane_index() % kLanes;
+    column += 4 * lane;
+    if (column >= a.columns) return;
+    const LinearEnd<T, kKind, Function> end(a, column, function);
+    using Row = typename LinearEnd<T, kKind, Function>::Row;
+#pragma unroll 1
+    for (int first = lane_index() / kLanes; first < Plan::kWarpRows;
+         first += kLoads * kRowsAtOnce) {
+      Row loaded[kLoads];
 #pragma unroll
-        for (int j = 0; j < kColumnTiles; ++j) {
-          const int column = block_column + first_column() + 8 * j + pair;
-          if (column >= a.columns) continue;
-          const float2 y = make_float2(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
-          a.out.store_2(row * a.columns + column, end(y, column, function));
-        }
+      for (int i = 0; i < kLoads; ++i) {
+        const int of_warp = first + i * kRowsAtOnce;
+        if (row + of_warp < a.rows) loaded[i] = end.load(row + of_warp);
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int of_warp = first + i * kRowsAtOnce;
+        const float* from = memory + of_warp * Plan::kResultPitch + 4 * lane;
+        const float4 y = *reinterpret_cast<const float4*>(from);
+        if (row + of_warp < a.rows) end.store(row + of_warp, y, loaded[i]);
       }
     }
   }
-
-  // What follows the products of a row.
-  struct RowEnd {
-    __device__ __forceinline__ RowEnd(const LinearParams<T>& a, int64_t row) : bias(a.bias) {
-      if constexpr (kKind == Linear::kForward) {
-        if (a.x.x.data) x = a.x[row];
-        if (a.scale) scale = a.scale[row / a.x.num_tokens];
-      }
-      if constexpr (kKind == Linear::kActivationBackward) hidden = a.hidden + row * a.columns;
-    }
-
-    template <class Function>
-    __device__ __forceinline__ float2 operator()(float2 y, int column, Function function) const {
-      if constexpr (kKind == Linear::kActivationBackward) {
-        const float2 h = unpack<T>(load_pair(hidden + column));
-        const auto first = function.template at<T>(h.x), second = function.template at<T>(h.y);
-        store_pair(hidden + column, pack<T>(first.value(), second.value()));
-        return make_float2(y.x * first.slope(), y.y * second.slope());
-      }
-      if constexpr (Plan::kIsTransposed) return y;
-      if (bias.data) {
-        const float2 b = bias.load_2(column);
-        y = make_float2(y.x + b.x, y.y + b.y);
-      }
-      if constexpr (kKind == Linear::kActivation) {
-        return make_float2(function.template at<T>(y.x).value(),
-                           function.template at<T>(y.y).value());
-      }
-      if (x.data) {
-        const float2 residual = x.load_2(column);
-        if constexpr (kKind == Linear::kForward) y = function(y, column);
-        y = make_float2(fmaf(scale, y.x, residual.x), fmaf(scale, y.y, residual.y));
-      }
-      return y;
-    }
-
-    Elements<T> bias, x = {nullptr, false};
-    float scale = 1;
-    T* hidden = nullptr;
-  };
 };
 
-// Grid: tiles of columns, then of rows, so that blocks that run at once share rows in L2.
+// Grid: tiles of columns, then of rows.
 template <class T, Linear kKind>
 __global__ void __launch_bounds__(LinearPlan<T, kKind>::kThreads, LinearPlan<T, kKind>::kBlocks)
     linear_kernel(const LinearParams<T> a) {
   using Plan = LinearPlan<T, kKind>;
   CROSSVIT_DYNAMIC_SHARED(memory);
   T* const stages = reinterpret_cast<T*>(memory);
-  const int column_tiles = ceil_div(a.columns, Plan::kColumns);
-  const int64_t first_row = int64_t{blockIdx.x} / column_tiles * Plan::kRows;
-  const int first_column = static_cast<int>(blockIdx.x % column_tiles) * Plan::kColumns;
-  const int rows = static_cast<int>(minimum(a.rows - first_row, int64_t{Plan::kRows}));
+  const auto first = Plan::tile(a, static_cast<int>(blockIdx.x));
+  const int first_row = first.row, first_column = first.column;
+  const int rows = minimum(a.rows - first_row, Plan::kRows);
   const int columns = minimum(a.columns - first_column, Plan::kColumns);
 
   LinearSums<T, kKind> sums;
@@ -181,8 +226,8 @@ __global__ void __launch_bounds__(LinearPlan<T, kKind>::kThreads, LinearPlan<T, 
       [&](int step, int stage) {
         const int k = step * Plan::kTerms, terms = minimum(a.terms - k, Plan::kTerms);
         T* const tile = stages + stage * Plan::kStageSize;
-        Plan::RowTile::template copy<Plan::kThreads>(tile, a.a + first_row * a.terms + k, a.terms,
-                                                     rows, terms);
+        Plan::RowTile::template copy<Plan::kThreads>(tile, a.a + int64_t{first_row} * a.terms + k,
+                                                     a.terms, rows, terms);
         T* const weight = tile + Plan::RowTile::kSize;
         if constexpr (Plan::kIsTransposed) {
           Plan::WeightTile::template copy<Plan::kThreads>(
@@ -196,7 +241,10 @@ __global__ void __launch_bounds__(LinearPlan<T, kKind>::kThreads, LinearPlan<T, 
         const T* tile = stages + stage * Plan::kStageSize;
         sums.add(tile, tile + Plan::RowTile::kSize);
       });
-  sums.write(a, first_row, first_column);
+  __syncthreads();
+  const auto result = Plan::tile(a, used_from_here(static_cast<int>(blockIdx.x)));
+  sums.write(a, result.row, result.column,
+             reinterpret_cast<float*>(memory) + warp_index() * Plan::kResultFloats);
 }
 
 }  // namespace

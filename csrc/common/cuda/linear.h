@@ -18,7 +18,7 @@ template <class T>
 struct LinearParams {
   const T* a;       // [rows, terms]
   const T* weight;  // [columns, terms]; backward [terms, columns]
-  int64_t rows;
+  int rows;
   int terms, columns;       // multiples of 8
   Elements<T> bias;         // [columns], or null
   TokenRows<T> x;           // [rows, columns]; its data is null if there is no residual

@@ -2,6 +2,7 @@
 // and LayerNorm's parameters under autocast are.
 #pragma once
 
+#include "common/cuda/divisor.h"
 #include "common/cuda/fragments.h"
 #include "common/dtype.h"
 
@@ -28,17 +29,30 @@ struct Elements {
     return *reinterpret_cast<const float2*>(static_cast<const float*>(data) + index);
   }
 
-  // Four adjacent elements, aligned.
-  __device__ __forceinline__ float4 load_4(int64_t index) const {
+  // Four adjacent elements, aligned. Loading them and converting them are separate, so that loads
+  // start together: a branch on the type would end where the loaded is used.
+  __device__ __forceinline__ uint4 load_bits_4(int64_t index) const {
     if constexpr (sizeof(T) == 2) {
       if (!is_float) {
         const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(data) + index);
-        const float2 low = unpack<T>(pairs.x), high = unpack<T>(pairs.y);
+        return make_uint4(pairs.x, pairs.y, 0, 0);
+      }
+    }
+    return *reinterpret_cast<const uint4*>(static_cast<const float*>(data) + index);
+  }
+
+  __device__ __forceinline__ float4 four(const uint4& bits) const {
+    if constexpr (sizeof(T) == 2) {
+      if (!is_float) {
+        const float2 low = unpack<T>(bits.x), high = unpack<T>(bits.y);
         return make_float4(low.x, low.y, high.x, high.y);
       }
     }
-    return *reinterpret_cast<const float4*>(static_cast<const float*>(data) + index);
+    return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                       __uint_as_float(bits.w));
   }
+
+  __device__ __forceinline__ float4 load_4(int64_t index) const { return four(load_bits_4(index)); }
 };
 
 // The same to write to.
@@ -75,11 +89,13 @@ struct TokenRows {
   int64_t batch_stride, token_stride;
   const void* cls;  // [B, C] of x's type, or null
   int64_t cls_stride;
-  int num_tokens;
+  Divisor num_tokens;
 
-  // Row `row` of all images'.
-  __device__ __forceinline__ Elements<T> operator[](int64_t row) const {
-    const int64_t image = row / num_tokens, token = row - image * num_tokens;
+  __device__ __forceinline__ int image(int row) const { return num_tokens.quotient(row); }
+
+  // Row `row` of all images', of which there are fewer than 2^31.
+  __device__ __forceinline__ Elements<T> operator[](int row) const {
+    const int image = this->image(row), token = row - image * num_tokens.value;
     if (cls && token == 0) return Elements<T>{cls, x.is_float}.from(image * cls_stride);
     return x.from(image * batch_stride + token * token_stride);
   }

@@ -19,7 +19,7 @@ TokenRows<T> token_rows(const attention_core::Tokens& x, const Problem& problem)
   rows.x = Elements<T>::of(x.data, x.dtype);
   rows.batch_stride = x.batch_stride, rows.token_stride = x.token_stride;
   rows.cls = x.extra, rows.cls_stride = x.extra_batch_stride;
-  rows.num_tokens = static_cast<int>(problem.num_tokens);
+  rows.num_tokens = Divisor::of(static_cast<int>(problem.num_tokens));
   return rows;
 }
 
@@ -29,7 +29,7 @@ NormParams<T> norm_params(const attention_core::Tokens& x, const cross_attention
   NormParams<T> a = {};
   a.x = token_rows<T>(x, problem);
   a.weight = elements_of<T>(norm.weight), a.bias = elements_of<T>(norm.bias);
-  a.rows = problem.batch * problem.num_tokens;
+  a.rows = static_cast<int>(problem.batch * problem.num_tokens);
   a.channels = static_cast<int>(problem.channels);
   a.eps = static_cast<float>(problem.eps);
   return a;
@@ -57,7 +57,7 @@ LinearParams<T> linear_params(const Problem& problem, const void* a, const void*
   LinearParams<T> layer = {};
   layer.a = static_cast<const T*>(a);
   layer.weight = static_cast<const T*>(weight);
-  layer.rows = problem.batch * problem.num_tokens;
+  layer.rows = static_cast<int>(problem.batch * problem.num_tokens);
   layer.terms = static_cast<int>(terms), layer.columns = static_cast<int>(columns);
   layer.out = {out, false};
   return layer;

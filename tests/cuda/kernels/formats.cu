@@ -1,6 +1,7 @@
-// Fragments and number formats, called from Python: one warp multiplies one tile.
+// Fragments, number formats and division, called from Python: one warp multiplies one tile.
 #include <cstring>
 
+#include "common/cuda/divisor.h"
 #include "common/cuda/launch.h"
 #include "common/cuda/mma.h"
 
@@ -104,6 +105,11 @@ void from_float(int half, const float* from, uint16_t* to, int count) {
       std::memcpy(to + i, &b, sizeof b);
     }
   }
+}
+
+void quotients(int divisor, const int* numerators, int* to, int count) {
+  const Divisor by = Divisor::of(divisor);
+  for (int i = 0; i < count; ++i) to[i] = by.quotient(numerators[i]);
 }
 
 }  // extern "C"
