@@ -46,9 +46,9 @@ REDUCED: list[Change] = [
     (LINEAR, "kWarpColumns = 64;", "kWarpColumns = 32;"),
     (LAYER_NORM, "kNormWarps = 8;", "kNormWarps = 2;"),
     (ATTENTION, "kRowsOfBlock = 64;", "kRowsOfBlock = 32;"),
-    (ATTENTION, "kAttentionThreads = 128;", "kAttentionThreads = 64;"),
-    (MSA_FORWARD, "(sizeof(T) == 2 ? 64 : 32) / (kHeadDim > 64 ? 2 : 1)>", "16>"),
-    (MSA_BACKWARD, "minimum(2048 / kHeadDim, sizeof(T) == 2 ? 64 : 32);", "16;"),
+    (MSA_FORWARD, "sizeof(T) == 2 || kHeadDim <= 64 ? 32 : 16, 1>", "16, 1>"),
+    (MSA_BACKWARD, "minimum(2048 / kHeadDim, 32), kTiles,", "16, kTiles,"),
+    (MSA_BACKWARD, "sizeof(T) == 2 && kHeadDim <= 32 ? 2 : 1>", "1>"),
 ]
 
 FAULTS: dict[str, Fault] = {

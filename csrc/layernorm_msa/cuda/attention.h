@@ -4,13 +4,12 @@
 #include "common/cuda/pipeline.h"
 
 // What attention's kernels share. A block has 64 rows of one head of one image, queries or keys,
-// each of its four warps 16; it walks over all tokens in steps, as keys or queries. A head's
-// channels, up to kHeadDim, are padded with zeros in shared memory.
+// each of its warps one or two tiles of 16; it walks over all tokens in steps, as keys or queries.
+// A head's channels, up to kHeadDim, are padded with zeros in shared memory.
 
 namespace crossvit::layernorm_msa {
 
 constexpr int kRowsOfBlock = 64;
-constexpr int kAttentionThreads = 128;
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <class T>
@@ -72,60 +71,70 @@ __device__ HeadRows<E> rows_of_heads(E* heads, const AttentionParams<T>& a,
 }
 
 // A kernel of attention for heads of up to kWidestHead channels, with kStepRows rows a step.
+// kTilesOfWarp: of 16 rows; with two, each operand of a step is read once for both.
 // kInRegisters: whether warps keep the block's rows there, as operands, for which floats are too
 // many.
-template <class E, int kWidestHead, int kStepRows, bool kInRegisters = sizeof(E) == 2>
+template <class E, int kWidestHead, int kStepRows, int kTilesOfWarp,
+          bool kInRegisters = sizeof(E) == 2>
 struct AttentionPlan {
   using T = E;
   static constexpr int kHeadDim = kWidestHead, kStep = kStepRows, kStages = 3;
+  static constexpr int kTiles = kTilesOfWarp, kWarpRows = 16 * kTiles;
+  static constexpr int kThreads = kRowsOfBlock / kWarpRows * 32;
   static constexpr bool kRowsInRegisters = kInRegisters;
   static constexpr int kUnits = kHeadDim / 16, kColumnTiles = kHeadDim / 8;
   using RowTile = Tile<T, kRowsOfBlock, kHeadDim>;
   using StepTile = Tile<T, kStep, kHeadDim>;
 
+  // The first row of a warp's tile.
+  static __device__ __forceinline__ int first_row(int tile) {
+    return warp_index() * kWarpRows + 16 * tile;
+  }
   static __device__ void copy_rows(T* tile, const HeadRows<const T>& from, int first, int rows,
                                    int head_dim) {
-    RowTile::template copy<kAttentionThreads>(tile, from.row(first), from.stride, rows, head_dim);
+    RowTile::template copy<kThreads>(tile, from.row(first), from.stride, rows, head_dim);
   }
   static __device__ void copy_step(T* tile, const HeadRows<const T>& from, int first, int rows,
                                    int head_dim) {
-    StepTile::template copy<kAttentionThreads>(tile, from.row(first), from.stride, rows, head_dim);
+    StepTile::template copy<kThreads>(tile, from.row(first), from.stride, rows, head_dim);
   }
 };
 
-// The 16 rows of a warp as operands: in registers or in shared memory.
+// A warp's rows as operands: in registers or in shared memory.
 template <class P>
 class WarpRows {
   using T = typename P::T;
   static constexpr bool kInRegisters = P::kRowsInRegisters;
 
  public:
-  __device__ __forceinline__ explicit WarpRows(const T* tile)
-      : rows_(tile + warp_index() * 16 * P::RowTile::kPitch) {}
+  __device__ __forceinline__ explicit WarpRows(const T* tile) : rows_(tile) {}
 
-  // Once the tile is there.
+  // Once the block's rows are there.
   __device__ __forceinline__ void load() {
     if constexpr (kInRegisters) {
 #pragma unroll
-      for (int unit = 0; unit < P::kUnits; ++unit) fragments_[unit] = from_tile(unit);
+      for (int i = 0; i < P::kTiles * P::kUnits; ++i) {
+        fragments_[i] = from_shared(i / P::kUnits, i % P::kUnits);
+      }
     }
   }
 
-  __device__ __forceinline__ FragmentA<T> operator[](int unit) const {
+  __device__ __forceinline__ FragmentA<T> at(int tile, int unit) const {
     if constexpr (kInRegisters) {
-      return fragments_[unit];
+      return fragments_[tile * P::kUnits + unit];
     } else {
-      return from_tile(unit);
+      return from_shared(tile, unit);
     }
   }
 
  private:
-  __device__ __forceinline__ FragmentA<T> from_tile(int unit) const {
-    return load_rows(rows_ + 16 * unit, P::RowTile::kPitch);
+  __device__ __forceinline__ FragmentA<T> from_shared(int tile, int unit) const {
+    constexpr int kPitch = P::RowTile::kPitch;
+    return load_rows(rows_ + P::first_row(tile) * kPitch + 16 * unit, kPitch);
   }
 
   const T* rows_;
-  FragmentA<T> fragments_[kInRegisters ? P::kUnits : 1];
+  FragmentA<T> fragments_[kInRegisters ? P::kTiles * P::kUnits : 1];
 };
 
 // Sums of 16 rows and 8 kTiles columns in a warp's registers.
@@ -139,6 +148,21 @@ struct Sums {
 #pragma unroll
       for (int j = 0; j < 4; ++j) of[i][j] = 0;
     }
+  }
+};
+
+// Those of a warp's tiles: with a step's rows, and of a head's channels.
+template <class P>
+struct StepSums {
+  Sums<P::kStep / 8> tile[P::kTiles];
+};
+template <class P>
+struct HeadSums {
+  Sums<P::kColumnTiles> tile[P::kTiles];
+
+  __device__ __forceinline__ HeadSums() {
+#pragma unroll
+    for (auto& sums : tile) sums.clear();
   }
 };
 
@@ -186,57 +210,69 @@ __device__ __forceinline__ void exclude_others(Sums<kTiles>& s, const AttentionP
 
 // Products of the warp's rows with the rows of a step: rows of kStep columns.
 template <class P>
-__device__ __forceinline__ Sums<P::kStep / 8> products_with_step(const WarpRows<P>& rows,
-                                                                 const typename P::T* step) {
-  Sums<P::kStep / 8> sums;
-  sums.clear();
+__device__ __forceinline__ StepSums<P> products_with_step(const WarpRows<P>& rows,
+                                                          const typename P::T* step) {
+  StepSums<P> sums;
+#pragma unroll
+  for (auto& tile : sums.tile) tile.clear();
 #pragma unroll
   for (int unit = 0; unit < P::kUnits; ++unit) {
-    const FragmentA<typename P::T> a = rows[unit];
+    FragmentA<typename P::T> a[P::kTiles];
+#pragma unroll
+    for (int i = 0; i < P::kTiles; ++i) a[i] = rows.at(i, unit);
 #pragma unroll
     for (int j = 0; j < P::kStep / 16; ++j) {
       constexpr int kPitch = P::StepTile::kPitch;
       const auto b = load_columns(step + 16 * j * kPitch + 16 * unit, kPitch);
-      multiply(sums.of[2 * j], a, b.side[0]);
-      multiply(sums.of[2 * j + 1], a, b.side[1]);
+#pragma unroll
+      for (int i = 0; i < P::kTiles; ++i) {
+        multiply(sums.tile[i].of[2 * j], a[i], b.side[0]);
+        multiply(sums.tile[i].of[2 * j + 1], a[i], b.side[1]);
+      }
     }
   }
   return sums;
 }
 
-// sums += weights times the rows of a step; weights [16, kStep] as products_with_step() returns
+// sums += weights times the rows of a step; weights [.., kStep] as products_with_step() returns
 // them, rounded to T.
 template <class P>
-__device__ __forceinline__ void add_weighted_step(Sums<P::kColumnTiles>& sums,
-                                                  const Sums<P::kStep / 8>& weights,
+__device__ __forceinline__ void add_weighted_step(HeadSums<P>& sums, const StepSums<P>& weights,
                                                   const typename P::T* step) {
   using T = typename P::T;
 #pragma unroll
   for (int j = 0; j < P::kStep / 16; ++j) {
-    const float(&left)[4] = weights.of[2 * j];
-    const float(&right)[4] = weights.of[2 * j + 1];
-    const FragmentA<T> a = {{pack<T>(left[0], left[1]), pack<T>(left[2], left[3]),
-                             pack<T>(right[0], right[1]), pack<T>(right[2], right[3])}};
+    FragmentA<T> a[P::kTiles];
+#pragma unroll
+    for (int i = 0; i < P::kTiles; ++i) {
+      const float(&left)[4] = weights.tile[i].of[2 * j];
+      const float(&right)[4] = weights.tile[i].of[2 * j + 1];
+      a[i] = {{pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
+               pack<T>(right[2], right[3])}};
+    }
 #pragma unroll
     for (int unit = 0; unit < P::kUnits; ++unit) {
       constexpr int kPitch = P::StepTile::kPitch;
       const auto b = load_transposed_columns(step + 16 * j * kPitch + 16 * unit, kPitch);
-      multiply(sums.of[2 * unit], a, b.side[0]);
-      multiply(sums.of[2 * unit + 1], a, b.side[1]);
+#pragma unroll
+      for (int i = 0; i < P::kTiles; ++i) {
+        multiply(sums.tile[i].of[2 * unit], a[i], b.side[0]);
+        multiply(sums.tile[i].of[2 * unit + 1], a[i], b.side[1]);
+      }
     }
   }
 }
 
-// Stores the warp's 16 rows times a factor each (of rows g and g + 8): through its rows of a tile,
-// which no other warp reads, so that a lane stores 16 bytes.
+// Stores a warp's tile of 16 rows, times a factor each (of rows g and g + 8): through its rows of
+// shared memory, which no other warp reads, so that a lane stores 16 bytes.
 template <class P>
 __device__ __forceinline__ void store_rows(const Sums<P::kColumnTiles>& sums, float upper,
-                                           float lower, typename P::T* tile,
+                                           float lower, int tile, typename P::T* shared,
                                            const HeadRows<typename P::T>& to,
                                            const BlockOfHead& block, int head_dim) {
   using T = typename P::T;
   constexpr int kPitch = P::RowTile::kPitch, kUnit = P::RowTile::kUnit;
-  T* const rows = tile + warp_index() * 16 * kPitch;
+  T* const rows = shared + P::first_row(tile) * kPitch;
   T* const from = rows + lane_index() / 4 * kPitch + lane_index() % 4 * 2;
   __syncwarp();
 #pragma unroll
@@ -250,7 +286,7 @@ __device__ __forceinline__ void store_rows(const Sums<P::kColumnTiles>& sums, fl
 #pragma unroll
   for (int i = lane_index(); i < 16 * kUnitsOfRow; i += 32) {
     const int row = i / kUnitsOfRow, column = i % kUnitsOfRow * kUnit;
-    const int token = warp_index() * 16 + row;
+    const int token = P::first_row(tile) + row;
     if (token >= block.rows || column >= head_dim) continue;
     *reinterpret_cast<uint4*>(to.row(block.first + token) + column) =
         *reinterpret_cast<const uint4*>(rows + row * kPitch + column);

@@ -3,13 +3,14 @@
 namespace crossvit::layernorm_msa::cuda {
 namespace {
 
-template <class T, int kHeadDim>
-constexpr int kStepRows = minimum(2048 / kHeadDim, sizeof(T) == 2 ? 64 : 32);
-
 // Heads of more than 64 channels need all registers for sums.
+template <class T, int kHeadDim, int kTiles>
+using BackwardPlan = AttentionPlan<T, kHeadDim, minimum(2048 / kHeadDim, 32), kTiles,
+                                   sizeof(T) == 2 && kHeadDim <= 64>;
 template <class T, int kHeadDim>
-using BackwardPlan =
-    AttentionPlan<T, kHeadDim, kStepRows<T, kHeadDim>, sizeof(T) == 2 && kHeadDim <= 64>;
+using QueriesPlan = BackwardPlan<T, kHeadDim, 1>;
+template <class T, int kHeadDim>
+using KeysPlan = BackwardPlan<T, kHeadDim, sizeof(T) == 2 && kHeadDim <= 32 ? 2 : 1>;
 
 // A query's lse in base 2, and o . do; after the last token, where all weights are 0, infinity.
 using QueryTerms = float2;
@@ -21,32 +22,47 @@ __device__ QueryTerms* query_terms(const AttentionParams<T>& a, const BlockOfHea
   return a.query_terms + block.pair * a.tiles() * kRowsOfBlock;
 }
 
-// Finds the terms of the warp's queries g and g + 8, and stores them.
+// Finds the terms of the warp's queries, g and g + 8 of each tile, and stores them. All is loaded
+// before any of it is used, without a branch.
 template <class P>
-__device__ __forceinline__ void find_terms(QueryTerms (&terms)[2],
+__device__ __forceinline__ void find_terms(QueryTerms (&terms)[P::kTiles][2],
                                            const AttentionParams<typename P::T>& a,
                                            const BlockOfHead& block) {
   using T = typename P::T;
   const HeadRows<const T> o = rows_of_heads<T, const T>(a.heads, a, block);
   const HeadRows<const T> d = rows_of_heads(a.dheads, a, block);
   const float* const lse = a.lse + block.pair * a.num_tokens + block.first;
+  const auto token_of = [](int i) { return P::first_row(i / 2) + 8 * (i % 2) + lane_index() / 4; };
+  const auto column_of = [](int j) { return 8 * j + lane_index() % 4 * 2; };
+  struct Loaded {
+    Pair<T> o[P::kColumnTiles], d[P::kColumnTiles];
+    float lse;
+  } loaded[2 * P::kTiles];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int token = warp_index() * 16 + 8 * half + lane_index() / 4;
-    const bool exists = token < block.rows;
-    const T* const o_row = o.row(block.first + token);
-    const T* const d_row = d.row(block.first + token);
+  for (int i = 0; i < 2 * P::kTiles; ++i) {
+    const int token = token_of(i), row = token < block.rows ? token : 0;
+    loaded[i].lse = lse[row];
+#pragma unroll
+    for (int j = 0; j < P::kColumnTiles; ++j) {
+      const int column = column_of(j) < a.head_dim ? column_of(j) : 0;
+      loaded[i].o[j] = load_pair(o.row(block.first + row) + column);
+      loaded[i].d[j] = load_pair(d.row(block.first + row) + column);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * P::kTiles; ++i) {
+    const bool exists = token_of(i) < block.rows;
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < P::kColumnTiles; ++i) {
-      const int column = 8 * i + lane_index() % 4 * 2;
-      if (!exists || column >= a.head_dim) continue;
-      const float2 x = unpack<T>(load_pair(o_row + column));
-      const float2 y = unpack<T>(load_pair(d_row + column));
-      sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
+    for (int j = 0; j < P::kColumnTiles; ++j) {
+      const float2 x = unpack<T>(loaded[i].o[j]), y = unpack<T>(loaded[i].d[j]);
+      if (exists && column_of(j) < a.head_dim) sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
     }
-    terms[half] = make_float2(exists ? lse[token] * kLog2E : INFINITY, sum_of_row(sum));
-    if (lane_index() % 4 == 0) query_terms(a, block)[block.first + token] = terms[half];
+    const float of_lse = exists ? loaded[i].lse * kLog2E : INFINITY;
+    terms[i / 2][i % 2] = make_float2(of_lse, sum_of_row(sum));
+    if (lane_index() % 4 == 0) {
+      query_terms(a, block)[block.first + token_of(i)] = terms[i / 2][i % 2];
+    }
   }
 }
 
@@ -61,7 +77,7 @@ constexpr int kQueriesBlocks = kMasked && sizeof(typename P::T) == 4 ? 2 : 0;
 
 // dq, and the queries' terms. A block has 64 queries; a step's rows are keys.
 template <class P, bool kMasked>
-__global__ void __launch_bounds__(kAttentionThreads, kQueriesBlocks<P, kMasked>)
+__global__ void __launch_bounds__(P::kThreads, kQueriesBlocks<P, kMasked>)
     attention_backward_queries(const AttentionParams<typename P::T> a) {
   using T = typename P::T;
   CROSSVIT_DYNAMIC_SHARED(memory);
@@ -76,9 +92,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kQueriesBlocks<P, kMasked>)
   P::copy_rows(d_tile, rows_of_heads(a.dheads, a, block), block.first, block.rows, a.head_dim);
 
   WarpRows<P> q_rows(q_tile), d_rows(d_tile);
-  QueryTerms terms[2];
-  Sums<P::kColumnTiles> dq;
-  dq.clear();
+  QueryTerms terms[P::kTiles][2];
+  HeadSums<P> dq;
   pipelined<P::kStages>(
       ceil_div(a.num_tokens, P::kStep),
       [&](int step, int stage) {
@@ -90,24 +105,31 @@ __global__ void __launch_bounds__(kAttentionThreads, kQueriesBlocks<P, kMasked>)
       },
       [&](int step, int stage) {
         if (step == 0) q_rows.load(), d_rows.load();
-        const T* const tile = stages + stage * 2 * P::StepTile::kSize;
-        auto s = products_with_step(q_rows, tile);
-        const auto dp = products_with_step(d_rows, tile + P::StepTile::kSize);
-        exclude_others<kMasked>(s, a, block, step * P::kStep);
+        const T* const k_step = stages + stage * 2 * P::StepTile::kSize;
+        auto s = products_with_step(q_rows, k_step);
+        const auto dp = products_with_step(d_rows, k_step + P::StepTile::kSize);
 #pragma unroll
-        for (int j = 0; j < P::kStep / 8; ++j) {
+        for (int tile = 0; tile < P::kTiles; ++tile) {
+          exclude_others<kMasked>(s.tile[tile], a, block, step * P::kStep);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const QueryTerms& of_query = terms[i / 2];
-            const float p = exp2_approx(fmaf(s.of[j][i], scale, -of_query.x));
-            s.of[j][i] = p * (dp.of[j][i] - of_query.y);
+          for (int j = 0; j < P::kStep / 8; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const QueryTerms& of_query = terms[tile][i / 2];
+              float& x = s.tile[tile].of[j][i];
+              const float p = exp2_approx(fmaf(x, scale, -of_query.x));
+              x = p * (dp.tile[tile].of[j][i] - of_query.y);
+            }
           }
         }
-        add_weighted_step<P>(dq, s, tile);
+        add_weighted_step<P>(dq, s, k_step);
       });
 
   const HeadRows<T> out = rows_of_qkv(a.dqkv, a, block, 0);
-  store_rows<P>(dq, a.scale(), a.scale(), q_tile, out, block, a.head_dim);
+#pragma unroll
+  for (int i = 0; i < P::kTiles; ++i) {
+    store_rows<P>(dq.tile[i], a.scale(), a.scale(), i, q_tile, out, block, a.head_dim);
+  }
 }
 
 template <class P>
@@ -121,7 +143,7 @@ struct KeysMemory {
 
 // dk and dv. A block has 64 keys; a step's rows are queries.
 template <class P>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(P::kThreads)
     attention_backward_keys(const AttentionParams<typename P::T> a) {
   using T = typename P::T;
   using Memory = KeysMemory<P>;
@@ -138,9 +160,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   P::copy_rows(v_tile, rows_of_qkv(a.qkv, a, block, 2), block.first, block.rows, a.head_dim);
 
   WarpRows<P> k_rows(k_tile), v_rows(v_tile);
-  Sums<P::kColumnTiles> dk, dv;
-  dk.clear();
-  dv.clear();
+  HeadSums<P> dk, dv;
   pipelined<P::kStages>(
       ceil_div(a.num_tokens, P::kStep),
       [&](int step, int stage) {
@@ -154,11 +174,11 @@ __global__ void __launch_bounds__(kAttentionThreads)
       },
       [&](int step, int stage) {
         if (step == 0) k_rows.load(), v_rows.load();
-        const T* const tile = stages + stage * Memory::kStageSize;
-        const T* const d_step = tile + P::StepTile::kSize;
+        const T* const q_step = stages + stage * Memory::kStageSize;
+        const T* const d_step = q_step + P::StepTile::kSize;
         const QueryTerms* const of_step =
             reinterpret_cast<const QueryTerms*>(d_step + P::StepTile::kSize);
-        auto p = products_with_step(k_rows, tile);
+        auto p = products_with_step(k_rows, q_step);
         auto ds = products_with_step(v_rows, d_step);
 #pragma unroll
         for (int j = 0; j < P::kStep / 8; ++j) {
@@ -166,33 +186,43 @@ __global__ void __launch_bounds__(kAttentionThreads)
           const float4 of_pair =
               *reinterpret_cast<const float4*>(of_step + 8 * j + lane_index() % 4 * 2);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float lse = i % 2 ? of_pair.z : of_pair.x;
-            const float delta = i % 2 ? of_pair.w : of_pair.y;
-            p.of[j][i] = exp2_approx(fmaf(p.of[j][i], scale, -lse));
-            ds.of[j][i] = p.of[j][i] * (ds.of[j][i] - delta);
+          for (int tile = 0; tile < P::kTiles; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float lse = i % 2 ? of_pair.z : of_pair.x;
+              const float delta = i % 2 ? of_pair.w : of_pair.y;
+              float& weight = p.tile[tile].of[j][i];
+              float& gradient = ds.tile[tile].of[j][i];
+              weight = exp2_approx(fmaf(weight, scale, -lse));
+              gradient = weight * (gradient - delta);
+            }
           }
         }
         add_weighted_step<P>(dv, p, d_step);
-        add_weighted_step<P>(dk, ds, tile);
+        add_weighted_step<P>(dk, ds, q_step);
       });
 
-  store_rows<P>(dk, a.scale(), a.scale(), k_tile, rows_of_qkv(a.dqkv, a, block, 1), block,
-                a.head_dim);
-  store_rows<P>(dv, 1, 1, v_tile, rows_of_qkv(a.dqkv, a, block, 2), block, a.head_dim);
+#pragma unroll
+  for (int i = 0; i < P::kTiles; ++i) {
+    store_rows<P>(dk.tile[i], a.scale(), a.scale(), i, k_tile, rows_of_qkv(a.dqkv, a, block, 1),
+                  block, a.head_dim);
+    store_rows<P>(dv.tile[i], 1, 1, i, v_tile, rows_of_qkv(a.dqkv, a, block, 2), block, a.head_dim);
+  }
 }
 
 template <class T>
 void launch_attention(const AttentionParams<T>& a, cudaStream_t stream) {
   with_head_dim(a.head_dim, [&](auto head_dim) {
-    using P = BackwardPlan<T, head_dim()>;
-    const auto of_queries =
-        a.key_mask ? attention_backward_queries<P, true> : attention_backward_queries<P, false>;
-    check_launch(launch(of_queries, attention_config(a, kQueriesBytes<P>, stream), a),
+    using Queries = QueriesPlan<T, head_dim()>;
+    using Keys = KeysPlan<T, head_dim()>;
+    const auto of_queries = a.key_mask ? attention_backward_queries<Queries, true>
+                                       : attention_backward_queries<Queries, false>;
+    check_launch(launch(of_queries,
+                        attention_config(a, Queries::kThreads, kQueriesBytes<Queries>, stream), a),
                  "attention_backward_queries");
-    check_launch(
-        launch(attention_backward_keys<P>, attention_config(a, KeysMemory<P>::kBytes, stream), a),
-        "attention_backward_keys");
+    check_launch(launch(attention_backward_keys<Keys>,
+                        attention_config(a, Keys::kThreads, KeysMemory<Keys>::kBytes, stream), a),
+                 "attention_backward_keys");
   });
 }
 
@@ -224,8 +254,9 @@ int shared_bytes(int head_dim, DType dtype) {
   int bytes = 0;
   with_element_type(dtype, [&](auto element) {
     with_head_dim(head_dim, [&](auto widest) {
-      using P = BackwardPlan<decltype(element), widest()>;
-      bytes = maximum(kQueriesBytes<P>, KeysMemory<P>::kBytes);
+      using T = decltype(element);
+      bytes = maximum(kQueriesBytes<QueriesPlan<T, widest()>>,
+                      KeysMemory<KeysPlan<T, widest()>>::kBytes);
     });
   });
   return bytes;

@@ -5,24 +5,20 @@
 namespace crossvit::layernorm_msa::cuda {
 namespace {
 
-// Twice the bytes a row, half the rows a step.
 template <class T, int kHeadDim>
-using ForwardPlan =
-    AttentionPlan<T, kHeadDim, (sizeof(T) == 2 ? 64 : 32) / (kHeadDim > 64 ? 2 : 1)>;
+using ForwardPlan = AttentionPlan<T, kHeadDim, sizeof(T) == 2 || kHeadDim <= 64 ? 32 : 16, 1>;
 
-// A warp's softmax over the keys so far, of its 16 queries. Lane 4 g + t has queries g and g + 8.
+// The softmax over the keys so far of 16 queries. Lane 4 g + t has queries g and g + 8.
 template <class P, bool kMasked>
 struct Softmax {
   // With a mask finite, as no key of the first steps may be attended to.
   static constexpr float kLowest = kMasked ? -FLT_MAX : -INFINITY;
   // Largest products with a key; sums of exponentials relative to them, the lane's share.
   float peak[2] = {kLowest, kLowest}, total[2] = {0, 0};
-  Sums<P::kColumnTiles> sums;
-
-  __device__ Softmax() { sums.clear(); }
 
   // Turns a step's products into weights relative to new peaks, and scales the sums to these.
-  __device__ __forceinline__ void add(Sums<P::kStep / 8>& s, float scale) {
+  __device__ __forceinline__ void add(Sums<P::kStep / 8>& s, float scale,
+                                      Sums<P::kColumnTiles>& sums) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float largest = peak[half];
@@ -54,7 +50,7 @@ constexpr int kForwardBytes = (P::RowTile::kSize + 2 * P::kStages * P::StepTile:
 
 // heads = softmax(q k^T / sqrt(d)) v, and its log-sum-exp.
 template <class P, bool kMasked>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(P::kThreads)
     attention_forward(const AttentionParams<typename P::T> a) {
   using T = typename P::T;
   CROSSVIT_DYNAMIC_SHARED(memory);
@@ -67,7 +63,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   P::copy_rows(queries, q, block.first, block.rows, a.head_dim);  // in the first step's group
 
   WarpRows<P> rows(queries);
-  Softmax<P, kMasked> softmax;
+  Softmax<P, kMasked> softmax[P::kTiles];
+  HeadSums<P> sums;
   pipelined<P::kStages>(
       ceil_div(a.num_tokens, P::kStep),
       [&](int step, int stage) {
@@ -80,28 +77,35 @@ __global__ void __launch_bounds__(kAttentionThreads)
         if (step == 0) rows.load();
         const T* const tile = stages + stage * 2 * P::StepTile::kSize;
         auto s = products_with_step(rows, tile);
-        exclude_others<kMasked>(s, a, block, step * P::kStep);
-        softmax.add(s, scale);
-        add_weighted_step<P>(softmax.sums, s, tile + P::StepTile::kSize);
+#pragma unroll
+        for (int i = 0; i < P::kTiles; ++i) {
+          exclude_others<kMasked>(s.tile[i], a, block, step * P::kStep);
+          softmax[i].add(s.tile[i], scale, sums.tile[i]);
+        }
+        add_weighted_step<P>(sums, s, tile + P::StepTile::kSize);
       });
 
-  float upper = sum_of_row(softmax.total[0]), lower = sum_of_row(softmax.total[1]);
-  if constexpr (kMasked) {  // without keys to attend to, the result is 0
-    if (upper == 0) upper = 1;
-    if (lower == 0) lower = 1;
-  }
-  if (a.lse && lane_index() % 4 == 0) {
-    const int token = warp_index() * 16 + lane_index() / 4;
-    float* const lse = a.lse + block.pair * a.num_tokens + block.first;
-    const float to_natural = 1 / kLog2E;
-    const auto value = [&](float peak, float total) {
-      return fmaf(peak, scale, log2f(total)) * to_natural;
-    };
-    if (token < block.rows) lse[token] = value(softmax.peak[0], upper);
-    if (token + 8 < block.rows) lse[token + 8] = value(softmax.peak[1], lower);
-  }
   const HeadRows<T> out = rows_of_heads(a.heads, a, block);
-  store_rows<P>(softmax.sums, 1 / upper, 1 / lower, queries, out, block, a.head_dim);
+#pragma unroll
+  for (int i = 0; i < P::kTiles; ++i) {
+    const auto& [peak, total] = softmax[i];
+    float upper = sum_of_row(total[0]), lower = sum_of_row(total[1]);
+    if constexpr (kMasked) {  // without keys to attend to, the result is 0
+      if (upper == 0) upper = 1;
+      if (lower == 0) lower = 1;
+    }
+    if (a.lse && lane_index() % 4 == 0) {
+      const int token = P::first_row(i) + lane_index() / 4;
+      float* const lse = a.lse + block.pair * a.num_tokens + block.first;
+      const float to_natural = 1 / kLog2E;
+      const auto value = [&](float largest, float sum) {
+        return fmaf(largest, scale, log2f(sum)) * to_natural;
+      };
+      if (token < block.rows) lse[token] = value(peak[0], upper);
+      if (token + 8 < block.rows) lse[token + 8] = value(peak[1], lower);
+    }
+    store_rows<P>(sums.tile[i], 1 / upper, 1 / lower, i, queries, out, block, a.head_dim);
+  }
 }
 
 template <class T>
@@ -109,7 +113,7 @@ void launch_attention(const AttentionParams<T>& a, cudaStream_t stream) {
   with_head_dim(a.head_dim, [&](auto head_dim) {
     using P = ForwardPlan<T, head_dim()>;
     const auto kernel = a.key_mask ? attention_forward<P, true> : attention_forward<P, false>;
-    check_launch(launch(kernel, attention_config(a, kForwardBytes<P>, stream), a),
+    check_launch(launch(kernel, attention_config(a, P::kThreads, kForwardBytes<P>, stream), a),
                  "attention_forward");
   });
 }

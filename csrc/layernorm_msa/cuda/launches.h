@@ -25,8 +25,9 @@ AttentionParams<T> attention_params(const Problem& problem, const void* qkv, con
 }
 
 template <class T>
-LaunchConfig attention_config(const AttentionParams<T>& a, int shared_bytes, cudaStream_t stream) {
-  return launch_config(a.batch * a.num_heads * a.tiles(), kAttentionThreads, shared_bytes, stream);
+LaunchConfig attention_config(const AttentionParams<T>& a, int threads, int shared_bytes,
+                              cudaStream_t stream) {
+  return launch_config(a.batch * a.num_heads * a.tiles(), threads, shared_bytes, stream);
 }
 
 // Zeroes k and v of masked keys, in qkv or its gradient: [B, N, 3, C] of elements of this size.
