@@ -132,7 +132,7 @@ def linear(
     if not sm90_linear.can_read(a, weight, residual):
         return None
     index = a.get_device()
-    if index != torch.cuda.current_device():
+    if sm90_linear.is_on_another_gpu(index):
         with torch.cuda.device(index):
             return linear(a, weight, bias, residual=residual, scale=scale, transposed=transposed)
     from crossvit_kernels.gpu.gluon import tile
