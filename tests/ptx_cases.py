@@ -286,6 +286,7 @@ _TRITON = {
     "sm90_linear_projection": Case(_when(_layer("residual"), _GLUON), _HOPPER),
     "sm90_linear_fc1": Case(_when(_layer("norm gelu"), _GLUON), _HOPPER),
     "sm90_wide_linear": Case(_when(_layer("wide residual scaled", 136, 136), _GLUON), _HOPPER),
+    "sm90_wide_fc1": Case(_when(_layer("wide gelu", 136, 392), _GLUON), _HOPPER),
     "sm90_wide_gradient": Case(_when(_layer("wide transposed", 136, 136), _GLUON), _HOPPER),
     "layernorm_msa_gluon": Case(_when(_msa(tokens=40), _GLUON), ""),
     "layernorm_ffn_gluon": Case(_when(_ffn(tokens=40), _GLUON), ""),

@@ -141,7 +141,7 @@ def check(dtype: torch.dtype, form: str, channels: int, columns: int, rows: int)
     Args:
         dtype: Of tokens and weights.
         form: Of "norm", "gelu" and "residual", those that are applied; or "wide", the kernel of any
-            width, with "residual", "scaled" and "transposed" or without.
+            width, with "residual", "scaled", "transposed" and "gelu" or without.
         channels: K.
         columns: N.
         rows: M.
@@ -195,6 +195,7 @@ def _check_wide(dtype: torch.dtype, form: str, tensors: tuple[Tensor, ...]) -> N
     def expected(as_dtype: torch.dtype) -> Tensor:
         a, w, b, res, s = (t.to(as_dtype) for t in (x, weight, bias, r, scale))
         y = torch.nn.functional.linear(a, w, b)
+        y = torch.nn.functional.gelu(y) if "gelu" in form else y
         y = y * s[:, None, None] if "scaled" in form else y
         return y + res if "residual" in form else y
 
@@ -206,6 +207,7 @@ def _check_wide(dtype: torch.dtype, form: str, tensors: tuple[Tensor, ...]) -> N
         residual=r if "residual" in form else None,
         scale=scale if "scaled" in form else None,
         transposed=transposed,
+        gelu="gelu" in form,
     )
     assert y is not None
     assert_within_rule(y, expected(dtype), expected(torch.float64), form)

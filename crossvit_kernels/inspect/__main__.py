@@ -54,6 +54,7 @@ from crossvit_kernels.ops.common.configs import VARIANTS
 
 ARCHITECTURES = (80, 90, 100)
 MODELS = ("tiny", "small", "base", "9", "15", "18")
+_GLUON = "triton:gluon"
 _SECONDS_OF_SILENCE = 5
 
 
@@ -121,13 +122,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _model(options: argparse.Namespace) -> None:
     """Print modelled times of the launches of models' operations, or write them to a file."""
-    from crossvit_kernels.inspect.model import cuda_launch, report
+    from crossvit_kernels.inspect.model import cuda_launch, gluon_launch, report
     from crossvit_kernels.inspect.model.gpus import GPUS
 
     gpu, backends = GPUS[options.gpu], options.backend
     if "cuda" in backends and (reason := cuda_launch.why_not(gpu)):
         print(f"inspect: no CUDA kernels: {reason}", file=sys.stderr)
         backends = [name for name in backends if name != "cuda"]
+    if _GLUON in backends and (reason := gluon_launch.why_not(gpu)):
+        print(f"inspect: no Gluon kernels: {reason}", file=sys.stderr)
+        backends = [name for name in backends if name != _GLUON]
     models = MODELS if options.model == "all" else [options.model]
     jobs = report.jobs(
         backends, gpu, models, options.dtype, options.batch, options.channels, options.kernel or ""
@@ -188,9 +192,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         return text.split(",")
 
     def backends(text: str) -> list[str]:
-        unknown = set(text.split(",")) - {"triton", "cuda"}
+        names = ("triton", "cuda", *(f"triton:{name}" for name in VARIANTS.names[1:]))
+        unknown = set(text.split(",")) - set(names)
         if unknown:
-            raise argparse.ArgumentTypeError(f"{sorted(unknown)}: expected triton, cuda or both")
+            raise argparse.ArgumentTypeError(f"{sorted(unknown)}: expected some of {names}")
         return text.split(",")
 
     add = parser.add_argument
@@ -234,7 +239,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--backend",
         type=backends,
         default=["triton", "cuda"],
-        help="of the model: triton,cuda by default",
+        help="of the model: triton,cuda by default; also triton:gluon and other variants",
     )
     add("--batch", type=numbers, default=[1, 64, 256], help="of the model: 1,64,256 by default")
     add("--processes", type=int, default=os.cpu_count(), help="one for each core by default")

@@ -50,11 +50,13 @@ def forms(dtypes: Collection[str], blocks: Sequence[tuple[int, int, int]]) -> li
     found: dict[Form, None] = {}  # each once, in order
     for dtype in (d for d in _OF_16_BITS if d in dtypes):
         for channels, _, hidden in blocks:
-            if _is_narrow(channels, 3 * channels):
-                for columns, gelu in ((3 * channels, False), (hidden, True)):
+            for columns, gelu in ((3 * channels, False), (hidden, True)):
+                if _is_narrow(channels, columns):
                     shape = Sm90Shape(channels, columns, norm=True, gelu=gelu)
                     found[Form(dtype, shape, ("mean", "rstd"))] = None
                     found[Form(dtype, shape, ())] = None
+                elif channels > sm90_linear.WIDEST:
+                    found[Form(dtype, WideShape(channels, columns, gelu=gelu), ("scale",))] = None
             for terms in (channels, 3 * channels, hidden):  # gradients by W_o, W_qkv and W_1
                 gradient = WideShape(terms, channels, transposed=True)
                 found[Form(dtype, gradient, ("bias", "scale"))] = None

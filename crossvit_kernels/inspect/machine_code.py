@@ -178,6 +178,19 @@ def cubins(binary: str | Path, target: str) -> list[bytes]:
     return found
 
 
+def section(cubin: bytes, name: str) -> bytes:
+    """Return a section of a cubin, an ELF file; empty if it has none of that name."""
+    (headers_at,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, of_names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<I20x2Q", cubin, headers_at + n * size) for n in range(count)]
+    names = headers[of_names][1]
+    for name_at, start, length in headers:
+        begins = names + name_at
+        if cubin[begins : cubin.index(b"\0", begins)].decode() == name:
+            return cubin[start : start + length]
+    return b""
+
+
 _FATBIN = struct.pack("<IHH", 0xBA55ED50, 1, 16)  # magic number, version, size of the header
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 GLUON = "triton:gluon"
-FORMS = ("plain", "residual", "residual scaled")
+FORMS = ("plain", "gelu", "residual", "residual scaled")
 
 
 def made(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -54,12 +54,14 @@ def test_layers(form: str, channels: int, columns: int, dtype: torch.dtype) -> N
         ) -> Tensor:
             a, w, b, res, s = (t.to(as_dtype) for t in (x, weight, bias, r, scale))
             y = torch.nn.functional.linear(a, w, b)
+            y = torch.nn.functional.gelu(y) if "gelu" in form else y
             y = y * s[:, None, None] if "scaled" in form else y
             return y + res if "residual" in form else y
 
         options = {
             "residual": r if "residual" in form else None,
             "scale": scale if "scaled" in form else None,
+            "gelu": "gelu" in form,
         }
         y = sm90_wide.linear(x, weight, bias, **options)
         assert y is not None

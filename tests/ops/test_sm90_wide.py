@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,21 +13,29 @@ from block_cases import float_ffn
 from test_sm90_linear import COMPILED
 from test_triton_launches import run_without_a_device
 
-from crossvit_kernels.gpu import tables
+from crossvit_kernels.gpu import launcher, tables
+from crossvit_kernels.inspect.ahead_of_time import DTYPES, empty, empty_weights
 from crossvit_kernels.ops.common import hopper, sm90_linear, sm90_wide
 from crossvit_kernels.ops.common.configs import FEW_ROWS, VARIANTS
+from crossvit_kernels.ops.common.sm90_linear import Recorded
 from crossvit_kernels.ops.common.sm90_wide import WideShape
+from crossvit_kernels.ops.layernorm_ffn.reference import SHAPES as FFN_SHAPES
+from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
+from crossvit_kernels.ops.layernorm_msa.reference import SHAPES as MSA_SHAPES
+from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
+from crossvit_kernels.ops.operator import OPERATIONS
 
 WIDE = """
 from crossvit_kernels.ops.common.sm90_wide import WideShape
 from crossvit_kernels.ops.common.triton_sm90_wide_kernels import sm90_wide_linear as wide
 
 def check_wide(
-    channels, columns, residual, dtype=torch.bfloat16, bias=True, scaled=False, transposed=False
+    channels, columns, residual, dtype=torch.bfloat16, bias=True, scaled=False, transposed=False,
+    gelu=False,
 ):
     x, w, y = (torch.zeros(n, m, dtype=dtype, device="cpu")
                for n, m in ((70, channels), (columns, channels), (70, columns)))
-    c = WideShape(channels, columns, residual, transposed)
+    c = WideShape(channels, columns, residual, transposed, gelu)
     w = w.t().contiguous() if transposed else w
     b, scale = w if bias else None, torch.zeros(7, device="cpu") if scaled else None
     tiles = [tile(t, *t.shape, t.stride(0)) for t in (x, w, y, y)]
@@ -73,7 +84,8 @@ def test_tiles(layer: tuple[int, int]) -> None:
 
 
 def test_it_is_chosen_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the GPU and Triton too on which sm90_linear has run: this kernel has not."""
+    """On a GPU and Triton too on which sm90_linear were known to end: this kernel has not run."""
+    monkeypatch.setattr(sm90_linear, "PROVEN", frozenset({("NVIDIA H100 80GB HBM3", "3.6")}))
     weight = torch.empty(384, 1152, dtype=torch.bfloat16, device="meta")
     x = torch.empty(1, FEW_ROWS + 1, 1152, dtype=torch.bfloat16, device="meta")
     for device_and_version in sm90_linear.PROVEN:
@@ -146,3 +158,83 @@ def test_it_spills_nothing(layer: tuple[int, int]) -> None:
         + f"check_wide(*{layer}, False, torch.float16, bias=False, transposed=True)\n"
         + ("" if layer in QUICK else f"check_wide(*{layer}, True, torch.float16)\n")
     )
+
+
+@pytest.mark.slow
+def test_first_layers_spill_nothing() -> None:
+    """Those of the wider branches of the base model and of CrossViT-18, in the widest tiles."""
+    pytest.importorskip("triton")
+    run_without_a_device(
+        COMPILED
+        + WIDE
+        + "check_wide(768, 3072, False, gelu=True)\n"
+        + "check_wide(448, 1344, False, torch.float16)\n"
+    )
+
+
+def test_layers_too_wide_for_sm90_linear() -> None:
+    """A block of 448 channels runs in this family whole, but for attention; LayerNorm is before."""
+    pytest.importorskip("triton")
+    channels, hidden = 448, 1344
+    with recorded() as launches, VARIANTS.choose("gluon"):
+        backend = OPERATIONS["layernorm_msa"].backends["triton:gluon"]
+        backend.forward(MsaInputs(*of_msa(channels)), 1e-6, "")
+        backend = OPERATIONS["layernorm_ffn"].backends["triton:gluon"]
+        backend.forward(of_ffn(channels, hidden, "gelu"), 1e-6, "")
+    assert names(launches) == [
+        *("normalize", "sm90_wide_linear", "attention", "sm90_wide_linear"),
+        *("normalize", "sm90_wide_linear", "sm90_wide_linear"),
+    ]
+    shapes = [launch.arguments[-1] for launch in launches if isinstance(launch, Recorded)]
+    assert [(c.columns, c.gelu, c.residual) for c in shapes] == [
+        (3 * channels, False, False),
+        (channels, False, True),
+        (hidden, True, False),
+        (channels, False, True),
+    ]
+    with recorded() as launches, VARIANTS.choose("gluon"):
+        backend.forward(of_ffn(channels, hidden, "relu"), 1e-6, "")
+        backend.forward(of_ffn(384, 1152, "gelu"), 1e-6, "")
+    assert names(launches)[-2:] == ["sm90_linear", "sm90_wide_linear"]
+    assert names(launches)[:-2] in (
+        ["normalize", "linear", "sm90_wide_linear"],
+        ["norm_linear", "sm90_wide_linear"],
+    )
+    with recorded() as launches:
+        backend = OPERATIONS["layernorm_ffn"].backends["triton"]
+        backend.forward(of_ffn(channels, hidden, "gelu"), 1e-6, "")
+    assert not any(isinstance(launch, Recorded) for launch in launches)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Any]]:
+    """Record launches on tensors without memory, as on an H100."""
+    with (
+        tables.as_if_on(90),
+        launcher.recording_launches() as launches,
+        sm90_linear.recording_to(launches.append),
+    ):
+        yield launches
+
+
+def names(launches: list[Any]) -> list[str]:
+    """Kernels' names."""
+    return [
+        launch.kernel.__name__
+        if isinstance(launch, Recorded)
+        else launch.specialization.kernel.__name__
+        for launch in launches
+    ]
+
+
+def of_msa(channels: int) -> tuple[Any, ...]:
+    """In bfloat16, of enough rows."""
+    weights = empty_weights(MSA_SHAPES, {"C": channels}, DTYPES["bf16"])
+    x = empty((50, 197, channels), torch.bfloat16)
+    return x, MsaWeights(*weights), 7, None, None
+
+
+def of_ffn(channels: int, hidden: int, activation: str) -> FfnInputs:
+    weights = empty_weights(FFN_SHAPES, {"C": channels, "F": hidden}, DTYPES["bf16"])
+    x = empty((50, 197, channels), torch.bfloat16)
+    return FfnInputs(x, FfnWeights(*weights), None, activation)

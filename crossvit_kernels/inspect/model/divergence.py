@@ -60,6 +60,7 @@ class Group:
     def __init__(self, registers: Registers, warps: list[int], history: list[Any]) -> None:
         self.registers, self.warps, self.history = registers, warps, history
         self.pc = 0
+        self.epoch = 0  # barriers of all warps that they have passed
         self.active: Value = True
         self.convergence: list[ConvergenceBarrier] = []
         self.steps: list[tuple[int, Access | None]] = []
@@ -72,7 +73,7 @@ class Group:
             [self.warps[row] for row in rows],
             [*earlier, (self.steps, list(rows))],
         )
-        group.pc = self.pc
+        group.pc, group.epoch = self.pc, self.epoch
 
         def some(value: Value) -> Value:
             return value[rows] if isinstance(value, np.ndarray) else value

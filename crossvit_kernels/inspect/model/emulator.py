@@ -10,6 +10,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
+import types
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,12 +26,18 @@ from crossvit_kernels.inspect.model.divergence import ConvergenceBarrier, Group,
 from crossvit_kernels.inspect.model.lanes import Value, broadcast_lanes
 from crossvit_kernels.inspect.model.memory import SHARED_WINDOW, Memory
 from crossvit_kernels.inspect.model.sass import INSTRUCTION_BYTES, Instruction, Kernel
-from crossvit_kernels.inspect.model.translator import Registers, Translator, is_predicate
+from crossvit_kernels.inspect.model.tensor_maps import TensorMap
+from crossvit_kernels.inspect.model.translator import (
+    Reader,
+    Registers,
+    Translator,
+    is_predicate,
+)
 
 # They declare what Translator knows.
 assert integer_instructions and other_instructions and warp_instructions
 
-_CONTROL = frozenset(("BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET"))
+_CONTROL = frozenset(("BRA", "BRX", "EXIT", "BSSY", "BSYNC", "CALL", "RET"))
 _MOST_STEPS = 2_000_000
 
 
@@ -62,12 +70,17 @@ class Emulator:
         kernel: Its machine code.
         constants: Words of the constant bank by their place in bytes: parameters and grid.
         fall_through: How often, of 1, a branch on data falls through, the first time among them.
+        tensor_maps: Tensor maps among the parameters, by their place in bytes.
     """
 
     def __init__(
-        self, kernel: Kernel, constants: Mapping[int, int], fall_through: float = 1.0
+        self,
+        kernel: Kernel,
+        constants: Mapping[int, int],
+        fall_through: float = 1.0,
+        tensor_maps: Mapping[int, TensorMap] = types.MappingProxyType({}),
     ) -> None:
-        translator = Translator(constants)
+        translator = Translator(constants, kernel.jump_table, tensor_maps)
         self._kernel = kernel
         self._guards = [i.guard for i in kernel.instructions]
         self._control = [i.opcode in _CONTROL for i in kernel.instructions]
@@ -76,6 +89,14 @@ class Emulator:
         ]
         self._returns = [
             translator.pair(i.operands[0]) if i.opcode == "RET" else None
+            for i in kernel.instructions
+        ]
+        # Warps have roles, which they find in shared memory, written before a barrier of all.
+        self._jumps = {
+            i.index: jump_reader(translator, i) for i in kernel.instructions if i.opcode == "BRX"
+        }
+        self._ends_epoch = [
+            bool(self._jumps) and i.opcode == "BAR" and len(i.operands) == 1
             for i in kernel.instructions
         ]
         self._memory = Memory(translator, kernel.instructions)
@@ -104,11 +125,15 @@ class Emulator:
             "SR_CTAID.Z": per_block([b.z for b in blocks]),
             "SR_CgaCtaId": per_block([b.rank for b in blocks]),
             "SR_SWINHI": SHARED_WINDOW,
+            "block": per_block([*range(len(blocks))]),
         }
         finished_paths: dict[int, list[Step]] = {}
-        groups = [Group(Registers(special), list(range(count)), [])]
+        shared: dict[tuple[int, int], int | None] | None = {} if self._jumps else None
+        groups = [Group(Registers(special, shared), list(range(count)), [])]
         while groups:
             groups += self._run(groups.pop(), finished_paths)
+            if self._jumps:  # first those that others may wait for
+                groups.sort(key=lambda group: -group.epoch)
         warps = [
             [finished_paths[b * num_warps + w] for w in range(num_warps)]
             for b in range(len(blocks))
@@ -142,6 +167,9 @@ class Emulator:
             if function is not None:
                 function(registers, mask)
             group.pc = pc + 1
+            if self._ends_epoch[pc] and (mask is True or (mask is not None and np.any(mask))):
+                group.epoch += 1
+                return [group]
         raise RuntimeError(f"{self._kernel.name}: more than {_MOST_STEPS} steps of a warp")
 
     def _branch(self, group: Group, i: Instruction, mask: Value) -> list[Group] | None:
@@ -160,6 +188,8 @@ class Emulator:
                 address = int(np.asarray(0 if address is None else address).flat[0])
             group.pc = address // INSTRUCTION_BYTES
             return None
+        if i.opcode == "BRX":
+            return self._jump(group, self._jumps[i.index](group.registers))
         if "DIV" in i.modifiers:  # where lanes have diverged: the code for that is slow
             return None
         for operand in i.operands[:-1]:  # BRA P0, target; BRA.U UP0, target
@@ -185,6 +215,18 @@ class Emulator:
                 return [group] if target < 0 else None
         return group.diverge(mask, target)
 
+    def _jump(self, group: Group, targets: Value) -> list[Group]:
+        """Split warps by the addresses that they go to."""
+        if targets is None:
+            raise ValueError(f"{self._kernel.name}: a jump depends on data")
+        rows = np.broadcast_to(targets, (len(group.warps), 1))[:, 0] // INSTRUCTION_BYTES
+        groups = []
+        for target in np.unique(rows):
+            part = group.part(np.flatnonzero(rows == target))
+            part.pc = int(target)
+            groups.append(part)
+        return groups
+
     def _is_guessed_taken(self, i: Instruction) -> bool:
         """Whether this time a branch on data is taken, which falls through as often as given."""
         self._times[i.index] += 1
@@ -202,3 +244,13 @@ class Emulator:
         if any(s.opcode == "CALL" for s in instructions[i.index + 1 : i.target]):
             return True
         return None
+
+
+def jump_reader(translator: Translator, i: Instruction) -> Reader:
+    """Of the address that ``BRX R2 -0x6020`` goes to, relative to the next instruction."""
+    match = re.match(r"(R\d+) (-?0x[0-9a-f]+)", i.operands[0])
+    if not match:
+        raise ValueError(f"cannot follow {i.name} {i.operands}")
+    read = translator.reader(match[1])
+    beyond = int(match[2], 16) + (i.index + 1) * INSTRUCTION_BYTES
+    return lambda registers: None if (value := read(registers)) is None else value + beyond

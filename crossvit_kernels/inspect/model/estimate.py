@@ -19,6 +19,7 @@ from crossvit_kernels.inspect.model.sm_state import MemoryShare
 
 _MAX_STEPS = 400_000  # of warps, that are run on the SM
 _MAX_BLOCKS = 48  # that are executed
+_STORES = (Kind.STORE, Kind.TILE_STORE)
 _BUSY = 0.6  # of the cycles, from which on a resource is what binds a kernel
 
 
@@ -77,7 +78,7 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     blocks, active = launch.num_blocks, min(launch.num_blocks, usable_sms)
     busiest_sm_blocks = -(-blocks // usable_sms)
     resident = resident_blocks(launch, gpu.compute_capability)
-    emulator = Emulator(launch.kernel, launch.constants(), launch.fall_through)
+    emulator = Emulator(launch.kernel, launch.constants(), launch.fall_through, launch.tensor_maps)
     first = emulator.run([launch.block(0)], launch.num_warps)
     steps = sum(map(len, first.warps[0]))
     simulated = min(
@@ -92,7 +93,7 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     )
     scale = blocks / simulated
     memory = _memory_share(launch, gpu, trace.warps, scale, active)
-    run = Multiprocessor(gpu, launch.kernel, memory).run(trace.warps, resident)
+    run = Multiprocessor(gpu, launch.kernel, memory, launch.registers).run(trace.warps, resident)
     cycles = run.cycles + (busiest_sm_blocks - simulated) * _cycles_per_further_block(run, resident)
     floors = _floors(launch, gpu, trace.warps, scale)
     floor_by, floor = max(floors.items(), key=lambda item: item[1])
@@ -145,7 +146,7 @@ def _memory_share(
 ) -> MemoryShare:
     """Each byte of a tensor comes from DRAM once, and goes there once, however often it is used."""
     moved: collections.Counter[tuple[bool, int]] = collections.Counter()
-    stores = [timing_of(i, gpu).kind is Kind.STORE for i in launch.kernel.instructions]
+    stores = [timing_of(i, gpu).kind in _STORES for i in launch.kernel.instructions]
     for block in warps:
         for path in block:
             for step in path:
@@ -185,7 +186,7 @@ def _floors(
             for step in path:
                 i, cost = instructions[step.instruction], costs[step.instruction]
                 if step.sectors:
-                    store = cost.kind is Kind.STORE
+                    store = cost.kind in _STORES
                     moved_bytes[store, step.tensor] += SECTOR_BYTES * step.sectors
                 elif cost.kind is Kind.TENSOR_PRODUCT:
                     macs += 4 * step.arrivals * step.amount * 16 / gpu.tensor_macs

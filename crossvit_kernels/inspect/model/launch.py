@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
-from crossvit_kernels.inspect.model import sass
+from crossvit_kernels.inspect.model import sass, tensor_maps
 from crossvit_kernels.inspect.model.emulator import Block
 from crossvit_kernels.inspect.model.sass import Kernel
+from crossvit_kernels.inspect.model.tensor_maps import TensorMap
 
 #: Where the constant bank has whether there are clusters, and the blocks of one, from sm_90 and
 #: from sm_100 on.
@@ -30,6 +32,7 @@ class Launch:
         cluster: Blocks of a cluster.
         workspaces: Numbers of tensors that nothing reads after the launch.
         fall_through: How often, of 1, a branch on data falls through.
+        tensor_maps: Those among the parameters, by their place in bytes.
     """
 
     kernel: Kernel
@@ -43,6 +46,7 @@ class Launch:
     cluster: int = 1
     workspaces: frozenset[int] = frozenset()
     fall_through: float = 1.0
+    tensor_maps: Mapping[int, TensorMap] = dataclasses.field(default_factory=dict)
 
     @property
     def num_blocks(self) -> int:
@@ -61,6 +65,9 @@ class Launch:
             start + n: int.from_bytes(self.parameters[n : n + 4], "little")
             for n in range(0, len(self.parameters), 4)
         }
+        if self.tensor_maps:
+            low, high = tensor_maps.PARAMETERS & 0xFFFFFFFF, tensor_maps.PARAMETERS >> 32
+            words |= {tensor_maps.CONSTANT_PLACE: low, tensor_maps.CONSTANT_PLACE + 4: high}
         if clusters := _CLUSTERS.get(compute_capability // 10):
             words |= {clusters[0]: int(self.cluster > 1), clusters[1]: self.cluster}
         threads, blocks = (0, 12) if compute_capability < 100 else (0x360, 0x370)

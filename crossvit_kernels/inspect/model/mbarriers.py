@@ -18,9 +18,13 @@ from crossvit_kernels.inspect.model.sass import Instruction
 from crossvit_kernels.inspect.model.translator import Reader, Registers, Translator
 
 _OPCODES = frozenset(("SYNCS", "UBLKCP", "UTCHMMA", "UTCBAR"))
-_OFFSET = (1 << 24) - 1
+#: Of an address in shared memory: without the rank in the cluster.
+ADDRESS = (1 << 24) - 1
 #: An mbarrier in memory holds this less the arrivals of a phase, from bit 1 on.
 _COUNT_LIMIT = 1 << 20
+
+#: Arrivals of a warp that passes by a barrier.
+PASSED_BY = -1
 
 Decoder = Callable[[Registers, int, Value], Access]
 
@@ -28,7 +32,7 @@ Decoder = Callable[[Registers, int, Value], Access]
 def is_of_barriers(i: Instruction) -> bool:
     """Whether an instruction's barrier is known from registers."""
     if i.opcode == "BAR":
-        return i.operands[0].startswith("R")
+        return i.operands[0].startswith("R") or bool(i.guard)
     return i.opcode in _OPCODES and "CCTL" not in i.modifiers
 
 
@@ -37,7 +41,7 @@ def decoder(translator: Translator, i: Instruction) -> Decoder:
     builders = {
         "UBLKCP": _copy,
         "SYNCS": _operation,
-        "BAR": _named,
+        "BAR": _named if i.operands[0].startswith("R") else _guarded,
         "UTCHMMA": _product,
         "UTCBAR": _commit,
     }
@@ -51,10 +55,10 @@ def _product(t: Translator, i: Instruction) -> Decoder:
 
     def decode(registers: Registers, count: int, mask: Value) -> Access:
         active = broadcast_lanes(True if mask is None else mask, count)
-        value = _of_first(read, registers, active)
+        value = of_first(read, registers, active)
         rows, columns = (value >> 24 & 31) * 16, (value >> 17 & 63) * 8
         there = active.any(axis=1)
-        return _access(0 * rows, np.where(there, columns, 0), np.where(there, rows, 0))
+        return access_of(0 * rows, np.where(there, columns, 0), np.where(there, rows, 0))
 
     return decode
 
@@ -65,8 +69,8 @@ def _commit(t: Translator, i: Instruction) -> Decoder:
 
     def decode(registers: Registers, count: int, mask: Value) -> Access:
         active = broadcast_lanes(True if mask is None else mask, count)
-        barrier = np.where(active.any(axis=1), _of_first(address, registers, active) & _OFFSET, 0)
-        return _access(barrier, 0 * barrier, (barrier > 0) * 1)
+        barrier = np.where(active.any(axis=1), of_first(address, registers, active) & ADDRESS, 0)
+        return access_of(barrier, 0 * barrier, (barrier > 0) * 1)
 
     return decode
 
@@ -78,9 +82,19 @@ def _named(t: Translator, i: Instruction) -> Decoder:
 
     def decode(registers: Registers, count: int, mask: Value) -> Access:
         active = broadcast_lanes(True if mask is None else mask, count)
-        number_of, threads_of = (_of_first(read, registers, active) for read in (number, threads))
+        number_of, threads_of = (of_first(read, registers, active) for read in (number, threads))
         threads_of = threads_of if immediate else threads_of >> 16
-        return _access(number_of & 15, threads_of, 0 * threads_of)
+        return access_of(number_of & 15, threads_of, 0 * threads_of)
+
+    return decode
+
+
+def _guarded(t: Translator, i: Instruction) -> Decoder:
+    """A barrier that some warps pass by."""
+
+    def decode(registers: Registers, count: int, mask: Value) -> Access:
+        there = broadcast_lanes(True if mask is None else mask, count).any(axis=1)
+        return access_of(0 * there, 0 * there, np.where(there, 0, PASSED_BY))
 
     return decode
 
@@ -94,18 +108,18 @@ def _operation(t: Translator, i: Instruction) -> Decoder:
 
     def decode(registers: Registers, count: int, mask: Value) -> Access:
         active = broadcast_lanes(True if mask is None else mask, count)
-        barrier = _of_first(address, registers, active)
+        barrier = of_first(address, registers, active)
         lanes = np.where(active.any(axis=1), active.sum(axis=1), 0)
-        value = _of_first(operand, registers, active)
+        value = of_first(operand, registers, active)
         if initializes:
             amount = (_COUNT_LIMIT - (value >> 1)) % _COUNT_LIMIT
         elif arrives:
             amount = 0 * value if without_bytes else value * lanes
         else:
             amount = value >> 31 & 1
-        known = np.where(lanes > 0, barrier & _OFFSET, 0)
+        known = np.where(lanes > 0, barrier & ADDRESS, 0)
         arrivals = lanes if arrives and not without_arrival else 0 * lanes
-        return _access(known, amount, arrivals)
+        return access_of(known, amount, arrivals)
 
     return decode
 
@@ -119,17 +133,19 @@ def _copy(t: Translator, i: Instruction) -> Decoder:
     def decode(registers: Registers, count: int, mask: Value) -> Access:
         active = broadcast_lanes(True if mask is None else mask, count)
         barrier, address, units = (
-            _of_first(read, registers, active) for read in (barrier_at, from_at, size)
+            of_first(read, registers, active) for read in (barrier_at, from_at, size)
         )
         amount = np.where(active.any(axis=1), (units & 0xFFFF) * 16, 0)
         sectors = (address + amount + SECTOR_BYTES - 1) // SECTOR_BYTES - address // SECTOR_BYTES
         tensor = int(address[0] // TENSOR_BYTES) - 1
-        return _access(barrier & _OFFSET, amount, 0 * amount, np.where(amount, sectors, 0), tensor)
+        return access_of(
+            barrier & ADDRESS, amount, 0 * amount, np.where(amount, sectors, 0), tensor
+        )
 
     return decode
 
 
-def _of_first(read: Reader, registers: Registers, active: Any) -> Any:
+def of_first(read: Reader, registers: Registers, active: Any) -> Any:
     """An operand in the first active lane of each warp; 0 where it is not known."""
     value = read(registers)
     if value is None:
@@ -138,7 +154,7 @@ def _of_first(read: Reader, registers: Registers, active: Any) -> Any:
     return broadcast_lanes(value, len(active))[np.arange(len(active)), first].astype(np.int64)
 
 
-def _access(
+def access_of(
     barrier: Any, amount: Any, arrivals: Any, sectors: Any = None, tensor: int = -1
 ) -> Access:
     nothing = [0] * len(barrier)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crossvit_kernels.inspect.model import accesses, mbarriers
+from crossvit_kernels.inspect.model import accesses, mbarriers, tensor_maps
 from crossvit_kernels.inspect.model.accesses import TENSOR_BYTES, Access
 from crossvit_kernels.inspect.model.lanes import Value, broadcast_lanes
 from crossvit_kernels.inspect.model.sass import Instruction
@@ -47,6 +47,10 @@ class Memory:
             for i in instructions
             if mbarriers.is_of_barriers(i)
         }
+        of_maps = {"UTMALDG": tensor_maps.load, "UTMASTG": tensor_maps.store}
+        self._mbarriers |= {
+            i.index: of_maps[i.opcode](translator, i) for i in instructions if i.opcode in of_maps
+        }
         self._invalidates = {i.index for i in instructions if i.name == "CCTL.IVALL"}
         # In shared memory; a loop's iterations repeat them.
         self._wavefronts: dict[Any, list[int]] = {}
@@ -67,7 +71,7 @@ class Memory:
         """What an execution by some warps costs, in the lanes where a condition holds."""
         count = len(warps)
         nothing = [0] * count
-        if mask is False:
+        if mask is False and i.opcode != "BAR":
             return Access(nothing, nothing, -1)
         if i.index in self._mbarriers:
             return self._mbarriers[i.index](registers, count, mask)

@@ -12,13 +12,19 @@ import dataclasses
 import heapq
 from collections.abc import Sequence
 
-from crossvit_kernels.inspect.model.accesses import SECTOR_BYTES
 from crossvit_kernels.inspect.model.divergence import Step
 from crossvit_kernels.inspect.model.gpus import Gpu
-from crossvit_kernels.inspect.model.mbarriers import Mbarrier
+from crossvit_kernels.inspect.model.mbarriers import PASSED_BY, Mbarrier
 from crossvit_kernels.inspect.model.pipes import Kind, Pipe, Timing, timing_of
 from crossvit_kernels.inspect.model.sass import Kernel
-from crossvit_kernels.inspect.model.sm_state import SUB_PARTITIONS, Block, MemoryShare, Warp
+from crossvit_kernels.inspect.model.sm_state import (
+    SUB_PARTITIONS,
+    Block,
+    MemoryShare,
+    Outside,
+    SharedMemory,
+    Warp,
+)
 
 _BLOCK_START = 200  # cycles from a block's end to the first instruction of the one in its place
 _BARRIER = 20
@@ -26,6 +32,7 @@ _CLUSTER_BARRIER = 220  # from the last arrival of a cluster's threads; publishe
 _BULK_LATENCY = 170  # that a bulk copy takes longer than a load
 _BULK_BYTES = 64  # of bulk copies in a cycle, an estimate, ...
 _BULK_CYCLES = 8  # ... and the least that one occupies the copy unit
+_TILE_READ = 40  # from a tile's last byte leaving shared memory until a warp knows, an estimate
 _BRANCH = 8
 _OPERANDS_READ = 16  # cycles until a load or store has read its registers
 _SHARED_QUEUE = 32  # cycles of work that may wait for the shared-memory pipe
@@ -61,15 +68,17 @@ class Multiprocessor:
         gpu: The GPU.
         kernel: What runs on it.
         memory: Its share of the L2 and of DRAM.
+        registers: Of a thread, at the start.
     """
 
-    def __init__(self, gpu: Gpu, kernel: Kernel, memory: MemoryShare) -> None:
-        self._gpu, self._memory = gpu, memory
+    def __init__(self, gpu: Gpu, kernel: Kernel, memory: MemoryShare, registers: int = 0) -> None:
+        self._gpu, self._memory, self._registers = gpu, memory, registers
         self._instructions = kernel.instructions
         self._timings = [timing_of(i, gpu) for i in kernel.instructions]
-        self._l2 = self._dram = 0.0  # when they are free again
-        self._l2_bytes = self._dram_bytes = 0.0
-        self._dram_debt: dict[int, float] = collections.defaultdict(float)
+        # Where warps have roles, those without one wait at barriers of all.
+        roles = any(i.opcode == "BRX" for i in kernel.instructions)
+        self._idles = [roles and t.kind is Kind.BARRIER and not t.count for t in self._timings]
+        self._outside = Outside(gpu, memory)
 
     def run(self, blocks: Sequence[Sequence[Sequence[Step]]], resident: int) -> Run:
         """Run blocks in order, so many at a time.
@@ -79,12 +88,13 @@ class Multiprocessor:
             resident: Blocks that fit.
 
         Raises:
-            RuntimeError: A barrier waits for warps that do not come.
+            RuntimeError: A barrier waits for warps that do not come, or warps for registers.
         """
         self._heap: list[tuple[float, int, Warp]] = []
         self._pipes = [[0.0] * len(Pipe) for _ in range(SUB_PARTITIONS)]
         self._other_fma = [0.0] * SUB_PARTITIONS
-        self._shared = self._bulk = self._cluster = 0.0
+        self._shared = SharedMemory()
+        self._bulk = self._cluster = 0.0
         self._cluster_bytes = self._products = 0.0
         self._busy = [0.0] * len(Pipe)
         self._stalls: collections.Counter[str] = collections.Counter()
@@ -100,7 +110,10 @@ class Multiprocessor:
             now, _, warp = heapq.heappop(heap)
             step = warp.path[warp.position]
             i, timing = instructions[step[0]], timings[step[0]]
+            self._shared.catch_up(now)
             at, reason = self._earliest(warp, i.waits_for, timing)
+            if timing.kind is Kind.REGISTERS_TAKEN and not self._has_registers(warp, timing.count):
+                continue
             if timing.kind in _WAITS:
                 end = self._phase_end(warp, step, timing.kind, now)
                 if end is None:
@@ -133,13 +146,13 @@ class Multiprocessor:
                     warp.scoreboard_reasons[i.read_scoreboard] = "operands"
             if timing.kind is Kind.EXIT and warp.position == len(warp.path):
                 self._exit(warp, now, ends)
-            elif timing.kind is not Kind.BARRIER:
+            elif timing.kind is not Kind.BARRIER or step.arrivals == PASSED_BY:
                 heapq.heappush(heap, (warp.ready, warp.number, warp))
             else:
                 self._barrier(warp, step, timing, now)
         if len(ends) < len(blocks):
-            raise RuntimeError("warps wait at a barrier that not all of their block reach")
-        cycles = max(now + 1, self._l2, self._dram)
+            raise RuntimeError("warps wait at a barrier that not all reach, or for registers")
+        cycles = max(now + 1, self._outside.l2, self._outside.dram)
         shares = self._shares(cycles, issued)
         return Run(cycles, ends, issued, shares, self._stalls, self._waits)
 
@@ -148,7 +161,7 @@ class Multiprocessor:
         self._next += 1
         block = Block(len(warps))
         for path in warps:
-            warp = Warp(self._number, path, block, now)
+            warp = Warp(self._number, path, block, now, self._registers)
             self._number += 1
             heapq.heappush(self._heap, (now, warp.number, warp))
 
@@ -167,7 +180,7 @@ class Multiprocessor:
                 at = groups[-1 - timing.count]
                 reason = "global memory" if kind is Kind.COPY_WAIT else "tensor cores"
         if pipe is Pipe.SHARED:
-            room = self._shared - _SHARED_QUEUE
+            room = self._shared.free - _SHARED_QUEUE
         elif pipe is Pipe.FMA_ANY:
             room = min(self._pipes[warp.scheduler][Pipe.FMA], self._other_fma[warp.scheduler])
         elif pipe is Pipe.NONE:
@@ -197,9 +210,9 @@ class Multiprocessor:
                 pipes[pipe] = started + timing.cycles
             self._busy[pipe] += timing.cycles
         if kind is Kind.WGMMA:
-            self._shared = max(self._shared, now) + timing.shared_cycles
+            self._shared.free = max(self._shared.free, now) + timing.shared_cycles
             self._busy[Pipe.SHARED] += timing.shared_cycles
-            pipes[pipe] = max(pipes[pipe], self._shared)
+            pipes[pipe] = max(pipes[pipe], self._shared.free)
             if timing.commits:
                 warp.wgmma_groups.append(pipes[pipe] + timing.latency)
         elif kind is Kind.COPY_COMMIT:
@@ -230,19 +243,51 @@ class Multiprocessor:
         elif kind is Kind.TENSOR_COMMIT and step.barrier:
             at = max(self._products, now) + _COMMIT
             self._arrive(warp.block.mbarriers[step.barrier], at, arrivals=1)
-        elif kind is Kind.BULK_COPY and step.amount:
-            self._bulk = max(self._bulk, now) + max(step.amount / _BULK_BYTES, _BULK_CYCLES)
-            arrived = self._transfer(step, self._bulk, self._memory.loads) + _BULK_LATENCY
-            self._arrive(warp.block.mbarriers[step.barrier], arrived, copied=step.amount)
+        elif kind in (Kind.BULK_COPY, Kind.TILE_STORE) and step.amount:
+            self._copy(warp, step, kind, now)
+        elif kind in (Kind.REGISTERS_FREED, Kind.REGISTERS_TAKEN):
+            self._set_registers(warp, timing.count, now)
+
+    def _copy(self, warp: Warp, step: Step, kind: Kind, now: float) -> None:
+        """A bulk copy, or one of a tile, to shared memory or from there."""
+        begin = max(self._bulk, now)
+        self._bulk = begin + max(step.amount / _BULK_BYTES, _BULK_CYCLES)
+        self._busy[Pipe.SHARED] += step.amount / 128
+        if kind is Kind.TILE_STORE:
+            self._shared.copy(begin, self._bulk, step.amount)
+            warp.open_copies = max(warp.open_copies, self._bulk + _TILE_READ)
+            self._outside.transfer(step, self._bulk, self._memory.stores)
+            return
+        begin = max(self._outside.l2, self._bulk)
+        arrived = self._outside.transfer(step, self._bulk, self._memory.loads) + _BULK_LATENCY
+        latency = arrived - max(self._outside.l2, begin)
+        self._shared.copy(begin + latency, arrived, step.amount)
+        self._arrive(warp.block.mbarriers[step.barrier], arrived, copied=step.amount)
+
+    def _has_registers(self, warp: Warp, count: int) -> bool:
+        """Whether a warp can have so many registers; else it waits for others to free some."""
+        if count - warp.registers <= warp.block.free_registers:
+            return True
+        warp.block.waiting_for_registers.append(warp)
+        return False
+
+    def _set_registers(self, warp: Warp, count: int, now: float) -> None:
+        block = warp.block
+        block.free_registers += warp.registers - count
+        warp.registers = count
+        waiting, block.waiting_for_registers = block.waiting_for_registers, []
+        for other in waiting:
+            other.ready = max(other.ready, now + _BARRIER)
+            heapq.heappush(self._heap, (other.ready, other.number, other))
 
     def _product(self, rows: int, columns: int, in_tensor_memory: bool, now: float) -> None:
         """16 channels of a product by all four tensor cores."""
         # Less than 128 rows leave half of the cores idle.
         cycles = max(rows, 128) * columns * 16 / self._gpu.tensor_macs
         read = (columns if in_tensor_memory else rows + columns) * 16 * 2 / 128
-        self._shared = max(self._shared, now) + read
+        self._shared.free = max(self._shared.free, now) + read
         self._busy[Pipe.SHARED] += read
-        self._products = max(max(self._products, now) + cycles, self._shared)
+        self._products = max(max(self._products, now) + cycles, self._shared.free)
         self._busy[Pipe.TENSOR] += SUB_PARTITIONS * cycles
 
     def _arrive(self, barrier: Mbarrier, at: float, **changes: int) -> None:
@@ -266,8 +311,8 @@ class Multiprocessor:
 
     def _access(self, warp: Warp, step: Step, timing: Timing, now: float) -> tuple[float, float]:
         cycles = timing.cycles or step.wavefronts
-        started = max(self._shared, now)
-        self._shared = started + cycles
+        started = max(self._shared.free, now)
+        self._shared.free = started + cycles
         self._busy[Pipe.SHARED] += cycles
         kind = timing.kind
         if kind is Kind.MBARRIER_INIT:
@@ -291,50 +336,17 @@ class Multiprocessor:
                 return started, started + timing.latency
             return started, arrived
         if kind is Kind.PREFETCH:
-            self._misses(step, started, self._memory.loads, always=True)
+            self._outside.misses(step, started, self._memory.loads, always=True)
             return started, started
-        arrived = self._transfer(
+        arrived = self._outside.transfer(
             step, started, self._memory.stores if kind is Kind.STORE else self._memory.loads
         )
         if kind is Kind.COPY:
             warp.open_copies = max(warp.open_copies, arrived)
         if kind is Kind.STORE:  # others see it in the L2, before it is in DRAM
-            warp.stores_done = max(warp.stores_done, self._l2 + self._gpu.l2_latency)
+            warp.stores_done = max(warp.stores_done, self._outside.l2 + self._gpu.l2_latency)
             return started, started + timing.latency
         return started, max(arrived, started + cycles + self._gpu.l1_latency)
-
-    def _transfer(self, step: Step, started: float, from_dram: dict[int, float]) -> float:
-        """Move an access's sectors: when they are there."""
-        if not step.sectors:
-            return started
-        moved = SECTOR_BYTES * step.sectors
-        memory, gpu = self._memory, self._gpu
-        self._l2_bytes += moved
-        # What comes from DRAM takes the L2's time at DRAM's pace, and leaves the rest to hits.
-        begin, rate = max(self._l2, started), memory.l2_rate
-        if self._dram > begin:
-            rate = max(rate - memory.dram_rate, 0.25 * rate)
-        hits = moved * (1 - from_dram.get(step.tensor, 0.0))
-        self._l2 = begin + hits / rate
-        if self._misses(step, started, from_dram):
-            return self._dram + gpu.dram_latency
-        return self._l2 + gpu.l2_latency
-
-    def _misses(
-        self, step: Step, started: float, shares: dict[int, float], always: bool = False
-    ) -> bool:
-        """Move an access's share of the bytes that come from DRAM; whether it waits for them."""
-        share, moved = shares.get(step.tensor, 0.0), SECTOR_BYTES * step.sectors
-        if not share or not moved:
-            return False
-        self._dram = max(self._dram, started) + moved * share / self._memory.dram_rate
-        self._dram_bytes += moved * share
-        # Of many loads of the same, those whose turn it is miss the L2: the first to begin.
-        self._dram_debt[step.tensor] -= moved * share
-        if self._dram_debt[step.tensor] >= 0 and not always:
-            return False
-        self._dram_debt[step.tensor] += moved
-        return True
 
     def _barrier(
         self,
@@ -360,8 +372,10 @@ class Multiprocessor:
 
     def _release(self, block: Block, barrier: str, now: float) -> None:
         for since, warp in block.waiting.pop(barrier, []):
-            self._stalls["barrier"] += int(now - since)
-            self._waits[warp.path[warp.position - 1].instruction] += int(now - since)
+            place = warp.path[warp.position - 1].instruction
+            if not self._idles[place]:
+                self._stalls["barrier"] += int(now - since)
+                self._waits[place] += int(now - since)
             warp.ready = max(warp.ready, now + _BARRIER)
             heapq.heappush(self._heap, (warp.ready, warp.number, warp))
         block.arrived[barrier] = 0
@@ -391,9 +405,9 @@ class Multiprocessor:
             "special functions": self._busy[Pipe.XU] / per,
             "tensor cores": self._busy[Pipe.TENSOR] / per,
             "shared memory": self._busy[Pipe.SHARED] / cycles,
-            "L2": self._l2_bytes / self._memory.l2_rate / cycles,
+            "L2": self._outside.l2_bytes / self._memory.l2_rate / cycles,
             "cluster": self._cluster_bytes / (self._gpu.cluster_bytes_per_cycle or 1.0) / cycles,
-            "DRAM": self._dram_bytes / self._memory.dram_rate / cycles,
+            "DRAM": self._outside.dram_bytes / self._memory.dram_rate / cycles,
         }
 
 

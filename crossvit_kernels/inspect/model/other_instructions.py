@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from crossvit_kernels.inspect.model import lanes
-from crossvit_kernels.inspect.model.lanes import WORD, Value
+from crossvit_kernels.inspect.model.lanes import WORD, Value, broadcast_lanes
 from crossvit_kernels.inspect.model.sass import Instruction
 from crossvit_kernels.inspect.model.translator import (
     Function,
     Registers,
     Translator,
     builds,
+    following,
     is_predicate,
     word_function,
     write,
@@ -35,6 +36,9 @@ def _move(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | 
 def _load_constant(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
     if operands[1].endswith("+0x2cc]"):  # behind SR_CgaSize: the blocks of a cluster
         return word_function(lambda value: value, operands[0], t.reader("c[0x0][0x2cc]"))
+    if table := re.fullmatch(r"c\[0x2\]\[(R\d+)\]", operands[1]):
+        words = np.frombuffer(t.jump_table, np.uint32).astype(np.int64)
+        return word_function(lambda at: words[at // 4], operands[0], t.reader(table[1]))
     if "R" in operands[1].replace("[RZ", "["):
         return None
     if i.access_bytes == 1:
@@ -190,6 +194,78 @@ def _population(t: Translator, i: Instruction, operands: Sequence[str]) -> Funct
         return sum((a >> bit) & 1 for bit in range(32))
 
     return word_function(count, operands[0], t.reader(operands[1]))
+
+
+@builds("STS")
+def _to_shared(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    """Keep words that are known and the same for all lanes of a warp: what roles are told by."""
+    if i.access_bytes < 4:
+        return None
+    address = t.address(operands[0])
+    readers = [t.reader(following(operands[1], n)) for n in range(max(i.access_bytes // 4, 1))]
+
+    def run(registers: Registers, mask: Value) -> None:
+        if registers.shared is None or mask is False or mask is None:
+            return
+        at = _of_warps(address(registers))
+        if at is None:
+            return
+        blocks = registers.special["block"][:, 0]
+        places = np.broadcast_to(at, (len(blocks), 1))[:, 0]
+        executes = broadcast_lanes(mask, len(blocks)).any(axis=1)
+        for n, read in enumerate(readers):
+            word = _of_warps(read(registers))
+            words = None if word is None else np.broadcast_to(word, (len(blocks), 1))[:, 0]
+            for row in np.flatnonzero(executes):
+                place = int(blocks[row]), int(places[row]) + 4 * n
+                registers.shared[place] = None if words is None else int(words[row])
+
+    return run
+
+
+def _of_warps(value: Value) -> Value:
+    """A value that is the same in all lanes of a warp, [warps, 1]; None where it is not."""
+    if not isinstance(value, np.ndarray) or value.shape[1] == 1:
+        return value
+    return value[:, :1] if (value == value[:, :1]).all() else None
+
+
+@builds("LDS")
+def _from_shared(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    """Load what _to_shared has kept."""
+    address, size = t.address(operands[1]), i.access_bytes
+    names = [following(operands[0], n) for n in range(max(size // 4, 1))]
+
+    def run(registers: Registers, mask: Value) -> None:
+        if mask is False:
+            return
+        at = None if registers.shared is None else _of_warps(address(registers))
+        for n, name in enumerate(names):
+            word = None if at is None else _kept(registers, at + 4 * n, size)
+            write(registers, name, word, mask)
+
+    return run
+
+
+def _kept(registers: Registers, address: Value, size: int) -> Value:
+    """The word or byte at an address, by warp."""
+    shared, blocks = registers.shared, registers.special["block"][:, 0]
+    assert shared is not None
+    found = []
+    for block, at in zip(blocks, np.broadcast_to(address, (len(blocks), 1))[:, 0], strict=True):
+        word = shared.get((int(block), int(at) & ~3))
+        if word is None:
+            return None
+        found.append(word >> 8 * (int(at) & 3) & (1 << 8 * min(size, 4)) - 1)
+    return np.array(found, np.int64)[:, None]
+
+
+@builds("SETMAXREG")
+def _registers_of_warps(t: Translator, i: Instruction, operands: Sequence[str]) -> Function | None:
+    """A request for registers succeeds: the timing says when."""
+    if "TRY_ALLOC" not in i.modifiers:
+        return None
+    return lambda registers, mask: write(registers, operands[0], True, mask)
 
 
 @builds("FCHK")

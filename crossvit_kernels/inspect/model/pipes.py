@@ -57,6 +57,9 @@ class Kind(enum.IntEnum):
     TENSOR_PRODUCT = 19  # tcgen05.mma
     TENSOR_COMMIT = 20
     PREFETCH = 21  # to L2
+    TILE_STORE = 22  # from shared memory, by a tensor map
+    REGISTERS_FREED = 23  # setmaxnreg
+    REGISTERS_TAKEN = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Timing:
         latency: From its start in the pipe to the release of its write scoreboard.
         shared_cycles: Of the shared-memory pipe, for a matrix from there.
         commits: Whether it closes a group of wgmma.
-        count: Groups that may be left open, or warps that a barrier is for (0: all).
+        count: Groups that may be left open, warps that a barrier is for (0: all), or registers of
+            a thread.
         barrier: The barrier's name; of a fence, its scope.
         rows_in_tensor_memory: Whether tcgen05.mma's first factor lies there.
     """
@@ -116,7 +120,7 @@ def timing_of(i: Instruction, gpu: Gpu) -> Timing:
         return Timing(Kind.PLAIN, Pipe.SHARED, 1 if opcode == "SHFL" else 0, _MEMORY[opcode])
     if opcode in ("HMMA", "HGMMA"):
         return _matrix_product(i, gpu)
-    if opcode == "LDGDEPBAR":
+    if opcode in ("LDGDEPBAR", "UTMACMDFLUSH"):
         return Timing(Kind.COPY_COMMIT, Pipe.NONE, 0, 0)
     if opcode == "DEPBAR":
         return Timing(Kind.COPY_WAIT, Pipe.NONE, 0, 0, count=int(i.operands[1], 16))
@@ -143,7 +147,12 @@ def timing_of(i: Instruction, gpu: Gpu) -> Timing:
     return Timing(Kind.PLAIN, *_arithmetic(i, gpu))
 
 
-_SYNCHRONIZATION = frozenset(("MEMBAR", "CCTL", "UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS", "UBLKCP"))
+_SYNCHRONIZATION = frozenset(
+    (
+        *("MEMBAR", "CCTL", "UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS", "UBLKCP"),
+        *("UTMALDG", "UTMASTG", "USETMAXREG"),
+    )
+)
 
 
 def _synchronization(i: Instruction) -> Timing:
@@ -156,8 +165,13 @@ def _synchronization(i: Instruction) -> Timing:
         return Timing(Kind.PREFETCH, Pipe.SHARED, 1, 0)
     if opcode == "CCTL":
         return Timing(Kind.FENCE, Pipe.NONE, 0, _INVALIDATION, barrier="CTA")
-    if opcode == "UBLKCP":
-        return Timing(Kind.BULK_COPY, Pipe.UNIFORM, 2, 0)
+    if opcode in ("UBLKCP", "UTMALDG", "UTMASTG"):
+        kind = Kind.TILE_STORE if opcode == "UTMASTG" else Kind.BULK_COPY
+        return Timing(kind, Pipe.UNIFORM, 2, 0)
+    if opcode == "USETMAXREG":
+        kind = Kind.REGISTERS_FREED if "DEALLOC" in modifiers else Kind.REGISTERS_TAKEN
+        count = int(i.operands[-1], 16)
+        return Timing(kind, Pipe.NONE, 0, _OTHER_LATENCY, count=count)
     if opcode == "SYNCS":
         kind = Kind.MBARRIER_WAIT if "PHASECHK" in modifiers else Kind.MBARRIER_ARRIVE
         kind = Kind.MBARRIER_INIT if "EXCH" in modifiers else kind

@@ -25,7 +25,7 @@ class Row:
     """A launch and its estimate.
 
     Attributes:
-        backend: "triton" or "cuda".
+        backend: "triton", "cuda", or a variant as "triton:gluon".
         model: The model's name.
         operation: The operation's name.
         direction: "forward" or "backward".
@@ -61,7 +61,7 @@ class Job(NamedTuple):
     """One direction of an operation, described so that another process can model it.
 
     Attributes:
-        backend: "triton" or "cuda".
+        backend: "triton", "cuda", or a variant as "triton:gluon".
         gpu: The GPU's name.
         model: The model's name.
         dtype: As on the command line.
@@ -122,7 +122,7 @@ def jobs(
     """Return all directions of the models' operations.
 
     Args:
-        backends: Some of "triton" and "cuda".
+        backends: See Row.
         gpu: The GPU.
         models: The models' names.
         dtypes: As on the command line.
@@ -219,19 +219,25 @@ def show(gpu: Gpu, rows_by_job: Iterable[list[Row]]) -> None:
         total = sums[row.backend, row.model, name, row.batch]
         total[0] += row.modelled.microseconds
         total[1] += row.modelled.floor
+    for (backend, model, name, batch), of_half in [*sums.items()]:
+        operation, _, rest = name.partition(" ")
+        other = backend, model, f"layernorm_ffn {rest}", batch
+        if operation == "layernorm_msa" and other in sums:
+            both = [a + b for a, b in zip(of_half, sums[other], strict=True)]
+            sums[backend, model, f"a block, {rest}", batch] = both
     print(
-        f"\n{'backend':7} {'model':5} {'operation':50} {'images':>6} {'us':>9} {'floor':>8} share"
+        f"\n{'backend':12} {'model':5} {'operation':50} {'images':>6} {'us':>9} {'floor':>8} share"
     )
     for (backend, model, name, batch), (microseconds, floor) in sums.items():
         print(
-            f"{backend:7} {model:5} {name:50} {batch:6} {microseconds:9.1f} {floor:8.1f} "
+            f"{backend:12} {model:5} {name:50} {batch:6} {microseconds:9.1f} {floor:8.1f} "
             f"{floor / microseconds:5.0%}"
         )
     sys.stdout.flush()
 
 
 _HEADER = (
-    f"{'backend':7} {'model':5} {'kernel':24} {'C':>4} {'images':>6} {'us':>8} {'floor':>7} "
+    f"{'backend':12} {'model':5} {'kernel':24} {'C':>4} {'images':>6} {'us':>8} {'floor':>7} "
     f"{'share':>6} {'blocks':>6} {'waves':>5} {'per token':>9}  bound by; busy; configuration"
 )
 
@@ -241,7 +247,7 @@ def _line(row: Row) -> str:
     busiest = sorted(m.busy.items(), key=lambda item: -item[1])[:3]
     busy = ", ".join(f"{name} {share:.0%}" for name, share in busiest)
     line = (
-        f"{row.backend:7} {row.model:5} {row.kernel:24} {row.channels:4} {row.batch:6} "
+        f"{row.backend:12} {row.model:5} {row.kernel:24} {row.channels:4} {row.batch:6} "
         f"{m.microseconds:8.1f} {m.floor:7.1f} {m.share_of_floor:6.0%} {m.blocks_per_sm:6} "
         f"{m.waves:5.1f} {sum(row.instructions_per_token.values()):9.1f}  "
         f"{m.bound_by}; {busy}; {row.config}"

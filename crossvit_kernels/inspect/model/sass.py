@@ -14,10 +14,10 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from crossvit_kernels.inspect.machine_code import disassembler
+from crossvit_kernels.inspect.machine_code import disassembler, section
 
 INSTRUCTION_BYTES = 16
 
@@ -92,10 +92,17 @@ class Loop:
 
 @dataclass(frozen=True)
 class Kernel:
-    """The machine code of one kernel."""
+    """The machine code of one kernel.
+
+    Attributes:
+        name: Its name.
+        instructions: In their order.
+        jump_table: Bank 2 of its constants, with the places that it jumps to.
+    """
 
     name: str
     instructions: tuple[Instruction, ...]
+    jump_table: bytes = b""
 
     @functools.cached_property
     def loops(self) -> tuple[Loop, ...]:
@@ -119,15 +126,18 @@ def disassemble(cubin: bytes, name: str = "") -> dict[str, Kernel]:
         path.write_bytes(cubin)
         command = [disassembler("nvdisasm"), "-hex", "-c", "-gi", str(path)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {kernel.name: kernel for kernel in parse(printed, name)}
+    return {
+        kernel.name: replace(kernel, jump_table=section(cubin, f".nv.constant2.{kernel.name}"))
+        for kernel in parse(printed, name)
+    }
 
 
 def parse(printed: str, name: str = "") -> Iterator[Kernel]:
     """The kernels, or one of them, in what ``nvdisasm -hex -c -gi`` printed."""
     sections = re.split(r"^\.text\.([\w$.]+):$", printed, flags=re.MULTILINE)
-    for matches, section in zip(sections[1::2], sections[2::2], strict=True):
+    for matches, code in zip(sections[1::2], sections[2::2], strict=True):
         if name in ("", matches):
-            yield Kernel(matches, tuple(_instructions(section)))
+            yield Kernel(matches, tuple(_instructions(code)))
 
 
 def _instructions(section: str) -> Iterator[Instruction]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +26,14 @@ class Registers:
         special: Values of special registers, ``SR_TID.X``.
         banks: By letter: R, UR (uniform), P and UP (predicates).
         active: The lanes that go together, [warps, 32], or True for all.
+        shared: Words of shared memory by block and address, or None: they are not followed.
     """
 
-    def __init__(self, special: Mapping[str, Value]) -> None:
+    def __init__(
+        self, special: Mapping[str, Value], shared: dict[tuple[int, int], int | None] | None = None
+    ) -> None:
         self.active: Value = True
+        self.shared = shared
         self.special = dict(special)
         self.banks: dict[str, list[Value]] = {
             "R": [0] * 256,
@@ -47,7 +52,8 @@ class Registers:
         def some(value: Value) -> Value:
             return value[rows] if isinstance(value, np.ndarray) else value
 
-        copy = Registers({name: some(value) for name, value in self.special.items()})
+        special = {name: some(value) for name, value in self.special.items()}
+        copy = Registers(special, self.shared)
         copy.banks = {name: [*map(some, bank)] for name, bank in self.banks.items()}
         return copy
 
@@ -90,10 +96,18 @@ class Translator:
 
     Args:
         constants: Words of the constant bank 0 by their place in bytes.
+        jump_table: Bytes of the constant bank 2.
+        tensor_maps: Maps among the parameters, by their place in bytes.
     """
 
-    def __init__(self, constants: Mapping[int, int]) -> None:
+    def __init__(
+        self,
+        constants: Mapping[int, int],
+        jump_table: bytes = b"",
+        tensor_maps: Mapping[int, Any] = types.MappingProxyType({}),
+    ) -> None:
         self._constants = constants
+        self.jump_table, self.tensor_maps = jump_table, tensor_maps
 
     def reader(self, operand: str, carried: bool = False) -> Reader:
         """Of a word. A negative one is ~x + 1 with its 33rd bit, if that may be a carry."""
@@ -208,6 +222,13 @@ def _next(register: str) -> str:
         return f"c[0x{constant[1]}][{_place(constant[2]) + 4:#x}]"
     match = _REGISTER.match(register)
     return f"{match[1]}{int(match[2]) + 1}" if match and match[1] in ("R", "UR") else "RZ"
+
+
+def following(register: str, distance: int) -> str:
+    """The register so many further on."""
+    for _ in range(distance):
+        register = _next(register)
+    return register
 
 
 def write(registers: Registers, name: str, value: Value, mask: Value) -> None:

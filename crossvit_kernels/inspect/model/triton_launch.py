@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +13,11 @@ from crossvit_kernels.gpu import launcher, tables
 from crossvit_kernels.gpu.tables import Candidate
 from crossvit_kernels.inspect import ahead_of_time
 from crossvit_kernels.inspect.ahead_of_time import CompileCase
-from crossvit_kernels.inspect.model import sass
+from crossvit_kernels.inspect.model import gluon_launch, sass
 from crossvit_kernels.inspect.model.gpus import Gpu
 from crossvit_kernels.inspect.model.launch import Launch
 from crossvit_kernels.inspect.model.memory import pointer
+from crossvit_kernels.ops.common import sm90_linear
 
 
 def packed(parameters: Sequence[Any]) -> tuple[bytes, tuple[int, ...]]:
@@ -56,9 +58,17 @@ def launch_of(
 
 def recorder(gpu: Gpu, run: Callable[[], object]) -> Callable[[], list[tuple[Launch, str]]]:
     """Record what a function launches on a GPU; return what compiles that."""
-    with tables.as_if_on(gpu.compute_capability), launcher.recording_launches() as launches:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tables.as_if_on(gpu.compute_capability))
+        launches: list[Any] = stack.enter_context(launcher.recording_launches())
+        stack.enter_context(sm90_linear.recording_to(launches.append))
         run()
-    return lambda: [recorded_launch(launch, gpu.compute_capability) for launch in launches]
+    return lambda: [
+        gluon_launch.recorded_launch(launch, gpu)
+        if isinstance(launch, sm90_linear.Recorded)
+        else recorded_launch(launch, gpu.compute_capability)
+        for launch in launches
+    ]
 
 
 def recorded_launch(recorded: launcher.Launch, compute_capability: int) -> tuple[Launch, str]:

@@ -74,7 +74,7 @@ Recorder = Callable[[Callable[[], object]], Callable[[], list[tuple[Launch, str]
 
 
 def _recorder(backend: str, gpu: Gpu) -> Recorder:
-    if backend == "triton":
+    if backend.startswith("triton"):
         return functools.partial(triton_launch.recorder, gpu)
     return functools.partial(cuda_launch.recorder, gpu, cuda_launch.Addresses())
 

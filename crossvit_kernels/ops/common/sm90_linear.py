@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +28,10 @@ WIDEST = 384
 _MOST_COLUMNS = 2048
 
 #: (device, Triton) on which the kernel is known to end, as it must wherever it runs by itself: a
-#: wrong barrier would hang. Thousands of launches, alone on the GPU and beside another process, had
-#: the right values (bench/results/nvidia-h100-80gb-hbm3).
-PROVEN: frozenset[tuple[str, str]] = frozenset({("NVIDIA H100 80GB HBM3", "3.6")})
+#: wrong barrier would hang. An H100 with 3.6 was, by thousands of launches, with the kernel as it
+#: was before rows of x came through the ring (bench/results/nvidia-h100-80gb-hbm3); as it is now it
+#: has not run on a GPU yet.
+PROVEN: frozenset[tuple[str, str]] = frozenset()
 
 
 def has_gluon() -> bool:
@@ -37,6 +39,28 @@ def has_gluon() -> bool:
     spec = importlib.util.find_spec("triton")
     folders = spec.submodule_search_locations or () if spec else ()
     return any((Path(folder) / "experimental" / "gluon").is_dir() for folder in folders)
+
+
+class Recorded(NamedTuple):
+    """A launch as it was asked for: the arguments of ``start``."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    tiles: int
+
+
+_record: Callable[[Recorded], None] | None = None
+
+
+@contextlib.contextmanager
+def recording_to(record: Callable[[Recorded], None]) -> Iterator[None]:
+    """Record launches instead of launching kernels: for tensors on the meta device."""
+    global _record
+    previous, _record = _record, record
+    try:
+        yield
+    finally:
+        _record = previous
 
 
 # Evaluated once, as in launcher.
@@ -77,13 +101,13 @@ class Sm90Shape(tables.Constants):
 
     @property
     def together(self) -> int:
-        """Tiles of W in a stage of the ring: they share a barrier."""
+        """Tiles of x or W in a stage of the ring: they share a barrier."""
         return max(g for g in (1, 2, 3) if self.boxes % g == 0)
 
     @property
     def stages(self) -> int:
-        """Stages of the ring: 96 KiB, 72 if residuals need room as well."""
-        return (9 if self.residual else 12) // self.together
+        """Stages of the ring: 192 KiB, 160 if residuals need room as well."""
+        return (20 if self.residual else 24) // self.together
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
@@ -102,11 +126,25 @@ def why_no_gluon(x: Tensor, weight: Tensor) -> str | None:
     """Return why no kernel for Hopper's tensor cores takes x and weight, or None."""
     if not _HAS_GLUON:
         return "this Triton has no Gluon"
-    if not x.is_cuda or torch.version.hip or extension.compute_capability(x.device) != 90:
+    if _compute_capability(x) != 90:
         return f"the tokens are on {x.device}, not on a GPU of compute capability 9.0"
     if x.dtype not in _DTYPES or weight.dtype != x.dtype:
         return f"tokens and weights are {x.dtype} and {weight.dtype}, not both of a 16-bit type"
     return None
+
+
+def _compute_capability(x: Tensor) -> int:
+    """Return that of x's GPU, or of the one that a recording is for; 0 without one of NVIDIA's."""
+    if _record is not None:
+        return tables.sm(x.device)
+    if not x.is_cuda or torch.version.hip:
+        return 0
+    return extension.compute_capability(x.device)
+
+
+def is_on_another_gpu(index: int) -> bool:
+    """Whether a tensor's GPU is not the current one."""
+    return _record is None and index != torch.cuda.current_device()
 
 
 def device_and_version(device: torch.device) -> tuple[str, str]:
@@ -178,7 +216,7 @@ def linear(
     if not can_read(a, weight, residual):
         return None
     index = a.get_device()
-    if index != torch.cuda.current_device():
+    if is_on_another_gpu(index):
         with torch.cuda.device(index):
             return linear(
                 a,
@@ -237,6 +275,9 @@ def start(
         index: The device.
         tiles: Tiles of the result.
     """
+    if _record is not None:
+        _record(Recorded(kernel, arguments, tiles))
+        return True
     if key not in _known:
         _known[key] = _compiled(kernel, arguments)
     compiled = _known[key]

@@ -33,12 +33,14 @@ class WideShape(tables.Constants):
         columns: N.
         residual: Whether r is added.
         transposed: Whether W is stored as [K, N].
+        gelu: Whether GELU is applied.
     """
 
     channels: int
     columns: int
     residual: bool = False
     transposed: bool = False
+    gelu: bool = False
 
     @property
     def steps(self) -> int:
@@ -116,8 +118,9 @@ def linear(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     transposed: bool = False,
+    gelu: bool = False,
 ) -> Tensor | None:
-    """Return r + scale (a W^T + b) [B, N, W's rows] for a [B, N, W's columns], of 16 bits.
+    """Return r + scale act(a W^T + b) [B, N, W's rows] for a [B, N, W's columns], of 16 bits.
 
     Returns None if the kernel spills registers here, or if TMA cannot read a tensor.
 
@@ -128,20 +131,22 @@ def linear(
         residual: r [B, N, W's rows] or None.
         scale: [B] or None.
         transposed: Whether weight is W^T.
+        gelu: Whether act is GELU.
     """
     if not sm90_linear.can_read(a, weight, residual):
         return None
     index = a.get_device()
-    if index != torch.cuda.current_device():
+    if sm90_linear.is_on_another_gpu(index):
         with torch.cuda.device(index):
-            return linear(a, weight, bias, residual=residual, scale=scale, transposed=transposed)
+            how: dict[str, Any] = {"transposed": transposed, "gelu": gelu}
+            return linear(a, weight, bias, residual=residual, scale=scale, **how)
     from crossvit_kernels.gpu.gluon import tile
     from crossvit_kernels.ops.common.triton_sm90_wide_kernels import sm90_wide_linear as kernel
 
     batch, num_tokens, channels = a.shape
     num_rows, columns = batch * num_tokens, weight.shape[transposed]
     y = a.new_empty(batch, num_tokens, columns)
-    c = _shape(channels, columns, residual is not None, transposed)
+    c = _shape(channels, columns, residual is not None, transposed, gelu)
     y_tiles = tile(y, num_rows, columns, columns)
     r_tiles = y_tiles
     if residual is not None:

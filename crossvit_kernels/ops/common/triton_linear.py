@@ -112,6 +112,10 @@ def norm_linear(
     (batch, num_tokens, channels), columns = x.shape, weight.shape[0]
     num_rows, size = batch * num_tokens, weight.element_size()
     by_library = step.by_library(num_rows, channels, size)
+    if channels > sm90_linear.WIDEST and activation in ("", "gelu") and sm90_wide.chosen(x, weight):
+        normed = normalize(tokens, norm, eps, weight.dtype, statistics)
+        y = sm90_wide.linear(normed, weight, bias, gelu=bool(activation))
+        return linear(normed, weight, bias, activation) if y is None else y
     if by_library or configs.NORM_LINEAR.apart(num_rows, channels, size):
         normed = normalize(tokens, norm, eps, weight.dtype, statistics)
         if by_library:

@@ -1,4 +1,4 @@
-"""A linear layer for sm_90 of any width: y = r + scale (x W^T + b), x and W by TMA.
+"""A linear layer for sm_90 of any width: y = r + scale act(x W^T + b), x and W by TMA.
 
 Each SM runs one program of two consumers, groups of four warps, and a producer, one warp. A tile is
 128 rows, 64 for each consumer, by up to 384 columns, which are in registers until all channels are
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from crossvit_kernels.gpu import gluon
 from crossvit_kernels.gpu.gluon import language as gl
+from crossvit_kernels.ops.common.triton_sm90_kernels import gelu
 
 load_tile = gluon.load_tile
 store_tile = gluon.store_tile
@@ -64,9 +65,13 @@ def _halves(a):
 
 
 @gluon.jit
-def _finish(acc, y, bias_ptr, shared, scale, row, column, i, j, w: gl.constexpr, c: gl.constexpr):
-    """Add bias and residual to 64 columns, and store them."""
-    xs, ys, full, empty = shared
+def _finish(
+    acc, y, bias_ptr, shared, scale, place, m: gl.constexpr, w: gl.constexpr, c: gl.constexpr
+):
+    """Add bias and residual to the m-th 64 columns of a tile, with GELU between, and store them."""
+    xs, _ws, ys, full, empty = shared
+    row, first_column, i, j = place
+    column = first_column + m * 64
     layout: gl.constexpr = acc.type.layout
     out = acc
     if bias_ptr is not None:
@@ -76,29 +81,31 @@ def _finish(acc, y, bias_ptr, shared, scale, row, column, i, j, w: gl.constexpr,
         else:
             bias = gl.load(bias_ptr + at, mask=at < c.columns, other=0.0)
         out += bias.to(gl.float32)[None, :]
+    if c.gelu:
+        out = gelu(out)
     if scale is not None:
         out = out * scale[:, None]
     if c.residual:
-        s = i % c.stages
-        barrier.wait(full.index(s), (i // c.stages) & 1)
+        s = (i + m) % c.stages
+        barrier.wait(full.index(s), ((i + m) // c.stages) & 1)
         out += xs.index(s * 2 + w).load(layout).to(gl.float32)
         fence()  # TMA writes next where this group read: without it, before that is done
         barrier.arrive(empty.index(s), count=1)
-    box = ys.index(w * 2 + (j & 1))
+    to = ys.index(w * 2 + ((j + m) & 1))
     store_wait(pendings=1)
-    box.store(out.to(y.dtype))
+    to.store(out.to(y.dtype))
     fence()
-    store_tile(y, [row, column], box)
+    store_tile(y, [row, column], to)
 
 
 @gluon.jit
-def _consume(y, bias_ptr, scale_ptr, ws, shared, sizes, w: gl.constexpr, c: gl.constexpr):
+def _consume(y, bias_ptr, scale_ptr, shared, sizes, w: gl.constexpr, c: gl.constexpr):
     """Compute 64 rows of each tile."""
     pieces: gl.constexpr = c.pieces
     piece: gl.constexpr = c.piece
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, piece, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    xs, _ys, full, empty = shared
+    xs, ws, _ys, full, empty = shared
     num_rows, num_tokens, total = sizes
     zero = gl.zeros((64, piece), gl.float32, layout=layout)
     i = 0
@@ -130,13 +137,15 @@ def _consume(y, bias_ptr, scale_ptr, ws, shared, sizes, w: gl.constexpr, c: gl.c
             rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, narrow))
             scale = gl.load(scale_ptr + rows // num_tokens, mask=rows < num_rows, other=0.0)
             scale = scale.to(gl.float32)
+        halves: gl.constexpr = piece // 64
+        place = (row, column, i, j)
         for p in gl.static_range(pieces):
             parts = (accs[p],) if piece == 64 else _halves(accs[p])
-            for h in gl.static_range(piece // 64):
-                _finish(parts[h], y, bias_ptr, shared, scale, row, column, i, j, w, c)
-                column += 64
-                i += c.residual
-                j += 1
+            for h in gl.static_range(halves):
+                _finish(parts[h], y, bias_ptr, shared, scale, place, p * halves + h, w, c)
+        if c.residual:
+            i += pieces * halves
+        j += pieces * halves
     store_wait(pendings=0)
 
 
@@ -173,12 +182,12 @@ def sm90_wide_linear(
         barrier.init(full.index(s), count=1)
         barrier.init(empty.index(s), count=2)
     fence()
-    shared = (xs, ys, full, empty)
+    shared = (xs, ws, ys, full, empty)
     sizes = (num_rows, num_tokens, total)
     gl.warp_specialize(
         [
-            (_consume, (y, bias_ptr, scale_ptr, ws, shared, sizes, 0, c)),
-            (_consume, (y, bias_ptr, scale_ptr, ws, shared, sizes, 1, c)),
+            (_consume, (y, bias_ptr, scale_ptr, shared, sizes, 0, c)),
+            (_consume, (y, bias_ptr, scale_ptr, shared, sizes, 1, c)),
             (_produce, (x, weight, r, xs, ws, full, empty, total, c)),
         ],
         [4, 1],
