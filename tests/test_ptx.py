@@ -301,17 +301,10 @@ def test_triton_kernels(sm: str, dtype: str) -> None:
     ],
 )
 def test_faults_in_the_gluon_kernel(form: str, faults: list[str]) -> None:
-    """Each proxy fence left out is found, as the one was that an H100 missed.
-
-    Each consumer's wait for the other's rows is not: it is for one that is a whole ring ahead of
-    the other, which these shapes and schedules do not have.
-    """
+    """Each proxy fence left out is found, as the one was that an H100 missed."""
     done = launch(*faults, "--forms", form, script="ptx_gluon.py")
     assert not done.returncode, done.stdout + done.stderr
-    counts = [tuple(map(int, n)) for n in re.findall(r": (\d+) of (\d+)", done.stdout)]
-    missed = [total - found for found, total in counts]
-    assert all(total > 10 or "wide" in form for _, total in counts), done.stdout
-    assert missed == [2 if fault == "phase inverted" else 0 for fault in faults], done.stdout
+    assert len(re.findall(r"(\b[1-9]\d*) of \1\b", done.stdout)) == len(faults), done.stdout
 
 
 @pytest.mark.slow

@@ -28,10 +28,9 @@ WIDEST = 384
 _MOST_COLUMNS = 2048
 
 #: (device, Triton) on which the kernel is known to end, as it must wherever it runs by itself: a
-#: wrong barrier would hang. An H100 with 3.6 was, by thousands of launches, with the kernel as it
-#: was before rows of x came through the ring (bench/results/nvidia-h100-80gb-hbm3); as it is now it
-#: has not run on a GPU yet.
-PROVEN: frozenset[tuple[str, str]] = frozenset()
+#: wrong barrier would hang. Thousands of launches, alone on the GPU and beside another process, had
+#: the right values (bench/results/nvidia-h100-80gb-hbm3).
+PROVEN: frozenset[tuple[str, str]] = frozenset({("NVIDIA H100 80GB HBM3", "3.6")})
 
 
 def has_gluon() -> bool:
@@ -101,13 +100,13 @@ class Sm90Shape(tables.Constants):
 
     @property
     def together(self) -> int:
-        """Tiles of x or W in a stage of the ring: they share a barrier."""
+        """Tiles of W in a stage of the ring: they share a barrier."""
         return max(g for g in (1, 2, 3) if self.boxes % g == 0)
 
     @property
     def stages(self) -> int:
-        """Stages of the ring: 192 KiB, 160 if residuals need room as well."""
-        return (20 if self.residual else 24) // self.together
+        """Stages of the ring: 96 KiB, 72 if residuals need room as well."""
+        return (9 if self.residual else 12) // self.together
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:

@@ -1,10 +1,10 @@
 """A linear layer for sm_90: y = act(LN(x) W^T + b) + r for rows of up to 384 channels.
 
-Each SM runs one program of two consumers, groups of four warps, and a producer, one warp, which
-streams rows of x and tiles of W through a ring in shared memory. A consumer takes 64 rows into
-registers, normalises them, and keeps them as the left operand of products with all of W that
-follows. While a tile [64, 64] is multiplied, the one before it gets its bias, activation and
-residual and is stored. All programs have equally many tiles, row by row.
+Each SM runs one program of two consumers, groups of four warps, and a producer, one warp. A
+consumer holds 64 normalised rows of x in registers, as the left operand of products with tiles of
+W, which the producer streams through a ring in shared memory. While a tile [64, 64] is multiplied,
+the one before it gets its bias, activation and residual and is stored. All programs have equally
+many tiles, row by row.
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ def gelu(x):
 
 
 @gluon.jit
-def _produce(x, weight, r, ws, rs, barriers, first, last, c: gl.constexpr):
+def _produce(x, weight, r, xs, ws, rs, barriers, first, last, c: gl.constexpr):
     """Load rows, weights and residuals as soon as the consumers have used the last ones."""
     boxes: gl.constexpr = c.boxes
     together: gl.constexpr = c.together
     consumers: gl.constexpr = c.consumers
-    wfull, wempty, rfull, rempty = barriers
+    xfull, xempty, wfull, wempty, rfull, rempty = barriers
     stage = 0
+    blocks = 0
     tiles = 0
+    previous = -1
     for t in range(first, last):
         block = t // c.tiles
         column = (t - block * c.tiles) * 64
-        if (column == 0) | (t == first):
+        if block != previous:
             for w in gl.static_range(consumers):
-                row = (block * c.consumers + w) * 64
-                for g in gl.static_range(boxes // together):
-                    s = stage % c.stages
-                    barrier.wait(wempty.index(s), ((stage // c.stages) & 1) ^ 1)
-                    barrier.expect(wfull.index(s), 64 * 128 * c.together)
-                    for k in gl.static_range(together):
-                        at = ws.index(s * c.together + k)
-                        load_tile(x, [row, (g * c.together + k) * 64], wfull.index(s), at)
-                    stage += 1
+                barrier.wait(xempty.index(w), (blocks & 1) ^ 1)
+                barrier.expect(xfull.index(w), 128 * c.channels)
+                for k in gl.static_range(boxes):
+                    at = xs.index(w * c.boxes + k)
+                    load_tile(x, [(block * c.consumers + w) * 64, k * 64], xfull.index(w), at)
+            blocks += 1
+        previous = block
         for g in gl.static_range(boxes // together):
             s = stage % c.stages
             barrier.wait(wempty.index(s), ((stage // c.stages) & 1) ^ 1)
@@ -123,7 +123,7 @@ def _finish(acc, y, ys, bs, rs, rfull, rempty, row, n, j, w: gl.constexpr, c: gl
         q = w * 2 + (j & 1)
         barrier.wait(rfull.index(q), (j >> 1) & 1)
         out += rs.index(q).load(layout).to(gl.float32)
-        fence()  # as in _rows
+        fence()  # as for x
         barrier.arrive(rempty.index(q), count=1)
     store_wait(pendings=0)
     ys.store(out.to(y.dtype))
@@ -132,36 +132,25 @@ def _finish(acc, y, ys, bs, rs, rfull, rempty, row, n, j, w: gl.constexpr, c: gl
 
 
 @gluon.jit
-def _box(ws, stage, k, c: gl.constexpr):
-    """Return 64 channels of rows that lie in the ring from a stage on."""
-    s = (stage + k // c.together) % c.stages
-    return ws.index(s * c.together + k % c.together)
-
-
-@gluon.jit
-def _normalize(ws, stage, gs, statistics, row, num_rows, eps, c: gl.constexpr):
-    """Replace 64 rows in the ring by LayerNorm of them."""
-    mean_ptr, rstd_ptr = statistics
+def _normalize(xs, gs, mean_ptr, rstd_ptr, row, num_rows, eps, w: gl.constexpr, c: gl.constexpr):
+    """Replace 64 rows in shared memory by LayerNorm of them."""
     accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     layout: gl.constexpr = gl.DotOperandLayout(0, accumulator, 2)
-    # In one pass, as distances from the mean of some channels: no digits are lost.
-    pivot = gl.sum(_box(ws, stage, 0, c).load(layout).to(gl.float32), 1) * (1.0 / 64)
     total = gl.zeros((64, 64), gl.float32, layout=layout)
+    for k in range(c.boxes):
+        total += xs.index(w * c.boxes + k).load(layout).to(gl.float32)
+    mean = gl.sum(total, 1) * (1.0 / c.channels)
     squares = gl.zeros((64, 64), gl.float32, layout=layout)
     for k in range(c.boxes):
-        d = _box(ws, stage, k, c).load(layout).to(gl.float32) - pivot[:, None]
-        total += d
+        d = xs.index(w * c.boxes + k).load(layout).to(gl.float32) - mean[:, None]
         squares += d * d
-    offset = gl.sum(total, 1) * (1.0 / c.channels)
-    variance = gl.sum(squares, 1) * (1.0 / c.channels) - offset * offset
-    mean = pivot + offset
-    rstd = gl.rsqrt(gl.maximum(variance, 0.0) + eps)
+    rstd = gl.rsqrt(gl.sum(squares, 1) * (1.0 / c.channels) + eps)
     if mean_ptr is not None:
-        at = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-        gl.store(mean_ptr + at, mean, mask=at < num_rows)
-        gl.store(rstd_ptr + at, rstd, mask=at < num_rows)
+        rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        gl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+        gl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
     for k in range(c.boxes):
-        box = _box(ws, stage, k, c)
+        box = xs.index(w * c.boxes + k)
         v = (box.load(layout).to(gl.float32) - mean[:, None]) * rstd[:, None]
         v = v * gs.index(k).load(gl.SliceLayout(0, layout))[None, :]
         v += gs.index(c.boxes + k).load(gl.SliceLayout(0, layout))[None, :]
@@ -169,44 +158,19 @@ def _normalize(ws, stage, gs, statistics, row, num_rows, eps, c: gl.constexpr):
 
 
 @gluon.jit
-def _rows(ws, gs, ring, stage, statistics, run, row, w: gl.constexpr, c: gl.constexpr):
-    """Take 64 rows out of the ring, normalised, and let those of other consumers pass."""
-    wfull, wempty = ring
-    num_rows, eps, _first, _last = run
+def _consume(y, xs, ws, ys, shared, statistics, run, w: gl.constexpr, c: gl.constexpr):
+    """Compute the tiles of 64 rows at a time, of which there are ``c.consumers`` side by side."""
     boxes: gl.constexpr = c.boxes
     steps: gl.constexpr = c.boxes // c.together
-    consumers: gl.constexpr = c.consumers
-    accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    layout: gl.constexpr = gl.DotOperandLayout(0, accumulator, 2)
-    own = stage + w * steps
-    rows = ()
-    for v in gl.static_range(consumers):
-        for g in gl.static_range(steps):
-            i = stage + v * steps + g
-            barrier.wait(wfull.index(i % c.stages), (i // c.stages) & 1)
-            if v != w:
-                barrier.arrive(wempty.index(i % c.stages), count=1)
-        if v == w:
-            if c.norm:
-                _normalize(ws, own, gs, statistics, row, num_rows, eps, c)
-            for k in gl.static_range(boxes):
-                rows = rows + (_box(ws, own, k, c).load(layout),)
-            fence()  # TMA writes next where this group read: without it, before that is done
-            for g in gl.static_range(steps):
-                barrier.arrive(wempty.index((own + g) % c.stages), count=1)
-    return rows
-
-
-@gluon.jit
-def _consume(y, ws, ys, shared, statistics, run, w: gl.constexpr, c: gl.constexpr):
-    """Compute the tiles of 64 rows at a time, of which there are ``c.consumers`` side by side."""
-    steps: gl.constexpr = c.boxes // c.together
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     bs, gs, rs, barriers = shared
-    _num_rows, _eps, first, last = run
-    wfull, wempty, rfull, rempty = barriers
+    num_rows, eps, first, last = run
+    mean_ptr, rstd_ptr = statistics
+    xfull, xempty, wfull, wempty, rfull, rempty = barriers
     zero = gl.zeros((64, 64), gl.float32, layout=layout)
     i = 0
+    blocks = 0
     j = 0
     t = first
     while t < last:
@@ -215,10 +179,17 @@ def _consume(y, ws, ys, shared, statistics, run, w: gl.constexpr, c: gl.constexp
         row = (block * c.consumers + w) * 64
         stop = gl.minimum(last - block * c.tiles, c.tiles)
         t += stop - n
-        x = _rows(ws, gs, (wfull, wempty), i, statistics, run, row, w, c)
-        i += steps * c.consumers
+        barrier.wait(xfull.index(w), blocks & 1)
+        blocks += 1
+        if c.norm:
+            _normalize(xs, gs, mean_ptr, rstd_ptr, row, num_rows, eps, w, c)
+        x = ()
+        for k in gl.static_range(boxes):
+            x = x + (xs.index(w * c.boxes + k).load(left),)
         a = _end(_start(x, ws, wfull, i, zero, c), wempty, i, c)
         i += steps
+        fence()  # TMA writes next where this group read: without it, before that is done
+        barrier.arrive(xempty.index(w), count=1)
         while n + 2 < stop:  # two accumulators by turns: no register is copied
             b = _start(x, ws, wfull, i, zero, c)
             _finish(a, y, ys, bs, rs, rfull, rempty, row, n, j, w, c)
@@ -241,21 +212,6 @@ def _consume(y, ws, ys, shared, statistics, run, w: gl.constexpr, c: gl.constexp
             _finish(a, y, ys, bs, rs, rfull, rempty, row, n, j, w, c)
             j += 1
     store_wait(pendings=0)
-
-
-@gluon.jit
-def _stage(to, at, vector, count: gl.constexpr):
-    """Copy a vector to count rows of 64 in shared memory from one on; zeros for None."""
-    spread: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    column = gl.arange(0, 64, layout=spread)
-    parts = ()
-    for n in gl.static_range(count):  # all are on the way before the first is waited for
-        if vector is not None:
-            parts = parts + (gl.load(vector + n * 64 + column),)
-        else:
-            parts = parts + (gl.zeros((64,), gl.float32, layout=spread),)
-    for n in gl.static_range(count):
-        to.index(at + n).store(parts[n].to(gl.float32))
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
@@ -284,24 +240,38 @@ def sm90_linear(
     total = (num_rows + c.consumers * 64 - 1) // (c.consumers * 64) * c.tiles
     first = total * gl.program_id(0) // gl.num_programs(0)
     last = total * (gl.program_id(0) + 1) // gl.num_programs(0)
+    xs = gl.allocate_shared_memory(x.dtype, [c.consumers * c.boxes, 64, 64], x.layout)
     ws = gl.allocate_shared_memory(x.dtype, [c.stages * c.together, 64, 64], weight.layout)
     ys = gl.allocate_shared_memory(x.dtype, [c.consumers, 64, 64], y.layout)
-    if c.residual:
-        rs = gl.allocate_shared_memory(x.dtype, [2 * c.consumers, 64, 64], r.layout)
-    else:
-        rs = ys
+    waiting: gl.constexpr = 2 * c.consumers if c.residual else 1
+    rs = gl.allocate_shared_memory(x.dtype, [waiting, 64, 64], r.layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    spread: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    column = gl.arange(0, 64, layout=spread)
     bs = gl.allocate_shared_memory(gl.float32, [c.tiles, 64], flat)
+    for n in range(c.tiles):
+        if bias_ptr is not None:
+            bs.index(n).store(gl.load(bias_ptr + n * 64 + column).to(gl.float32))
+        else:
+            bs.index(n).store(gl.zeros((64,), gl.float32, layout=spread))
     gs = gl.allocate_shared_memory(gl.float32, [2 * c.boxes if c.norm else 1, 64], flat)
-    _stage(bs, 0, bias_ptr, c.tiles)
     if c.norm:
-        _stage(gs, 0, gamma_ptr, c.boxes)
-        _stage(gs, c.boxes, beta_ptr, c.boxes)
+        for k in range(c.boxes):
+            gs.index(k).store(gl.load(gamma_ptr + k * 64 + column).to(gl.float32))
+            if beta_ptr is not None:
+                gs.index(c.boxes + k).store(gl.load(beta_ptr + k * 64 + column).to(gl.float32))
+            else:
+                gs.index(c.boxes + k).store(gl.zeros((64,), gl.float32, layout=spread))
     one: gl.constexpr = barrier.MBarrierLayout()
+    xfull = gl.allocate_shared_memory(gl.int64, [c.consumers, 1], one)
+    xempty = gl.allocate_shared_memory(gl.int64, [c.consumers, 1], one)
     wfull = gl.allocate_shared_memory(gl.int64, [c.stages, 1], one)
     wempty = gl.allocate_shared_memory(gl.int64, [c.stages, 1], one)
     rfull = gl.allocate_shared_memory(gl.int64, [2 * c.consumers, 1], one)
     rempty = gl.allocate_shared_memory(gl.int64, [2 * c.consumers, 1], one)
+    for w in gl.static_range(consumers):
+        barrier.init(xfull.index(w), count=1)
+        barrier.init(xempty.index(w), count=1)
     for q in gl.static_range(2 * consumers):
         barrier.init(rfull.index(q), count=1)
         barrier.init(rempty.index(q), count=1)
@@ -309,15 +279,15 @@ def sm90_linear(
         barrier.init(wfull.index(s), count=1)
         barrier.init(wempty.index(s), count=c.consumers)
     fence()
-    barriers = (wfull, wempty, rfull, rempty)
+    barriers = (xfull, xempty, wfull, wempty, rfull, rempty)
     shared = (bs, gs, rs, barriers)
     statistics = (mean_ptr, rstd_ptr)
     run = (num_rows, eps, first, last)
     gl.warp_specialize(
         [
-            (_consume, (y, ws, ys.index(0), shared, statistics, run, 0, c)),
-            (_consume, (y, ws, ys.index(1), shared, statistics, run, 1, c)),
-            (_produce, (x, weight, r, ws, rs, barriers, first, last, c)),
+            (_consume, (y, xs, ws, ys.index(0), shared, statistics, run, 0, c)),
+            (_consume, (y, xs, ws, ys.index(1), shared, statistics, run, 1, c)),
+            (_produce, (x, weight, r, xs, ws, rs, barriers, first, last, c)),
         ],
         [4, 1],
         [232, 24],
