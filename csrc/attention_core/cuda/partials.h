@@ -326,10 +326,10 @@ class TokenPass {
 
   // This block's share of the channels.
   __device__ int first_in_share(const Range& range) const {
-    return range.ranks == 1 ? 0 : channels_ * range.rank / range.ranks;
+    return kAlone && range.ranks == 1 ? 0 : channels_ * range.rank / range.ranks;
   }
   __device__ int last_in_share(const Range& range) const {
-    return range.ranks == 1 ? channels_ : channels_ * (range.rank + 1) / range.ranks;
+    return kAlone && range.ranks == 1 ? channels_ : channels_ * (range.rank + 1) / range.ranks;
   }
 
   T* rows_;

@@ -159,52 +159,50 @@ class TileScores {
       return middle_of_four<T>(load_pair(row), load_pair(row + 2));
     };
     const uint32_t centre[2] = {centre_of_token(g), centre_of_token(g + 8)};
-    // Where registers allow it, units take turns between two sums, so that products wait less for
-    // the ones before.
-    constexpr int kTurns = kAlone && kSets == 1 && P::kUnits > 12 ? 2 : 1;
-    float others[kTurns][kSets][2][4] = {}, squares[kTurns][2][4] = {}, sums[2][4] = {};
-    slice_.template for_each_group<P::kUnroll>([&](int first, auto count) {
+    float squares[2][4] = {}, sums[2][4] = {};
+    const auto add_unit = [&](int unit, float(&products)[kSets][2][4], float(&squares)[2][4]) {
+      ColumnsOfB<T> x = load_columns(tile + unit * 16, pitch);
 #pragma unroll
-      for (int i = 0; i < decltype(count)::value; ++i) {
-        const int unit = first + i, turn = i % kTurns;
-        ColumnsOfB<T> x = load_columns(tile + unit * 16, pitch);
-#pragma unroll
-        for (int set = 0; set < kSets; ++set) {
-          const FragmentA<T> rows = rows_of(set, unit, set == 0 ? 1.0f : 0.0f);
-          auto& of_set = turn == 0 ? products[set] : others[turn][set];
-          for (int side = 0; side < 2; ++side) multiply(of_set[side], rows, x.side[side]);
-        }
-        if constexpr (!kOnesBesideRows) {
-          const Pair<T> ones = pack<T>(1, 1);
-          for (int side = 0; side < 2; ++side) {
-            multiply(sums[side], {{ones, ones, ones, ones}}, x.side[side]);
-          }
-        }
+      for (int set = 0; set < kSets; ++set) {
+        const FragmentA<T> rows = rows_of(set, unit, set == 0 ? 1.0f : 0.0f);
+        for (int side = 0; side < 2; ++side) multiply(products[set][side], rows, x.side[side]);
+      }
+      if constexpr (!kOnesBesideRows) {
+        const Pair<T> ones = pack<T>(1, 1);
         for (int side = 0; side < 2; ++side) {
-          for (Pair<T>& pair : x.side[side].pair) pair = subtract<T>(pair, centre[side]);
-        }
-        for (int side = 0; side < 2; ++side) {
-          multiply(squares[turn][side], x.to_a(), x.side[side]);
+          multiply(sums[side], {{ones, ones, ones, ones}}, x.side[side]);
         }
       }
-    });
+      for (int side = 0; side < 2; ++side) {
+        for (Pair<T>& pair : x.side[side].pair) pair = subtract<T>(pair, centre[side]);
+      }
+      for (int side = 0; side < 2; ++side) multiply(squares[side], x.to_a(), x.side[side]);
+    };
+    if constexpr (kAlone && kSets == 1 && P::kUnits > 12) {
+      // Units take turns between two sums, so that products wait less for the ones before.
+      float other_products[kSets][2][4] = {}, other_squares[2][4] = {};
+      slice_.template for_each_group<P::kUnroll>([&](int first, auto count) {
 #pragma unroll
-    for (int turn = 1; turn < kTurns; ++turn) {
+        for (int i = 0; i < decltype(count)::value; ++i) {
+          add_unit(first + i, i % 2 ? other_products : products, i % 2 ? other_squares : squares);
+        }
+      });
       for (int side = 0; side < 2; ++side) {
         for (int i = 0; i < 4; ++i) {
-          squares[0][side][i] += squares[turn][side][i];
-          for (int set = 0; set < kSets; ++set) {
-            products[set][side][i] += others[turn][set][side][i];
-          }
+          squares[side][i] += other_squares[side][i];
+          products[0][side][i] += other_products[0][side][i];
         }
       }
+    } else {
+      slice_.template for_each_unit<P::kUnroll>(
+          [&](int unit) { add_unit(unit, products, squares); });
     }
     SliceStatistics slice;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float* sum_pair = kOnesBesideRows ? products[0][i] + 2 : sums[i];
       const float sum = g & 1 ? sum_pair[1] : sum_pair[0];
-      const float sum_of_squares = g & 1 ? squares[0][i][2 * i + 1] : squares[0][i][2 * i];
+      const float sum_of_squares = g & 1 ? squares[i][2 * i + 1] : squares[i][2 * i];
       const float own_centre = unpack<T>(centre[i]).x;
       const float offset = sum * inverse_width_ - own_centre;
       slice.set(i, offset, sum_of_squares, own_centre, slice_.units * 16);
