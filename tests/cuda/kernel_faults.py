@@ -83,9 +83,10 @@ FUSION, FUSION_ALIASED, FUSION_WIDE, FUSION_SHARED = (
 STORE_PARTIALS = "if (!tiles) store_partials();"
 
 
-def of_a_pass(way: str, file: str, result: str, refilled: str, in_row: str) -> dict[str, Fault]:
-    """Faults common to forward_pass.h and backward_pass.h; in_row follows a loop over results."""
-    loop = "row < count; row += block_warps()) {\n"
+def of_a_pass(
+    way: str, file: str, result: str, refilled: str, row_too_many: tuple[str, str]
+) -> dict[str, Fault]:
+    """Faults common to forward_pass.h and backward_pass.h."""
     faults = {
         "tile refilled early": race(
             refilled, no_warp_barrier(file, f"{WARP_BARRIER}\n      ring_.copy_next(x, range")
@@ -97,9 +98,7 @@ def of_a_pass(way: str, file: str, result: str, refilled: str, in_row: str) -> d
             CORE_WIDE, no_barrier(file, f"{STORE_PARTIALS}\n    {BARRIER}\n  }}")
         ),
         "tile not waited for": wrong(CORE, result, left_out(file, "ring_.wait();")),
-        "a row of results too many": overflow(
-            CORE_WIDE, (file, loop + in_row, loop.replace("count", "count + FAULT") + in_row)
-        ),
+        "a row of results too many": overflow(CORE_WIDE, (file, *row_too_many)),
         "tiles of other blocks not there": race(
             CORE_SHARED,
             barrier_of_a_block(
@@ -135,9 +134,22 @@ CLUSTER_BARRIERS = {
 }
 GROUP_BARRIER = "barrier_of_warps(1 + warp_group(channels), 32 * group_warps(channels));"
 
+PAIRS = "row < count; row += block_warps()) {\n#pragma unroll 2"
+
 FAULTS: dict[str, Fault] = {
-    **of_a_pass("forward", FORWARD_PASS, "m", CORE_WIDE, "      SoftmaxState group;"),
-    **of_a_pass("backward", BACKWARD_PASS, "du", CORE, "#pragma unroll 2"),
+    **of_a_pass(
+        "forward",
+        FORWARD_PASS,
+        "m",
+        CORE_WIDE,
+        ("if (row + 1 < count)", "if (row + 1 < count + FAULT)"),
+    ),
+    **of_a_pass(
+        "backward", BACKWARD_PASS, "du", CORE, (PAIRS, PAIRS.replace("count", "count + FAULT"))
+    ),
+    "forward: factors not seen": race(
+        CORE, no_warp_barrier(FORWARD_PASS, f"{WARP_BARRIER}\n    // A warp has four rows")
+    ),
     "forward: sums of rows not seen": race(
         CORE, no_barrier(FORWARD_PASS, f"clear();\n    {BARRIER}")
     ),

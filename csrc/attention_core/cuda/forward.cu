@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const WarpRowLoads<P, 24> rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
   Pass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
   const Image<T> x = image_of<T>(a.x, a.mask, image);
-  pass.start(x, range);
+  pass.start_first(x, range);
   pass.write_rows(0, rows, [](int, auto&) {});
   pass.run(x, range, tiles);
   if (tiles) {
@@ -45,25 +45,15 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   if (gridDim.y > 1) {
     const int64_t first = (image * gridDim.y + split) * num_rows + begin;
-    pass.results_of_pairs(
-        count, range,
-        [&](int row, int channel, float2 sums, const RowTotal&) {
-          float* to = partials.sums + (first + row) * channels + channel;
-          *reinterpret_cast<float2*>(to) = sums;
-        },
+    pass.write_results(
+        count, range, false, partials.sums + first * channels, channels,
         [&](int row, const RowTotal& total) { partials.states[first + row] = total.state; });
     return;
   }
-  float* m = static_cast<float*>(a.m.data) + image * a.m.batch_stride;
-  float* lse = static_cast<float*>(a.lse) + image * num_rows;
-  pass.results_of_pairs(
-      count, range,
-      [&](int row, int channel, float2 sums, const RowTotal& total) {
-        float* to = m + (begin + row) * a.m.row_stride + channel;
-        *reinterpret_cast<float2*>(to) =
-            make_float2(sums.x * total.inverse, sums.y * total.inverse);
-      },
-      [&](int row, const RowTotal& total) { lse[begin + row] = log_of_total(total.state); });
+  float* m = static_cast<float*>(a.m.data) + image * a.m.batch_stride + begin * a.m.row_stride;
+  float* lse = static_cast<float*>(a.lse) + image * num_rows + begin;
+  pass.write_results(count, range, true, m, a.m.row_stride,
+                     [&](int row, const RowTotal& total) { lse[row] = log_of_total(total.state); });
 }
 
 // Merges the splits of a row, in order. Grid: the rows of all images.

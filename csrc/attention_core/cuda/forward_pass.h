@@ -14,8 +14,10 @@ __device__ inline float log_of_total(const SoftmaxState& state) {
   return (state.peak + log2f(state.total)) / kLog2e;
 }
 
+// A warp of a pass that is alone has a factor for each warp group and row.
 template <class P, bool kAlone>
-using ForwardBase = TokenPass<P, kAlone, 1, sizeof(SoftmaxState) / sizeof(float), 0, 0>;
+using ForwardBase = TokenPass<P, kAlone, 1, sizeof(SoftmaxState) / sizeof(float), 0,
+                              kAlone ? P::kMaxWarpGroups * P::kRows * 4 : 0>;
 
 template <class P, bool kAlone = false>
 class ForwardPass : public ForwardBase<P, kAlone> {
@@ -27,7 +29,7 @@ class ForwardPass : public ForwardBase<P, kAlone> {
   using typename Base::T;
 
   __device__ ForwardPass(char* memory, int channels, float eps, bool normalize)
-      : Base(memory, Base::layout_of(channels), channels, eps, normalize) {}
+      : Base(memory, Base::layout_of(channels), channels, eps, normalize), memory_(memory) {}
 
   // Called by all threads; no barrier is needed after the rows are written. Blocks that share the
   // image store partials in `tiles`.
@@ -38,6 +40,7 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     }
     clear();
     __syncthreads();
+    if constexpr (kAlone) this->start_others(x, range);
     for (int iteration = 0, token; (token = P::token_of(channels_, range, iteration)) < range.last;
          ++iteration) {
       ring_.wait();
@@ -64,9 +67,14 @@ class ForwardPass : public ForwardBase<P, kAlone> {
   __device__ void gather(const TilePartials<P>& tiles, int count, const Range& range) {
     const int first = this->first_in_share(range);
     const auto store = [&](int warp_group, int row, int channel, const Gathered& gathered) {
-      float2* to = reinterpret_cast<float2*>(group_sums(warp_group) +
-                                             row * Base::sums_pitch(channels_) + channel);
-      *to = make_float2(gathered.sums.x - gathered.mean, gathered.sums.y - gathered.mean);
+      const float2 sums = {gathered.sums.x - gathered.mean, gathered.sums.y - gathered.mean};
+      float* to = group_sums(warp_group);
+      if constexpr (kAlone) {
+        to[SumsByChannel<P>::element(channel, row)] = sums.x;
+        to[SumsByChannel<P>::element(channel + 1, row)] = sums.y;
+      } else {
+        *reinterpret_cast<float2*>(to + row * Base::sums_pitch(channels_) + channel) = sums;
+      }
       if (channel == first) *group_state(warp_group, row) = gathered.state;
     };
     this->template for_each_gathered<Gathered>(tiles, count, range, store);
@@ -99,51 +107,63 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     }
   }
 
-  // The same with write(row, channel, sums, total) for a channel and the next; also calls
-  // write_total(row, total) once for each row of the image.
-  template <class Write, class WriteTotal>
-  __device__ void results_of_pairs(int count, const Range& range, Write write,
-                                   WriteTotal write_total) const {
-    constexpr int kGroups = P::kMaxThreads / 32;
-    const int warp_groups = P::warp_groups(channels_), lane = lane_index() % kGroups;
-    const int first = this->first_in_share(range), last = this->last_in_share(range);
+  // The same for a pass that is alone: writes m, rows `stride` apart, which with `divides` false is
+  // still to be divided by the row's total; also calls write_total(row, total) once for each row of
+  // the image.
+  template <class WriteTotal>
+  __device__ void write_results(int count, const Range& range, bool divides, float* m,
+                                int64_t stride, WriteTotal write_total) const {
+    constexpr int kGroups = P::kMaxWarpGroups, kQuads = P::kRows / 4;
+    constexpr int kGroupsAtOnce = kGroups % 3 == 0 ? 3 : minimum(kGroups, 4);
+    const int warp_groups = P::warp_groups(channels_), lane = lane_index();
+    const int first_channel = this->first_in_share(range), last = this->last_in_share(range);
+    const int group_stride = Base::group_floats(channels_);
+    float* factors = factors_of_warp();
+    const RowTotal total = write_factors(factors, divides);
+    __syncwarp();
+    // A warp has four rows, whose factors it loads once; in a block of few warps all rows in turn.
+    const bool divided = block_warps() % kQuads == 0;
+    const int step = 32 * (divided ? block_warps() / kQuads : block_warps());
+    const int begin = 32 * (divided ? warp_index() / kQuads : warp_index()) + lane;
 #pragma unroll 1
-    for (int row = warp_index(); row < count; row += block_warps()) {
-      SoftmaxState group;
-      if (lane < warp_groups) group = *group_state(lane, row);
-      SoftmaxState state = {group.peak, 0};
+    for (int row = divided ? 4 * (warp_index() % kQuads) : 0; row < count;
+         row += divided ? P::kRows : 4) {
+      float4 factor[kGroups];
 #pragma unroll
-      for (int i = 1; i < kGroups; i *= 2) {
-        state.peak = fmaxf(state.peak, __shfl_xor_sync(~0u, state.peak, i));
+      for (int i = 0; i < kGroups; ++i) {
+        factor[i] = *reinterpret_cast<const float4*>(factors + i * P::kRows + row);
       }
-      const float decay = exp2_approx(group.peak - finite_or_zero(state.peak));
-      state.total = group.total * decay;
-#pragma unroll
-      for (int i = 1; i < kGroups; i *= 2) {
-        state.total += __shfl_xor_sync(~0u, state.total, i);
-      }
-      const RowTotal total = RowTotal::of(state);
-      if (first == 0 && lane_index() == 0) write_total(row, total);
-      float decays[kGroups];
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) decays[i] = __shfl_sync(~0u, decay, i) * inverse_unit_;
+      int channel = first_channel + begin;
+      const float* from = group_sums(0) + SumsByChannel<P>::quad(channel, row / 4);
+      float* to = m + row * stride + channel;
 #pragma unroll 2
-      for (int channel = first + 2 * lane_index(); channel < last; channel += 64) {
-        float2 sums[kGroups];
+      for (; channel < last; channel += step, from += step * P::kRows, to += step) {
+        float4 result = {0, 0, 0, 0};
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-          const float* from = group_sums(i) + row * Base::sums_pitch(channels_) + channel;
-          sums[i] = i < warp_groups ? *reinterpret_cast<const float2*>(from) : make_float2(0, 0);
-        }
-        float2 sum = {0, 0};
+        for (int first = 0; first < kGroups; first += kGroupsAtOnce) {
+          if (first >= warp_groups) break;
+          float4 sums[kGroupsAtOnce];
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-          sum.x = fmaf(sums[i].x, decays[i], sum.x);
-          sum.y = fmaf(sums[i].y, decays[i], sum.y);
+          for (int i = 0; i < kGroupsAtOnce; ++i) {
+            // Beyond the last group its sums, times 0.
+            const int offset = minimum(first + i, warp_groups - 1) * group_stride;
+            sums[i] = *reinterpret_cast<const float4*>(from + offset);
+          }
+#pragma unroll
+          for (int i = 0; i < kGroupsAtOnce; ++i) {
+            result.x = fmaf(sums[i].x, factor[first + i].x, result.x);
+            result.y = fmaf(sums[i].y, factor[first + i].y, result.y);
+            result.z = fmaf(sums[i].z, factor[first + i].z, result.z);
+            result.w = fmaf(sums[i].w, factor[first + i].w, result.w);
+          }
         }
-        write(row, channel, sum, total);
+        to[0] = result.x;
+        if (row + 1 < count) to[stride] = result.y;
+        if (row + 2 < count) to[2 * stride] = result.z;
+        if (row + 3 < count) to[3 * stride] = result.w;
       }
     }
+    if (range.rank == 0 && warp_index() == 0 && lane < count) write_total(lane, total);
   }
 
  private:
@@ -170,6 +190,11 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     return reinterpret_cast<SoftmaxState*>(states) + row;
   }
 
+  __device__ float* factors_of_warp() const {
+    const int bytes = Base::kBytesOfWarp * warp_index();
+    return reinterpret_cast<float*>(memory_ + Base::layout_of(channels_).warp_data + bytes);
+  }
+
   __device__ void clear() {
     sums_.clear();
     for (int group = 0; group < P::kRowGroups; ++group) softmax_[group] = {};
@@ -181,11 +206,40 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     const T* tile = ring_.tile(iteration);
     scores_.compute(tile, iteration, attended, scores, stats);
     FragmentB<T> weights[P::kRowGroups];
-    float added[P::kRowGroups][2];
+    if constexpr (kAlone) {
+      Step steps[P::kRowGroups];
 #pragma unroll
-    for (int group = 0; group < P::kRowGroups; ++group) {
-      weights[group] = softmax_weights(group, attended, scores[0][group], stats, added[group]);
+      for (int group = 0; group < P::kRowGroups; ++group) {
+        weights[group] = softmax_weights(group, attended, scores[0][group], stats, steps[group]);
+      }
+      for_each_product(tile, stats, weights, [&](int group, int i, float product, float& sum) {
+        sum = fmaf(product, steps[group].added[i & 1], sum * steps[group].old[i & 1]);
+      });
+      // After the products, which do not need them.
+#pragma unroll
+      for (int group = 0; group < P::kRowGroups; ++group) {
+        const Step& step = steps[group];
+        softmax_[group].peak = step.peak;
+        softmax_[group].total = step.scales.join(softmax_[group].total, sum_of_row(step.total));
+        sums_.mean[group] = step.scales.join(sums_.mean[group], sum_of_row(step.mean));
+      }
+    } else {
+      float added[P::kRowGroups][2];
+#pragma unroll
+      for (int group = 0; group < P::kRowGroups; ++group) {
+        weights[group] = softmax_weights(group, attended, scores[0][group], stats, added[group]);
+      }
+      for_each_product(tile, stats, weights, [&](int group, int i, float product, float& sum) {
+        sum = fmaf(product, added[group][i & 1], sum);
+      });
     }
+  }
+
+  // Calls visit(group, i, product, sum) for this lane's products of the tile and the weights.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_product(const T* tile, const TokenStatistics& stats,
+                                                   const FragmentB<T> (&weights)[P::kRowGroups],
+                                                   Visit visit) {
 #pragma unroll
     for (int first = 0; first < P::kUnits; first += P::kUnitGroup) {
       if (first >= slice_.units) break;
@@ -201,16 +255,52 @@ class ForwardPass : public ForwardBase<P, kAlone> {
           float products[4] = {};
           multiply(products, x[unit], weights[group]);
           for (int i = 0; i < 4; ++i) {
-            float& sum = sums_.sums[first + unit][group][i];
-            sum = fmaf(products[i], added[group][i & 1], sum);
+            visit(group, i, products[i], sums_.sums[first + unit][group][i]);
           }
         }
       }
     }
   }
 
-  // Returns the weights exp(score - peak) * rstd, and rescales earlier sums to the new peak. added:
-  // factors of the tile's sums of rows 2 t and 2 t + 1.
+  // What a tile adds to a row, of a pass that is alone.
+  struct Step {
+    float peak;              // with it
+    Scales scales;           // of row g
+    float old[2], added[2];  // the scales of rows 2 t and 2 t + 1
+    float total, mean;       // of this lane's tokens
+  };
+
+  // Returns the weights exp(score - peak) * rstd. Sums over tokens and earlier sums are left to the
+  // caller, so that the tile's products wait for less.
+  __device__ FragmentB<T> softmax_weights(int group, uint32_t attended, const float (&scores)[4],
+                                          const TokenStatistics& stats, Step& step) const {
+    float s[4], peak = -INFINITY, weights[4];
+    for (int i = 0; i < 4; ++i) {
+      s[i] = attended >> nth_token(i) & 1 ? scores[i] * kLog2e : -INFINITY;
+      peak = fmaxf(peak, s[i]);
+    }
+    peak = max_of_row(peak);
+    SoftmaxState joined = {softmax_[group].peak, 0};
+    step.scales = join(joined, {peak, 0});
+    step.peak = joined.peak;
+    const int t = lane_index() % 4;
+    for (int i = 0; i < 2; ++i) {
+      step.old[i] = __shfl_sync(~0u, step.scales.old, 8 * t + 4 * i);
+      step.added[i] = __shfl_sync(~0u, step.scales.added, 8 * t + 4 * i);
+    }
+    const float finite = finite_or_zero(peak);
+    step.total = 0, step.mean = 0;
+    for (int i = 0; i < 4; ++i) {
+      const float p = exp2_approx(s[i] - finite);
+      step.total += p;
+      weights[i] = rounded<T>(p * stats.factor(i) * weight_unit_);
+      step.mean += weights[i] * (stats.mean[i] - stats.centre[i]);
+    }
+    return weights_as_b<T>(weights);
+  }
+
+  // The same of a pass that is not alone, which also joins the tile's sums and rescales earlier
+  // ones to the new peak. added: factors of the tile's sums of rows 2 t and 2 t + 1.
   __device__ FragmentB<T> softmax_weights(int group, uint32_t attended, const float (&scores)[4],
                                           const TokenStatistics& stats, float (&added)[2]) {
     SoftmaxState tile;
@@ -248,19 +338,51 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     }
   }
 
+  // Writes what a row's sums of each warp group are multiplied by, [warp groups, kRows]; returns
+  // the total of row `lane`.
+  __device__ RowTotal write_factors(float* factors, bool divides) const {
+    constexpr int kGroups = P::kMaxWarpGroups;
+    const int warp_groups = P::warp_groups(channels_), row = lane_index() % P::kRows;
+    SoftmaxState states[kGroups], total;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      if (i < warp_groups) states[i] = *group_state(i, row);
+    }
+    for (const SoftmaxState& state : states) total.peak = fmaxf(total.peak, state.peak);
+    const float finite = finite_or_zero(total.peak);
+    float decays[kGroups];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      decays[i] = exp2_approx(states[i].peak - finite);
+      total.total = fmaf(states[i].total, decays[i], total.total);
+    }
+    const RowTotal of_row = RowTotal::of(total);
+    const float factor = divides ? of_row.inverse * inverse_unit_ : inverse_unit_;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      if (lane_index() < P::kRows) factors[i * P::kRows + row] = decays[i] * factor;
+    }
+    return of_row;
+  }
+
   // Overwrites the rows and the rings, to which no copy is in flight.
   __device__ void store_partials() {
     const int warp_group = P::warp_group(channels_);
     float* sums = group_sums(warp_group);
     // Before sm_90 the compiler would compute all addresses ahead of the first image.
     if constexpr (!kHasClusters) sums = used_from_here(sums);
-    sums_.template store<true>(sums, Base::sums_pitch(channels_), slice_);
+    if constexpr (kAlone) {
+      SumsByChannel<P>::store(sums, sums_, slice_);
+    } else {
+      sums_.template store<true>(sums, Base::sums_pitch(channels_), slice_);
+    }
     if (lane_index() % 4 || P::group_lane(channels_)) return;
     for (int group = 0; group < P::kRowGroups; ++group) {
       *group_state(warp_group, 8 * group + lane_index() / 4) = softmax_[group];
     }
   }
 
+  char* memory_;
   SoftmaxState softmax_[P::kRowGroups];  // of row 8 group + g
 };
 

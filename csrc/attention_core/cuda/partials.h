@@ -87,6 +87,46 @@ struct WarpSums {
   }
 };
 
+// A warp group's sums in shared memory, [channels, kRows]: what one access of a warp reads, four
+// rows of consecutive channels, or writes, pairs of rows of a fragment, lies in different banks.
+template <class P>
+struct SumsByChannel {
+  static constexpr int kQuads = P::kRows / 4, kChannelsOfBanks = 32 / P::kRows;
+
+  __device__ static int quad(int channel, int quad) {
+    return channel * P::kRows + 4 * (quad ^ (channel / kChannelsOfBanks % kQuads));
+  }
+  __device__ static int element(int channel, int row) { return quad(channel, row / 4) + row % 4; }
+
+  // Stores a warp's sums, minus the means; where the warp has all channels, in whole groups of
+  // units, for which there must be room.
+  __device__ static void store(float* to, const WarpSums<P>& sums, Slice slice) {
+    constexpr int kStep = P::kWarpsShareTiles ? 1 : P::kUnitGroup;
+    const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+    for (int group = 0; group < P::kRowGroups; ++group) {
+      float means[2];
+      for (int i = 0; i < 2; ++i) means[i] = __shfl_sync(~0u, sums.mean[group], 8 * t + 4 * i);
+      float* to_rows = to + element(slice.first + g, 8 * group + 2 * t);
+#pragma unroll
+      for (int first = 0; first < P::kUnits; first += kStep) {
+        if (first >= slice.units) break;
+        float2 centred[2 * kStep];
+#pragma unroll
+        for (int i = 0; i < 2 * kStep; ++i) {
+          const float* pair = &sums.sums[first + i / 2][group][i % 2 * 2];
+          centred[i] = make_float2(pair[0] - means[0], pair[1] - means[1]);
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * kStep; ++i) {
+          float* to_pair = to_rows + (first * 16 + 8 * i) * P::kRows;
+          *reinterpret_cast<float2*>(to_pair) = centred[i];
+        }
+      }
+    }
+  }
+};
+
 // Maximum floats per row of a tile's partials: sums, softmax state, the means of up to 8 warps.
 constexpr int partial_floats(int channels) { return channels + 10; }
 
@@ -156,6 +196,8 @@ class TokenPass {
  public:
   using T = typename P::Element;
 
+  static constexpr int kBytesOfWarp = kWarpBytes;
+
   // The shared memory that a pass needs, in bytes.
   __host__ __device__ static int bytes(int channels, int warp_groups) {
     return Layout::of(channels, warp_groups).end;
@@ -177,9 +219,20 @@ class TokenPass {
       visit(i, sums);
     };
     loads.write(rows_ + set * P::kRows * P::row_pitch(channels_), add_up, others...);
+    if constexpr (TileScores<P, kSets, kAlone>::kOnesInMemory) {
+      T* ones = rows_ + P::kRows * P::row_pitch(channels_);
+      for (int c = 2 * thread_index(); c < channels_; c += 2 * block_threads()) {
+        store_pair(ones + c, pack<T>(1, 1));
+      }
+    }
   }
   // Starts the first copies. The rows and the extra token need not be written yet.
   __device__ void start(const Image<T>& x, const Range& range) { ring_.fill(x, range); }
+
+  // The same in two steps: a tile of each warp, those of other blocks of the multiprocessor too,
+  // comes before the second of any.
+  __device__ void start_first(const Image<T>& x, const Range& range) { ring_.copy(x, range, 0); }
+  __device__ void start_others(const Image<T>& x, const Range& range) { ring_.fill(x, range, 1); }
 
  protected:
   // Shared memory, as byte offsets. Rows and rings come first; at the end the warp groups' partials
@@ -191,9 +244,11 @@ class TokenPass {
       const int warps = warp_groups * P::group_warps(channels);
       const int partials = warp_groups * group_floats(channels) * static_cast<int>(sizeof(float));
       Layout layout;
-      layout.rings = kSets * P::kRows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
+      const int rows = kSets * P::kRows + TileScores<P, kSets, kAlone>::kOnesInMemory;
+      layout.rings = rows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
       layout.scores = maximum(layout.rings + warps * TileRing<P>::bytes(channels), partials);
-      layout.block_data = layout.scores + TileScores<P, kSets>::bytes(channels, warp_groups);
+      layout.block_data =
+          layout.scores + TileScores<P, kSets, kAlone>::bytes(channels, warp_groups);
       layout.warp_data = layout.block_data + kBlockBytes;
       layout.end = layout.warp_data + warps * kWarpBytes;
       return layout;
@@ -216,9 +271,10 @@ class TokenPass {
   }
 
   // Row pitch of a warp group's partials: that of a pass of its own puts the rows of a fragment in
-  // different banks.
+  // different banks, and has room for whole groups of units.
   __host__ __device__ static int sums_pitch(int channels) {
-    return kAlone ? channels + 4 : P::row_pitch(channels);
+    const int unit = P::kWarpsShareTiles ? 16 : 16 * P::kUnitGroup;
+    return kAlone ? round_up(channels, unit) + 4 : P::row_pitch(channels);
   }
   // Floats of a warp group's partials: sums of its rows, then a state for each.
   __host__ __device__ static int group_floats(int channels) {
@@ -270,17 +326,17 @@ class TokenPass {
 
   // This block's share of the channels.
   __device__ int first_in_share(const Range& range) const {
-    return channels_ * range.rank / range.ranks;
+    return kAlone && range.ranks == 1 ? 0 : channels_ * range.rank / range.ranks;
   }
   __device__ int last_in_share(const Range& range) const {
-    return channels_ * (range.rank + 1) / range.ranks;
+    return kAlone && range.ranks == 1 ? channels_ : channels_ * (range.rank + 1) / range.ranks;
   }
 
   T* rows_;
   int channels_;
   Slice slice_;
   TileRing<P> ring_;
-  TileScores<P, kSets> scores_;
+  TileScores<P, kSets, kAlone> scores_;
   float weight_unit_;  // a power of two
   float inverse_unit_;
   WarpSums<P> sums_;

@@ -48,6 +48,9 @@ struct Plan {
   static constexpr int kTokens = kTileTokens;
   static constexpr int kRows = 8 * kRowGroups;
   static constexpr int kMaxThreads = 256;
+  // At least as many as any launch has.
+  static constexpr int kMaxWarpGroups =
+      minimum(kMaxThreads / 32 / kMinGroupWarps, kUnits > 12 ? 4 : 6);
   // Units per iteration of loops whose results are not in registers.
   static constexpr int kUnroll = sizeof(T) == 4 ? 1 : kRowGroups > 1 ? 2 : 4;
   // Units whose loads are in flight together where results are in registers. Tiles are padded to
@@ -213,10 +216,10 @@ class TileRing {
     return memory_ + stage_of(iteration) * (P::kTokens * pitch_);
   }
 
-  // Starts the copies of the warp group's first tiles.
-  __device__ void fill(const Image<T>& x, const Range& range) {
+  // Starts the copies of the warp group's first tiles, in stages from `begin` on.
+  __device__ void fill(const Image<T>& x, const Range& range, int begin = 0) {
 #pragma unroll 1
-    for (int iteration = 0; iteration < P::stages(channels_); ++iteration) {
+    for (int iteration = begin; iteration < P::stages(channels_); ++iteration) {
       copy(x, range, iteration);
     }
   }

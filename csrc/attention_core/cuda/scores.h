@@ -48,8 +48,8 @@ __device__ __forceinline__ float from_owner(const float (&values)[2], int i) {
 
 // Scores of a tile's tokens against kSets matrices of rows (u, or dm and u), with the statistics of
 // LayerNorm from the same read. Sums over a token's channels are relative to one of its own, or to
-// a mean: one far above the spread then costs no precision.
-template <class P, int kSets>
+// a mean: one far above the spread then costs no precision. kAlone: see TokenPass.
+template <class P, int kSets, bool kAlone>
 class TileScores {
  public:
   using T = typename P::Element;
@@ -61,6 +61,10 @@ class TileScores {
   // One warp's partials of a tile where warps share it: three floats and the scores per token.
   static constexpr int kFloats = P::kWarpsShareTiles ? (3 + kSums) * P::kTokens : 0;
   static constexpr int kBuffers = 2;
+  // Whether a row of ones lies behind the rows, for all the rows that an operand has besides them:
+  // it then comes from one load, where registers would be moved to a copy of it.
+  static constexpr bool kOnesInMemory =
+      kAlone && kSets == 1 && P::kRowGroups == 1 && sizeof(T) == 2;
 
   __host__ __device__ static int bytes(int channels, int warp_groups) {
     const int floats = (warp_groups * kBuffers * kFloats + kSums) * P::group_warps(channels);
@@ -136,6 +140,12 @@ class TileScores {
   __device__ FragmentA<T> rows_of(int set, int unit, float others = 0) const {
     const int pitch = P::row_pitch(channels_);
     const T* rows = rows_ + set * kRows * pitch + slice_.first + unit * 16;
+    if constexpr (kOnesInMemory) {
+      const int lane = lane_index(), row = lane % 16 < 8 ? lane % 8 : kRows;
+      FragmentA<T> a;
+      load_matrix_x4(a.pair, rows + row * pitch + lane / 16 * 8);
+      return a;
+    }
     return P::kRowGroups == 1 ? load_8_rows(rows, pitch, others) : load_rows(rows, pitch);
   }
 
@@ -150,7 +160,7 @@ class TileScores {
     };
     const uint32_t centre[2] = {centre_of_token(g), centre_of_token(g + 8)};
     float squares[2][4] = {}, sums[2][4] = {};
-    slice_.template for_each_unit<P::kUnroll>([&](int unit) {
+    const auto add_unit = [&](int unit, float(&products)[kSets][2][4], float(&squares)[2][4]) {
       ColumnsOfB<T> x = load_columns(tile + unit * 16, pitch);
 #pragma unroll
       for (int set = 0; set < kSets; ++set) {
@@ -167,7 +177,26 @@ class TileScores {
         for (Pair<T>& pair : x.side[side].pair) pair = subtract<T>(pair, centre[side]);
       }
       for (int side = 0; side < 2; ++side) multiply(squares[side], x.to_a(), x.side[side]);
-    });
+    };
+    if constexpr (kAlone && kSets == 1 && P::kUnits > 12) {
+      // Units take turns between two sums, so that products wait less for the ones before.
+      float other_products[kSets][2][4] = {}, other_squares[2][4] = {};
+      slice_.template for_each_group<P::kUnroll>([&](int first, auto count) {
+#pragma unroll
+        for (int i = 0; i < decltype(count)::value; ++i) {
+          add_unit(first + i, i % 2 ? other_products : products, i % 2 ? other_squares : squares);
+        }
+      });
+      for (int side = 0; side < 2; ++side) {
+        for (int i = 0; i < 4; ++i) {
+          squares[side][i] += other_squares[side][i];
+          products[0][side][i] += other_products[0][side][i];
+        }
+      }
+    } else {
+      slice_.template for_each_unit<P::kUnroll>(
+          [&](int unit) { add_unit(unit, products, squares); });
+    }
     SliceStatistics slice;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -218,6 +247,12 @@ class TileScores {
 
   // 1 / standard deviation, as in TokenStatistics.
   __device__ float signed_rstd(float mean, float squares, bool is_attended) const {
+    if constexpr (kAlone && !kCentre) {  // without a branch
+      const float variance = squares * inverse_channels_, rstd = rsqrtf(variance + eps_);
+      const float with_sign = variance <= mean * mean * 0x1p-40f ? -rstd : rstd;
+      const float normalized = normalize_ ? with_sign : 1.0f;
+      return is_attended ? normalized : 0.0f;
+    }
     if (!is_attended) return 0;
     if (!normalize_) return 1;
     const float variance = squares * inverse_channels_;
@@ -243,7 +278,12 @@ class TileScores {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       stats.signed_rstd[i] = from_owner(own_rstd, i);
-      stats.mean[i] = normalize_ ? from_owner(slice.mean, i) : 0.0f;
+      if constexpr (kAlone) {
+        const float mean = from_owner(slice.mean, i);
+        stats.mean[i] = normalize_ ? mean : 0.0f;
+      } else {
+        stats.mean[i] = normalize_ ? from_owner(slice.mean, i) : 0.0f;
+      }
       stats.centre[i] = 0;
       for (int set = 0; set < kSets; ++set) {
         const float product = products[set][i >> 1][i & 1];

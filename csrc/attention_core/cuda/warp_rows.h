@@ -74,12 +74,11 @@ class WarpRowLoads {
     T* to_row = to + row * P::row_pitch(channels_) + first;
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
-      if (first + 32 * k >= channels_) break;
-      const T element = from_float<T>(values.loaded[k]);
-      to_row[32 * k] = element;
-      sums[0] += to_float(element);
+      const float element = rounded<T>(values.loaded[k]);  // without a branch: 0 beyond the row
+      if (first + 32 * k < channels_) to_row[32 * k] = from_float<T>(element);
+      sums[0] += element;
       int j = 1;
-      ((sums[j++] += to_float(element) * factors.loaded[k]), ...);
+      ((sums[j++] += element * factors.loaded[k]), ...);
     }
   }
 
