@@ -75,7 +75,8 @@ FAULTS: dict[str, Fault] = {
         MSA, (PIPELINE, "&& column < columns;", "&& column < columns + 8 * FAULT;")
     ),
     "linear: a row too many": overflow(
-        FFN, (
+        FFN,
+        (
             LINEAR,
             "if (row + of_warp < a.rows) end.store(",
             "if (row + of_warp < a.rows + FAULT) end.store(",
