@@ -77,7 +77,7 @@ call(65, 160)
 call(128, 133)
 twice = {"norm_backward", "normalize"}
 many = twice | attention_backward | {"norm_linear", "ffn_hidden_backward"}
-assert set(launched) == many | {"attention_projection", "ffn_forward"}, launched.keys()
+assert set(launched) == many | {"attention", "linear", "ffn_forward"}, launched.keys()
 assert all(len(kernels) == 1 + (name in twice) for name, kernels in launched.items())
 call(2, 3, keep="lean", with_cls=False, scaled=True)
 """
@@ -115,7 +115,7 @@ check([], [(96, 3, 384)], "ffn_forward", "ffn_hidden_backward")
 w = MsaWeights(*(t.bfloat16() for t in msa_weights(96)))
 for cls in (None, x[:, 0]):
     both_ways(OPERATIONS["layernorm_msa"], MsaInputs(x, w, 3, None, cls), 1e-6, "")
-check([], [(96, 3, 384)], "attention_projection")
+check([], [(96, 3, 384)], "attention", "linear")
 """
 
 

@@ -27,8 +27,8 @@ ATTENTION_PROJECTION = RowTable(
     "attention projection",
     {
         2: (
-            (96, RowTile(128, 64, 32, 8, 2)),
-            (128, RowTile(128, 64, 128, 8, 2)),
+            (96, RowTile(64, 64, 32, 4, 3)),
+            (128, RowTile(64, 64, 64, 4, 3)),
             (192, RowTile(128, 64, 64, 8, 2)),
             (224, RowTile(64, 64, 32, 8, 2)),
             (384, RowTile(64, 64, 128, 8, 2)),
@@ -42,7 +42,6 @@ ATTENTION_PROJECTION = RowTable(
             448: RowTile(32, 64, 64, 8, 2),
         },
     },
-    fused_up_to=128,
 )
 
 BACKWARD_QUERIES = RowTable(
