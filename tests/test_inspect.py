@@ -334,7 +334,7 @@ def test_what_is_passed_over_is_shown() -> None:
     )
     _, _, row, passed_over, *_ = run_python(code).splitlines()  # few rows come first
     assert "64x128x32; 8 warps, 9 stages" in row
-    expected = r"    passed over .* 10 stages: \d+ bytes of shared memory do not fit"
+    expected = r"    passed over .* 10 stages: \d+ bytes of shared memory, .* do not fit"
     assert re.match(expected, passed_over)
 
 

@@ -291,7 +291,7 @@ class Usage:
     def objection(self) -> str:
         """Why to reject the configuration, or ""."""
         if not self.fits:
-            return f"{self.shared_bytes} bytes of shared memory do not fit"
+            return f"{self.shared_bytes} bytes of shared memory, or its tensor memory, do not fit"
         return f"{self.spills} words spilled" if self.spills else ""
 
 

@@ -205,6 +205,8 @@ def usage_of(compiled: Any, arch: int) -> Usage:
         ((registers, stack_bytes),) = machine_code.usage(cubin).values()
     shared_bytes = int(compiled.metadata.shared)
     fits = shared_bytes <= machine_code.SHARED_BYTES_OF_PROGRAM[arch]
+    # Of more tensor memory than there is Triton makes a trap, and refuses to load it.
+    fits &= (getattr(compiled.metadata, "tmem_size", 0) or 0) <= machine_code.TENSOR_MEMORY_COLUMNS
     return Usage(registers, stack_bytes // 4, shared_bytes, fits)
 
 

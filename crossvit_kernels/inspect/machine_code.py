@@ -32,6 +32,8 @@ LIMITS = {
     103: Limits(228, 2048, 32),
     120: Limits(100, 1536, 24),
 }
+#: Tensor memory of a multiprocessor, on sm_100 and 103.
+TENSOR_MEMORY_COLUMNS = 512
 #: For one program, in bytes.
 SHARED_BYTES_OF_PROGRAM = {sm: (limits.shared_kib - 1) * 1024 for sm, limits in LIMITS.items()}
 REGISTERS = 65536
