@@ -248,12 +248,13 @@ from no_device import launches
 import dataclasses, torch, triton
 from crossvit_kernels import FfnWeights, supported
 from crossvit_kernels.gpu import launcher, tables
-from crossvit_kernels.ops.common.configs import RowTile
-from crossvit_kernels.ops.layernorm_ffn.configs import FFN
-from crossvit_kernels.ops.layernorm_ffn import triton as ffn, triton_kernels
+from crossvit_kernels.ops.common.configs import RowTable, RowTile
+from crossvit_kernels.ops.layernorm_ffn import configs, triton as ffn, triton_kernels
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs
 from block_cases import ffn_weights
 
+FFN = RowTable("ffn", {2: ((48, RowTile(128, 64, 32, 8, 2)),)}, fused_up_to=48)
+configs.FFN = FFN
 kernel = triton_kernels.ffn_forward
 warmups, warmup = [], kernel.warmup
 def watched(*args, **kwargs):

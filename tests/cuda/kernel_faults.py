@@ -209,13 +209,13 @@ FAULTS: dict[str, Fault] = {
             "(warp * kBuffers + !FAULT * iteration %",
         ),
     ),
-    "a sum of a row too many": overflow(
-        CORE_WIDE, (SCORES, "(channels_) * kSums;", "(channels_) * kSums + FAULT;")
+    "a sum of a row too many": wrong(
+        CORE_WIDE, "du", (SCORES, "(channels_) * kSums;", "(channels_) * kSums + FAULT;")
     ),
     "a sum from another lane": wrong(
         CORE, "m", (SCORES, "% 4 * 9 + (i & 1) * 4", "% 4 * 9 + (i & 1) * 4 * !FAULT")
     ),
-    "a group of units too many": overflow(
+    "a group of units too many": race(
         CORE,
         (
             FORWARD_PASS,

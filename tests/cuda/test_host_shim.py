@@ -340,8 +340,8 @@ def test_division_by_a_reciprocal(formats: ctypes.CDLL) -> None:
     for divisor in divisors:
         multiples = np.linspace(0, most // divisor, 200).astype(np.int64) * divisor
         numerators = np.stack([multiples - 1, multiples, multiples + 1]).clip(0, most).ravel()
-        found = np.empty(numerators.size, np.int32)
-        formats.quotients(divisor, pointer(numerators.astype(np.int32)), pointer(found), found.size)
+        given, found = numerators.astype(np.int32), np.empty(numerators.size, np.int32)
+        formats.quotients(divisor, pointer(given), pointer(found), found.size)
         np.testing.assert_array_equal(found, numerators // divisor)
 
 

@@ -1,7 +1,8 @@
 """Follow warps: together while their branches agree, apart where they diverge.
 
 Where lanes of a warp diverge, one side runs after the other, up to where the compiler lets them
-reconverge (BSSY, BSYNC).
+reconverge (BSSY, BSYNC). Where it does not, before a barrier of the block for one, lanes that skip
+some code wait behind it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Group:
         pc: Index of the next instruction; -1 at the end.
         active: The lanes that execute, [warps, 32], or True for all.
         convergence: Barriers that lie ahead, the innermost last.
+        skipped_to: Where lanes wait without one, or -1.
+        rejoined: The lanes that go on from there.
         steps: What they have executed together, with accesses of all.
         history: Steps of the groups that they were in before, with their rows there.
     """
@@ -63,6 +66,7 @@ class Group:
         self.epoch = 0  # barriers of all warps that they have passed
         self.active: Value = True
         self.convergence: list[ConvergenceBarrier] = []
+        self.skipped_to, self.rejoined = -1, self.active
         self.steps: list[tuple[int, Access | None]] = []
 
     def part(self, rows: Any) -> Group:
@@ -79,6 +83,7 @@ class Group:
             return value[rows] if isinstance(value, np.ndarray) else value
 
         group.active = some(self.active)
+        group.skipped_to, group.rejoined = self.skipped_to, some(self.rejoined)
         group.convergence = [
             ConvergenceBarrier(b.name, some(b.lanes), [(pc, some(mask)) for pc, mask in b.waiting])
             for b in self.convergence
@@ -97,6 +102,10 @@ class Group:
         else:
             self.active = barrier.lanes
             self.convergence.pop()
+
+    def rejoin(self) -> None:
+        """Go on with the lanes that wait here."""
+        self.active, self.skipped_to = self.rejoined, -1
 
     def diverge(self, mask: Value, target: int) -> list[Group] | None:
         """Split warps by whether all of their lanes, none or some take a branch; -1 is the end."""
@@ -123,6 +132,8 @@ class Group:
                         barrier.lanes = lanes & ~taken[rows]
                 elif part.convergence:
                     part.convergence[-1].waiting.append((target, taken[rows]))
+                elif target > self.pc and part.skipped_to < 0:
+                    part.skipped_to, part.rejoined = target, active[rows]
             elif takes:
                 if target >= 0:
                     part.pc = target

@@ -145,7 +145,10 @@ class Emulator:
         functions, guards, control = self._functions, self._guards, self._control
         registers, steps, memory = group.registers, group.steps, self._memory
         while len(steps) < _MOST_STEPS:
-            pc, registers.active = group.pc, group.active
+            pc = group.pc
+            if pc == group.skipped_to:
+                group.rejoin()
+            registers.active = group.active
             guard = guards[pc]
             mask = registers.predicate(guard) if guard else True
             if control[pc]:

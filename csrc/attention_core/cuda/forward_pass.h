@@ -124,16 +124,16 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     // A warp has four rows, whose factors it loads once; in a block of few warps all rows in turn.
     const bool divided = block_warps() % kQuads == 0;
     const int step = 32 * (divided ? block_warps() / kQuads : block_warps());
-    const int begin = 32 * (divided ? warp_index() / kQuads : warp_index()) + lane;
+    const int begin = first_channel + lane + 32 * (divided ? warp_index() / kQuads : warp_index());
 #pragma unroll 1
-    for (int row = divided ? 4 * (warp_index() % kQuads) : 0; row < count;
+    for (int row = divided ? 4 * (warp_index() % kQuads) : 0; row < count && begin < last;
          row += divided ? P::kRows : 4) {
       float4 factor[kGroups];
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         factor[i] = *reinterpret_cast<const float4*>(factors + i * P::kRows + row);
       }
-      int channel = first_channel + begin;
+      int channel = begin;
       const float* from = group_sums(0) + SumsByChannel<P>::quad(channel, row / 4);
       float* to = m + row * stride + channel;
 #pragma unroll 2

@@ -22,7 +22,7 @@ struct Divisor {
   }
 
   // n / value, for n >= 0
-  __device__ __forceinline__ int quotient(int n) const {
+  __host__ __device__ __forceinline__ int quotient(int n) const {
     return static_cast<int>(uint64_t{static_cast<uint32_t>(n)} * reciprocal >> shift);
   }
 };
