@@ -151,6 +151,29 @@ def test_warps_and_lanes_go_their_own_ways() -> None:
     assert all(path[-1] == labels["EXIT"] for path in paths)
 
 
+def test_lanes_that_skip_code_without_a_convergence_barrier_wait_behind_it() -> None:
+    kernel = code(
+        "S2R R0, SR_TID.X",
+        "MOV R6, 0x0",
+        f"MOV R7, {pointer(0) >> 32:#x}",
+        "IMAD.WIDE R2, R0, 0x20, R6",
+        "ISETP.GE.AND P0, PT, R0, 0x30, PT",  # half of the second warp
+        "@P0 BRA `(.L_x_1)",
+        "IADD3 R1, R0, 0x8, RZ",
+        ".L_x_0:",
+        "STG.E desc[UR4][R2.64], R1",
+        "ISETP.GE.AND P1, PT, R1, 0x30, PT",
+        "IADD3 R1, R1, 0x10, RZ",
+        "@!P1 BRA `(.L_x_0)",  # the higher the lane, the fewer stores
+        ".L_x_1:",
+        "STG.E desc[UR4][R2.64], R0",
+        "EXIT",
+    )
+    trace = Emulator(kernel, {}).run([Block(0, 0, 0)], 2)
+    sectors = [[step.sectors for step in warp if step.sectors] for warp in trace.warps[0]]
+    assert sectors == [[32, 32, 24, 8, 32], [16, 8, 32]]
+
+
 def test_an_unknown_branch_is_reported() -> None:
     kernel = code(
         "LDG.E R2, desc[UR4][R4.64]",

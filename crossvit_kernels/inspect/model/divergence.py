@@ -2,7 +2,7 @@
 
 Where lanes of a warp diverge, one side runs after the other, up to where the compiler lets them
 reconverge (BSSY, BSYNC). Where it does not, before a barrier of the block for one, lanes that skip
-some code wait behind it.
+some code or leave a loop wait behind it.
 """
 
 from __future__ import annotations
@@ -132,8 +132,11 @@ class Group:
                         barrier.lanes = lanes & ~taken[rows]
                 elif part.convergence:
                     part.convergence[-1].waiting.append((target, taken[rows]))
-                elif target > self.pc and part.skipped_to < 0:
-                    part.skipped_to, part.rejoined = target, active[rows]
+                else:
+                    if part.skipped_to < 0:
+                        part.skipped_to, part.rejoined = max(target, part.pc), active[rows]
+                    if target < part.pc:
+                        part.pc, part.active = target, taken[rows]
             elif takes:
                 if target >= 0:
                     part.pc = target
