@@ -61,7 +61,6 @@ BLOCK_KERNELS = {
         InBlock(layers.LINEAR, "ffn", "split", False),
         InBlock(layers.NORM_BACKWARD, "ffn", "split", True),
         InBlock(msa.ATTENTION, "msa", "split", False),
-        InBlock(msa.ATTENTION_PROJECTION, "msa", "fused", False),
         InBlock(msa.BACKWARD_QUERIES, "msa", "split", True),
         InBlock(msa.BACKWARD_KEYS, "msa", "split", True),
         InBlock(ffn.FFN, "ffn", "fused", False),

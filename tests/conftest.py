@@ -26,7 +26,6 @@ from crossvit_kernels.calibration import measure, store
 from crossvit_kernels.gpu import tables
 from crossvit_kernels.ops.common import configs
 from crossvit_kernels.ops.layernorm_ffn.configs import FFN
-from crossvit_kernels.ops.layernorm_msa.configs import ATTENTION_PROJECTION
 from crossvit_kernels.verify import state
 
 
@@ -109,7 +108,7 @@ def triton_device() -> str:
         # In the interpreter steps cost time, not registers: use fewer, larger ones.
         configs.PROGRAMS = 4
         larger = {448: configs.RowTile(32, 64, 128, 4, 1)}
-        for table in (configs.NORM_LINEAR, FFN, ATTENTION_PROJECTION):
+        for table in (configs.NORM_LINEAR, FFN):
             table.on_sm[tables.sm(torch.device("cpu")), 4] = larger
         return "cpu"
     return "cuda"

@@ -272,16 +272,16 @@ _TRITON = {
             ("split", _SPLIT, "gelu_tanh", "90 bf16"),
         )
     },
-    "layernorm_msa_fused": Case(_when(_msa(**_TRAINING), _FUSED), _ONE),
-    "layernorm_msa_split": Case(_when(_msa(keep="lean", **_TRAINING), _SPLIT), _OTHER),
-    "layernorm_msa_fused_masked": Case(_when(_msa(keep="lean", **_MASKED), _FUSED), "80 bf16"),
-    "layernorm_msa_split_masked": Case(_when(_msa(heads=1, **_MASKED), _SPLIT), "90 bf16"),
+    "layernorm_msa": Case(_when(_msa(**_TRAINING), _SPLIT), _ONE),
+    "layernorm_msa_lean": Case(_when(_msa(keep="lean", **_TRAINING), _SPLIT), _OTHER),
+    "layernorm_msa_masked": Case(_when(_msa(keep="lean", **_MASKED), _SPLIT), "80 bf16"),
+    "layernorm_msa_masked_one_head": Case(_when(_msa(heads=1, **_MASKED), _SPLIT), "90 bf16"),
     "layernorm_msa_many_rows": Case(
         _when(_msa(heads=4, **_TRAINING), _SPLIT, _many_rows, _norm_apart), "80 bf16"
     ),
     "layernorm_msa_heads_of_8": Case(_when(_msa(16, 2), _SPLIT), "80 bf16"),
     "layernorm_msa_heads_of_128": Case(_when(_msa(128, 1), _SPLIT), "90 bf16"),
-    "layernorm_msa_inference": Case(_when(_msa_inference, _FUSED), "90 bf16"),
+    "layernorm_msa_inference": Case(_when(_msa_inference, _SPLIT), "90 bf16"),
     "sm90_linear_qkv": Case(_when(_layer("norm"), _GLUON), _HOPPER),
     "sm90_linear_projection": Case(_when(_layer("residual"), _GLUON), _HOPPER),
     "sm90_linear_fc1": Case(_when(_layer("norm gelu"), _GLUON), _HOPPER),

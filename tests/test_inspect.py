@@ -99,8 +99,7 @@ KERNELS = {
         )
     ),
     *("normalize", "norm_linear", "linear", "norm_backward"),
-    *("attention", "attention_projection"),
-    *("attention_backward_queries", "attention_backward_keys"),
+    *("attention", "attention_backward_queries", "attention_backward_keys"),
     *("ffn_forward", "ffn_hidden_backward"),
 }
 
@@ -176,9 +175,6 @@ def test_every_kernel_is_inspected() -> None:
     assert absent["norm_linear"] == {("cls", *statistics), ("cls",), statistics, ()}
     assert absent["attention"] == {("mask", "lse"), ("mask",)}
     assert absent["linear"] >= {("cls", *block), ("cls", *block[1:]), block, block[1:]}
-    projection = absent["attention_projection"]
-    barest = ("mask", "heads", "lse", "cls", *block)
-    assert {barest, ("mask", "cls", *block), ("mask", "heads", *block[1:])} <= projection
     forward = absent["attention_core_forward"]
     masked = ("gain", "extra", "mask")
     assert {(*masked, "peak"), masked, ("gain", "peak"), ("mask", "peak")} <= forward
@@ -240,12 +236,12 @@ def test_options_of_blocks_do_not_spill(option: str) -> None:
     rows = check(run_python(OPTIONS, option))
     expected = {"ffn_forward", "ffn_hidden_backward"}
     if option == "layer_scale":
-        expected = {"ffn_forward", "linear", "attention_projection"}
+        expected = {"ffn_forward", "linear"}
         assert all("layer_scale" not in r["absent"] for r in rows if r["kernel"] in expected)
     elif option == "key_mask":
         expected = {name for name in KERNELS if name.startswith("attention_b")} | {"attention"}
     elif option == "no_bias":
-        expected |= {"norm_linear", "linear", "attention_projection"}
+        expected |= {"norm_linear", "linear"}
     assert expected <= {row["kernel"] for row in rows}
 
 

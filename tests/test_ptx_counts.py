@@ -19,7 +19,7 @@ _FEWER = {"shared passes": 0.07, "ldmatrix": 0.15, "stmatrix": 0.0, "shfl": 0.25
     "backend, cases, options",
     [
         ("triton", ("layernorm_ffn_split",), ("--sm", "80")),
-        ("triton", ("layernorm_msa_split",), ("--sm", "90")),
+        ("triton", ("layernorm_msa_lean",), ("--sm", "90")),
         ("triton", ("attention_core",), ("--sm", "80", "--dtype", "fp32")),
         ("triton", ("attention_core",), ("--sm", "90")),
         ("cuda", ("attention_core", "layernorm_ffn", "cross_attention_fusion"), ()),

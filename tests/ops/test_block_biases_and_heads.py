@@ -72,10 +72,9 @@ def test_wide_heads_in_triton(head_dim: int, dtype: torch.dtype, triton_device: 
 
 @pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_padded_heads_with_their_projection(dtype: torch.dtype, triton_device: str) -> None:
+def test_padded_heads_with_a_mask(dtype: torch.dtype, triton_device: str) -> None:
     options = {"backend": "triton", "device": triton_device, "masked": True}
-    with configs.VARIANTS.choose("fused"):
-        check_msa(96, 2, 3, 40, dtype, layer_scale=0.1, **options)
+    check_msa(96, 2, 3, 40, dtype, layer_scale=0.1, **options)
 
 
 def test_triton_pads_no_heads_to_128_in_float32(triton_device: str) -> None:

@@ -23,27 +23,6 @@ ATTENTION = RowTable(
     },
 )
 
-ATTENTION_PROJECTION = RowTable(
-    "attention projection",
-    {
-        2: (
-            (96, RowTile(64, 64, 32, 4, 3)),
-            (128, RowTile(64, 64, 64, 4, 3)),
-            (192, RowTile(128, 64, 64, 8, 2)),
-            (224, RowTile(64, 64, 32, 8, 2)),
-            (384, RowTile(64, 64, 128, 8, 2)),
-            (448, RowTile(64, 64, 64, 8, 2)),
-        ),
-        4: ((192, RowTile(32, 32, 32, 8, 1)),),
-    },
-    on_sm={
-        (80, 2): {
-            192: RowTile(32, 64, 64, 8, 2),
-            448: RowTile(32, 64, 64, 8, 2),
-        },
-    },
-)
-
 BACKWARD_QUERIES = RowTable(
     "attention backward queries",
     {

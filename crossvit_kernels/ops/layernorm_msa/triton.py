@@ -1,4 +1,4 @@
-"""layernorm_msa on Triton: LayerNorm and projection; attention with or without its projection.
+"""layernorm_msa on Triton: LayerNorm and q, k and v; attention; its projection and the residual.
 
 Weight gradients are products over all tokens, computed by torch's libraries.
 """
@@ -83,14 +83,10 @@ def forward(inputs: MsaInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
     saved = empty_saved(inputs, "lean") if keep else None
     statistics, lse = (saved[:2], saved.lse) if saved else (None, None)
     qkv = _qkv(tokens, w, eps, statistics)
-    if configs.ATTENTION_PROJECTION.fused(tokens.num_rows, x.shape[2], qkv.element_size()):
-        heads = qkv.new_empty(x.shape) if keep == "fast" else None
-        y = _attention_projection(qkv, mask, heads, lse, w, tokens, scales, num_heads)
-    else:
-        heads = _attention(qkv, mask, lse, num_heads)
-        output = w.out_weight, w.out_bias
-        y = layers.linear_residual(heads, *output, tokens, *scales, configs.PROJECTION)
-    if saved and heads is not None and keep == "fast":
+    heads = _attention(qkv, mask, lse, num_heads)
+    output = w.out_weight, w.out_bias
+    y = layers.linear_residual(heads, *output, tokens, *scales, configs.PROJECTION)
+    if saved and keep == "fast":
         saved = saved._replace(qkv=qkv, heads=heads)
     return y, saved
 
@@ -192,36 +188,6 @@ def _flash_attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
     if lse is not None:
         lse.copy_(computed_lse)
     return heads.transpose(1, 2).reshape(*qkv.shape[:2], -1)
-
-
-def _attention_projection(
-    qkv: Tensor,
-    mask: Tensor | None,
-    heads: Tensor | None,
-    lse: Tensor | None,
-    w: MsaWeights,
-    tokens: Tokens,
-    scales: tuple[Tensor | None, Tensor | None],
-    num_heads: int,
-) -> Tensor:
-    """Return the block's result for qkv; writes heads and lse if given."""
-    x, cls = tokens
-    batch, num_tokens, channels = x.shape
-    y = layers.empty_result(x, w.out_weight, scales[1])
-
-    def programs(shape: LayerShape) -> Programs:
-        tiles = -(-num_tokens // shape.rows)
-        return Programs((batch * tiles, 1, 1), sizes=(tiles,))
-
-    launcher.start(
-        _kernels().attention_projection,
-        programs,
-        (qkv, mask, heads, lse, w.out_weight, w.out_bias, x, cls, *scales, y),
-        (num_tokens, *tokens.strides),
-        candidates(configs.ATTENTION_PROJECTION, qkv, tokens.num_rows, channels, 0),
-        _heads_of(channels, num_heads),
-    )
-    return y
 
 
 def _attention_backward(

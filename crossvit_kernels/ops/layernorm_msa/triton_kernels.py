@@ -12,12 +12,7 @@ import triton.language as tl
 from crossvit_kernels.ops.common.triton_tiles import (
     LOG2E,
     SIZES,
-    aligned,
-    load_residual_scale,
     load_tile,
-    load_tokens,
-    load_vector,
-    offsets_of,
     store_tile,
 )
 
@@ -140,73 +135,6 @@ def attention(
     store_tile(out, row.to(tl.int64) * C, used, o, 0, D, PADDED)
     if lse_ptr is not None:
         tl.store(lse_ptr + pair.to(tl.int64) * num_tokens + row, lse, mask=used)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def attention_projection(
-    qkv_ptr,  # [B, N, 3 C]
-    mask_ptr,  # [B, N] or None
-    heads_ptr,  # [B, N, C] or None
-    lse_ptr,  # [B, h, N] or None
-    weight_ptr,  # [C, C]
-    bias_ptr,  # [C] or None
-    x_ptr,  # [B, N, C]
-    cls_ptr,  # [B, C] or None
-    scale_ptr,  # [B] or None
-    layer_scale_ptr,  # [C] or None
-    y_ptr,  # [B, N, C]
-    num_tokens,
-    x_batch_stride,
-    x_token_stride,
-    cls_stride,
-    num_tiles,
-    A: tl.constexpr,
-    HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """y = x + r s (W_o o + b_o), o the attention of all heads. Grid: images x tiles of queries."""
-    C: tl.constexpr = A.channels
-    D: tl.constexpr = A.channels // HEADS
-    ROWS: tl.constexpr = A.rows
-    CHUNK: tl.constexpr = A.chunk
-    NUM: tl.constexpr = A.num_chunks
-    PRECISION: tl.constexpr = A.precision
-    ALIGN: tl.constexpr = A.align
-    dtype = qkv_ptr.dtype.element_ty
-    image = (tl.program_id(0) // num_tiles).to(tl.int64)
-    token = (tl.program_id(0) % num_tiles) * ROWS + tl.arange(0, ROWS)
-    used = token < num_tokens
-    row = image * num_tokens + token
-    ys = ()
-    for _ in tl.static_range(NUM):
-        ys = ys + (tl.zeros((ROWS, CHUNK), tl.float32),)
-    if mask_ptr is not None:
-        mask_ptr += image * num_tokens
-    q_ptr = qkv_ptr + image * num_tokens * (3 * C)
-    for head in range(HEADS):
-        o, lse = attend(q_ptr, mask_ptr, head, token, used, num_tokens, C, D, PADDED, A)
-        o = o.to(dtype)
-        if heads_ptr is not None:
-            store_tile(heads_ptr + head * D, row * C, used, o, 0, D, PADDED)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + (image * HEADS + head) * num_tokens + token, lse, mask=used)
-        for i in tl.static_range(NUM):
-            c = i * CHUNK + tl.arange(0, CHUNK)
-            w = load_tile(weight_ptr + head * D, c * C, c < C, 0, D, PADDED)
-            y = tl.dot(o, tl.trans(w), ys[0], input_precision=PRECISION)
-            ys = ys[1:] + (y,)
-    offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
-    cls_offsets = (image + token * 0) * aligned(cls_stride, ALIGN)
-    scale = load_residual_scale(scale_ptr, image + token * 0, used)[:, None]
-    for i in tl.static_range(NUM):
-        x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
-        y = ys[i]
-        if bias_ptr is not None:
-            y += load_vector(bias_ptr, i * CHUNK, C, CHUNK)[None, :]
-        if layer_scale_ptr is not None:
-            y *= load_vector(layer_scale_ptr, i * CHUNK, C, CHUNK)[None, :]
-        y = x.to(tl.float32) + y * scale
-        store_tile(y_ptr, row * C, used, y, i * CHUNK, C, CHUNK)
 
 
 @triton.jit
