@@ -359,7 +359,8 @@ def _usage(
         return None
 
 
-_record: Callable[[Launch], None] | None = None
+# What is called in place of launching kernels, while they are recorded.
+_record: Callable[[Any], None] | None = None
 #: Names of the kernels that are launched, while ``backends.watching`` collects them.
 launched: set[str] | None = None
 
@@ -368,20 +369,39 @@ launched: set[str] | None = None
 def recording() -> Iterator[list[Specialization]]:
     """Record specializations instead of launching kernels: for tensors on the meta device."""
     specializations: list[Specialization] = []
-    with _recording_to(lambda launch: specializations.append(launch.specialization)):
+
+    def keep(launch: Any) -> None:
+        if isinstance(launch, Launch):
+            specializations.append(launch.specialization)
+
+    with _recording_to(keep):
         yield specializations
 
 
 @contextmanager
-def recording_launches() -> Iterator[list[Launch]]:
-    """Record launches with their arguments instead of launching kernels, as recording()."""
-    launches: list[Launch] = []
+def recording_launches() -> Iterator[list[Any]]:
+    """Record launches with their arguments instead of launching kernels, as recording().
+
+    They are Launches, and whatever else was given to record().
+    """
+    launches: list[Any] = []
     with _recording_to(launches.append):
         yield launches
 
 
+def is_recording() -> bool:
+    """Whether launches are recorded."""
+    return _record is not None
+
+
+def record(launch: Any) -> None:
+    """Record a launch that ``start`` does not make."""
+    if _record is not None:
+        _record(launch)
+
+
 @contextmanager
-def _recording_to(record: Callable[[Launch], None]) -> Iterator[None]:
+def _recording_to(record: Callable[[Any], None]) -> Iterator[None]:
     global _record
     previous, _record = _record, record
     try:

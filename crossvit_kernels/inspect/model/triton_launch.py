@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,10 +57,7 @@ def launch_of(
 
 def recorder(gpu: Gpu, run: Callable[[], object]) -> Callable[[], list[tuple[Launch, str]]]:
     """Record what a function launches on a GPU; return what compiles that."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(tables.as_if_on(gpu.compute_capability))
-        launches: list[Any] = stack.enter_context(launcher.recording_launches())
-        stack.enter_context(sm90_linear.recording_to(launches.append))
+    with tables.as_if_on(gpu.compute_capability), launcher.recording_launches() as launches:
         run()
     return lambda: [
         gluon_launch.recorded_launch(launch, gpu)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,20 +45,6 @@ class Recorded(NamedTuple):
     kernel: Any
     arguments: tuple[Any, ...]
     tiles: int
-
-
-_record: Callable[[Recorded], None] | None = None
-
-
-@contextlib.contextmanager
-def recording_to(record: Callable[[Recorded], None]) -> Iterator[None]:
-    """Record launches instead of launching kernels: for tensors on the meta device."""
-    global _record
-    previous, _record = _record, record
-    try:
-        yield
-    finally:
-        _record = previous
 
 
 # Evaluated once, as in launcher.
@@ -134,7 +119,7 @@ def why_no_gluon(x: Tensor, weight: Tensor) -> str | None:
 
 def _compute_capability(x: Tensor) -> int:
     """Return that of x's GPU, or of the one that a recording is for; 0 without one of NVIDIA's."""
-    if _record is not None:
+    if launcher.is_recording():
         return tables.sm(x.device)
     if not x.is_cuda or torch.version.hip:
         return 0
@@ -143,7 +128,7 @@ def _compute_capability(x: Tensor) -> int:
 
 def is_on_another_gpu(index: int) -> bool:
     """Whether a tensor's GPU is not the current one."""
-    return _record is None and index != torch.cuda.current_device()
+    return not launcher.is_recording() and index != torch.cuda.current_device()
 
 
 def device_and_version(device: torch.device) -> tuple[str, str]:
@@ -274,8 +259,8 @@ def start(
         index: The device.
         tiles: Tiles of the result.
     """
-    if _record is not None:
-        _record(Recorded(kernel, arguments, tiles))
+    if launcher.is_recording():
+        launcher.record(Recorded(kernel, arguments, tiles))
         return True
     if key not in _known:
         _known[key] = _compiled(kernel, arguments)
