@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int pitch = operand_pitch<T>(channels);
   const Weights& w = p.weights;
   const auto gradients_of = [&](int row) {
-    return Gradients::at(p.gradients, first + row, cls_channels, channels);
+    return Gradients::at(p.gradients, first + row, used_from_here(cls_channels),
+                         used_from_here(channels));
   };
   BackwardTokens<P> pass(memory + layout.pass, channels, eps, true);
   const auto image_of = [&](int image) {

@@ -62,7 +62,7 @@ struct Images {
 
   __device__ static Images of(const Problem& problem, int images_per_cluster) {
     const int rank = cluster_rank(), ranks = cluster_size();
-    const int blocks_per_image = maximum(1, ranks / images_per_cluster);
+    const int blocks_per_image = kHasClusters ? maximum(1, ranks / images_per_cluster) : 1;
     const int64_t first = int64_t{blockIdx.x} / ranks * images_per_cluster;
     const int64_t count = minimum(problem.batch - first, int64_t{images_per_cluster});
     const int num_tokens = static_cast<int>(problem.num_tokens) + 1;  // with the CLS

@@ -26,9 +26,9 @@ __host__ __device__ constexpr int operand_bytes_of(int width) {
   return kImages * operand_pitch<T>(width) * static_cast<int>(sizeof(T));
 }
 
-// Floats as wide; also for what a layer of that depth has as scratch (TransposedLinear).
+// Floats as wide.
 __host__ __device__ constexpr int float_bytes_of(int width) {
-  return kImages * round_up(width, 32) * static_cast<int>(sizeof(float));
+  return kImages * width * static_cast<int>(sizeof(float));
 }
 
 // This thread's index. What follows from it is not kept from before a pass to behind it, nor from
@@ -284,10 +284,10 @@ __device__ __forceinline__ void normalize_rows_backward(const Layer& norm, int w
                                                         float2* sums, X x, More more, Wait wait,
                                                         Write write) {
   const Elements<T> weights(norm.weight), biases(norm.bias);
-  const int thread = hidden_thread(), warp = thread / 32;
-  const int warps = minimum(4, block_warps()), team = warp / warps;
-  const int first = 4 * (thread - team * 32 * warps), stride = 128 * warps;
-  const int rows_at_once = block_warps() / warps;
+  const int thread = hidden_thread(), warp = thread / 32, team = warp / 4;
+  const int warps = minimum(4, block_warps()), stride = 128 * warps;
+  const int first = 4 * (thread - team * 128);
+  const int rows_at_once = maximum(1, used_from_here(block_warps()) / 4);
   const float inverse_width = 1.0f / width;
   int buffer = 0;
 #pragma unroll 1
