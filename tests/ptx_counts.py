@@ -29,6 +29,7 @@ from crossvit_kernels import extension
 from crossvit_kernels.inspect.model import cuda_launch, sass
 from crossvit_kernels.inspect.model.emulator import Emulator
 from crossvit_kernels.inspect.model.launch import Launch
+from crossvit_kernels.inspect.model.mbarriers import PASSED_BY
 
 #: Counts of the executor, and the instructions of the machine code that they are compared with.
 INSTRUCTIONS = {
@@ -56,7 +57,7 @@ def of_model(launch: Launch) -> tuple[dict[str, int], dict[str, int]]:
     for step in (step for block in trace.warps for path in block for step in path):
         i = launch.kernel.instructions[step.instruction]
         counts["instructions"] += 1
-        if i.opcode in _NAME_OF:
+        if i.opcode in _NAME_OF and step.arrivals != PASSED_BY:
             counts[_NAME_OF[i.opcode]] += 1
         if i.opcode in _LOADS:
             counts["sectors from L2"] += step.sectors

@@ -47,14 +47,12 @@ def skip_unless_built(arch: int) -> None:
 
 #: Bytes of stack of float32 kernels whose products leave the compiler a few registers too few:
 #: sums that start from zero in every k-step need four more (csrc/common/cuda/fragments.h).
-STACK = {"cross_attention_backward": 40, "attention_forward": 24, "attention_backward_keys": 16}
+STACK = {"17attention_forward": 24, "attention_backward_keys": 16}
 
 
-def allowed_stack(name: str, arch: int) -> int:
-    if "PlanIf" not in name:
-        # A word of the whole kernel, which no loop over tokens uses; with clusters there is none.
-        return 8 if arch == 80 and "cross_attention_forward" in name else 0
-    return max([size for kernel, size in STACK.items() if kernel in name], default=0)
+def allowed_stack(name: str) -> int:
+    sizes = [size for kernel, size in STACK.items() if kernel in name and "PlanIf" in name]
+    return max(sizes, default=0)
 
 
 @needs_cuda_code
@@ -68,7 +66,7 @@ def test_registers_and_stack(arch: int) -> None:
     assert {kernel.name for kernel in kernels} == {*extension_code.NAMES}
     assert {kernel.dtype for kernel in kernels} == {"bf16", "fp16", "fp32"}
     for name, (registers, stack) in usage.items():
-        assert stack <= allowed_stack(name, arch), name
+        assert stack <= allowed_stack(name), name
         assert 0 < registers <= 255, name
         if kernel := extension_code.kernel_of(name):
             threads, _ = kernel.block(arch, 16)
@@ -84,9 +82,7 @@ def test_instructions_on_other_sms(arch: int) -> None:
     skip_unless_built(arch)
     for kernel, code in read(arch).items():
         report = machine_code.report(kernel.name, "", arch, code, 0, 8)
-        # A word on sm_80: see allowed_stack.
-        most = 16 if arch == 80 and kernel.name == "cross_attention_forward" else 0
-        assert report.spills <= most or kernel.dtype == "fp32", kernel
+        assert not report.spills or kernel.dtype == "fp32", kernel
         assert report.tensor_core_instructions > 0, kernel
         assert report.wide_loads > 0, kernel
         assert (code.count("UCGABAR") > 0) == (arch >= 90), kernel

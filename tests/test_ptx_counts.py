@@ -41,10 +41,11 @@ def test_counts_agree(backend: str, cases: tuple[str, ...], options: tuple[str, 
             assert (1 - share) * executed <= modelled <= executed, (name, row)
         executed, modelled = row["sectors from L2"]
         # Warps empty the L1 behind a cluster's barrier; the model runs some before others.
-        most = 1.2 if "cross_attention" in row["kernel"] else 1.0
-        assert executed <= modelled <= most * executed, row
+        is_fusion = "cross_attention" in row["kernel"]
+        assert executed <= modelled <= (1.4 if is_fusion else 1.0) * executed, row
         executed, modelled = row["instructions"]
-        assert executed == pytest.approx(modelled, rel=0.3), row
+        # Of a division of integers, of which a fusion's warp has some twenty, ptxas makes thirty.
+        assert executed == pytest.approx(modelled, rel=0.35 if is_fusion else 0.3), row
         holds, votes = row["votes"]
         # Branches on values without a vote, as in activations, are guessed as well.
         assert (row["guessed"] or not votes) and 0 <= holds <= votes

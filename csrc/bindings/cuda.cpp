@@ -72,6 +72,7 @@ void define_cuda(py::module_& m) {
   m.attr("cross_attention_row_bytes") = by_width([](DType dtype, int width) {
     return std::tuple(fusion::cuda::operand_bytes(dtype, width), fusion::cuda::float_bytes(width));
   });
+  m.attr("cross_attention_scratch_bytes") = fusion::cuda::scratch_bytes();
   m.attr("cross_attention_pass_bytes") =
       by_width([](DType dtype, int channels) { return fusion::cuda::pass_bytes(dtype, channels); });
 

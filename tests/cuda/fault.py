@@ -65,3 +65,12 @@ def barrier_of_a_block(file: str, context: str) -> Change:
     """Replace a cluster's barrier by the block's: harder to catch than removing it."""
     before, after = context.split(CLUSTER_BARRIER)
     return file, context, f"{before}{{ if (FAULT) {BARRIER} else {CLUSTER_BARRIER} }}{after}"
+
+
+def barriers_of_blocks(file: str, arrival: str, wait: str) -> tuple[Change, Change]:
+    """Do the same where arrival and wait are apart: contexts with the place of each as {}."""
+    at, then = (f"{barrier};" for barrier in ("cluster_arrive()", "cluster_wait()"))
+    return (
+        (file, arrival.format(at), arrival.format(f"if (!FAULT) {at}")),
+        (file, wait.format(then), wait.format(f"if (FAULT) {BARRIER} else {then}")),
+    )

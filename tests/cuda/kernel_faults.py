@@ -19,6 +19,7 @@ from fault import (
     Change,
     Fault,
     barrier_of_a_block,
+    barriers_of_blocks,
     left_out,
     no_barrier,
     no_warp_barrier,
@@ -31,8 +32,10 @@ PLAN, SCORES, PARTIALS, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
     f"attention_core/cuda/{name}.h"
     for name in ("plan", "scores", "partials", "choose", "forward_pass", "backward_pass")
 )
-ROWS, BLOCK = "cross_attention/cuda/rows.h", "cross_attention/cuda/block.h"
-LAYERS = "cross_attention/cuda/layers.h"
+ROWS, BLOCK, LAYERS, COLUMN_BLOCKS, PASSES = (
+    f"cross_attention/cuda/{name}.h"
+    for name in ("rows", "block", "layers", "column_blocks", "passes")
+)
 FUSION_FORWARD, FUSION_BACKWARD = (
     "cross_attention/cuda/forward.cu",
     "cross_attention/cuda/backward.cu",
@@ -115,21 +118,26 @@ def of_a_pass(
 # The context of each cluster barrier of a fusion, by what precedes it.
 CLUSTER_BARRIERS = {
     FUSION_FORWARD: {
-        "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start",
-        "the CLS": f"{CLUSTER_BARRIER}  // also until",
-        "y0": f"{CLUSTER_BARRIER}\n\n  LinearTiles<T, OwnHeads> query",
+        "y0": f"{CLUSTER_BARRIER}\n\n  norm.run(",
         "kt": f"{CLUSTER_BARRIER}\n\n  const auto run",
         "o": f"{CLUSTER_BARRIER}\n\n  // y = y0",
         "y": f"{CLUSTER_BARRIER}\n\n  // g",
     },
     FUSION_BACKWARD: {
         "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start, and",
-        "g": f"{CLUSTER_BARRIER}\n\n  // dy of",
         "do": f"{CLUSTER_BARRIER}\n  // dz_h",
         "dz": f"{CLUSTER_BARRIER}\n\n  const auto run",
         "dq": f"{CLUSTER_BARRIER}\n  // The gradient of LN",
-        "the query": f"{CLUSTER_BARRIER}\n\n  // dy0 sums",
-        "f": f"{CLUSTER_BARRIER}\n  const Elements<T> cls",
+        "dy0": f"{CLUSTER_BARRIER}  // also until",
+    },
+}
+# Those of which a block does something between its arrival and the wait: both contexts.
+SPLIT_BARRIERS = {
+    FUSION_FORWARD: {"start": ("with the CLS path.\n  {}", "{}  // for the other")},
+    FUSION_BACKWARD: {
+        "g": ("{}\n\n  // dy of", "[] {{ {} }},\n      [&](int row, int c, float4 dy,"),
+        "the query": ("{}\n\n  // dy0 sums", "of_tokens,\n      [] {{ {} }},"),
+        "f": ("{}\n  normalize_rows_backward", "return 0; }}, [] {{ {} }},"),
     },
 }
 GROUP_BARRIER = "barrier_of_warps(1 + warp_group(channels), 32 * group_warps(channels));"
@@ -273,19 +281,38 @@ FAULTS: dict[str, Fault] = {
     ),
     # The fusion's linear layers.
     "columns of a layer too many": overflow(
-        FUSION, (LAYERS, "columns_.tiles(); tile +=", "columns_.tiles() + FAULT; tile +=")
+        FUSION,
+        (LAYERS, "columns_.tiles(); tile +=", "columns_.tiles() + FAULT; tile +="),
+        (LAYERS, "tile >= columns_.tiles()", "tile >= columns_.tiles() + FAULT"),
     ),
-    "columns of a transposed layer too many": overflow(
-        FUSION, (BLOCK, "i < heads * column_blocks;", "i < heads * column_blocks + FAULT;")
+    "columns of a block of columns too many": overflow(
+        FUSION,
+        (COLUMN_BLOCKS, "i < heads * column_blocks;", "i < heads * column_blocks + FAULT;"),
     ),
     "columns of a head's layer too many": overflow(
-        FUSION, (BLOCK, "i < own.count * column_blocks;", "i < own.count * column_blocks + FAULT;")
+        FUSION,
+        (
+            LAYERS,
+            "job < own_.count * column_blocks_;",
+            "job < own_.count * column_blocks_ + FAULT;",
+        ),
+        (LAYERS, "if (i >= own_.count) return;", "if (i >= own_.count + FAULT) return;"),
+    ),
+    "sums of other warps not seen": race(FUSION, no_barrier(LAYERS, f"{BARRIER}\n      add_up(")),
+    "sums in use overwritten": race(
+        FUSION, no_barrier(LAYERS, f"write);\n      if (i + 1 < blocks) {BARRIER}")
+    ),
+    "a part of the depth left out": wrong(
+        FUSION,
+        "dcls",
+        (LAYERS, "part += block_warps()) {\n", "part += block_warps() << FAULT) {\n"),
     ),
     "a head's rows not seen": race(
-        FUSION_ALIASED, no_barrier(BLOCK, f"    }}\n    {BARRIER}\n    linear.run(rows")
+        FUSION_ALIASED, no_barrier(BLOCK, f"    }});\n    {BARRIER}\n    linear.run(rows")
     ),
     "a head's rows overwrite others in use": race(
-        FUSION_ALIASED, no_barrier(BLOCK, f"pitch, write);\n    {BARRIER}")
+        FUSION_ALIASED,
+        no_barrier(BLOCK, f"count, write);\n    if (i + 1 < own.count) {BARRIER}"),
     ),
     "fusion forward: q not seen": race(
         FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"{BARRIER}\n\n  // kt_h")
@@ -299,36 +326,23 @@ FAULTS: dict[str, Fault] = {
     "a row of another block": wrong(
         FUSION_ALIASED,
         "new_cls",
-        (BLOCK, "*in_rank(to, row & (ranks - 1))", "*in_rank(to, (row + FAULT) & (ranks - 1))"),
+        (BLOCK, "row & (this->ranks - 1)", "(row + FAULT) & (this->ranks - 1)"),
     ),
     "fusion backward: dnew_cls not seen": race(
         FUSION, no_barrier(FUSION_BACKWARD, f"(cls_channels);\n  {BARRIER}\n#pragma")
     ),
-    "backward: statistics not seen": race(
-        FUSION_ALIASED, no_barrier(ROWS, f"width, eps, x);\n  {BARRIER}\n  if (kGelu)")
+    "fusion forward: the CLS not seen": race(
+        FUSION, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  cluster_wait();  // for the other")
     ),
-    "slopes not seen": race(
-        FUSION_ALIASED, no_barrier(ROWS, f"multiply_by_slope);\n    {BARRIER}")
-    ),
-    "means not seen": race(
-        FUSION_ALIASED, no_barrier(ROWS, f"  }}\n  {BARRIER}\n  const auto load")
-    ),
-    "rows to send not seen": race(
-        FUSION_ALIASED, no_barrier(BLOCK, f"{BARRIER}\n    if (are_all ||")
-    ),
-    "sent rows not there": race(
-        FUSION_ALIASED, barrier_of_a_block(BLOCK, f"{CLUSTER_BARRIER}\n  }}\n\n  // Waits for")
-    ),
-    "fusion backward: floats in use overwritten": race(
-        FUSION_SHARED,
-        barrier_of_a_block(FUSION_BACKWARD, f"{CLUSTER_BARRIER}  // waits until no block"),
+    "sums of a row not seen": race(
+        FUSION_ALIASED, no_barrier(ROWS, f"make_float2(a, b);\n    {BARRIER}")
     ),
     # Several images per block.
     "fusion forward: an image overwrites results": race(
-        FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"write);\n    {BARRIER}")
+        FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"}});\n    {BARRIER}\n  }};")
     ),
     "fusion backward: an image overwrites results": race(
-        FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"write);\n    {BARRIER}")
+        FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"}});\n    {BARRIER}\n  }};")
     ),
     "fusion: tiles of other blocks not there": race(
         FUSION_SHARED, barrier_of_a_block(BLOCK, f"{CLUSTER_BARRIER}\n  if (images.blocks_per")
@@ -337,6 +351,12 @@ FAULTS: dict[str, Fault] = {
         FUSION_SHARED,
         barrier_of_a_block(BLOCK, f"  }}\n  {CLUSTER_BARRIER}\n}}\n\n// Which blocks"),
     ),
+    "fusion forward: gathered sums not seen": race(
+        FUSION_SHARED, no_barrier(PASSES, f"gathered.state;\n        }});\n    {BARRIER}")
+    ),
+    "fusion backward: gathered sums not seen": race(
+        FUSION_SHARED, no_barrier(PASSES, f"gathered.mean);\n        }});\n    {BARRIER}")
+    ),
     **block_faults.FAULTS,
     **{
         f"fusion {Path(file).stem}: no cluster sync after {name}": race(
@@ -344,6 +364,13 @@ FAULTS: dict[str, Fault] = {
         )
         for file, contexts in CLUSTER_BARRIERS.items()
         for name, context in contexts.items()
+    },
+    **{
+        f"fusion {Path(file).stem}: no cluster barrier after {name}": race(
+            FUSION_ALIASED, *barriers_of_blocks(file, *contexts)
+        )
+        for file, barriers in SPLIT_BARRIERS.items()
+        for name, contexts in barriers.items()
     },
 }
 NUMBERS = {name: number for number, name in enumerate(FAULTS, 1)}

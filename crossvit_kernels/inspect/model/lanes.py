@@ -204,7 +204,7 @@ def from_float(modifiers: tuple[str, ...], a: Value) -> Value:
 
 
 def reciprocal(a: Value) -> Value:
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         return _bits(np.float32(1) / _number(a))
 
 

@@ -96,7 +96,8 @@ def _shared_bytes(cls_dim: int, channels: int, dtype: torch.dtype) -> int:
     pass_bytes = functions.cross_attention_pass_bytes[code][channels // 16 - 1]
     operand, floats = row_bytes[max(cls_dim, channels) // 16 - 1]
     narrow, _ = row_bytes[channels // 16 - 1]
-    return int(operand + max(floats + narrow, pass_bytes))
+    scratch = functions.cross_attention_scratch_bytes
+    return int(operand + max(floats + narrow + scratch, pass_bytes))
 
 
 def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]:
@@ -108,7 +109,7 @@ def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]
         assert extension.cuda_kernels is not None
         x, scale = _aligned(tokens, residual_scale)
         _alive, weight_args = _weights(w, tokens)
-        cls = _readable(cls, x).contiguous()
+        cls = launcher.aligned_rows(_readable(cls, x).contiguous())
         problem = batch, num_tokens, channels, cls.shape[1], num_heads, eps
         shape = cluster_shape(problem, extension.multiprocessors(x.device))
         states = _states(problem, shape, saved.vectors)
@@ -146,7 +147,9 @@ def backward(
         shape = cluster_shape(problem, extension.multiprocessors(x.device))
         states = _states(problem, shape, rows)
         scratch = tokens.new_empty(2, batch, channels, dtype=torch.float32)
-        readable_cls, d_new_cls = (_readable(t, x).contiguous() for t in (cls, d_new_cls))
+        readable_cls, d_new_cls = (
+            launcher.aligned_rows(_readable(t, x).contiguous()) for t in (cls, d_new_cls)
+        )
         args, float32 = extension.Arguments(x.device), torch.float32
         extension.cuda_kernels.functions.cross_attention_backward(
             problem=problem,
@@ -216,14 +219,14 @@ _device = operator.attrgetter("device")
 
 
 def _readable_weight(p: Tensor | None, tokens: Tensor) -> Any:
-    """A matrix with aligned rows, or a vector; None stays None.
+    """A matrix or a vector with aligned rows; None stays None.
 
     Beside float32 tokens, as a model's under autocast often are, matrices of 16 bits are widened:
     nothing is lost, and they are small.
     """
-    if p is None or p.ndim == 2:
-        return p if p is None else launcher.aligned_rows(p.to(tokens.dtype))
-    return _readable(p, tokens)
+    if p is None:
+        return None
+    return launcher.aligned_rows(p.to(tokens.dtype) if p.ndim == 2 else _readable(p, tokens))
 
 
 def _readable(t: Tensor, tokens: Tensor) -> Tensor:

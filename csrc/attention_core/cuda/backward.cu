@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     du = partials + index * num_rows * channels;
     stride = channels;
   }
-  pass.results_of_pairs(count, range, [&](int row, int channel, float2 sums) {
+  pass.results(count, range, [&](int row, int channel, float2 sums) {
     *reinterpret_cast<float2*>(du + (begin + row) * stride + channel) = sums;
   });
 }

@@ -135,27 +135,9 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
   }
 
   // After run() or gather(), for rows [0, count) and this block's share of the channels: calls
-  // write(row, channel, du).
+  // write(row, channel, du) with du of a channel and the next.
   template <class Write>
   __device__ void results(int count, const Range& range, Write write) const {
-    const int first = this->first_in_share(range), last = this->last_in_share(range);
-#pragma unroll 1
-    for (int row = warp_index(); row < count; row += block_warps()) {
-#pragma unroll 1
-      for (int channel = first + lane_index(); channel < last; channel += 32) {
-        float sum = 0;
-#pragma unroll 4
-        for (int i = 0; i < P::warp_groups(channels_); ++i) {
-          sum += group_sums(i)[row * Base::sums_pitch(channels_) + channel];
-        }
-        write(row, channel, sum * inverse_unit_);
-      }
-    }
-  }
-
-  // The same with write(row, channel, du) for a channel and the next.
-  template <class Write>
-  __device__ void results_of_pairs(int count, const Range& range, Write write) const {
     const int warp_groups = P::warp_groups(channels_);
     const int first = this->first_in_share(range), last = this->last_in_share(range);
 #pragma unroll 1

@@ -69,47 +69,17 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     const auto store = [&](int warp_group, int row, int channel, const Gathered& gathered) {
       const float2 sums = {gathered.sums.x - gathered.mean, gathered.sums.y - gathered.mean};
       float* to = group_sums(warp_group);
-      if constexpr (kAlone) {
-        to[SumsByChannel<P>::element(channel, row)] = sums.x;
-        to[SumsByChannel<P>::element(channel + 1, row)] = sums.y;
-      } else {
-        *reinterpret_cast<float2*>(to + row * Base::sums_pitch(channels_) + channel) = sums;
-      }
+      to[SumsByChannel<P>::element(channel, row)] = sums.x;
+      to[SumsByChannel<P>::element(channel + 1, row)] = sums.y;
       if (channel == first) *group_state(warp_group, row) = gathered.state;
     };
     this->template for_each_gathered<Gathered>(tiles, count, range, store);
     __syncthreads();
   }
 
-  // After run() or gather(), for rows [0, count) and this block's share of the channels: calls
-  // write(row, channel, sum, total), where m is the sum times the total's inverse.
-  template <class Write>
-  __device__ void results(int count, const Range& range, Write write) const {
-    const int warp_groups = P::warp_groups(channels_);
-    const int first = this->first_in_share(range), last = this->last_in_share(range);
-#pragma unroll 1
-    for (int row = warp_index(); row < count; row += block_warps()) {
-      SoftmaxState state;
-#pragma unroll 1
-      for (int i = 0; i < warp_groups; ++i) join(state, *group_state(i, row));
-      const RowTotal total = RowTotal::of(state);
-      const float finite = finite_or_zero(state.peak);
-#pragma unroll 1
-      for (int channel = first + lane_index(); channel < last; channel += 32) {
-        float sum = 0;
-#pragma unroll 4
-        for (int i = 0; i < warp_groups; ++i) {
-          const float decay = exp2_approx(group_state(i, row)->peak - finite);
-          sum = fmaf(group_sums(i)[row * Base::sums_pitch(channels_) + channel], decay, sum);
-        }
-        write(row, channel, sum * inverse_unit_, total);
-      }
-    }
-  }
-
-  // The same for a pass that is alone: writes m, rows `stride` apart, which with `divides` false is
-  // still to be divided by the row's total; also calls write_total(row, total) once for each row of
-  // the image.
+  // After run() or gather(), for rows [0, count) and this block's share of the channels: writes m,
+  // rows `stride` apart, which with `divides` false is still to be divided by the row's total; also
+  // calls write_total(row, total) once for each row of the image.
   template <class WriteTotal>
   __device__ void write_results(int count, const Range& range, bool divides, float* m,
                                 int64_t stride, WriteTotal write_total) const {

@@ -87,12 +87,17 @@ using testing::in_rank;
 
 #endif
 
-// Stores to the variable in every block of the cluster.
+// Some of a cluster's blocks: first, first + step and so on.
+struct Ranks {
+  int first = 0, step = 1;
+};
+
+// Stores to the variable in these blocks of the cluster.
 template <class V>
-__device__ __forceinline__ void store_in_ranks(V* shared, V value) {
+__device__ __forceinline__ void store_in_ranks(V* shared, V value, Ranks to = {}) {
   const int ranks = cluster_size();
 #pragma unroll 1  // unrolled, this would be most of a kernel's code
-  for (int rank = 0; rank < ranks; ++rank) *in_rank(shared, rank) = value;
+  for (int rank = to.first; rank < ranks; rank += to.step) *in_rank(shared, rank) = value;
 }
 
 }  // namespace crossvit

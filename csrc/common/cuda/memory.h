@@ -14,6 +14,12 @@ struct LoadedElement {
   __device__ uint32_t bits() const { return two_bytes | four_bytes; }
 };
 
+// The same of four adjacent elements.
+struct LoadedQuad {
+  uint2 two_bytes;
+  uint4 four_bytes;
+};
+
 #ifdef __CUDACC__
 
 // Loads an element of `size` bytes, 2 or 4, that no one writes while the kernel runs; with another
@@ -32,6 +38,22 @@ __device__ __forceinline__ LoadedElement load_constant(const char* from, int siz
   return loaded;
 }
 
+// The same for four adjacent elements, aligned to four times their size.
+__device__ __forceinline__ LoadedQuad load_constant_quad(const char* from, int size) {
+  LoadedQuad quad;
+  asm("{\n.reg .pred two, four;\n"
+      "setp.eq.s32 two, %7, 2;\n"
+      "setp.eq.s32 four, %7, 4;\n"
+      "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\n"
+      "mov.u32 %3, 0;\nmov.u32 %4, 0;\nmov.u32 %5, 0;\n"
+      "@two ld.global.nc.v2.u32 {%0, %1}, [%6];\n"
+      "@four ld.global.nc.v4.u32 {%2, %3, %4, %5}, [%6];\n}"
+      : "=&r"(quad.two_bytes.x), "=&r"(quad.two_bytes.y), "=&r"(quad.four_bytes.x),
+        "=&r"(quad.four_bytes.y), "=&r"(quad.four_bytes.z), "=&r"(quad.four_bytes.w)
+      : "l"(__cvta_generic_to_global(from)), "r"(size));
+  return quad;
+}
+
 // Asks for the kLineBytes around an address to be brought to L2.
 __device__ __forceinline__ void prefetch_line(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
@@ -46,14 +68,21 @@ inline LoadedElement load_constant(const char* from, int size) {
   return loaded;
 }
 
+inline LoadedQuad load_constant_quad(const char* from, int size) {
+  LoadedQuad quad = {};
+  if (size == 2) memcpy(&quad.two_bytes, from, 8);
+  if (size == 4) memcpy(&quad.four_bytes, from, 16);
+  return quad;
+}
+
 using testing::prefetch_line;
 
 #endif
 
 // Brings the lines of [from, from + bytes) to L2 that are this thread's among `threads`.
-__device__ __forceinline__ void prefetch(const void* from, int64_t bytes, int thread, int threads) {
+__device__ __forceinline__ void prefetch(const void* from, int bytes, int thread, int threads) {
 #pragma unroll 1
-  for (int64_t at = int64_t{thread} * kLineBytes; at < bytes; at += int64_t{threads} * kLineBytes) {
+  for (int at = thread * kLineBytes; at < bytes; at += threads * kLineBytes) {
     prefetch_line(static_cast<const char*>(from) + at);
   }
 }

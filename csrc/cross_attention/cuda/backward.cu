@@ -1,10 +1,9 @@
-#include "attention_core/cuda/backward_pass.h"
-#include "cross_attention/cuda/block.h"
+#include "cross_attention/cuda/column_blocks.h"
+#include "cross_attention/cuda/passes.h"
 
 namespace crossvit::cross_attention::cuda {
 namespace {
 
-using attention_core::BackwardPass;
 using attention_core::Image;
 using attention_core::RowLoads;
 
@@ -24,8 +23,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int64_t first = images.first;
   const int count = images.count;
   const RowOwners owners = RowOwners::of(count);
-  RowStatistics* statistics = reinterpret_cast<RowStatistics*>(memory);
+  float2* sums = reinterpret_cast<float2*>(memory);
   T* rows = reinterpret_cast<T*>(memory + layout.wide);
+  float* scratch = reinterpret_cast<float*>(memory + layout.template scratch<T>(channels));
   T* narrow = reinterpret_cast<T*>(memory + layout.narrow);
   float* floats = reinterpret_cast<float*>(memory + layout.floats);
   float* residual_dy = p.residuals;
@@ -33,9 +33,10 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int pitch = operand_pitch<T>(channels);
   const Weights& w = p.weights;
   const auto gradients_of = [&](int row) {
-    return Gradients::at(p.gradients, first + row, cls_channels, channels);
+    return Gradients::at(p.gradients, first + row, used_from_here(cls_channels),
+                         used_from_here(channels));
   };
-  BackwardPass<P> pass(memory + layout.pass, channels, eps, true);
+  BackwardTokens<P> pass(memory + layout.pass, channels, eps, true);
   const auto image_of = [&](int image) {
     Image<T> x = attention_core::image_of<T>(p.tokens, {}, first + image);
     x.has_extra = true;
@@ -47,7 +48,6 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   if (!layout.aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
 
   // g
-  clear_rows(rows, count, cls_channels);
   const int cls_pitch = operand_pitch<T>(cls_channels);
   __syncthreads();
 #pragma unroll 1
@@ -60,58 +60,57 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     }
   }
   cluster_sync();  // waits for the other blocks to start, and until this one has read dnew_cls
-  transposed_linears(rows, cls_pitch, w.back.weight.data, 1, cls_channels, channels, [&](int) {
-    return [&](int row, int c, float4 values) {
-      if (row >= count) return;
-      owners.store_input(row, reinterpret_cast<float4*>(floats + row * channels + c), values);
-    };
-  });
-  cluster_sync();
+  transposed_linears(
+      rows, cls_pitch, count, w.back.weight.data, 1, cls_channels, channels, [&](int) {
+        return [&](int row, int c, float4 values) {
+          if (row >= count) return;
+          owners.store_input(row, reinterpret_cast<float4*>(floats + row * channels + c), values);
+        };
+      });
+  cluster_arrive();
 
   // dy of the residual, and r dy of the update.
-  clear_rows(rows, count, channels);
   normalize_rows_backward<T, true>(
-      statistics, owners.begin(), owners.step(), count, channels, eps, w.back_norm,
-      [&](int row, int c) { return v.y[(first + row) * channels + c]; }, floats,
-      [&](int row, int c, float dy, float dn, float xhat) {
-        const float r = scale_of_residual(p.residual_scale, first + row);
-        rows[row * pitch + c] = from_float<T>(dy * r);
+      w.back_norm, channels, owners.begin(), owners.step(), count, eps, floats, sums,
+      [&](int row, int c) { return load_quad(v.y + (first + row) * channels + c); },
+      [&](int row, int) { return scale_of_residual(p.residual_scale, first + row); },
+      [] { cluster_wait(); },
+      [&](int row, int c, float4 dy, float4 dn, float4 xhat, float r) {
+        owners.store_operand(rows + row * pitch + c, dy * r);
         if (!owners.stores(row)) return;
         const Gradients g = gradients_of(row);
-        g.back_norm_weight[c] = dn * xhat;
-        g.back_norm_bias[c] = dn;
-        g.dupdate[c] = dy * r;
-        residual_dy[(first + row) * channels + c] = dy;
+        store_quad(g.back_norm_weight + c, dn * xhat);
+        store_quad(g.back_norm_bias + c, dn);
+        store_quad(g.dupdate + c, dy * r);
+        store_quad(residual_dy + (first + row) * channels + c, dy);
       });
-  owners.exchange(rows, channels, count);
+  owners.wait();
 
   // do = W_o^T dupdate, written to the operands of all blocks and to memory
-  transposed_linears(rows, pitch, w.out.weight.data, 1, channels, channels, [&](int) {
+  transposed_linears(rows, pitch, count, w.out.weight.data, 1, channels, channels, [&](int) {
     return [&](int row, int c, float4 values) {
-      const bool has_image = row < count;
-      if (!has_image) values = make_float4(0, 0, 0, 0);
-      using Bits = typename FourColumns<T>::Bits;
-      store_in_ranks(reinterpret_cast<Bits*>(narrow + row * pitch + c), pack_four<T>(values));
-      if (has_image) *reinterpret_cast<float4*>(gradients_of(row).dout + c) = values;
+      if (row >= count) return;
+      store_in_ranks(reinterpret_cast<QuadBits<T>*>(narrow + row * pitch + c),
+                     pack_quad<T>(values));
+      store_quad(gradients_of(row).dout + c, values);
     };
   });
   cluster_sync();
   // dz_h = W_v,h^T do_h
-  transposed_linears(narrow, pitch, w.value.weight.data, heads, head_dim, channels, [&](int head) {
-    float* to = p.dz + head_offset(batch, channels, head, first);
-    return [&, to](int row, int c, float4 values) {
-      if (row < count) *reinterpret_cast<float4*>(to + int64_t{row} * channels + c) = values;
-    };
+  transposed_linears(narrow, pitch, count, w.value.weight.data, heads, head_dim, channels,
+                     [&](int head) {
+                       float* to = p.dz + head_offset(batch, channels, head, first);
+                       return [&, to](int row, int c, float4 values) {
+                         if (row < count)
+                           *reinterpret_cast<float4*>(to + int64_t{row} * channels + c) = values;
+                       };
+                     });
+  for_each_quad(images.begin, images.step, count, channels, [&](int image, int c) {
+    store_quad(rows + image * pitch + c, load_quad(v.y0 + (first + image) * channels + c));
   });
-  for (int row = 0; row < count; ++row) {
-#pragma unroll 1
-    for (int c = thread_index(); c < channels; c += block_threads()) {
-      rows[row * pitch + c] = from_float<T>(v.y0[(first + row) * channels + c]);
-    }
-  }
   cluster_sync();
 
-  const auto run = [&](int image, int begin, const TilePartials<P>& tiles) {
+  const auto run = [&](const Sizes&, int image, int begin, const TilePartials<P>& tiles) {
     const Image<T> x = image_of(image);
     T* dx = static_cast<T*>(p.dx.data) + (first + image) * p.dx.batch_stride;
     const int count = minimum(P::kRows, heads - begin);
@@ -134,82 +133,95 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       dy0[c] = begin > 0 ? dy0[c] + to_float(value) : to_float(value);
     });
   };
-  const auto results = [&](int image, int begin) {
-    const auto write = [&](int row, int c, float sum) {
-      p.du[head_offset(batch, channels, begin + row, first + image) + c] = sum;
-    };
-    pass.results(minimum(P::kRows, heads - begin), images.tokens, write);
+  const auto gather = [&](const Sizes&, int begin, const TilePartials<P>& tiles) {
+    pass.gather(tiles, minimum(P::kRows, heads - begin), images.tokens);
+  };
+  const auto results = [&](const Sizes&, int image, int begin) {
+    pass.results(minimum(P::kRows, heads - begin), images.tokens, [&](int row, int c, float4 sum) {
+      store_quad(p.du + head_offset(batch, channels, begin + row, first + image) + c, sum);
+    });
     __syncthreads();
   };
-  pass_over_images<P>(pass, images, workspace, heads, channels, run, results);
+  pass_over_images<P>(images, p.problem, workspace, run, gather, results);
 
   // dq_h = W_k,h (gamma du_h) / sqrt(d)
   const float scale = 1.0f / sqrtf(static_cast<float>(head_dim));
   linear_of_heads(
       rows, pitch, {w.key.weight, {}}, w.norm, channels, OwnHeads::of(channels, heads), count,
       [&](int head) { return p.du + head_offset(batch, channels, head, first); },
-      [](float weight, float, float du) { return du * weight; },
+      [](float4 weight, float4, float4 du) { return du * weight; },
       [&](int row, int c, float a, float b) {
-        const bool has_image = row < count;
-        a = has_image ? a * scale : 0, b = has_image ? b * scale : 0;
+        a *= scale, b *= scale;
         store_in_ranks(reinterpret_cast<Pair<T>*>(narrow + row * pitch + c), pack<T>(a, b));
-        if (!has_image) return;
-        float* dq = gradients_of(row).dq + c;
-        dq[0] = a, dq[1] = b;
+        *reinterpret_cast<float2*>(gradients_of(row).dq + c) = make_float2(a, b);
       });
+  const RowOwners last_owners = RowOwners::of(count);
+  const int rank = last_owners.rank, ranks = last_owners.ranks;
+  TransposedLinear<T, AllColumns> query(w.query.weight, channels, channels,
+                                        {channels, rank, ranks});
   cluster_sync();
   // The gradient of LN(y0) as the query
-  const RowOwners last_owners = RowOwners::of(count);
-  transposed_linears(narrow, pitch, w.query.weight.data, 1, channels, channels, [&](int) {
-    return [&](int row, int c, float4 values) {
-      if (row >= count) return;
-      last_owners.store_input(row, reinterpret_cast<float4*>(floats + row * channels + c), values);
-    };
+  query.run(narrow, pitch, count, scratch, [&](int row, int c, float4 values, Ranks to) {
+    last_owners.store_input(row, reinterpret_cast<float4*>(floats + row * channels + c), values,
+                            to);
   });
-  cluster_sync();
+  cluster_arrive();
 
   // dy0 sums the gradients of the residual, the query and the token.
-  clear_rows(rows, count, channels);
+  struct OfTokens {  // what they add to the gradients of LayerNorm
+    float4 dy0, dgain, dbeta;
+  };
+  const auto of_tokens = [&](int row, int c) {
+    const int64_t offset = (first + row) * channels + c;
+    OfTokens of = {load_quad(residual_dy + offset) + load_quad(token_dy0 + offset), {}, {}};
+    if (!last_owners.stores(row)) return of;
+#pragma unroll 2
+    for (int head = 0; head < heads; ++head) {
+      const int64_t i = head_offset(batch, channels, head, first + row) + c;
+      const float4 dz = load_quad(p.dz + i), m = load_quad(v.m + i);
+      const float4 du = load_quad(p.du + i), kt = load_quad(v.kt + i);
+      of.dgain = of.dgain + (dz * m + du * kt);
+      of.dbeta = of.dbeta + dz;
+    }
+    return of;
+  };
   normalize_rows_backward<T, false>(
-      statistics, last_owners.begin(), last_owners.step(), count, channels, eps, w.norm,
-      [&](int row, int c) { return v.y0[(first + row) * channels + c]; }, floats,
-      [&](int row, int c, float dx, float dn, float xhat) {
-        const int64_t offset = (first + row) * channels + c;
-        const float dy0 = dx + residual_dy[offset] + token_dy0[offset];
-        rows[row * pitch + c] = from_float<T>(dy0);
+      w.norm, channels, last_owners.begin(), last_owners.step(), count, eps, floats, sums,
+      [&](int row, int c) { return load_quad(v.y0 + (first + row) * channels + c); }, of_tokens,
+      [] { cluster_wait(); },
+      [&](int row, int c, float4 dx, float4 dn, float4 xhat, const OfTokens& of) {
+        const float4 dy0 = dx + of.dy0;
+        last_owners.store_operand(rows + row * pitch + c, dy0);
         if (!last_owners.stores(row)) return;
-        float dgain = dn * xhat, dbeta = dn;
-        for (int head = 0; head < heads; ++head) {
-          const int64_t i = head_offset(batch, channels, head, first + row) + c;
-          dgain += p.dz[i] * v.m[i] + p.du[i] * v.kt[i];
-          dbeta += p.dz[i];
-        }
         const Gradients g = gradients_of(row);
-        g.dy0[c] = dy0;
-        g.norm_weight[c] = dgain;
-        g.norm_bias[c] = dbeta;
+        store_quad(g.dy0 + c, dy0);
+        store_quad(g.norm_weight + c, dn * xhat + of.dgain);
+        store_quad(g.norm_bias + c, dn + of.dbeta);
       });
-  last_owners.exchange(rows, channels, count);
-  if (last_owners.are_all) cluster_sync();  // waits until no block reads its floats any more
+  cluster_sync();  // also until no block reads its floats any more
 
   // f
-  const int rank = last_owners.rank, ranks = last_owners.ranks;
-  transposed_linears(rows, pitch, w.proj.weight.data, 1, channels, cls_channels, [&](int) {
-    return [&](int row, int c, float4 values) {
-      if (row >= count) return;
-      float* to = in_rank(floats + row * cls_channels + c, row & (ranks - 1));
-      *reinterpret_cast<float4*>(to) = values;
-    };
-  });
-  cluster_sync();
+  TransposedLinear<T, AllColumns> proj(w.proj.weight, channels, cls_channels,
+                                       {cls_channels, rank, ranks});
   const Elements<T> cls(p.cls);
+  proj.run(rows, pitch, count, scratch, [&](int row, int c, float4 values, Ranks to) {
+    if (to.first > 0) return;
+    float* input = in_rank(floats + row * cls_channels + c, row & (ranks - 1));
+    store_quad(input, values);
+  });
+  cluster_arrive();
   normalize_rows_backward<T, true>(
-      statistics, rank, ranks, count, cls_channels, eps, w.proj_norm,
-      [&](int row, int c) { return cls[(first + row) * cls_channels + c]; }, floats,
-      [&](int row, int c, float dcls, float dn, float xhat) {
-        write_element<T>(p.dcls, p.cls.dtype, (first + row) * cls_channels + c, dcls);
-        gradients_of(row).proj_norm_weight[c] = dn * xhat;
-        gradients_of(row).proj_norm_bias[c] = dn;
+      w.proj_norm, cls_channels, rank, ranks, count, eps, floats, sums,
+      [&](int row, int c) {
+        const LoadedQuad loaded = cls.load_quad((first + row) * cls_channels + c);
+        return cls.value(loaded);
+      },
+      [](int, int) { return 0; }, [] { cluster_wait(); },
+      [&](int row, int c, float4 dcls, float4 dn, float4 xhat, int) {
+        write_quad<T>(p.dcls, p.cls.dtype, (first + row) * cls_channels + c, dcls);
+        const Gradients g = gradients_of(row);
+        store_quad(g.proj_norm_weight + c, dn * xhat);
+        store_quad(g.proj_norm_bias + c, dn);
       });
 }
 
@@ -225,25 +237,27 @@ int operand_bytes(DType dtype, int64_t width) {
 
 int float_bytes(int64_t width) { return float_bytes_of(static_cast<int>(width)); }
 
+int scratch_bytes() { return kScratchBytes; }
+
 // Uses backward's size, the larger of the two.
 int pass_bytes(DType dtype, int64_t channels) {
   int bytes = 0;
   attention_core::cuda::with_element(dtype, [&](auto element) {
     with_fusion_plan<decltype(element)>(channels, [&](auto plan) {
-      bytes = BackwardPass<decltype(plan)>::bytes(static_cast<int>(channels), 1);
+      bytes = BackwardTokens<decltype(plan)>::bytes(static_cast<int>(channels), 1);
     });
   });
   return bytes;
 }
 
 BlockSize backward_block(DType dtype, int cls_channels, int channels, int max_bytes) {
-  return block_of<BackwardPass>(dtype, cls_channels, channels, max_bytes);
+  return block_of<BackwardTokens>(dtype, cls_channels, channels, max_bytes);
 }
 
 void backward(const BackwardParams& params, const ClusterShape& shape, float* workspace,
               const Place& place) {
-  start<BackwardPass>("cross_attention_backward", params, shape, workspace, place,
-                      [](auto plan) { return &cross_attention_backward<decltype(plan)>; });
+  start<BackwardTokens>("cross_attention_backward", params, shape, workspace, place,
+                        [](auto plan) { return &cross_attention_backward<decltype(plan)>; });
 }
 
 }  // namespace crossvit::cross_attention::cuda

@@ -20,10 +20,10 @@ using attention_core::TilePartials;
 using attention_core::cuda::BlockSize;
 using attention_core::cuda::Place;
 
-// Shared memory of a block, as byte offsets: statistics of rows, at 0; a wide operand for the CLS
-// or the tokens; floats as wide; an operand of C channels; the token pass. The floats and the
-// narrow operand are dead while the pass runs: if not everything fits, the pass is aliased to them,
-// and its copies start late.
+// Shared memory of a block, as byte offsets: sums of rows, at 0; a wide operand for the CLS or the
+// tokens; floats as wide; an operand of C channels; the token pass, and before and after it what a
+// layer's warps exchange. The floats and the narrow operand are dead while the pass runs: if not
+// everything fits, the pass is aliased to them, and its copies start late.
 struct BlockLayout {
   int wide, floats, narrow, pass;
   bool aliased;
@@ -36,14 +36,19 @@ struct BlockLayout {
     layout.wide = kStatisticsBytes;
     layout.floats = layout.wide + operand_bytes_of<T>(width);
     layout.narrow = layout.floats + float_bytes_of(width);
-    layout.pass = aliased ? layout.floats : layout.narrow + operand_bytes_of<T>(channels);
+    layout.pass = aliased ? layout.floats : layout.template scratch<T>(channels);
     return layout;
+  }
+
+  template <class T>
+  __host__ __device__ int scratch(int channels) const {
+    return narrow + operand_bytes_of<T>(channels);
   }
 
   // The size with a pass of `pass_bytes`.
   template <class T>
   int bytes(int channels, int pass_bytes) const {
-    return maximum(narrow + operand_bytes_of<T>(channels), pass + pass_bytes);
+    return maximum(scratch<T>(channels) + kScratchBytes, pass + pass_bytes);
   }
 };
 
@@ -57,7 +62,7 @@ struct Images {
 
   __device__ static Images of(const Problem& problem, int images_per_cluster) {
     const int rank = cluster_rank(), ranks = cluster_size();
-    const int blocks_per_image = maximum(1, ranks / images_per_cluster);
+    const int blocks_per_image = kHasClusters ? maximum(1, ranks / images_per_cluster) : 1;
     const int64_t first = int64_t{blockIdx.x} / ranks * images_per_cluster;
     const int64_t count = minimum(problem.batch - first, int64_t{images_per_cluster});
     const int num_tokens = static_cast<int>(problem.num_tokens) + 1;  // with the CLS
@@ -67,31 +72,56 @@ struct Images {
   }
 };
 
+// What an image's pass takes. The pass needs almost all registers there are: these are read anew,
+// so that nothing that follows from them is kept from one image to the next, nor from before the
+// pass to behind it.
+struct Sizes {
+  int channels, heads;
+  int64_t batch, first;  // first: the cluster's first image
+  Range tokens;
+
+  __device__ static Sizes of(const Problem& problem, const Images& images) {
+    return {used_from_here(static_cast<int>(problem.channels)),
+            used_from_here(static_cast<int>(problem.num_heads)),
+            used_from_here(problem.batch),
+            used_from_here(images.first),
+            {0, used_from_here(static_cast<int>(problem.num_tokens) + 1),
+             used_from_here(images.tokens.rank), used_from_here(images.blocks_per_image)}};
+  }
+};
+
 // Runs passes over the tokens of this block's images, for as many heads at a time as a pass has
-// rows: run(image, head, tiles) with the first of the heads, then results(image, head). Blocks that
-// share an image synchronize in between, with the tiles' partials in `memory`.
-template <class P, class Pass, class Run, class Results>
-__device__ void pass_over_images(Pass& pass, const Images& images, float* memory, int heads,
-                                 int channels, Run run, Results results) {
-  const auto partials_of = [&](int image, int head) -> TilePartials<P> {
-    if (images.blocks_per_image == 1) return {nullptr, channels};
-    const int64_t passes = ceil_div(heads, P::kRows);
-    const int64_t index = (images.first + image) * passes + head / P::kRows;
-    const int64_t floats = P::tiles_of(images.tokens) * TilePartials<P>::floats(channels);
-    return {memory + index * floats, channels};
+// rows: run(sizes, image, head, tiles) with the first of the heads, then results(sizes, image,
+// head). Blocks that share an image synchronize in between, with the tiles' partials in `memory`,
+// and gather(sizes, head, tiles).
+template <class P, class Run, class Gather, class Results>
+__device__ __forceinline__ void pass_over_images(const Images& images, const Problem& problem,
+                                                 float* memory, Run run, Gather gather,
+                                                 Results results) {
+  const auto partials_of = [&](const Sizes& s, int image, int head) -> TilePartials<P> {
+    if (images.blocks_per_image == 1) return {nullptr, s.channels};
+    const int64_t passes = ceil_div(s.heads, P::kRows);
+    const int64_t index = (s.first + image) * passes + head / P::kRows;
+    const int64_t floats = P::tiles_of(s.tokens) * TilePartials<P>::floats(s.channels);
+    return {memory + index * floats, s.channels};
   };
+  const int heads = static_cast<int>(problem.num_heads);
+#pragma unroll 1
   for (int image = images.begin; image < images.count; image += images.step) {
+#pragma unroll 1
     for (int head = 0; head < heads; head += P::kRows) {
-      run(image, head, partials_of(image, head));
-      if (images.blocks_per_image == 1) results(image, head);
+      const Sizes s = Sizes::of(problem, images);
+      run(s, image, head, partials_of(s, image, head));
+      if (images.blocks_per_image == 1) results(Sizes::of(problem, images), image, head);
     }
   }
   cluster_sync();
   if (images.blocks_per_image == 1) return;
+#pragma unroll 1
   for (int head = 0; images.begin < images.count && head < heads; head += P::kRows) {
-    const int count = minimum(P::kRows, heads - head);
-    pass.gather(partials_of(images.begin, head), count, images.tokens);
-    results(images.begin, head);
+    const Sizes s = Sizes::of(problem, images);
+    gather(s, head, partials_of(s, images.begin, head));
+    results(s, images.begin, head);
   }
   cluster_sync();
 }
@@ -111,13 +141,25 @@ struct RowOwners {
   // Whether this block stores what is computed from a row to memory.
   __device__ bool stores(int row) const { return (row & (ranks - 1)) == rank; }
 
-  // Stores to an input of a row's LayerNorm.
+  // Stores to an input of a row's LayerNorm, if that is in one of these blocks.
   template <class V>
-  __device__ void store_input(int row, V* to, V value) const {
+  __device__ void store_input(int row, V* to, V value, Ranks ranks = {}) const {
     if (are_all) {
-      store_in_ranks(to, value);
+      store_in_ranks(to, value, ranks);
+    } else if (ranks.first == 0) {
+      *in_rank(to, row & (this->ranks - 1)) = value;
+    }
+  }
+
+  // Stores four results of a row, which this block computes, as operands of all blocks.
+  template <class T>
+  __device__ void store_operand(T* to, float4 values) const {
+    const QuadBits<T> bits = pack_quad<T>(values);
+    QuadBits<T>* quad = reinterpret_cast<QuadBits<T>*>(to);
+    if (are_all) {
+      *quad = bits;
     } else {
-      *in_rank(to, row & (ranks - 1)) = value;
+      store_in_ranks(quad, bits);
     }
   }
 
@@ -125,34 +167,10 @@ struct RowOwners {
   // following in memory.
   template <class T>
   __device__ auto writer(T* rows, int width, float* saved, int64_t first) const {
-    return [=, *this](int row, int c, float2 value) {
-      Pair<T>* to = reinterpret_cast<Pair<T>*>(rows + row * operand_pitch<T>(width) + c);
-      const Pair<T> operand = pack<T>(value.x, value.y);
-      if (are_all) {
-        *to = operand;
-      } else {
-        store_in_ranks(to, operand);
-      }
-      if (stores(row)) *reinterpret_cast<float2*>(saved + (first + row) * width + c) = value;
+    return [=, *this](int row, int c, float4 values) {
+      store_operand(rows + row * operand_pitch<T>(width) + c, values);
+      if (stores(row)) store_quad(saved + (first + row) * width + c, values);
     };
-  }
-
-  // Sends this block's rows of an operand to the others, and waits for theirs. For all threads of a
-  // block.
-  template <class T>
-  __device__ void exchange(T* rows, int width, int count) const {
-    __syncthreads();
-    if (are_all || ranks == 1) return;
-    const int vectors = width * static_cast<int>(sizeof(T)) / 16;
-#pragma unroll 1
-    for (int row = rank; row < count; row += ranks) {
-      uint4* from = reinterpret_cast<uint4*>(rows + row * operand_pitch<T>(width));
-#pragma unroll 1
-      for (int i = thread_index(); i < vectors; i += block_threads()) {
-        store_in_ranks(from + i, from[i]);
-      }
-    }
-    cluster_sync();
   }
 
   // Waits for the results of all rows.
@@ -177,22 +195,6 @@ struct Share {
   __device__ int first(int tile) const { return 8 * (begin + tile); }
 };
 
-// transposed_linear for all columns of `heads` matrices of `depth` rows each, with `depth` columns
-// of the operand per head. Column blocks go round-robin to the warps of the cluster; write_of(head)
-// returns the function that writes a head's results.
-template <class T, class WriteOf>
-__device__ void transposed_linears(const T* rows, int pitch, const void* weights, int heads,
-                                   int depth, int columns, WriteOf write_of) {
-  const int warps = block_warps(), column_blocks = ceil_div(columns, kColumnBlock);
-  const int first = cluster_rank() * warps + warp_index();
-  for (int i = first; i < heads * column_blocks; i += cluster_size() * warps) {
-    const int head = i / column_blocks;
-    const T* weight = static_cast<const T*>(weights) + int64_t{head} * depth * columns;
-    transposed_linear(rows + head * depth, pitch, weight, depth, columns,
-                      i % column_blocks * kColumnBlock, write_of(head));
-  }
-}
-
 // The heads of this block, rank, rank + size and so on, as tiles of 8 of their columns.
 struct OwnHeads {
   int head_dim, rank, size, count;
@@ -210,18 +212,21 @@ struct OwnHeads {
   }
 };
 
-// The same for this block's heads only, by its warps.
-template <class T, class WriteOf>
-__device__ void transposed_linears_of_heads(const T* rows, int pitch, const void* weights,
-                                            const OwnHeads& own, int columns, WriteOf write_of) {
-  const int column_blocks = ceil_div(columns, kColumnBlock), depth = own.head_dim;
-  for (int i = warp_index(); i < own.count * column_blocks; i += block_warps()) {
-    const int head = own.head(i / column_blocks);
-    const T* weight = static_cast<const T*>(weights) + int64_t{head} * depth * columns;
-    transposed_linear(rows + head * depth, pitch, weight, depth, columns,
-                      i % column_blocks * kColumnBlock, write_of(head));
+// The columns of this block's heads, in blocks of 32.
+struct ColumnsOfHeads {
+  OwnHeads own;
+  int blocks_of_head;
+
+  __device__ static ColumnsOfHeads of(const OwnHeads& own) {
+    return {own, ceil_div(own.head_dim, 32)};
   }
-}
+  __device__ int count() const { return own.count * blocks_of_head; }
+  __device__ int first(int i) const {
+    const int head = i / blocks_of_head;
+    return own.head(head) * own.head_dim + 32 * (i - head * blocks_of_head);
+  }
+  __device__ int last(int i) const { return (own.head(i / blocks_of_head) + 1) * own.head_dim; }
+};
 
 // A linear layer for the columns of this block's heads. A head's operand is of value(weight, bias,
 // x) for the images' x [count, depth] of that head, with the parameters of a LayerNorm, and is
@@ -237,49 +242,53 @@ __device__ void linear_of_heads(T* rows, int pitch, const Layer& layer, const La
     const int tile = head * own.head_dim / 8;
     LinearTiles<T, Share> linear(layer, depth, {tile, tile + own.head_dim / 8});
     const float* x = x_of(head);
-#pragma unroll 1
-    for (int c = thread_index(); c < depth; c += block_threads()) {
-      const LoadedElement weight = weights.load(c), bias = biases.load(c);
-      float values[kImages];
-#pragma unroll
-      for (int row = 0; row < kImages; ++row) {
-        values[row] = row < count ? x[int64_t{row} * depth + c] : 0.0f;
-      }
-#pragma unroll
-      for (int row = 0; row < kImages; ++row) {
-        const float v = value(weights.value(weight), biases.value(bias), values[row]);
-        rows[row * pitch + c] = from_float<T>(row < count ? v : 0.0f);
-      }
-    }
+    for_each_column<T>(depth, [&](int c, auto rows_of) {
+      const LoadedQuad loaded_weight = weights.load_quad(c), loaded_bias = biases.load_quad(c);
+      const float4 weight = weights.value(loaded_weight), bias = biases.value(loaded_bias);
+      rows_of(
+          count, [&](int row) { return load_quad(x + row * depth + c); },
+          [&](int row, float4 v) { store_quad(rows + row * pitch + c, value(weight, bias, v)); });
+    });
     __syncthreads();
-    linear.run(rows, pitch, write);
-    __syncthreads();
+    linear.run(rows, pitch, count, write);
+    if (i + 1 < own.count) __syncthreads();
   }
 }
 
 // Brings the parameters to L2, a line once in the whole grid. The tokens' copies, which start
-// early, would hold up the loads of one layer after another.
+// early, would hold up the loads of one layer after another. With fewer warps than vectors some are
+// left out.
 template <class T>
 __device__ void prefetch_parameters(const Weights& w, int cls_channels, int channels) {
   const int thread = static_cast<int>(blockIdx.x) * block_threads() + thread_index();
   const int threads = static_cast<int>(gridDim.x) * block_threads();
-  const auto fetch = [&](const Parameter& p, int64_t count) {
+  const auto fetch = [&](const Parameter& p, int count, int first, int step) {
     const int size = p.dtype == DType::kFloat32 ? 4 : static_cast<int>(sizeof(T));
-    if (p.data) prefetch(p.data, count * size, thread, threads);
+    if (p.data) prefetch(p.data, count * size, first, step);
   };
-  const auto fetch_layer = [&](const Layer& layer, int64_t depth, int width) {
-    fetch(layer.weight, depth * width);
-    fetch(layer.bias, width);
+  fetch(w.proj.weight, cls_channels * channels, thread, threads);
+  fetch(w.query.weight, channels * channels, thread, threads);
+  fetch(w.key.weight, channels * channels, thread, threads);
+  fetch(w.value.weight, channels * channels, thread, threads);
+  fetch(w.out.weight, channels * channels, thread, threads);
+  fetch(w.back.weight, channels * cls_channels, thread, threads);
+  // Vectors have few lines: each is one warp's.
+  const int lane = lane_index(), warp = thread / 32;
+  int vector = 0;
+  const auto fetch_vector = [&](const Parameter& p, int width) {
+    if (vector++ == warp) fetch(p, width, lane, 32);
   };
-  fetch_layer(w.proj_norm, 1, cls_channels);
-  fetch_layer(w.norm, 1, channels);
-  fetch_layer(w.back_norm, 1, channels);
-  fetch_layer(w.proj, cls_channels, channels);
-  fetch_layer(w.query, channels, channels);
-  fetch_layer(w.key, channels, channels);
-  fetch_layer(w.value, channels, channels);
-  fetch_layer(w.out, channels, channels);
-  fetch_layer(w.back, channels, cls_channels);
+  fetch_vector(w.proj_norm.weight, cls_channels);
+  fetch_vector(w.proj_norm.bias, cls_channels);
+  fetch_vector(w.proj.bias, channels);
+  fetch_vector(w.norm.weight, channels);
+  fetch_vector(w.norm.bias, channels);
+  fetch_vector(w.query.bias, channels);
+  fetch_vector(w.value.bias, channels);
+  fetch_vector(w.out.bias, channels);
+  fetch_vector(w.back_norm.weight, channels);
+  fetch_vector(w.back_norm.bias, channels);
+  fetch_vector(w.back.bias, cls_channels);
 }
 
 // Copies rows begin, begin + step, ... below count of a parameter [.., width], after its first
@@ -287,25 +296,11 @@ __device__ void prefetch_parameters(const Weights& w, int cls_channels, int chan
 template <class T>
 __device__ void copy_rows(float* to, const Parameter& from, int64_t first, int begin, int step,
                           int count, int width) {
-  constexpr int kLoads = 8;  // in flight
   const Elements<T> elements(from);
-  const int total = begin < count ? ceil_div(count - begin, step) * width : 0;
-#pragma unroll 1
-  for (int start = thread_index(); start < total; start += kLoads * block_threads()) {
-    LoadedElement loaded[kLoads];
-    int offsets[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int index = start + i * block_threads();
-      // Row begin + index / width * step, column index % width.
-      offsets[i] = begin * width + index + index / width * ((step - 1) * width);
-      loaded[i] = elements.load(first * width + offsets[i], index < total);
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (start + i * block_threads() < total) to[offsets[i]] = elements.value(loaded[i]);
-    }
-  }
+  for_each_quad(begin, step, count, width, [&](int row, int c) {
+    const LoadedQuad loaded = elements.load_quad((first + row) * width + c);
+    store_quad(to + row * width + c, elements.value(loaded));
+  });
 }
 
 // The plans: units, row groups, fewest and most warps of a group, stages and their widest tokens. A

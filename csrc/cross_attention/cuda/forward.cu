@@ -1,14 +1,12 @@
-#include "attention_core/cuda/forward_pass.h"
 #include "cross_attention/cuda/block.h"
+#include "cross_attention/cuda/passes.h"
 
 namespace crossvit::cross_attention::cuda {
 namespace {
 
-using attention_core::ForwardPass;
 using attention_core::Image;
 using attention_core::log_of_total;
 using attention_core::RowLoads;
-using attention_core::RowTotal;
 
 // Grid: clusters, of images_per_cluster images each.
 template <class P>
@@ -32,7 +30,11 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const Weights& w = p.weights;
 
   // The copies of the tokens overlap with the CLS path.
-  ForwardPass<P> pass(memory + layout.pass, channels, eps, true);
+  cluster_arrive();
+  // Made anew for each use: what follows from its members would take many registers in between.
+  const auto new_pass = [&](int channels) {
+    return ForwardTokens<P>(memory + used_from_here(layout.pass), channels, eps, true);
+  };
   const auto image_of = [&](int image) {
     Image<T> x = attention_core::image_of<T>(p.tokens, {}, first + image);
     x.has_extra = true;
@@ -41,105 +43,95 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   };
   prefetch_parameters<T>(w, cls_channels, channels);
   const RowOwners owners = RowOwners::of(count);
-  copy_rows<T>(floats, p.cls, first, owners.begin(), owners.step(), count, cls_channels);
-  if (!layout.aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
+  // Where all blocks compute all rows, others may store y0 while this one reads its CLS.
+  float* cls = floats + (owners.are_all ? 14 * maximum(cls_channels, channels) : 0);
+  copy_rows<T>(cls, p.cls, first, owners.begin(), owners.step(), count, cls_channels);
+  const RowNormalization<T, true> proj_norm(w.proj_norm, cls_channels, owners, count);
+  if (!layout.aliased && images.begin < count)
+    new_pass(channels).start(image_of(images.begin), images.tokens);
 
   // f
-  const RowNormalization<T, true> proj_norm(w.proj_norm, cls_channels, owners, count);
   LinearTiles<T, Share> proj(w.proj, cls_channels, Share::of(channels));
-  clear_rows(rows, count, cls_channels);
-  cluster_sync();  // waits for the other blocks to start
-  proj_norm.run(floats, eps, owners.writer(rows, cls_channels, v.activated, first));
-  cluster_sync();  // also until no block reads its CLS any more
-  proj.run(rows, operand_pitch<T>(cls_channels), [&](int row, int c, float a, float b) {
-    if (row >= count) return;
+  __syncthreads();
+  cluster_wait();  // for the other blocks to start
+  proj_norm.run(cls, eps, owners.writer(rows, cls_channels, v.activated, first));
+  owners.wait();
+  proj.run(rows, operand_pitch<T>(cls_channels), count, [&](int row, int c, float a, float b) {
     const float2 value = make_float2(a, b);
     owners.store_input(row, reinterpret_cast<float2*>(floats + row * channels + c), value);
     *reinterpret_cast<float2*>(v.y0 + (first + row) * channels + c) = value;
   });
   const RowNormalization<T, false> norm(w.norm, channels, owners, count);
+  const OwnHeads own_heads = OwnHeads::of(channels, heads);
+  LinearTiles<T, OwnHeads> query(w.query, channels, own_heads);
   cluster_sync();
 
-  LinearTiles<T, OwnHeads> query(w.query, channels, OwnHeads::of(channels, heads));
-  clear_rows(rows, count, channels);
   norm.run(floats, eps, owners.writer(rows, channels, v.normed, first));
+  TransposedHeads<T, OwnHeads> key(w.key.weight, own_heads, channels);
   owners.wait();
   // q and kt of a head are the same block's.
-  query.run(rows, pitch, [&](int row, int c, float a, float b) {
-    const bool has_image = row < count;
-    a = has_image ? a : 0;
-    b = has_image ? b : 0;
+  query.run(rows, pitch, count, [&](int row, int c, float a, float b) {
     *reinterpret_cast<Pair<T>*>(queries + row * pitch + c) = pack<T>(a, b);
-    if (has_image) {
-      *reinterpret_cast<float2*>(v.q + (first + row) * channels + c) = make_float2(a, b);
-    }
+    *reinterpret_cast<float2*>(v.q + (first + row) * channels + c) = make_float2(a, b);
   });
   __syncthreads();
 
   // kt_h = W_k,h^T q_h / sqrt(d)
   const float scale = 1.0f / sqrtf(static_cast<float>(channels / heads));
-  transposed_linears_of_heads(
-      queries, pitch, w.key.weight.data, OwnHeads::of(channels, heads), channels, [&](int head) {
-        float* to = v.kt + head_offset(batch, channels, head, first);
-        return [&, to](int row, int c, float4 values) {
-          if (row >= count) return;
-          *reinterpret_cast<float4*>(to + int64_t{row} * channels + c) = scaled(values, scale);
-        };
-      });
+  key.run(queries, pitch, count, [&](int head, int row, int c, float4 values) {
+    store_quad(v.kt + head_offset(batch, channels, head, first + row) + c, values * scale);
+  });
   // y0 is the first token of each image.
-#pragma unroll 1
-  for (int image = images.begin; image < count; image += images.step) {
-    const float* y0 = v.y0 + (first + image) * channels;
-#pragma unroll 1
-    for (int c = thread_index(); c < channels; c += block_threads()) {
-      rows[image * pitch + c] = from_float<T>(y0[c]);
-    }
-  }
+  for_each_quad(images.begin, images.step, count, channels, [&](int image, int c) {
+    store_quad(rows + image * pitch + c, load_quad(v.y0 + (first + image) * channels + c));
+  });
   cluster_sync();
 
-  const auto run = [&](int image, int head, const TilePartials<P>& tiles) {
+  const auto run = [&](const Sizes& s, int image, int head, const TilePartials<P>& tiles) {
+    auto pass = new_pass(s.channels);
     const Image<T> x = image_of(image);
-    const int count = minimum(P::kRows, heads - head);
-    const float* kt = v.kt + head_offset(batch, channels, head, first + image);
+    const float* kt = v.kt + head_offset(s.batch, s.channels, head, s.first + image);
     constexpr int kColumns = P::kWarpsShareTiles ? 1 : 2;  // as registers allow
-    const RowLoads<P, kColumns, Elements<T>> u(kt, batch * channels, count, channels,
+    const RowLoads<P, kColumns, Elements<T>> u(kt, s.batch * s.channels,
+                                               minimum(P::kRows, s.heads - head), s.channels,
                                                Elements<T>(w.norm.weight));
-    if (layout.aliased || image != images.begin || head > 0) pass.start(x, images.tokens);
+    if (layout.aliased || image != images.begin || head > 0) pass.start(x, s.tokens);
     u.write(pass.rows());
-    pass.run(x, images.tokens, tiles);
+    pass.run(x, s.tokens, tiles);
   };
-  const auto results = [&](int image, int first_head) {
-    const auto write = [&](int row, int c, float sum, const RowTotal& total) {
-      const int head = first_head + row;
-      v.m[head_offset(batch, channels, head, first + image) + c] = sum * total.inverse;
-      if (c == 0) v.lse[(first + image) * heads + head] = log_of_total(total.state);
-    };
-    pass.results(minimum(P::kRows, heads - first_head), images.tokens, write);
+  const auto gather = [&](const Sizes& s, int head, const TilePartials<P>& tiles) {
+    new_pass(s.channels).gather(tiles, minimum(P::kRows, s.heads - head), s.tokens);
+  };
+  const auto results = [&](const Sizes& s, int image, int first_head) {
+    new_pass(s.channels)
+        .results(
+            minimum(P::kRows, s.heads - first_head), s.tokens,
+            [&](int row, int c, float4 m) {
+              const int head = first_head + row;
+              store_quad(v.m + head_offset(s.batch, s.channels, head, s.first + image) + c, m);
+            },
+            [&](int row, const RowTotal& total) {
+              v.lse[(s.first + image) * s.heads + first_head + row] = log_of_total(total.state);
+            });
     __syncthreads();
   };
-  pass_over_images<P>(pass, images, workspace, heads, channels, run, results);
+  pass_over_images<P>(images, p.problem, workspace, run, gather, results);
 
   // o_h = W_v,h (gamma m_h + beta) + b_v,h, to the operands of all blocks, and to memory
   linear_of_heads(
       rows, pitch, w.value, w.norm, channels, OwnHeads::of(channels, heads), count,
       [&](int head) { return v.m + head_offset(batch, channels, head, first); },
-      [](float weight, float bias, float m) { return m * weight + bias; },
+      [](float4 weight, float4 bias, float4 m) { return m * weight + bias; },
       [&](int row, int c, float a, float b) {
-        const bool has_image = row < count;
-        a = has_image ? a : 0;
-        b = has_image ? b : 0;
         store_in_ranks(reinterpret_cast<Pair<T>*>(queries + row * pitch + c), pack<T>(a, b));
-        if (has_image) {
-          *reinterpret_cast<float2*>(v.o + (first + row) * channels + c) = make_float2(a, b);
-        }
+        *reinterpret_cast<float2*>(v.o + (first + row) * channels + c) = make_float2(a, b);
       });
   LinearTiles<T, Share> out(w.out, channels, Share::of(channels));
   cluster_sync();
 
   // y = y0 + r (W_o o + b_o)
   const RowOwners last_owners = RowOwners::of(count);
-  out.run(queries, pitch, [&](int row, int c, float a, float b) {
-    if (row >= count) return;
+  out.run(queries, pitch, count, [&](int row, int c, float a, float b) {
     const float r = scale_of_residual(p.residual_scale, first + row);
     const float2 residual = *reinterpret_cast<const float2*>(v.y0 + (first + row) * channels + c);
     const float2 value = make_float2(residual.x + r * a, residual.y + r * b);
@@ -151,11 +143,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   cluster_sync();
 
   // g
-  clear_rows(rows, count, channels);
   back_norm.run(floats, eps, last_owners.writer(rows, channels, v.back_activated, first));
   last_owners.wait();
-  back.run(rows, pitch, [&](int row, int c, float a, float b) {
-    if (row >= count) return;
+  back.run(rows, pitch, count, [&](int row, int c, float a, float b) {
     T* to = static_cast<T*>(p.new_cls) + (first + row) * cls_channels + c;
     store_pair(to, pack<T>(a, b));
   });
@@ -171,13 +161,13 @@ int64_t workspace_size(const Problem& problem, const ClusterShape& shape) {
 }
 
 BlockSize forward_block(DType dtype, int cls_channels, int channels, int max_bytes) {
-  return block_of<ForwardPass>(dtype, cls_channels, channels, max_bytes);
+  return block_of<ForwardTokens>(dtype, cls_channels, channels, max_bytes);
 }
 
 void forward(const ForwardParams& params, const ClusterShape& shape, float* workspace,
              const Place& place) {
-  start<ForwardPass>("cross_attention_forward", params, shape, workspace, place,
-                     [](auto plan) { return &cross_attention_forward<decltype(plan)>; });
+  start<ForwardTokens>("cross_attention_forward", params, shape, workspace, place,
+                       [](auto plan) { return &cross_attention_forward<decltype(plan)>; });
 }
 
 }  // namespace crossvit::cross_attention::cuda

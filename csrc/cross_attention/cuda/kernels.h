@@ -20,9 +20,10 @@ struct ClusterShape {
 int64_t workspace_size(const Problem& problem, const ClusterShape& shape);
 
 // Sizes in a block's shared memory, in bytes (cross_attention/cuda/block.h): the operands and the
-// floats of a width, and the minimum of a token pass.
+// floats of a width, what a layer's warps exchange, and the minimum of a token pass.
 int operand_bytes(DType dtype, int64_t width);
 int float_bytes(int64_t width);
+int scratch_bytes();
 int pass_bytes(DType dtype, int64_t channels);
 
 // Launch shape of a kernel whose blocks may have up to `max_bytes` of shared memory.

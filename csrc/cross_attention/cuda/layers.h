@@ -14,7 +14,6 @@ struct Vector {
   static constexpr int kPairs = kElements / 2;
   Pair<T> pair[kPairs];
 
-  __device__ static Vector load(const T* from) { return load_if(true, from); }
   __device__ static Vector load_if(bool condition, const T* from) {
     Vector v;
     uint4 bits = make_uint4(0, 0, 0, 0);
@@ -38,33 +37,34 @@ __device__ __forceinline__ FragmentA<T> a_of_rows(const Vector<T>& upper, const 
 template <class T, class Columns>
 class LinearTiles {
  public:
-  __device__ LinearTiles(const Layer& layer, int depth, const Columns& columns)
+  __device__ __forceinline__ LinearTiles(const Layer& layer, int depth, const Columns& columns)
       : layer_(layer), depth_(depth), columns_(columns) {
-    if (warp_index() < columns.tiles()) load_first(warp_index());
+    load(warp_index(), 0);
   }
 
-  // Calls write(row, column, a, b) with columns `column` and `column` + 1 of each of the 16 rows.
+  // Calls write(row, column, a, b) with columns `column` and `column` + 1 of rows below count.
   template <class Write>
-  __device__ void run(const T* rows, int pitch, Write write) {
+  __device__ __forceinline__ void run(const T* rows, int pitch, int count, Write write) {
     const int g = lane_index() / 4, t = lane_index() % 4;
     const Elements<T> bias(layer_.bias);
 #pragma unroll 1
     for (int tile = warp_index(); tile < columns_.tiles(); tile += block_warps()) {
-      if (tile != warp_index()) load_first(tile);
+      const float biases[2] = {bias.value(biases_[0]), bias.value(biases_[1])};
       float sums[4][4] = {};  // several chains of products
-      multiply_loaded(rows, pitch, 0, sums);
 #pragma unroll 1
-      for (int begin = kSteps * kDepth; begin < depth_; begin += kSteps * kDepth) {
-        load(tile, begin);
-        multiply_loaded(rows, pitch, begin, sums);
+      for (int begin = 0; begin < depth_; begin += kSteps * kDepth) {
+        multiply_loaded(rows, pitch, count, begin, sums);
+        const int next = begin + kSteps * kDepth;
+        const bool is_last = next >= depth_;
+        load(is_last ? tile + block_warps() : tile, is_last ? 0 : next);
       }
       float total[4];
       for (int i = 0; i < 4; ++i) {
-        total[i] = sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i]) + bias.value(biases_[i & 1]);
+        total[i] = sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i]) + biases[i & 1];
       }
       const int column = columns_.first(tile) + 2 * t;
-      write(g, column, total[0], total[1]);
-      write(g + 8, column, total[2], total[3]);
+      if (g < count) write(g, column, total[0], total[1]);
+      if (g + 8 < count) write(g + 8, column, total[2], total[3]);
     }
   }
 
@@ -74,31 +74,29 @@ class LinearTiles {
   // Along k, loads in flight: 16-bit rows of 384.
   static constexpr int kSteps = sizeof(T) == 4 ? 6 : 12;
 
-  __device__ __forceinline__ void load_first(int tile) {
-    const Elements<T> bias(layer_.bias);
-    const int column = columns_.first(tile) + 2 * (lane_index() % 4);
-    for (int i = 0; i < 2; ++i) biases_[i] = bias.load(column + i);
-    load(tile, 0);
-  }
-
   __device__ __forceinline__ void load(int tile, int begin) {
-    const int row = columns_.first(tile) + lane_index() / 4;
+    if (tile >= columns_.tiles()) return;
+    const int first = columns_.first(tile), row = first + lane_index() / 4;
     const int k = begin + lane_index() % 4 * V::kElements;
-    const T* from = static_cast<const T*>(layer_.weight.data) + int64_t{row} * depth_ + k;
+    if (begin == 0) {
+      const Elements<T> bias(layer_.bias);
+      for (int i = 0; i < 2; ++i) biases_[i] = bias.load(first + 2 * (lane_index() % 4) + i);
+    }
+    const T* from = static_cast<const T*>(layer_.weight.data) + row * depth_ + k;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       weights_[step] = V::load_if(k + step * kDepth < depth_, from + step * kDepth);
     }
   }
 
-  __device__ __forceinline__ void multiply_loaded(const T* rows, int pitch, int begin,
+  __device__ __forceinline__ void multiply_loaded(const T* rows, int pitch, int count, int begin,
                                                   float (&sums)[4][4]) const {
     const int g = lane_index() / 4, k = begin + lane_index() % 4 * V::kElements;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int k_step = k + step * kDepth < depth_ ? k + step * kDepth : 0;  // weights are 0 there
-      const V upper = V::load(rows + g * pitch + k_step);
-      const V lower = V::load(rows + (g + 8) * pitch + k_step);
+      const V upper = V::load_if(g < count, rows + g * pitch + k_step);
+      const V lower = V::load_if(g + 8 < count, rows + (g + 8) * pitch + k_step);
 #pragma unroll
       for (int i = 0; i < V::kPairs; i += 2) {
         multiply(sums[(step * V::kPairs / 2 + i / 2) % 4], a_of_rows(upper, lower, i),
@@ -117,7 +115,7 @@ class LinearTiles {
 // Four adjacent elements of a row of a matrix.
 template <class T>
 struct FourColumns {
-  using Bits = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
+  using Bits = QuadBits<T>;
   Pair<T> pair[2];
 
   __device__ static FourColumns load_if(bool condition, const T* from) {
@@ -141,69 +139,231 @@ __device__ __forceinline__ Pair<T> join(const FourColumns<T>& a, const FourColum
   }
 }
 
-// Four numbers in the operands' type.
+// 32 columns of some rows of a matrix W [depth, columns], in registers, as operands with these
+// columns. A lane has four columns of each of its k, one for each tile of 8 columns. Of a warp.
 template <class T>
-__device__ __forceinline__ typename FourColumns<T>::Bits pack_four(float4 values) {
-  const Pair<T> pairs[2] = {pack<T>(values.x, values.y), pack<T>(values.z, values.w)};
-  typename FourColumns<T>::Bits bits;
-  memcpy(&bits, pairs, sizeof bits);
-  return bits;
-}
-
-__device__ __forceinline__ float4 scaled(float4 v, float factor) {
-  return make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
-}
-
-constexpr int kColumnBlock = 32;  // columns that transposed_linear takes at once
-
-// Columns [first, first + kColumnBlock) of rows W, W [depth, columns]: calls write(row, column,
-// values) with the values of four columns. A lane loads four columns for each of its k, one for
-// each tile of 8 columns. Called by a warp.
-template <class T, class Write>
-__device__ void transposed_linear(const T* rows, int pitch, const void* weight, int depth,
-                                  int columns, int first, Write write) {
+class ColumnBlock {
   using V = Vector<T>;
-  constexpr int kDepth = 4 * V::kElements;
-  constexpr int kSteps = sizeof(T) == 4 ? 2 : 4;  // of kDepth along k: loads in flight
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  const T* w = static_cast<const T*>(weight) + first + 4 * g;
-  float sums[4][4] = {};
-#pragma unroll 1
-  for (int begin = 0; begin < depth; begin += kSteps * kDepth) {
-    const int k = begin + t * V::kElements;
-    FourColumns<T> b[kSteps][V::kElements];
+  static constexpr int kSteps = 2;  // of kDepth along k
+
+ public:
+  static constexpr int kColumns = 32;
+  static constexpr int kDepth = 4 * V::kElements;
+  static constexpr int kRows = kSteps * kDepth;
+
+  // Starts the loads of rows from `begin`, below `end`, and of columns from `first`, below `last`.
+  __device__ __forceinline__ void load(const T* weight, int columns, int first, int last, int begin,
+                                       int end) {
+    const int k = begin + lane_index() % 4 * V::kElements, c = first + lane_index() / 4 * 4;
+    const T* from = weight + k * columns + c;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const bool is_used = k + step * kDepth < depth && first + 4 * g < columns;
+      const bool is_used = k + step * kDepth < end && c < last;
 #pragma unroll
       for (int i = 0; i < V::kElements; ++i) {
-        b[step][i] = FourColumns<T>::load_if(is_used, w + int64_t{k + step * kDepth + i} * columns);
+        rows_[step][i] = FourColumns<T>::load_if(is_used, from + (step * kDepth + i) * columns);
       }
     }
+  }
+
+  // Adds the products with columns `begin` to `end` of an operand's rows below count.
+  __device__ __forceinline__ void multiply(const T* rows, int pitch, int count, int begin, int end,
+                                           float (&sums)[4][4]) const {
+    const int g = lane_index() / 4, k = begin + lane_index() % 4 * V::kElements;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int k_step = k + step * kDepth < depth ? k + step * kDepth : 0;  // there b is 0
-      const V upper = V::load(rows + g * pitch + k_step);
-      const V lower = V::load(rows + (g + 8) * pitch + k_step);
+      if (begin + step * kDepth >= end) break;
+      const int k_step = k + step * kDepth < end ? k + step * kDepth : begin;  // there W is 0
+      const V upper = V::load_if(g < count, rows + g * pitch + k_step);
+      const V lower = V::load_if(g + 8 < count, rows + (g + 8) * pitch + k_step);
 #pragma unroll
       for (int i = 0; i < V::kPairs; i += 2) {
         const FragmentA<T> a = a_of_rows(upper, lower, i);
-        const FourColumns<T>* b_rows = b[step] + 2 * i;
+        const FourColumns<T>* b_rows = rows_[step] + 2 * i;
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile) {
-          multiply(sums[tile], a,
-                   FragmentB<T>{
-                       {join<T>(b_rows[0], b_rows[1], tile), join<T>(b_rows[2], b_rows[3], tile)}});
+          multiply_tile(sums[tile], a, b_rows, tile);
         }
       }
     }
   }
+
+  // Calls visit(row, column, values), of rows below count, with the sums of four columns.
+  template <class Visit>
+  __device__ __forceinline__ static void for_each_sum(const float (&sums)[4][4], int count,
+                                                      Visit visit) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int column = first + 4 * (2 * t + (i & 1));
-    if (column >= columns) continue;
-    write(g + 8 * (i >> 1), column, make_float4(sums[0][i], sums[1][i], sums[2][i], sums[3][i]));
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + 8 * (i >> 1);
+      if (row >= count) continue;
+      visit(row, 4 * (2 * t + (i & 1)),
+            make_float4(sums[0][i], sums[1][i], sums[2][i], sums[3][i]));
+    }
   }
-}
+
+ private:
+  __device__ __forceinline__ static void multiply_tile(float (&sums)[4], const FragmentA<T>& a,
+                                                       const FourColumns<T>* rows, int tile) {
+    crossvit::multiply(
+        sums, a, FragmentB<T>{{join<T>(rows[0], rows[1], tile), join<T>(rows[2], rows[3], tile)}});
+  }
+
+  FourColumns<T> rows_[kSteps][V::kElements];
+};
+
+// The columns of a whole matrix, in blocks that go to the blocks of a cluster in turn.
+struct AllColumns {
+  int columns, rank, size;
+
+  __device__ int count() const {
+    const int blocks = ceil_div(columns, 32);
+    return rank < blocks ? ceil_div(blocks - rank, size) : 0;
+  }
+  __device__ int first(int i) const { return 32 * (rank + i * size); }
+  __device__ int last(int) const { return columns; }
+};
+
+// rows W, W [depth, columns], in blocks of 32 columns, first(i) to last(i) of Columns. Warps take
+// parts of the depth, and exchange their sums through shared memory. Parts and the order of their
+// sums follow from the depth alone. The first loads of weights start in the constructor. For all
+// threads of a block.
+template <class T, class Columns>
+class TransposedLinear {
+  using Block = ColumnBlock<T>;
+  static constexpr int kParts = kMostParts;
+
+ public:
+  __device__ __forceinline__ TransposedLinear(const Parameter& weight, int depth, int columns,
+                                              const Columns& own)
+      : weight_(static_cast<const T*>(weight.data)),
+        depth_(depth),
+        columns_(columns),
+        part_rows_(round_up(ceil_div(depth, kParts), 32)),
+        own_(own) {
+    load(0, warp_index(), 0);
+  }
+
+  // Calls write(row, column, values, ranks) with four columns of rows below count. What it stores
+  // to other blocks is for these ranks; all others have a call of their own. scratch: kPartBytes
+  // for 32 of the depth, at most kScratchBytes.
+  template <class Write>
+  __device__ __forceinline__ void run(const T* rows, int pitch, int count, float* scratch,
+                                      Write write) {
+    const int parts = ceil_div(depth_, part_rows_), blocks = own_.count();
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) {
+#pragma unroll 1
+      for (int part = warp_index(); part < parts; part += block_warps()) {
+        const int begin = part * part_rows_, end = minimum(depth_, begin + part_rows_);
+        float sums[4][4] = {};
+#pragma unroll 1
+        for (int k = begin; k < end; k += Block::kRows) {
+          block_.multiply(rows, pitch, count, k, end, sums);
+          // What is next: of the part, of another part, or of another block.
+          const bool has_part = k + Block::kRows >= end, is_last = part + block_warps() >= parts;
+          const int next = !has_part ? part : is_last ? warp_index() : part + block_warps();
+          load(i + (has_part && is_last), next, has_part ? 0 : k + Block::kRows - begin);
+        }
+        Block::for_each_sum(sums, count, [&](int row, int c, float4 values) {
+          store_quad(scratch + (part * kImages + row) * Block::kColumns + c, values);
+        });
+      }
+      __syncthreads();
+      add_up(i, parts, count, scratch, write);
+      if (i + 1 < blocks) __syncthreads();
+    }
+  }
+
+ private:
+  // Rows from `offset` of a part on.
+  __device__ __forceinline__ void load(int i, int part, int offset) {
+    const int begin = part * part_rows_;
+    if (i >= own_.count() || begin >= depth_) return;
+    block_.load(weight_, columns_, own_.first(i), own_.last(i), begin + offset,
+                minimum(depth_, begin + part_rows_));
+  }
+
+  template <class Write>
+  __device__ __forceinline__ void add_up(int i, int parts, int count, const float* scratch,
+                                         Write write) const {
+    int log_slots = 3;  // of rows, a power of two, of eight quads
+    while (8 * count > 1 << log_slots) ++log_slots;
+    const int slots = 1 << log_slots;
+    // With few rows several threads share the stores to a cluster's blocks.
+    const Ranks most = {0, maximum(1, minimum(block_threads() >> log_slots, cluster_size()))};
+#pragma unroll 1
+    for (int j = hidden_thread(); j < slots * most.step; j += block_threads()) {
+      const int row = (j & (slots - 1)) / 8, c = 4 * (j & 7), column = own_.first(i) + c;
+      if (row >= count || column >= own_.last(i)) continue;
+      float4 values[kParts];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        values[part] = make_float4(0, 0, 0, 0);
+        if (part < parts) {
+          values[part] = load_quad(scratch + (part * kImages + row) * Block::kColumns + c);
+        }
+      }
+      float4 sum = values[0];
+#pragma unroll
+      for (int part = 1; part < kParts; ++part) sum = sum + values[part];
+      write(row, column, sum, Ranks{j >> log_slots, most.step});
+    }
+  }
+
+  const T* weight_;
+  int depth_, columns_, part_rows_;
+  Columns own_;
+  Block block_;
+};
+
+// For heads of this block: rows_h W_h for all columns, with W_h [depth, columns] the matrices of
+// all heads below each other, and `depth` columns of the operand for each. The first loads start in
+// the constructor. For all threads of a block.
+template <class T, class Heads>
+class TransposedHeads {
+  using Block = ColumnBlock<T>;
+
+ public:
+  __device__ __forceinline__ TransposedHeads(const Parameter& weight, const Heads& own, int columns)
+      : weight_(static_cast<const T*>(weight.data)),
+        own_(own),
+        columns_(columns),
+        column_blocks_(ceil_div(columns, Block::kColumns)) {
+    load(warp_index(), 0);
+  }
+
+  // Calls write(head, row, column, values) with four columns of rows below count.
+  template <class Write>
+  __device__ __forceinline__ void run(const T* rows, int pitch, int count, Write write) {
+#pragma unroll 1
+    for (int job = warp_index(); job < own_.count * column_blocks_; job += block_warps()) {
+      const int i = job / column_blocks_, first = (job - i * column_blocks_) * Block::kColumns;
+      float sums[4][4] = {};
+#pragma unroll 1
+      for (int k = 0; k < own_.head_dim; k += Block::kRows) {
+        block_.multiply(rows + own_.head(i) * own_.head_dim, pitch, count, k, own_.head_dim, sums);
+        const bool is_last = k + Block::kRows >= own_.head_dim;
+        load(is_last ? job + block_warps() : job, is_last ? 0 : k + Block::kRows);
+      }
+      Block::for_each_sum(sums, count, [&](int row, int c, float4 values) {
+        if (first + c < columns_) write(own_.head(i), row, first + c, values);
+      });
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load(int job, int k) {
+    const int i = job / column_blocks_, first = (job - i * column_blocks_) * Block::kColumns;
+    if (i >= own_.count) return;
+    const T* weight = weight_ + own_.head(i) * own_.head_dim * columns_;
+    block_.load(weight, columns_, first, columns_, k, own_.head_dim);
+  }
+
+  const T* weight_;
+  Heads own_;
+  int columns_, column_blocks_;
+  Block block_;
+};
 
 }  // namespace crossvit::cross_attention
