@@ -87,6 +87,11 @@ FORWARD = PassTable(
     {
         2: (
             (96, TokenPass(32, 64, 4, 3)),
+            (128, TokenPass(64, 32, 4, 3)),
+            (192, TokenPass(64, 32, 4, 3)),
+            (224, TokenPass(64, 32, 4, 3)),
+            (256, TokenPass(64, 32, 4, 3)),
+            (384, TokenPass(64, 32, 4, 3)),
             (448, TokenPass(64, 32, 4, 3)),
             (768, TokenPass(128, 32, 8, 2)),
             (1536, TokenPass(128, 16, 8, 2)),
@@ -97,6 +102,15 @@ FORWARD = PassTable(
         ),
     },
     TokenPass.and_fewer_stages,
+    on_sm={
+        (80, 2): {
+            96: TokenPass(32, 64, 8, 2),
+            128: TokenPass(128, 64, 8, 1),
+            224: TokenPass(32, 64, 8, 1),
+            256: TokenPass(128, 64, 8, 2),
+            448: TokenPass(64, 32, 8, 2),
+        },
+    },
 )
 
 BACKWARD = PassTable(
