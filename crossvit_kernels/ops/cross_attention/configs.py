@@ -121,7 +121,7 @@ BACKWARD = PassTable(
             (128, TokenPass(64, 32, 4, 3)),
             (192, TokenPass(64, 32, 4, 3)),
             (384, TokenPass(64, 16, 4, 3)),
-            (448, TokenPass(64, 16, 4, 3)),
+            (448, TokenPass(64, 16, 8, 2)),
             (768, TokenPass(128, 16, 8, 2)),
             (1536, TokenPass(128, 16, 16, 2)),
         ),
@@ -140,6 +140,7 @@ BACKWARD = PassTable(
             448: TokenPass(64, 16, 8, 1),
             1536: TokenPass(128, 16, 8, 2),
         },
+        (90, 2): {448: TokenPass(64, 16, 4, 3)},
     },
 )
 
