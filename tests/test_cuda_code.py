@@ -47,7 +47,7 @@ def skip_unless_built(arch: int) -> None:
 
 #: Bytes of stack of float32 kernels whose products leave the compiler a few registers too few:
 #: sums that start from zero in every k-step need four more (csrc/common/cuda/fragments.h).
-STACK = {"17attention_forward": 24, "attention_backward_keys": 16}
+STACK = {"cross_attention_backward": 24, "17attention_forward": 24, "attention_backward_keys": 16}
 
 
 def allowed_stack(name: str) -> int:

@@ -97,6 +97,8 @@ def _shared_bytes(cls_dim: int, channels: int, dtype: torch.dtype) -> int:
     operand, floats = row_bytes[max(cls_dim, channels) // 16 - 1]
     narrow, _ = row_bytes[channels // 16 - 1]
     scratch = functions.cross_attention_scratch_bytes
+    if narrow >= scratch:  # then an operand that is not in use has room for it
+        scratch = 0
     return int(operand + max(floats + narrow + scratch, pass_bytes))
 
 

@@ -25,7 +25,6 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const RowOwners owners = RowOwners::of(count);
   float2* sums = reinterpret_cast<float2*>(memory);
   T* rows = reinterpret_cast<T*>(memory + layout.wide);
-  float* scratch = reinterpret_cast<float*>(memory + layout.template scratch<T>(channels));
   T* narrow = reinterpret_cast<T*>(memory + layout.narrow);
   float* floats = reinterpret_cast<float*>(memory + layout.floats);
   float* residual_dy = p.residuals;
@@ -157,11 +156,16 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       });
   const RowOwners last_owners = RowOwners::of(count);
   const int rank = last_owners.rank, ranks = last_owners.ranks;
+  const auto scratch_at = [&](T* unused) {
+    return reinterpret_cast<float*>(BlockLayout::operands_have_room<T>(channels)
+                                        ? reinterpret_cast<char*>(unused)
+                                        : memory + layout.template scratch<T>(channels));
+  };
   TransposedLinear<T, AllColumns> query(w.query.weight, channels, channels,
                                         {channels, rank, ranks});
   cluster_sync();
   // The gradient of LN(y0) as the query
-  query.run(narrow, pitch, count, scratch, [&](int row, int c, float4 values, Ranks to) {
+  query.run(narrow, pitch, count, scratch_at(rows), [&](int row, int c, float4 values, Ranks to) {
     last_owners.store_input(row, reinterpret_cast<float4*>(floats + row * channels + c), values,
                             to);
   });
@@ -204,7 +208,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   TransposedLinear<T, AllColumns> proj(w.proj.weight, channels, cls_channels,
                                        {cls_channels, rank, ranks});
   const Elements<T> cls(p.cls);
-  proj.run(rows, pitch, count, scratch, [&](int row, int c, float4 values, Ranks to) {
+  proj.run(rows, pitch, count, scratch_at(narrow), [&](int row, int c, float4 values, Ranks to) {
     if (to.first > 0) return;
     float* input = in_rank(floats + row * cls_channels + c, row & (ranks - 1));
     store_quad(input, values);

@@ -21,9 +21,10 @@ using attention_core::cuda::BlockSize;
 using attention_core::cuda::Place;
 
 // Shared memory of a block, as byte offsets: sums of rows, at 0; a wide operand for the CLS or the
-// tokens; floats as wide; an operand of C channels; the token pass, and before and after it what a
-// layer's warps exchange. The floats and the narrow operand are dead while the pass runs: if not
-// everything fits, the pass is aliased to them, and its copies start late.
+// tokens; floats as wide; an operand of C channels; the token pass, and after it what a layer's
+// warps exchange, unless an operand that is not in use has room for that. The floats and the narrow
+// operand are dead while the pass runs: if not everything fits, the pass is aliased to them, and
+// its copies start late.
 struct BlockLayout {
   int wide, floats, narrow, pass;
   bool aliased;
@@ -45,10 +46,16 @@ struct BlockLayout {
     return narrow + operand_bytes_of<T>(channels);
   }
 
+  template <class T>
+  __host__ __device__ static bool operands_have_room(int channels) {
+    return operand_bytes_of<T>(channels) >= kScratchBytes;
+  }
+
   // The size with a pass of `pass_bytes`.
   template <class T>
   int bytes(int channels, int pass_bytes) const {
-    return maximum(scratch<T>(channels) + kScratchBytes, pass + pass_bytes);
+    const int scratch_bytes = operands_have_room<T>(channels) ? 0 : kScratchBytes;
+    return maximum(scratch<T>(channels) + scratch_bytes, pass + pass_bytes);
   }
 };
 
