@@ -41,10 +41,11 @@ class Block(NamedTuple):
     model: str
     channels: int
     tokens: int
+    images: int = IMAGES
 
     @property
     def rows(self) -> int:
-        return IMAGES * self.tokens
+        return self.images * self.tokens
 
     @property
     def hidden(self) -> int:
@@ -60,7 +61,7 @@ def ours(block: Block, operation: str, direction: str, variant: str) -> list[tup
     with VARIANTS.choose(variant):
         (workload,) = (
             w
-            for w in workloads(block.model, DTYPES["bf16"], IMAGES)
+            for w in workloads(block.model, DTYPES["bf16"], block.images)
             if (w.operation.name, w.direction, w.channels) == (operation, direction, block.channels)
         )
         launches = workload.launches("triton", H200)
@@ -73,16 +74,21 @@ def memory_pass(block: Block, columns: int) -> float:
 
 
 def product(block: Block, columns: int, terms: int) -> float:
-    """Microseconds of a plain product [rows, terms] times [terms, columns]."""
-    width = 128 if columns % 128 == 0 else 64
-    rows, grid = block.rows, (block.rows // 128 * (columns // width),)
-    shapes = (rows, terms), (terms, columns), (rows, columns)
+    """Microseconds of a plain product [rows, terms] times [terms, columns].
+
+    It is made in whole tiles; of what they compute in vain, nothing is counted.
+    """
+    width, step = 128 if columns % 128 == 0 else 64, 64
+    rows, padded = -(-block.rows // 128) * 128, -(-columns // width) * width
+    useful = block.rows / rows * columns / padded * terms / (-(-terms // step) * step)
+    grid = (rows // 128 * (padded // width),)
+    shapes = (rows, terms), (terms, padded), (rows, padded)
     tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
-    parameters = [*tensors, rows, columns, terms]
-    constants = [128, width, 64, 8]
+    parameters = [*tensors, rows, padded, terms]
+    constants = [128, width, step, 8]
     warps = 8 if width == 128 else 4
     launch = plain.compiled(H200, plain.matmul_kernel, parameters, constants, grid, warps, 3)
-    return estimate(launch, H200).microseconds
+    return estimate(launch, H200).microseconds * useful
 
 
 def flash_attention(block: Block) -> float:
@@ -90,7 +96,7 @@ def flash_attention(block: Block) -> float:
     heads = MODELS[block.model].heads
     padded, head_dim = -(-block.tokens // 128) * 128, block.channels // heads
     tensors = [
-        torch.empty(IMAGES * heads, padded, head_dim, dtype=torch.bfloat16, device="meta")
+        torch.empty(block.images * heads, padded, head_dim, dtype=torch.bfloat16, device="meta")
         for _ in range(4)
     ]
     launch = plain.compiled(
@@ -98,7 +104,7 @@ def flash_attention(block: Block) -> float:
         plain.attention_kernel,
         [*tensors, padded, 0.125],
         [128, 64, head_dim],
-        (padded // 128, IMAGES * heads),
+        (padded // 128, block.images * heads),
         4,
         3,
     )
