@@ -174,6 +174,27 @@ def test_lanes_that_skip_code_without_a_convergence_barrier_wait_behind_it() -> 
     assert sectors == [[32, 32, 24, 8, 32], [16, 8, 32]]
 
 
+@pytest.mark.parametrize("exits, sectors", [(0x8, [8, 24]), (0x10, [16, 16])])
+def test_lanes_that_wait_outlive_those_that_end(exits: int, sectors: list[int]) -> None:
+    """Half of the lanes wait behind code in which some or all of the others end."""
+    kernel = code(
+        "S2R R0, SR_TID.X",
+        "MOV R6, 0x0",
+        f"MOV R7, {pointer(0) >> 32:#x}",
+        "IMAD.WIDE R2, R0, 0x20, R6",
+        "ISETP.GE.AND P0, PT, R0, 0x10, PT",
+        "@P0 BRA `(.L_x_1)",
+        f"ISETP.GE.AND P1, PT, R0, {exits:#x}, PT",
+        "@!P1 STG.E desc[UR4][R2.64], R0" if exits == 0x8 else "STG.E desc[UR4][R2.64], R0",
+        "@!P1 EXIT",
+        ".L_x_1:",
+        "STG.E desc[UR4][R2.64], R0",
+        "EXIT",
+    )
+    trace = Emulator(kernel, {}).run([Block(0, 0, 0)], 1)
+    assert [step.sectors for step in trace.warps[0][0] if step.sectors] == sectors
+
+
 def test_an_unknown_branch_is_reported() -> None:
     kernel = code(
         "LDG.E R2, desc[UR4][R4.64]",

@@ -367,7 +367,10 @@ launched: set[str] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Specialization]]:
-    """Record specializations instead of launching kernels: for tensors on the meta device."""
+    """Record specializations instead of launching kernels: for tensors on the meta device.
+
+    Launches that ``start`` does not make, of Gluon kernels, have none and are left out.
+    """
     specializations: list[Specialization] = []
 
     def keep(launch: Any) -> None:

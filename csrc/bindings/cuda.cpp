@@ -73,6 +73,7 @@ void define_cuda(py::module_& m) {
     return std::tuple(fusion::cuda::operand_bytes(dtype, width), fusion::cuda::float_bytes(width));
   });
   m.attr("cross_attention_scratch_bytes") = fusion::cuda::scratch_bytes();
+  m.attr("cross_attention_statistics_bytes") = fusion::cuda::statistics_bytes();
   m.attr("cross_attention_pass_bytes") =
       by_width([](DType dtype, int channels) { return fusion::cuda::pass_bytes(dtype, channels); });
 

@@ -46,6 +46,7 @@ def ffn(*sizes: int, dtype: torch.dtype = torch.float32, **options) -> None:
 
 @pytest.mark.parametrize("dtype", FIRST_DTYPES)
 @pytest.mark.parametrize("keep", ["fast", "lean"])
+@pytest.mark.parametrize("variant", ["split", "library"], indirect=True)
 def test_msa(variant: str, keep: str, dtype: torch.dtype, triton_device: str) -> None:
     options = {"dtype": dtype, "keep": keep, "device": triton_device}
     msa(96, 3, 3, 37, scaled=True, with_cls=True, **options)

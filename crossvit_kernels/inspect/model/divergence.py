@@ -130,6 +130,8 @@ class Group:
                     for barrier in part.convergence:
                         lanes = broadcast_lanes(barrier.lanes, len(rows))
                         barrier.lanes = lanes & ~taken[rows]
+                    if part.skipped_to >= 0:
+                        part.rejoined = broadcast_lanes(part.rejoined, len(rows)) & ~taken[rows]
                 elif part.convergence:
                     part.convergence[-1].waiting.append((target, taken[rows]))
                 else:
@@ -144,6 +146,9 @@ class Group:
                     while not part.convergence[-1].waiting:
                         part.convergence.pop()
                     part.pc, part.active = part.convergence[-1].waiting.pop()
+                elif part.skipped_to >= 0:
+                    part.active = broadcast_lanes(part.rejoined, len(rows)) & ~active[rows]
+                    part.pc, part.skipped_to = part.skipped_to, -1
                 else:
                     part.pc = -1
             groups.append(part)

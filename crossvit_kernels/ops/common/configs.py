@@ -11,8 +11,8 @@ from torch import Tensor
 from crossvit_kernels.gpu import tables
 from crossvit_kernels.gpu.tables import ANY, Candidate, Candidates, InChunks, Rows, Table, Variants
 
-#: Overrides the choice by rows and widths: "fused" or "split" kernels, or split with torch's
-#: libraries ("library") or the kernel of sm90_linear.py ("gluon") for the steps they support.
+#: Overrides the choice by rows and widths: the FFN in one kernel ("fused"), or "split", with
+#: torch's libraries ("library") or the kernels of sm90_linear.py ("gluon") where they can.
 VARIANTS = Variants("fused", "split", "library", "gluon")
 
 #: With this many rows or fewer, the largest tiles would leave most of a GPU's SMs idle.
@@ -95,8 +95,7 @@ class RowTable(Table[RowTile]):
         name, rows, on_sm: See Table.
         few: Replaces rows for FEW_ROWS rows of tokens or fewer.
         fused_up_to: The width up to which one kernel is predicted to be faster than two
-            (docs/performance.md): beyond it only tiles of 64 rows fit, which read weights, keys and
-            values too often.
+            (docs/performance.md): beyond it registers do not hold a tile's rows and sums.
         apart_from: The width from which LayerNorm is a kernel of its own, unless rows are few: it
             costs two token matrices, and the product then reads weights half as often.
     """

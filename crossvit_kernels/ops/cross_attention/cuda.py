@@ -99,7 +99,8 @@ def _shared_bytes(cls_dim: int, channels: int, dtype: torch.dtype) -> int:
     scratch = functions.cross_attention_scratch_bytes
     if narrow >= scratch:  # then an operand that is not in use has room for it
         scratch = 0
-    return int(operand + max(floats + narrow + scratch, pass_bytes))
+    statistics = functions.cross_attention_statistics_bytes
+    return int(statistics + operand + max(floats + narrow + scratch, pass_bytes))
 
 
 def forward(inputs: FusionInputs, eps: float, keep: str) -> tuple[Tensor, Saved]:

@@ -1,6 +1,7 @@
 // Loads from global memory.
 #pragma once
 
+#include "common/arithmetic.h"
 #include "common/cuda/gpu.h"
 
 namespace crossvit {
@@ -82,8 +83,8 @@ using testing::prefetch_line;
 // Brings the lines of [from, from + bytes) to L2 that are this thread's among `threads`.
 __device__ __forceinline__ void prefetch(const void* from, int bytes, int thread, int threads) {
 #pragma unroll 1
-  for (int at = thread * kLineBytes; at < bytes; at += threads * kLineBytes) {
-    prefetch_line(static_cast<const char*>(from) + at);
+  for (int line = thread; line < ceil_div(bytes, kLineBytes); line += threads) {
+    prefetch_line(static_cast<const char*>(from) + line * kLineBytes);
   }
 }
 

@@ -243,6 +243,8 @@ int float_bytes(int64_t width) { return float_bytes_of(static_cast<int>(width));
 
 int scratch_bytes() { return kScratchBytes; }
 
+int statistics_bytes() { return kStatisticsBytes; }
+
 // Uses backward's size, the larger of the two.
 int pass_bytes(DType dtype, int64_t channels) {
   int bytes = 0;

@@ -219,22 +219,6 @@ struct OwnHeads {
   }
 };
 
-// The columns of this block's heads, in blocks of 32.
-struct ColumnsOfHeads {
-  OwnHeads own;
-  int blocks_of_head;
-
-  __device__ static ColumnsOfHeads of(const OwnHeads& own) {
-    return {own, ceil_div(own.head_dim, 32)};
-  }
-  __device__ int count() const { return own.count * blocks_of_head; }
-  __device__ int first(int i) const {
-    const int head = i / blocks_of_head;
-    return own.head(head) * own.head_dim + 32 * (i - head * blocks_of_head);
-  }
-  __device__ int last(int i) const { return (own.head(i / blocks_of_head) + 1) * own.head_dim; }
-};
-
 // A linear layer for the columns of this block's heads. A head's operand is of value(weight, bias,
 // x) for the images' x [count, depth] of that head, with the parameters of a LayerNorm, and is
 // computed into `rows`.

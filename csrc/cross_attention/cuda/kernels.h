@@ -20,10 +20,11 @@ struct ClusterShape {
 int64_t workspace_size(const Problem& problem, const ClusterShape& shape);
 
 // Sizes in a block's shared memory, in bytes (cross_attention/cuda/block.h): the operands and the
-// floats of a width, what a layer's warps exchange, and the minimum of a token pass.
+// floats of a width, what a layer's warps exchange, sums of rows, and the minimum of a token pass.
 int operand_bytes(DType dtype, int64_t width);
 int float_bytes(int64_t width);
 int scratch_bytes();
+int statistics_bytes();
 int pass_bytes(DType dtype, int64_t channels);
 
 // Launch shape of a kernel whose blocks may have up to `max_bytes` of shared memory.
