@@ -20,7 +20,7 @@ import datetime
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import model_validation as plain
 import torch
@@ -131,6 +131,19 @@ def steps(block: Block) -> Iterator[tuple[str, float, float]]:
     yield "HIDDEN_GRADIENT", both, one + fc1
 
 
+def write(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Write modelled rows as JSON, with what they are and depend on."""
+    result = {
+        "what": "a model of machine code, not a measurement",
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: supported.installed_version(name) for name in ("torch", "triton")},
+        "gpu": H200.name,
+        **facts,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="a file for the results")
@@ -143,15 +156,7 @@ def main() -> None:
             figures = {"ours": round(our_us, 1), "library": round(library_us, 1)}
             rows.append({"step": step, "channels": block.channels, **figures})
     if options.json:
-        result = {
-            "what": "a model of machine code, not a measurement",
-            "date": datetime.date.today().isoformat(),
-            "versions": {name: supported.installed_version(name) for name in ("torch", "triton")},
-            "gpu": H200.name,
-            "images": IMAGES,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.json, rows, images=IMAGES)
 
 
 if __name__ == "__main__":

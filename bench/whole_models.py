@@ -19,17 +19,15 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
 import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from library_model import Block, flash_attention, memory_pass, product
+from library_model import Block, flash_attention, memory_pass, product, write
 
 from crossvit.configs import Config, config_grids, named_config
-from crossvit_kernels import supported
 from crossvit_kernels.inspect.model.gpus import H200
 from crossvit_kernels.inspect.model.workloads import MODELS
 from crossvit_kernels.ops.layernorm_ffn.configs import HIDDEN_GRADIENT
@@ -237,14 +235,7 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        result = {
-            "what": "a model of machine code, not a measurement",
-            "date": datetime.date.today().isoformat(),
-            "versions": {name: supported.installed_version(name) for name in ("torch", "triton")},
-            "gpu": H200.name,
-            "rows": found,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.json, found)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def start(
     """
     if launched is not None:
         launched.add(kernel.__name__)
-    if _record is not None:
+    if _launches is not None:
         return _recorded(kernel, grid, tensors, sizes, candidates, constants, weights, eps)
     index = tensors[0].get_device()  # type: ignore[union-attr]
     if index >= 0 and index != torch.cuda.current_device():
@@ -359,58 +359,35 @@ def _usage(
         return None
 
 
-# What is called in place of launching kernels, while they are recorded.
-_record: Callable[[Any], None] | None = None
+# What would have been launched, while launches are recorded.
+_launches: list[Any] | None = None
 #: Names of the kernels that are launched, while ``backends.watching`` collects them.
 launched: set[str] | None = None
 
 
 @contextmanager
-def recording() -> Iterator[list[Specialization]]:
-    """Record specializations instead of launching kernels: for tensors on the meta device.
-
-    Launches that ``start`` does not make, of Gluon kernels, have none and are left out.
-    """
-    specializations: list[Specialization] = []
-
-    def keep(launch: Any) -> None:
-        if isinstance(launch, Launch):
-            specializations.append(launch.specialization)
-
-    with _recording_to(keep):
-        yield specializations
-
-
-@contextmanager
 def recording_launches() -> Iterator[list[Any]]:
-    """Record launches with their arguments instead of launching kernels, as recording().
+    """Record launches instead of launching kernels: for tensors on the meta device.
 
     They are Launches, and whatever else was given to record().
     """
-    launches: list[Any] = []
-    with _recording_to(launches.append):
-        yield launches
+    global _launches
+    previous, _launches = _launches, []
+    try:
+        yield _launches
+    finally:
+        _launches = previous
 
 
 def is_recording() -> bool:
     """Whether launches are recorded."""
-    return _record is not None
+    return _launches is not None
 
 
 def record(launch: Any) -> None:
-    """Record a launch that ``start`` does not make."""
-    if _record is not None:
-        _record(launch)
-
-
-@contextmanager
-def _recording_to(record: Callable[[Any], None]) -> Iterator[None]:
-    global _record
-    previous, _record = _record, record
-    try:
-        yield
-    finally:
-        _record = previous
+    """Record a launch; without effect unless launches are recorded."""
+    if _launches is not None:
+        _launches.append(launch)
 
 
 def _recorded(
@@ -428,12 +405,11 @@ def _recorded(
     def dtypes(group: Tensors) -> list[torch.dtype | None]:
         return [None if t is None else t.dtype for t in group]
 
-    assert _record is not None
     weight_dtypes = tuple(type(group)(*dtypes(group)) for group in weights)
     specialization = Specialization(
         kernel, tuple(dtypes((*tensors, *made))), weight_dtypes, candidates, constants
     )
-    _record(Launch(specialization, grid, tensors, weights, sizes, eps))
+    record(Launch(specialization, grid, tensors, weights, sizes, eps))
     return made
 
 

@@ -161,10 +161,12 @@ def recorded(sm: int, runs: Iterable[Callable[[], object]]) -> list[CompileCase]
         sm: Compute capability, 90 for 9.0.
         runs: Functions that call operations on tensors without memory.
     """
-    with tables.as_if_on(sm), launcher.recording() as specializations:
+    with tables.as_if_on(sm), launcher.recording_launches() as launches:
         for run in runs:
             run()
-    return [CompileCase(s) for s in {(s.kernel.fn, *s[1:]): s for s in specializations}.values()]
+    # Launches of Gluon kernels have no specialization.
+    found = [launch.specialization for launch in launches if isinstance(launch, launcher.Launch)]
+    return [CompileCase(s) for s in {(s.kernel.fn, *s[1:]): s for s in found}.values()]
 
 
 def _restored(module: str, name: str, *rest: Any) -> CompileCase:
