@@ -12,11 +12,13 @@ from crossvit_kernels.ops.layernorm_ffn.op import layernorm_ffn as ffn
 from crossvit_kernels.ops.layernorm_ffn.reference import OPTIONAL as FFN_OPTIONAL
 from crossvit_kernels.ops.layernorm_ffn.reference import SHAPES as FFN_SHAPES
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
-from crossvit_kernels.ops.layernorm_msa.op import KEEP
 from crossvit_kernels.ops.layernorm_msa.op import layernorm_msa as msa
 from crossvit_kernels.ops.layernorm_msa.reference import OPTIONAL as MSA_OPTIONAL
 from crossvit_kernels.ops.layernorm_msa.reference import SHAPES as MSA_SHAPES
 from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
+
+#: Choices of what forward keeps for backward.
+KEEP = ("fast", "lean")
 
 
 def layernorm_msa(
@@ -89,6 +91,7 @@ def layernorm_ffn(
     backend: str | None = None,
     activation: str = "gelu",
     layer_scale: Tensor | None = None,
+    keep: str = "fast",
 ) -> Tensor:
     """``x + residual_scale * layer_scale * FFN(LN(x))``, FFN = Linear, activation, Linear.
 
@@ -101,13 +104,16 @@ def layernorm_ffn(
         activation: "gelu" (exact), "gelu_tanh" (its approximation), "quick_gelu" (CLIP's
             ``x sigmoid(1.702 x)``) or "silu".
         layer_scale: As in ``layernorm_msa``.
+        keep: What Triton's kernels keep for backward besides x: "fast" keeps the hidden units
+            before the activation (B N F elements) of float32, and of more than 256 channels;
+            "lean" only statistics, and computes the rest again.
 
     Returns:
         y [B, N, C].
 
     Raises:
-        ValueError: A shape, stride, device, eps or activation does not fit, or the backend cannot
-            run the call.
+        ValueError: A shape, stride, device, eps, activation or keep does not fit, or the backend
+            cannot run the call.
         TypeError: A dtype does not fit, or weights is not an FfnWeights.
 
     Source: CrossViT (ICCV 2021), Eq. 1.
@@ -122,6 +128,7 @@ def layernorm_ffn(
     checks.eps("eps", eps)
     checks.residual_scale(residual_scale, x.shape[0], x.device)
     checks.one_of("activation", activation, ACTIVATIONS)
+    checks.one_of("keep", keep, KEEP)
     checks.layer_scale(layer_scale, x)
     inputs = FfnInputs(x, weights, residual_scale, activation, layer_scale)
-    return cast(Tensor, ffn(inputs, eps, backend=backend))
+    return cast(Tensor, ffn(inputs, eps, keep=keep, backend=backend))

@@ -52,6 +52,7 @@ class InBlock(NamedTuple):
     half: str
     variant: str
     is_backward: bool
+    keep: str = "fast"
 
 
 BLOCK_KERNELS = {
@@ -64,7 +65,8 @@ BLOCK_KERNELS = {
         InBlock(msa.BACKWARD_QUERIES, "msa", "split", True),
         InBlock(msa.BACKWARD_KEYS, "msa", "split", True),
         InBlock(ffn.FFN, "ffn", "fused", False),
-        InBlock(ffn.FFN_HIDDEN_BACKWARD, "ffn", "auto", True),
+        InBlock(ffn.HIDDEN_BACKWARD, "ffn", "auto", True, "lean"),
+        InBlock(ffn.KEPT_HIDDEN_BACKWARD, "ffn", "auto", True),
     )
 }
 PASSES = {
@@ -125,8 +127,10 @@ def main(
     path = options.output or tuned.file()
     for channels in options.channels:
         for kernel in options.kernels:
-            width = width_of(kernel, channels, options.heads)
-            if width > table_of(kernel).widest(_DTYPES[options.dtype].itemsize):
+            table, size = table_of(kernel), _DTYPES[options.dtype].itemsize
+            if width_of(kernel, channels, options.heads) > table.widest(size):
+                continue
+            if table is ffn.KEPT_HIDDEN_BACKWARD and not ffn.keeps_hidden(channels, size):
                 continue
             entry = _tune(kernel, channels, options, device, measure or _seconds)
             _add(path, entry)
@@ -216,7 +220,7 @@ def _block(
     def call(x: torch.Tensor) -> torch.Tensor:
         if where.half == "msa":
             return functional.layernorm_msa(x, weights, heads, backend="triton")
-        return functional.layernorm_ffn(x, weights, backend="triton")
+        return functional.layernorm_ffn(x, weights, backend="triton", keep=where.keep)
 
     count = _input_sets(batch * tokens * channels * dtype.itemsize, device)
     xs = [random(batch, tokens, channels).requires_grad_(where.is_backward) for _ in range(count)]

@@ -158,6 +158,7 @@ def check_ffn(
     activation: str = "gelu",
     layer_scale: float | None = None,
     absent: tuple[str, ...] = (),
+    keep: str = "fast",
 ) -> None:
     """Check y and the gradients of x, layer_scale and every weight."""
     scale = (torch.rand(batch) < 0.7).double().to(device) / 0.7 if scaled else None
@@ -167,7 +168,7 @@ def check_ffn(
 
     def ffn(backend: str, x: Tensor, per_channel: Tensor | None, *w: Tensor | None) -> Tensor:
         options = {"residual_scale": scale, "backend": backend, "activation": activation}
-        return ck.layernorm_ffn(x, FfnWeights(*w), layer_scale=per_channel, **options)
+        return ck.layernorm_ffn(x, FfnWeights(*w), layer_scale=per_channel, keep=keep, **options)
 
     names = ["x", "layer_scale", *FfnWeights._fields]
     compare(ffn, inputs, names, dtype, backend, device)

@@ -24,6 +24,7 @@ from crossvit_kernels.ops.attention_core import triton as core_triton
 from crossvit_kernels.ops.common import configs
 from crossvit_kernels.ops.cross_attention import configs as fusion_configs
 from crossvit_kernels.ops.cross_attention.configs import Fusion
+from crossvit_kernels.ops.layernorm_ffn import configs as ffn_configs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -86,6 +87,11 @@ def _many_rows() -> Any:
 def _norm_apart() -> Any:
     """LayerNorm in a kernel before the product's, as with many wide rows."""
     return mock.patch.object(configs.NORM_LINEAR, "_apart_from", 8)
+
+
+def _kept() -> Any:
+    """Hidden units that forward keeps, as of wide networks."""
+    return mock.patch.object(ffn_configs, "keeps_hidden", lambda *_: True)
 
 
 def _in_three() -> Any:
@@ -251,6 +257,12 @@ _TRITON = {
     ),
     "layernorm_ffn_fused": Case(_when(_ffn(scaled=True), _FUSED), _ONE),
     "layernorm_ffn_split": Case(_when(_ffn(scaled=True), _SPLIT), _OTHER),
+    "layernorm_ffn_lean": Case(_when(_ffn(keep="lean"), _SPLIT), "80 fp32"),
+    "layernorm_ffn_fused_kept": Case(_when(_ffn(), _FUSED, _kept), "80 bf16"),
+    "layernorm_ffn_kept": Case(_when(_ffn(scaled=True), _SPLIT, _kept), "80 bf16 90 bf16"),
+    "layernorm_ffn_kept_many_rows": Case(
+        _when(_ffn(absent=_FFN_BIASES), _SPLIT, _many_rows, _norm_apart, _kept), "90 bf16"
+    ),
     "layernorm_ffn_bare": Case(
         _when(_ffn(absent=_FFN_BIASES, layer_scale=0.1, activation="gelu_tanh"), _FUSED),
         "80 bf16",

@@ -171,10 +171,14 @@ def test_every_kernel_is_inspected() -> None:
         absent[name].add(tuple(tensors))
     statistics = ("mean", "rstd")
     block = ("scale", "layer_scale")
-    assert absent["ffn_forward"] == {(*block, *statistics), block, block[1:]}
-    assert absent["norm_linear"] == {("cls", *statistics), ("cls",), statistics, ()}
+    narrow = {(*block, *statistics, "hidden"), (*block, "hidden"), ("layer_scale", "hidden")}
+    assert absent["ffn_forward"] == {*narrow, block, block[1:]}
+    of_tokens = {("cls", *statistics), ("cls",), statistics, ()}
+    assert absent["norm_linear"] == {(*t, "product") for t in of_tokens} | {("cls",)}
     assert absent["attention"] == {("mask", "lse"), ("mask",)}
-    assert absent["linear"] >= {("cls", *block), ("cls", *block[1:]), block, block[1:]}
+    residual = {("cls", *block), ("cls", *block[1:]), block, block[1:]}
+    assert absent["linear"] >= {(*t, "product") for t in residual}
+    assert ("x", "cls", *block) in absent["linear"]
     forward = absent["attention_core_forward"]
     masked = ("gain", "extra", "mask")
     assert {(*masked, "peak"), masked, ("gain", "peak"), ("mask", "peak")} <= forward

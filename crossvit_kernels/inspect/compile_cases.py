@@ -184,8 +184,9 @@ def _ffn(dtypes: Dtypes, channels: int, hidden: int, option: str) -> None:
         elif option == "no_bias":
             inputs = inputs._replace(weights=_without_biases(weights))
         both_ways(layernorm_ffn, inputs, _EPS, "")
-        for scale in (None, x.new_empty(1)):
-            both_ways(layernorm_ffn, inputs._replace(residual_scale=scale), _EPS)
+        for keep in ("fast", "lean"):
+            for scale in (None, x.new_empty(1)):
+                both_ways(layernorm_ffn, inputs._replace(residual_scale=scale), _EPS, keep)
 
 
 def both_ways(

@@ -184,6 +184,7 @@ class FeedForwardHalf(FusedModule):
     norm2: Any  # they may be replaced
     mlp: Any
     ls2: Any
+    keep = "fast"
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Return ``x + FFN(LN(x))``, x [B, N, C]."""
@@ -204,7 +205,7 @@ class FeedForwardHalf(FusedModule):
             return add_update(x, update, scale)
         assert weights is not None
         given = x, weights, norm.eps, scale, self.backend
-        return functional.layernorm_ffn(*given, activation, layer_scale)
+        return functional.layernorm_ffn(*given, activation, layer_scale, self.keep)
 
 
 class TransformerBlock(SelfAttentionHalf, FeedForwardHalf):
@@ -216,7 +217,7 @@ class TransformerBlock(SelfAttentionHalf, FeedForwardHalf):
     Args:
         mlp_ratio: Hidden units of the feed-forward network per channel.
         keep: What training keeps for backward on a GPU, "fast" or "lean": see
-            ``functional.layernorm_msa``.
+            ``functional.layernorm_msa`` and ``functional.layernorm_ffn``.
         act: The activation: "gelu", its approximation "gelu_tanh", CLIP's "quick_gelu", or "silu".
             The other arguments are described in ``crossvit_kernels.modules``; drop_path applies to
             each half separately.

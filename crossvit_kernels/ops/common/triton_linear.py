@@ -98,13 +98,16 @@ def norm_linear(
     step: Step,
     statistics: tuple[Tensor, Tensor] | None = None,
     activation: str = "",
+    product: Tensor | None = None,
 ) -> Tensor:
     """Return LN(x) W^T + b or its activation [B, N, W's rows].
 
-    Writes mean and rstd [B, N] if given.
+    Writes mean and rstd [B, N], and product, what the activation is of, if given.
     """
     x, cls = tokens
-    if cls is None and activation in ("", "gelu") and sm90_linear.chosen(x, weight):
+    # Gluon's kernels write one result.
+    has_gluon = product is None and activation in ("", "gelu")
+    if has_gluon and cls is None and sm90_linear.chosen(x, weight):
         options: dict[str, Any] = {"norm": norm, "eps": eps, "statistics": statistics}
         y = sm90_linear.linear(x, weight, bias, gelu=bool(activation), **options)
         if y is not None:
@@ -112,16 +115,15 @@ def norm_linear(
     (batch, num_tokens, channels), columns = x.shape, weight.shape[0]
     num_rows, size = batch * num_tokens, weight.element_size()
     by_library = step.by_library(num_rows, channels, size)
-    if channels > sm90_linear.WIDEST and activation in ("", "gelu") and sm90_wide.chosen(x, weight):
+    if has_gluon and channels > sm90_linear.WIDEST and sm90_wide.chosen(x, weight):
         normed = normalize(tokens, norm, eps, weight.dtype, statistics)
         y = sm90_wide.linear(normed, weight, bias, gelu=bool(activation))
         return linear(normed, weight, bias, activation) if y is None else y
     if by_library or configs.NORM_LINEAR.apart(num_rows, channels, size):
         normed = normalize(tokens, norm, eps, weight.dtype, statistics)
         if by_library:
-            product = F.linear(normed, weight, bias)
-            return ACTIVATIONS[activation](product) if activation else product
-        return linear(normed, weight, bias, activation)
+            return _by_library(normed, weight, bias, activation, product)
+        return linear(normed, weight, bias, activation, product)
     out = x.new_empty(batch, num_tokens, columns, dtype=weight.dtype)
     mean, rstd = statistics or (None, None)
 
@@ -134,7 +136,7 @@ def norm_linear(
     launcher.start(
         _kernels().norm_linear,
         programs,
-        (x, cls, *norm, weight, bias, out, mean, rstd),
+        (x, cls, *norm, weight, bias, out, mean, rstd, product),
         (num_rows, num_tokens, *tokens.strides),
         configs.candidates(configs.NORM_LINEAR, weight, num_rows, channels, columns),
         (activation,),
@@ -143,11 +145,33 @@ def norm_linear(
     return out
 
 
-def linear(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Return a W^T + b or its activation [B, N, W's rows] for a [B, N, W's columns]."""
+def _by_library(
+    a: Tensor, weight: Tensor, bias: Tensor | None, activation: str, product: Tensor | None
+) -> Tensor:
+    """Linear by torch's kernels."""
+    if product is None:
+        y = F.linear(a, weight, bias)
+    else:
+        y, rows = product, (a.flatten(0, 1), weight.t())
+        out = y.view(-1, y.shape[-1])
+        torch.mm(*rows, out=out) if bias is None else torch.addmm(bias, *rows, out=out)
+    return ACTIVATIONS[activation](y) if activation else y
+
+
+def linear(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    product: Tensor | None = None,
+) -> Tensor:
+    """Return a W^T + b or its activation [B, N, W's rows] for a [B, N, W's columns].
+
+    Writes product, what the activation is of, if given.
+    """
     batch, num_tokens, _ = a.shape
     out = a.new_empty(batch, num_tokens, weight.shape[0])
-    _linear(a, weight, bias, None, (None, None), out, activation)
+    _linear(a, weight, bias, None, (None, None), out, activation, product)
     return out
 
 
@@ -185,6 +209,7 @@ def _linear(
     scales: tuple[Tensor | None, Tensor | None],
     out: Tensor,
     activation: str = "",
+    product: Tensor | None = None,
 ) -> None:
     (batch, num_tokens, _), (columns, terms) = out.shape, weight.shape
     num_rows = batch * num_tokens
@@ -197,7 +222,7 @@ def _linear(
     launcher.start(
         _kernels().linear,
         programs,
-        (a, weight, bias, x, cls, *scales, out),
+        (a, weight, bias, x, cls, *scales, out, product),
         (num_rows, num_tokens, *(tokens.strides if tokens else (0, 0, 0))),
         configs.candidates(configs.LINEAR, weight, num_rows, columns, terms),
         (activation,),
@@ -260,6 +285,6 @@ def input_gradient(d: Tensor, weight: Tensor) -> Tensor:
     return d @ weight if y is None else y
 
 
-def weight_gradient(d: Tensor, rows: Tensor, wanted: bool) -> Any:
+def weight_gradient(d: Tensor, rows: Tensor | None, wanted: bool) -> Any:
     """Return d^T rows for a layer's gradient d [B N, out] and its input rows [..., in]; or None."""
-    return d.t() @ rows.view(d.shape[0], -1) if wanted else None
+    return d.t() @ rows.view(d.shape[0], -1) if wanted and rows is not None else None

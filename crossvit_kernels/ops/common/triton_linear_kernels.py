@@ -77,6 +77,7 @@ def norm_linear(
     out_ptr,  # [B, N, inner]
     mean_ptr,  # [B, N] or None
     rstd_ptr,  # [B, N] or None
+    product_ptr,  # [B, N, inner] or None
     num_rows,
     num_tokens,
     x_batch_stride,
@@ -90,7 +91,8 @@ def norm_linear(
 ):
     """out = LN(x) W^T + b, or its activation; W [inner, C]. Grid: row tiles x groups of columns.
 
-    A program normalises its rows once and then loops over its columns of the weights.
+    product is out before the activation. A program normalises its rows once and then loops over
+    its columns of the weights.
     """
     C: tl.constexpr = L.channels
     OUT: tl.constexpr = L.inner
@@ -133,6 +135,8 @@ def norm_linear(
             y = tl.dot(normed[i], w, y, input_precision=PRECISION)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+        if product_ptr is not None:
+            store_tile(product_ptr, row * OUT, used, y, n, OUT, COLUMNS)
         if ACTIVATION != "":
             y = activate(y, dtype, ACTIVATION)
         store_tile(out_ptr, row * OUT, used, y, n, OUT, COLUMNS)
@@ -148,6 +152,7 @@ def linear(
     scale_ptr,  # [B] or None
     layer_scale_ptr,  # [C] or None
     y_ptr,  # [B, N, C]
+    product_ptr,  # [B, N, C] or None: y before the activation
     num_rows,
     num_tokens,
     x_batch_stride,
@@ -193,6 +198,8 @@ def linear(
             cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)
             x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, inside, first, C, PART)
             y = x.to(tl.float32) + y * load_residual_scale(scale_ptr, image, used)[:, None]
+        if product_ptr is not None:
+            store_tile(product_ptr, row * C, inside, y, first, C, PART)
         if ACTIVATION != "":
             y = activate(y, y_ptr.dtype.element_ty, ACTIVATION)
         store_tile(y_ptr, row * C, inside, y, first, C, PART)

@@ -6,6 +6,9 @@ from crossvit_kernels.gpu.tables import ANY
 from crossvit_kernels.ops.common.configs import RowTable, RowTile
 from crossvit_kernels.ops.common.library import Figures, Step
 
+#: The width up to which forward is one kernel, if rows are many.
+ONE_KERNEL_UP_TO = 256
+
 FFN = RowTable(
     "ffn",
     {
@@ -33,10 +36,11 @@ FFN = RowTable(
             384: RowTile(64, 32, 64, 8, 2),
         },
     },
-    fused_up_to=256,
+    fused_up_to=ONE_KERNEL_UP_TO,
 )
 
-FFN_HIDDEN_BACKWARD = RowTable(
+#: With both products.
+HIDDEN_BACKWARD = RowTable(
     "ffn hidden backward",
     {
         2: (
@@ -53,10 +57,32 @@ FFN_HIDDEN_BACKWARD = RowTable(
     },
 )
 
+#: With hidden units that forward has kept.
+KEPT_HIDDEN_BACKWARD = RowTable(
+    "ffn kept hidden backward",
+    {
+        2: ((ANY, RowTile(128, 128, 64, 8, 3)),),
+        4: ((ANY, RowTile(32, 64, 32, 8, 1)),),
+    },
+    few={2: ((ANY, RowTile(64, 64, 64, 4, 3)),)},
+)
+
+
+def keeps_hidden(channels: int, element_size: int) -> bool:
+    """Whether forward keeps hidden units if it is to keep what makes backward fast.
+
+    Where forward is one kernel they would cost a pass over memory, and backward, which is bound by
+    L2, gains little more.
+    """
+    return channels > ONE_KERNEL_UP_TO or element_size == 4
+
+
 # Who does a step, and the model's figures as the reason: from bench/library_model.py.
 #: LayerNorm, the first layer and GELU.
 FC1 = Step({192: Figures(129.4, 154.7), 384: Figures(134.9, 177.0)})
 #: The second layer and the residual.
 FC2 = Step({192: Figures(71.0, 89.9), 384: Figures(93.1, 109.9)})
-#: Backward: hidden units and their gradient, whose product is ours or cuBLAS's.
+#: Backward: hidden units, computed again, and their gradient, whose product is ours or cuBLAS's.
 HIDDEN_GRADIENT = Step({192: Figures(196.9, 244.7), 384: Figures(334.9, 300.2)})
+#: The same with hidden units that forward has kept.
+KEPT_HIDDEN_GRADIENT = Step({384: Figures(174.9, 215.3)})

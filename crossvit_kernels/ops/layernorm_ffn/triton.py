@@ -1,4 +1,4 @@
-"""layernorm_ffn on Triton: forward in one kernel or two; backward recomputes the hidden units.
+"""layernorm_ffn on Triton: forward in one kernel or two, backward from what forward has kept.
 
 Weight gradients are products over all tokens, computed by torch's libraries.
 """
@@ -34,10 +34,11 @@ def _kernels() -> ModuleType:
 
 
 class Saved(NamedTuple):
-    """What forward keeps for backward."""
+    """What forward keeps for backward; lean and narrow networks keep no hidden units."""
 
     mean: Tensor  # [B, N], float32
     rstd: Tensor  # [B, N], float32
+    hidden: Tensor  # [B, N, F] or empty: before the activation
 
 
 def why_not(inputs: FfnInputs) -> str | None:
@@ -48,9 +49,11 @@ def why_not(inputs: FfnInputs) -> str | None:
 
 
 def empty_saved(inputs: FfnInputs, keep: str) -> Saved:
-    x = inputs.x
+    x, fc1 = inputs.x, inputs.weights.fc1_weight
     mean = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return Saved(mean, torch.empty_like(mean))
+    keeps_hidden = keep == "fast" and configs.keeps_hidden(x.shape[2], fc1.element_size())
+    hidden = (*x.shape[:2], fc1.shape[0]) if keeps_hidden else (0,)
+    return Saved(mean, torch.empty_like(mean), x.new_empty(hidden, dtype=fc1.dtype))
 
 
 def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | None]:
@@ -63,8 +66,11 @@ def forward(inputs: FfnInputs, eps: float, keep: str) -> tuple[Tensor, Saved | N
         return y, saved
     affine = w.norm_weight, w.norm_bias
     fc1, fc2 = (w.fc1_weight, w.fc1_bias), (w.fc2_weight, w.fc2_bias)
-    hidden = layers.norm_linear(tokens, affine, *fc1, eps, configs.FC1, saved, activation)
-    return layers.linear_residual(hidden, *fc2, tokens, scale, layer_scale, configs.FC2), saved
+    statistics, hidden = (None, None) if saved is None else (saved[:2], _kept(saved.hidden))
+    activated = layers.norm_linear(
+        tokens, affine, *fc1, eps, configs.FC1, statistics, activation, hidden
+    )
+    return layers.linear_residual(activated, *fc2, tokens, scale, layer_scale, configs.FC2), saved
 
 
 def backward(
@@ -77,10 +83,12 @@ def backward(
     scale, channels = layers.contiguous(residual_scale), x.shape[2]
     dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype, layer_scale).view(-1, channels)
     affine = w.norm_weight, w.norm_bias
-    normed = layers.normalize(tokens, affine, eps, w.fc1_weight.dtype)
-    activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, normed, w, activation)
+    normed, hidden = None, _kept(saved.hidden)
+    if hidden is None or wants.fc1_weight:
+        normed = layers.normalize(tokens, affine, eps, w.fc1_weight.dtype)
+    activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, hidden, normed, w, activation)
     grads = layers.norm_backward(
-        layers.input_gradient(dhidden, w.fc1_weight), dy, scale, tokens, affine, saved
+        layers.input_gradient(dhidden, w.fc1_weight), dy, scale, tokens, affine, saved[:2]
     )
     if layer_scale is None:
         d_fc2 = layers.weight_gradient(dupdate, activated, wants.fc2_weight)
@@ -111,10 +119,11 @@ def _in_one_kernel(
     x, (hidden, channels) = tokens.x, w.fc1_weight.shape
     y = layers.empty_result(x, w.fc2_weight, scales[1])
     num_rows = tokens.num_rows
+    kept = (None,) * 3 if saved is None else (*saved[:2], _kept(saved.hidden))
     launcher.start(
         _kernels().ffn_forward,
         lambda shape: Programs((-(-num_rows // shape.rows), 1, 1)),
-        (x, *scales, *w, y, *(saved or (None, None))),
+        (x, *scales, *w, y, *kept),
         (num_rows, x.shape[1], *x.stride()[:2]),
         candidates(configs.FFN, w.fc1_weight, num_rows, channels, hidden),
         (activation,),
@@ -123,29 +132,44 @@ def _in_one_kernel(
     return y
 
 
+def _kept(hidden: Tensor) -> Tensor | None:
+    return hidden if hidden.numel() else None
+
+
 def _hidden_backward(
-    dupdate: Tensor, normed: Tensor, w: FfnWeights, activation: str
+    dupdate: Tensor,
+    hidden: Tensor | None,
+    normed: Tensor | None,
+    w: FfnWeights,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the activated hidden units, the gradient before them [B N, F], and fc1_bias's."""
-    num_rows, (hidden, channels) = dupdate.shape[0], w.fc1_weight.shape
-    activated = normed.new_empty(num_rows, hidden)
+    """Return the activated hidden units, the gradient before them [B N, F], and fc1_bias's.
+
+    They are of hidden [B, N, F], or of normed [B, N, C] and the first layer where it is None.
+    """
+    num_rows, (num_hidden, channels) = dupdate.shape[0], w.fc1_weight.shape
+    activated = dupdate.new_empty(num_rows, num_hidden)
     dhidden = torch.empty_like(activated)
     dactivated = None
+    fc1 = (w.fc1_bias, normed, None) if hidden is None else (None, None, hidden)
     fc2: tuple[Tensor | None, Tensor | None] = dupdate, w.fc2_weight
-    if configs.HIDDEN_GRADIENT.by_library(num_rows, channels, normed.element_size()):
+    is_kept = hidden is not None
+    step = configs.KEPT_HIDDEN_GRADIENT if is_kept else configs.HIDDEN_GRADIENT
+    if step.by_library(num_rows, channels, dupdate.element_size()):
         dactivated, fc2 = dupdate @ w.fc2_weight, (None, None)
 
     def programs(shape: LayerShape) -> Programs:
-        tiles, blocks = -(-num_rows // shape.rows), -(-hidden // shape.columns)
-        shares = normed.new_empty(tiles, hidden, dtype=torch.float32)
+        tiles, blocks = -(-num_rows // shape.rows), -(-num_hidden // shape.columns)
+        shares = dupdate.new_empty(tiles, num_hidden, dtype=torch.float32)
         return Programs((tiles * blocks, 1, 1), (shares,))
 
+    table = configs.KEPT_HIDDEN_BACKWARD if is_kept else configs.HIDDEN_BACKWARD
     (shares,) = launcher.start(
         _kernels().ffn_hidden_backward,
         programs,
-        (normed, w.fc1_weight, w.fc1_bias, *fc2, dactivated, activated, dhidden),
+        (w.fc1_weight, *fc1, *fc2, dactivated, activated, dhidden),
         (num_rows,),
-        candidates(configs.FFN_HIDDEN_BACKWARD, w.fc1_weight, num_rows, channels, hidden),
+        candidates(table, w.fc1_weight, num_rows, channels, num_hidden),
         (activation,),
     )
     bias = w.fc1_weight if w.fc1_bias is None else w.fc1_bias

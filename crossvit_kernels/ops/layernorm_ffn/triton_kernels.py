@@ -38,6 +38,7 @@ def ffn_forward(
     y_ptr,  # [B, N, C]
     mean_ptr,  # [B, N] or None
     rstd_ptr,  # [B, N] or None
+    hidden_ptr,  # [B, N, F] or None: before the activation
     num_rows,
     num_tokens,
     x_batch_stride,
@@ -76,6 +77,8 @@ def ffn_forward(
             hidden = tl.dot(normed[i], tl.trans(w), hidden, input_precision=PRECISION)
         if fc1_bias_ptr is not None:
             hidden += tl.load(fc1_bias_ptr + unit, mask=exists, other=0.0).to(tl.float32)[None, :]
+        if hidden_ptr is not None:
+            store_tile(hidden_ptr, row * HIDDEN, used, hidden, n, HIDDEN, COLUMNS)
         activated = activate(hidden, dtype, ACTIVATION).to(dtype)
         for i in tl.static_range(NUM):
             c = i * CHUNK + tl.arange(0, CHUNK)
@@ -96,9 +99,10 @@ def ffn_forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def ffn_hidden_backward(
-    normed_ptr,  # [B, N, C]
-    fc1_weight_ptr,  # [F, C]
+    fc1_weight_ptr,  # [F, C], read where there is no hidden
     fc1_bias_ptr,  # [F] or None
+    normed_ptr,  # [B, N, C] or None
+    hidden_ptr,  # [B, N, F] or None
     dupdate_ptr,  # [B, N, C] or None
     fc2_weight_ptr,  # [C, F] or None
     dactivated_ptr,  # [B, N, F] or None
@@ -109,10 +113,11 @@ def ffn_hidden_backward(
     L: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """The activation of h = n W_1^T + b_1, n = LN(x), and dh. Grid: tiles x hidden blocks.
+    """The activation of h and h's gradient, from what forward has kept or from products over C.
 
-    dh is from dactivated, or from dupdate W_2: both products then share one loop over the channels.
-    Also writes each tile's share of b_1's gradient.
+    h is given, or n W_1^T + b_1 with n = LN(x). Its gradient is from dactivated, or from dupdate
+    W_2. Two products share a loop over the channels. Also writes each tile's share of b_1's
+    gradient. Grid: tiles x blocks of hidden units.
     """
     C: tl.constexpr = L.channels
     HIDDEN: tl.constexpr = L.inner
@@ -126,28 +131,33 @@ def ffn_hidden_backward(
     n = (tl.program_id(0) - tile * BLOCKS) * COLUMNS
     row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     used = row < num_rows
-    dtype = fc1_weight_ptr.dtype.element_ty
+    dtype = dhidden_ptr.dtype.element_ty
     unit = n + tl.arange(0, COLUMNS)
     exists = unit < HIDDEN
     hidden = tl.zeros((ROWS, COLUMNS), tl.float32)
     dactivated = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for k in range(0, C, STEP):
-        normed = load_tile(normed_ptr, row * C, used, k, C, STEP)
-        w = load_tile(fc1_weight_ptr, unit * C, exists, k, C, STEP)
-        hidden = tl.dot(normed, tl.trans(w), hidden, input_precision=PRECISION)
-        if dactivated_ptr is None:
-            c = k + tl.arange(0, STEP)
-            dupdate = load_tile(dupdate_ptr, row * C, used, k, C, STEP)
-            w = load_tile(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
-            dactivated = tl.dot(dupdate, w, dactivated, input_precision=PRECISION)
-    parts = in_parts(hidden, ROWS, COLUMNS, PART)
+    if hidden_ptr is None or dactivated_ptr is None:
+        for k in range(0, C, STEP):
+            if hidden_ptr is None:
+                normed = load_tile(normed_ptr, row * C, used, k, C, STEP)
+                w = load_tile(fc1_weight_ptr, unit * C, exists, k, C, STEP)
+                hidden = tl.dot(normed, tl.trans(w), hidden, input_precision=PRECISION)
+            if dactivated_ptr is None:
+                c = k + tl.arange(0, STEP)
+                dupdate = load_tile(dupdate_ptr, row * C, used, k, C, STEP)
+                w = load_tile(fc2_weight_ptr, c * HIDDEN, c < C, n, HIDDEN, COLUMNS)
+                dactivated = tl.dot(dupdate, w, dactivated, input_precision=PRECISION)
+    hs = in_parts(hidden, ROWS, COLUMNS, PART)
     ds = in_parts(dactivated, ROWS, COLUMNS, PART)
     for i in tl.static_range(COLUMNS // PART):
         first = n + i * PART
         inside = used & (first < HIDDEN)  # the last parts may be past the last unit
-        h = parts[i]
-        if fc1_bias_ptr is not None:
-            h += load_vector(fc1_bias_ptr, first, HIDDEN, PART)[None, :]
+        if hidden_ptr is not None:
+            h = load_tile(hidden_ptr, row * HIDDEN, inside, first, HIDDEN, PART).to(tl.float32)
+        else:
+            h = hs[i]
+            if fc1_bias_ptr is not None:
+                h += load_vector(fc1_bias_ptr, first, HIDDEN, PART)[None, :]
         factor, density = factor_and_density(h, dtype, ACTIVATION)
         store_tile(activated_ptr, row * HIDDEN, inside, h * factor, first, HIDDEN, PART)
         if dactivated_ptr is not None:

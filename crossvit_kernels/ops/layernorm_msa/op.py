@@ -15,9 +15,6 @@ from crossvit_kernels.ops.layernorm_msa.reference import MsaInputs, MsaWeights
 from crossvit_kernels.ops.operator import Operation
 from crossvit_kernels.ops.variants import with_variants
 
-#: Choices of what forward keeps for backward.
-KEEP = ("fast", "lean")
-
 
 def _reference(inputs: MsaInputs, eps: float, dropout_p: float) -> Tensor:
     x, weights, num_heads, residual_scale, cls, layer_scale, key_mask = inputs
