@@ -79,7 +79,9 @@ def pass_of(workload: Workload, backend: str, device: torch.device) -> Callable[
         raise ValueError(reason)
     if workload.direction == "forward":
         return lambda: module.forward(inputs, _EPS, "")
-    outputs, saved = module.forward(inputs, _EPS, "fast")
+    if workload.direction == "training":
+        return lambda: module.forward(inputs, _EPS, workload.keep)
+    outputs, saved = module.forward(inputs, _EPS, workload.keep)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     saved = saved or module.Saved(*outputs)
     douts = tuple(torch.randn_like(t) for t in outputs)

@@ -30,7 +30,7 @@ from library_model import Block, flash_attention, memory_pass, product, write
 from crossvit.configs import Config, config_grids, named_config
 from crossvit_kernels.inspect.model.gpus import H200
 from crossvit_kernels.inspect.model.workloads import MODELS
-from crossvit_kernels.ops.layernorm_ffn.configs import HIDDEN_GRADIENT
+from crossvit_kernels.ops.layernorm_ffn import configs as ffn_configs
 
 MODELLED = Path(__file__).parent / "results/model"
 #: Between two kernels of a stream, in microseconds: docs/cycle_model.md, beside an H100.
@@ -104,9 +104,14 @@ def layers(block: Block) -> tuple[tuple[int, int], ...]:
     return (3 * c, c), (c, c), (hidden, c), (c, hidden)
 
 
-def block_forward(block: Block) -> tuple[Cost, Cost]:
+def keeps_hidden(block: Block) -> bool:
+    return ffn_configs.keeps_hidden(block.channels, 2)
+
+
+def block_forward(block: Block, training: bool) -> tuple[Cost, Cost]:
     """Ours, and the composition."""
-    ours_ = ours("layernorm_msa", "forward", block) + ours("layernorm_ffn", "forward", block)
+    of_ffn = "training" if training and keeps_hidden(block) else "forward"
+    ours_ = ours("layernorm_msa", "forward", block) + ours("layernorm_ffn", of_ffn, block)
     composed = attention(block)
     for columns, terms in layers(block):
         composed += products(block, columns, terms)
@@ -120,7 +125,8 @@ def block_backward(block: Block) -> tuple[Cost, Cost]:
     c, hidden = block.channels, block.hidden
     ours_ = ours("layernorm_msa", "backward", block) + ours("layernorm_ffn", "backward", block)
     composed = Cost(attention(block).us * BACKWARD_PRODUCTS, 2) + a_pass(block, 2 * c)
-    by_library = HIDDEN_GRADIENT.by_library(block.rows, c, 2)
+    steps = ffn_configs.HIDDEN_GRADIENT, ffn_configs.KEPT_HIDDEN_GRADIENT
+    by_library = steps[keeps_hidden(block)].by_library(block.rows, c, 2)
     for columns, terms in layers(block):
         both = products(block, terms, columns)  # the gradient of what the layer reads
         weights = products(block, columns, terms)  # as many operations
@@ -179,7 +185,7 @@ def blocks_of(name: str, images: int) -> tuple[Config, tuple[Block, Block]]:
 def model(name: str, images: int, training: bool) -> Iterator[tuple[str, Cost, Cost]]:
     """The parts of a model: ours, and the composition."""
     config, blocks = blocks_of(name, images)
-    passes = [(block_forward, fusion_forward)]
+    passes = [(functools.partial(block_forward, training=training), fusion_forward)]
     if training:
         passes.append((block_backward, fusion_backward))
     for branch, block, depth in zip("SL", blocks, config.depths, strict=True):

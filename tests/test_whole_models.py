@@ -63,17 +63,20 @@ def test_inference_adds_up(whole_models: ModuleType) -> None:
 def test_training_adds_products_of_both_sides(whole_models: ModuleType) -> None:
     inference = {label: sides for label, *sides in whole_models.model("15", 256, False)}
     training = {label: sides for label, *sides in whole_models.model("15", 256, True)}
-    for branch, channels, blocks, products in (("S", 192, 3, 7), ("L", 384, 15, 8)):
+    for branch, channels, blocks, ffn in (("S", 192, 3, "forward"), ("L", 384, 15, "training")):
         before, after = inference[f"blocks {branch}"], training[f"blocks {branch}"]
         kernels = [
             us
             for half in ("layernorm_msa", "layernorm_ffn")
             for us in modelled("triton", half, "backward", channels)
         ]
-        # In S the gradient of the hidden units is no product of cuBLAS's.
+        # L's FFN keeps its hidden units.
+        kernels += modelled("triton", "layernorm_ffn", ffn, channels)
+        kernels += [-us for us in modelled("triton", "layernorm_ffn", "forward", channels)]
+        # The gradient of the hidden units is no product of cuBLAS's.
         added = after[0].us - before[0].us
         sums = 1e4 * 3 * channels / 2
-        assert added == pytest.approx(blocks * (sum(kernels) + products + sums), rel=1e-6)
+        assert added == pytest.approx(blocks * (sum(kernels) + 7 + sums), rel=1e-6)
         # qkv 3 C, projection C, fc1 F, fc2 C; LayerNorms 12 C; delta 2 C; GELU 3 F.
         columns = (5 + 12 + 2) * channels + 4 * 3 * channels
         added = after[1].us - before[1].us

@@ -28,7 +28,7 @@ class Row:
         backend: "triton", "cuda", or a variant as "triton:gluon".
         model: The model's name.
         operation: The operation's name.
-        direction: "forward" or "backward".
+        direction: "forward", "training" or "backward": see Workload.
         channels: Channels of a token.
         tokens: Tokens of an image.
         batch: Images.

@@ -17,6 +17,7 @@ from crossvit_kernels.ops.attention_core.reference import CoreInputs
 from crossvit_kernels.ops.cross_attention.op import cross_attention_fusion
 from crossvit_kernels.ops.cross_attention.reference import SHAPES as FUSION_SHAPES
 from crossvit_kernels.ops.cross_attention.reference import FusionInputs, FusionWeights
+from crossvit_kernels.ops.layernorm_ffn.configs import keeps_hidden
 from crossvit_kernels.ops.layernorm_ffn.op import layernorm_ffn
 from crossvit_kernels.ops.layernorm_ffn.reference import SHAPES as FFN_SHAPES
 from crossvit_kernels.ops.layernorm_ffn.reference import FfnInputs, FfnWeights
@@ -35,11 +36,13 @@ class Workload(NamedTuple):
 
     Attributes:
         operation: The operation.
-        direction: "forward", as inference runs it, or "backward".
+        direction: "forward", as inference runs it, "training", forward as training runs it, or
+            "backward".
         batch: Images.
         tokens: Of an image.
         channels: Of a token.
         inputs: Makes its inputs, tensors without memory.
+        keep: What training keeps for backward.
     """
 
     operation: Operation
@@ -48,19 +51,21 @@ class Workload(NamedTuple):
     tokens: int
     channels: int
     inputs: Callable[[], Any]
+    keep: str = "fast"
 
     def launches(self, backend: str, gpu: Gpu) -> list[tuple[Launch, str]]:
         """What a backend launches on a GPU; each with its configuration."""
         record = _recorder(backend, gpu)
         operation, inputs = self.operation, self.inputs()
-        module, training = operation.backends[backend], self.direction == "backward"
+        module = operation.backends[backend]
+        keep = "" if self.direction == "forward" else self.keep
         results: list[Any] = []
 
         def forward() -> None:
-            results.extend(module.forward(inputs, _EPS, "fast" if training else ""))
+            results.extend(module.forward(inputs, _EPS, keep))
 
         launches = record(forward)
-        if not training:
+        if self.direction != "backward":
             return launches()
         outputs, saved = results
         douts = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -101,6 +106,8 @@ MODELS = {
 def workloads(name: str, dtypes: Dtypes, batch: int) -> Iterator[Workload]:
     """Every operation in both directions, for both branches of a model.
 
+    Forward in training is apart where it takes longer: where it writes the hidden units of an FFN.
+
     Args:
         name: Of the model.
         dtypes: Of tokens and of linear layers.
@@ -115,7 +122,10 @@ def workloads(name: str, dtypes: Dtypes, batch: int) -> Iterator[Workload]:
         fusion = functools.partial(_fusion, dtypes, own, heads, size)
         yield from _both(cross_attention_fusion, size, fusion)
         yield from _both(layernorm_msa, size, functools.partial(_msa, dtypes, heads, size))
-        yield from _both(layernorm_ffn, size, functools.partial(_ffn, dtypes, hidden, size))
+        ffn = functools.partial(_ffn, dtypes, hidden, size)
+        yield from _both(layernorm_ffn, size, ffn)
+        if keeps_hidden(channels, dtypes.linears.itemsize):
+            yield Workload(layernorm_ffn, "training", *size, ffn)
 
 
 def _both(

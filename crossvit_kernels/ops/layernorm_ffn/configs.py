@@ -85,4 +85,4 @@ FC2 = Step({192: Figures(71.0, 89.9), 384: Figures(93.1, 109.9)})
 #: Backward: hidden units, computed again, and their gradient, whose product is ours or cuBLAS's.
 HIDDEN_GRADIENT = Step({192: Figures(196.9, 244.7), 384: Figures(334.9, 300.2)})
 #: The same with hidden units that forward has kept.
-KEPT_HIDDEN_GRADIENT = Step({384: Figures(174.9, 215.3)})
+KEPT_HIDDEN_GRADIENT = Step({384: Figures(174.9, 215.8)})
