@@ -30,6 +30,7 @@ from library_model import Block, flash_attention, memory_pass, product, write
 from crossvit.configs import Config, config_grids, named_config
 from crossvit_kernels.inspect.model.gpus import H200
 from crossvit_kernels.inspect.model.workloads import MODELS
+from crossvit_kernels.ops.common.configs import NORM_BACKWARD_PROGRAMS
 from crossvit_kernels.ops.layernorm_ffn import configs as ffn_configs
 
 MODELLED = Path(__file__).parent / "results/model"
@@ -136,8 +137,9 @@ def block_backward(block: Block) -> tuple[Cost, Cost]:
         ours_ += weights if is_fc2 and not by_library else both + weights
         composed += a_pass(block, columns)  # the gradient of the bias
     composed += a_pass(block, NORM_BACKWARD * c).times(2) + a_pass(block, 3 * hidden)
-    # For each 8 rows, sums of 3 C columns in float32 from both of LayerNorm's kernels, at most.
-    ours_ += Cost(memory_pass(block, 3 * c // 2), SUMS_LAUNCHES)
+    # Both of LayerNorm's kernels leave sums of 3 C columns in float32, one for each program.
+    sums = block._replace(tokens=1, images=NORM_BACKWARD_PROGRAMS)
+    ours_ += Cost(memory_pass(sums, 2 * 2 * 3 * c), SUMS_LAUNCHES)
     return ours_, composed
 
 

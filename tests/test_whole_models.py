@@ -75,7 +75,7 @@ def test_training_adds_products_of_both_sides(whole_models: ModuleType) -> None:
         kernels += [-us for us in modelled("triton", "layernorm_ffn", "forward", channels)]
         # The gradient of the hidden units is no product of cuBLAS's.
         added = after[0].us - before[0].us
-        sums = 1e4 * 3 * channels / 2
+        sums = 1e4 * 12 * channels
         assert added == pytest.approx(blocks * (sum(kernels) + 7 + sums), rel=1e-6)
         # qkv 3 C, projection C, fc1 F, fc2 C; LayerNorms 12 C; delta 2 C; GELU 3 F.
         columns = (5 + 12 + 2) * channels + 4 * 3 * channels

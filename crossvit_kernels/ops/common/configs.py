@@ -21,6 +21,9 @@ FEW_ROWS = 8192
 #: Target number of programs; a linear layer's columns are divided if its rows give fewer.
 PROGRAMS = 264
 
+#: Programs of LayerNorm's backward at most: as many as an H100 holds. Each has a share of sums.
+NORM_BACKWARD_PROGRAMS = 1584
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape(InChunks):
@@ -50,6 +53,11 @@ class LayerShape(InChunks):
     def part(self) -> int:
         """Columns of a product that are finished and stored together: a quarter of the widest."""
         return max(min(self.columns, 32), self.columns // 4)
+
+    @property
+    def padded(self) -> int:
+        """Channels, padded to a power of two."""
+        return tables.next_power_of_2(self.channels)
 
     def describe(self) -> str:
         """Describe it, for the report of ``crossvit_kernels.inspect``."""
@@ -203,14 +211,16 @@ NORMALIZE = RowTable(
 NORM_BACKWARD = RowTable(
     "norm backward",
     {
-        2: (
-            (192, RowTile(16, 16, 64, 2, 1)),
-            (448, RowTile(8, 16, 128, 2, 1)),
-            (768, RowTile(8, 16, 256, 4, 1)),
-            (1536, RowTile(16, 16, 128, 8, 1)),
-        ),
-        4: ((1536, RowTile(16, 16, 64, 8, 1)),),
+        size: (
+            (128, RowTile(8, 16, 128, 1, 1)),
+            (256, RowTile(4, 16, 256, 1, 1)),
+            (512, RowTile(2, 16, 512, 1, 1)),
+            (1024, RowTile(2, 16, 1024, 2, 1)),
+            (1536, RowTile(2, 16, 2048, 4, 1)),
+        )
+        for size in (2, 4)
     },
+    on_sm={(80, 4): {512: RowTile(1, 16, 512, 1, 1)}},
 )
 
 

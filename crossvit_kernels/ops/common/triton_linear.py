@@ -264,8 +264,10 @@ def norm_backward(
 
     def programs(shape: LayerShape) -> Programs:
         tiles = -(-num_rows // shape.rows)
-        shares = x.new_empty(tiles, 3, channels, dtype=torch.float32)
-        return Programs((tiles, 1, 1), (shares,))
+        tiles_of_one = -(-tiles // configs.NORM_BACKWARD_PROGRAMS)
+        runs = -(-tiles // tiles_of_one)
+        shares = x.new_empty(runs, 3, channels, dtype=torch.float32)
+        return Programs((runs, 1, 1), (shares,), (tiles_of_one,))
 
     (shares,) = launcher.start(
         _kernels().norm_backward,

@@ -20,6 +20,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
     rows_of,
     store_tile,
 )
+from crossvit_kernels.ops.common.triton_tiles import norm_backward as dx_of_norm
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -217,60 +218,52 @@ def norm_backward(
     norm_weight_ptr,  # [C]
     dx_ptr,  # [B, N, C]
     dcls_ptr,  # [B, C] or None
-    shares_ptr,  # [tiles, 3, C]
+    shares_ptr,  # [runs, 3, C]
     num_rows,
     num_tokens,
     x_batch_stride,
     x_token_stride,
     cls_stride,
+    num_tiles,
     L: tl.constexpr,
 ):
-    """dx = dy + LayerNorm's backward of d, the gradient of its result. Grid: tiles.
+    """dx = dy + LayerNorm's backward of d, the gradient of its result. Grid: runs of tiles.
 
-    Also writes each tile's share of three sums: the gradients of LayerNorm's weight and bias, and
-    r dy, the gradient of the update's bias.
+    Also writes each run's share of three sums: the gradients of LayerNorm's weight and bias, and
+    r dy, the gradient of the update's bias. A warp holds whole rows, so that only its lanes add up.
     """
     C: tl.constexpr = L.channels
-    CHUNK: tl.constexpr = L.chunk
-    NUM: tl.constexpr = L.num_chunks
+    WIDTH: tl.constexpr = L.padded
     ROWS: tl.constexpr = L.rows
     ALIGN: tl.constexpr = L.align
-    tile = tl.program_id(0)
-    row, used, image, token = rows_of(tile, num_rows, num_tokens, ROWS)
-    offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
-    cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)
-    is_cls = token == 0
-    mean = tl.load(mean_ptr + row, mask=used, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + row, mask=used, other=0.0)[:, None]
-    scale = load_residual_scale(scale_ptr, image, used)[:, None]
-    a = tl.zeros((ROWS,), tl.float32)
-    b = tl.zeros((ROWS,), tl.float32)
-    ds = ()
-    for i in tl.static_range(NUM):
-        ds = ds + (load_tile(d_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32),)
-    for i in tl.static_range(NUM):
-        d = ds[i]
-        x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
-        xhat = centred(x, mean, i * CHUNK, C, CHUNK) * rstd
-        c = i * CHUNK + tl.arange(0, CHUNK)
-        share = shares_ptr + tile.to(tl.int64) * (3 * C) + c
-        tl.store(share, tl.sum(d * xhat, axis=0), mask=c < C)
-        tl.store(share + C, tl.sum(d, axis=0), mask=c < C)
-        dxhat = d * load_vector(norm_weight_ptr, i * CHUNK, C, CHUNK)[None, :]
-        a += tl.sum(dxhat, axis=1) / C
-        b += tl.sum(dxhat * xhat, axis=1) / C
-    for i in tl.static_range(NUM):
-        weight = load_vector(norm_weight_ptr, i * CHUNK, C, CHUNK)[None, :]
-        # Reloaded, from L1: keeping x would take too many registers.
-        x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
-        xhat = centred(x, mean, i * CHUNK, C, CHUNK) * rstd
-        dy = load_tile(dy_ptr, row * C, used, i * CHUNK, C, CHUNK).to(tl.float32)
-        c = i * CHUNK + tl.arange(0, CHUNK)
-        share = shares_ptr + tile.to(tl.int64) * (3 * C) + 2 * C + c
-        tl.store(share, tl.sum(dy * scale, axis=0), mask=c < C)
-        dx = (ds[i] * weight - a[:, None] - xhat * b[:, None]) * rstd + dy
+    weight = load_vector(norm_weight_ptr, 0, C, WIDTH)
+    dweight = tl.zeros((WIDTH,), tl.float32)
+    dbias = tl.zeros((WIDTH,), tl.float32)
+    sum_dy = tl.zeros((WIDTH,), tl.float32)
+    for i in range(num_tiles):
+        tile = tl.program_id(0) * num_tiles + i
+        row, used, image, token = rows_of(tile, num_rows, num_tokens, ROWS)
+        offsets = offsets_of(image, token, x_batch_stride, x_token_stride, ALIGN)
+        cls_offsets = image.to(tl.int64) * aligned(cls_stride, ALIGN)
+        d = load_tile(d_ptr, row * C, used, 0, C, WIDTH).to(tl.float32)
+        x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, 0, C, WIDTH)
+        dy = load_tile(dy_ptr, row * C, used, 0, C, WIDTH).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=used, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=used, other=0.0)
+        scale = load_residual_scale(scale_ptr, image, used)[:, None]
+        xhat = centred(x, mean, 0, C, WIDTH) * rstd[:, None]
+        dweight += tl.sum(d * xhat, axis=0)
+        dbias += tl.sum(d, axis=0)
+        sum_dy += tl.sum(dy * scale, axis=0)
+        dx = dx_of_norm(d, xhat, rstd, weight, C) + dy
         if dcls_ptr is not None:
+            is_cls = token == 0
             dcls_offsets = image.to(tl.int64) * C
-            store_tile(dcls_ptr, dcls_offsets, used & is_cls, dx, i * CHUNK, C, CHUNK)
+            store_tile(dcls_ptr, dcls_offsets, used & is_cls, dx, 0, C, WIDTH)
             dx = tl.where(is_cls[:, None], 0.0, dx)
-        store_tile(dx_ptr, row * C, used, dx, i * CHUNK, C, CHUNK)
+        store_tile(dx_ptr, row * C, used, dx, 0, C, WIDTH)
+    c = tl.arange(0, WIDTH)
+    share = shares_ptr + tl.program_id(0).to(tl.int64) * (3 * C) + c
+    tl.store(share, dweight, mask=c < C)
+    tl.store(share + C, dbias, mask=c < C)
+    tl.store(share + 2 * C, sum_dy, mask=c < C)

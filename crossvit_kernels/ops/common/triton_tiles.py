@@ -408,12 +408,11 @@ def norm_backward(
     dy,
     xhat,
     rstd,
-    weight_ptr,  # [WIDTH]
+    weight,  # [PADDED]
     WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
 ):
     """dx of LayerNorm."""
-    dxhat = dy * load_vector(weight_ptr, 0, WIDTH, PADDED)[None, :]
+    dxhat = dy * weight[None, :]
     a = tl.sum(dxhat, axis=1) / WIDTH
     b = tl.sum(dxhat * xhat, axis=1) / WIDTH
     return (dxhat - a[:, None] - xhat * b[:, None]) * rstd[:, None]
@@ -446,4 +445,5 @@ def norm_gelu_backward(
     tl.debug_barrier()
     store_rows(dbias_ptr, d_stride, used, dn, WIDTH, PADDED)
     store_rows(dweight_ptr, d_stride, used, dn * xhat, WIDTH, PADDED)
-    return norm_backward(dn, xhat, rstd, weight_ptr, WIDTH, PADDED)
+    weight = load_vector(weight_ptr, 0, WIDTH, PADDED)  # again: it would take registers till here
+    return norm_backward(dn, xhat, rstd, weight, WIDTH)

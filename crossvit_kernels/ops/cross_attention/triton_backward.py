@@ -17,6 +17,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
     load_residual_scale,
     load_rows,
     load_tile,
+    load_vector,
     norm_backward,
     norm_gelu_backward,
     normalized,
@@ -247,7 +248,7 @@ def after_tokens(
     tl.debug_barrier()
     xhat, rstd = normalized(load_rows(v.y0, C, used, C, PADDED), eps, C, PADDED)
     dn = load_rows(g.norm_bias, SIZE, used, C, PADDED)
-    dy = norm_backward(dn, xhat, rstd, w.norm_weight, C, PADDED)
+    dy = norm_backward(dn, xhat, rstd, load_vector(w.norm_weight, 0, C, PADDED), C)
     dy += load_rows(g.y0, SIZE, used, C, PADDED) + load_rows(g.norm_weight, SIZE, used, C, PADDED)
     tl.debug_barrier()
     store_rows(g.y0, SIZE, used, dy, C, PADDED)
