@@ -241,6 +241,7 @@ class Gradients(NamedTuple):
 
     dx: Tensor  # [B, N, C]
     dcls: Tensor | None  # [B, C]
+    normed: Tensor | None  # [B, N, C]: LN(x)
     d_norm_weight: Tensor  # [C]
     d_norm_bias: Tensor
     sum_dy: Tensor  # [C]: sum of residual_scale * dy
@@ -253,14 +254,18 @@ def norm_backward(
     tokens: Tokens,
     norm: Norm,
     statistics: tuple[Tensor, Tensor],
+    normed_dtype: torch.dtype | None = None,
 ) -> Gradients:
     """LayerNorm's backward from d [B N, C], the gradient of LN(x); adds dy [B, N, C] to dx.
 
-    d and dy are contiguous.
+    d and dy are contiguous. LN(x) is among the results if it has a dtype.
     """
     x, cls = tokens
     num_rows, channels = tokens.num_rows, x.shape[2]
     dx, dcls = x.new_empty(x.shape), None if cls is None else x.new_empty(cls.shape)
+    bias = normed = None
+    if normed_dtype is not None:
+        bias, normed = norm[1], x.new_empty(x.shape, dtype=normed_dtype)
 
     def programs(shape: LayerShape) -> Programs:
         tiles = -(-num_rows // shape.rows)
@@ -272,13 +277,13 @@ def norm_backward(
     (shares,) = launcher.start(
         _kernels().norm_backward,
         programs,
-        (d, dy, residual_scale, x, cls, *statistics, norm[0], dx, dcls),
+        (d, dy, residual_scale, x, cls, *statistics, norm[0], bias, dx, dcls, normed),
         (num_rows, x.shape[1], *tokens.strides),
         configs.candidates(configs.NORM_BACKWARD, d, num_rows, channels, channels),
     )
     dtypes = norm[0].dtype, (norm[0] if norm[1] is None else norm[1]).dtype, d.dtype
     sums = column_sums(shares.flatten(1), [channels] * len(dtypes), dtypes)
-    return Gradients(dx, dcls, *sums)
+    return Gradients(dx, dcls, normed, *sums)
 
 
 def input_gradient(d: Tensor, weight: Tensor) -> Tensor:

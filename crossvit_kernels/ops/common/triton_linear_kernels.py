@@ -216,8 +216,10 @@ def norm_backward(
     mean_ptr,  # [B, N]
     rstd_ptr,  # [B, N]
     norm_weight_ptr,  # [C]
+    norm_bias_ptr,  # [C] or None
     dx_ptr,  # [B, N, C]
     dcls_ptr,  # [B, C] or None
+    normed_ptr,  # [B, N, C] or None
     shares_ptr,  # [runs, 3, C]
     num_rows,
     num_tokens,
@@ -227,16 +229,19 @@ def norm_backward(
     num_tiles,
     L: tl.constexpr,
 ):
-    """dx = dy + LayerNorm's backward of d, the gradient of its result. Grid: runs of tiles.
+    """dx = dy + LayerNorm's backward of d, the gradient of its result LN(x). Grid: runs of tiles.
 
-    Also writes each run's share of three sums: the gradients of LayerNorm's weight and bias, and
-    r dy, the gradient of the update's bias. A warp holds whole rows, so that only its lanes add up.
+    Also writes LN(x), for the gradient of the layer behind it, and each run's share of three sums:
+    the gradients of LayerNorm's weight and bias, and r dy, the gradient of the update's bias. A
+    warp holds whole rows, so that only its lanes add up.
     """
     C: tl.constexpr = L.channels
     WIDTH: tl.constexpr = L.padded
     ROWS: tl.constexpr = L.rows
     ALIGN: tl.constexpr = L.align
     weight = load_vector(norm_weight_ptr, 0, C, WIDTH)
+    if norm_bias_ptr is not None:
+        bias = load_vector(norm_bias_ptr, 0, C, WIDTH)
     dweight = tl.zeros((WIDTH,), tl.float32)
     dbias = tl.zeros((WIDTH,), tl.float32)
     sum_dy = tl.zeros((WIDTH,), tl.float32)
@@ -262,6 +267,11 @@ def norm_backward(
             store_tile(dcls_ptr, dcls_offsets, used & is_cls, dx, 0, C, WIDTH)
             dx = tl.where(is_cls[:, None], 0.0, dx)
         store_tile(dx_ptr, row * C, used, dx, 0, C, WIDTH)
+        if normed_ptr is not None:
+            normed = xhat * weight[None, :]
+            if norm_bias_ptr is not None:
+                normed += bias[None, :]
+            store_tile(normed_ptr, row * C, used, normed, 0, C, WIDTH)
     c = tl.arange(0, WIDTH)
     share = shares_ptr + tl.program_id(0).to(tl.int64) * (3 * C) + c
     tl.store(share, dweight, mask=c < C)

@@ -83,13 +83,16 @@ def backward(
     scale, channels = layers.contiguous(residual_scale), x.shape[2]
     dupdate = norm.scale_update(dy, scale, w.fc2_weight.dtype, layer_scale).view(-1, channels)
     affine = w.norm_weight, w.norm_bias
-    normed, hidden = None, _kept(saved.hidden)
-    if hidden is None or wants.fc1_weight:
-        normed = layers.normalize(tokens, affine, eps, w.fc1_weight.dtype)
+    dtype, hidden, normed = w.fc1_weight.dtype, _kept(saved.hidden), None
+    if hidden is None:
+        normed = layers.normalize(tokens, affine, eps, dtype)
     activated, dhidden, d_fc1_bias = _hidden_backward(dupdate, hidden, normed, w, activation)
     grads = layers.norm_backward(
-        layers.input_gradient(dhidden, w.fc1_weight), dy, scale, tokens, affine, saved[:2]
+        layers.input_gradient(dhidden, w.fc1_weight),
+        *(dy, scale, tokens, affine, saved[:2]),
+        dtype if normed is None and wants.fc1_weight else None,
     )
+    normed = grads.normed if normed is None else normed
     if layer_scale is None:
         d_fc2 = layers.weight_gradient(dupdate, activated, wants.fc2_weight)
         last = LastLayer(d_fc2, grads.sum_dy, None)

@@ -109,11 +109,11 @@ def backward(
     dheads = layers.input_gradient(dupdate, w.out_weight)
     dqkv, sums = _attention_backward(qkv, mask, heads, dheads, lse, num_heads)
     dnormed = layers.input_gradient(dqkv, w.qkv_weight)
-    grads = layers.norm_backward(dnormed, dy, scale, tokens, affine, (mean, rstd))
+    normed_dtype = w.qkv_weight.dtype if wants.qkv_weight else None
+    grads = layers.norm_backward(dnormed, dy, scale, tokens, affine, (mean, rstd), normed_dtype)
     d_qkv_weight: Any = None
-    if wants.qkv_weight:
-        normed = layers.normalize(tokens, affine, eps, w.qkv_weight.dtype)
-        d_qkv_weight = layers.weight_gradient(dqkv.view(-1, 3 * channels), normed, True)
+    if grads.normed is not None:
+        d_qkv_weight = layers.weight_gradient(dqkv.view(-1, 3 * channels), grads.normed, True)
     if layer_scale is None:
         d_out = layers.weight_gradient(dupdate, heads, wants.out_weight)
         last = LastLayer(d_out, grads.sum_dy, None)
