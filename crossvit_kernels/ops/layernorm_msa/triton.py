@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from crossvit_kernels.backends import autocast_dtype
+from crossvit_kernels.backends import accumulate_dtype, autocast_dtype
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import layer_scale as scaled
@@ -243,6 +243,8 @@ def _sum_of_dv(
     if mask is not None:
         of_images = dheads.view(*mask.shape, -1).sum(dim=1, dtype=torch.float32)
         return (of_images * mask.any(dim=1, keepdim=True)).sum(dim=0)
+    precise = accumulate_dtype(out_weight)
+    sum_dy = sum_dy.to(precise)
     if layer_scale is not None:
         sum_dy = sum_dy * layer_scale
-    return sum_dy.to(out_weight.dtype) @ out_weight
+    return sum_dy @ out_weight.to(precise)
