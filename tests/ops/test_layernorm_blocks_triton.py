@@ -99,6 +99,25 @@ def test_few_and_odd_tokens(variant: str, num_tokens: int, triton_device: str) -
 
 
 @pytest.mark.slow_on_cpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("num_tokens", [17, 64, 65, 197, 257])
+def test_whole_and_partial_tiles_of_attention(
+    num_tokens: int, masked: bool, triton_device: str
+) -> None:
+    options = {"dtype": torch.bfloat16, "masked": masked, "device": triton_device}
+    msa(64, 2, 3, num_tokens, scaled=True, layer_scale=0.1, **options)
+
+
+def test_the_keys_bias_has_no_gradient(triton_device: str) -> None:
+    weights = MsaWeights(*(w.float().to(triton_device) for w in msa_weights(32)))
+    bias = weights.qkv_bias.requires_grad_()
+    x = torch.randn(2, 9, 32, device=triton_device)
+    y = ck.layernorm_msa(x, weights, 2, backend="triton")
+    (gradient,) = torch.autograd.grad(y.square().sum(), bias)
+    assert (gradient[32:64] == 0).all() and gradient[:32].any() and gradient[64:].any()
+
+
+@pytest.mark.slow_on_cpu
 @settings(
     max_examples=6,
     deadline=None,

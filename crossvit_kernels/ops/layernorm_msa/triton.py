@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from crossvit_kernels.backends import autocast_dtype
+from crossvit_kernels.backends import accumulate_dtype, autocast_dtype
 from crossvit_kernels.gpu import launcher
 from crossvit_kernels.gpu.launcher import Programs
 from crossvit_kernels.ops.common import layer_scale as scaled
@@ -107,13 +107,19 @@ def backward(
         heads = _attention(qkv, mask, None, num_heads)
     dupdate = norm.scale_update(dy, scale, w.out_weight.dtype, layer_scale).view(-1, channels)
     dheads = layers.input_gradient(dupdate, w.out_weight)
-    dqkv, sums = _attention_backward(qkv, mask, heads, dheads, lse, num_heads)
+    dqkv, shares = _attention_backward(qkv, mask, heads, dheads, lse, num_heads)
     dnormed = layers.input_gradient(dqkv, w.qkv_weight)
     normed_dtype = w.qkv_weight.dtype if wants.qkv_weight else None
     grads = layers.norm_backward(dnormed, dy, scale, tokens, affine, (mean, rstd), normed_dtype)
     d_qkv_weight: Any = None
+    d_qkv_bias: Any = None
     if grads.normed is not None:
         d_qkv_weight = layers.weight_gradient(dqkv.view(-1, 3 * channels), grads.normed, True)
+    if w.qkv_bias is not None and wants.qkv_bias:
+        sum_dq = shares.sum(dim=0)
+        sum_dv = _sum_of_dv(grads.sum_dy, layer_scale, w.out_weight, dheads, mask)
+        # The keys' bias adds the same to all scores of a query, which softmax cancels.
+        d_qkv_bias = torch.cat((sum_dq, torch.zeros_like(sum_dq), sum_dv)).to(w.qkv_bias.dtype)
     if layer_scale is None:
         d_out = layers.weight_gradient(dupdate, heads, wants.out_weight)
         last = LastLayer(d_out, grads.sum_dy, None)
@@ -128,7 +134,7 @@ def backward(
             norm_weight=grads.d_norm_weight,
             norm_bias=grads.d_norm_bias,
             qkv_weight=d_qkv_weight,
-            qkv_bias=None if w.qkv_bias is None else sums.to(w.qkv_bias.dtype),
+            qkv_bias=d_qkv_bias,
             out_weight=cast(Tensor, last.weight),
             out_bias=cast(Tensor, last.bias),
         ),
@@ -193,29 +199,52 @@ def _flash_attention(qkv: Tensor, lse: Tensor | None, num_heads: int) -> Tensor:
 def _attention_backward(
     qkv: Tensor, mask: Tensor | None, heads: Tensor, dheads: Tensor, lse: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of qkv [B, N, 3 C] from that of heads, and its sum over tokens."""
+    """Return the gradient of qkv [B, N, 3 C] from that of heads, and tiles' sums [., C] of q's."""
     batch, num_tokens, channels = heads.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
 
     def start(
-        kernel: Any, table: RowTable, tensors: tuple[Tensor | None, ...], parts: int
-    ) -> Tensor:
-        """Launch over tiles of queries or keys; return the sums of that many gradients."""
+        kernel: Any, table: RowTable, tensors: tuple[Tensor | None, ...], sums: bool
+    ) -> tuple[Tensor, ...]:
+        """Launch over tiles of queries or keys; return the tiles' sums of a gradient, if any."""
 
         def programs(shape: LayerShape) -> Programs:
             tiles = -(-num_tokens // shape.rows)
-            shares = qkv.new_empty(batch * tiles, parts * channels, dtype=torch.float32)
-            return Programs((batch * num_heads * tiles, 1, 1), (shares,), (tiles,))
+            shape_of_sums = batch * tiles, channels
+            shares = (qkv.new_empty(shape_of_sums, dtype=torch.float32),) if sums else ()
+            return Programs((batch * num_heads * tiles, 1, 1), shares, (tiles,))
 
         sizes = qkv, batch * num_tokens, channels, 0, channels // num_heads
         found, heads_of = candidates(table, *sizes), _heads_of(channels, num_heads)
-        (shares,) = launcher.start(kernel, programs, tensors, (num_tokens,), found, heads_of)
-        return shares.sum(dim=0)
+        return launcher.start(kernel, programs, tensors, (num_tokens,), found, heads_of)
 
     of_queries = qkv, mask, heads, dheads, lse, delta, dqkv
     of_keys = qkv, mask, dheads, lse, delta, dqkv
-    sums = (
-        start(_kernels().attention_backward_queries, configs.BACKWARD_QUERIES, of_queries, 1),
-        start(_kernels().attention_backward_keys, configs.BACKWARD_KEYS, of_keys, 2),
+    kernels = _kernels()
+    (shares,) = start(
+        kernels.attention_backward_queries, configs.BACKWARD_QUERIES, of_queries, True
     )
-    return dqkv, torch.cat(sums)
+    start(kernels.attention_backward_keys, configs.BACKWARD_KEYS, of_keys, False)
+    return dqkv, shares
+
+
+def _sum_of_dv(
+    sum_dy: Tensor,
+    layer_scale: Tensor | None,
+    out_weight: Tensor,
+    dheads: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return the sum [C] of the values' gradient over tokens: the gradient of their bias.
+
+    It is that of dheads, as a query's probabilities add up to 1, so without a mask one more row of
+    the product that made dheads. Images that are masked as a whole have none.
+    """
+    if mask is not None:
+        of_images = dheads.view(*mask.shape, -1).sum(dim=1, dtype=torch.float32)
+        return (of_images * mask.any(dim=1, keepdim=True)).sum(dim=0)
+    precise = accumulate_dtype(out_weight)
+    sum_dy = sum_dy.to(precise)
+    if layer_scale is not None:
+        sum_dy = sum_dy * layer_scale
+    return sum_dy @ out_weight.to(precise)

@@ -170,6 +170,19 @@ def queries_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
+@triton.jit
+def store_sums(ptr, tile, ROWS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
+    """Stores the sums [D] of a tile's columns."""
+    if tile.dtype == tl.float32:
+        c = tl.arange(0, PADDED)
+        tl.store(ptr + c, tl.sum(tile, axis=0), mask=c < D)
+    else:  # 16 rows of ones times the tile: half of a reduction's passes of shared memory
+        ones = tl.full((16, ROWS), 1.0, tl.float32).to(tile.dtype)
+        sums = tl.dot(ones, tile)
+        row = tl.arange(0, 16)
+        store_tile(ptr, row * 0, row == 0, sums, 0, D, PADDED)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_queries(
     qkv_ptr,  # [B, N, 3 C]
@@ -223,11 +236,10 @@ def attention_backward_queries(
         dq = queries_step(
             dq, q, do, lse, delta, q_ptr, mask_ptr, whole, num_tokens, D, PADDED, A, True
         )
-    dq = dq * D**-0.5
+    dq = (dq * D**-0.5).to(q.dtype)
     store_tile(dqkv_ptr + first * (3 * C) + head * D, 3 * offsets, used, dq, 0, D, PADDED)
     share_ptr = shares_ptr + (image * num_tiles + tile).to(tl.int64) * C + head * D
-    c = tl.arange(0, PADDED)
-    tl.store(share_ptr + c, tl.sum(tl.where(used[:, None], dq, 0.0), axis=0), mask=c < D)
+    store_sums(share_ptr, dq, ROWS, D, PADDED)  # dq is 0 past the last query
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -238,16 +250,13 @@ def attention_backward_keys(
     lse_ptr,  # [B, h, N]
     delta_ptr,  # [B, h, N]
     dqkv_ptr,  # [B, N, 3 C]
-    shares_ptr,  # [B tiles, 2, C]
     num_tokens,
     num_tiles,
     A: tl.constexpr,
     HEADS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """dk and dv [B, N, C] of dqkv, and each tile's sums of them. Grid: images x heads x tiles of
-    keys.
-    """
+    """dk and dv [B, N, C] of dqkv. Grid: images x heads x tiles of keys."""
     C: tl.constexpr = A.channels
     D: tl.constexpr = A.channels // HEADS
     ROWS: tl.constexpr = A.rows
@@ -294,8 +303,3 @@ def attention_backward_keys(
     dk_ptr = dqkv_ptr + first * (3 * C) + C + head * D
     store_tile(dk_ptr, offsets, used, dk, 0, D, PADDED)
     store_tile(dk_ptr + C, offsets, used, dv, 0, D, PADDED)
-    # Padding keys have gradients too: those of k = v = 0.
-    share_ptr = shares_ptr + (image * num_tiles + tile).to(tl.int64) * (2 * C) + head * D
-    c = tl.arange(0, PADDED)
-    tl.store(share_ptr + c, tl.sum(tl.where(used[:, None], dk, 0.0), axis=0), mask=c < D)
-    tl.store(share_ptr + C + c, tl.sum(tl.where(used[:, None], dv, 0.0), axis=0), mask=c < D)
