@@ -21,7 +21,10 @@ from crossvit_kernels.ops.operator import OPERATIONS
 
 STEPS = {
     **{name: getattr(msa, name) for name in ("QKV", "SELF_ATTENTION", "PROJECTION")},
-    **{name: getattr(ffn, name) for name in ("FC1", "FC2", "HIDDEN_GRADIENT")},
+    **{
+        name: getattr(ffn, name)
+        for name in ("FC1", "FC2", "HIDDEN_GRADIENT", "KEPT_HIDDEN_GRADIENT")
+    },
 }
 MANY = FEW_ROWS + 1
 
