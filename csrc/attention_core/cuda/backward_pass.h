@@ -181,7 +181,10 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
 
   // Overwrites the rows and the rings, to which no copy is in flight.
   __device__ void store_partials() {
-    float* to = group_sums(P::warp_group(channels_));
+    int group = P::warp_group(channels_);
+    // The compiler would compute all addresses ahead of the first image.
+    if constexpr (!kAlone) group = used_from_here(group);
+    float* to = group_sums(group);
     sums_.template store<true>(to, Base::sums_pitch(channels_), slice_);
   }
 
@@ -337,7 +340,10 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
       uint4 chunks[kChunks];
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        if (i * kColumns < width) chunks[i] = *reinterpret_cast<const uint4*>(from + i * kColumns);
+        // In the fusion, beyond the row its first chunk: a branch would keep loads apart.
+        const int offset = i * kColumns < width ? i * kColumns : -column;
+        if (!kAlone || i * kColumns < width)
+          chunks[i] = *reinterpret_cast<const uint4*>(from + offset);
       }
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
