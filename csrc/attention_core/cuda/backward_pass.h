@@ -331,6 +331,7 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
     constexpr int kChunk = TileRing<P>::kChunk, kColumns = 8 * kChunk;
     constexpr int kChunks = ceil_div(P::kUnits * 16, kColumns);
     const int column = lane_index() % 8 * kChunk, width = slice_.units * 16 - column;
+    if (!kAlone && width <= 0) return;
 #pragma unroll 1
     for (int row = lane_index() / 8; row < P::kTokens; row += 4) {
       if (token + row >= last || token + row < x.has_extra) continue;
@@ -340,8 +341,8 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
       uint4 chunks[kChunks];
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        // In the fusion, beyond the row its first chunk: a branch would keep loads apart.
-        const int offset = i * kColumns < width ? i * kColumns : -column;
+        // In the fusion, beyond the row the first chunk again: a branch would keep loads apart.
+        const int offset = i * kColumns < width ? i * kColumns : 0;
         if (!kAlone || i * kColumns < width)
           chunks[i] = *reinterpret_cast<const uint4*>(from + offset);
       }
