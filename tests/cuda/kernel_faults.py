@@ -32,9 +32,9 @@ PLAN, SCORES, PARTIALS, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
     f"attention_core/cuda/{name}.h"
     for name in ("plan", "scores", "partials", "choose", "forward_pass", "backward_pass")
 )
-ROWS, BLOCK, LAYERS, COLUMN_BLOCKS, PASSES = (
+ROW_NORMS, BLOCK, LAYERS, COLUMN_BLOCKS, PASSES = (
     f"cross_attention/cuda/{name}.h"
-    for name in ("rows", "block", "layers", "column_blocks", "passes")
+    for name in ("row_norms", "block", "layers", "column_blocks", "passes")
 )
 FUSION_FORWARD, FUSION_BACKWARD = (
     "cross_attention/cuda/forward.cu",
@@ -118,23 +118,24 @@ def of_a_pass(
 # The context of each cluster barrier of a fusion, by what precedes it.
 CLUSTER_BARRIERS = {
     FUSION_FORWARD: {
-        "y0": f"{CLUSTER_BARRIER}\n\n  norm.run(",
+        "y0": f"{CLUSTER_BARRIER}\n\n  norm.start(",
         "kt": f"{CLUSTER_BARRIER}\n\n  const auto run",
+        "m": f"{CLUSTER_BARRIER}\n  linear_of_heads(",
         "o": f"{CLUSTER_BARRIER}\n\n  // y = y0",
         "y": f"{CLUSTER_BARRIER}\n\n  // g",
     },
     FUSION_BACKWARD: {
-        "start": f"{CLUSTER_BARRIER}  // waits for the other blocks to start, and",
         "do": f"{CLUSTER_BARRIER}\n  // dz_h",
         "dz": f"{CLUSTER_BARRIER}\n\n  const auto run",
+        "du": f"{CLUSTER_BARRIER}\n  linear_of_heads(",
         "dq": f"{CLUSTER_BARRIER}\n  // The gradient of LN",
         "dy0": f"{CLUSTER_BARRIER}  // also until",
     },
 }
 # Those of which a block does something between its arrival and the wait: both contexts.
 SPLIT_BARRIERS = {
-    FUSION_FORWARD: {"start": ("with the CLS path.\n  {}", "{}  // for the other")},
     FUSION_BACKWARD: {
+        "start": ("{}\n\n  // g\n", "blocks to start.\n  {}"),
         "g": ("{}\n\n  // dy of", "[] {{ {} }},\n      [&](int row, int c, float4 dy,"),
         "the query": ("{}\n\n  // dy0 sums", "of_tokens,\n      [] {{ {} }},"),
         "f": ("{}\n  normalize_rows_backward", "return 0; }}, [] {{ {} }},"),
@@ -308,7 +309,7 @@ FAULTS: dict[str, Fault] = {
         (LAYERS, "part += block_warps()) {\n", "part += block_warps() << FAULT) {\n"),
     ),
     "a head's rows not seen": race(
-        FUSION_ALIASED, no_barrier(BLOCK, f"    }});\n    {BARRIER}\n    linear.run(rows")
+        FUSION_ALIASED, no_barrier(BLOCK, f"}});\n      {BARRIER}\n    }}\n    linear.run(rows")
     ),
     "a head's rows overwrite others in use": race(
         FUSION_ALIASED,
@@ -325,17 +326,23 @@ FAULTS: dict[str, Fault] = {
     ),
     "a row of another block": wrong(
         FUSION_ALIASED,
-        "new_cls",
+        "dcls",
         (BLOCK, "row & (this->ranks - 1)", "(row + FAULT) & (this->ranks - 1)"),
     ),
     "fusion backward: dnew_cls not seen": race(
-        FUSION, no_barrier(FUSION_BACKWARD, f"(cls_channels);\n  {BARRIER}\n#pragma")
+        FUSION, no_barrier(FUSION_BACKWARD, f"images.tokens);\n  {BARRIER}\n  // For the other")
     ),
-    "fusion forward: the CLS not seen": race(
-        FUSION, no_barrier(FUSION_FORWARD, f"{BARRIER}\n  cluster_wait();  // for the other")
+    "fusion forward: rows of f not seen": race(
+        FUSION, no_barrier(FUSION_FORWARD, f"v.activated));\n  {BARRIER}")
+    ),
+    "fusion forward: rows of q not seen": race(
+        FUSION, no_barrier(FUSION_FORWARD, f"own_heads, channels);\n  {BARRIER}")
+    ),
+    "fusion forward: rows of g not seen": race(
+        FUSION, no_barrier(FUSION_FORWARD, f"v.back_activated));\n  {BARRIER}")
     ),
     "sums of a row not seen": race(
-        FUSION_ALIASED, no_barrier(ROWS, f"make_float2(a, b);\n    {BARRIER}")
+        FUSION_ALIASED, no_barrier(ROW_NORMS, f"make_float2(a, b);\n    {BARRIER}")
     ),
     # Several images per block.
     "fusion forward: an image overwrites results": race(
@@ -345,11 +352,7 @@ FAULTS: dict[str, Fault] = {
         FUSION_ALIASED, no_barrier(FUSION_BACKWARD, f"}});\n    {BARRIER}\n  }};")
     ),
     "fusion: tiles of other blocks not there": race(
-        FUSION_SHARED, barrier_of_a_block(BLOCK, f"{CLUSTER_BARRIER}\n  if (images.blocks_per")
-    ),
-    "fusion: the pass's results not there": race(
-        FUSION_SHARED,
-        barrier_of_a_block(BLOCK, f"  }}\n  {CLUSTER_BARRIER}\n}}\n\n// Which blocks"),
+        FUSION_SHARED, barrier_of_a_block(BLOCK, f"return;\n  {CLUSTER_BARRIER}\n#pragma")
     ),
     "fusion forward: gathered sums not seen": race(
         FUSION_SHARED, no_barrier(PASSES, f"gathered.state;\n        }});\n    {BARRIER}")

@@ -181,7 +181,10 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
 
   // Overwrites the rows and the rings, to which no copy is in flight.
   __device__ void store_partials() {
-    float* to = group_sums(P::warp_group(channels_));
+    int group = P::warp_group(channels_);
+    // The compiler would compute all addresses ahead of the first image.
+    if constexpr (!kAlone) group = used_from_here(group);
+    float* to = group_sums(group);
     sums_.template store<true>(to, Base::sums_pitch(channels_), slice_);
   }
 
@@ -328,6 +331,7 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
     constexpr int kChunk = TileRing<P>::kChunk, kColumns = 8 * kChunk;
     constexpr int kChunks = ceil_div(P::kUnits * 16, kColumns);
     const int column = lane_index() % 8 * kChunk, width = slice_.units * 16 - column;
+    if (!kAlone && width <= 0) return;
 #pragma unroll 1
     for (int row = lane_index() / 8; row < P::kTokens; row += 4) {
       if (token + row >= last || token + row < x.has_extra) continue;
@@ -337,7 +341,10 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
       uint4 chunks[kChunks];
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        if (i * kColumns < width) chunks[i] = *reinterpret_cast<const uint4*>(from + i * kColumns);
+        // In the fusion, beyond the row the first chunk again: a branch would keep loads apart.
+        const int offset = i * kColumns < width ? i * kColumns : 0;
+        if (!kAlone || i * kColumns < width)
+          chunks[i] = *reinterpret_cast<const uint4*>(from + offset);
       }
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {

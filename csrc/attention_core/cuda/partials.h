@@ -270,11 +270,11 @@ class TokenPass {
     return Layout::of(channels, P::warp_groups(channels));
   }
 
-  // Row pitch of a warp group's partials: that of a pass of its own puts the rows of a fragment in
-  // different banks, and has room for whole groups of units.
+  // Row pitch of a warp group's partials, which puts the rows of a fragment in different banks;
+  // that of a pass of its own has room for whole groups of units.
   __host__ __device__ static int sums_pitch(int channels) {
     const int unit = P::kWarpsShareTiles ? 16 : 16 * P::kUnitGroup;
-    return kAlone ? round_up(channels, unit) + 4 : P::row_pitch(channels);
+    return (kAlone ? round_up(channels, unit) : channels) + 4;
   }
   // Floats of a warp group's partials: sums of its rows, then a state for each.
   __host__ __device__ static int group_floats(int channels) {

@@ -18,7 +18,7 @@ class Gelu {
       // 1 - Phi(|x|), in half the instructions of erff: its ratio to exp(-x^2 / 2) is a polynomial
       // in t = 1 / (1 + c |x|); c and the coefficients are a minimax fit. Errors are below 6e-7,
       // those of x times the tail below 3e-7 and 3e-4 of it.
-      const float root = rsqrtf(fmaf(0.23f, fabsf(x), 1.0f)), t = root * root;
+      const float root = rsqrt_approx(fmaf(0.23f, fabsf(x), 1.0f)), t = root * root;
       float ratio = fmaf(0.599980137f, t, -0.946215317f);
       ratio = fmaf(ratio, t, 1.00769368f);
       ratio = fmaf(ratio, t, -0.353475154f);

@@ -87,6 +87,11 @@ using testing::in_rank;
 
 #endif
 
+// The logarithm of a cluster's size, or of a part of it: a power of two up to 16.
+__device__ __forceinline__ int log2_of(int blocks) {
+  return (blocks > 1) + (blocks > 2) + (blocks > 4) + (blocks > 8);
+}
+
 // Some of a cluster's blocks: first, first + step and so on.
 struct Ranks {
   int first = 0, step = 1;

@@ -14,9 +14,18 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// Returns 1 / sqrt(x) for a normal x, without rsqrtf's instructions for others.
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 #else
 
 using testing::exp2_approx;
+
+inline float rsqrt_approx(float x) { return 1.0f / sqrtf(x); }
 
 #endif
 

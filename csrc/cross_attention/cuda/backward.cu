@@ -11,15 +11,15 @@ using attention_core::RowLoads;
 template <class P>
 __global__ void __launch_bounds__(P::kMaxThreads, 1)
     cross_attention_backward(const BackwardParams p, const Vectors v, float* workspace,
-                             int images_per_cluster, const BlockLayout layout) {
+                             const Sharing sharing, const BlockLayout layout) {
   using T = typename P::Element;
   CROSSVIT_DYNAMIC_SHARED(memory);
   const int channels = static_cast<int>(p.problem.channels);
   const int cls_channels = static_cast<int>(p.problem.cls_channels);
-  const int heads = static_cast<int>(p.problem.num_heads), head_dim = channels / heads;
+  const int heads = static_cast<int>(p.problem.num_heads), head_dim = sharing.head_dim;
   const int64_t batch = p.problem.batch;
   const float eps = static_cast<float>(p.problem.eps);
-  const Images images = Images::of(p.problem, images_per_cluster);
+  const Images images = Images::of(p.problem, sharing);
   const int64_t first = images.first;
   const int count = images.count;
   const RowOwners owners = RowOwners::of(count);
@@ -42,30 +42,32 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     x.extra = rows + image * pitch;
     return x;
   };
-  prefetch_parameters<T>(w, cls_channels, channels);
-  copy_rows<T>(floats, p.dnew_cls, first, 0, 1, count, cls_channels);
-  if (!layout.aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
+  cluster_arrive();
 
   // g
   const int cls_pitch = operand_pitch<T>(cls_channels);
+  const Elements<T> dnew_cls(p.dnew_cls);
+  for_each_column<T>(cls_channels, [&](int c, auto rows_of) {
+    rows_of(
+        count, [&](int row) { return dnew_cls.load_quad((first + row) * cls_channels + c); },
+        [&](int row, const LoadedQuad& loaded) {
+          const float4 values = dnew_cls.value(loaded);
+          store_quad(rows + row * cls_pitch + c, values);
+          if (owners.stores(row)) store_quad(gradients_of(row).dnew_cls + c, values);
+        });
+  });
+  TransposedLinear<T, AllColumns> back(w.back.weight, cls_channels, channels,
+                                       {channels, owners.rank, owners.ranks});
+  prefetch_parameters<T>(w, cls_channels, channels);
+  if (!layout.aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
   __syncthreads();
-#pragma unroll 1
-  for (int c = thread_index(); c < cls_channels; c += block_threads()) {
-#pragma unroll 4
-    for (int row = 0; row < count; ++row) {
-      const float value = floats[row * cls_channels + c];
-      rows[row * cls_pitch + c] = from_float<T>(value);
-      if (owners.stores(row)) gradients_of(row).dnew_cls[c] = value;
-    }
-  }
-  cluster_sync();  // waits for the other blocks to start, and until this one has read dnew_cls
-  transposed_linears(
-      rows, cls_pitch, count, w.back.weight.data, 1, cls_channels, channels, [&](int) {
-        return [&](int row, int c, float4 values) {
-          if (row >= count) return;
-          owners.store_input(row, reinterpret_cast<float4*>(floats + row * channels + c), values);
-        };
-      });
+  // For the other blocks to start.
+  cluster_wait();
+  // It goes on into the rows of the pass.
+  float* scratch = reinterpret_cast<float*>(narrow);
+  back.run(rows, cls_pitch, count, scratch, [&](int row, int c, float4 values, Ranks to) {
+    owners.store_input(row, reinterpret_cast<float4*>(floats + row * channels + c), values, to);
+  });
   cluster_arrive();
 
   // dy of the residual, and r dy of the update.
@@ -135,9 +137,16 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const auto gather = [&](const Sizes&, int begin, const TilePartials<P>& tiles) {
     pass.gather(tiles, minimum(P::kRows, heads - begin), images.tokens);
   };
-  const auto results = [&](const Sizes&, int image, int begin) {
-    pass.results(minimum(P::kRows, heads - begin), images.tokens, [&](int row, int c, float4 sum) {
-      store_quad(p.du + head_offset(batch, channels, begin + row, first + image) + c, sum);
+  const auto of_key = [](float4 weight, float4, float4 du) { return du * weight; };
+  const auto results = [&](const Sizes& s, int image, int begin) {
+    const Elements<T> gains(w.norm.weight);
+    pass.results(minimum(P::kRows, s.heads - begin), s.tokens, [&](int row, int c, float4 sum) {
+      const int head = begin + row;
+      store_quad(p.du + head_offset(s.batch, s.channels, head, s.first + image) + c, sum);
+      if (layout.aliased || head >= cluster_size()) return;
+      const LoadedQuad gain = gains.load_quad(c);
+      T* to = narrow + image * operand_pitch<T>(s.channels) + c;
+      store_quad(in_rank(to, head), of_key(gains.value(gain), {}, sum));
     });
     __syncthreads();
   };
@@ -145,13 +154,16 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   // dq_h = W_k,h (gamma du_h) / sqrt(d)
   const float scale = 1.0f / sqrtf(static_cast<float>(head_dim));
+  const OwnHeads own_heads = OwnHeads::of(sharing, heads);
+  const Layer key = {w.key.weight, {}};
+  LinearTiles<T, Share> of_du(key, channels, own_heads.columns(0));
+  cluster_sync();
   linear_of_heads(
-      rows, pitch, {w.key.weight, {}}, w.norm, channels, OwnHeads::of(channels, heads), count,
-      [&](int head) { return p.du + head_offset(batch, channels, head, first); },
-      [](float4 weight, float4, float4 du) { return du * weight; },
+      of_du, narrow, pitch, !layout.aliased, w.norm, channels, own_heads, count,
+      [&](int head) { return p.du + head_offset(batch, channels, head, first); }, of_key,
       [&](int row, int c, float a, float b) {
         a *= scale, b *= scale;
-        store_in_ranks(reinterpret_cast<Pair<T>*>(narrow + row * pitch + c), pack<T>(a, b));
+        store_in_ranks(reinterpret_cast<Pair<T>*>(rows + row * pitch + c), pack<T>(a, b));
         *reinterpret_cast<float2*>(gradients_of(row).dq + c) = make_float2(a, b);
       });
   const RowOwners last_owners = RowOwners::of(count);
@@ -161,11 +173,11 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
                                         ? reinterpret_cast<char*>(unused)
                                         : memory + layout.template scratch<T>(channels));
   };
-  TransposedLinear<T, AllColumns> query(w.query.weight, channels, channels,
-                                        {channels, rank, ranks});
+  const int late = used_from_here(channels);
+  TransposedLinear<T, AllColumns> query(w.query.weight, late, late, {late, rank, ranks});
   cluster_sync();
   // The gradient of LN(y0) as the query
-  query.run(narrow, pitch, count, scratch_at(rows), [&](int row, int c, float4 values, Ranks to) {
+  query.run(rows, pitch, count, scratch_at(narrow), [&](int row, int c, float4 values, Ranks to) {
     last_owners.store_input(row, reinterpret_cast<float4*>(floats + row * channels + c), values,
                             to);
   });

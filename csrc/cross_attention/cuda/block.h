@@ -5,6 +5,7 @@
 #include "common/cuda/memory.h"
 #include "cross_attention/cuda/kernels.h"
 #include "cross_attention/cuda/layers.h"
+#include "cross_attention/cuda/row_norms.h"
 
 // Code that the fusion's two kernels share. A cluster of blocks processes up to 16 images. Its
 // blocks share the columns of every linear layer and exchange the results through distributed
@@ -37,7 +38,11 @@ struct BlockLayout {
     layout.wide = kStatisticsBytes;
     layout.floats = layout.wide + operand_bytes_of<T>(width);
     layout.narrow = layout.floats + float_bytes_of(width);
-    layout.pass = aliased ? layout.floats : layout.template scratch<T>(channels);
+    // Before backward's pass its rows, two sets of eight, are part of what warps exchange.
+    const int rows_bytes = 16 * channels * static_cast<int>(sizeof(T));
+    layout.pass = aliased ? layout.floats
+                          : maximum(layout.template scratch<T>(channels),
+                                    layout.narrow + kScratchBytes - rows_bytes);
     return layout;
   }
 
@@ -59,6 +64,33 @@ struct BlockLayout {
   }
 };
 
+// How a cluster divides its work, as far as the launch knows it: divisions are slow.
+struct Sharing {
+  int images;  // of a cluster
+  int log_blocks_of_image;
+  int head_dim;
+  // Rows of passes and what heads' layers take, from block to block; else through memory.
+  bool operands_are_sent;
+  int sent_bytes;  // of rows, behind which are gamma and beta
+
+  template <class P>
+  static Sharing of(const Problem& problem, const ClusterShape& shape, const BlockLayout& layout) {
+    using T = typename P::Element;
+    Sharing sharing = {shape.images, 0, static_cast<int>(problem.channels / problem.num_heads)};
+    while (2 * shape.images << sharing.log_blocks_of_image <= shape.blocks) {
+      ++sharing.log_blocks_of_image;
+    }
+    const int64_t passes =
+        ceil_div(shape.images, shape.blocks) * ceil_div(problem.num_heads, int64_t{P::kRows});
+    const int64_t rows_bytes = P::kRows * problem.channels * static_cast<int64_t>(sizeof(T));
+    const int64_t norm_bytes = 2 * problem.channels * static_cast<int64_t>(sizeof(float));
+    sharing.operands_are_sent =
+        !layout.aliased && passes * rows_bytes + norm_bytes <= layout.narrow - layout.floats;
+    sharing.sent_bytes = sharing.operands_are_sent ? static_cast<int>(passes * rows_bytes) : 0;
+    return sharing;
+  }
+};
+
 // The images of a cluster. If there are fewer of them than blocks, blocks share an image's tokens.
 struct Images {
   int64_t first;
@@ -67,15 +99,13 @@ struct Images {
   Range tokens;     // this block's, of each of its images
   int begin, step;  // this block's images: begin, begin + step and so on, below count
 
-  __device__ static Images of(const Problem& problem, int images_per_cluster) {
-    const int rank = cluster_rank(), ranks = cluster_size();
-    const int blocks_per_image = kHasClusters ? maximum(1, ranks / images_per_cluster) : 1;
-    const int64_t first = int64_t{blockIdx.x} / ranks * images_per_cluster;
-    const int64_t count = minimum(problem.batch - first, int64_t{images_per_cluster});
+  __device__ static Images of(const Problem& problem, const Sharing& sharing) {
+    const int rank = cluster_rank(), ranks = cluster_size(), log = sharing.log_blocks_of_image;
+    const int64_t first = int64_t{blockIdx.x >> log2_of(ranks)} * sharing.images;
+    const int64_t count = minimum(problem.batch - first, int64_t{sharing.images});
     const int num_tokens = static_cast<int>(problem.num_tokens) + 1;  // with the CLS
-    const Range tokens = {0, num_tokens, rank % blocks_per_image, blocks_per_image};
-    return {first,  static_cast<int>(count), blocks_per_image,
-            tokens, rank / blocks_per_image, ranks / blocks_per_image};
+    const Range tokens = {0, num_tokens, rank & ((1 << log) - 1), 1 << log};
+    return {first, static_cast<int>(count), 1 << log, tokens, rank >> log, ranks >> log};
   }
 };
 
@@ -100,7 +130,7 @@ struct Sizes {
 // Runs passes over the tokens of this block's images, for as many heads at a time as a pass has
 // rows: run(sizes, image, head, tiles) with the first of the heads, then results(sizes, image,
 // head). Blocks that share an image synchronize in between, with the tiles' partials in `memory`,
-// and gather(sizes, head, tiles).
+// and gather(sizes, head, tiles). The caller synchronizes the cluster.
 template <class P, class Run, class Gather, class Results>
 __device__ __forceinline__ void pass_over_images(const Images& images, const Problem& problem,
                                                  float* memory, Run run, Gather gather,
@@ -122,15 +152,14 @@ __device__ __forceinline__ void pass_over_images(const Images& images, const Pro
       if (images.blocks_per_image == 1) results(Sizes::of(problem, images), image, head);
     }
   }
-  cluster_sync();
   if (images.blocks_per_image == 1) return;
+  cluster_sync();
 #pragma unroll 1
   for (int head = 0; images.begin < images.count && head < heads; head += P::kRows) {
     const Sizes s = Sizes::of(problem, images);
     gather(s, head, partials_of(s, images.begin, head));
     results(s, images.begin, head);
   }
-  cluster_sync();
 }
 
 // Which blocks of a cluster compute the LayerNorm of an image's row. Each row has one, which sends
@@ -195,8 +224,8 @@ struct Share {
   int begin, end;  // in tiles
 
   __device__ static Share of(int columns) {
-    const int all = columns / 8, rank = cluster_rank(), size = cluster_size();
-    return {all * rank / size, all * (rank + 1) / size};
+    const int all = columns / 8, rank = cluster_rank(), log = log2_of(cluster_size());
+    return {all * rank >> log, all * (rank + 1) >> log};
   }
   __device__ int tiles() const { return end - begin; }
   __device__ int first(int tile) const { return 8 * (begin + tile); }
@@ -206,92 +235,95 @@ struct Share {
 struct OwnHeads {
   int head_dim, rank, size, count;
 
-  __device__ static OwnHeads of(int channels, int heads) {
-    const int head_dim = channels / used_from_here(heads);
+  __device__ static OwnHeads of(const Sharing& sharing, int heads) {
     const int rank = cluster_rank(), size = cluster_size();
-    return {head_dim, rank, size, rank < heads ? ceil_div(heads - rank, size) : 0};
+    return {sharing.head_dim, rank, size, (heads - rank + size - 1) >> log2_of(size)};
   }
   __device__ int head(int i) const { return rank + i * size; }
   __device__ int tiles() const { return count * head_dim / 8; }
   __device__ int first(int tile) const {
-    const int i = tile * 8 / head_dim;
-    return head(i) * head_dim + tile * 8 - i * head_dim;
+    int c = 8 * tile, i = 0;
+    for (; c >= head_dim; c -= head_dim) ++i;
+    return head(i) * head_dim + c;
+  }
+  // The columns of a head.
+  __device__ Share columns(int i) const {
+    const int first = head(i) * head_dim / 8;
+    return {first, i < count ? first + head_dim / 8 : first};
   }
 };
 
-// A linear layer for the columns of this block's heads. A head's operand is of value(weight, bias,
-// x) for the images' x [count, depth] of that head, with the parameters of a LayerNorm, and is
-// computed into `rows`.
+// Runs a linear layer for the columns of this block's heads, with the first head's loaded. A head's
+// operand is of value(weight, bias, x) for the images' x [count, depth] of that head, with the
+// parameters of a LayerNorm: in `rows`, where it is computed unless it is sent there. Of other
+// heads than the first of a block it is computed.
 template <class T, class XOf, class Value, class Write>
-__device__ void linear_of_heads(T* rows, int pitch, const Layer& layer, const Layer& norm,
-                                int depth, const OwnHeads& own, int count, XOf x_of, Value value,
-                                Write write) {
+__device__ void linear_of_heads(LinearTiles<T, Share>& linear, T* rows, int pitch, bool is_sent,
+                                const Layer& norm, int depth, const OwnHeads& own, int count,
+                                XOf x_of, Value value, Write write) {
   const Elements<T> weights(norm.weight), biases(norm.bias);
 #pragma unroll 1
   for (int i = 0; i < own.count; ++i) {
-    const int head = own.head(i);
-    const int tile = head * own.head_dim / 8;
-    LinearTiles<T, Share> linear(layer, depth, {tile, tile + own.head_dim / 8});
-    const float* x = x_of(head);
-    for_each_column<T>(depth, [&](int c, auto rows_of) {
-      const LoadedQuad loaded_weight = weights.load_quad(c), loaded_bias = biases.load_quad(c);
-      const float4 weight = weights.value(loaded_weight), bias = biases.value(loaded_bias);
-      rows_of(
-          count, [&](int row) { return load_quad(x + row * depth + c); },
-          [&](int row, float4 v) { store_quad(rows + row * pitch + c, value(weight, bias, v)); });
-    });
-    __syncthreads();
+    if (i > 0) linear.start(own.columns(i));
+    if (i > 0 || !is_sent) {
+      const float* x = x_of(own.head(i));
+      for_each_column<T>(depth, [&](int c, auto rows_of) {
+        const LoadedQuad loaded_weight = weights.load_quad(c), loaded_bias = biases.load_quad(c);
+        const float4 weight = weights.value(loaded_weight), bias = biases.value(loaded_bias);
+        rows_of(
+            count, [&](int row) { return load_quad(x + row * depth + c); },
+            [&](int row, float4 v) { store_quad(rows + row * pitch + c, value(weight, bias, v)); });
+      });
+      __syncthreads();
+    }
     linear.run(rows, pitch, count, write);
     if (i + 1 < own.count) __syncthreads();
   }
 }
 
 // Brings the parameters to L2, a line once in the whole grid. The tokens' copies, which start
-// early, would hold up the loads of one layer after another. With fewer warps than vectors some are
-// left out.
+// early, would hold up the loads of one layer after another. What is loaded first is left out, and
+// vectors are where there are fewer warps than those.
 template <class T>
 __device__ void prefetch_parameters(const Weights& w, int cls_channels, int channels) {
-  const int thread = static_cast<int>(blockIdx.x) * block_threads() + thread_index();
-  const int threads = static_cast<int>(gridDim.x) * block_threads();
-  const auto fetch = [&](const Parameter& p, int count, int first, int step) {
-    const int size = p.dtype == DType::kFloat32 ? 4 : static_cast<int>(sizeof(T));
-    if (p.data) prefetch(p.data, count * size, first, step);
+  const auto lines_of = [](int elements) {
+    return ceil_div(elements * static_cast<int>(sizeof(T)), kLineBytes);
   };
-  fetch(w.proj.weight, cls_channels * channels, thread, threads);
-  fetch(w.query.weight, channels * channels, thread, threads);
-  fetch(w.key.weight, channels * channels, thread, threads);
-  fetch(w.value.weight, channels * channels, thread, threads);
-  fetch(w.out.weight, channels * channels, thread, threads);
-  fetch(w.back.weight, channels * cls_channels, thread, threads);
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  const int square = lines_of(channels * channels), other = lines_of(cls_channels * channels);
+#pragma unroll 1
+  for (int i = thread_index() * blocks + block; i < 4 * square + 2 * other;
+       i += block_threads() * blocks) {
+    const void* data = w.query.weight.data;
+    int line = i;
+    const auto next = [&](const Parameter& p, int lines) {
+      if (line >= lines) line -= lines, data = p.data;
+    };
+    if (line >= 4 * square) {
+      line -= 4 * square, data = w.proj.weight.data;
+      next(w.back.weight, other);
+    } else {
+      next(w.key.weight, square);
+      if (data == w.key.weight.data) next(w.value.weight, square);
+      if (data == w.value.weight.data) next(w.out.weight, square);
+    }
+    prefetch_line(static_cast<const char*>(data) + line * kLineBytes);
+  }
   // Vectors have few lines: each is one warp's.
-  const int lane = lane_index(), warp = thread / 32;
-  int vector = 0;
-  const auto fetch_vector = [&](const Parameter& p, int width) {
-    if (vector++ == warp) fetch(p, width, lane, 32);
+  int vector = block * block_warps() + warp_index();
+  if (vector > 7) return;
+  const auto fetch = [&](const Parameter& p, int width) {
+    const int size = p.dtype == DType::kFloat32 ? 4 : static_cast<int>(sizeof(T));
+    if (vector-- == 0 && p.data) prefetch(p.data, width * size, lane_index(), 32);
   };
-  fetch_vector(w.proj_norm.weight, cls_channels);
-  fetch_vector(w.proj_norm.bias, cls_channels);
-  fetch_vector(w.proj.bias, channels);
-  fetch_vector(w.norm.weight, channels);
-  fetch_vector(w.norm.bias, channels);
-  fetch_vector(w.query.bias, channels);
-  fetch_vector(w.value.bias, channels);
-  fetch_vector(w.out.bias, channels);
-  fetch_vector(w.back_norm.weight, channels);
-  fetch_vector(w.back_norm.bias, channels);
-  fetch_vector(w.back.bias, cls_channels);
-}
-
-// Copies rows begin, begin + step, ... below count of a parameter [.., width], after its first
-// ones, to floats in shared memory. Called by a block.
-template <class T>
-__device__ void copy_rows(float* to, const Parameter& from, int64_t first, int begin, int step,
-                          int count, int width) {
-  const Elements<T> elements(from);
-  for_each_quad(begin, step, count, width, [&](int row, int c) {
-    const LoadedQuad loaded = elements.load_quad((first + row) * width + c);
-    store_quad(to + row * width + c, elements.value(loaded));
-  });
+  fetch(w.norm.weight, channels);
+  fetch(w.norm.bias, channels);
+  fetch(w.query.bias, channels);
+  fetch(w.value.bias, channels);
+  fetch(w.out.bias, channels);
+  fetch(w.back_norm.weight, channels);
+  fetch(w.back_norm.bias, channels);
+  fetch(w.back.bias, cls_channels);
 }
 
 // The plans: units, row groups, fewest and most warps of a group, stages and their widest tokens. A
@@ -366,7 +398,8 @@ void start(const char* name, const Params& p, const ClusterShape& shape, float* 
       config.shared_bytes = setup.block.shared_bytes;
       const Vectors vectors = Vectors::at(static_cast<float*>(p.vectors), p.problem);
       attention_core::cuda::check(
-          launch(kernel_of(plan), config, p, vectors, workspace, shape.images, setup.layout),
+          launch(kernel_of(plan), config, p, vectors, workspace,
+                 Sharing::of<P>(p.problem, shape, setup.layout), setup.layout),
           attention_core::cuda::name_of<P>(name));
     });
   });

@@ -2,8 +2,8 @@
 
 #include "cross_attention/cuda/block.h"
 
-// The layers of backward's CLS path before the token pass, a block of columns to each warp: with
-// their depth divided among warps (TransposedLinear) the pass's kernel would spill registers.
+// The two layers before backward's token pass, a block of columns to each warp: with their depth
+// divided among warps (TransposedLinear) the pass's kernel would spill registers.
 
 namespace crossvit::cross_attention::cuda {
 

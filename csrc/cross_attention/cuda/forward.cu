@@ -1,5 +1,6 @@
 #include "cross_attention/cuda/block.h"
 #include "cross_attention/cuda/passes.h"
+#include "cross_attention/cuda/sent_rows.h"
 
 namespace crossvit::cross_attention::cuda {
 namespace {
@@ -12,7 +13,7 @@ using attention_core::RowLoads;
 template <class P>
 __global__ void __launch_bounds__(P::kMaxThreads, 1)
     cross_attention_forward(const ForwardParams p, const Vectors v, float* workspace,
-                            int images_per_cluster, const BlockLayout layout) {
+                            const Sharing sharing, const BlockLayout layout) {
   using T = typename P::Element;
   CROSSVIT_DYNAMIC_SHARED(memory);
   const int channels = static_cast<int>(p.problem.channels);
@@ -20,17 +21,14 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int heads = static_cast<int>(p.problem.num_heads);
   const int64_t batch = p.problem.batch;
   const float eps = static_cast<float>(p.problem.eps);
-  const Images images = Images::of(p.problem, images_per_cluster);
+  const Images images = Images::of(p.problem, sharing);
   const int64_t first = images.first;
   const int count = images.count;
   T* rows = reinterpret_cast<T*>(memory + layout.wide);
-  T* queries = reinterpret_cast<T*>(memory + layout.narrow);
-  float* floats = reinterpret_cast<float*>(memory + layout.floats);
-  const int pitch = operand_pitch<T>(channels);
+  T* narrow = reinterpret_cast<T*>(memory + layout.narrow);
+  const int pitch = operand_pitch<T>(channels), cls_pitch = operand_pitch<T>(cls_channels);
   const Weights& w = p.weights;
 
-  // The copies of the tokens overlap with the CLS path.
-  cluster_arrive();
   // Made anew for each use: what follows from its members would take many registers in between.
   const auto new_pass = [&](int channels) {
     return ForwardTokens<P>(memory + used_from_here(layout.pass), channels, eps, true);
@@ -41,45 +39,56 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     x.extra = rows + image * pitch;
     return x;
   };
+  // Every block normalises all rows: that takes less time than another barrier of the cluster.
+  const auto writer_of = [&](int width, float* saved) {
+    const int rank = cluster_rank(), ranks = cluster_size();
+    return [=](int row, int c, float4 values) {
+      store_quad(rows + row * operand_pitch<T>(width) + c, values);
+      if ((row & (ranks - 1)) == rank) store_quad(saved + (first + row) * width + c, values);
+    };
+  };
+  float* gains = reinterpret_cast<float*>(memory + layout.floats + sharing.sent_bytes);
+
+  // f, while the first tokens are copied
+  RowNormalization<T, true, ParameterRows<T>> proj_norm(
+      w.proj_norm, {Elements<T>(p.cls), first, cls_channels}, cls_channels, count);
+  proj_norm.start();
+  LinearTiles<T, Share> proj(w.proj, cls_channels, Share::of(channels));
   prefetch_parameters<T>(w, cls_channels, channels);
-  const RowOwners owners = RowOwners::of(count);
-  // Where all blocks compute all rows, others may store y0 while this one reads its CLS.
-  float* cls = floats + (owners.are_all ? 14 * maximum(cls_channels, channels) : 0);
-  copy_rows<T>(cls, p.cls, first, owners.begin(), owners.step(), count, cls_channels);
-  const RowNormalization<T, true> proj_norm(w.proj_norm, cls_channels, owners, count);
   if (!layout.aliased && images.begin < count)
     new_pass(channels).start(image_of(images.begin), images.tokens);
-
-  // f
-  LinearTiles<T, Share> proj(w.proj, cls_channels, Share::of(channels));
+  proj_norm.run(eps, writer_of(cls_channels, v.activated));
   __syncthreads();
-  cluster_wait();  // for the other blocks to start
-  proj_norm.run(cls, eps, owners.writer(rows, cls_channels, v.activated, first));
-  owners.wait();
-  proj.run(rows, operand_pitch<T>(cls_channels), count, [&](int row, int c, float a, float b) {
-    const float2 value = make_float2(a, b);
-    owners.store_input(row, reinterpret_cast<float2*>(floats + row * channels + c), value);
-    *reinterpret_cast<float2*>(v.y0 + (first + row) * channels + c) = value;
+  proj.run(rows, cls_pitch, count, [&](int row, int c, float a, float b) {
+    *reinterpret_cast<float2*>(v.y0 + (first + row) * channels + c) = make_float2(a, b);
   });
-  const RowNormalization<T, false> norm(w.norm, channels, owners, count);
-  const OwnHeads own_heads = OwnHeads::of(channels, heads);
+  RowNormalization<T, false, FloatRows> norm(w.norm, {v.y0 + first * channels, channels}, channels,
+                                             count);
+  const OwnHeads own_heads = OwnHeads::of(sharing, heads);
   LinearTiles<T, OwnHeads> query(w.query, channels, own_heads);
   cluster_sync();
 
-  norm.run(floats, eps, owners.writer(rows, channels, v.normed, first));
+  norm.start();
+  norm.run(eps, writer_of(channels, v.normed));
+  if (sharing.operands_are_sent) norm.store_parameters(gains, gains + channels);
   TransposedHeads<T, OwnHeads> key(w.key.weight, own_heads, channels);
-  owners.wait();
+  __syncthreads();
   // q and kt of a head are the same block's.
   query.run(rows, pitch, count, [&](int row, int c, float a, float b) {
-    *reinterpret_cast<Pair<T>*>(queries + row * pitch + c) = pack<T>(a, b);
+    *reinterpret_cast<Pair<T>*>(narrow + row * pitch + c) = pack<T>(a, b);
     *reinterpret_cast<float2*>(v.q + (first + row) * channels + c) = make_float2(a, b);
   });
   __syncthreads();
 
-  // kt_h = W_k,h^T q_h / sqrt(d)
-  const float scale = 1.0f / sqrtf(static_cast<float>(channels / heads));
-  key.run(queries, pitch, count, [&](int head, int row, int c, float4 values) {
-    store_quad(v.kt + head_offset(batch, channels, head, first + row) + c, values * scale);
+  // kt_h = W_k,h^T q_h / sqrt(d), to memory and, times gamma, to the blocks of the image
+  const float scale = 1.0f / sqrtf(static_cast<float>(sharing.head_dim));
+  const SentRows<P> sent(memory + layout.floats, images, heads);
+  key.run(narrow, pitch, count, [&](int head, int row, int c, float4 values) {
+    const float4 kt = values * scale;
+    store_quad(v.kt + head_offset(batch, channels, head, first + row) + c, kt);
+    if (sharing.operands_are_sent) {
+      sent.send(row, head, channels, c, kt * load_quad(gains + c));
+    }
   });
   // y0 is the first token of each image.
   for_each_quad(images.begin, images.step, count, channels, [&](int image, int c) {
@@ -90,18 +99,25 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const auto run = [&](const Sizes& s, int image, int head, const TilePartials<P>& tiles) {
     auto pass = new_pass(s.channels);
     const Image<T> x = image_of(image);
-    const float* kt = v.kt + head_offset(s.batch, s.channels, head, s.first + image);
-    constexpr int kColumns = P::kWarpsShareTiles ? 1 : 2;  // as registers allow
-    const RowLoads<P, kColumns, Elements<T>> u(kt, s.batch * s.channels,
-                                               minimum(P::kRows, s.heads - head), s.channels,
-                                               Elements<T>(w.norm.weight));
-    if (layout.aliased || image != images.begin || head > 0) pass.start(x, s.tokens);
-    u.write(pass.rows());
+    const bool is_late = layout.aliased || image != images.begin || head > 0;
+    if (sharing.operands_are_sent) {
+      if (is_late) pass.start(x, s.tokens);
+      const SentRows<P> sent(memory + used_from_here(layout.floats), images, s.heads);
+      sent.copy(pass.rows(), image, head, s.channels);
+    } else {
+      const float* kt = v.kt + head_offset(s.batch, s.channels, head, s.first + image);
+      const int rows = minimum(P::kRows, s.heads - head);
+      const RowLoads<P, 1, Elements<T>> u(kt, s.batch * s.channels, rows, s.channels,
+                                          Elements<T>(w.norm.weight));
+      if (is_late) pass.start(x, s.tokens);
+      u.write(pass.rows());
+    }
     pass.run(x, s.tokens, tiles);
   };
   const auto gather = [&](const Sizes& s, int head, const TilePartials<P>& tiles) {
     new_pass(s.channels).gather(tiles, minimum(P::kRows, s.heads - head), s.tokens);
   };
+  const auto of_value = [](float4 weight, float4 bias, float4 m) { return m * weight + bias; };
   const auto results = [&](const Sizes& s, int image, int first_head) {
     new_pass(s.channels)
         .results(
@@ -109,6 +125,11 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
             [&](int row, int c, float4 m) {
               const int head = first_head + row;
               store_quad(v.m + head_offset(s.batch, s.channels, head, s.first + image) + c, m);
+              if (!sharing.operands_are_sent || head >= cluster_size()) return;
+              T* to = narrow + image * operand_pitch<T>(s.channels) + c;
+              const float* gain = gains + c;
+              store_quad(in_rank(to, head),
+                         of_value(load_quad(gain), load_quad(gain + s.channels), m));
             },
             [&](int row, const RowTotal& total) {
               v.lse[(s.first + image) * s.heads + first_head + row] = log_of_total(total.state);
@@ -118,33 +139,43 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   pass_over_images<P>(images, p.problem, workspace, run, gather, results);
 
   // o_h = W_v,h (gamma m_h + beta) + b_v,h, to the operands of all blocks, and to memory
+  const OwnHeads heads_of_o = OwnHeads::of(sharing, heads);
+  LinearTiles<T, Share> value(w.value, channels, heads_of_o.columns(0));
+  cluster_sync();
   linear_of_heads(
-      rows, pitch, w.value, w.norm, channels, OwnHeads::of(channels, heads), count,
-      [&](int head) { return v.m + head_offset(batch, channels, head, first); },
-      [](float4 weight, float4 bias, float4 m) { return m * weight + bias; },
+      value, narrow, pitch, sharing.operands_are_sent, w.norm, channels, heads_of_o, count,
+      [&](int head) { return v.m + head_offset(batch, channels, head, first); }, of_value,
       [&](int row, int c, float a, float b) {
-        store_in_ranks(reinterpret_cast<Pair<T>*>(queries + row * pitch + c), pack<T>(a, b));
+        store_in_ranks(reinterpret_cast<Pair<T>*>(rows + row * pitch + c), pack<T>(a, b));
         *reinterpret_cast<float2*>(v.o + (first + row) * channels + c) = make_float2(a, b);
       });
   LinearTiles<T, Share> out(w.out, channels, Share::of(channels));
   cluster_sync();
 
   // y = y0 + r (W_o o + b_o)
-  const RowOwners last_owners = RowOwners::of(count);
-  out.run(queries, pitch, count, [&](int row, int c, float a, float b) {
-    const float r = scale_of_residual(p.residual_scale, first + row);
-    const float2 residual = *reinterpret_cast<const float2*>(v.y0 + (first + row) * channels + c);
-    const float2 value = make_float2(residual.x + r * a, residual.y + r * b);
-    last_owners.store_input(row, reinterpret_cast<float2*>(floats + row * channels + c), value);
-    *reinterpret_cast<float2*>(v.y + (first + row) * channels + c) = value;
-  });
-  const RowNormalization<T, true> back_norm(w.back_norm, channels, last_owners, count);
+  struct Residual {
+    float2 y0;
+    float scale;
+  };
+  out.run(
+      rows, pitch, count,
+      [&](int row, int c) -> Residual {
+        return {*reinterpret_cast<const float2*>(v.y0 + (first + row) * channels + c),
+                scale_of_residual(p.residual_scale, first + row)};
+      },
+      [&](int row, int c, float a, float b, const Residual& of) {
+        *reinterpret_cast<float2*>(v.y + (first + row) * channels + c) =
+            make_float2(of.y0.x + of.scale * a, of.y0.y + of.scale * b);
+      });
+  RowNormalization<T, true, FloatRows> back_norm(w.back_norm, {v.y + first * channels, channels},
+                                                 channels, count);
   LinearTiles<T, Share> back(w.back, channels, Share::of(cls_channels));
   cluster_sync();
 
   // g
-  back_norm.run(floats, eps, last_owners.writer(rows, channels, v.back_activated, first));
-  last_owners.wait();
+  back_norm.start();
+  back_norm.run(eps, writer_of(channels, v.back_activated));
+  __syncthreads();
   back.run(rows, pitch, count, [&](int row, int c, float a, float b) {
     T* to = static_cast<T*>(p.new_cls) + (first + row) * cls_channels + c;
     store_pair(to, pack<T>(a, b));

@@ -23,6 +23,26 @@ struct Vector {
   }
 };
 
+// Rows g and g + 8 of an operand with `count` rows. Beyond them it is the last row, whose products
+// no one uses.
+template <class T>
+class RowPair {
+ public:
+  __device__ __forceinline__ RowPair(const T* rows, int pitch, int count)
+      : upper_(rows + minimum(hidden_lane() / 4, count - 1) * pitch),
+        lower_(rows + minimum(hidden_lane() / 4 + 8, count - 1) * pitch) {}
+
+  __device__ __forceinline__ Vector<T> upper(int k) const {
+    return Vector<T>::load_if(true, upper_ + k);
+  }
+  __device__ __forceinline__ Vector<T> lower(int k) const {
+    return Vector<T>::load_if(true, lower_ + k);
+  }
+
+ private:
+  const T *upper_, *lower_;
+};
+
 // Rows g and g + 8 of A from pairs i and i + 1 of theirs.
 template <class T>
 __device__ __forceinline__ FragmentA<T> a_of_rows(const Vector<T>& upper, const Vector<T>& lower,
@@ -42,14 +62,33 @@ class LinearTiles {
     load(warp_index(), 0);
   }
 
+  // Takes other columns.
+  __device__ __forceinline__ void start(const Columns& columns) {
+    columns_ = columns;
+    load(warp_index(), 0);
+  }
+
   // Calls write(row, column, a, b) with columns `column` and `column` + 1 of rows below count.
   template <class Write>
   __device__ __forceinline__ void run(const T* rows, int pitch, int count, Write write) {
+    struct Nothing {};
+    run(
+        rows, pitch, count, [](int, int) { return Nothing(); },
+        [&](int row, int column, float a, float b, Nothing) { write(row, column, a, b); });
+  }
+
+  // Also gives it load(row, column), called before the products.
+  template <class Load, class Write>
+  __device__ __forceinline__ void run(const T* rows, int pitch, int count, Load load_more,
+                                      Write write) {
     const int g = lane_index() / 4, t = lane_index() % 4;
     const Elements<T> bias(layer_.bias);
 #pragma unroll 1
     for (int tile = warp_index(); tile < columns_.tiles(); tile += block_warps()) {
       const float biases[2] = {bias.value(biases_[0]), bias.value(biases_[1])};
+      const int column = columns_.first(tile) + 2 * t;
+      const auto upper = load_more(minimum(g, count - 1), column);
+      const auto lower = load_more(minimum(g + 8, count - 1), column);
       float sums[4][4] = {};  // several chains of products
 #pragma unroll 1
       for (int begin = 0; begin < depth_; begin += kSteps * kDepth) {
@@ -62,9 +101,8 @@ class LinearTiles {
       for (int i = 0; i < 4; ++i) {
         total[i] = sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i]) + biases[i & 1];
       }
-      const int column = columns_.first(tile) + 2 * t;
-      if (g < count) write(g, column, total[0], total[1]);
-      if (g + 8 < count) write(g + 8, column, total[2], total[3]);
+      if (g < count) write(g, column, total[0], total[1], upper);
+      if (g + 8 < count) write(g + 8, column, total[2], total[3], lower);
     }
   }
 
@@ -72,7 +110,7 @@ class LinearTiles {
   using V = Vector<T>;
   static constexpr int kDepth = 4 * V::kElements;
   // Along k, loads in flight: 16-bit rows of 384.
-  static constexpr int kSteps = sizeof(T) == 4 ? 6 : 12;
+  static constexpr int kSteps = sizeof(T) == 4 ? 6 : 12, kHalf = kSteps / 2;
 
   __device__ __forceinline__ void load(int tile, int begin) {
     if (tile >= columns_.tiles()) return;
@@ -85,18 +123,20 @@ class LinearTiles {
     const T* from = static_cast<const T*>(layer_.weight.data) + row * depth_ + k;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      if (step == kHalf && begin + kHalf * kDepth >= depth_) break;
       weights_[step] = V::load_if(k + step * kDepth < depth_, from + step * kDepth);
     }
   }
 
   __device__ __forceinline__ void multiply_loaded(const T* rows, int pitch, int count, int begin,
                                                   float (&sums)[4][4]) const {
-    const int g = lane_index() / 4, k = begin + lane_index() % 4 * V::kElements;
+    const int k = begin + lane_index() % 4 * V::kElements;
+    const RowPair<T> pair(rows, pitch, count);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      if (step == kHalf && begin + kHalf * kDepth >= depth_) break;
       const int k_step = k + step * kDepth < depth_ ? k + step * kDepth : 0;  // weights are 0 there
-      const V upper = V::load_if(g < count, rows + g * pitch + k_step);
-      const V lower = V::load_if(g + 8 < count, rows + (g + 8) * pitch + k_step);
+      const V upper = pair.upper(k_step), lower = pair.lower(k_step);
 #pragma unroll
       for (int i = 0; i < V::kPairs; i += 2) {
         multiply(sums[(step * V::kPairs / 2 + i / 2) % 4], a_of_rows(upper, lower, i),
@@ -154,7 +194,8 @@ class ColumnBlock {
   // Starts the loads of rows from `begin`, below `end`, and of columns from `first`, below `last`.
   __device__ __forceinline__ void load(const T* weight, int columns, int first, int last, int begin,
                                        int end) {
-    const int k = begin + lane_index() % 4 * V::kElements, c = first + lane_index() / 4 * 4;
+    const int lane = hidden_lane();
+    const int k = begin + lane % 4 * V::kElements, c = first + lane / 4 * 4;
     const T* from = weight + k * columns + c;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -169,13 +210,13 @@ class ColumnBlock {
   // Adds the products with columns `begin` to `end` of an operand's rows below count.
   __device__ __forceinline__ void multiply(const T* rows, int pitch, int count, int begin, int end,
                                            float (&sums)[4][4]) const {
-    const int g = lane_index() / 4, k = begin + lane_index() % 4 * V::kElements;
+    const int k = begin + hidden_lane() % 4 * V::kElements;
+    const RowPair<T> pair(rows, pitch, count);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (begin + step * kDepth >= end) break;
       const int k_step = k + step * kDepth < end ? k + step * kDepth : begin;  // there W is 0
-      const V upper = V::load_if(g < count, rows + g * pitch + k_step);
-      const V lower = V::load_if(g + 8 < count, rows + (g + 8) * pitch + k_step);
+      const V upper = pair.upper(k_step), lower = pair.lower(k_step);
 #pragma unroll
       for (int i = 0; i < V::kPairs; i += 2) {
         const FragmentA<T> a = a_of_rows(upper, lower, i);
@@ -192,7 +233,7 @@ class ColumnBlock {
   template <class Visit>
   __device__ __forceinline__ static void for_each_sum(const float (&sums)[4][4], int count,
                                                       Visit visit) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
+    const int lane = hidden_lane(), g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = g + 8 * (i >> 1);
@@ -241,7 +282,7 @@ class TransposedLinear {
         columns_(columns),
         part_rows_(round_up(ceil_div(depth, kParts), 32)),
         own_(own) {
-    load(0, warp_index(), 0);
+    load(0, hidden_warp(), 0);
   }
 
   // Calls write(row, column, values, ranks) with four columns of rows below count. What it stores
@@ -250,11 +291,11 @@ class TransposedLinear {
   template <class Write>
   __device__ __forceinline__ void run(const T* rows, int pitch, int count, float* scratch,
                                       Write write) {
-    const int parts = ceil_div(depth_, part_rows_), blocks = own_.count();
+    const int parts = ceil_div(depth_, part_rows_), blocks = own_.count(), warp = hidden_warp();
 #pragma unroll 1
     for (int i = 0; i < blocks; ++i) {
 #pragma unroll 1
-      for (int part = warp_index(); part < parts; part += block_warps()) {
+      for (int part = warp; part < parts; part += block_warps()) {
         const int begin = part * part_rows_, end = minimum(depth_, begin + part_rows_);
         float sums[4][4] = {};
 #pragma unroll 1
@@ -262,7 +303,7 @@ class TransposedLinear {
           block_.multiply(rows, pitch, count, k, end, sums);
           // What is next: of the part, of another part, or of another block.
           const bool has_part = k + Block::kRows >= end, is_last = part + block_warps() >= parts;
-          const int next = !has_part ? part : is_last ? warp_index() : part + block_warps();
+          const int next = !has_part ? part : is_last ? warp : part + block_warps();
           load(i + (has_part && is_last), next, has_part ? 0 : k + Block::kRows - begin);
         }
         Block::for_each_sum(sums, count, [&](int row, int c, float4 values) {
@@ -338,7 +379,7 @@ class TransposedHeads {
   __device__ __forceinline__ void run(const T* rows, int pitch, int count, Write write) {
 #pragma unroll 1
     for (int job = warp_index(); job < own_.count * column_blocks_; job += block_warps()) {
-      const int i = job / column_blocks_, first = (job - i * column_blocks_) * Block::kColumns;
+      const int i = head_of(job), first = (job - i * column_blocks_) * Block::kColumns;
       float sums[4][4] = {};
 #pragma unroll 1
       for (int k = 0; k < own_.head_dim; k += Block::kRows) {
@@ -353,8 +394,15 @@ class TransposedHeads {
   }
 
  private:
+  // job / column_blocks_, of which there are few.
+  __device__ __forceinline__ int head_of(int job) const {
+    int i = 0;
+    while (job >= (i + 1) * column_blocks_) ++i;
+    return i;
+  }
+
   __device__ __forceinline__ void load(int job, int k) {
-    const int i = job / column_blocks_, first = (job - i * column_blocks_) * Block::kColumns;
+    const int i = head_of(job), first = (job - i * column_blocks_) * Block::kColumns;
     if (i >= own_.count) return;
     const T* weight = weight_ + own_.head(i) * own_.head_dim * columns_;
     block_.load(weight, columns_, first, columns_, k, own_.head_dim);

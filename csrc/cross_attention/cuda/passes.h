@@ -20,8 +20,8 @@ struct ChannelShare {
   int first, last;
 
   __device__ static ChannelShare of(int channels, const Range& range) {
-    const int quads = channels / 4;
-    return {4 * (quads * range.rank / range.ranks), 4 * (quads * (range.rank + 1) / range.ranks)};
+    const int quads = channels / 4, log = log2_of(range.ranks);
+    return {4 * (quads * range.rank >> log), 4 * (quads * (range.rank + 1) >> log)};
   }
 };
 
@@ -85,7 +85,7 @@ struct Partials {
   float* floats;
   int channels;
 
-  __device__ int pitch() const { return P::row_pitch(channels); }
+  __device__ int pitch() const { return channels + 4; }  // TokenPass::sums_pitch
   __device__ float* of(int warp_group) const {
     return floats + warp_group * P::kRows * (pitch() + kStateFloats);
   }

@@ -1,0 +1,53 @@
+#pragma once
+
+#include "cross_attention/cuda/block.h"
+
+namespace crossvit::cross_attention::cuda {
+
+// Rows of passes, u, as operands, that the blocks of heads send to those of images.
+template <class P>
+class SentRows {
+  using T = typename P::Element;
+
+ public:
+  __device__ SentRows(char* memory, const Images& images, int heads)
+      : memory_(reinterpret_cast<T*>(memory)), images_(images), heads_(heads) {}
+
+  // Sends four columns of a head's row.
+  __device__ __forceinline__ void send(int image, int head, int channels, int c,
+                                       float4 values) const {
+    T* to = row(image, head, channels) + c;
+    const int first = (image & (images_.step - 1)) * images_.blocks_per_image;
+#pragma unroll 1
+    for (int i = 0; i < images_.blocks_per_image; ++i) {
+      store_quad(in_rank(to, first + i), values);
+    }
+  }
+
+  // Copies the rows of heads from `head` on to those of a pass, with zeros in unused ones.
+  __device__ __forceinline__ void copy(T* rows, int image, int head, int channels) const {
+    constexpr int kChunk = 16 / sizeof(T);
+    const T* from = row(image, head, channels);
+#pragma unroll 1
+    for (int r = warp_index(); r < P::kRows; r += block_warps()) {
+#pragma unroll 1
+      for (int c = kChunk * lane_index(); c < channels; c += kChunk * 32) {
+        uint4 bits = make_uint4(0, 0, 0, 0);
+        if (head + r < heads_) bits = *reinterpret_cast<const uint4*>(from + r * channels + c);
+        *reinterpret_cast<uint4*>(rows + r * P::row_pitch(channels) + c) = bits;
+      }
+    }
+  }
+
+ private:
+  __device__ T* row(int image, int head, int channels) const {
+    const int of_image = round_up(heads_, P::kRows);
+    return memory_ + ((image >> log2_of(images_.step)) * of_image + head) * channels;
+  }
+
+  T* memory_;
+  Images images_;
+  int heads_;
+};
+
+}  // namespace crossvit::cross_attention::cuda
