@@ -105,8 +105,8 @@ def layernorm_ffn(
             ``x sigmoid(1.702 x)``) or "silu".
         layer_scale: As in ``layernorm_msa``.
         keep: What Triton's kernels keep for backward besides x: "fast" keeps the hidden units
-            before the activation (B N F elements) of float32, and of more than 256 channels;
-            "lean" only statistics, and computes the rest again.
+            before the activation (B N F elements) in float32, and for more than 256
+            channels; "lean" keeps only statistics, and computes the rest again.
 
     Returns:
         y [B, N, C].

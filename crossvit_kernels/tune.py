@@ -79,6 +79,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def candidates(table: Table[Any], sm: int, width: int, element_size: int) -> list[Config]:
     """Return the table's configuration first; row tiles then by how little they differ from it."""
     preferred = table.preferred(sm, width, element_size)
+    if table is layers.NORM_BACKWARD:
+        return _whole_rows(preferred)
     if isinstance(preferred, RowTile):
         return _row_tiles(preferred)
     chunks = [c for c in (32, 64, 128) if c < 2 * width] or [32]
@@ -92,6 +94,16 @@ def candidates(table: Table[Any], sm: int, width: int, element_size: int) -> lis
         if t * width * element_size * s <= 200_000 and t * width <= 128 * 32 * w
     ]
     return [preferred, *(c for c in varied if c != preferred)]
+
+
+def _whole_rows(table: RowTile) -> list[Config]:
+    """Candidates of a kernel that holds whole rows, whose other sizes it does not read."""
+    varied = [
+        dataclasses.replace(table, rows=rows, num_warps=num_warps)
+        for num_warps in (1, 2, 4)
+        for rows in (1, 2, 4, 8)
+    ]
+    return [table, *(config for config in varied if config != table)]
 
 
 def _row_tiles(table: RowTile) -> list[Config]:

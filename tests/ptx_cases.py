@@ -89,6 +89,11 @@ def _norm_apart() -> Any:
     return mock.patch.object(configs.NORM_LINEAR, "_apart_from", 8)
 
 
+def _runs_of_tiles() -> Any:
+    """Programs of LayerNorm's backward that go through several tiles, as with many rows."""
+    return mock.patch.object(configs, "NORM_BACKWARD_PROGRAMS", 2)
+
+
 def _kept() -> Any:
     """Hidden units that forward keeps, as of wide networks."""
     return mock.patch.object(ffn_configs, "keeps_hidden", lambda *_: True)
@@ -259,7 +264,9 @@ _TRITON = {
     "layernorm_ffn_split": Case(_when(_ffn(scaled=True), _SPLIT), _OTHER),
     "layernorm_ffn_lean": Case(_when(_ffn(keep="lean"), _SPLIT), "80 fp32"),
     "layernorm_ffn_fused_kept": Case(_when(_ffn(), _FUSED, _kept), "80 bf16"),
-    "layernorm_ffn_kept": Case(_when(_ffn(scaled=True), _SPLIT, _kept), "80 bf16 90 bf16"),
+    "layernorm_ffn_kept": Case(
+        _when(_ffn(scaled=True), _SPLIT, _kept, _runs_of_tiles), "80 bf16 90 bf16"
+    ),
     "layernorm_ffn_kept_many_rows": Case(
         _when(_ffn(absent=_FFN_BIASES), _SPLIT, _many_rows, _norm_apart, _kept), "90 bf16"
     ),

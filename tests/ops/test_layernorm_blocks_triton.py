@@ -108,6 +108,28 @@ def test_whole_and_partial_tiles_of_attention(
     msa(64, 2, 3, num_tokens, scaled=True, layer_scale=0.1, **options)
 
 
+def test_programs_with_several_tiles(variant: str, triton_device: str, monkeypatch) -> None:
+    """LayerNorm's backward of many rows: each program adds up a run of them, the last a part."""
+    monkeypatch.setattr(configs, "NORM_BACKWARD_PROGRAMS", 3)
+    msa(48, 3, 3, 37, scaled=True, with_cls=True, device=triton_device)
+    ffn(272, 24, 2, 21, scaled=True, device=triton_device)
+
+
+def test_sums_beyond_float16(triton_device: str) -> None:
+    """The values' bias: a sum over rows that does not fit in float16, times small factors."""
+    x = torch.randn(1, 80, 32, device=triton_device, dtype=torch.float16)
+    layer_scale = torch.full((32,), 1e-3, device=triton_device, dtype=torch.float16)
+    gradients = {}
+    for backend, dtype in (("triton", torch.float16), ("reference", torch.float64)):
+        weights = MsaWeights(*(w.to(triton_device, dtype) for w in msa_weights(32)))
+        bias = weights.qkv_bias.requires_grad_()
+        options = {"layer_scale": layer_scale.to(dtype), "backend": backend}
+        y = ck.layernorm_msa(x.to(dtype), weights, 2, **options)
+        (gradients[backend],) = torch.autograd.grad(y, bias, torch.full_like(y, 1000.0))
+    values = {backend: gradient[64:].double() for backend, gradient in gradients.items()}
+    torch.testing.assert_close(values["triton"], values["reference"], rtol=1e-2, atol=0.1)
+
+
 def test_the_keys_bias_has_no_gradient(triton_device: str) -> None:
     weights = MsaWeights(*(w.float().to(triton_device) for w in msa_weights(32)))
     bias = weights.qkv_bias.requires_grad_()

@@ -21,7 +21,8 @@ FEW_ROWS = 8192
 #: Target number of programs; a linear layer's columns are divided if its rows give fewer.
 PROGRAMS = 264
 
-#: Programs of LayerNorm's backward at most: as many as an H100 holds. Each has a share of sums.
+#: Programs of LayerNorm's backward at most, each with a share of sums: as many as an H100 holds of
+#: those with one warp.
 NORM_BACKWARD_PROGRAMS = 1584
 
 
@@ -209,7 +210,7 @@ NORMALIZE = RowTable(
 )
 
 NORM_BACKWARD = RowTable(
-    "norm backward",
+    "norm backward by rows",
     {
         size: (
             (128, RowTile(8, 16, 128, 1, 1)),

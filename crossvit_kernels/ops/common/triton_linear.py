@@ -244,7 +244,7 @@ class Gradients(NamedTuple):
     normed: Tensor | None  # [B, N, C]: LN(x)
     d_norm_weight: Tensor  # [C]
     d_norm_bias: Tensor
-    sum_dy: Tensor  # [C]: sum of residual_scale * dy
+    sum_dy: Tensor  # [C], float32: sum of residual_scale * dy, which may not fit 16 bits
 
 
 def norm_backward(
@@ -281,7 +281,7 @@ def norm_backward(
         (num_rows, x.shape[1], *tokens.strides),
         configs.candidates(configs.NORM_BACKWARD, d, num_rows, channels, channels),
     )
-    dtypes = norm[0].dtype, (norm[0] if norm[1] is None else norm[1]).dtype, d.dtype
+    dtypes = norm[0].dtype, (norm[0] if norm[1] is None else norm[1]).dtype, torch.float32
     sums = column_sums(shares.flatten(1), [channels] * len(dtypes), dtypes)
     return Gradients(dx, dcls, normed, *sums)
 

@@ -232,8 +232,8 @@ def norm_backward(
     """dx = dy + LayerNorm's backward of d, the gradient of its result LN(x). Grid: runs of tiles.
 
     Also writes LN(x), for the gradient of the layer behind it, and each run's share of three sums:
-    the gradients of LayerNorm's weight and bias, and r dy, the gradient of the update's bias. A
-    warp holds whole rows, so that only its lanes add up.
+    the gradients of LayerNorm's weight and bias, and r dy, the gradient of the update's bias. Up
+    to 512 channels a warp holds whole rows, so that only its lanes add up.
     """
     C: tl.constexpr = L.channels
     WIDTH: tl.constexpr = L.padded

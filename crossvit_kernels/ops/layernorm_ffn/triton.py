@@ -95,7 +95,7 @@ def backward(
     normed = grads.normed if normed is None else normed
     if layer_scale is None:
         d_fc2 = layers.weight_gradient(dupdate, activated, wants.fc2_weight)
-        last = LastLayer(d_fc2, grads.sum_dy, None)
+        last = LastLayer(d_fc2, grads.sum_dy.to(w.fc2_weight.dtype), None)
     else:
         fc2 = w.fc2_weight, w.fc2_bias
         all_wanted = wants.fc2_weight, wants.fc2_bias, wanted.layer_scale

@@ -122,7 +122,7 @@ def backward(
         d_qkv_bias = torch.cat((sum_dq, torch.zeros_like(sum_dq), sum_dv)).to(w.qkv_bias.dtype)
     if layer_scale is None:
         d_out = layers.weight_gradient(dupdate, heads, wants.out_weight)
-        last = LastLayer(d_out, grads.sum_dy, None)
+        last = LastLayer(d_out, grads.sum_dy.to(w.out_weight.dtype), None)
     else:
         out, rows = (w.out_weight, w.out_bias), heads.view(-1, channels)
         all_wanted = wants.out_weight, wants.out_bias, wanted.layer_scale
@@ -244,7 +244,6 @@ def _sum_of_dv(
         of_images = dheads.view(*mask.shape, -1).sum(dim=1, dtype=torch.float32)
         return (of_images * mask.any(dim=1, keepdim=True)).sum(dim=0)
     precise = accumulate_dtype(out_weight)
-    sum_dy = sum_dy.to(precise)
     if layer_scale is not None:
         sum_dy = sum_dy * layer_scale
-    return sum_dy @ out_weight.to(precise)
+    return sum_dy.to(precise) @ out_weight.to(precise)

@@ -270,8 +270,8 @@ class TokenPass {
     return Layout::of(channels, P::warp_groups(channels));
   }
 
-  // Row pitch of a warp group's partials, which puts the rows of a fragment in different banks;
-  // that of a pass of its own has room for whole groups of units.
+  // Row pitch of a warp group's partials, which puts the rows of a fragment in different banks.
+  // A pass of its own has room for whole groups of units.
   __host__ __device__ static int sums_pitch(int channels) {
     const int unit = P::kWarpsShareTiles ? 16 : 16 * P::kUnitGroup;
     return (kAlone ? round_up(channels, unit) : channels) + 4;

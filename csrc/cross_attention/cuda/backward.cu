@@ -7,7 +7,7 @@ namespace {
 using attention_core::Image;
 using attention_core::RowLoads;
 
-// Grid: clusters, of images_per_cluster images each.
+// Grid: clusters, of sharing.images images each.
 template <class P>
 __global__ void __launch_bounds__(P::kMaxThreads, 1)
     cross_attention_backward(const BackwardParams p, const Vectors v, float* workspace,

@@ -69,7 +69,8 @@ struct Sharing {
   int images;  // of a cluster
   int log_blocks_of_image;
   int head_dim;
-  // Rows of passes and what heads' layers take, from block to block; else through memory.
+  // Forward's rows of passes and operands of heads' layers, from block to block; else through
+  // memory.
   bool operands_are_sent;
   int sent_bytes;  // of rows, behind which are gamma and beta
 
@@ -197,16 +198,6 @@ struct RowOwners {
     } else {
       store_in_ranks(quad, bits);
     }
-  }
-
-  // Returns write(row, c, y): stores results as operands of all blocks, and to rows `first` and
-  // following in memory.
-  template <class T>
-  __device__ auto writer(T* rows, int width, float* saved, int64_t first) const {
-    return [=, *this](int row, int c, float4 values) {
-      store_operand(rows + row * operand_pitch<T>(width) + c, values);
-      if (stores(row)) store_quad(saved + (first + row) * width + c, values);
-    };
   }
 
   // Waits for the results of all rows.
