@@ -326,9 +326,9 @@ def test_what_is_passed_over_is_shown() -> None:
         "import sys\n"
         "from crossvit_kernels.inspect.__main__ import main\n"
         "from crossvit_kernels.ops.common.configs import RowTile\n"
-        "from crossvit_kernels.ops.layernorm_ffn.configs import FFN_HIDDEN_BACKWARD\n"
+        "from crossvit_kernels.ops.layernorm_ffn.configs import HIDDEN_BACKWARD\n"
         "config = RowTile(128, 128, 32, 8, 10)\n"
-        "FFN_HIDDEN_BACKWARD.on_sm[90, 2] = {256: config}\n"
+        "HIDDEN_BACKWARD.on_sm[90, 2] = {256: config}\n"
         "options = '--arch', '90', '--channels', '96', '--kernel', 'ffn_hidden'\n"
         "sys.exit(main([*options, '--processes', '1']))\n"
     )
