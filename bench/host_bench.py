@@ -65,7 +65,7 @@ EXPECTED_LAUNCHES = {
     "both, as a pair": 2,
     "layernorm_msa": 3,
     "layernorm_ffn": 2,
-    "layernorm_msa, with backward": 7,
+    "layernorm_msa, with backward": 6,
     "layernorm_ffn, with backward": 5,
     "TransformerBlock": 5,
     "CrossViT-15, all blocks": 18 * 5 + 3 * 2,
