@@ -12,6 +12,9 @@ from test_ptx import launch
 _EQUAL = ("tensor-core products", "barriers", "atom", "sectors stored")
 #: Of these ptxas leaves out repetitions, at most such a share.
 _FEWER = {"shared passes": 0.07, "ldmatrix": 0.15, "stmatrix": 0.0, "shfl": 0.25}
+#: Warps empty the L1 behind a cluster's barrier, and the model runs some before others: what all
+#: load, as LayerNorm's parameters in forward, then comes from L2 more than once.
+_MORE_SECTORS = {"cross_attention_forward": 2.3, "cross_attention_backward": 1.4}
 
 
 @pytest.mark.slow
@@ -40,12 +43,9 @@ def test_counts_agree(backend: str, cases: tuple[str, ...], options: tuple[str, 
             executed, modelled = row.get(name, (0, 0))
             assert (1 - share) * executed <= modelled <= executed, (name, row)
         executed, modelled = row["sectors from L2"]
-        # Warps empty the L1 behind a cluster's barrier; the model runs some before others.
-        is_fusion = "cross_attention" in row["kernel"]
-        assert executed <= modelled <= (1.4 if is_fusion else 1.0) * executed, row
+        assert executed <= modelled <= _MORE_SECTORS.get(row["kernel"], 1.0) * executed, row
         executed, modelled = row["instructions"]
-        # Of a division of integers, of which a fusion's warp has some twenty, ptxas makes thirty.
-        assert executed == pytest.approx(modelled, rel=0.35 if is_fusion else 0.3), row
+        assert executed == pytest.approx(modelled, rel=0.3), row
         holds, votes = row["votes"]
         # Branches on values without a vote, as in activations, are guessed as well.
         assert (row["guessed"] or not votes) and 0 <= holds <= votes
