@@ -119,9 +119,9 @@ def test_sums_beyond_float16(triton_device: str) -> None:
     """The values' bias: a sum over rows that does not fit in float16, times small factors."""
     x = torch.randn(1, 80, 32, device=triton_device, dtype=torch.float16)
     layer_scale = torch.full((32,), 1e-3, device=triton_device, dtype=torch.float16)
-    gradients = {}
+    drawn, gradients = msa_weights(32), {}
     for backend, dtype in (("triton", torch.float16), ("reference", torch.float64)):
-        weights = MsaWeights(*(w.to(triton_device, dtype) for w in msa_weights(32)))
+        weights = MsaWeights(*(w.half().to(triton_device, dtype) for w in drawn))
         bias = weights.qkv_bias.requires_grad_()
         options = {"layer_scale": layer_scale.to(dtype), "backend": backend}
         y = ck.layernorm_msa(x.to(dtype), weights, 2, **options)
