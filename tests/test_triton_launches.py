@@ -67,16 +67,16 @@ def call(batch, tokens, keep="fast", with_cls=True, scaled=False):
 for batch, tokens in ((1, 1), (2, 16), (64, 17), (33, 64)):
     call(batch, tokens)
 # Called by both halves.
-both = {"norm_linear", "linear", "norm_backward", "normalize"}
+both = {"norm_linear", "linear", "norm_backward"}
 attention_backward = {"attention_backward_queries", "attention_backward_keys"}
-few = both | attention_backward | {"attention", "ffn_hidden_backward"}
+few = both | attention_backward | {"attention", "ffn_hidden_backward", "normalize"}
 assert set(launched) == few, launched.keys()
 assert all(len(kernels) == 1 + (name in both) for name, kernels in launched.items()), launched
 launched.clear()
 call(65, 160)
 call(128, 133)
-twice = {"norm_backward", "normalize"}
-many = twice | attention_backward | {"norm_linear", "ffn_hidden_backward"}
+twice = {"norm_backward"}
+many = twice | attention_backward | {"norm_linear", "ffn_hidden_backward", "normalize"}
 assert set(launched) == many | {"attention", "linear", "ffn_forward"}, launched.keys()
 assert all(len(kernels) == 1 + (name in twice) for name, kernels in launched.items())
 call(2, 3, keep="lean", with_cls=False, scaled=True)
