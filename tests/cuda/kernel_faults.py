@@ -119,13 +119,11 @@ def of_a_pass(
 CLUSTER_BARRIERS = {
     FUSION_FORWARD: {
         "y0": f"{CLUSTER_BARRIER}\n\n  norm.start(",
-        "kt": f"{CLUSTER_BARRIER}\n\n  const auto run",
         "m": f"{CLUSTER_BARRIER}\n  linear_of_heads(",
         "o": f"{CLUSTER_BARRIER}\n\n  // y = y0",
         "y": f"{CLUSTER_BARRIER}\n\n  // g",
     },
     FUSION_BACKWARD: {
-        "do": f"{CLUSTER_BARRIER}\n  // dz_h",
         "dz": f"{CLUSTER_BARRIER}\n\n  const auto run",
         "du": f"{CLUSTER_BARRIER}\n  linear_of_heads(",
         "dq": f"{CLUSTER_BARRIER}\n  // The gradient of LN",
@@ -134,7 +132,11 @@ CLUSTER_BARRIERS = {
 }
 # Those of which a block does something between its arrival and the wait: both contexts.
 SPLIT_BARRIERS = {
+    FUSION_FORWARD: {
+        "kt": ("{}\n  if (starts_early)", "images.tokens);\n  {}\n\n  const auto run"),
+    },
     FUSION_BACKWARD: {
+        "do": ("{}\n  if (starts_early)", "images.tokens);\n  {}\n  // dz_h"),
         "start": ("{}\n\n  // g\n", "blocks to start.\n  {}"),
         "g": ("{}\n\n  // dy of", "[] {{ {} }},\n      [&](int row, int c, float4 dy,"),
         "the query": ("{}\n\n  // dy0 sums", "of_tokens,\n      [] {{ {} }},"),
@@ -334,6 +336,12 @@ FAULTS: dict[str, Fault] = {
     ),
     "fusion forward: rows of f not seen": race(
         FUSION, no_barrier(FUSION_FORWARD, f"v.activated));\n  {BARRIER}")
+    ),
+    "fusion forward: rows of the pass not seen": race(
+        FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"u.write(pass.rows());\n      {BARRIER}")
+    ),
+    "fusion forward: copied rows not seen": race(
+        FUSION_WIDE, no_barrier(FUSION_FORWARD, f"s.channels);\n        {BARRIER}")
     ),
     "fusion forward: rows of q not seen": race(
         FUSION, no_barrier(FUSION_FORWARD, f"own_heads, channels);\n  {BARRIER}")

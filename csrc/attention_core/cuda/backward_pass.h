@@ -32,11 +32,13 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
  public:
   using typename Base::T;
 
-  __device__ BackwardPass(char* memory, int channels, float eps, bool normalize)
-      : Base(memory, Base::layout_of(channels), channels, eps, normalize),
+  __device__ BackwardPass(char* memory, int channels, float eps, bool normalize,
+                          int second_stages = 0)
+      : Base(memory, Base::layout_of(channels, second_stages), channels, eps, normalize,
+             second_stages),
         normalize_(normalize),
         inverse_width_(normalize ? 1.0f / channels : 0.0f) {
-    const auto layout = Base::layout_of(channels);
+    const auto layout = Base::layout_of(channels, second_stages);
     char* warp_data = memory + layout.warp_data + warp_index() * Memory::kWarpBytes;
     row_floats_ = reinterpret_cast<float*>(memory + layout.block_data);
     weights_ = reinterpret_cast<T*>(warp_data);
@@ -87,10 +89,11 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
   // Called by all threads, after write_row_floats(), whose barrier the rows need. dx is null if not
   // wanted; write_extra(channel, value) gets the gradient of the extra token; with add, dx already
   // holds the contribution of other rows. Blocks that share the image store partials of du in
-  // `tiles`.
-  template <class WriteExtra>
+  // `tiles`. after_tiles: see forward_pass.h.
+  template <class WriteExtra, class AfterTiles = Nothing>
   __device__ void run(const Image<T>& x, T* dx, int64_t dx_stride, const Range& range,
-                      const TilePartials<P>& tiles, bool add, WriteExtra write_extra) {
+                      const TilePartials<P>& tiles, bool add, WriteExtra write_extra,
+                      AfterTiles after_tiles = {}) {
     if constexpr (!kAlone || P::kWarpsShareTiles) {
       if constexpr (kAlone) __syncthreads();
       scores_.sum_rows();
@@ -118,7 +121,8 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
       }
     }
     ring_.drain();
-    __syncthreads();
+    after_tiles();
+    if constexpr (!Base::kPartialsInRings) __syncthreads();
     if (!tiles) store_partials();
     __syncthreads();
   }
@@ -184,7 +188,8 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
     int group = P::warp_group(channels_);
     // The compiler would compute all addresses ahead of the first image.
     if constexpr (!kAlone) group = used_from_here(group);
-    float* to = group_sums(group);
+    float* to =
+        Base::kPartialsInRings ? reinterpret_cast<float*>(ring_.memory()) : group_sums(group);
     sums_.template store<true>(to, Base::sums_pitch(channels_), slice_);
   }
 
@@ -328,7 +333,7 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
   // Stores the tile, now dx, to memory. Eight lanes store a row.
   __device__ void store(int iteration, const Image<T>& x, T* dx, int64_t stride, int token,
                         int last, bool add) const {
-    constexpr int kChunk = TileRing<P>::kChunk, kColumns = 8 * kChunk;
+    constexpr int kChunk = Base::Ring::kChunk, kColumns = 8 * kChunk;
     constexpr int kChunks = ceil_div(P::kUnits * 16, kColumns);
     const int column = lane_index() % 8 * kChunk, width = slice_.units * 16 - column;
     if (!kAlone && width <= 0) return;
@@ -355,7 +360,7 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
 
   // Adds a lane's part of a row in memory to one in shared memory.
   __device__ static void add_row(T* row, const T* other, int width) {
-    constexpr int kChunk = TileRing<P>::kChunk;
+    constexpr int kChunk = Base::Ring::kChunk;
 #pragma unroll 1
     for (int c = 0; c < width; c += 8 * kChunk) {
       for (int i = 0; i < kChunk; ++i) {

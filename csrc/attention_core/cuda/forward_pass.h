@@ -28,14 +28,20 @@ class ForwardPass : public ForwardBase<P, kAlone> {
  public:
   using typename Base::T;
 
-  __device__ ForwardPass(char* memory, int channels, float eps, bool normalize)
-      : Base(memory, Base::layout_of(channels), channels, eps, normalize), memory_(memory) {}
+  __device__ ForwardPass(char* memory, int channels, float eps, bool normalize,
+                         int second_stages = 0)
+      : Base(memory, Base::layout_of(channels, second_stages), channels, eps, normalize,
+             second_stages),
+        memory_(memory) {}
 
-  // Called by all threads; no barrier is needed after the rows are written. Blocks that share the
-  // image store partials in `tiles`.
-  __device__ void run(const Image<T>& x, const Range& range, const TilePartials<P>& tiles) {
+  // Called by all threads; a pass that is alone needs no barrier after the rows are written. Blocks
+  // that share the image store partials in `tiles`. A warp calls after_tiles() before it stores
+  // its sums.
+  template <class AfterTiles = Nothing>
+  __device__ void run(const Image<T>& x, const Range& range, const TilePartials<P>& tiles,
+                      AfterTiles after_tiles = {}) {
     if constexpr (!kAlone || P::kWarpsShareTiles) {
-      __syncthreads();
+      if constexpr (kAlone) __syncthreads();
       scores_.sum_rows();
     }
     clear();
@@ -56,7 +62,8 @@ class ForwardPass : public ForwardBase<P, kAlone> {
       }
     }
     ring_.drain();
-    __syncthreads();
+    after_tiles();
+    if constexpr (!Base::kPartialsInRings) __syncthreads();
     if (!tiles) store_partials();
     __syncthreads();
   }
@@ -335,10 +342,11 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     return of_row;
   }
 
-  // Overwrites the rows and the rings, to which no copy is in flight.
+  // Overwrites the rows and the rings, to which no copy is in flight, or the warp's ring.
   __device__ void store_partials() {
     const int warp_group = P::warp_group(channels_);
-    float* sums = group_sums(warp_group);
+    float* sums =
+        Base::kPartialsInRings ? reinterpret_cast<float*>(ring_.memory()) : group_sums(warp_group);
     // Before sm_90 the compiler would compute all addresses ahead of the first image.
     if constexpr (!kHasClusters) sums = used_from_here(sums);
     if constexpr (kAlone) {
@@ -347,8 +355,9 @@ class ForwardPass : public ForwardBase<P, kAlone> {
       sums_.template store<true>(sums, Base::sums_pitch(channels_), slice_);
     }
     if (lane_index() % 4 || P::group_lane(channels_)) return;
+    auto* states = reinterpret_cast<SoftmaxState*>(sums + P::kRows * Base::sums_pitch(channels_));
     for (int group = 0; group < P::kRowGroups; ++group) {
-      *group_state(warp_group, 8 * group + lane_index() / 4) = softmax_[group];
+      states[8 * group + lane_index() / 4] = softmax_[group];
     }
   }
 

@@ -188,6 +188,11 @@ class TilePartials {
   int channels_;
 };
 
+// A callback of a pass that does nothing.
+struct Nothing {
+  __device__ void operator()() const {}
+};
+
 // Base class of one block's pass over a range of an image's tokens. kStateFloats: per row of a warp
 // group's partials, besides its sums; kBlockBytes and kWarpBytes: a derived pass's shared memory.
 // kAlone: of attention_core itself. The fusion's kernels have no registers for what that adds.
@@ -195,17 +200,38 @@ template <class P, bool kAlone, int kSets, int kStateFloats, int kBlockBytes, in
 class TokenPass {
  public:
   using T = typename P::Element;
+  using Ring = TileRing<P, kAlone>;
 
   static constexpr int kBytesOfWarp = kWarpBytes;
+  static constexpr int kRowsOfPass = P::kRows;
+  // Where a warp has whole tiles, it stores its partials to its ring, and waits for no other.
+  static constexpr bool kPartialsInRings = !kAlone && !P::kWarpsShareTiles;
+
+  // Of the warp groups' partials: the first one's place in memory, in bytes, and what lies between
+  // one and the next, in floats.
+  __host__ __device__ static int partials_offset(int channels) {
+    return kPartialsInRings ? rows_bytes(channels) : 0;
+  }
+  __host__ __device__ static int partials_stride(int channels) {
+    return kPartialsInRings ? Ring::tile_bytes(channels) / static_cast<int>(sizeof(float))
+                            : group_floats(channels);
+  }
 
   // The shared memory that a pass needs, in bytes.
-  __host__ __device__ static int bytes(int channels, int warp_groups) {
-    return Layout::of(channels, warp_groups).end;
+  __host__ __device__ static int bytes(int channels, int warp_groups, int second_stages = 0) {
+    return Layout::of(channels, warp_groups, second_stages).end;
   }
 
   // [kSets, kRows, row_pitch]: u, or dm and u, to be written by the caller before run(), with zeros
   // in unused rows.
   __device__ T* rows() const { return rows_; }
+
+  // Takes rows that lie elsewhere, with the same pitch.
+  __device__ void use_rows(T* rows) {
+    static_assert(kPartialsInRings);
+    rows_ = rows;
+    scores_.use_rows(rows);
+  }
 
   // Writes the rows of a set, u, or dm and u, for all threads. visit: see WarpRowLoads; the sums
   // are those of whole rows.
@@ -234,19 +260,33 @@ class TokenPass {
   __device__ void start_first(const Image<T>& x, const Range& range) { ring_.copy(x, range, 0); }
   __device__ void start_others(const Image<T>& x, const Range& range) { ring_.fill(x, range, 1); }
 
+  // The same for the next image: what has room beside this one's sums, and the rest once those have
+  // been read.
+  __device__ void start_early(const Image<T>& x, const Range& range) {
+    if (ring_.stages() > 1) ring_.copy(x, range, 0);
+  }
+  __device__ void start_rest(const Image<T>& x, const Range& range) {
+    ring_.fill(x, range, ring_.stages() - 1);
+  }
+
  protected:
+  __host__ __device__ static int rows_bytes(int channels) {
+    const int rows = kSets * P::kRows + TileScores<P, kSets, kAlone>::kOnesInMemory;
+    return rows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
+  }
+
   // Shared memory, as byte offsets. Rows and rings come first; at the end the warp groups' partials
-  // overwrite them.
+  // overwrite them, or with kPartialsInRings the rings alone, whose tiles are larger.
   struct Layout {
     int rings, scores, block_data, warp_data, end;
 
-    __host__ __device__ static Layout of(int channels, int warp_groups) {
+    __host__ __device__ static Layout of(int channels, int warp_groups, int second_stages) {
       const int warps = warp_groups * P::group_warps(channels);
       const int partials = warp_groups * group_floats(channels) * static_cast<int>(sizeof(float));
       Layout layout;
-      const int rows = kSets * P::kRows + TileScores<P, kSets, kAlone>::kOnesInMemory;
-      layout.rings = rows * P::row_pitch(channels) * static_cast<int>(sizeof(T));
-      layout.scores = maximum(layout.rings + warps * TileRing<P>::bytes(channels), partials);
+      layout.rings = rows_bytes(channels);
+      const int rings = Ring::bytes(channels, warps, second_stages);
+      layout.scores = maximum(layout.rings + rings, kPartialsInRings ? 0 : partials);
       layout.block_data =
           layout.scores + TileScores<P, kSets, kAlone>::bytes(channels, warp_groups);
       layout.warp_data = layout.block_data + kBlockBytes;
@@ -256,18 +296,18 @@ class TokenPass {
   };
 
   // memory: 16-byte aligned.
-  __device__ TokenPass(char* memory, const Layout& layout, int channels, float eps, bool normalize)
+  __device__ TokenPass(char* memory, const Layout& layout, int channels, float eps, bool normalize,
+                       int second_stages)
       : rows_(reinterpret_cast<T*>(memory)),
         channels_(channels),
         slice_(Slice::of(channels, P::group_lane(channels), P::log2_group_warps(channels))),
-        ring_(memory + layout.rings + warp_index() * TileRing<P>::bytes(channels), channels,
-              slice_),
+        ring_(memory + layout.rings, channels, slice_, second_stages),
         scores_(memory + layout.scores, rows_, channels, slice_, eps, normalize),
         weight_unit_(weight_unit<T>(normalize ? eps : 1.0f)),
         inverse_unit_(1.0f / weight_unit_) {}
 
-  __device__ static Layout layout_of(int channels) {
-    return Layout::of(channels, P::warp_groups(channels));
+  __device__ static Layout layout_of(int channels, int second_stages = 0) {
+    return Layout::of(channels, P::warp_groups(channels), second_stages);
   }
 
   // Row pitch of a warp group's partials, which puts the rows of a fragment in different banks.
@@ -335,7 +375,7 @@ class TokenPass {
   T* rows_;
   int channels_;
   Slice slice_;
-  TileRing<P> ring_;
+  Ring ring_;
   TileScores<P, kSets, kAlone> scores_;
   float weight_unit_;  // a power of two
   float inverse_unit_;

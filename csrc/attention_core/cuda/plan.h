@@ -193,40 +193,55 @@ __device__ Image<T> image_of(const Tokens& x, const Mask& mask, int64_t image) {
           static_cast<const T*>(x.extra) + image * x.extra_batch_stride};
 }
 
-// One warp's tiles, of its slice of the channels. Each copy of a tile must be waited for once.
-template <class P>
+// One warp's tiles, of its slice of the channels. Each copy of a tile must be waited for once. In a
+// pass that is not alone, only the first `second_stages` of a block's warps have two stages, if the
+// plan has them. The second stages lie behind all first ones, and come first: the next image's tile
+// is copied there while the warp's sums lie in the first stage.
+template <class P, bool kAlone>
 class TileRing {
  public:
   using T = typename P::Element;
 
   static constexpr int kChunk = 16 / sizeof(T);  // elements in 16 bytes
 
-  __host__ __device__ static int bytes(int channels) {
-    return P::stages(channels) * P::kTokens * P::tile_pitch(channels) * static_cast<int>(sizeof(T));
+  __host__ __device__ static int tile_bytes(int channels) {
+    return P::kTokens * P::tile_pitch(channels) * static_cast<int>(sizeof(T));
+  }
+  // Of a block's rings.
+  __host__ __device__ static int bytes(int channels, int warps, int second_stages) {
+    return (kAlone ? warps * P::stages(channels) : warps + second_stages) * tile_bytes(channels);
   }
 
-  __device__ TileRing(char* memory, int channels, Slice slice)
-      : memory_(reinterpret_cast<T*>(memory)),
+  // memory: of the block's rings.
+  __device__ TileRing(char* memory, int channels, Slice slice, int second_stages)
+      : memory_(reinterpret_cast<T*>(memory + warp_index() * (kAlone ? P::stages(channels) : 1) *
+                                                  tile_bytes(channels))),
         channels_(channels),
         pitch_(P::tile_pitch(channels)),
+        second_stages_(second_stages),
         slice_(slice) {}
 
   __device__ int pitch() const { return pitch_; }
+  __device__ T* memory() const { return memory_; }
   __device__ T* tile(int iteration) const {
     return memory_ + stage_of(iteration) * (P::kTokens * pitch_);
+  }
+  __device__ int stages() const {
+    if constexpr (kAlone) return P::stages(channels_);
+    return P::kStages > 1 && warp_index() < second_stages_ ? 2 : 1;
   }
 
   // Starts the copies of the warp group's first tiles, in stages from `begin` on.
   __device__ void fill(const Image<T>& x, const Range& range, int begin = 0) {
 #pragma unroll 1
-    for (int iteration = begin; iteration < P::stages(channels_); ++iteration) {
+    for (int iteration = begin; iteration < stages(); ++iteration) {
       copy(x, range, iteration);
     }
   }
 
   // Starts the copy of the tile that replaces an iteration's.
   __device__ void copy_next(const Image<T>& x, const Range& range, int iteration) {
-    copy(x, range, iteration + P::stages(channels_));
+    copy(x, range, iteration + stages());
   }
 
   // Starts the copy of a tile, with zeros where a token is not attended to.
@@ -238,7 +253,7 @@ class TileRing {
 
   // Waits for the oldest in-flight tile, which must be this iteration's.
   __device__ void wait() {
-    if (P::stages(channels_) == P::kStages) {
+    if (stages() == P::kStages) {
       copy_async_wait<P::kStages - 1>();
     } else {
       copy_async_wait<0>();
@@ -260,7 +275,8 @@ class TileRing {
 
  private:
   __device__ int stage_of(int iteration) const {
-    return P::stages(channels_) == P::kStages ? iteration % P::kStages : 0;
+    if constexpr (kAlone) return P::stages(channels_) == P::kStages ? iteration % P::kStages : 0;
+    return stages() > 1 && iteration % 2 == 0 ? block_warps() : 0;
   }
 
   // Eight lanes copy a row.
@@ -287,6 +303,7 @@ class TileRing {
   T* memory_;
   int channels_;
   int pitch_;
+  int second_stages_;
   Slice slice_;
 };
 

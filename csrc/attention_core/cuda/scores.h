@@ -94,15 +94,21 @@ class TileScores {
     for (int i = warp_index(); i < P::group_warps(channels_) * kSums; i += block_warps()) {
       const int group_lane = i / kSums, row = i % kSums;
       const Slice slice = slice_of(group_lane);
-      float sum = 0;
+      const T* from = rows_ + row * pitch + slice.first;
+      float2 sums = {0, 0};
 #pragma unroll 2
-      for (int c = lane_index(); c < slice.units * 16; c += 32) {
-        sum += to_float(rows_[row * pitch + slice.first + c]);
+      for (int c = 4 * lane_index(); c < slice.units * 16; c += 128) {
+        const float2 low = unpack<T>(load_pair(from + c)),
+                     high = unpack<T>(load_pair(from + c + 2));
+        sums.x += low.x + high.x;
+        sums.y += low.y + high.y;
       }
-      sum = sum_of_warp(sum);
+      const float sum = sum_of_warp(sums.x + sums.y);
       if (lane_index() == 0) row_sums_[i] = sum;
     }
   }
+
+  __device__ void use_rows(const T* rows) { rows_ = rows; }
 
   // The sum of a row over all channels.
   __device__ float row_sum(int row) const {

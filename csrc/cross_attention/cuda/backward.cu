@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     return Gradients::at(p.gradients, first + row, used_from_here(cls_channels),
                          used_from_here(channels));
   };
-  BackwardTokens<P> pass(memory + layout.pass, channels, eps, true);
+  BackwardTokens<P> pass(memory + layout.pass, channels, eps, true, layout.second_stages);
   const auto image_of = [&](int image) {
     Image<T> x = attention_core::image_of<T>(p.tokens, {}, first + image);
     x.has_extra = true;
@@ -58,8 +58,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   });
   TransposedLinear<T, AllColumns> back(w.back.weight, cls_channels, channels,
                                        {channels, owners.rank, owners.ranks});
-  prefetch_parameters<T>(w, cls_channels, channels);
-  if (!layout.aliased && images.begin < count) pass.start(image_of(images.begin), images.tokens);
+  if (images.blocks_per_image == 1) prefetch_parameters<T>(w, cls_channels, channels);
+  const bool starts_early = !layout.aliased && images.begin < count;
+  if (starts_early) pass.start_first(image_of(images.begin), images.tokens);
   __syncthreads();
   // For the other blocks to start.
   cluster_wait();
@@ -96,7 +97,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       store_quad(gradients_of(row).dout + c, values);
     };
   });
-  cluster_sync();
+  cluster_arrive();
+  if (starts_early) pass.start_others(image_of(images.begin), images.tokens);
+  cluster_wait();
   // dz_h = W_v,h^T do_h
   transposed_linears(narrow, pitch, count, w.value.weight.data, heads, head_dim, channels,
                      [&](int head) {
@@ -125,14 +128,24 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     const RowLoads<P, kColumns> m(v.m + offset, batch * channels, count, channels);
     const int row = thread_index();
     const float lse = row < count ? v.lse[(first + image) * heads + begin + row] : INFINITY;
-    if (layout.aliased || image != images.begin || begin > 0) pass.start(x, images.tokens);
+    if (layout.aliased) {
+      pass.start(x, images.tokens);
+    } else if (image != images.begin || begin > 0) {
+      pass.start_rest(x, images.tokens);
+    }
     dm.write(pass.rows());
     u.write(pass.rows() + P::kRows * P::row_pitch(channels));
     pass.write_row_floats(lse, 0, dm, m);
     float* dy0 = token_dy0 + (first + image) * channels;
-    pass.run(x, dx, p.dx.token_stride, images.tokens, tiles, begin > 0, [&](int c, T value) {
-      dy0[c] = begin > 0 ? dy0[c] + to_float(value) : to_float(value);
-    });
+    pass.run(
+        x, dx, p.dx.token_stride, images.tokens, tiles, begin > 0,
+        [&](int c, T value) { dy0[c] = begin > 0 ? dy0[c] + to_float(value) : to_float(value); },
+        [&] {
+          const int next = begin + P::kRows < heads ? image : image + images.step;
+          if (!layout.aliased && next < images.count) {
+            pass.start_early(image_of(next), images.tokens);
+          }
+        });
   };
   const auto gather = [&](const Sizes&, int begin, const TilePartials<P>& tiles) {
     pass.gather(tiles, minimum(P::kRows, heads - begin), images.tokens);

@@ -29,6 +29,7 @@ using attention_core::cuda::Place;
 struct BlockLayout {
   int wide, floats, narrow, pass;
   bool aliased;
+  int second_stages = 0;  // of the warps' rings, as far as there is room
 
   template <class T>
   static BlockLayout of(int cls_channels, int channels, bool aliased) {
@@ -83,7 +84,8 @@ struct Sharing {
     }
     const int64_t passes =
         ceil_div(shape.images, shape.blocks) * ceil_div(problem.num_heads, int64_t{P::kRows});
-    const int64_t rows_bytes = P::kRows * problem.channels * static_cast<int64_t>(sizeof(T));
+    const int64_t rows_bytes = P::kRows * P::row_pitch(static_cast<int>(problem.channels)) *
+                               static_cast<int64_t>(sizeof(T));
     const int64_t norm_bytes = 2 * problem.channels * static_cast<int64_t>(sizeof(float));
     sharing.operands_are_sent =
         !layout.aliased && passes * rows_bytes + norm_bytes <= layout.narrow - layout.floats;
@@ -273,8 +275,7 @@ __device__ void linear_of_heads(LinearTiles<T, Share>& linear, T* rows, int pitc
 }
 
 // Brings the parameters to L2, a line once in the whole grid. The tokens' copies, which start
-// early, would hold up the loads of one layer after another. What is loaded first is left out, and
-// vectors are where there are fewer warps than those.
+// early, would hold up the loads of one layer after another. What is loaded first is left out.
 template <class T>
 __device__ void prefetch_parameters(const Weights& w, int cls_channels, int channels) {
   const auto lines_of = [](int elements) {
@@ -300,21 +301,23 @@ __device__ void prefetch_parameters(const Weights& w, int cls_channels, int chan
     }
     prefetch_line(static_cast<const char*>(data) + line * kLineBytes);
   }
-  // Vectors have few lines: each is one warp's.
-  int vector = block * block_warps() + warp_index();
-  if (vector > 7) return;
-  const auto fetch = [&](const Parameter& p, int width) {
-    const int size = p.dtype == DType::kFloat32 ? 4 : static_cast<int>(sizeof(T));
-    if (vector-- == 0 && p.data) prefetch(p.data, width * size, lane_index(), 32);
+  // Vectors have few lines: four lanes of one warp have each.
+  if (block > 0 || warp_index() + 1 < block_warps()) return;
+  const int vector = lane_index() / 4;
+  Parameter p = w.norm.weight;
+  const auto choose = [&](int number, const Parameter& other) {
+    if (vector == number) p = other;
   };
-  fetch(w.norm.weight, channels);
-  fetch(w.norm.bias, channels);
-  fetch(w.query.bias, channels);
-  fetch(w.value.bias, channels);
-  fetch(w.out.bias, channels);
-  fetch(w.back_norm.weight, channels);
-  fetch(w.back_norm.bias, channels);
-  fetch(w.back.bias, cls_channels);
+  choose(1, w.norm.bias);
+  choose(2, w.query.bias);
+  choose(3, w.value.bias);
+  choose(4, w.out.bias);
+  choose(5, w.back_norm.weight);
+  choose(6, w.back_norm.bias);
+  choose(7, w.back.bias);
+  const int size = p.dtype == DType::kFloat32 ? 4 : static_cast<int>(sizeof(T));
+  const int width = vector == 7 ? cls_channels : channels;
+  if (p.data) prefetch(p.data, width * size, lane_index() % 4, 4);
 }
 
 // The plans: units, row groups, fewest and most warps of a group, stages and their widest tokens. A
@@ -322,7 +325,7 @@ __device__ void prefetch_parameters(const Weights& w, int cls_channels, int chan
 // rare, take several passes over tokens that are then in L2. Each kernel takes a core many seconds
 // to compile, so plans are few: one for narrow tokens would hardly be faster, by the cycle model.
 inline constexpr PlanShape kFloats = {12, 1, 1, 8, 1};
-inline constexpr PlanShape kMedium = {24, 1, 1, 1, 2, 192};
+inline constexpr PlanShape kMedium = {24, 1, 1, 1, 2};
 inline constexpr PlanShape kWide = {12, 1, 4, 8, 1};
 
 // Calls run(plan).
@@ -348,9 +351,17 @@ Setup setup_of(int cls_channels, int channels, int max_bytes) {
   using T = typename P::Element;
   int warp_groups = 8 / P::group_warps(channels);
   BlockLayout layout = BlockLayout::of<T>(cls_channels, channels, false);
-  const auto bytes = [&] { return layout.bytes<T>(channels, Pass::bytes(channels, warp_groups)); };
+  const auto bytes = [&] {
+    return layout.bytes<T>(channels, Pass::bytes(channels, warp_groups, layout.second_stages));
+  };
   while (warp_groups > 1 && bytes() > max_bytes) warp_groups /= 2;
   if (bytes() > max_bytes) layout = BlockLayout::of<T>(cls_channels, channels, true);
+  while (P::kStages > 1 && layout.second_stages < warp_groups) {
+    ++layout.second_stages;
+    if (bytes() <= max_bytes) continue;
+    --layout.second_stages;
+    break;
+  }
   return {{P::threads(channels, warp_groups), bytes()}, layout};
 }
 

@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   // Made anew for each use: what follows from its members would take many registers in between.
   const auto new_pass = [&](int channels) {
-    return ForwardTokens<P>(memory + used_from_here(layout.pass), channels, eps, true);
+    return ForwardTokens<P>(memory + used_from_here(layout.pass), channels, eps, true,
+                            layout.second_stages);
   };
   const auto image_of = [&](int image) {
     Image<T> x = attention_core::image_of<T>(p.tokens, {}, first + image);
@@ -54,9 +55,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
       w.proj_norm, {Elements<T>(p.cls), first, cls_channels}, cls_channels, count);
   proj_norm.start();
   LinearTiles<T, Share> proj(w.proj, cls_channels, Share::of(channels));
-  prefetch_parameters<T>(w, cls_channels, channels);
-  if (!layout.aliased && images.begin < count)
-    new_pass(channels).start(image_of(images.begin), images.tokens);
+  if (images.blocks_per_image == 1) prefetch_parameters<T>(w, cls_channels, channels);
+  const bool starts_early = !layout.aliased && images.begin < count;
+  if (starts_early) new_pass(channels).start_first(image_of(images.begin), images.tokens);
   proj_norm.run(eps, writer_of(cls_channels, v.activated));
   __syncthreads();
   proj.run(rows, cls_pitch, count, [&](int row, int c, float a, float b) {
@@ -70,7 +71,11 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   norm.start();
   norm.run(eps, writer_of(channels, v.normed));
-  if (sharing.operands_are_sent) norm.store_parameters(gains, gains + channels);
+  const SentRows<P> sent(memory + layout.floats, images, heads);
+  if (sharing.operands_are_sent) {
+    norm.store_parameters(gains, gains + channels);
+    sent.clear_unused(channels);
+  }
   TransposedHeads<T, OwnHeads> key(w.key.weight, own_heads, channels);
   __syncthreads();
   // q and kt of a head are the same block's.
@@ -82,37 +87,55 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
 
   // kt_h = W_k,h^T q_h / sqrt(d), to memory and, times gamma, to the blocks of the image
   const float scale = 1.0f / sqrtf(static_cast<float>(sharing.head_dim));
-  const SentRows<P> sent(memory + layout.floats, images, heads);
-  key.run(narrow, pitch, count, [&](int head, int row, int c, float4 values) {
-    const float4 kt = values * scale;
-    store_quad(v.kt + head_offset(batch, channels, head, first + row) + c, kt);
-    if (sharing.operands_are_sent) {
-      sent.send(row, head, channels, c, kt * load_quad(gains + c));
-    }
+  key.run(narrow, pitch, count, [&](int head, int row, int c, float4 low, float4 high) {
+    low = low * scale, high = high * scale;
+    float* kt = v.kt + head_offset(batch, channels, head, first + row) + c;
+    store_quad(kt, low);
+    store_quad(kt + 4, high);
+    if (!sharing.operands_are_sent) return;
+    sent.send(row, head, channels, c, low * load_quad(gains + c), high * load_quad(gains + c + 4));
   });
   // y0 is the first token of each image.
   for_each_quad(images.begin, images.step, count, channels, [&](int image, int c) {
     store_quad(rows + image * pitch + c, load_quad(v.y0 + (first + image) * channels + c));
   });
-  cluster_sync();
+  cluster_arrive();
+  if (starts_early) new_pass(channels).start_others(image_of(images.begin), images.tokens);
+  cluster_wait();
 
   const auto run = [&](const Sizes& s, int image, int head, const TilePartials<P>& tiles) {
     auto pass = new_pass(s.channels);
     const Image<T> x = image_of(image);
-    const bool is_late = layout.aliased || image != images.begin || head > 0;
+    const bool is_first = image == images.begin && head == 0;
+    const auto start = [&] {
+      if (layout.aliased) {
+        pass.start(x, s.tokens);
+      } else if (!is_first) {
+        pass.start_rest(x, s.tokens);
+      }
+    };
     if (sharing.operands_are_sent) {
-      if (is_late) pass.start(x, s.tokens);
+      start();
       const SentRows<P> sent(memory + used_from_here(layout.floats), images, s.heads);
-      sent.copy(pass.rows(), image, head, s.channels);
+      if constexpr (P::kWarpsShareTiles) {
+        sent.copy(pass.rows(), image, head, s.channels);
+        __syncthreads();
+      } else {
+        pass.use_rows(sent.row(image, head, s.channels));
+      }
     } else {
       const float* kt = v.kt + head_offset(s.batch, s.channels, head, s.first + image);
       const int rows = minimum(P::kRows, s.heads - head);
       const RowLoads<P, 1, Elements<T>> u(kt, s.batch * s.channels, rows, s.channels,
                                           Elements<T>(w.norm.weight));
-      if (is_late) pass.start(x, s.tokens);
+      start();
       u.write(pass.rows());
+      __syncthreads();
     }
-    pass.run(x, s.tokens, tiles);
+    pass.run(x, s.tokens, tiles, [&] {
+      const int next = head + P::kRows < s.heads ? image : image + images.step;
+      if (!layout.aliased && next < images.count) pass.start_early(image_of(next), s.tokens);
+    });
   };
   const auto gather = [&](const Sizes& s, int head, const TilePartials<P>& tiles) {
     new_pass(s.channels).gather(tiles, minimum(P::kRows, s.heads - head), s.tokens);

@@ -80,18 +80,19 @@ __device__ __forceinline__ void for_each_channel(const ChannelShare& share, Visi
 
 // A block's partials at the end of a pass: of each warp group, sums of rows and kStateFloats for
 // each of them.
-template <class P, int kStateFloats>
+template <class Pass, int kStateFloats>
 struct Partials {
-  float* floats;
+  char* memory;
   int channels;
 
   __device__ int pitch() const { return channels + 4; }  // TokenPass::sums_pitch
   __device__ float* of(int warp_group) const {
-    return floats + warp_group * P::kRows * (pitch() + kStateFloats);
+    return reinterpret_cast<float*>(memory + Pass::partials_offset(channels)) +
+           warp_group * Pass::partials_stride(channels);
   }
   __device__ float* of(int warp_group, int row) const { return of(warp_group) + row * pitch(); }
   __device__ float* state(int warp_group, int row) const {
-    return of(warp_group, P::kRows) + row * kStateFloats;
+    return of(warp_group, Pass::kRowsOfPass) + row * kStateFloats;
   }
 };
 
@@ -100,9 +101,9 @@ class ForwardTokens : public ForwardPass<P> {
   static constexpr int kGroups = P::kMaxThreads / 32;
 
  public:
-  __device__ ForwardTokens(char* memory, int channels, float eps, bool normalize)
-      : ForwardPass<P>(memory, channels, eps, normalize),
-        partials_{reinterpret_cast<float*>(memory), channels},
+  __device__ ForwardTokens(char* memory, int channels, float eps, bool normalize, int second_stages)
+      : ForwardPass<P>(memory, channels, eps, normalize, second_stages),
+        partials_{memory, channels},
         inverse_unit_(1.0f / attention_core::weight_unit<typename P::Element>(eps)) {}
 
   // After run() in all blocks that share the image: forms the partials that a block with all tiles
@@ -150,19 +151,28 @@ class ForwardTokens : public ForwardPass<P> {
       float factors[kGroups];
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) factors[i] = __shfl_sync(~0u, factor, i);
-      for_each_channel(share, [&](int c) {
-        float4 sums[kGroups], sum = make_float4(0, 0, 0, 0);
+      constexpr int kQuads = sizeof(typename P::Element) == 4 ? 1 : 3;  // in flight
+#pragma unroll 1
+      for (int first = share.first + 4 * lane_index(); first < share.last; first += 128 * kQuads) {
+        float4 sums[kQuads][kGroups];
 #pragma unroll
         for (int i = 0; i < kGroups; ++i) {
-          sums[i] = make_float4(0, 0, 0, 0);
-          if (i < warp_groups) {
-            sums[i] = load_quad(partials_.of(i, row) + c);
+#pragma unroll
+          for (int j = 0; j < kQuads; ++j) {
+            sums[j][i] = make_float4(0, 0, 0, 0);
+            if (i < warp_groups && first + 128 * j < share.last) {
+              sums[j][i] = load_quad(partials_.of(i, row) + first + 128 * j);
+            }
           }
         }
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i) sum = fma_quad(sums[i], factors[i], sum);
-        write(row, c, sum);
-      });
+        for (int j = 0; j < kQuads; ++j) {
+          float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+          for (int i = 0; i < kGroups; ++i) sum = fma_quad(sums[j][i], factors[i], sum);
+          if (first + 128 * j < share.last) write(row, first + 128 * j, sum);
+        }
+      }
     }
   }
 
@@ -189,16 +199,17 @@ class ForwardTokens : public ForwardPass<P> {
     return reinterpret_cast<SoftmaxState*>(partials_.state(warp_group, row));
   }
 
-  Partials<P, sizeof(SoftmaxState) / sizeof(float)> partials_;
+  Partials<ForwardPass<P>, sizeof(SoftmaxState) / sizeof(float)> partials_;
   float inverse_unit_;
 };
 
 template <class P>
 class BackwardTokens : public attention_core::BackwardPass<P> {
  public:
-  __device__ BackwardTokens(char* memory, int channels, float eps, bool normalize)
-      : attention_core::BackwardPass<P>(memory, channels, eps, normalize),
-        partials_{reinterpret_cast<float*>(memory), channels},
+  __device__ BackwardTokens(char* memory, int channels, float eps, bool normalize,
+                            int second_stages)
+      : attention_core::BackwardPass<P>(memory, channels, eps, normalize, second_stages),
+        partials_{memory, channels},
         inverse_unit_(1.0f / attention_core::weight_unit<typename P::Element>(eps)) {}
 
   // See ForwardTokens.
@@ -238,7 +249,7 @@ class BackwardTokens : public attention_core::BackwardPass<P> {
     }
   };
 
-  Partials<P, 0> partials_;
+  Partials<attention_core::BackwardPass<P>, 0> partials_;
   float inverse_unit_;
 };
 
