@@ -320,10 +320,10 @@ __device__ void prefetch_parameters(const Weights& w, int cls_channels, int chan
   if (p.data) prefetch(p.data, width * size, lane_index() % 4, 4);
 }
 
-// The plans: units, row groups, fewest and most warps of a group, stages and their widest tokens. A
-// block has eight warps if its shared memory suffices. A pass has eight heads: more, which are
-// rare, take several passes over tokens that are then in L2. Each kernel takes a core many seconds
-// to compile, so plans are few: one for narrow tokens would hardly be faster, by the cycle model.
+// The plans: units, row groups, fewest and most warps of a group, and stages at most. A block has
+// eight warps if its shared memory suffices. A pass has eight heads: more, which are rare, take
+// several passes over tokens that are then in L2. Each kernel takes a core many seconds to compile,
+// so plans are few: one for narrow tokens would hardly be faster, by the cycle model.
 inline constexpr PlanShape kFloats = {12, 1, 1, 8, 1};
 inline constexpr PlanShape kMedium = {24, 1, 1, 1, 2};
 inline constexpr PlanShape kWide = {12, 1, 4, 8, 1};
