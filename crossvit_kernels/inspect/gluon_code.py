@@ -35,7 +35,9 @@ class Form(NamedTuple):
         steps = [
             name for name in ("norm", "gelu", "residual", "transposed") if getattr(c, name, False)
         ]
-        tile = f"{64 * c.consumers}x64" if isinstance(c, Sm90Shape) else f"128x{c.tile_columns}"
+        tile = (
+            f"{64 * c.consumers}x64" if isinstance(c, Sm90Shape) else f"{c.rows}x{c.tile_columns}"
+        )
         layer = " ".join([f"{c.channels} to {c.columns}", *steps])
         return f"{self.dtype} {layer}, {tile}; 2 consumers, {c.stages} stages"
 
@@ -61,11 +63,10 @@ def forms(dtypes: Collection[str], blocks: Sequence[tuple[int, int, int]]) -> li
                 gradient = WideShape(terms, channels, transposed=True)
                 found[Form(dtype, gradient, ("bias", "scale"))] = None
             for terms in (channels, hidden):
+                for absent in (("scale",), ()):
+                    found[Form(dtype, WideShape(terms, channels, True), absent)] = None
                 if _is_narrow(terms, channels):
                     found[Form(dtype, Sm90Shape(terms, channels, residual=True), _NO_NORM)] = None
-                else:
-                    found[Form(dtype, WideShape(terms, channels, True), ("scale",))] = None
-                found[Form(dtype, WideShape(terms, channels, True), ())] = None
     return list(found)
 
 
@@ -98,8 +99,6 @@ def compiled(form: Form) -> Any:
             attributes[path] = [["tt.divisibility", 16]]
         elif name in ("x", "weight", "y", "r"):
             box = (gluon.SIDE, gluon.SIDE)
-            if name == "weight" and isinstance(c, WideShape):
-                box = c.weight_box
             types[name] = gluon.type_of_tiles(form.dtype, box)
         else:
             types[name] = "fp32" if name == "eps" else "i32"

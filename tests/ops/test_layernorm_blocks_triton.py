@@ -74,13 +74,16 @@ def test_layernorm_before_its_product(with_cls: bool, triton_device: str, monkey
         ffn(40, 88, 2, 21, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gelu_in_16_bits_is_rounded_once(dtype: torch.dtype, triton_device: str) -> None:
+@pytest.mark.parametrize("dtype, share", [(torch.float16, 0.506), (torch.bfloat16, 0.53)])
+def test_gelu_in_16_bits_is_rounded_once(
+    dtype: torch.dtype, share: float, triton_device: str
+) -> None:
+    """And the polynomial's error is a small share of that of rounding."""
     x = torch.linspace(-9, 9, 16 * 128, device=triton_device).to(dtype).view(1, -1, 16)
     one = torch.eye(16, device=triton_device, dtype=dtype)
     y = triton_linear.linear(x, one, None, "gelu").double()
     exact = torch.nn.functional.gelu(x.double())
-    assert ((y - exact).abs() <= 0.502 * torch.finfo(dtype).eps * exact.abs() + 4e-7).all()
+    assert ((y - exact).abs() <= share * torch.finfo(dtype).eps * exact.abs() + 4e-7).all()
 
 
 @pytest.mark.slow_on_cpu

@@ -16,12 +16,17 @@ from crossvit_kernels.ops.common.configs import VARIANTS
 #: (device, Triton), as in sm90_linear: this kernel has not run on a GPU yet.
 PROVEN: frozenset[tuple[str, str]] = frozenset()
 
-_ROWS = 128
-_SHARED_BYTES = 227 * 1024
-#: What is stored, and mbarriers.
-_OTHER_SHARED_BYTES = 33 * 1024
-#: (pieces, columns of a piece): the accumulators of a consumer, at most 192 registers a thread.
-_TILES = ((3, 128), (2, 128), (3, 64), (1, 128), (1, 64))
+#: For the ring, beside mbarriers.
+_SHARED_BYTES = 226 * 1024
+#: Rows of a consumer and columns of its accumulators, which take at most 192 registers a thread.
+_TILES = (
+    (128, (128, 64)),
+    (128, (128,)),
+    (64, (128, 128)),
+    (128, (64,)),
+)
+#: Columns whose products take the tensor cores as long as L2 takes for a row of x or W.
+_COLUMNS_PER_ROW = 121
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,34 +53,46 @@ class WideShape(tables.Constants):
         return -(-self.channels // 64)
 
     @functools.cached_property
-    def tile(self) -> tuple[int, int]:
-        """The tile with which least is read; TMA leaves out the columns beyond N."""
+    def tile(self) -> tuple[int, tuple[int, ...]]:
+        """The one that takes L2 or the tensor cores least; TMA leaves out columns beyond N."""
 
-        def read(tile: tuple[int, int]) -> int:
-            columns = tile[0] * tile[1]
-            return -(-self.columns // columns) * (_ROWS + columns)
+        def cost(tile: tuple[int, tuple[int, ...]]) -> tuple[float, int]:
+            rows, columns = 2 * tile[0], sum(tile[1])
+            tiles = -(-self.columns // columns)
+            products = tiles * columns
+            return max(_COLUMNS_PER_ROW * (tiles + self.columns / rows), products), products
 
-        return min(_TILES, key=read)
+        return min(_TILES, key=cost)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile, half of them for each consumer."""
+        return 2 * self.tile[0]
+
+    @property
+    def halves(self) -> int:
+        """Rows of a consumer, in 64s."""
+        return self.tile[0] // 64
 
     @property
     def pieces(self) -> int:
-        """Accumulators of a consumer."""
-        return self.tile[0]
+        """Accumulators side by side."""
+        return len(self.tile[1])
 
     @property
-    def piece(self) -> int:
-        """Columns of an accumulator."""
-        return self.tile[1]
+    def first_piece(self) -> int:
+        """Columns of the first accumulators."""
+        return self.tile[1][0]
 
     @property
-    def weight_box(self) -> tuple[int, int]:
-        """Rows and columns of W that are loaded at a time."""
-        return (64, self.piece) if self.transposed else (self.piece, 64)
+    def last_piece(self) -> int:
+        """Columns of the last accumulator, which may be fewer."""
+        return self.tile[1][-1]
 
     @property
     def tile_columns(self) -> int:
         """Columns of a tile."""
-        return self.pieces * self.piece
+        return sum(self.tile[1])
 
     @property
     def tiles(self) -> int:
@@ -84,9 +101,8 @@ class WideShape(tables.Constants):
 
     @property
     def stages(self) -> int:
-        """Stages of the ring, of 128 rows of x and a tile's columns of W."""
-        stage = 128 * (_ROWS + self.tile_columns)
-        return (_SHARED_BYTES - _OTHER_SHARED_BYTES) // stage
+        """Stages of the ring, of 64 channels of a tile's rows of x and columns of W."""
+        return _SHARED_BYTES // (128 * (self.rows + self.tile_columns))
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
@@ -153,7 +169,7 @@ def linear(
         r_tiles = tile(residual, num_rows, columns, residual.stride(1))
     arguments = (
         tile(a, num_rows, channels, a.stride(1)),
-        tile(weight, weight.shape[0], weight.shape[1], weight.stride(0), c.weight_box),
+        tile(weight, weight.shape[0], weight.shape[1], weight.stride(0), (64, 64)),
         y_tiles,
         r_tiles,
         bias,
@@ -162,7 +178,7 @@ def linear(
         num_tokens,
         c,
     )
-    tiles = -(-num_rows // _ROWS) * c.tiles
+    tiles = -(-num_rows // c.rows) * c.tiles
     key = "wide", index, c, a.dtype, *sm90_linear.kinds(bias, scale)
     return y if sm90_linear.start(kernel, arguments, key, index, tiles) else None
 

@@ -187,10 +187,10 @@ def linear_residual(
     """Return x + residual_scale * layer_scale * (a W^T + b) [B, N, C] for a [B, N, W's columns]."""
     if layer_scale is None and tokens.cls is None and tokens.x.dtype == a.dtype:
         x, y = tokens.x, None
-        if residual_scale is None and sm90_linear.chosen(a, weight):
-            y = sm90_linear.linear(a, weight, bias, residual=x)
-        elif sm90_wide.chosen(a, weight):
+        if sm90_wide.chosen(a, weight):
             y = sm90_wide.linear(a, weight, bias, residual=x, scale=residual_scale)
+        elif residual_scale is None and sm90_linear.chosen(a, weight):
+            y = sm90_linear.linear(a, weight, bias, residual=x)
         if y is not None:
             return y
     if step.by_library(tokens.num_rows, weight.shape[0], weight.element_size()):

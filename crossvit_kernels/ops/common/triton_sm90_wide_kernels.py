@@ -1,10 +1,10 @@
 """A linear layer for sm_90 of any width: y = r + scale act(x W^T + b), x and W by TMA.
 
 Each SM runs one program of two consumers, groups of four warps, and a producer, one warp. A tile is
-128 rows, 64 for each consumer, by up to 384 columns, which are in registers until all channels are
-multiplied. Both operands come through one ring in shared memory, 64 channels at a time, and after a
-tile's channels its residuals, 64 columns at a time: while the consumers finish a tile, the producer
-loads the next one's first stages.
+up to 256 rows, half of them for each consumer, by up to 256 columns, which are in registers until
+all channels are multiplied. Both operands come through one ring in shared memory, 64 channels at a
+time. After a tile's channels come stages for its results, 64 columns at a time: residuals, if there
+are some, and in their place what TMA then stores. Meanwhile the producer loads the next tile.
 """
 
 from __future__ import annotations
@@ -23,35 +23,60 @@ multiply_wait = gluon.hopper.warpgroup_mma_wait
 
 
 @gluon.jit
+def _piece(weight, columns: gl.constexpr, c: gl.constexpr):
+    """Return room for so many columns of W in all stages."""
+    if c.transposed:
+        shape: gl.constexpr = (c.stages, 64, columns)
+    else:
+        shape: gl.constexpr = (c.stages, columns, 64)
+    return gl.allocate_shared_memory(weight.dtype, shape, weight.layout)
+
+
+@gluon.jit
+def _box(ws, s, n: gl.constexpr, c: gl.constexpr):
+    """Return where the n-th 64 columns of W lie in a stage."""
+    boxes: gl.constexpr = c.first_piece // 64
+    piece = ws[n // boxes].index(s)
+    if boxes == 1 or (n == c.tile_columns // 64 - 1 and c.last_piece == 64):
+        return piece
+    return piece.slice(n % boxes * 64, 64, dim=1 if c.transposed else 0)
+
+
+@gluon.jit
 def _produce(x, weight, r, xs, ws, full, empty, total, c: gl.constexpr):
-    """Load operands and residuals as soon as the consumers have used a stage."""
-    pieces: gl.constexpr = c.pieces
+    """Load operands and residuals as soon as a stage is free."""
+    row_boxes: gl.constexpr = c.rows // 64
+    column_boxes: gl.constexpr = c.tile_columns // 64
     i = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         block = t // c.tiles
         column = (t - block * c.tiles) * c.tile_columns
+        row = block * c.rows
         for k in range(c.steps):
             s = i % c.stages
             barrier.wait(empty.index(s), ((i // c.stages) & 1) ^ 1)
-            barrier.expect(full.index(s), 128 * (128 + c.tile_columns))
-            for w in gl.static_range(2):
-                load_tile(x, [block * 128 + w * 64, k * 64], full.index(s), xs.index(s * 2 + w))
-            for p in gl.static_range(pieces):
-                at = ws.index(s * c.pieces + p)
+            barrier.expect(full.index(s), 128 * (c.rows + c.tile_columns))
+            for w in gl.static_range(row_boxes):
+                at = xs.index(s * row_boxes + w)
+                load_tile(x, [row + w * 64, k * 64], full.index(s), at)
+            for n in gl.static_range(column_boxes):
+                at = _box(ws, s, n, c)
                 if c.transposed:
-                    load_tile(weight, [k * 64, column + p * c.piece], full.index(s), at)
+                    load_tile(weight, [k * 64, column + n * 64], full.index(s), at)
                 else:
-                    load_tile(weight, [column + p * c.piece, k * 64], full.index(s), at)
+                    load_tile(weight, [column + n * 64, k * 64], full.index(s), at)
             i += 1
-        if c.residual:
-            for n in range(c.tile_columns // 64):
-                s = i % c.stages
-                barrier.wait(empty.index(s), ((i // c.stages) & 1) ^ 1)
-                barrier.expect(full.index(s), 128 * 128)
-                for w in gl.static_range(2):
-                    at = xs.index(s * 2 + w)
-                    load_tile(r, [block * 128 + w * 64, column + n * 64], full.index(s), at)
-                i += 1
+        for n in range(column_boxes):
+            s = i % c.stages
+            barrier.wait(empty.index(s), ((i // c.stages) & 1) ^ 1)
+            if c.residual:
+                barrier.expect(full.index(s), 128 * c.rows)
+                for w in gl.static_range(row_boxes):
+                    at = xs.index(s * row_boxes + w)
+                    load_tile(r, [row + w * 64, column + n * 64], full.index(s), at)
+            else:
+                barrier.arrive(full.index(s), count=1)
+            i += 1
 
 
 @gluon.jit
@@ -65,88 +90,107 @@ def _halves(a):
 
 
 @gluon.jit
-def _finish(
-    acc, y, bias_ptr, shared, scale, place, m: gl.constexpr, w: gl.constexpr, c: gl.constexpr
-):
-    """Add bias and residual to the m-th 64 columns of a tile, with GELU between, and store them."""
-    xs, _ws, ys, full, empty = shared
-    row, first_column, i, j = place
-    column = first_column + m * 64
-    layout: gl.constexpr = acc.type.layout
-    out = acc
+def _bias(bias_ptr, column, zero, c: gl.constexpr):
+    """Return what sums start from."""
+    sums = zero
     if bias_ptr is not None:
-        at = column + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+        layout: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
+        at = column + gl.arange(0, zero.shape[1], layout=layout)
         if c.columns % c.tile_columns == 0:
             bias = gl.load(bias_ptr + at)
         else:
             bias = gl.load(bias_ptr + at, mask=at < c.columns, other=0.0)
-        out += bias.to(gl.float32)[None, :]
+        sums = zero + bias.to(gl.float32)[None, :]
+    return sums
+
+
+@gluon.jit
+def _finish(acc, y, box, scale, row, column, c: gl.constexpr):
+    """Store 64 columns of 64 rows by way of box, in which their residual is."""
+    out = acc
     if c.gelu:
-        out = gelu(out)
+        out = gelu(out, y.dtype)
     if scale is not None:
         out = out * scale[:, None]
     if c.residual:
-        s = (i + m) % c.stages
-        barrier.wait(full.index(s), ((i + m) // c.stages) & 1)
-        out += xs.index(s * 2 + w).load(layout).to(gl.float32)
-        fence()  # TMA writes next where this group read: without it, before that is done
-        barrier.arrive(empty.index(s), count=1)
-    to = ys.index(w * 2 + ((j + m) & 1))
-    store_wait(pendings=1)
-    to.store(out.to(y.dtype))
+        out += box.load(acc.type.layout).to(gl.float32)
+    box.store(out.to(y.dtype))
     fence()
-    store_tile(y, [row, column], to)
+    store_tile(y, [row, column], box)
 
 
 @gluon.jit
 def _consume(y, bias_ptr, scale_ptr, shared, sizes, w: gl.constexpr, c: gl.constexpr):
-    """Compute 64 rows of each tile."""
+    """Compute half of the rows of each tile."""
     pieces: gl.constexpr = c.pieces
-    piece: gl.constexpr = c.piece
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, piece, 16])
+    halves: gl.constexpr = c.halves
+    row_boxes: gl.constexpr = c.rows // 64
+    first_piece: gl.constexpr = c.first_piece
+    last_piece: gl.constexpr = c.last_piece
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, first_piece, 16])
+    last: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, last_piece, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    xs, ws, _ys, full, empty = shared
+    xs, ws, full, empty = shared
     num_rows, num_tokens, total = sizes
-    zero = gl.zeros((64, piece), gl.float32, layout=layout)
+    zeros = ()
+    for _ in gl.static_range(halves):
+        for p in gl.static_range(pieces):
+            if p == pieces - 1:
+                zeros = zeros + (gl.zeros((64, last_piece), gl.float32, layout=last),)
+            else:
+                zeros = zeros + (gl.zeros((64, first_piece), gl.float32, layout=wide),)
     i = 0
-    j = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         block = t // c.tiles
         column = (t - block * c.tiles) * c.tile_columns
-        row = block * 128 + w * 64
+        row = block * c.rows + w * (64 * halves)
         accs = ()
-        for _ in gl.static_range(pieces):
-            accs = accs + (zero,)
-        for k in range(c.steps):
+        for h in gl.static_range(halves):
+            for p in gl.static_range(pieces):
+                at = column + p * first_piece
+                accs = accs + (_bias(bias_ptr, at, zeros[h * pieces + p], c),)
+        for _step in range(c.steps):
             s = i % c.stages
             barrier.wait(full.index(s), (i // c.stages) & 1)
             sums = ()
-            for p in gl.static_range(pieces):
-                box = ws.index(s * c.pieces + p)
-                part = box if c.transposed else box.permute((1, 0))
-                product = multiply_async(
-                    xs.index(s * 2 + w), part, accs[p], use_acc=k > 0, is_async=True
-                )
-                sums = sums + (product,)
+            for h in gl.static_range(halves):
+                for p in gl.static_range(pieces):
+                    box = ws[p].index(s)
+                    part = box if c.transposed else box.permute((1, 0))
+                    rows = xs.index(s * row_boxes + w * halves + h)
+                    acc = accs[h * pieces + p]
+                    product = multiply_async(rows, part, acc, use_acc=True, is_async=True)
+                    sums = sums + (product,)
             # Of one it returns no tuple.
-            accs = (multiply_wait(0, deps=sums),) if pieces == 1 else multiply_wait(0, deps=sums)
+            if pieces * halves == 1:
+                accs = (multiply_wait(0, deps=sums),)
+            else:
+                accs = multiply_wait(0, deps=sums)
             barrier.arrive(empty.index(s), count=1)
             i += 1
-        scale = None
-        if scale_ptr is not None:
-            rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, narrow))
-            scale = gl.load(scale_ptr + rows // num_tokens, mask=rows < num_rows, other=0.0)
-            scale = scale.to(gl.float32)
-        halves: gl.constexpr = piece // 64
-        place = (row, column, i, j)
-        for p in gl.static_range(pieces):
-            parts = (accs[p],) if piece == 64 else _halves(accs[p])
+        scales = ()
+        for h in gl.static_range(halves):
+            if scale_ptr is not None:
+                rows = row + h * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, narrow))
+                scale = gl.load(scale_ptr + rows // num_tokens, mask=rows < num_rows, other=0.0)
+                scales = scales + (scale.to(gl.float32),)
+            else:
+                scales = scales + (0.0,)  # not used
+        for n in gl.static_range(c.tile_columns // 64):
+            s = (i + n) % c.stages
+            barrier.wait(full.index(s), ((i + n) // c.stages) & 1)
             for h in gl.static_range(halves):
-                _finish(parts[h], y, bias_ptr, shared, scale, place, p * halves + h, w, c)
-        if c.residual:
-            i += pieces * halves
-        j += pieces * halves
-    store_wait(pendings=0)
+                acc = accs[h * pieces + n * 64 // first_piece]
+                part = acc if acc.shape[1] == 64 else _halves(acc)[n % 2]
+                scale = None if scale_ptr is None else scales[h]
+                box = xs.index(s * row_boxes + w * halves + h)
+                _finish(part, y, box, scale, row + h * 64, column + n * 64, c)
+            if n > 0:
+                store_wait(pendings=halves)
+                barrier.arrive(empty.index((i + n - 1) % c.stages), count=1)
+        i += c.tile_columns // 64
+        store_wait(pendings=0)
+        barrier.arrive(empty.index((i - 1) % c.stages), count=1)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_tokens"])
@@ -168,13 +212,12 @@ def sm90_wide_linear(
     num_tokens rows are an image; c is a WideShape.
     """
     stages: gl.constexpr = c.stages
-    total = (num_rows + 127) // 128 * c.tiles
-    xs = gl.allocate_shared_memory(x.dtype, [c.stages * 2, 64, 64], x.layout)
-    piece: gl.constexpr = c.piece
-    rows: gl.constexpr = 64 if c.transposed else piece
-    columns: gl.constexpr = piece if c.transposed else 64
-    ws = gl.allocate_shared_memory(x.dtype, [c.stages * c.pieces, rows, columns], weight.layout)
-    ys = gl.allocate_shared_memory(x.dtype, [4, 64, 64], y.layout)
+    pieces: gl.constexpr = c.pieces
+    total = (num_rows + c.rows - 1) // c.rows * c.tiles
+    xs = gl.allocate_shared_memory(x.dtype, [c.stages * (c.rows // 64), 64, 64], x.layout)
+    ws = ()
+    for p in gl.static_range(pieces):
+        ws = ws + (_piece(weight, c.last_piece if p == pieces - 1 else c.first_piece, c),)
     one: gl.constexpr = barrier.MBarrierLayout()
     full = gl.allocate_shared_memory(gl.int64, [c.stages, 1], one)
     empty = gl.allocate_shared_memory(gl.int64, [c.stages, 1], one)
@@ -182,7 +225,7 @@ def sm90_wide_linear(
         barrier.init(full.index(s), count=1)
         barrier.init(empty.index(s), count=2)
     fence()
-    shared = (xs, ws, ys, full, empty)
+    shared = (xs, ws, full, empty)
     sizes = (num_rows, num_tokens, total)
     gl.warp_specialize(
         [

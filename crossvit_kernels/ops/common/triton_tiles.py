@@ -240,21 +240,23 @@ def normal_distribution(x):
 
 
 @triton.jit
-def normal_tail(x):
-    """1 - Phi(|x|) and exp(-x^2 / 2): half the instructions of erf, for results in 16 bits.
+def normal_tail(x, dtype: tl.constexpr):
+    """1 - Phi(|x|), for results in bfloat16 or float16, in a third of erf's instructions.
 
-    The ratio of both is a polynomial in t = 1 / (1 + c |x|); c and the coefficients are a minimax
-    fit. Errors are below 6e-7, those of x times the tail below 3e-7 and 3e-4 of it.
+    Its logarithm to base 2 is a polynomial in |x|, a minimax fit. Up to 3.5 errors are below 2e-4
+    of the tail in bfloat16, 1/20 of a rounding error, and 4e-6 in float16; up to 5 7e-4 and 1e-5.
     """
-    t = tl.rsqrt(1.0 + 0.23 * tl.abs(x))  # a reciprocal would take seven instructions more
-    t = t * t
-    ratio = 0.599980137 * t - 0.946215317
-    ratio = ratio * t + 1.00769368
-    ratio = ratio * t - 0.353475154
-    ratio = ratio * t + 0.20338157
-    ratio = ratio * t - 0.011364827
-    density = tl.exp2(x * x * (-0.5 * LOG2E))
-    return ratio * density, density
+    size = tl.abs(x)
+    if dtype == tl.float16:
+        power = -1.78168047e-06 * size + 6.06695262e-05
+        power = (power * size - 0.00092431097) * size + 0.00848785019
+        power = (power * size - 0.0539279067) * size - 0.458488116
+        power = (power * size - 1.15124477) * size - 0.999995562
+    else:
+        power = -0.000256385217 * size + 0.00515643039
+        power = (power * size - 0.045810577) * size - 0.467650187
+        power = (power * size - 1.14741397) * size - 1.00025812
+    return tl.exp2(power)
 
 
 @triton.jit
@@ -263,8 +265,7 @@ def gelu(x, dtype: tl.constexpr):
     if dtype == tl.float32:
         y = x * normal_distribution(x)
     else:
-        tail, _ = normal_tail(x)
-        y = tl.maximum(x, 0.0) - tl.abs(x) * tail
+        y = tl.maximum(x, 0.0) - tl.abs(x) * normal_tail(x, dtype)
     return y
 
 
@@ -273,11 +274,10 @@ def distribution_and_density(x, dtype: tl.constexpr):
     """Phi(x) and exp(-x^2 / 2), for results in dtype."""
     if dtype == tl.float32:
         distribution = normal_distribution(x)
-        density = tl.exp(-0.5 * x * x)
     else:
-        tail, density = normal_tail(x)
+        tail = normal_tail(x, dtype)
         distribution = tl.where(x > 0, 1.0 - tail, tail)
-    return distribution, density
+    return distribution, tl.exp2(x * x * (-0.5 * LOG2E))
 
 
 @triton.jit

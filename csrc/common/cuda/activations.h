@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdexcept>
+#include <type_traits>
 
 #include "common/activation.h"
 #include "common/cuda/math.h"
@@ -13,18 +14,28 @@ template <class T>
 class Gelu {
  public:
   __device__ __forceinline__ explicit Gelu(float x) : x_(x) {
-    density_ = exp2_approx(x * x * (-0.5f * 1.4426950408889634f));
     if constexpr (sizeof(T) == 2) {
-      // 1 - Phi(|x|), in half the instructions of erff: its ratio to exp(-x^2 / 2) is a polynomial
-      // in t = 1 / (1 + c |x|); c and the coefficients are a minimax fit. Errors are below 6e-7,
-      // those of x times the tail below 3e-7 and 3e-4 of it.
-      const float root = rsqrt_approx(fmaf(0.23f, fabsf(x), 1.0f)), t = root * root;
-      float ratio = fmaf(0.599980137f, t, -0.946215317f);
-      ratio = fmaf(ratio, t, 1.00769368f);
-      ratio = fmaf(ratio, t, -0.353475154f);
-      ratio = fmaf(ratio, t, 0.20338157f);
-      ratio = fmaf(ratio, t, -0.011364827f);
-      tail_ = ratio * density_;
+      // 1 - Phi(|x|), in a third of erff's instructions: its logarithm to base 2 is a polynomial, a
+      // minimax fit. Up to 3.5 errors are below 2e-4 of the tail in bfloat16, 1/20 of a rounding
+      // error, and 4e-6 in float16; up to 5 7e-4 and 1e-5.
+      const float size = fabsf(x);
+      float power;
+      if constexpr (std::is_same_v<T, __half>) {
+        power = fmaf(-1.78168047e-06f, size, 6.06695262e-05f);
+        power = fmaf(power, size, -0.00092431097f);
+        power = fmaf(power, size, 0.00848785019f);
+        power = fmaf(power, size, -0.0539279067f);
+        power = fmaf(power, size, -0.458488116f);
+        power = fmaf(power, size, -1.15124477f);
+        power = fmaf(power, size, -0.999995562f);
+      } else {
+        power = fmaf(-0.000256385217f, size, 0.00515643039f);
+        power = fmaf(power, size, -0.045810577f);
+        power = fmaf(power, size, -0.467650187f);
+        power = fmaf(power, size, -1.14741397f);
+        power = fmaf(power, size, -1.00025812f);
+      }
+      tail_ = exp2_approx(power);
     } else {
       tail_ = 0.5f * erfcf(fabsf(x) * 0.70710678118654752f);
     }
@@ -34,11 +45,12 @@ class Gelu {
 
   __device__ __forceinline__ float slope() const {
     const float distribution = x_ > 0 ? 1.0f - tail_ : tail_;
-    return fmaf(x_ * 0.3989422804014327f, density_, distribution);
+    const float density = exp2_approx(x_ * x_ * (-0.5f * 1.4426950408889634f));
+    return fmaf(x_ * 0.3989422804014327f, density, distribution);
   }
 
  private:
-  float x_, density_, tail_;
+  float x_, tail_;
 };
 
 struct ExactGelu {
