@@ -185,7 +185,7 @@ class Candidate(NamedTuple):
 
     Attributes:
         constants: Values of the kernel's first constexpr parameters.
-        options: num_warps and num_stages.
+        options: num_warps and num_stages, and maxnreg where registers are limited.
     """
 
     constants: tuple[Any, ...]

@@ -102,6 +102,8 @@ class CompileCase:
         sizes = (c.describe() for c in candidate.constants if hasattr(c, "describe"))
         options = candidate.options
         how = f"{options['num_warps']} warps, {options['num_stages']} stages"
+        if "maxnreg" in options:
+            how += f", {options['maxnreg']} registers"
         return "; ".join((f"{_NAMES[narrowest]} {', '.join(sizes)}", how))
 
     def __reduce__(self) -> Any:

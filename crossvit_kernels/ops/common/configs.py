@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from crossvit_kernels.gpu import tables
@@ -75,6 +76,7 @@ class RowTile:
         chunk: Channels loaded together.
         num_warps: Warps per program.
         num_stages: Steps whose loads are in flight.
+        max_registers: Of a thread, so that an SM holds more programs; 0 for the compiler's choice.
     """
 
     rows: int
@@ -82,19 +84,22 @@ class RowTile:
     chunk: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
 
     def and_smaller(self) -> tuple[RowTile, ...]:
         """Return it and its fallbacks, in order.
 
-        They have fewer rows or stages, which leaves results bitwise unchanged; smaller steps along
-        the other sizes would not.
+        They have more registers, or fewer rows or stages, which leaves results bitwise unchanged;
+        smaller steps along the other sizes would not.
         """
+        tile = dataclasses.replace(self, max_registers=0)
         fewer, least = max(self.num_stages - 1, 1), min(self.rows, 16)
         steps = ((1, self.num_stages), (2, self.num_stages), (1, fewer), (2, fewer), (4, fewer))
-        return tuple(
-            dataclasses.replace(self, rows=max(self.rows // share, least), num_stages=stages)
+        smaller = (
+            dataclasses.replace(tile, rows=max(self.rows // share, least), num_stages=stages)
             for share, stages in (*steps, (2, 1), (4, 1))
         )
+        return (self, *smaller)
 
 
 class RowTable(Table[RowTile]):
@@ -259,6 +264,8 @@ def _candidates(
     items = []
     for config in configs:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        if config.max_registers and not torch.version.hip:
+            options["maxnreg"] = config.max_registers
         sizes = config.rows, config.columns, config.chunk
         items.append(Candidate((LayerShape(channels, inner, *sizes, precision),), options))
     return Candidates(tuple(items), measured)

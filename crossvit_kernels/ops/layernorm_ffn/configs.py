@@ -44,6 +44,7 @@ HIDDEN_BACKWARD = RowTable(
     "ffn hidden backward",
     {
         2: (
+            (192, RowTile(128, 64, 32, 8, 3)),
             (256, RowTile(128, 64, 32, 8, 3)),
             (ANY, RowTile(128, 128, 32, 8, 4)),
         ),
@@ -55,13 +56,18 @@ HIDDEN_BACKWARD = RowTable(
             (ANY, RowTile(64, 128, 32, 8, 3)),
         ),
     },
+    on_sm={
+        (90, 2): {
+            256: RowTile(128, 64, 32, 8, 3, 80),
+        },
+    },
 )
 
 #: With hidden units that forward has kept.
 KEPT_HIDDEN_BACKWARD = RowTable(
     "ffn kept hidden backward",
     {
-        2: ((ANY, RowTile(128, 128, 64, 8, 3)),),
+        2: ((ANY, RowTile(128, 128, 64, 8, 3, 128)),),
         4: ((ANY, RowTile(32, 64, 32, 8, 1)),),
     },
     few={2: ((ANY, RowTile(64, 64, 64, 4, 3)),)},
@@ -79,10 +85,10 @@ def keeps_hidden(channels: int, element_size: int) -> bool:
 
 # Who does a step, and the model's figures as the reason: from bench/library_model.py.
 #: LayerNorm, the first layer and GELU.
-FC1 = Step({192: Figures(129.4, 154.7), 384: Figures(134.9, 177.0)})
+FC1 = Step({192: Figures(110.0, 154.7), 384: Figures(127.8, 177.0)})
 #: The second layer and the residual.
 FC2 = Step({192: Figures(71.0, 89.9), 384: Figures(93.1, 109.9)})
 #: Backward: hidden units, computed again, and their gradient, whose product is ours or cuBLAS's.
-HIDDEN_GRADIENT = Step({192: Figures(196.9, 244.7), 384: Figures(334.9, 300.2)})
+HIDDEN_GRADIENT = Step({192: Figures(194.5, 270.3), 384: Figures(331.3, 306.4)})
 #: The same with hidden units that forward has kept.
-KEPT_HIDDEN_GRADIENT = Step({384: Figures(174.9, 215.8)})
+KEPT_HIDDEN_GRADIENT = Step({384: Figures(167.6, 215.9)})

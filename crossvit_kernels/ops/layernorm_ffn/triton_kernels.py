@@ -149,11 +149,16 @@ def ffn_hidden_backward(
                 dactivated = tl.dot(dupdate, w, dactivated, input_precision=PRECISION)
     hs = in_parts(hidden, ROWS, COLUMNS, PART)
     ds = in_parts(dactivated, ROWS, COLUMNS, PART)
+    if hidden_ptr is not None:
+        kept = load_tile(hidden_ptr, row * HIDDEN, used, n, HIDDEN, PART)
     for i in tl.static_range(COLUMNS // PART):
         first = n + i * PART
         inside = used & (first < HIDDEN)  # the last parts may be past the last unit
         if hidden_ptr is not None:
-            h = load_tile(hidden_ptr, row * HIDDEN, inside, first, HIDDEN, PART).to(tl.float32)
+            h = kept.to(tl.float32)
+            if i + 1 < COLUMNS // PART:  # loaded before what is stored next
+                ahead = used & (first + PART < HIDDEN)
+                kept = load_tile(hidden_ptr, row * HIDDEN, ahead, first + PART, HIDDEN, PART)
         else:
             h = hs[i]
             if fc1_bias_ptr is not None:

@@ -21,6 +21,12 @@ ATTENTION = RowTable(
             (128, RowTile(64, 64, 16, 4, 2)),
         ),
     },
+    on_sm={
+        (90, 2): {
+            32: RowTile(64, 64, 16, 4, 3, 80),
+            64: RowTile(64, 32, 16, 4, 3, 80),
+        },
+    },
 )
 
 BACKWARD_QUERIES = RowTable(
@@ -52,6 +58,6 @@ BACKWARD_KEYS = RowTable(
 #: LayerNorm, q, k and v.
 QKV = Step({192: Figures(85.9, 98.7), 384: Figures(114.5, 122.0)})
 #: Of q, k and v.
-SELF_ATTENTION = Step({192: Figures(137.2, 182.6), 384: Figures(72.4, 84.3)}, in_float32=False)
+SELF_ATTENTION = Step({192: Figures(135.0, 182.6), 384: Figures(66.8, 84.3)}, in_float32=False)
 #: And the residual.
 PROJECTION = Step({192: Figures(32.3, 54.6), 384: Figures(43.6, 60.5)})
