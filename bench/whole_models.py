@@ -1,6 +1,6 @@
 """Compare whole models with torch's composition of them, by the cycle model.
 
-    python bench/whole_models.py [--images 64,256] [--json FILE]
+    python bench/whole_models.py [--images 64,256] [--gluon] [--json FILE]
 
 Every model of the paper's Table 1 in bfloat16 on an H200: GPU time without gaps between launches.
 Nothing here is measured. Ours are the modelled kernels in bench/results/model, as `auto` chooses
@@ -10,7 +10,8 @@ its favour: a residual and the LayerNorm behind it are one pass, tiles of produc
 empty, and the layers of the CLS tokens cost only their starts. Against it, GELU is a pass of its
 own, and attention is in tiles of 128 keys. The embedding and the products for gradients of weights
 are torch's in both; loss and optimizer are in neither. Models with daggers differ in the embedding
-alone.
+alone. With --gluon blocks are those of
+`triton:gluon`, whose kernels also multiply by W_o, W_qkv and W_1 in backward, for 256 images.
 
 The largest model takes minutes; products of one shape are modelled once.
 """
@@ -80,8 +81,8 @@ def kernels() -> dict[tuple[Any, ...], Cost]:
     return dict(found)
 
 
-def ours(operation: str, direction: str, block: Block) -> Cost:
-    backend = "cuda" if operation == "cross_attention_fusion" else "triton"
+def ours(operation: str, direction: str, block: Block, variant: str = "") -> Cost:
+    backend = "cuda" if operation == "cross_attention_fusion" else f"triton{variant}"
     return kernels()[backend, operation, direction, block.model, block.channels, block.images]
 
 
@@ -109,10 +110,11 @@ def keeps_hidden(block: Block) -> bool:
     return ffn_configs.keeps_hidden(block.channels, 2)
 
 
-def block_forward(block: Block, training: bool) -> tuple[Cost, Cost]:
+def block_forward(block: Block, variant: str, training: bool) -> tuple[Cost, Cost]:
     """Ours, and the composition."""
     of_ffn = "training" if training and keeps_hidden(block) else "forward"
-    ours_ = ours("layernorm_msa", "forward", block) + ours("layernorm_ffn", of_ffn, block)
+    ours_ = ours("layernorm_msa", "forward", block, variant)
+    ours_ += ours("layernorm_ffn", of_ffn, block, variant)
     composed = attention(block)
     for columns, terms in layers(block):
         composed += products(block, columns, terms)
@@ -121,10 +123,11 @@ def block_forward(block: Block, training: bool) -> tuple[Cost, Cost]:
     return ours_, composed
 
 
-def block_backward(block: Block) -> tuple[Cost, Cost]:
+def block_backward(block: Block, variant: str) -> tuple[Cost, Cost]:
     """Ours, and the composition."""
     c, hidden = block.channels, block.hidden
-    ours_ = ours("layernorm_msa", "backward", block) + ours("layernorm_ffn", "backward", block)
+    ours_ = ours("layernorm_msa", "backward", block, variant)
+    ours_ += ours("layernorm_ffn", "backward", block, variant)
     composed = Cost(attention(block).us * BACKWARD_PRODUCTS, 2) + a_pass(block, 2 * c)
     steps = ffn_configs.HIDDEN_GRADIENT, ffn_configs.KEPT_HIDDEN_GRADIENT
     by_library = steps[keeps_hidden(block)].by_library(block.rows, c, 2)
@@ -132,9 +135,10 @@ def block_backward(block: Block) -> tuple[Cost, Cost]:
         both = products(block, terms, columns)  # the gradient of what the layer reads
         weights = products(block, columns, terms)  # as many operations
         composed += both + weights
-        # One of ours is in a kernel of its own, unless cuBLAS computes it.
+        # fc2's is in a kernel of its own, unless cuBLAS computes it; Gluon's kernels do all others.
         is_fc2 = (columns, terms) == (c, hidden)
-        ours_ += weights if is_fc2 and not by_library else both + weights
+        is_ours = not by_library if is_fc2 else bool(variant)
+        ours_ += weights if is_ours else both + weights
         composed += a_pass(block, columns)  # the gradient of the bias
     composed += a_pass(block, NORM_BACKWARD * c).times(2) + a_pass(block, 3 * hidden)
     # Both of LayerNorm's kernels leave sums of 3 C columns in float32, one for each program.
@@ -184,12 +188,15 @@ def blocks_of(name: str, images: int) -> tuple[Config, tuple[Block, Block]]:
     return config, (small, large)
 
 
-def model(name: str, images: int, training: bool) -> Iterator[tuple[str, Cost, Cost]]:
+def model(
+    name: str, images: int, training: bool, variant: str = ""
+) -> Iterator[tuple[str, Cost, Cost]]:
     """The parts of a model: ours, and the composition."""
     config, blocks = blocks_of(name, images)
-    passes = [(functools.partial(block_forward, training=training), fusion_forward)]
+    forward = functools.partial(block_forward, variant=variant, training=training)
+    passes = [(forward, fusion_forward)]
     if training:
-        passes.append((block_backward, fusion_backward))
+        passes.append((functools.partial(block_backward, variant=variant), fusion_backward))
     for branch, block, depth in zip("SL", blocks, config.depths, strict=True):
         for label, step, count in (("blocks", 0, depth), ("fusions", 1, 1)):
             halves = [functions[step](block) for functions in passes]
@@ -202,16 +209,17 @@ def model(name: str, images: int, training: bool) -> Iterator[tuple[str, Cost, C
     yield "heads", heads, heads
 
 
-def rows(images: list[int]) -> Iterator[dict[str, Any]]:
+def rows(images: list[int], variant: str = "") -> Iterator[dict[str, Any]]:
     for name in MODELS:
         for batch in images:
             for training in (False, True):
-                parts = list(model(name, batch, training))
+                parts = list(model(name, batch, training, variant))
                 ours_, composed = (
                     sum((part[side] for part in parts), Cost()).with_starts / 1000
                     for side in (1, 2)
                 )
                 yield {
+                    "blocks": f"triton{variant}",
                     "model": name,
                     "images": batch,
                     "pass": "training" if training else "inference",
@@ -228,6 +236,7 @@ def rows(images: list[int]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", default="64,256", help="batches, of 1, 64 and 256")
+    parser.add_argument("--gluon", action="store_true", help="blocks of triton:gluon")
     parser.add_argument("--json", type=Path, help="a file for the results")
     options = parser.parse_args()
     print(f"{'model':6} {'images':>6} {'pass':9} {'ours':>8} {'torch':>8} ratio  modelled ms, H200")
@@ -235,7 +244,9 @@ def main() -> None:
     images = [int(batch) for batch in options.images.split(",")]
     if not set(images) <= {1, 64, 256}:
         parser.error(f"--images: expected some of 1, 64 and 256, found {options.images}")
-    for row in rows(images):
+    if options.gluon and images != [256]:
+        parser.error("--gluon: only 256 images are modelled")
+    for row in rows(images, ":gluon" if options.gluon else ""):
         found.append(row)
         print(
             f"{row['model']:6} {row['images']:6} {row['pass']:9} {row['ours_ms']:8.2f}"

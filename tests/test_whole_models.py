@@ -83,7 +83,32 @@ def test_training_adds_products_of_both_sides(whole_models: ModuleType) -> None:
         assert added == pytest.approx(blocks * (1e4 * columns + 250 + 8), rel=1e-6)
 
 
-def test_every_model_has_its_kernels(whole_models: ModuleType) -> None:
-    rows = list(whole_models.rows([64, 256]))
-    assert len(rows) == 6 * 2 * 2
+def test_gluon_multiplies_in_backward(whole_models: ModuleType) -> None:
+    """The gradients of what three layers read are in its launches, not cuBLAS's."""
+    block = whole_models.blocks_of("15", 256)[1][1]
+    (ours, composed), (of_gluon, same) = (
+        whole_models.block_backward(block, variant) for variant in ("", ":gluon")
+    )
+    assert composed == same
+    document = json.loads((BENCH / "results/model/h200_gluon.json").read_text())
+    launches = [
+        row["modelled"]["microseconds"]
+        for row in document["rows"]
+        if (row["model"], row["channels"], row["direction"]) == ("15", 384, "backward")
+    ]
+    kernels = [
+        us
+        for half in ("layernorm_msa", "layernorm_ffn")
+        for us in modelled("triton", half, "backward", 384)
+    ]
+    assert of_gluon.us - ours.us == pytest.approx(sum(launches) - sum(kernels) - 3)
+    assert of_gluon.launches == ours.launches and len(launches) == len(kernels) + 3
+
+
+@pytest.mark.parametrize("images, variant", [([64, 256], ""), ([256], ":gluon")])
+def test_every_model_has_its_kernels(
+    whole_models: ModuleType, images: list[int], variant: str
+) -> None:
+    rows = list(whole_models.rows(images, variant))
+    assert len(rows) == 6 * len(images) * 2
     assert all(row["ours_ms"] > 0 for row in rows)
