@@ -340,9 +340,6 @@ FAULTS: dict[str, Fault] = {
     "fusion forward: rows of the pass not seen": race(
         FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"u.write(pass.rows());\n      {BARRIER}")
     ),
-    "fusion forward: copied rows not seen": race(
-        FUSION_WIDE, no_barrier(FUSION_FORWARD, f"s.channels);\n        {BARRIER}")
-    ),
     "fusion forward: rows of q not seen": race(
         FUSION, no_barrier(FUSION_FORWARD, f"own_heads, channels);\n  {BARRIER}")
     ),
