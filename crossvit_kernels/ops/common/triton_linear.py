@@ -189,7 +189,7 @@ def linear_residual(
         x, y = tokens.x, None
         if sm90_wide.chosen(a, weight):
             y = sm90_wide.linear(a, weight, bias, residual=x, scale=residual_scale)
-        elif residual_scale is None and sm90_linear.chosen(a, weight):
+        if y is None and residual_scale is None and sm90_linear.chosen(a, weight):
             y = sm90_linear.linear(a, weight, bias, residual=x)
         if y is not None:
             return y

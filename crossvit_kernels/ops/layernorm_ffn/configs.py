@@ -67,10 +67,15 @@ HIDDEN_BACKWARD = RowTable(
 KEPT_HIDDEN_BACKWARD = RowTable(
     "ffn kept hidden backward",
     {
-        2: ((ANY, RowTile(128, 128, 64, 8, 3, 128)),),
+        2: ((ANY, RowTile(128, 128, 64, 8, 3)),),
         4: ((ANY, RowTile(32, 64, 32, 8, 1)),),
     },
     few={2: ((ANY, RowTile(64, 64, 64, 4, 3)),)},
+    on_sm={
+        (90, 2): {
+            ANY: RowTile(128, 128, 64, 8, 3, 128),
+        },
+    },
 )
 
 
