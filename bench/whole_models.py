@@ -10,8 +10,8 @@ its favour: a residual and the LayerNorm behind it are one pass, tiles of produc
 empty, and the layers of the CLS tokens cost only their starts. Against it, GELU is a pass of its
 own, and attention is in tiles of 128 keys. The embedding and the products for gradients of weights
 are torch's in both; loss and optimizer are in neither. Models with daggers differ in the embedding
-alone. With --gluon blocks are those of
-`triton:gluon`, whose kernels also multiply by W_o, W_qkv and W_1 in backward, for 256 images.
+alone. With --gluon blocks are those of `triton:gluon`, whose kernels also multiply by W_o, W_qkv
+and W_1 in backward, for 256 images.
 
 The largest model takes minutes; products of one shape are modelled once.
 """

@@ -94,7 +94,7 @@ def test_all_kernels_have_the_same() -> None:
     found = []
     for path in SOURCES:
         text = (ROOT / path).read_text()
-        start = text.index("1.78168047e-06")
+        start = text.index("-1.78168047e-06")
         numbers = text[start : text.index("1.00025812", start) + 10]
-        found.append(re.findall(r"\d\.\d{6,}(?:e-\d\d)?", numbers))
+        found.append(re.findall(r"(-?) ?(\d\.\d{6,}(?:e-\d\d)?)", numbers))
     assert len(found[0]) == 8 + 6 and found[0] == found[1] == found[2]

@@ -161,11 +161,7 @@ def _consume(y, bias_ptr, scale_ptr, shared, sizes, w: gl.constexpr, c: gl.const
                     acc = accs[h * pieces + p]
                     product = multiply_async(rows, part, acc, use_acc=True, is_async=True)
                     sums = sums + (product,)
-            # Of one it returns no tuple.
-            if pieces * halves == 1:
-                accs = (multiply_wait(0, deps=sums),)
-            else:
-                accs = multiply_wait(0, deps=sums)
+            accs = multiply_wait(0, deps=sums)
             barrier.arrive(empty.index(s), count=1)
             i += 1
         scales = ()
