@@ -328,7 +328,7 @@ def test_what_is_passed_over_is_shown() -> None:
         "from crossvit_kernels.ops.common.configs import RowTile\n"
         "from crossvit_kernels.ops.layernorm_ffn.configs import HIDDEN_BACKWARD\n"
         "config = RowTile(128, 128, 32, 8, 10)\n"
-        "HIDDEN_BACKWARD.on_sm[90, 2] = {256: config}\n"
+        "HIDDEN_BACKWARD.on_sm[90, 2] = {192: config}\n"  # the row of the table for 96 channels
         "options = '--arch', '90', '--channels', '96', '--kernel', 'ffn_hidden'\n"
         "sys.exit(main([*options, '--processes', '1']))\n"
     )
