@@ -32,9 +32,9 @@ PLAN, SCORES, PARTIALS, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
     f"attention_core/cuda/{name}.h"
     for name in ("plan", "scores", "partials", "choose", "forward_pass", "backward_pass")
 )
-ROW_NORMS, BLOCK, LAYERS, COLUMN_BLOCKS, PASSES = (
+ROW_NORMS, BLOCK, LAYERS, COLUMN_BLOCKS, PASSES, SENT_ROWS = (
     f"cross_attention/cuda/{name}.h"
-    for name in ("row_norms", "block", "layers", "column_blocks", "passes")
+    for name in ("row_norms", "block", "layers", "column_blocks", "passes", "sent_rows")
 )
 FUSION_FORWARD, FUSION_BACKWARD = (
     "cross_attention/cuda/forward.cu",
@@ -118,10 +118,7 @@ def of_a_pass(
 # The context of each cluster barrier of a fusion, by what precedes it.
 CLUSTER_BARRIERS = {
     FUSION_FORWARD: {
-        "y0": f"{CLUSTER_BARRIER}\n\n  norm.start(",
         "m": f"{CLUSTER_BARRIER}\n  linear_of_heads(",
-        "o": f"{CLUSTER_BARRIER}\n\n  // y = y0",
-        "y": f"{CLUSTER_BARRIER}\n\n  // g",
     },
     FUSION_BACKWARD: {
         "dz": f"{CLUSTER_BARRIER}\n\n  const auto run",
@@ -133,6 +130,9 @@ CLUSTER_BARRIERS = {
 # Those of which a block does something between its arrival and the wait: both contexts.
 SPLIT_BARRIERS = {
     FUSION_FORWARD: {
+        "y0": ("{}\n  RowNormalization<T, false", "{}\n\n  norm.start("),
+        "o": ("{}\n  LinearTiles<T, Share> out(", "{}\n\n  // y = y0"),
+        "y": ("{}\n  RowNormalization<T, true, FloatRows>", "{}\n\n  // g"),
         "kt": ("{}\n  if (starts_early)", "images.tokens);\n  {}\n\n  const auto run"),
     },
     FUSION_BACKWARD: {
@@ -341,7 +341,7 @@ FAULTS: dict[str, Fault] = {
         FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"u.write(pass.rows());\n      {BARRIER}")
     ),
     "fusion forward: rows of q not seen": race(
-        FUSION, no_barrier(FUSION_FORWARD, f"own_heads, channels);\n  {BARRIER}")
+        FUSION, no_barrier(FUSION_FORWARD, f"v.normed));\n  {BARRIER}")
     ),
     "fusion forward: rows of g not seen": race(
         FUSION, no_barrier(FUSION_FORWARD, f"v.back_activated));\n  {BARRIER}")
@@ -350,6 +350,19 @@ FAULTS: dict[str, Fault] = {
         FUSION_ALIASED, no_barrier(ROW_NORMS, f"make_float2(a, b);\n    {BARRIER}")
     ),
     # Several images per block.
+    "fusion: a tile where sums will be": race(
+        FUSION,
+        (PLAN, "iteration % 2 == 0 ? block_warps()", "iteration % 2 == FAULT ? block_warps()"),
+    ),
+    "a block of an image left out": wrong(
+        FUSION_SHARED,
+        "new_cls",
+        (
+            SENT_ROWS,
+            "i < images_.blocks_per_image; i +=",
+            "i < images_.blocks_per_image - FAULT; i +=",
+        ),
+    ),
     "fusion forward: an image overwrites results": race(
         FUSION_ALIASED, no_barrier(FUSION_FORWARD, f"}});\n    {BARRIER}\n  }};")
     ),

@@ -60,24 +60,23 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   if (starts_early) new_pass(channels).start_first(image_of(images.begin), images.tokens);
   proj_norm.run(eps, writer_of(cls_channels, v.activated));
   __syncthreads();
+  const SentRows<P> sent(memory + layout.floats, images, heads);
+  if (sharing.operands_are_sent) sent.clear_unused(channels);
   proj.run(rows, cls_pitch, count, [&](int row, int c, float a, float b) {
     *reinterpret_cast<float2*>(v.y0 + (first + row) * channels + c) = make_float2(a, b);
   });
+  cluster_arrive();
   RowNormalization<T, false, FloatRows> norm(w.norm, {v.y0 + first * channels, channels}, channels,
                                              count);
   const OwnHeads own_heads = OwnHeads::of(sharing, heads);
   LinearTiles<T, OwnHeads> query(w.query, channels, own_heads);
-  cluster_sync();
+  TransposedHeads<T, OwnHeads> key(w.key.weight, own_heads, channels);
+  cluster_wait();
 
   norm.start();
   norm.run(eps, writer_of(channels, v.normed));
-  const SentRows<P> sent(memory + layout.floats, images, heads);
-  if (sharing.operands_are_sent) {
-    norm.store_parameters(gains, gains + channels);
-    sent.clear_unused(channels);
-  }
-  TransposedHeads<T, OwnHeads> key(w.key.weight, own_heads, channels);
   __syncthreads();
+  if (sharing.operands_are_sent) norm.store_parameters(gains, gains + channels);
   // q and kt of a head are the same block's.
   query.run(rows, pitch, count, [&](int row, int c, float a, float b) {
     *reinterpret_cast<Pair<T>*>(narrow + row * pitch + c) = pack<T>(a, b);
@@ -86,17 +85,20 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   __syncthreads();
 
   // kt_h = W_k,h^T q_h / sqrt(d), to memory and, times gamma, to the blocks of the image
-  const float scale = 1.0f / sqrtf(static_cast<float>(sharing.head_dim));
-  key.run(narrow, pitch, count, [&](int head, int row, int c, float4 low, float4 high) {
+  const float scale = rsqrtf(static_cast<float>(sharing.head_dim));
+  key.run(narrow, pitch, count, [&](int head, int row, int c, float4 low, float4 high, Ranks to) {
     low = low * scale, high = high * scale;
-    float* kt = v.kt + head_offset(batch, channels, head, first + row) + c;
-    store_quad(kt, low);
-    store_quad(kt + 4, high);
+    if (to.first == 0) {
+      float* kt = v.kt + head_offset(batch, channels, head, first + row) + c;
+      store_quad(kt, low);
+      store_quad(kt + 4, high);
+    }
     if (!sharing.operands_are_sent) return;
-    sent.send(row, head, channels, c, low * load_quad(gains + c), high * load_quad(gains + c + 4));
+    sent.send(row, head, channels, c, low * load_quad(gains + c), high * load_quad(gains + c + 4),
+              to);
   });
   // y0 is the first token of each image.
-  for_each_quad(images.begin, images.step, count, channels, [&](int image, int c) {
+  for_each_quad<true>(images.begin, images.step, count, channels, [&](int image, int c) {
     store_quad(rows + image * pitch + c, load_quad(v.y0 + (first + image) * channels + c));
   });
   cluster_arrive();
@@ -172,8 +174,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
         store_in_ranks(reinterpret_cast<Pair<T>*>(rows + row * pitch + c), pack<T>(a, b));
         *reinterpret_cast<float2*>(v.o + (first + row) * channels + c) = make_float2(a, b);
       });
+  cluster_arrive();
   LinearTiles<T, Share> out(w.out, channels, Share::of(channels));
-  cluster_sync();
+  cluster_wait();
 
   // y = y0 + r (W_o o + b_o)
   struct Residual {
@@ -190,10 +193,11 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
         *reinterpret_cast<float2*>(v.y + (first + row) * channels + c) =
             make_float2(of.y0.x + of.scale * a, of.y0.y + of.scale * b);
       });
+  cluster_arrive();
   RowNormalization<T, true, FloatRows> back_norm(w.back_norm, {v.y + first * channels, channels},
                                                  channels, count);
   LinearTiles<T, Share> back(w.back, channels, Share::of(cls_channels));
-  cluster_sync();
+  cluster_wait();
 
   // g
   back_norm.start();

@@ -229,17 +229,21 @@ class ColumnBlock {
     }
   }
 
-  // Calls visit(row, column, low, high), of rows below count, with the sums of eight columns.
+  // Calls visit(row, column, low, high, ranks), of rows below count, with the sums of eight
+  // columns, and the blocks of a cluster that this lane is to send them to. A single row is in
+  // eight lanes, which share the blocks.
   template <class Visit>
   __device__ __forceinline__ static void for_each_sum(const float (&sums)[4][4], int count,
                                                       Visit visit) {
     const int lane = hidden_lane(), g = lane / 4, t = lane % 4;
+    const bool is_single = count == 1;
+    const Ranks ranks = is_single ? Ranks{g, 8} : Ranks{};
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-      const int row = g + 4 * i;
+      const int row = (is_single ? 0 : g) + 4 * i;
       if (row >= count) continue;
       visit(row, 8 * t, make_float4(sums[0][i], sums[1][i], sums[2][i], sums[3][i]),
-            make_float4(sums[0][i + 1], sums[1][i + 1], sums[2][i + 1], sums[3][i + 1]));
+            make_float4(sums[0][i + 1], sums[1][i + 1], sums[2][i + 1], sums[3][i + 1]), ranks);
     }
   }
 
@@ -306,7 +310,8 @@ class TransposedLinear {
           const int next = !has_part ? part : is_last ? warp : part + block_warps();
           load(i + (has_part && is_last), next, has_part ? 0 : k + Block::kRows - begin);
         }
-        Block::for_each_sum(sums, count, [&](int row, int c, float4 low, float4 high) {
+        Block::for_each_sum(sums, count, [&](int row, int c, float4 low, float4 high, Ranks of) {
+          if (of.first > 0) return;
           float* to = scratch + (part * kImages + row) * Block::kColumns + c;
           store_quad(to, low);
           store_quad(to + 4, high);
@@ -376,7 +381,8 @@ class TransposedHeads {
     load(warp_index(), 0);
   }
 
-  // Calls write(head, row, column, low, high) with eight columns of rows below count.
+  // Calls write(head, row, column, low, high, ranks) with eight columns of rows below count, and
+  // the blocks that this lane is to send them to.
   template <class Write>
   __device__ __forceinline__ void run(const T* rows, int pitch, int count, Write write) {
 #pragma unroll 1
@@ -389,8 +395,8 @@ class TransposedHeads {
         const bool is_last = k + Block::kRows >= own_.head_dim;
         load(is_last ? job + block_warps() : job, is_last ? 0 : k + Block::kRows);
       }
-      Block::for_each_sum(sums, count, [&](int row, int c, float4 low, float4 high) {
-        if (first + c < columns_) write(own_.head(i), row, first + c, low, high);
+      Block::for_each_sum(sums, count, [&](int row, int c, float4 low, float4 high, Ranks ranks) {
+        if (first + c < columns_) write(own_.head(i), row, first + c, low, high, ranks);
       });
     }
   }

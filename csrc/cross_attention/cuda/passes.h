@@ -35,11 +35,17 @@ __device__ __forceinline__ void for_each_gathered(const TilePartials<P>& tiles, 
   constexpr int kTiles = sizeof(T) == 4 ? 2 : 4;  // whose loads are in flight
   const int warp_groups = P::warp_groups(channels), num_tiles = P::tiles_of(range);
   const ChannelShare share = ChannelShare::of(channels, range);
-  const int quads = (share.last - share.first) / 4, of_group = quads * count;
+  // A thread's quads are a power of two apart, as are its sums: divisions are slow.
+  const int quads = (share.last - share.first) / 4, log_groups = log2_of(warp_groups);
+  int log_quads = 0;
+  while (quads > 1 << log_quads) ++log_quads;
 #pragma unroll 1
-  for (int item = thread_index(); item < warp_groups * of_group; item += block_threads()) {
-    const int warp_group = item / of_group, rest = item - warp_group * of_group;
-    const int row = rest / quads, channel = share.first + 4 * (rest - row * quads);
+  for (int item = thread_index(); item < warp_groups * count << log_quads;
+       item += block_threads()) {
+    const int quad = item & ((1 << log_quads) - 1), rest = item >> log_quads;
+    const int warp_group = rest & (warp_groups - 1), row = rest >> log_groups;
+    const int channel = share.first + 4 * quad;
+    if (quad >= quads) continue;
     Sums sums;
 #pragma unroll 1
     for (int begin = warp_group; begin < num_tiles; begin += kTiles * warp_groups) {

@@ -66,12 +66,13 @@ struct FloatRows {
   __device__ __forceinline__ float4 value(const Loaded& loaded) const { return loaded; }
 };
 
-// LayerNorm of rows below count, or its GELU, two rows of a warp at a time; if there are fewer rows
-// than warps, several warps find a row's statistics and share its columns. The parameters' loads
-// start in the constructor, those of the first rows in start(). For all threads of a block.
+// LayerNorm of rows below count, or its GELU, two rows of a warp at a time if there are more rows
+// than warps; if there are fewer, several warps find a row's statistics and share its columns. A
+// row has the same bits either way: what is fused is not left to the compiler. The parameters'
+// loads start in the constructor, those of the first rows in start(). For all threads of a block.
 template <class T, bool kGelu, class Rows>
 class RowNormalization {
-  static constexpr int kRows = sizeof(T) == 4 ? 1 : 2, kQuads = 3;  // in registers: 384 columns
+  static constexpr int kMostRows = sizeof(T) == 4 ? 1 : 2, kQuads = 3;  // in registers: 384 columns
 
  public:
   __device__ __forceinline__ RowNormalization(const Layer& norm, const Rows& rows, int width,
@@ -91,7 +92,7 @@ class RowNormalization {
 
   // Stores the parameters to shared memory.
   __device__ __forceinline__ void store_parameters(float* weights, float* biases) const {
-    if (warp_index() > 0) return;
+    if (warp_index() + 1 < block_warps()) return;
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
       if (column(i) >= width_) break;
@@ -110,72 +111,87 @@ class RowNormalization {
   // Calls write(row, c, y) with columns c to c + 3.
   template <class Write>
   __device__ __forceinline__ void run(float eps, Write write) {
-    const float inverse_width = 1.0f / width_;
+    if (count_ <= step_) {
+      if (row_ < count_) run_rows<1>(row_, eps, write);
+      return;
+    }
 #pragma unroll 1
-    for (int first = row_; first < count_; first += kRows * step_) {
+    for (int first = row_; first < count_; first += kMostRows * step_) {
       if (first > row_) load_rows(first);
-      float4 values[kRows][kQuads];
-      float sums[kRows], means[kRows], rstds[kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        sums[r] = 0;
-#pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
-          values[r][i] = rows_.value(loaded_[r][i]);
-          sums[r] += column(i) < width_ ? sum_of(values[r][i]) : 0.0f;
-        }
-#pragma unroll 1
-        for (int i = kQuads; column(i) < width_; ++i) {
-          sums[r] += sum_of(rows_.value(rows_.load(row_of(first, r), column(i))));
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) means[r] = sum_of_warp(sums[r]) * inverse_width;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        float squares = 0;
-#pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
-          values[r][i] = values[r][i] - means[r];
-          squares += column(i) < width_ ? sum_of(values[r][i] * values[r][i]) : 0.0f;
-        }
-#pragma unroll 1
-        for (int i = kQuads; column(i) < width_; ++i) {
-          const float4 v = rows_.value(rows_.load(row_of(first, r), column(i))) - means[r];
-          squares += sum_of(v * v);
-        }
-        rstds[r] = squares;
-      }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        rstds[r] = rsqrtf(sum_of_warp(rstds[r]) * inverse_width + eps);
-      }
-      const auto finish = [&](int r, int i, float4 centred, const LoadedQuad& weight,
-                              const LoadedQuad& bias) {
-        const int row = first + r * step_;
-        if (row >= count_ || column(i) >= width_ || (i & ((1 << log_warps_) - 1)) != part_) return;
-        const float4 n = centred * rstds[r] * weight_.value(weight) + bias_.value(bias);
-        write(row, column(i), kGelu ? each(n, [](float v) { return Gelu<T>(v).value(); }) : n);
-      };
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) finish(r, i, values[r][i], weights_[i], biases_[i]);
-      }
-#pragma unroll 1
-      for (int i = kQuads; column(i) < width_; ++i) {
-        LoadedQuad weight, bias;
-        load(i, weight, bias);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const float4 v = rows_.value(rows_.load(row_of(first, r), column(i)));
-          finish(r, i, v - means[r], weight, bias);
-        }
-      }
+      run_rows<kMostRows>(first, eps, write);
     }
   }
 
  private:
+  template <int kRows, class Write>
+  __device__ __forceinline__ void run_rows(int first, float eps, Write write) {
+    const float inverse_width = reciprocal(static_cast<float>(width_));
+    float4 values[kRows][kQuads];
+    float sums[kRows], means[kRows], rstds[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      sums[r] = 0;
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        values[r][i] = rows_.value(loaded_[r][i]);
+        sums[r] += column(i) < width_ ? sum_of(values[r][i]) : 0.0f;
+      }
+#pragma unroll 1
+      for (int i = kQuads; column(i) < width_; ++i) {
+        sums[r] += sum_of(rows_.value(rows_.load(row_of(first, r), column(i))));
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) means[r] = sum_of_warp(sums[r]) * inverse_width;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float squares = 0;
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        values[r][i] = values[r][i] - means[r];
+        squares += column(i) < width_ ? squares_of(values[r][i]) : 0.0f;
+      }
+#pragma unroll 1
+      for (int i = kQuads; column(i) < width_; ++i) {
+        const float4 v = rows_.value(rows_.load(row_of(first, r), column(i))) - means[r];
+        squares += squares_of(v);
+      }
+      rstds[r] = squares;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      rstds[r] = rsqrtf(fmaf(sum_of_warp(rstds[r]), inverse_width, eps));
+    }
+    const auto finish = [&](int r, int i, float4 centred, const LoadedQuad& weight,
+                            const LoadedQuad& bias) {
+      const int row = first + r * step_;
+      if (row >= count_ || column(i) >= width_ || (i & ((1 << log_warps_) - 1)) != part_) return;
+      const float4 n = fma_quad(centred * rstds[r], value(weight_, weight), value(bias_, bias));
+      write(row, column(i), kGelu ? each(n, [](float v) { return Gelu<T>(v).value(); }) : n);
+    };
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) finish(r, i, values[r][i], weights_[i], biases_[i]);
+    }
+#pragma unroll 1
+    for (int i = kQuads; column(i) < width_; ++i) {
+      LoadedQuad weight, bias;
+      load(i, weight, bias);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float4 v = rows_.value(rows_.load(row_of(first, r), column(i)));
+        finish(r, i, v - means[r], weight, bias);
+      }
+    }
+  }
+
+  // Not converted before a loop over rows, where all of them would take registers.
+  __device__ __forceinline__ static float4 value(const Elements<T>& elements, LoadedQuad loaded) {
+    loaded.two_bytes.x = used_from_here(loaded.two_bytes.x);
+    loaded.two_bytes.y = used_from_here(loaded.two_bytes.y);
+    return elements.value(loaded);
+  }
   __device__ __forceinline__ int column(int i) const { return 4 * lane_ + 128 * i; }
   // Beyond the last row it again: a branch would keep loads apart.
   __device__ __forceinline__ int row_of(int first, int r) const {
@@ -187,7 +203,7 @@ class RowNormalization {
   }
   __device__ __forceinline__ void load_rows(int first) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kMostRows; ++r) {
 #pragma unroll
       for (int i = 0; i < kQuads; ++i) {
         loaded_[r][i] = rows_.load(row_of(first, r), column(i) < width_ ? column(i) : 0);
@@ -199,7 +215,7 @@ class RowNormalization {
   Rows rows_;
   int width_, count_, log_warps_ = 0, lane_, part_, row_, step_;
   LoadedQuad weights_[kQuads], biases_[kQuads];
-  typename Rows::Loaded loaded_[kRows][kQuads];
+  typename Rows::Loaded loaded_[kMostRows][kQuads];
 };
 
 // Backward of LayerNorm, or of its GELU, for rows begin, begin + step, ... below count; four warps

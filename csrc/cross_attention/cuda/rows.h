@@ -59,7 +59,14 @@ __device__ __forceinline__ float4 operator*(float4 a, float b) {
 __device__ __forceinline__ float4 fma_quad(float4 a, float b, float4 c) {
   return make_float4(fmaf(a.x, b, c.x), fmaf(a.y, b, c.y), fmaf(a.z, b, c.z), fmaf(a.w, b, c.w));
 }
+__device__ __forceinline__ float4 fma_quad(float4 a, float4 b, float4 c) {
+  return make_float4(fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y), fmaf(a.z, b.z, c.z),
+                     fmaf(a.w, b.w, c.w));
+}
 __device__ __forceinline__ float sum_of(float4 v) { return (v.x + v.y) + (v.z + v.w); }
+__device__ __forceinline__ float squares_of(float4 v) {
+  return fmaf(v.x, v.x, v.y * v.y) + fmaf(v.z, v.z, v.w * v.w);
+}
 
 // function(v) of each of four numbers.
 template <class Function>
@@ -149,11 +156,13 @@ __device__ __forceinline__ int log_threads_of_row() {
 }
 
 // Calls visit(row, c) for columns c to c + 3 of rows begin, begin + step, ... below count: 64
-// threads share a row. Called by a block.
-template <class Visit>
+// threads share a row, the block's first ones, or its last where others have more to do. Called by
+// a block.
+template <bool kFromLast = false, class Visit>
 __device__ __forceinline__ void for_each_quad(int begin, int step, int count, int width,
                                               Visit visit) {
-  const int thread = hidden_thread(), log = log_threads_of_row(), rows = block_threads() >> log;
+  const int index = hidden_thread(), log = log_threads_of_row(), rows = block_threads() >> log;
+  const int thread = kFromLast ? block_threads() - 1 - index : index;
 #pragma unroll 1
   for (int c = 4 * (thread & ((1 << log) - 1)); c < width; c += 4 << log) {
 #pragma unroll 1

@@ -13,14 +13,14 @@ class SentRows {
   __device__ SentRows(char* memory, const Images& images, int heads)
       : memory_(reinterpret_cast<T*>(memory)), images_(images), heads_(heads) {}
 
-  // Sends eight columns of a head's row.
+  // Sends eight columns of a head's row to these of the image's blocks.
   __device__ __forceinline__ void send(int image, int head, int channels, int c, float4 low,
-                                       float4 high) const {
+                                       float4 high, Ranks ranks) const {
     T* to = row(image, head, channels) + c;
     const int first = (image & (images_.step - 1)) * images_.blocks_per_image;
     const QuadBits<T> quads[2] = {pack_quad<T>(low), pack_quad<T>(high)};
 #pragma unroll 1
-    for (int i = 0; i < images_.blocks_per_image; ++i) {
+    for (int i = ranks.first; i < images_.blocks_per_image; i += ranks.step) {
       T* there = in_rank(to, first + i);
       if constexpr (sizeof(T) == 2) {
         *reinterpret_cast<uint4*>(there) =
@@ -44,7 +44,7 @@ class SentRows {
 #pragma unroll 1
     for (int image = images_.begin; image < images_.count; image += images_.step) {
 #pragma unroll 1
-      for (int head = heads_ + warp_index(); head < round_up(heads_, P::kRows);
+      for (int head = heads_ + block_warps() - 1 - warp_index(); head < round_up(heads_, P::kRows);
            head += block_warps()) {
 #pragma unroll 1
         for (int c = kChunk * lane_index(); c < channels; c += kChunk * 32) {
