@@ -245,9 +245,10 @@ _HOPPER = "90 bf16 90 fp16"
 
 _TRITON = {
     "attention_core": Case(_core(extra=True), _ONE),
-    "attention_core_masked": Case(_core(masked=True), _OTHER),
+    "attention_core_masked": Case(_core(masked=True), f"{_OTHER} 90 fp16"),
     "attention_core_plain": Case(_core(eps=None), "80 bf16"),
     "attention_core_frozen": Case(_core_frozen, "90 bf16"),
+    "attention_core_ten_queries": Case(_core(rows=10), "90 bf16"),
     "attention_core_many_queries": Case(_core(rows=66), "80 bf16"),
     "attention_core_splits": Case(_when(_core(tokens=50), _splits), _ONE),
     "cross_attention_fusion": Case(_fusion(scaled=True), _ONE),

@@ -263,7 +263,7 @@ def _operand(kernel: Kernel, text: str, scopes: list[dict[str, str]]) -> Operand
         text = scope.get(text, text)
     if text in kernel.registers:
         return Operand("reg", text)
-    if re.fullmatch(r"-?(0[fFdDxX][0-9a-fA-F]+|\d+U?)", text):
+    if re.fullmatch(r"-?(0[fFdDxX][0-9a-fA-F]+|\d+)U?", text):
         return Operand("number", text)
     if text.startswith("%"):
         return Operand("special", text)

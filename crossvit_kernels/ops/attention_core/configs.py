@@ -125,10 +125,10 @@ FORWARD = PassTable(
         2: (
             (96, TokenPass(32, 64, 4, 3)),
             (128, TokenPass(128, 64, 4, 3)),
-            (192, TokenPass(64, 64, 4, 3)),
+            (192, TokenPass(32, 64, 4, 3)),
             (224, TokenPass(32, 64, 4, 3)),
             (256, TokenPass(128, 64, 4, 3)),
-            (384, TokenPass(64, 32, 4, 3)),
+            (384, TokenPass(32, 32, 4, 3)),
             (448, TokenPass(64, 32, 4, 3)),
             (768, TokenPass(64, 16, 4, 3)),
             (1536, TokenPass(128, 16, 8, 2)),
@@ -148,12 +148,12 @@ BACKWARD = PassTable(
         2: (
             (96, TokenPass(32, 64, 4, 3)),
             (128, TokenPass(32, 64, 4, 3)),
-            (192, TokenPass(64, 32, 4, 3)),
-            (224, TokenPass(64, 32, 4, 3)),
+            (192, TokenPass(32, 64, 4, 3)),
+            (224, TokenPass(32, 64, 4, 3)),
             (256, TokenPass(64, 32, 4, 3)),
-            (384, TokenPass(64, 16, 4, 3)),
+            (384, TokenPass(64, 32, 4, 3)),
             (448, TokenPass(64, 16, 4, 3)),
-            (768, TokenPass(128, 16, 8, 2)),
+            (768, TokenPass(64, 16, 4, 3)),
             (1536, TokenPass(128, 16, 16, 2)),
         ),
         4: (
@@ -167,9 +167,12 @@ BACKWARD = PassTable(
         (80, 2): {  # where the tiles above spill
             96: TokenPass(32, 32, 8, 2),
             128: TokenPass(128, 32, 8, 2),
+            192: TokenPass(64, 32, 4, 3),
             224: TokenPass(128, 32, 8, 2),
             256: TokenPass(64, 16, 4, 3),
+            384: TokenPass(64, 16, 4, 3),
             448: TokenPass(64, 32, 8, 2),
+            768: TokenPass(128, 16, 8, 2),
         },
     },
 )

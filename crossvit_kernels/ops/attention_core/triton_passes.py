@@ -17,94 +17,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crossvit_kernels.ops.attention_core.triton_parts import (
+    filled,
+    halves,
+    load_mask,
+    load_one_token,
+    load_queries,
+    stacked,
+    upper_half,
+    weight_factor,
+    weight_unit_of,
+)
 from crossvit_kernels.ops.common.triton_tiles import (
     LOG2E,
     centred,
     load_tile,
-    load_vector,
     statistics,
     store_tile,
 )
-
-
-@triton.jit
-def load_queries(
-    ptr,  # [R, C]
-    stride,
-    gain_ptr,  # [C] or None
-    rows,
-    used,
-    index: tl.constexpr,
-    C: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Loads a chunk of u or dm in float32; in a fusion, of kt or dz times LayerNorm's gain."""
-    value = load_tile(ptr, rows * stride, used, index * CHUNK, C, CHUNK).to(tl.float32)
-    if gain_ptr is not None:
-        value = value * load_vector(gain_ptr, index * CHUNK, C, CHUNK)[None, :]
-    return value
-
-
-@triton.jit
-def load_one_token(
-    ptr,  # [C]
-    eps,
-    S: tl.constexpr,
-):
-    """Loads one token; returns its xhat in chunks [1, CHUNK] and its rstd [1]."""
-    C: tl.constexpr = S.channels
-    CHUNK: tl.constexpr = S.chunk
-    NUM: tl.constexpr = S.num_chunks
-    row = tl.arange(0, 1)
-    used = row < 1
-    xs = ()
-    for i in tl.static_range(NUM):
-        xs = xs + (load_tile(ptr, row * 0, used, i * CHUNK, C, CHUNK).to(tl.float32),)
-    mean, _, rstd = statistics(xs, eps, S)
-    normed = ()
-    for i in tl.static_range(NUM):
-        normed = normed + (centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK) * rstd[:, None],)
-    return normed, rstd
-
-
-@triton.jit
-def weight_unit_of(
-    x_ptr,  # of the tokens' dtype
-    eps,
-    S: tl.constexpr,
-):
-    """A power of two that weights in float16 are multiplied by, and sums over tokens divided by.
-
-    1 / standard deviation is up to 1 / sqrt(eps), which may be more than float16 can hold. It is 1
-    down to an eps of 2^-30.
-    """
-    NORMALIZE: tl.constexpr = S.normalize
-    if NORMALIZE and x_ptr.dtype.element_ty == tl.float16:
-        exponent = 15.0 + tl.floor(0.5 * tl.log2(eps + 0.0))
-        scale = tl.exp2(tl.maximum(tl.minimum(exponent, 0.0), -14.0))
-    else:
-        scale = 1.0
-    return scale
-
-
-@triton.jit
-def weight_factor(
-    mean,
-    variance,
-    rstd,
-    unit,
-    x_ptr,  # of the tokens' dtype
-    S: tl.constexpr,
-):
-    """1 / standard deviation as a factor of weights in the tokens' dtype, in units of weight_unit.
-
-    0 for constant tokens in float16, whose xhat is 0: others vary by 2^-11 of their mean at least.
-    Other types hold 1 / sqrt(eps).
-    """
-    NORMALIZE: tl.constexpr = S.normalize
-    if NORMALIZE and x_ptr.dtype.element_ty == tl.float16:
-        rstd = tl.where(variance > mean * mean * 2.0**-40, rstd * unit, 0.0)
-    return rstd
 
 
 @triton.jit
@@ -163,12 +93,11 @@ def forward_pass(
     NUM: tl.constexpr = S.num_chunks
     dtype = x_ptr.dtype.element_ty
     CENTRE: tl.constexpr = NORMALIZE and x_ptr.dtype.element_ty == tl.float32
+    # Rows of scores: half of a tile if that is enough.
+    QUERIES: tl.constexpr = 8 if R <= 8 and dtype != tl.float32 else ROWS
     rows = row + tl.arange(0, ROWS)
     used = rows < R
 
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    weighted_mean = tl.zeros((ROWS,), tl.float32)
     u_sum = tl.zeros((ROWS,), tl.float32)
     weight_unit = weight_unit_of(x_ptr, eps, S)
     us = ()
@@ -177,29 +106,34 @@ def forward_pass(
         extra, _ = load_one_token(extra_ptr, eps, S)
         score = tl.zeros((ROWS,), tl.float32)
     for i in tl.static_range(NUM):
-        u = load_queries(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK)
-        u = u.to(dtype)
+        u = load_queries(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
         u_sum += tl.sum(u.to(tl.float32), axis=1)
-        us = us + (u,)
         if extra_ptr is not None:
             score += tl.sum(u.to(tl.float32) * extra[i], axis=1)
+        us = us + (u,)
         acc = acc + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    u_sum = upper_half(u_sum, QUERIES)
+    peak = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)  # of the extra token
+    # Of each token of a tile, added up at the end.
+    totals = tl.zeros((QUERIES, TOKENS), tl.float32)
+    weighted_means = tl.zeros((QUERIES, TOKENS), tl.float32)
     if extra_ptr is not None:
         is_first = first == 0
-        peak = tl.where(is_first, score * LOG2E, peak)
+        peak = tl.where(is_first, upper_half(score, QUERIES) * LOG2E, peak)
         total = tl.where(is_first, 1.0, total)
         for i in tl.static_range(NUM):
             acc = acc[1:] + (tl.where(is_first, extra[i] * weight_unit, acc[0]),)
 
     t = tl.arange(0, TOKENS)
     x_ptr += first.to(tl.int64) * x_token_stride
+    if mask_ptr is not None:
+        kept = load_mask(mask_ptr, mask_token_stride, first + t, last)
     for n in range(first, last, TOKENS):
         present = n + t < last
         if mask_ptr is not None:
-            present = (
-                tl.load(mask_ptr + (n + t).to(tl.int64) * mask_token_stride, mask=present, other=0)
-                != 0
-            )
+            present = kept != 0
+            kept = load_mask(mask_ptr, mask_token_stride, n + TOKENS + t, last)
         xs = ()
         raw = ()
         scores = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -213,14 +147,16 @@ def forward_pass(
             if not CENTRE:
                 scores = tl.dot(us[i], tl.trans(x), scores, input_precision=PRECISION)
             xs = xs + (x,)
+        scores = upper_half(scores, QUERIES)
         mean, variance, rstd = statistics(raw, eps, S)
-        factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)
+        factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)[None, :]
         if CENTRE:
             for i in tl.static_range(NUM):
                 xs = xs[1:] + (centred(xs[0], mean[:, None], i * CHUNK, C, CHUNK),)
                 scores = tl.dot(us[i], tl.trans(xs[NUM - 1]), scores, input_precision=PRECISION)
             mean = tl.zeros_like(mean)
-        scores = (scores - u_sum[:, None] * mean[None, :]) * (rstd[None, :] * LOG2E)
+        mean = mean[None, :]
+        scores = (scores - u_sum[:, None] * mean) * (rstd[None, :] * LOG2E)
         scores = tl.where(present[None, :], scores, float("-inf"))
 
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
@@ -229,26 +165,32 @@ def forward_pass(
             finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         decay = tl.exp2(peak - finite)
         p = tl.exp2(scores - finite[:, None])
-        total = total * decay + tl.sum(p, axis=1)
+        total = total * decay
+        totals = totals * decay[:, None] + p
         peak = new_peak
-        weights = (p * factor[None, :]).to(dtype)
-        step = tl.sum(weights.to(tl.float32) * mean[None, :], axis=1)
-        weighted_mean = weighted_mean * decay + step
+        weights = (p * factor).to(dtype)
+        weighted_means = weighted_means * decay[:, None] + weights.to(tl.float32) * mean
+        weights = filled(weights, ROWS)
+        decay = filled(decay, ROWS)
         for i in tl.static_range(NUM):
             old = acc[0] * decay[:, None]
             acc = acc[1:] + (tl.dot(weights, xs[i], old, input_precision=PRECISION),)
         x_ptr += TOKENS * x_token_stride
 
+    total += tl.sum(totals, axis=1)
+    query = row + tl.arange(0, QUERIES)
     if peak_ptr is not None:
-        tl.store(peak_ptr + rows, peak, mask=used)
-        tl.store(lse_ptr + rows, total, mask=used)
-        scale = tl.full((ROWS,), 1.0, tl.float32)
+        tl.store(peak_ptr + query, peak, mask=query < R)
+        tl.store(lse_ptr + query, total, mask=query < R)
+        scale = tl.full((QUERIES,), 1.0, tl.float32)
     else:
         total = tl.where(total == 0.0, 1.0, total)  # no token attended to: the peak is -inf
-        tl.store(lse_ptr + rows, (peak + tl.log2(total)) / LOG2E, mask=used)
+        tl.store(lse_ptr + query, (peak + tl.log2(total)) / LOG2E, mask=query < R)
         scale = 1.0 / total
     if dtype == tl.float16:
         scale = scale / weight_unit
+    weighted_mean = filled(tl.sum(weighted_means, axis=1), ROWS)
+    scale = filled(scale, ROWS)
     for i in tl.static_range(NUM):
         m = (acc[i] - weighted_mean[:, None]) * scale[:, None]
         store_tile(m_ptr, rows * m_row_stride, used, m, i * CHUNK, C, CHUNK)
@@ -297,14 +239,18 @@ def backward_pass(
     NUM: tl.constexpr = S.num_chunks
     dtype = x_ptr.dtype.element_ty
     CENTRE: tl.constexpr = NORMALIZE and x_ptr.dtype.element_ty == tl.float32
-    rows = row + tl.arange(0, ROWS)
+    # As in forward; dm is stacked below u.
+    QUERIES: tl.constexpr = 8 if R <= 8 and dtype != tl.float32 else ROWS
+    STACKED: tl.constexpr = QUERIES < ROWS
+    rows = row + tl.arange(0, QUERIES)
     used = rows < R
 
-    u_sum = tl.zeros((ROWS,), tl.float32)
-    dm_sum = tl.zeros((ROWS,), tl.float32)
-    delta = tl.zeros((ROWS,), tl.float32)  # what softmax subtracts from dp
+    u_sum = tl.zeros((QUERIES,), tl.float32)
+    dm_sum = tl.zeros((QUERIES,), tl.float32)
+    delta = tl.zeros((QUERIES,), tl.float32)  # what softmax subtracts from dp
     us = ()
     dms = ()
+    both = ()
     du = ()
     for i in tl.static_range(NUM):
         u = load_queries(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
@@ -315,6 +261,8 @@ def backward_pass(
         delta += tl.sum(dm.to(tl.float32) * m, axis=1)
         us = us + (u,)
         dms = dms + (dm,)
+        if STACKED:
+            both = both + (stacked(u, dm),)
         du = du + (tl.zeros((ROWS, CHUNK), tl.float32),)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + rows, mask=used, other=0.0)
@@ -331,30 +279,40 @@ def backward_pass(
             for _ in tl.static_range(NUM):
                 du = du[1:] + (du[0] * weight_unit,)
 
-    weighted_mean = tl.zeros((ROWS,), tl.float32)
+    weighted_means = tl.zeros((QUERIES, TOKENS), tl.float32)  # added up at the end
     t = tl.arange(0, TOKENS)
     x_ptr += first.to(tl.int64) * x_token_stride
     if dx_ptr is not None:
         dx_ptr += first.to(tl.int64) * dx_token_stride
+    if mask_ptr is not None:
+        kept = load_mask(mask_ptr, mask_token_stride, first + t, last)
     for n in range(first, last, TOKENS):
         exists = n + t < last
         present = exists
         if mask_ptr is not None:
-            present = (
-                tl.load(mask_ptr + (n + t).to(tl.int64) * mask_token_stride, mask=exists, other=0)
-                != 0
-            )
+            present = kept != 0
+            kept = load_mask(mask_ptr, mask_token_stride, n + TOKENS + t, last)
         xs = ()
+        raw = ()
         s = tl.zeros((ROWS, TOKENS), tl.float32)
         dp = tl.zeros((ROWS, TOKENS), tl.float32)
         for i in tl.static_range(NUM):
             x = load_tile(x_ptr, t * x_token_stride, present, i * CHUNK, C, CHUNK)
-            if not CENTRE:
+            raw = raw + (
+                load_for_statistics(
+                    x, x_ptr, t * x_token_stride, present, i * CHUNK, C, CHUNK, CENTRE
+                ),
+            )
+            if STACKED:
+                s = tl.dot(both[i], tl.trans(x), s)
+            elif not CENTRE:
                 s = tl.dot(us[i], tl.trans(x), s, input_precision=PRECISION)
                 dp = tl.dot(dms[i], tl.trans(x), dp, input_precision=PRECISION)
             xs = xs + (x,)
-        mean, variance, rstd = statistics(xs, eps, S)
-        factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)
+        if STACKED:
+            s, dp = halves(s)
+        mean, variance, rstd = statistics(raw, eps, S)
+        factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)[None, :]
         if CENTRE:
             for i in tl.static_range(NUM):
                 xs = xs[1:] + (centred(xs[0], mean[:, None], i * CHUNK, C, CHUNK),)
@@ -367,32 +325,41 @@ def backward_pass(
         p = tl.where(present[None, :], tl.exp2(s * LOG2E - lse[:, None]), 0.0)
         ds = p * (dp - delta[:, None])
 
-        weights = (ds * factor[None, :]).to(dtype)
-        weighted_mean += tl.sum(weights.to(tl.float32) * mean[None, :], axis=1)
+        weights = (ds * factor).to(dtype)
+        weighted_means += weights.to(tl.float32) * mean[None, :]
+        weights = filled(weights, ROWS)
         for i in tl.static_range(NUM):
             du = du[1:] + (tl.dot(weights, xs[i], du[0], input_precision=PRECISION),)
 
         if dx_ptr is not None:
             p = p.to(dtype)
             ds = ds.to(dtype)
-            a = tl.zeros((TOKENS,), tl.float32)
-            b = tl.zeros((TOKENS,), tl.float32)
             if NORMALIZE:
+                # Sums of one row: Triton has dx in a better layout if they come from a reduction.
+                mean_of, rstd_of = tl.sum(mean[None, :], axis=0), tl.sum(rstd[None, :], axis=0)
                 p_, ds_ = p.to(tl.float32), ds.to(tl.float32)
                 a = tl.sum(p_ * dm_sum[:, None] + ds_ * u_sum[:, None], axis=0) / C
-                b = tl.sum(p_ * dp + ds_ * s, axis=0) / C * rstd
+                b = tl.sum(p_ * dp + ds_ * s, axis=0) / C * rstd_of
+            if STACKED:
+                weights = tl.trans(stacked(ds, p))
             for i in tl.static_range(NUM):
-                dx = tl.dot(tl.trans(p), dms[i], input_precision=PRECISION)
-                dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=PRECISION)
+                if STACKED:
+                    dx = tl.dot(weights, both[i])
+                else:
+                    dx = tl.dot(tl.trans(p), dms[i], input_precision=PRECISION)
+                    dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=PRECISION)
                 if NORMALIZE:
-                    d = centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK)
-                    dx = (dx - a[:, None] - d * b[:, None]) * rstd[:, None]
+                    d = centred(xs[i], mean_of[:, None], i * CHUNK, C, CHUNK)
+                    dx = (dx - a[:, None] - d * b[:, None]) * rstd_of[:, None]
                 if ADD:
                     dx += load_tile(dx_ptr, t * dx_token_stride, exists, i * CHUNK, C, CHUNK)
                 store_tile(dx_ptr, t * dx_token_stride, exists, dx, i * CHUNK, C, CHUNK)
             dx_ptr += TOKENS * dx_token_stride
         x_ptr += TOKENS * x_token_stride
 
+    weighted_mean = filled(tl.sum(weighted_means, axis=1), ROWS)
+    rows = row + tl.arange(0, ROWS)
+    used = rows < R
     for i in tl.static_range(NUM):
         value = du[i] - weighted_mean[:, None]
         if dtype == tl.float16:
@@ -431,7 +398,7 @@ def extra_token_backward(
     a = 0.0
     b = 0.0
     for i in tl.static_range(NUM):
-        du = du[1:] + (du[0] + ds[:, None] * extra[i],)
+        du = du[1:] + (du[0] + filled(ds, du[0].shape[0])[:, None] * extra[i],)
         dxhat = tl.sum(
             p[:, None] * dms[i].to(tl.float32) + ds[:, None] * us[i].to(tl.float32), axis=0
         )

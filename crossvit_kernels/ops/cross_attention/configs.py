@@ -120,7 +120,7 @@ BACKWARD = PassTable(
             (96, TokenPass(32, 64, 4, 3)),
             (128, TokenPass(64, 32, 4, 3)),
             (192, TokenPass(64, 32, 4, 3)),
-            (384, TokenPass(64, 16, 4, 3)),
+            (384, TokenPass(64, 32, 4, 3)),
             (448, TokenPass(64, 16, 8, 2)),
             (768, TokenPass(128, 16, 8, 2)),
             (1536, TokenPass(128, 16, 16, 2)),
@@ -179,14 +179,15 @@ class Fusion:
 _FUSION = Fusion()
 # Whole rows of 16 images run out of registers on four warps.
 _FUSION_OF_EIGHT = Fusion(most_images=8)
-# Backward in one kernel runs out of registers, as do whole rows of 16 images.
+# Backward in one kernel runs out of registers, or has none for a large tile, as do whole rows of 16
+# images.
 _FUSION_IN_THREE = Fusion(one_kernel_up_to=0, most_images=8)
 
 
 @functools.cache
 def fusion(table: Table[TokenPass], sm: int, channels: int) -> Fusion:
     """Return the configuration around FORWARD's or BACKWARD's pass."""
-    if table is BACKWARD and channels > 448:
+    if table is BACKWARD and channels > (448 if sm == 80 else 192):
         return _FUSION_IN_THREE
     if table is BACKWARD and channels > 384 and sm == 80:
         return Fusion(block_n=32)  # A100
