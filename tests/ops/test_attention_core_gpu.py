@@ -127,6 +127,17 @@ def test_massive_activations(channels: list[int], dtype: torch.dtype, gpu: Gpu) 
     check_rule(inputs, mask, dtype, 1e-6, gpu.name, gpu.device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [4, 12])
+def test_channels_that_outweigh_all_others(num_rows: int, dtype: torch.dtype, gpu: Gpu) -> None:
+    """Two of the channels from which deviations are taken are far above the others."""
+    inputs, mask = make(2, 20, num_rows, gpu.width(384), dtype)
+    x = inputs[1]
+    assert x is not None
+    x.mul_(0.3).add_(0.4)[..., [0, 2]] = 300
+    check_rule(inputs, mask, dtype, 1e-6, gpu.name, gpu.device)
+
+
 def test_large_float16_tokens(gpu: Gpu) -> None:
     inputs, mask = make(2, 40, 4, 192, torch.float16)
     inputs[1].copy_((inputs[1].clamp(-2, 2) * 1e4).half())

@@ -33,11 +33,13 @@ struct SliceStatistics {
 
   __device__ static bool is_owner() { return lane_index() / 8 == lane_index() % 4; }
 
-  // From sums of deviations from the centre, and of their squares.
-  __device__ void set(int i, float offset, float sum_of_squares, float centre_, int width) {
+  // From the mean's offset from the centre, and from the mean and the sum of squares of deviations
+  // from it. These may be rounded numbers, whose mean is not quite the offset.
+  __device__ void set(int i, float offset, float deviation, float sum_of_squares, float centre_,
+                      int width) {
     centre[i] = centre_;
     mean[i] = centre_ + offset;
-    squares[i] = fmaxf(sum_of_squares - offset * offset * width, 0.0f);
+    squares[i] = fmaxf(sum_of_squares - deviation * deviation * width, 0.0f);
   }
 };
 
@@ -155,8 +157,9 @@ class TileScores {
     return P::kRowGroups == 1 ? load_8_rows(rows, pitch, others) : load_rows(rows, pitch);
   }
 
-  // The tensor cores also add up a token's channels, as products with ones, and its squared
-  // deviations d, as the diagonal of d d^T. One group of rows leaves room for the ones.
+  // The tensor cores also add up a token's channels, as products with ones, its deviations d from
+  // one of them, likewise, and their squares, as the diagonal of d d^T. One group of rows leaves
+  // room for the ones, as 8 tokens do.
   __device__ SliceStatistics multiply_pairs(const T* tile, float (&products)[kSets][2][4]) const {
     constexpr bool kOnesBesideRows = P::kRowGroups == 1;
     const int g = lane_index() / 4, pitch = P::tile_pitch(channels_);
@@ -165,7 +168,8 @@ class TileScores {
       return middle_of_four<T>(load_pair(row), load_pair(row + 2));
     };
     const uint32_t centre[2] = {centre_of_token(g), centre_of_token(g + 8)};
-    float squares[2][4] = {}, sums[2][4] = {};
+    const Pair<T> ones = pack<T>(1, 1);
+    float squares[2][4] = {}, sums[2][4] = {};  // of squares: below the diagonal's rows, of d
     const auto add_unit = [&](int unit, float(&products)[kSets][2][4], float(&squares)[2][4]) {
       ColumnsOfB<T> x = load_columns(tile + unit * 16, pitch);
 #pragma unroll
@@ -174,7 +178,6 @@ class TileScores {
         for (int side = 0; side < 2; ++side) multiply(products[set][side], rows, x.side[side]);
       }
       if constexpr (!kOnesBesideRows) {
-        const Pair<T> ones = pack<T>(1, 1);
         for (int side = 0; side < 2; ++side) {
           multiply(sums[side], {{ones, ones, ones, ones}}, x.side[side]);
         }
@@ -182,7 +185,10 @@ class TileScores {
       for (int side = 0; side < 2; ++side) {
         for (Pair<T>& pair : x.side[side].pair) pair = subtract<T>(pair, centre[side]);
       }
-      for (int side = 0; side < 2; ++side) multiply(squares[side], x.to_a(), x.side[side]);
+      for (int side = 0; side < 2; ++side) {
+        const auto& d = x.side[side].pair;
+        multiply(squares[side], {{d[0], ones, d[1], ones}}, x.side[side]);
+      }
     };
     if constexpr (kAlone && kSets == 1 && P::kUnits > 12) {
       // Units take turns between two sums, so that products wait less for the ones before.
@@ -208,10 +214,11 @@ class TileScores {
     for (int i = 0; i < 2; ++i) {
       const float* sum_pair = kOnesBesideRows ? products[0][i] + 2 : sums[i];
       const float sum = g & 1 ? sum_pair[1] : sum_pair[0];
-      const float sum_of_squares = g & 1 ? squares[i][2 * i + 1] : squares[i][2 * i];
+      const float sum_of_squares = g & 1 ? squares[i][1] : squares[i][0];
+      const float deviation = (g & 1 ? squares[i][3] : squares[i][2]) * inverse_width_;
       const float own_centre = unpack<T>(centre[i]).x;
       const float offset = sum * inverse_width_ - own_centre;
-      slice.set(i, offset, sum_of_squares, own_centre, slice_.units * 16);
+      slice.set(i, offset, deviation, sum_of_squares, own_centre, slice_.units * 16);
     }
     return slice;
   }
@@ -246,7 +253,7 @@ class TileScores {
     SliceStatistics slice;
     for (int i = 0; i < 2; ++i) {
       const float offset = sum_of_row(sums[i]) * inverse_width_;
-      slice.set(i, offset, sum_of_row(squares[i]), centre[i], slice_.units * 16);
+      slice.set(i, offset, offset, sum_of_row(squares[i]), centre[i], slice_.units * 16);
     }
     return slice;
   }

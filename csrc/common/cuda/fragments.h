@@ -158,11 +158,6 @@ __device__ __forceinline__ FragmentA<T> load_rows(const T* tile, int pitch) {
 template <class T>
 struct ColumnsOfB {
   FragmentB<T> side[2];  // columns 8 * side to 8 * side + 7
-
-  // As A, these columns are rows.
-  __device__ FragmentA<T> to_a() const {
-    return {side[0].pair[0], side[1].pair[0], side[0].pair[1], side[1].pair[1]};
-  }
 };
 
 template <class T>
