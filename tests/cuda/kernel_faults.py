@@ -254,13 +254,22 @@ FAULTS: dict[str, Fault] = {
             "lane % 16 * pitch + lane / 16 * 8 * !FAULT",
         ),
     ),
-    "deviations of A swapped": wrong(
+    "squares of another token": wrong(
         CORE,
         "m",
         (
-            FRAGMENTS,
-            "{side[0].pair[0], side[1].pair[0], ",
-            "{side[0].pair[0], side[FAULT ? 0 : 1].pair[0], ",
+            SCORES,
+            "g & 1 ? squares[i][1] : squares[i][0]",
+            "g & 1 && !FAULT ? squares[i][1] : squares[i][0]",
+        ),
+    ),
+    "deviations not added up": wrong(
+        CORE,
+        "m",
+        (
+            SCORES,
+            "{{d[0], ones, d[1], ones}}",
+            "{{d[0], FAULT ? d[0] : ones, d[1], ones}}",
         ),
     ),
     "transposed the wrong way": wrong(
