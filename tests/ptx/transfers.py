@@ -228,7 +228,9 @@ TABLE: dict[str, Handler] = {
     **dict.fromkeys(("atom", "red"), _atomic),
     **dict.fromkeys(("ldmatrix", "stmatrix"), _matrix),
     **dict.fromkeys(("membar", "fence"), _fence),
-    **dict.fromkeys(("setmaxnreg", "prefetch", "prefetchu", "griddepcontrol"), _nothing),
+    **dict.fromkeys(
+        ("setmaxnreg", "prefetch", "prefetchu", "griddepcontrol", "createpolicy"), _nothing
+    ),
     **{"ld": _load, "ldu": _load, "st": _store, "shfl": _shuffle, "mma": _mma, "wgmma": _wgmma},
     **{"cp": _copy, "mbarrier": _mbarrier, "mapa": _mapa, "cvta": _to_space},
 }
