@@ -394,8 +394,8 @@ def test_no_kernel_is_modelled_slower_than_committed() -> None:
     command = ("-m", "crossvit_kernels.inspect", "--model", "--batch", "64", "--json")
     found = json.loads(run(*command, "--kernel", "attention_core"))["rows"]
     found += json.loads(run(*command, "--kernel", "linear", "--channels", "192"))["rows"]
-    # Attention at C = 192 runs its projection as a kernel of its own, a fusion's backward at 384 the
-    # core.
+    # Attention at C = 192 runs its projection as a kernel of its own; the core is also a part of a
+    # fusion's backward at 384.
     assert len([row for row in found if row["backend"] == "triton"]) == 7
     for row in found:
         assert row["backend"] == "cuda" or not row["modelled"]["unknown_branches"]
