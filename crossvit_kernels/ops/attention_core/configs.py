@@ -164,7 +164,7 @@ BACKWARD = PassTable(
     },
     TokenPass.and_smaller,
     on_sm={
-        (80, 2): {  # where the tiles above spill
+        (80, 2): {  # where the tiles above spill, or are untried
             96: TokenPass(32, 32, 8, 2),
             128: TokenPass(128, 32, 8, 2),
             192: TokenPass(64, 32, 4, 3),

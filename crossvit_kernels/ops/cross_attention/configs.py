@@ -187,13 +187,11 @@ _FUSION_IN_THREE = Fusion(one_kernel_up_to=0, most_images=8)
 @functools.cache
 def fusion(table: Table[TokenPass], sm: int, channels: int) -> Fusion:
     """Return the configuration around FORWARD's or BACKWARD's pass."""
-    if table is BACKWARD and channels > (448 if sm == 80 else 192):
+    if table is not BACKWARD or channels <= 192:
+        return _FUSION
+    if channels > 448 or sm != 80:
         return _FUSION_IN_THREE
-    if table is BACKWARD and channels > 384 and sm == 80:
-        return Fusion(block_n=32)  # A100
-    if table is BACKWARD and channels > 192:
-        return _FUSION_OF_EIGHT
-    return _FUSION
+    return Fusion(block_n=32) if channels > 384 else _FUSION_OF_EIGHT  # A100
 
 
 class Variant(NamedTuple):
