@@ -12,7 +12,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (
-    "crossvit_kernels/ops/common/triton_tiles.py",
+    "crossvit_kernels/ops/common/triton_activations.py",
     "crossvit_kernels/ops/common/triton_sm90_kernels.py",
     "csrc/common/cuda/activations.h",
 )

@@ -1,8 +1,9 @@
 """attention_core in Triton: one pass over the tokens each way. Symbols as in docs/derivation.md.
 
 A program handles a range of an image's tokens and a block of its queries. Channels are processed in
-chunks of CHUNK columns, held as tuples: widths such as 192, 224 or 448 are not padded to powers of
-two. Queries are padded to ROWS, the rows of a tensor-core tile.
+chunks of CHUNK columns, held as tuples. Queries are padded to ROWS, the rows of a tensor-core tile.
+Up to 8 are half of one: what is between products is done for 8 rows, and in backward dm is stacked
+below u, so that one product gives s and dp, another one dx.
 
 16-bit tokens go to the tensor cores unmodified, with u, dm and the weights rounded to their dtype.
 The corrections subtracted afterwards (token means times sums of u, dm or weights) are computed from
@@ -17,45 +18,75 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_parts import (
-    filled,
-    halves,
-    load_mask,
-    load_one_token,
-    load_queries,
-    stacked,
-    upper_half,
-    weight_factor,
-    weight_unit_of,
-)
 from crossvit_kernels.ops.common.triton_tiles import (
     LOG2E,
     centred,
+    filled,
+    halves,
+    load_for_statistics,
+    load_one_token,
+    load_queries,
     load_tile,
+    stacked,
     statistics,
     store_tile,
+    upper_half,
 )
 
 
 @triton.jit
-def load_for_statistics(
-    x,
-    ptr,  # [..., C]
-    offsets,
-    used,
-    first,
-    C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CENTRE: tl.constexpr,
+def load_mask(
+    mask_ptr,  # [N]
+    stride,
+    token,
+    last,
 ):
-    """The tile x once more, from L1 or L2, for all but products.
+    """Loads which tokens are attended to, none from last on. Call it one step ahead.
 
-    A tile that products and other code read lies in shared memory without a swizzle: 8-way bank
-    conflicts. The other policy keeps both loads apart. Centred tiles are made in registers.
+    With the load in the same step as the products, Triton lays their operands out for 8-bit
+    numbers, in twice the registers.
     """
-    if not CENTRE:
-        x = load_tile(ptr, offsets, used, first, C, CHUNK, KEEP=True)
-    return x
+    return tl.load(mask_ptr + token.to(tl.int64) * stride, mask=token < last, other=0)
+
+
+@triton.jit
+def weight_unit_of(
+    x_ptr,  # of the tokens' dtype
+    eps,
+    S: tl.constexpr,
+):
+    """A power of two that weights in float16 are multiplied by, and sums over tokens divided by.
+
+    1 / standard deviation is up to 1 / sqrt(eps), which may be more than float16 can hold. It is 1
+    down to an eps of 2^-30.
+    """
+    NORMALIZE: tl.constexpr = S.normalize
+    if NORMALIZE and x_ptr.dtype.element_ty == tl.float16:
+        exponent = 15.0 + tl.floor(0.5 * tl.log2(eps + 0.0))
+        scale = tl.exp2(tl.maximum(tl.minimum(exponent, 0.0), -14.0))
+    else:
+        scale = 1.0
+    return scale
+
+
+@triton.jit
+def weight_factor(
+    mean,
+    variance,
+    rstd,
+    unit,
+    x_ptr,  # of the tokens' dtype
+    S: tl.constexpr,
+):
+    """1 / standard deviation as a factor of weights in the tokens' dtype, in units of weight_unit.
+
+    0 for constant tokens in float16, whose xhat is 0: others vary by 2^-11 of their mean at least.
+    Other types hold 1 / sqrt(eps).
+    """
+    NORMALIZE: tl.constexpr = S.normalize
+    if NORMALIZE and x_ptr.dtype.element_ty == tl.float16:
+        rstd = tl.where(variance > mean * mean * 2.0**-40, rstd * unit, 0.0)
+    return rstd
 
 
 @triton.jit

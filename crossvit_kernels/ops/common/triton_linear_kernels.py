@@ -7,20 +7,22 @@ import triton.language as tl
 
 from crossvit_kernels.ops.common.triton_activations import activate
 from crossvit_kernels.ops.common.triton_tiles import (
-    SIZES,
     aligned,
     centred,
     in_parts,
     load_residual_scale,
     load_tile,
-    load_tokens,
     load_vector,
-    normalized_rows,
-    offsets_of,
-    rows_of,
     store_tile,
 )
 from crossvit_kernels.ops.common.triton_tiles import norm_backward as dx_of_norm
+from crossvit_kernels.ops.common.triton_token_rows import (
+    SIZES,
+    load_tokens,
+    normalized_rows,
+    offsets_of,
+    rows_of,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -23,7 +23,7 @@ multiply_wait = gluon.hopper.warpgroup_mma_wait
 
 @gluon.jit
 def gelu(x, dtype: gl.constexpr):
-    """x times the normal distribution, for results in dtype: as in triton_tiles."""
+    """x times the normal distribution, for results in dtype: as in triton_activations."""
     size = gl.abs(x)
     if dtype == gl.float16:
         power = -1.78168047e-06 * size + 6.06695262e-05

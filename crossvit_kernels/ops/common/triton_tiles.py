@@ -1,8 +1,8 @@
-"""Building blocks of Triton kernels: loads and stores of tiles, LayerNorm, GELU, linear layers.
+"""Building blocks of Triton kernels: loads and stores of tiles, LayerNorm, linear layers.
 
 A tile is a few rows by CHUNK columns. Wider rows are held in chunks, as tuples: widths such as 192,
-224 or 448 are not padded to powers of two. Token rows are those of all images, concatenated; a CLS
-that replaces an image's row 0 is read from its own tensor.
+224 or 448 are not padded to powers of two. Halves of the rows of
+a product are in the same thread's registers: taking them apart moves nothing.
 
 Per-image vectors are few rows, up to IMAGES per program. Each step writes them to memory and the
 next reads them after a barrier: they are a few KB, which stay in L1 and L2, and backward needs most
@@ -18,19 +18,6 @@ import triton.language as tl
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # Rows of a tensor-core tile.
 IMAGES: tl.constexpr = tl.constexpr(16)
-
-# Not specialised on: a kernel is compiled once, whether or not they are 1 or multiples of 16.
-SIZES = (
-    "num_rows",
-    "num_tokens",
-    "num_groups",
-    "num_tiles",
-    "group_columns",
-    "x_batch_stride",
-    "x_token_stride",
-    "cls_stride",
-    "dy_stride",
-)
 
 
 @triton.jit
@@ -99,6 +86,52 @@ def in_parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr
 
 
 @triton.jit
+def halves(rows):
+    """The upper and the lower half of a tile's rows, or of a vector."""
+    HALF: tl.constexpr = rows.shape[0] // 2
+    if len(rows.shape) == 1:
+        upper, lower = tl.split(tl.permute(tl.reshape(rows, (2, HALF)), (1, 0)))
+    else:
+        parts = tl.reshape(rows, (2, HALF, rows.shape[1]))
+        upper, lower = tl.split(tl.permute(parts, (1, 2, 0)))
+    return upper, lower
+
+
+@triton.jit
+def upper_half(rows, QUERIES: tl.constexpr):
+    """The first QUERIES rows, all of them or half."""
+    if rows.shape[0] != QUERIES:
+        rows, _ = halves(rows)
+    return rows
+
+
+@triton.jit
+def stacked(upper, lower):
+    """A tile of two halves.
+
+    Not by tl.join: Triton takes one for the unpacking of narrower numbers, and lays operands of
+    products out for those.
+    """
+    HALF: tl.constexpr = upper.shape[0]
+    WIDTH: tl.constexpr = upper.shape[1]
+    is_upper = (tl.arange(0, 2) == 0)[:, None, None]
+    parts = tl.where(is_upper, upper[None, :, :], lower[None, :, :])
+    return tl.reshape(parts, (2 * HALF, WIDTH))
+
+
+@triton.jit
+def filled(rows, ROWS: tl.constexpr):
+    """The rows, or numbers, twice if they are half of ROWS."""
+    if rows.shape[0] != ROWS:
+        if len(rows.shape) == 1:
+            rows = tl.reshape(tl.broadcast_to(rows[None, :], (2, rows.shape[0])), (ROWS,))
+        else:
+            shape: tl.constexpr = (2, rows.shape[0], rows.shape[1])
+            rows = tl.reshape(tl.broadcast_to(rows[None, :, :], shape), (ROWS, rows.shape[1]))
+    return rows
+
+
+@triton.jit
 def load_vector(
     ptr,  # [C]
     first,
@@ -149,74 +182,64 @@ def statistics(xs, eps, S: tl.constexpr):
 
 
 @triton.jit
-def rows_of(tile, num_rows, num_tokens, ROWS: tl.constexpr):
-    """The rows of a tile, which of them exist, their images and token indices."""
-    row = tile * ROWS + tl.arange(0, ROWS)
-    image = row // num_tokens
-    return row.to(tl.int64), row < num_rows, image, row - image * num_tokens
-
-
-@triton.jit
-def offsets_of(image, token, batch_stride, token_stride, ALIGN: tl.constexpr):
-    """Offsets of rows of x [B, N, C], in elements."""
-    offsets = image.to(tl.int64) * aligned(batch_stride, ALIGN)
-    return offsets + token.to(tl.int64) * aligned(token_stride, ALIGN)
-
-
-@triton.jit
-def load_tokens(
-    x_ptr,  # [B, N, C]
+def load_for_statistics(
+    x,
+    ptr,  # [..., C]
     offsets,
-    cls_ptr,  # [B, C] or None
-    cls_offsets,
-    token,
     used,
     first,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
+    CENTRE: tl.constexpr,
 ):
-    """Loads columns of tokens, taking each image's token 0 from cls, if given."""
-    if cls_ptr is not None:
-        x = load_tile(x_ptr, offsets, used & (token != 0), first, C, CHUNK)
-        cls = load_tile(cls_ptr, cls_offsets, used & (token == 0), first, C, CHUNK)
-        x = tl.where((token == 0)[:, None], cls, x)
-    else:
-        x = load_tile(x_ptr, offsets, used, first, C, CHUNK)
+    """The tile x once more, from L1 or L2, for all but products.
+
+    A tile that products and other code read lies in shared memory without a swizzle: 8-way bank
+    conflicts. The other policy keeps both loads apart. Centred tiles are made in registers.
+    """
+    if not CENTRE:
+        x = load_tile(ptr, offsets, used, first, C, CHUNK, KEEP=True)
     return x
 
 
 @triton.jit
-def normalized_rows(
-    x_ptr,  # [B, N, C]
-    offsets,
-    cls_ptr,  # [B, C] or None
-    cls_offsets,
-    token,
+def load_queries(
+    ptr,  # [R, C]
+    stride,
+    gain_ptr,  # [C] or None
+    rows,
     used,
-    weight_ptr,  # [C]
-    bias_ptr,  # [C] or None
-    eps,
-    dtype,
-    L: tl.constexpr,
+    index: tl.constexpr,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """LN(x) of a tile in chunks of dtype, and the mean and 1 / standard deviation of its rows."""
-    C: tl.constexpr = L.channels
-    CHUNK: tl.constexpr = L.chunk
-    NUM: tl.constexpr = L.num_chunks
+    """Loads a chunk of u or dm in float32; in a fusion, of kt or dz times LayerNorm's gain."""
+    value = load_tile(ptr, rows * stride, used, index * CHUNK, C, CHUNK).to(tl.float32)
+    if gain_ptr is not None:
+        value = value * load_vector(gain_ptr, index * CHUNK, C, CHUNK)[None, :]
+    return value
+
+
+@triton.jit
+def load_one_token(
+    ptr,  # [C]
+    eps,
+    S: tl.constexpr,
+):
+    """Loads one token; returns its xhat in chunks [1, CHUNK] and its rstd [1]."""
+    C: tl.constexpr = S.channels
+    CHUNK: tl.constexpr = S.chunk
+    NUM: tl.constexpr = S.num_chunks
+    row = tl.arange(0, 1)
+    used = row < 1
     xs = ()
     for i in tl.static_range(NUM):
-        x = load_tokens(x_ptr, offsets, cls_ptr, cls_offsets, token, used, i * CHUNK, C, CHUNK)
-        xs = xs + (x,)
-    mean, _, rstd = statistics(xs, eps, L)
+        xs = xs + (load_tile(ptr, row * 0, used, i * CHUNK, C, CHUNK).to(tl.float32),)
+    mean, _, rstd = statistics(xs, eps, S)
     normed = ()
     for i in tl.static_range(NUM):
-        xhat = centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK) * rstd[:, None]
-        weight = load_vector(weight_ptr, i * CHUNK, C, CHUNK)[None, :]
-        y = xhat * weight
-        if bias_ptr is not None:
-            y += load_vector(bias_ptr, i * CHUNK, C, CHUNK)[None, :]
-        normed = normed + (y.to(dtype),)
-    return normed, mean, rstd
+        normed = normed + (centred(xs[i], mean[:, None], i * CHUNK, C, CHUNK) * rstd[:, None],)
+    return normed, rstd
 
 
 @triton.jit
@@ -237,47 +260,6 @@ def load_residual_scale(
 def normal_distribution(x):
     """Phi(x), the normal CDF: gelu(x) = x Phi(x)."""
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def normal_tail(x, dtype: tl.constexpr):
-    """1 - Phi(|x|), for results in bfloat16 or float16, in a third of erf's instructions.
-
-    Its logarithm to base 2 is a polynomial in |x|, a minimax fit. Up to 3.5 errors are below 2e-4
-    of the tail in bfloat16, 1/20 of a rounding error, and 4e-6 in float16; up to 5 7e-4 and 1e-5.
-    """
-    size = tl.abs(x)
-    if dtype == tl.float16:
-        power = -1.78168047e-06 * size + 6.06695262e-05
-        power = (power * size - 0.00092431097) * size + 0.00848785019
-        power = (power * size - 0.0539279067) * size - 0.458488116
-        power = (power * size - 1.15124477) * size - 0.999995562
-    else:
-        power = -0.000256385217 * size + 0.00515643039
-        power = (power * size - 0.045810577) * size - 0.467650187
-        power = (power * size - 1.14741397) * size - 1.00025812
-    return tl.exp2(power)
-
-
-@triton.jit
-def gelu(x, dtype: tl.constexpr):
-    """x Phi(x), to be rounded to dtype."""
-    if dtype == tl.float32:
-        y = x * normal_distribution(x)
-    else:
-        y = tl.maximum(x, 0.0) - tl.abs(x) * normal_tail(x, dtype)
-    return y
-
-
-@triton.jit
-def distribution_and_density(x, dtype: tl.constexpr):
-    """Phi(x) and exp(-x^2 / 2), for results in dtype."""
-    if dtype == tl.float32:
-        distribution = normal_distribution(x)
-    else:
-        tail = normal_tail(x, dtype)
-        distribution = tl.where(x > 0, 1.0 - tail, tail)
-    return distribution, tl.exp2(x * x * (-0.5 * LOG2E))
 
 
 @triton.jit

@@ -11,16 +11,18 @@ from crossvit_kernels.ops.common.triton_activations import (
     factor_and_density,
 )
 from crossvit_kernels.ops.common.triton_tiles import (
-    SIZES,
     in_parts,
     load_residual_scale,
     load_tile,
-    load_tokens,
     load_vector,
+    store_tile,
+)
+from crossvit_kernels.ops.common.triton_token_rows import (
+    SIZES,
+    load_tokens,
     normalized_rows,
     offsets_of,
     rows_of,
-    store_tile,
 )
 
 

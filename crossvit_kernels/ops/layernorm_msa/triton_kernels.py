@@ -11,10 +11,10 @@ import triton.language as tl
 
 from crossvit_kernels.ops.common.triton_tiles import (
     LOG2E,
-    SIZES,
     load_tile,
     store_tile,
 )
+from crossvit_kernels.ops.common.triton_token_rows import SIZES
 
 
 @triton.jit
