@@ -1,8 +1,8 @@
 """Building blocks of Triton kernels: loads and stores of tiles, LayerNorm, linear layers.
 
 A tile is a few rows by CHUNK columns. Wider rows are held in chunks, as tuples: widths such as 192,
-224 or 448 are not padded to powers of two. Halves of the rows of
-a product are in the same thread's registers: taking them apart moves nothing.
+224 or 448 are not padded to powers of two. Both halves of a product's rows are in the same thread's
+registers: taking them apart moves nothing.
 
 Per-image vectors are few rows, up to IMAGES per program. Each step writes them to memory and the
 next reads them after a barrier: they are a few KB, which stay in L1 and L2, and backward needs most
