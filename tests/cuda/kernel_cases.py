@@ -36,11 +36,15 @@ class Core:
     masked: bool = False
     norm_eps: float | None = 1e-6
     blocks: int = 1  # sharing an image
+    scale: float | None = None  # of tokens with a mean of 10 to 30 spreads
 
     def arrays(self) -> list[np.ndarray]:
         sizes = self.batch, self.tokens, self.rows, self.channels
         inputs, mask = make(*sizes, DTYPE, extra=self.extra, masked=self.masked)
         u, x, extra = inputs
+        if self.scale is not None:
+            means = 10 + 10 * (torch.arange(self.tokens)[:, None] % 3)
+            inputs[1] = x = representable((means + x) * self.scale, DTYPE)
         upstream = [torch.randn(self.batch, self.rows, self.channels), torch.randn(u.shape[:2])]
         upstream = [representable(t, DTYPE) for t in upstream]
 
@@ -144,6 +148,7 @@ class Block:
 # images per block.
 CASES = {
     "core": Core(2, 150, 10, 48, extra=True, masked=True),
+    "core, squares that overflow": Core(2, 40, 4, 48, scale=5e17),
     "core, wide": Core(1, 70, 5, 112, extra=True, masked=True),
     "core, not normalized": Core(1, 70, 5, 48, norm_eps=None),
     "core, shared": Core(2, 150, 11, 48, extra=True, masked=True, blocks=4),

@@ -28,9 +28,12 @@ from fault import (
     wrong,
 )
 
-PLAN, SCORES, PARTIALS, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
+PLAN, STATISTICS, SCORES, PARTIALS, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
     f"attention_core/cuda/{name}.h"
-    for name in ("plan", "scores", "partials", "choose", "forward_pass", "backward_pass")
+    for name in (
+        *("plan", "statistics", "scores", "partials", "choose"),
+        *("forward_pass", "backward_pass"),
+    )
 )
 ROW_NORMS, BLOCK, LAYERS, COLUMN_BLOCKS, PASSES, SENT_ROWS = (
     f"cross_attention/cuda/{name}.h"
@@ -76,6 +79,7 @@ REDUCED: list[Change] = [
 
 # Names in kernel_cases.CASES.
 CORE, CORE_WIDE, CORE_SHARED = "core", "core, wide", "core, shared"
+CORE_LARGE = "core, squares that overflow"
 FUSION, FUSION_ALIASED, FUSION_WIDE, FUSION_SHARED = (
     "fusion",
     "fusion, aliased",
@@ -224,7 +228,7 @@ FAULTS: dict[str, Fault] = {
         CORE_WIDE, "du", (SCORES, "(channels_) * kSums;", "(channels_) * kSums + FAULT;")
     ),
     "a sum from another lane": wrong(
-        CORE, "m", (SCORES, "% 4 * 9 + (i & 1) * 4", "% 4 * 9 + (i & 1) * 4 * !FAULT")
+        CORE, "m", (STATISTICS, "% 4 * 9 + (i & 1) * 4", "% 4 * 9 + (i & 1) * 4 * !FAULT")
     ),
     "a group of units too many": race(
         CORE,
@@ -259,18 +263,24 @@ FAULTS: dict[str, Fault] = {
         "m",
         (
             SCORES,
-            "g & 1 ? squares[i][1] : squares[i][0]",
-            "g & 1 && !FAULT ? squares[i][1] : squares[i][0]",
+            "sum_of_squares += own_column(of_turn[i]);",
+            "sum_of_squares += FAULT ? of_turn[i][0] : own_column(of_turn[i]);",
         ),
     ),
-    "deviations not added up": wrong(
+    "sum of another token": wrong(
         CORE,
         "m",
         (
             SCORES,
-            "{{d[0], ones, d[1], ones}}",
-            "{{d[0], FAULT ? d[0] : ones, d[1], ones}}",
+            "own_column(kOnesBesideRows ? products[0][i] + 2",
+            "own_column(kOnesBesideRows ? products[0][FAULT ? 0 : i] + 2",
         ),
+    ),
+    "squares that overflow": wrong(
+        CORE_LARGE, "m", (SCORES, "is_owner() && cancels", "is_owner() && cancels && !FAULT")
+    ),
+    "the mean of another token": wrong(
+        CORE_LARGE, "m", (STATISTICS, "of_row, 0x3232", "of_row, FAULT ? 0x1010 : 0x3232")
     ),
     "transposed the wrong way": wrong(
         CORE,

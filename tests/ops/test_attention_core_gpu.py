@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import representable
 from conftest import Gpu
 from core_cases import check_expanded_gradients, check_rule, make
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,7 @@ from crossvit_kernels.modules import ClassAttention, MAPHead
 from crossvit_kernels.ops.attention_core import configs, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INF = torch.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,9 +114,10 @@ def test_frozen_tokens(num_tokens: int, num_rows: int, gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_mean_small_spread(dtype: torch.dtype, gpu: Gpu) -> None:
-    """Tokens with mean 100 and spread 1 keep their precision."""
-    inputs, mask = make(2, 40, 4, 192, dtype, mean=100.0)
+@pytest.mark.parametrize("mean, channels", [(15, 384), (30, 384), (100, 192)])
+def test_large_mean_small_spread(mean: float, channels: int, dtype: torch.dtype, gpu: Gpu) -> None:
+    """Tokens with spread 1, whose squares CUDA adds up as they are or relative to the mean."""
+    inputs, mask = make(2, 40, 4, gpu.width(channels), dtype, mean=mean)
     check_rule(inputs, mask, dtype, 1e-6, gpu.name, gpu.device)
 
 
@@ -130,12 +133,60 @@ def test_massive_activations(channels: list[int], dtype: torch.dtype, gpu: Gpu) 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_rows", [4, 12])
 def test_channels_that_outweigh_all_others(num_rows: int, dtype: torch.dtype, gpu: Gpu) -> None:
-    """Two of the channels from which deviations are taken are far above the others."""
+    """Two channels are far above the others."""
     inputs, mask = make(2, 20, num_rows, gpu.width(384), dtype)
     x = inputs[1]
     assert x is not None
     x.mul_(0.3).add_(0.4)[..., [0, 2]] = 300
     check_rule(inputs, mask, dtype, 1e-6, gpu.name, gpu.device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mean, spread, value", [(200, 3, 3.484375), (30, 1, 0.06), (8, 0.1, 0.3)])
+def test_channels_far_below_all_others(
+    mean: float, spread: float, value: float, dtype: torch.dtype, gpu: Gpu
+) -> None:
+    inputs, mask = make(2, 20, 4, gpu.width(192), dtype)
+    x = inputs[1]
+    assert x is not None
+    x.mul_(spread).add_(mean)[..., :2] = value
+    inputs[1] = representable(x, dtype)
+    check_rule(inputs, mask, dtype, 1e-6, gpu.name, gpu.device)
+
+
+@pytest.mark.parametrize("mean, spread", [(5e18, 5e17), (-1e16, 1e15)])
+def test_large_bfloat16_tokens(mean: float, spread: float, gpu: Gpu) -> None:
+    """Squares from 0 may overflow, those of deviations do not."""
+    inputs, mask = make(2, 20, 4, gpu.width(192), torch.bfloat16)
+    x = inputs[1]
+    assert x is not None
+    inputs[1] = representable(x * spread + mean, torch.bfloat16)
+    check_rule(inputs, mask, torch.bfloat16, 1e-6, gpu.name, gpu.device)
+
+
+@pytest.mark.parametrize(
+    "dtype, values, outlier",
+    [
+        (torch.bfloat16, (24.875, -33), 300),
+        (torch.bfloat16, (119.5, 94.5), 300),
+        (torch.float16, (19.875, -20.875), 300),
+        (torch.float16, (126.3125, 93.6875), 300),
+        (torch.float16, (-40000, -42976), 60000),
+    ],
+    ids=str,
+)
+def test_few_values_beside_outliers(
+    dtype: torch.dtype, values: tuple[float, float], outlier: float, gpu: Gpu
+) -> None:
+    """Tokens whose distances from an outlier are rounded alike, or too large for float16."""
+    (u, x, _), _ = make(2, 20, 4, gpu.width(384), dtype)
+    assert u is not None and x is not None
+    x = torch.where(x > 0, *(torch.tensor(v, dtype=x.dtype) for v in values))
+    x[..., [0, 2]] = outlier
+    m, _ = ck.attention_core(u.float().to(gpu.device), x.to(gpu.device, dtype), backend=gpu.name)
+    exact, _ = reference.attention_core(u, x, 1e-6)
+    error = (m.double().cpu() - exact).norm() / exact.norm()
+    assert error < torch.finfo(dtype).eps
 
 
 def test_large_float16_tokens(gpu: Gpu) -> None:
@@ -181,6 +232,25 @@ def test_masked_tokens_reach_nothing(gpu: Gpu) -> None:
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     (dx,) = torch.autograd.grad(actual[0].sum(), x)
     assert (dx[~mask] == 0).all() and torch.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", [[INF], [-INF], [-INF, INF], [torch.nan]], ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_infinite_tokens(values: list[float], dtype: torch.dtype, gpu: Gpu) -> None:
+    """They make NaN of their image's results, as in eager code, and nothing of others'."""
+    (u, x, _), mask = make(3, 20, 3, gpu.width(192), dtype, masked=True)
+    assert u is not None and x is not None and mask is not None
+    mask[:, 7], mask[:, 9] = True, False
+    u, x, mask = u.float().to(gpu.device), x.to(gpu.device, dtype), mask.to(gpu.device)
+    clean = ck.attention_core(u, x, key_mask=mask, backend=gpu.name)
+    channels = slice(5, 5 + len(values))
+    x[:, 9, channels] = x.new_tensor(values)
+    for a, e in zip(ck.attention_core(u, x, key_mask=mask, backend=gpu.name), clean, strict=True):
+        assert torch.equal(a, e)
+    x[1, 7, channels] = x.new_tensor(values)
+    for a, e in zip(ck.attention_core(u, x, key_mask=mask, backend=gpu.name), clean, strict=True):
+        assert a[1].isnan().all() and torch.equal(a[::2], e[::2])
 
 
 @pytest.mark.slow_on_cpu

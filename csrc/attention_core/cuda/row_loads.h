@@ -73,10 +73,12 @@ class RowLoads {
 
   __device__ __forceinline__ Loads load(int c) const {
     Loads loads = {};
-    if (c < channels_) loads.gain = gain_.load(c);
+    if (c >= channels_) return loads;
+    loads.gain = gain_.load(c);
+    const float* from = from_ + c;
 #pragma unroll
-    for (int row = 0; row < P::kRows; ++row) {
-      if (row < count_ && c < channels_) loads.values[row] = from_[row * stride_ + c];
+    for (int row = 0; row < P::kRows; ++row, from += stride_) {
+      if (row < count_) loads.values[row] = *from;
     }
     return loads;
   }

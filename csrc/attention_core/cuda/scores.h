@@ -1,56 +1,14 @@
 #pragma once
 
-#include "attention_core/cuda/plan.h"
+#include "attention_core/cuda/statistics.h"
 
 namespace crossvit::attention_core {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Statistics of a lane's four tokens of a tile: 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
-struct TokenStatistics {
-  float mean[4];
-  float signed_rstd[4];  // negative if a token's channels are all the same, 0 if it is unattended
-  float centre[4];       // what float tokens are relative to in products
-
-  __device__ float rstd(int i) const { return fabsf(signed_rstd[i]); }
-
-  // rstd as a factor of weights. A half cannot hold that of most constant tokens, but their xhat,
-  // which it multiplies, is 0.
-  __device__ float factor(int i) const { return fmaxf(signed_rstd[i], 0.0f); }
-};
-
-__device__ __forceinline__ int nth_token(int i) {
-  return lane_index() % 4 * 2 + (i & 1) + (i >> 1) * 8;
-}
-
-// Statistics of tokens g and g + 8 over a warp's slice of the channels: the mean, the sum of
-// squared deviations from it, and the centre that the sums were relative to. Token g's owner, the
-// lane that has it among its four, knows them.
-struct SliceStatistics {
-  float mean[2];
-  float squares[2];
-  float centre[2];
-
-  __device__ static bool is_owner() { return lane_index() / 8 == lane_index() % 4; }
-
-  // From the mean's offset from the centre, and from the mean and the sum of squares of deviations
-  // from it. These may be rounded numbers, whose mean is not quite the offset.
-  __device__ void set(int i, float offset, float deviation, float sum_of_squares, float centre_,
-                      int width) {
-    centre[i] = centre_;
-    mean[i] = centre_ + offset;
-    squares[i] = fmaxf(sum_of_squares - deviation * deviation * width, 0.0f);
-  }
-};
-
-// Gives each lane the value of its i-th token, from the lane that owns it.
-__device__ __forceinline__ float from_owner(const float (&values)[2], int i) {
-  return __shfl_sync(~0u, values[i >> 1], lane_index() % 4 * 9 + (i & 1) * 4);
-}
-
 // Scores of a tile's tokens against kSets matrices of rows (u, or dm and u), with the statistics of
-// LayerNorm from the same read. Sums over a token's channels are relative to one of its own, or to
-// a mean: one far above the spread then costs no precision. kAlone: see TokenPass.
+// LayerNorm from the same read, or from a second one where a mean is far above the spread.
+// kAlone: see TokenPass.
 template <class P, int kSets, bool kAlone>
 class TileScores {
  public:
@@ -60,6 +18,7 @@ class TileScores {
   static constexpr bool kCentre = sizeof(T) == 4;
   static constexpr int kRows = P::kRows;
   static constexpr int kSums = kSets * kRows;
+  static constexpr int kOperands = ceil_div(kSums, 16);  // of 16 rows, which the sets share
   // One warp's partials of a tile where warps share it: three floats and the scores per token.
   static constexpr int kFloats = P::kWarpsShareTiles ? (3 + kSums) * P::kTokens : 0;
   static constexpr int kBuffers = 2;
@@ -83,7 +42,8 @@ class TileScores {
         slice_(slice),
         inverse_channels_(1.0f / channels),
         inverse_width_(1.0f / (slice.units * 16)),
-        eps_(eps),
+        // From a lane: else the compiler would convert the parameter, a double, in each tile.
+        eps_(__shfl_sync(~0u, eps, 0)),
         normalize_(normalize) {}
 
   // Where a warp has all channels: notes the sum of a rounded row of a set. By one lane.
@@ -123,7 +83,7 @@ class TileScores {
   // xhat, 0 if the token is not attended to. Synchronizes the warp group.
   __device__ void compute(const T* tile, int iteration, uint32_t attended,
                           float (&scores)[kSets][P::kRowGroups][4], TokenStatistics& stats) {
-    float products[kSets][2][4] = {};  // of tokens 0 to 7 and 8 to 15
+    Products products = {};
     SliceStatistics slice;
     if constexpr (kCentre) {
       slice = multiply_floats(tile, products);
@@ -144,87 +104,79 @@ class TileScores {
     return partials_ + (warp * kBuffers + iteration % kBuffers) * kFloats;
   }
 
-  // A unit of the rows of a set.
-  __device__ FragmentA<T> rows_of(int set, int unit, float others = 0) const {
+  using Products = float[kOperands][2][4];  // of tokens 0 to 7 and 8 to 15
+
+  // Of row 8 group + g of a set, and this lane's two tokens of a side.
+  __device__ static const float* product_pair(const Products& products, int set, int group,
+                                              int side) {
+    const int eighth = set * P::kRowGroups + group;
+    return products[eighth / 2][side] + eighth % 2 * 2;
+  }
+
+  // A unit of the nth 16 rows, or of all 8 with a number in the others.
+  __device__ FragmentA<T> rows_of(int nth, int unit, float others = 0) const {
     const int pitch = P::row_pitch(channels_);
-    const T* rows = rows_ + set * kRows * pitch + slice_.first + unit * 16;
+    const T* rows = rows_ + nth * 16 * pitch + slice_.first + unit * 16;
     if constexpr (kOnesInMemory) {
       const int lane = lane_index(), row = lane % 16 < 8 ? lane % 8 : kRows;
       FragmentA<T> a;
       load_matrix_x4(a.pair, rows + row * pitch + lane / 16 * 8);
       return a;
     }
-    return P::kRowGroups == 1 ? load_8_rows(rows, pitch, others) : load_rows(rows, pitch);
+    return kSums == 8 ? load_8_rows(rows, pitch, others) : load_rows(rows, pitch);
   }
 
-  // The tensor cores also add up a token's channels, as products with ones, its deviations d from
-  // one of them, likewise, and their squares, as the diagonal of d d^T. One group of rows leaves
-  // room for the ones, as 8 tokens do.
-  __device__ SliceStatistics multiply_pairs(const T* tile, float (&products)[kSets][2][4]) const {
-    constexpr bool kOnesBesideRows = P::kRowGroups == 1;
-    const int g = lane_index() / 4, pitch = P::tile_pitch(channels_);
-    const auto centre_of_token = [&](int token) {
-      const T* row = tile + token * pitch;
-      return middle_of_four<T>(load_pair(row), load_pair(row + 2));
-    };
-    const uint32_t centre[2] = {centre_of_token(g), centre_of_token(g + 8)};
-    const Pair<T> ones = pack<T>(1, 1);
-    float squares[2][4] = {}, sums[2][4] = {};  // of squares: below the diagonal's rows, of d
-    const auto add_unit = [&](int unit, float(&products)[kSets][2][4], float(&squares)[2][4]) {
-      ColumnsOfB<T> x = load_columns(tile + unit * 16, pitch);
+  // The tensor cores also add up a token's channels, as products with ones, and their squares, as
+  // the diagonal of x x^T. One group of rows leaves room for the ones.
+  __device__ SliceStatistics multiply_pairs(const T* tile, Products& products) const {
+    constexpr bool kOnesBesideRows = kSums == 8;
+    // Where units are many, they take turns between two sums, so that products wait less for the
+    // ones before.
+    constexpr int kTurns = kAlone && kSets == 1 && P::kUnits > 12 ? 2 : 1;
+    constexpr Pair<T> ones = kOnes<T>;
+    const int pitch = P::tile_pitch(channels_);
+    const float width = static_cast<float>(slice_.units * 16);
+    Products others = {};
+    float squares[kTurns][2][4] = {}, sums[2][4] = {};
+    slice_.template for_each_group<P::kUnroll>([&](int first, auto count) {
 #pragma unroll
-      for (int set = 0; set < kSets; ++set) {
-        const FragmentA<T> rows = rows_of(set, unit, set == 0 ? 1.0f : 0.0f);
-        for (int side = 0; side < 2; ++side) multiply(products[set][side], rows, x.side[side]);
-      }
-      if constexpr (!kOnesBesideRows) {
+      for (int i = 0; i < decltype(count)::value; ++i) {
+        const int unit = first + i, turn = i % kTurns;
+        const ColumnsOfB<T> x = load_columns(tile + unit * 16, pitch);
+#pragma unroll
+        for (int nth = 0; nth < kOperands; ++nth) {
+          const FragmentA<T> rows = rows_of(nth, unit, 1);
+          for (int side = 0; side < 2; ++side) {
+            multiply((turn ? others : products)[nth][side], rows, x.side[side]);
+          }
+        }
         for (int side = 0; side < 2; ++side) {
-          multiply(sums[side], {{ones, ones, ones, ones}}, x.side[side]);
+          if (!kOnesBesideRows) multiply(sums[side], {{ones, ones, ones, ones}}, x.side[side]);
+          add_squares(squares[turn][side], x.side[side]);
         }
       }
-      for (int side = 0; side < 2; ++side) {
-        for (Pair<T>& pair : x.side[side].pair) pair = subtract<T>(pair, centre[side]);
-      }
-      for (int side = 0; side < 2; ++side) {
-        const auto& d = x.side[side].pair;
-        multiply(squares[side], {{d[0], ones, d[1], ones}}, x.side[side]);
-      }
-    };
-    if constexpr (kAlone && kSets == 1 && P::kUnits > 12) {
-      // Units take turns between two sums, so that products wait less for the ones before.
-      float other_products[kSets][2][4] = {}, other_squares[2][4] = {};
-      slice_.template for_each_group<P::kUnroll>([&](int first, auto count) {
-#pragma unroll
-        for (int i = 0; i < decltype(count)::value; ++i) {
-          add_unit(first + i, i % 2 ? other_products : products, i % 2 ? other_squares : squares);
-        }
-      });
-      for (int side = 0; side < 2; ++side) {
-        for (int i = 0; i < 4; ++i) {
-          squares[side][i] += other_squares[side][i];
-          products[0][side][i] += other_products[0][side][i];
-        }
-      }
-    } else {
-      slice_.template for_each_unit<P::kUnroll>(
-          [&](int unit) { add_unit(unit, products, squares); });
+    });
+    if constexpr (kTurns > 1) {
+      for (int i = 0; i < 8; ++i) products[0][i / 4][i % 4] += others[0][i / 4][i % 4];
     }
     SliceStatistics slice;
-#pragma unroll
+    float own_sums[2];
     for (int i = 0; i < 2; ++i) {
-      const float* sum_pair = kOnesBesideRows ? products[0][i] + 2 : sums[i];
-      const float sum = g & 1 ? sum_pair[1] : sum_pair[0];
-      const float sum_of_squares = g & 1 ? squares[i][1] : squares[i][0];
-      const float deviation = (g & 1 ? squares[i][3] : squares[i][2]) * inverse_width_;
-      const float own_centre = unpack<T>(centre[i]).x;
-      const float offset = sum * inverse_width_ - own_centre;
-      slice.set(i, offset, deviation, sum_of_squares, own_centre, slice_.units * 16);
+      own_sums[i] = own_column(kOnesBesideRows ? products[0][i] + 2 : sums[i]);
+      float sum_of_squares = 0;
+      for (const auto& of_turn : squares) sum_of_squares += own_column(of_turn[i]);
+      slice.set(i, own_sums[i], own_sums[i] * inverse_width_, sum_of_squares, 0);
+    }
+    if (!normalize_) return slice;
+    const bool cancels = slice.template cancels<T>(0, width) || slice.template cancels<T>(1, width);
+    if (__any_sync(~0u, slice.is_owner() && cancels)) {
+      set_from_means(slice, tile, pitch, slice_, own_sums);
     }
     return slice;
   }
 
   // The same in float's own precision, relative to the slice's mean: one more read of the tile.
-  __device__ SliceStatistics multiply_floats(const T* tile, float (&products)[kSets][2][4]) const {
+  __device__ SliceStatistics multiply_floats(const T* tile, Products& products) const {
     const int g = lane_index() / 4, pitch = P::tile_pitch(channels_);
     float centre[2] = {0, 0};
 #pragma unroll 2
@@ -245,15 +197,15 @@ class TileScores {
         }
       }
 #pragma unroll
-      for (int set = 0; set < kSets; ++set) {
-        const FragmentA<T> rows = rows_of(set, unit);
-        for (int side = 0; side < 2; ++side) multiply(products[set][side], rows, x.side[side]);
+      for (int nth = 0; nth < kOperands; ++nth) {
+        const FragmentA<T> rows = rows_of(nth, unit);
+        for (int side = 0; side < 2; ++side) multiply(products[nth][side], rows, x.side[side]);
       }
     });
     SliceStatistics slice;
     for (int i = 0; i < 2; ++i) {
-      const float offset = sum_of_row(sums[i]) * inverse_width_;
-      slice.set(i, offset, offset, sum_of_row(squares[i]), centre[i], slice_.units * 16);
+      const float deviations = sum_of_row(sums[i]);
+      slice.set(i, deviations, deviations * inverse_width_, sum_of_row(squares[i]), centre[i]);
     }
     return slice;
   }
@@ -276,8 +228,7 @@ class TileScores {
   }
 
   // The scores where a warp has all channels.
-  __device__ void finish(const SliceStatistics& slice, uint32_t attended,
-                         const float (&products)[kSets][2][4],
+  __device__ void finish(const SliceStatistics& slice, uint32_t attended, const Products& products,
                          float (&scores)[kSets][P::kRowGroups][4], TokenStatistics& stats) const {
     static_assert(P::kWarpsShareTiles || (!kCentre && P::kRowGroups == 1));
     const int g = lane_index() / 4;
@@ -299,7 +250,7 @@ class TileScores {
       }
       stats.centre[i] = 0;
       for (int set = 0; set < kSets; ++set) {
-        const float product = products[set][i >> 1][i & 1];
+        const float product = product_pair(products, set, 0, i >> 1)[i & 1];
         scores[set][0][i] = (product - stats.mean[i] * row_sums[set]) * stats.rstd(i);
       }
     }
@@ -307,7 +258,7 @@ class TileScores {
 
   // Stores each token's mean, squared deviations and centre, then the products.
   __device__ void store_partials(float* to, const SliceStatistics& slice,
-                                 const float (&products)[kSets][2][4]) const {
+                                 const Products& products) const {
     const int g = lane_index() / 4, t = lane_index() % 4;
     if (slice.is_owner()) {
       for (int i = 0; i < 2; ++i) {
@@ -322,7 +273,7 @@ class TileScores {
         for (int side = 0; side < 2; ++side) {
           float* to_scores =
               to + 3 * P::kTokens + (set * kRows + 8 * group + g) * P::kTokens + 8 * side + 2 * t;
-          const float* pair = &products[set][side][2 * group];
+          const float* pair = product_pair(products, set, group, side);
           *reinterpret_cast<float2*>(to_scores) = make_float2(pair[0], pair[1]);
         }
       }

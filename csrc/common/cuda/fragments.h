@@ -106,28 +106,18 @@ __device__ __forceinline__ Pair<T> pack(float first, float second) {
 template <class T>
 using Packed = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
 
-template <class T, class Function>
-__device__ __forceinline__ uint32_t apply_to_pairs(uint32_t a, uint32_t b, Function function) {
-  Packed<T> first, second;
-  memcpy(&first, &a, sizeof first);
-  memcpy(&second, &b, sizeof second);
-  const Packed<T> result = function(first, second);
-  memcpy(&a, &result, sizeof a);
-  return a;
-}
+// A pair of ones, which the compiler would pack at run time.
+template <class T>
+constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80 : 0x3c003c00;
 
 template <class T>
 __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
-  return apply_to_pairs<T>(a, b, [](Packed<T> a, Packed<T> b) { return __hsub2(a, b); });
-}
-
-// A pair of one of a row's first four elements: one between the others unless two are far off.
-template <class T>
-__device__ __forceinline__ uint32_t middle_of_four(uint32_t first, uint32_t second) {
-  const uint32_t lower =
-      apply_to_pairs<T>(first, second, [](Packed<T> a, Packed<T> b) { return __hmin2(a, b); });
-  const uint32_t swapped = __byte_perm(lower, lower, 0x1032);
-  return apply_to_pairs<T>(lower, swapped, [](Packed<T> a, Packed<T> b) { return __hmax2(a, b); });
+  Packed<T> first, second;
+  memcpy(&first, &a, sizeof first);
+  memcpy(&second, &b, sizeof second);
+  const Packed<T> result = __hsub2(first, second);
+  memcpy(&a, &result, sizeof a);
+  return a;
 }
 
 template <class T>

@@ -122,22 +122,6 @@ inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
 inline __half2 __hsub2(__half2 a, __half2 b) {
   return __floats2half2_rn(__low2float(a) - __low2float(b), __high2float(a) - __high2float(b));
 }
-inline __nv_bfloat162 __hmin2(__nv_bfloat162 a, __nv_bfloat162 b) {
-  return __floats2bfloat162_rn(fminf(__low2float(a), __low2float(b)),
-                               fminf(__high2float(a), __high2float(b)));
-}
-inline __half2 __hmin2(__half2 a, __half2 b) {
-  return __floats2half2_rn(fminf(__low2float(a), __low2float(b)),
-                           fminf(__high2float(a), __high2float(b)));
-}
-inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
-  return __floats2bfloat162_rn(fmaxf(__low2float(a), __low2float(b)),
-                               fmaxf(__high2float(a), __high2float(b)));
-}
-inline __half2 __hmax2(__half2 a, __half2 b) {
-  return __floats2half2_rn(fmaxf(__low2float(a), __low2float(b)),
-                           fmaxf(__high2float(a), __high2float(b)));
-}
 
 // The approximate functions are exact here, so tests need tolerances that hold on a GPU.
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
