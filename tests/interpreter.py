@@ -1,9 +1,9 @@
 """Fixes for Triton's interpreter.
 
-It stores bfloat16 as uint16 and computes with that. Here products upcast their operands, and
-float32 is rounded to nearest even, which the interpreter truncates; kernels upcast before all other
-operations, as they should. Triton 3.6's interpreter uses arrays of one number as scalars, which
-NumPy 2.4 refuses.
+It stores bfloat16 as uint16 and computes with that. Here products of matrices upcast their
+operands; sums, differences and products of numbers do too, and round their result, to nearest even,
+where the interpreter truncates. Kernels upcast before all other operations, as they should. Triton
+3.6's interpreter uses arrays of one number as scalars, which NumPy 2.4 refuses.
 """
 
 from __future__ import annotations
@@ -45,9 +45,21 @@ def install() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, to_float32(a), to_float32(b), *rest)
 
+    def rounding(operation: Any) -> Any:
+        def apply(self: Any, *operands: Any) -> Any:
+            result = operation(self, *map(to_float32, operands))
+            if operands[0].dtype.scalar != tl.bfloat16:
+                return result
+            return TensorHandle(rounded(result.data), tl.bfloat16)
+
+        return apply
+
     interpreter._patch_lang_tensor = patch_with_index
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+    for name in ("create_fadd", "create_fsub", "create_fmul", "create_fma", "create_fneg"):
+        if hasattr(InterpreterBuilder, name):  # Triton 3.6 has no create_fneg
+            setattr(InterpreterBuilder, name, rounding(getattr(InterpreterBuilder, name)))
     for name in ("create_fp_ext", "create_fp_trunc"):  # bound to the old cast_impl in some versions
         setattr(InterpreterBuilder, name, cast_impl)
     launcher.interpreter_has_bfloat16 = True

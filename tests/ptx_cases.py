@@ -120,7 +120,7 @@ def _core(
     tokens: int = 19,
     channels: int = 32,
     eps: float | None = 1e-6,
-    **options: bool,
+    **options: Any,
 ) -> Check:
     def run(dtype: torch.dtype, backend: str) -> None:
         inputs, mask = core_cases.make(1, tokens, rows, channels * scale, dtype, **options)
@@ -246,6 +246,7 @@ _HOPPER = "90 bf16 90 fp16"
 _TRITON = {
     "attention_core": Case(_core(extra=True), _ONE),
     "attention_core_masked": Case(_core(masked=True), f"{_OTHER} 90 fp16"),
+    "attention_core_of_far_means": Case(_core(extra=True, mean=30.0), "80 bf16 90 bf16"),
     "attention_core_plain": Case(_core(eps=None), "80 bf16"),
     "attention_core_frozen": Case(_core_frozen, "90 bf16"),
     "attention_core_ten_queries": Case(_core(rows=10), "90 bf16"),

@@ -26,7 +26,7 @@ import ptx_launches
 from ptx_cases import CASES, DTYPES
 
 from crossvit_kernels import extension
-from crossvit_kernels.inspect.model import cuda_launch, sass
+from crossvit_kernels.inspect.model import cuda_launch, sass, triton_launch
 from crossvit_kernels.inspect.model.emulator import Emulator
 from crossvit_kernels.inspect.model.launch import Launch
 from crossvit_kernels.inspect.model.mbarriers import PASSED_BY
@@ -50,7 +50,7 @@ COUNTS = (*INSTRUCTIONS, "sectors from L2", "sectors stored", "shared passes")
 
 def of_model(launch: Launch) -> tuple[dict[str, int], dict[str, int]]:
     """Return what the model finds that all warps of a launch do, and its guessed branches."""
-    emulator = Emulator(launch.kernel, launch.constants())
+    emulator = Emulator(launch.kernel, launch.constants(), unlikely=launch.unlikely)
     blocks = [launch.block(n) for n in range(launch.num_blocks)]
     trace = emulator.run(blocks, launch.num_warps)
     counts: collections.Counter[str] = collections.Counter()
@@ -72,7 +72,8 @@ def of_model(launch: Launch) -> tuple[dict[str, int], dict[str, int]]:
 def _of_triton(launch: Any, sm: int) -> Launch:
     cubin, grid, num_warps, parameters = launch
     (kernel,) = sass.disassemble(cubin).values()
-    return Launch(kernel, grid, num_warps, 0, 0, parameters, (), sm)
+    unlikely = triton_launch.unlikely_lines()
+    return Launch(kernel, grid, num_warps, 0, 0, parameters, (), sm, unlikely=unlikely)
 
 
 def _of_cuda(launch: extension.RecordedLaunch) -> Launch:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from sass_text import code
 
 from crossvit_kernels import extension, supported
-from crossvit_kernels.inspect.model import accesses, lanes, sass
+from crossvit_kernels.inspect.model import accesses, lanes, sass, triton_launch
 from crossvit_kernels.inspect.model.divergence import Group, Step
 from crossvit_kernels.inspect.model.emulator import Block, Emulator
 from crossvit_kernels.inspect.model.gpus import A100, GPUS, H200
@@ -230,6 +230,39 @@ def test_a_branch_on_data_falls_through_as_often_as_is_known(
     labels = {i.opcode: i.index for i in kernel.instructions}
     each = [n for n, index in enumerate(path) if index == labels["LDG"]]
     assert [int(path[n + 3] == labels["NOP"]) for n in each] == falls
+
+
+@pytest.mark.parametrize(
+    "guard, branch", [("P0", "BRA `(.L_x_0)"), ("!P0", "EXIT"), ("P0", "BRA `(.L_x_1)")]
+)
+def test_unlikely_lines_are_not_executed(guard: str, branch: str) -> None:
+    """Whether they follow the branch, or an exit, or are what it leads to."""
+    unlikely = ('//## File "kernels.py", line 7 inlined at "passes.py", line 12', "NOP")
+    likely = ('//## File "kernels.py", line 7 inlined at "passes.py", line 8', "MOV R2, RZ", "EXIT")
+    first, second = (likely, unlikely) if branch.endswith("1)") else (unlikely, likely)
+    kernel = code(
+        '//## File "passes.py", line 5',
+        "LDG.E R3, desc[UR4][R4.64]",
+        "ISETP.GE.AND P0, PT, R3, 0x1, PT",
+        f"@{guard} {branch}",
+        *first,
+        ".L_x_0:",
+        ".L_x_1:",
+        *second,
+    )
+    trace = Emulator(kernel, {}, unlikely=frozenset({"passes.py:12"})).run([Block(0, 0, 0)], 1)
+    path = [kernel.instructions[step.instruction].opcode for step in trace.warps[0][0]]
+    assert "NOP" not in path and ("MOV" in path) == (branch != "EXIT")
+    assert not trace.unknown_branches
+
+
+def test_unlikely_lines_of_kernels() -> None:
+    lines = triton_launch.unlikely_lines()
+    assert {line.split(":")[0] for line in lines} == {"triton_forward_pass.py"}
+    text = (ROOT / "crossvit_kernels/ops/attention_core/triton_forward_pass.py").read_text()
+    numbers = sorted(int(line.split(":")[1]) for line in lines)
+    of_pass = text.splitlines()[numbers[0] - 2 : numbers[-1]]
+    assert of_pass[0].endswith(":  # unlikely") and "AGAIN=True" in of_pass[-1]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 import types
@@ -71,6 +72,7 @@ class Emulator:
         constants: Words of the constant bank by their place in bytes: parameters and grid.
         fall_through: How often, of 1, a branch on data falls through, the first time among them.
         tensor_maps: Tensor maps among the parameters, by their place in bytes.
+        unlikely: Lines of source, as ``Instruction.source`` has them, that are not executed.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Emulator:
         constants: Mapping[int, int],
         fall_through: float = 1.0,
         tensor_maps: Mapping[int, TensorMap] = types.MappingProxyType({}),
+        unlikely: frozenset[str] = frozenset(),
     ) -> None:
         translator = Translator(constants, kernel.jump_table, tensor_maps)
         self._kernel = kernel
@@ -101,6 +104,7 @@ class Emulator:
         ]
         self._memory = Memory(translator, kernel.instructions)
         self._unknown: collections.Counter[str] = collections.Counter()
+        self._unlikely = unlikely
         self._fall_through, self._times = fall_through, collections.Counter[int]()
 
     def run(self, blocks: Sequence[Block], num_warps: int) -> Trace:
@@ -237,16 +241,28 @@ class Emulator:
         return math.ceil(times * share) == math.ceil((times - 1) * share)
 
     def _avoids_slow_path(self, i: Instruction) -> bool | None:
-        """Whether a branch is taken that one side of which calls a slow path; None if none does."""
+        """Whether a branch is taken that one side of which is a slow path; None if none is.
+
+        That is code which calls a function, or of lines that are said to be unlikely.
+        """
+        if self._is_unlikely(i.index + 1):
+            return True
         if i.target is None or i.target <= i.index:
             return None
         instructions = self._kernel.instructions
         beyond = (s.opcode for s in instructions[i.target :] if s.opcode in _CONTROL)
-        if next(beyond, "") == "CALL":
+        if next(beyond, "") == "CALL" or self._is_unlikely(i.target):
             return False
         if any(s.opcode == "CALL" for s in instructions[i.index + 1 : i.target]):
             return True
         return None
+
+    def _is_unlikely(self, start: int) -> bool:
+        """Whether code is of unlikely lines, up to the next branch."""
+        block = itertools.takewhile(
+            lambda i: i.opcode not in _CONTROL, self._kernel.instructions[start:]
+        )
+        return any(not self._unlikely.isdisjoint(i.source.split(" < ")) for i in block)
 
 
 def jump_reader(translator: Translator, i: Instruction) -> Reader:

@@ -78,7 +78,13 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     blocks, active = launch.num_blocks, min(launch.num_blocks, usable_sms)
     busiest_sm_blocks = -(-blocks // usable_sms)
     resident = resident_blocks(launch, gpu.compute_capability)
-    emulator = Emulator(launch.kernel, launch.constants(), launch.fall_through, launch.tensor_maps)
+    emulator = Emulator(
+        launch.kernel,
+        launch.constants(),
+        launch.fall_through,
+        launch.tensor_maps,
+        launch.unlikely,
+    )
     first = emulator.run([launch.block(0)], launch.num_warps)
     steps = sum(map(len, first.warps[0]))
     simulated = min(

@@ -33,6 +33,7 @@ class Launch:
         workspaces: Numbers of tensors that nothing reads after the launch.
         fall_through: How often, of 1, a branch on data falls through.
         tensor_maps: Those among the parameters, by their place in bytes.
+        unlikely: Lines of source that are not executed, ``triton_kernels.py:91``.
     """
 
     kernel: Kernel
@@ -47,6 +48,7 @@ class Launch:
     workspaces: frozenset[int] = frozenset()
     fall_through: float = 1.0
     tensor_maps: Mapping[int, TensorMap] = dataclasses.field(default_factory=dict)
+    unlikely: frozenset[str] = frozenset()
 
     @property
     def num_blocks(self) -> int:

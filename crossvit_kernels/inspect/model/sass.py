@@ -47,7 +47,7 @@ class Instruction:
         waits_for: Scoreboards that must have been released.
         target: Index of the instruction that it branches to; None where it does not.
         source: File and line, ``triton_kernels.py:91``, and where that is inlined,
-            ``triton_tiles.py:59 < triton_passes.py:125``; "" where they are not known.
+            ``triton_tiles.py:59 < triton_forward_pass.py:125``; "" where they are not known.
     """
 
     index: int

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from crossvit_kernels import ops
 from crossvit_kernels.gpu import launcher, tables
 from crossvit_kernels.gpu.tables import Candidate
 from crossvit_kernels.inspect import ahead_of_time
@@ -52,7 +55,25 @@ def launch_of(
         parameters=bank,
         tensor_bytes=tensor_bytes,
         architecture=compiled.metadata.target.arch,
+        unlikely=unlikely_lines(),
     )
+
+
+@functools.cache
+def unlikely_lines() -> frozenset[str]:
+    """What ``if``s guard that are commented as unlikely, in all kernels."""
+    lines = []
+    for path in Path(ops.__path__[0]).rglob("triton_*.py"):
+        depth = None  # of such an ``if``
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            indent = len(line) - len(line.lstrip())
+            if depth is not None and line.strip():
+                depth = depth if indent > depth else None
+            if depth is not None:
+                lines.append(f"{path.name}:{number}")
+            if line.endswith(":  # unlikely"):
+                depth = indent
+    return frozenset(lines)
 
 
 def recorder(gpu: Gpu, run: Callable[[], object]) -> Callable[[], list[tuple[Launch, str]]]:

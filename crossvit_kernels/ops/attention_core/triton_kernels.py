@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_passes import backward_pass, forward_pass
+from crossvit_kernels.ops.attention_core.triton_backward_pass import backward_pass
+from crossvit_kernels.ops.attention_core.triton_forward_pass import forward_pass
 from crossvit_kernels.ops.common.triton_tiles import LOG2E, aligned
 
 # Not specialised on: a kernel is compiled once, whether or not they are 1 or multiples of 16.

@@ -9,7 +9,6 @@ from crossvit_kernels.ops.common.triton_activations import activate
 from crossvit_kernels.ops.common.triton_tiles import (
     aligned,
     centred,
-    in_parts,
     load_residual_scale,
     load_tile,
     load_vector,
@@ -18,6 +17,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
 from crossvit_kernels.ops.common.triton_tiles import norm_backward as dx_of_norm
 from crossvit_kernels.ops.common.triton_token_rows import (
     SIZES,
+    in_parts,
     load_tokens,
     normalized_rows,
     offsets_of,

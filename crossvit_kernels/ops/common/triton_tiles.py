@@ -1,13 +1,8 @@
-"""Building blocks of Triton kernels: loads and stores of tiles, LayerNorm, linear layers.
+"""Building blocks of Triton kernels: loads and stores of tiles, statistics, LayerNorm.
 
 A tile is a few rows by CHUNK columns. Wider rows are held in chunks, as tuples: widths such as 192,
-224 or 448 are not padded to powers of two. Both halves of a product's rows are in the same thread's
-registers: taking them apart moves nothing.
-
-Per-image vectors are few rows, up to IMAGES per program. Each step writes them to memory and the
-next reads them after a barrier: they are a few KB, which stay in L1 and L2, and backward needs most
-of them anyway. They are in float32; products are computed in the weights' dtype and accumulated in
-float32.
+224 or 448 are not padded to powers of two. A product has 16 rows, and its halves are in the same
+thread's registers: taking them apart moves nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +11,8 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# As an unsigned number, the bits of float32's.
+INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 # Rows of a tensor-core tile.
 IMAGES: tl.constexpr = tl.constexpr(16)
 
@@ -69,20 +66,30 @@ def store_tile(
 
 
 @triton.jit
-def in_halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+def load_token_tile(
+    x_ptr,  # [TOKENS, C]
+    offsets,
+    present,
+    TWICE: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Loads a tile of tokens in chunks: xs for products, raw for all else.
 
-
-@triton.jit
-def in_parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr):
-    """Splits a product into tiles of PART columns: what is done to one needs few registers."""
-    parts = (tile,)
-    if COLUMNS >= 2 * PART:
-        parts = in_halves(tile, ROWS, COLUMNS)
-    if COLUMNS >= 4 * PART:
-        first = in_halves(parts[0], ROWS, COLUMNS // 2)
-        parts = first + in_halves(parts[1], ROWS, COLUMNS // 2)
-    return parts
+    A tile that is used for both lies in shared memory without a swizzle: 8-way bank conflicts.
+    TWICE: raw is loaded once more, from L1 or L2. Its eviction policy keeps the loads apart.
+    """
+    C: tl.constexpr = S.channels
+    CHUNK: tl.constexpr = S.chunk
+    NUM: tl.constexpr = S.num_chunks
+    xs = ()
+    raw = ()
+    for i in tl.static_range(NUM):
+        x = load_tile(x_ptr, offsets, present, i * CHUNK, C, CHUNK)
+        xs = xs + (x,)
+        if TWICE:
+            x = load_tile(x_ptr, offsets, present, i * CHUNK, C, CHUNK, KEEP=True)
+        raw = raw + (x,)
+    return xs, raw
 
 
 @triton.jit
@@ -103,20 +110,6 @@ def upper_half(rows, QUERIES: tl.constexpr):
     if rows.shape[0] != QUERIES:
         rows, _ = halves(rows)
     return rows
-
-
-@triton.jit
-def stacked(upper, lower):
-    """A tile of two halves.
-
-    Not by tl.join: Triton takes one for the unpacking of narrower numbers, and lays operands of
-    products out for those.
-    """
-    HALF: tl.constexpr = upper.shape[0]
-    WIDTH: tl.constexpr = upper.shape[1]
-    is_upper = (tl.arange(0, 2) == 0)[:, None, None]
-    parts = tl.where(is_upper, upper[None, :, :], lower[None, :, :])
-    return tl.reshape(parts, (2 * HALF, WIDTH))
 
 
 @triton.jit
@@ -182,24 +175,102 @@ def statistics(xs, eps, S: tl.constexpr):
 
 
 @triton.jit
-def load_for_statistics(
-    x,
-    ptr,  # [..., C]
+def statistics_by_products(xs, sums, eps, S: tl.constexpr):
+    """Mean, variance and 1 / standard deviation of tokens in bfloat16, all [QUERIES, TOKENS].
+
+    Their rows are equal: as products with ones, with sums over channels, they have the layout of
+    the scores. Nothing is reduced between lanes, and a tile is only read as operands. Squares are
+    two numbers each, exact. Where a mean is far above the spread, their difference is not: doubt.
+    """
+    C: tl.constexpr = S.channels
+    CHUNK: tl.constexpr = S.chunk
+    TOKENS: tl.constexpr = S.tokens
+    NUM: tl.constexpr = S.num_chunks
+    QUERIES: tl.constexpr = sums.shape[0]
+    ones = tl.full((16, CHUNK), 1.0, tl.float32).to(xs[0].dtype)
+    squares = tl.zeros((16, TOKENS), tl.float32)
+    for i in tl.static_range(NUM):
+        square = xs[i] * xs[i]
+        squares = tl.dot(ones, tl.trans(square), squares)
+        squares = tl.dot(ones, tl.trans(tl.fma(xs[i], xs[i], -square)), squares)
+    mean = sums * (1.0 / C)
+    variance = upper_half(squares, QUERIES) * (1.0 / C) - mean * mean
+    return mean, variance, tl.rsqrt(variance + eps)
+
+
+@triton.jit
+def doubt(mean, variance):
+    """Less than INFINITY where a difference of squares has lost less than 8 of float32's 24 bits.
+
+    It is a margin's bits: as unsigned numbers, negative margins and NaN are above infinity.
+    """
+    return (variance - mean * mean * (1.0 / 256.0)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def load_statistics(
+    ptr,  # [TOKENS, C]
     offsets,
     used,
-    first,
-    C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CENTRE: tl.constexpr,
+    eps,
+    S: tl.constexpr,
 ):
-    """The tile x once more, from L1 or L2, for all but products.
+    """statistics of tokens, read twice more: for them, no more than a chunk is in registers."""
+    C: tl.constexpr = S.channels
+    CHUNK: tl.constexpr = S.chunk
+    TOKENS: tl.constexpr = S.tokens
+    NUM: tl.constexpr = S.num_chunks
+    total = tl.zeros((TOKENS, CHUNK), tl.float32)
+    for i in tl.static_range(NUM):
+        total += load_tile(ptr, offsets, used, i * CHUNK, C, CHUNK, KEEP=True).to(tl.float32)
+    mean = tl.sum(total, axis=1) / C
+    squares = tl.zeros((TOKENS, CHUNK), tl.float32)
+    for i in tl.static_range(NUM):
+        x = load_tile(ptr, offsets, used, i * CHUNK, C, CHUNK, KEEP=True)
+        d = centred(x, mean[:, None], i * CHUNK, C, CHUNK)
+        squares += d * d
+    variance = tl.sum(squares, axis=1) / C
+    return mean, variance, 1.0 / tl.sqrt(variance + eps)
 
-    A tile that products and other code read lies in shared memory without a swizzle: 8-way bank
-    conflicts. The other policy keeps both loads apart. Centred tiles are made in registers.
+
+@triton.jit
+def weight_unit_of(
+    x_ptr,  # of the tokens' dtype
+    eps,
+    S: tl.constexpr,
+):
+    """A power of two that weights in float16 are multiplied by, and sums over tokens divided by.
+
+    1 / standard deviation is up to 1 / sqrt(eps), which may be more than float16 can hold. It is 1
+    down to an eps of 2^-30.
     """
-    if not CENTRE:
-        x = load_tile(ptr, offsets, used, first, C, CHUNK, KEEP=True)
-    return x
+    NORMALIZE: tl.constexpr = S.normalize
+    if NORMALIZE and x_ptr.dtype.element_ty == tl.float16:
+        exponent = 15.0 + tl.floor(0.5 * tl.log2(eps + 0.0))
+        scale = tl.exp2(tl.maximum(tl.minimum(exponent, 0.0), -14.0))
+    else:
+        scale = 1.0
+    return scale
+
+
+@triton.jit
+def weight_factor(
+    mean,
+    variance,
+    rstd,
+    unit,
+    x_ptr,  # of the tokens' dtype
+    S: tl.constexpr,
+):
+    """1 / standard deviation as a factor of weights in the tokens' dtype, in units of weight_unit.
+
+    0 for constant tokens in float16, whose xhat is 0: others vary by 2^-11 of their mean at least.
+    Other types hold 1 / sqrt(eps).
+    """
+    NORMALIZE: tl.constexpr = S.normalize
+    if NORMALIZE and x_ptr.dtype.element_ty == tl.float16:
+        rstd = tl.where(variance > mean * mean * 2.0**-40, rstd * unit, 0.0)
+    return rstd
 
 
 @triton.jit
@@ -243,6 +314,21 @@ def load_one_token(
 
 
 @triton.jit
+def load_mask(
+    mask_ptr,  # [N]
+    stride,
+    token,
+    last,
+):
+    """Loads which tokens are attended to, none from last on. Call it one step ahead.
+
+    With the load in the same step as the products, Triton lays their operands out for 8-bit
+    numbers, in twice the registers.
+    """
+    return tl.load(mask_ptr + token.to(tl.int64) * stride, mask=token < last, other=0)
+
+
+@triton.jit
 def load_residual_scale(
     scale_ptr,  # [B] or None
     image,
@@ -266,65 +352,6 @@ def normal_distribution(x):
 def gelu_slope(x, distribution, density):
     """The derivative of gelu, from Phi(x) and exp(-x^2 / 2)."""
     return distribution + x * (0.3989422804014327 * density)
-
-
-@triton.jit
-def linear(
-    a_ptr,  # [IMAGES, K]
-    a_stride,
-    weight_ptr,  # [N, K], TRANSPOSED: [K, N]
-    bias_ptr,  # [N] or None
-    out_ptr,  # [IMAGES, N]
-    out_stride,
-    used,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TRANSPOSED: tl.constexpr = False,
-    gain_ptr=None,  # [K]
-    shift_ptr=None,  # [K]
-    scale=None,
-    residual_ptr=None,  # [IMAGES, N]
-):
-    """out = residual + scale * (a W^T + bias), a [IMAGES, K] and W [N, K]; TRANSPOSED: W is [K, N].
-
-    The vectors gain and shift are applied to a first. scale is one number or one per row; residual
-    has the layout of out.
-    """
-    dtype = weight_ptr.dtype.element_ty
-    row = tl.arange(0, IMAGES)
-    rows = ()
-    for i in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-        a = load_tile(a_ptr, row * a_stride, used, i * BLOCK_K, K, BLOCK_K).to(tl.float32)
-        if gain_ptr is not None:
-            a = a * load_vector(gain_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
-        if shift_ptr is not None:
-            a = a + load_vector(shift_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
-        rows = rows + (a.to(dtype),)
-    for n in range(0, N, BLOCK_N):
-        column = n + tl.arange(0, BLOCK_N)
-        exists = column < N
-        total = tl.zeros((IMAGES, BLOCK_N), tl.float32)
-        for i in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-            if TRANSPOSED:
-                k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-                offsets = k[:, None] * N + column[None, :]
-                mask = (k < K)[:, None] & exists[None, :]
-                w = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
-            else:
-                w = tl.trans(load_tile(weight_ptr, column * K, exists, i * BLOCK_K, K, BLOCK_K))
-            total = tl.dot(rows[i], w, total, input_precision=PRECISION)
-        if bias_ptr is not None:
-            total += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
-        if scale is not None:
-            total = total * scale
-        offsets = row[:, None] * out_stride + column[None, :]
-        mask = used[:, None] & exists[None, :]
-        if residual_ptr is not None:
-            total += tl.load(residual_ptr + offsets, mask=mask, other=0.0)
-        tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -360,29 +387,6 @@ def normalized(x, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     d = tl.where((tl.arange(0, PADDED) < WIDTH)[None, :], x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / WIDTH + eps)
     return d * rstd[:, None], rstd
-
-
-@triton.jit
-def norm_rows(
-    x_ptr,  # [IMAGES, WIDTH]
-    x_stride,
-    weight_ptr,  # [WIDTH]
-    bias_ptr,  # [WIDTH]
-    out_ptr,  # [IMAGES, WIDTH]
-    out_stride,
-    used,
-    eps,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    GELU: tl.constexpr,
-):
-    """out = LayerNorm(x), or its GELU."""
-    xhat, _ = normalized(load_rows(x_ptr, x_stride, used, WIDTH, PADDED), eps, WIDTH, PADDED)
-    weight = load_vector(weight_ptr, 0, WIDTH, PADDED)[None, :]
-    y = xhat * weight + load_vector(bias_ptr, 0, WIDTH, PADDED)[None, :]
-    if GELU:
-        y = y * normal_distribution(y)
-    store_rows(out_ptr, out_stride, used, y, WIDTH, PADDED)
 
 
 @triton.jit

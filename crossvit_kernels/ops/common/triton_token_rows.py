@@ -99,3 +99,20 @@ def normalized_rows(
             y += load_vector(bias_ptr, i * CHUNK, C, CHUNK)[None, :]
         normed = normed + (y.to(dtype),)
     return normed, mean, rstd
+
+
+@triton.jit
+def in_halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def in_parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr):
+    """Splits a product into tiles of PART columns: what is done to one needs few registers."""
+    parts = (tile,)
+    if COLUMNS >= 2 * PART:
+        parts = in_halves(tile, ROWS, COLUMNS)
+    if COLUMNS >= 4 * PART:
+        first = in_halves(parts[0], ROWS, COLUMNS // 2)
+        parts = first + in_halves(parts[1], ROWS, COLUMNS // 2)
+    return parts

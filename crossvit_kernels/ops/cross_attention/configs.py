@@ -104,10 +104,7 @@ FORWARD = PassTable(
     TokenPass.and_fewer_stages,
     on_sm={
         (80, 2): {
-            96: TokenPass(32, 64, 8, 2),
-            128: TokenPass(128, 64, 8, 1),
             224: TokenPass(32, 64, 8, 1),
-            256: TokenPass(128, 64, 8, 2),
             448: TokenPass(64, 32, 8, 2),
         },
     },

@@ -9,11 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_passes import backward_pass
+from crossvit_kernels.ops.attention_core.triton_backward_pass import backward_pass
 from crossvit_kernels.ops.common.triton_tiles import (
     IMAGES,
     aligned,
-    linear,
     load_residual_scale,
     load_rows,
     load_tile,
@@ -25,7 +24,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
     store_tile,
 )
 from crossvit_kernels.ops.cross_attention.layout import Gradients
-from crossvit_kernels.ops.cross_attention.triton_forward import images_of, vectors_of
+from crossvit_kernels.ops.cross_attention.triton_forward import images_of, linear, vectors_of
 
 # Not specialised on.
 SIZES = ("batch", "num_tokens", "cls_stride", "dout_stride", "x_batch_stride", "x_token_stride")

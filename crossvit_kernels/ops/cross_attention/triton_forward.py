@@ -1,18 +1,26 @@
-"""The forward kernels of a fusion: one for everything, or separate CLS path and token pass."""
+"""The forward kernels of a fusion: one for everything, or separate CLS path and token pass.
+
+Vectors of images are few rows, up to IMAGES per program. Each step writes them to memory and the
+next reads them after a barrier: they are a few KB, which stay in L1 and L2, and backward needs most
+of them anyway. They are in float32; products are computed in the weights' dtype and accumulated in
+float32.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from crossvit_kernels.ops.attention_core.triton_passes import forward_pass
+from crossvit_kernels.ops.attention_core.triton_forward_pass import forward_pass
 from crossvit_kernels.ops.common.triton_tiles import (
     IMAGES,
     aligned,
-    linear,
     load_residual_scale,
     load_rows,
-    norm_rows,
+    load_tile,
+    load_vector,
+    normal_distribution,
+    normalized,
     store_rows,
 )
 from crossvit_kernels.ops.cross_attention.layout import Vectors
@@ -58,6 +66,88 @@ def images_of(program, batch, F: tl.constexpr):
     first = program * count
     row = tl.arange(0, IMAGES)
     return first, (row < count) & (first + row < batch)
+
+
+@triton.jit
+def linear(
+    a_ptr,  # [IMAGES, K]
+    a_stride,
+    weight_ptr,  # [N, K], TRANSPOSED: [K, N]
+    bias_ptr,  # [N] or None
+    out_ptr,  # [IMAGES, N]
+    out_stride,
+    used,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+    gain_ptr=None,  # [K]
+    shift_ptr=None,  # [K]
+    scale=None,
+    residual_ptr=None,  # [IMAGES, N]
+):
+    """out = residual + scale * (a W^T + bias), a [IMAGES, K] and W [N, K]; TRANSPOSED: W is [K, N].
+
+    The vectors gain and shift are applied to a first. scale is one number or one per row; residual
+    has the layout of out.
+    """
+    dtype = weight_ptr.dtype.element_ty
+    row = tl.arange(0, IMAGES)
+    rows = ()
+    for i in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        a = load_tile(a_ptr, row * a_stride, used, i * BLOCK_K, K, BLOCK_K).to(tl.float32)
+        if gain_ptr is not None:
+            a = a * load_vector(gain_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
+        if shift_ptr is not None:
+            a = a + load_vector(shift_ptr, i * BLOCK_K, K, BLOCK_K)[None, :]
+        rows = rows + (a.to(dtype),)
+    for n in range(0, N, BLOCK_N):
+        column = n + tl.arange(0, BLOCK_N)
+        exists = column < N
+        total = tl.zeros((IMAGES, BLOCK_N), tl.float32)
+        for i in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+            if TRANSPOSED:
+                k = i * BLOCK_K + tl.arange(0, BLOCK_K)
+                offsets = k[:, None] * N + column[None, :]
+                mask = (k < K)[:, None] & exists[None, :]
+                w = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
+            else:
+                w = tl.trans(load_tile(weight_ptr, column * K, exists, i * BLOCK_K, K, BLOCK_K))
+            total = tl.dot(rows[i], w, total, input_precision=PRECISION)
+        if bias_ptr is not None:
+            total += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+        if scale is not None:
+            total = total * scale
+        offsets = row[:, None] * out_stride + column[None, :]
+        mask = used[:, None] & exists[None, :]
+        if residual_ptr is not None:
+            total += tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+        tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm_rows(
+    x_ptr,  # [IMAGES, WIDTH]
+    x_stride,
+    weight_ptr,  # [WIDTH]
+    bias_ptr,  # [WIDTH]
+    out_ptr,  # [IMAGES, WIDTH]
+    out_stride,
+    used,
+    eps,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    GELU: tl.constexpr,
+):
+    """out = LayerNorm(x), or its GELU."""
+    xhat, _ = normalized(load_rows(x_ptr, x_stride, used, WIDTH, PADDED), eps, WIDTH, PADDED)
+    weight = load_vector(weight_ptr, 0, WIDTH, PADDED)[None, :]
+    y = xhat * weight + load_vector(bias_ptr, 0, WIDTH, PADDED)[None, :]
+    if GELU:
+        y = y * normal_distribution(y)
+    store_rows(out_ptr, out_stride, used, y, WIDTH, PADDED)
 
 
 @triton.jit

@@ -11,7 +11,6 @@ from crossvit_kernels.ops.common.triton_activations import (
     factor_and_density,
 )
 from crossvit_kernels.ops.common.triton_tiles import (
-    in_parts,
     load_residual_scale,
     load_tile,
     load_vector,
@@ -19,6 +18,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
 )
 from crossvit_kernels.ops.common.triton_token_rows import (
     SIZES,
+    in_parts,
     load_tokens,
     normalized_rows,
     offsets_of,

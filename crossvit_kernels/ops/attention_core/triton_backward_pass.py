@@ -1,0 +1,255 @@
+"""attention_core's backward in Triton: one pass over the tokens. Symbols as in docs/derivation.md.
+
+It works as forward does, with dm rounded like u, but all statistics are sums in registers. Up to 8
+queries dm is stacked below u, so that one product gives s and dp, another one dx.
+
+``backward_pass`` processes one range of one image; other kernels inline it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossvit_kernels.ops.common.triton_tiles import (
+    LOG2E,
+    centred,
+    filled,
+    halves,
+    load_mask,
+    load_one_token,
+    load_queries,
+    load_tile,
+    load_token_tile,
+    statistics,
+    store_tile,
+    weight_factor,
+    weight_unit_of,
+)
+
+
+@triton.jit
+def stacked(upper, lower):
+    """A tile of two halves.
+
+    Not by tl.join: Triton takes one for the unpacking of narrower numbers, and lays operands of
+    products out for those.
+    """
+    HALF: tl.constexpr = upper.shape[0]
+    WIDTH: tl.constexpr = upper.shape[1]
+    is_upper = (tl.arange(0, 2) == 0)[:, None, None]
+    parts = tl.where(is_upper, upper[None, :, :], lower[None, :, :])
+    return tl.reshape(parts, (2 * HALF, WIDTH))
+
+
+@triton.jit
+def extra_token_backward(
+    us,
+    dms,
+    du,
+    delta,
+    lse,
+    first,
+    extra_ptr,  # [C] or None
+    dextra_ptr,  # [C] or None
+    eps,
+    S: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Adds the extra token's contribution to du, in the first range, and writes its gradient."""
+    C: tl.constexpr = S.channels
+    CHUNK: tl.constexpr = S.chunk
+    NORMALIZE: tl.constexpr = S.normalize
+    NUM: tl.constexpr = S.num_chunks
+    extra, rstd = load_one_token(extra_ptr, eps, S)
+    s = tl.zeros_like(delta)
+    dp = tl.zeros_like(delta)
+    for i in tl.static_range(NUM):
+        s += tl.sum(us[i].to(tl.float32) * extra[i], axis=1)
+        dp += tl.sum(dms[i].to(tl.float32) * extra[i], axis=1)
+    p = tl.where(first == 0, tl.exp2(s * LOG2E - lse), 0.0)
+    ds = p * (dp - delta)
+    dxhats = ()
+    a = 0.0
+    b = 0.0
+    for i in tl.static_range(NUM):
+        du = du[1:] + (du[0] + filled(ds, du[0].shape[0])[:, None] * extra[i],)
+        dxhat = tl.sum(
+            p[:, None] * dms[i].to(tl.float32) + ds[:, None] * us[i].to(tl.float32), axis=0
+        )
+        a += tl.sum(dxhat, axis=0)
+        b += tl.sum(dxhat[None, :] * extra[i])
+        dxhats = dxhats + (dxhat,)
+    for i in tl.static_range(NUM):
+        dx = dxhats[i][None, :]
+        if NORMALIZE:
+            dx = (dx - a / C - extra[i] * (b / C)) * rstd[:, None]
+        one = tl.arange(0, 1)
+        write = first + one == 0
+        if ADD:
+            dx += load_tile(dextra_ptr, one * 0, write, i * CHUNK, C, CHUNK)
+        store_tile(dextra_ptr, one * 0, write, dx, i * CHUNK, C, CHUNK)
+    return du
+
+
+@triton.jit
+def backward_pass(
+    u_ptr,  # [R, C]
+    u_row_stride,
+    dm_ptr,  # [R, C]
+    dm_row_stride,
+    gain_ptr,  # [C] or None
+    m_ptr,  # [R, C]
+    m_row_stride,
+    lse_ptr,  # [R]
+    dlse_ptr,  # [R] or None
+    x_ptr,  # [N, C]
+    x_token_stride,
+    extra_ptr,  # [C] or None
+    mask_ptr,  # [N] or None
+    mask_token_stride,
+    du_ptr,  # [R, C]
+    du_row_stride,
+    dx_ptr,  # [N, C] or None
+    dx_token_stride,
+    dextra_ptr,  # [C] or None
+    first,
+    last,
+    row,
+    eps,
+    S: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Computes du of one image from its tokens [first, last) and, unless dx_ptr is None, their dx.
+
+    gain_ptr, if given, applies to both u and dm. ADD: accumulate into dx and dextra, which hold the
+    contributions of other queries.
+    """
+    R: tl.constexpr = S.num_rows
+    C: tl.constexpr = S.channels
+    ROWS: tl.constexpr = S.rows
+    CHUNK: tl.constexpr = S.chunk
+    TOKENS: tl.constexpr = S.tokens
+    NORMALIZE: tl.constexpr = S.normalize
+    PRECISION: tl.constexpr = S.precision
+    NUM: tl.constexpr = S.num_chunks
+    dtype = x_ptr.dtype.element_ty
+    CENTRE: tl.constexpr = NORMALIZE and x_ptr.dtype.element_ty == tl.float32
+    # As in forward; dm is stacked below u.
+    QUERIES: tl.constexpr = 8 if R <= 8 and dtype != tl.float32 else ROWS
+    STACKED: tl.constexpr = QUERIES < ROWS
+    rows = row + tl.arange(0, QUERIES)
+    used = rows < R
+
+    u_sum = tl.zeros((QUERIES,), tl.float32)
+    dm_sum = tl.zeros((QUERIES,), tl.float32)
+    delta = tl.zeros((QUERIES,), tl.float32)  # what softmax subtracts from dp
+    us = ()
+    dms = ()
+    both = ()
+    du = ()
+    for i in tl.static_range(NUM):
+        u = load_queries(u_ptr, u_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
+        dm = load_queries(dm_ptr, dm_row_stride, gain_ptr, rows, used, i, C, CHUNK).to(dtype)
+        m = load_tile(m_ptr, rows * m_row_stride, used, i * CHUNK, C, CHUNK).to(tl.float32)
+        u_sum += tl.sum(u.to(tl.float32), axis=1)
+        dm_sum += tl.sum(dm.to(tl.float32), axis=1)
+        delta += tl.sum(dm.to(tl.float32) * m, axis=1)
+        us = us + (u,)
+        dms = dms + (dm,)
+        if STACKED:
+            both = both + (stacked(u, dm),)
+        du = du + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + rows, mask=used, other=0.0)
+    # Padding rows, and rows with nothing to attend to, have zero weights.
+    lse = tl.load(lse_ptr + rows, mask=used, other=float("inf")) * LOG2E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+
+    weight_unit = weight_unit_of(x_ptr, eps, S)
+    if extra_ptr is not None:
+        du = extra_token_backward(
+            us, dms, du, delta, lse, first, extra_ptr, dextra_ptr, eps, S, ADD
+        )
+        if dtype == tl.float16:
+            for _ in tl.static_range(NUM):
+                du = du[1:] + (du[0] * weight_unit,)
+
+    weighted_means = tl.zeros((QUERIES, TOKENS), tl.float32)  # added up at the end
+    t = tl.arange(0, TOKENS)
+    x_ptr += first.to(tl.int64) * x_token_stride
+    if dx_ptr is not None:
+        dx_ptr += first.to(tl.int64) * dx_token_stride
+    if mask_ptr is not None:
+        kept = load_mask(mask_ptr, mask_token_stride, first + t, last)
+    for n in range(first, last, TOKENS):
+        exists = n + t < last
+        present = exists
+        if mask_ptr is not None:
+            present = kept != 0
+            kept = load_mask(mask_ptr, mask_token_stride, n + TOKENS + t, last)
+        xs, raw = load_token_tile(x_ptr, t * x_token_stride, present, not CENTRE, S)
+        s = tl.zeros((ROWS, TOKENS), tl.float32)
+        dp = tl.zeros((ROWS, TOKENS), tl.float32)
+        for i in tl.static_range(NUM):
+            if STACKED:
+                s = tl.dot(both[i], tl.trans(xs[i]), s)
+            elif not CENTRE:
+                s = tl.dot(us[i], tl.trans(xs[i]), s, input_precision=PRECISION)
+                dp = tl.dot(dms[i], tl.trans(xs[i]), dp, input_precision=PRECISION)
+        if STACKED:
+            s, dp = halves(s)
+        mean, variance, rstd = statistics(raw, eps, S)
+        factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)[None, :]
+        if CENTRE:
+            for i in tl.static_range(NUM):
+                xs = xs[1:] + (centred(xs[0], mean[:, None], i * CHUNK, C, CHUNK),)
+                x = tl.trans(xs[NUM - 1])
+                s = tl.dot(us[i], x, s, input_precision=PRECISION)
+                dp = tl.dot(dms[i], x, dp, input_precision=PRECISION)
+            mean = tl.zeros_like(mean)
+        s = (s - u_sum[:, None] * mean[None, :]) * rstd[None, :]
+        dp = (dp - dm_sum[:, None] * mean[None, :]) * rstd[None, :]
+        p = tl.where(present[None, :], tl.exp2(s * LOG2E - lse[:, None]), 0.0)
+        ds = p * (dp - delta[:, None])
+
+        weights = (ds * factor).to(dtype)
+        weighted_means += weights.to(tl.float32) * mean[None, :]
+        weights = filled(weights, ROWS)
+        for i in tl.static_range(NUM):
+            du = du[1:] + (tl.dot(weights, xs[i], du[0], input_precision=PRECISION),)
+
+        if dx_ptr is not None:
+            p = p.to(dtype)
+            ds = ds.to(dtype)
+            if NORMALIZE:
+                # Sums of one row: Triton has dx in a better layout if they come from a reduction.
+                mean_of, rstd_of = tl.sum(mean[None, :], axis=0), tl.sum(rstd[None, :], axis=0)
+                p_, ds_ = p.to(tl.float32), ds.to(tl.float32)
+                a = tl.sum(p_ * dm_sum[:, None] + ds_ * u_sum[:, None], axis=0) / C
+                b = tl.sum(p_ * dp + ds_ * s, axis=0) / C * rstd_of
+            if STACKED:
+                weights = tl.trans(stacked(ds, p))
+            for i in tl.static_range(NUM):
+                if STACKED:
+                    dx = tl.dot(weights, both[i])
+                else:
+                    dx = tl.dot(tl.trans(p), dms[i], input_precision=PRECISION)
+                    dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=PRECISION)
+                if NORMALIZE:
+                    d = centred(xs[i], mean_of[:, None], i * CHUNK, C, CHUNK)
+                    dx = (dx - a[:, None] - d * b[:, None]) * rstd_of[:, None]
+                if ADD:
+                    dx += load_tile(dx_ptr, t * dx_token_stride, exists, i * CHUNK, C, CHUNK)
+                store_tile(dx_ptr, t * dx_token_stride, exists, dx, i * CHUNK, C, CHUNK)
+            dx_ptr += TOKENS * dx_token_stride
+        x_ptr += TOKENS * x_token_stride
+
+    weighted_mean = filled(tl.sum(weighted_means, axis=1), ROWS)
+    rows = row + tl.arange(0, ROWS)
+    used = rows < R
+    for i in tl.static_range(NUM):
+        value = du[i] - weighted_mean[:, None]
+        if dtype == tl.float16:
+            value = value / weight_unit
+        store_tile(du_ptr, rows * du_row_stride, used, value, i * CHUNK, C, CHUNK)
