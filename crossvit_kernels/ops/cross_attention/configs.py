@@ -86,7 +86,7 @@ FORWARD = PassTable(
     "fusion forward",
     {
         2: (
-            (96, TokenPass(32, 64, 4, 3)),
+            (96, TokenPass(64, 32, 4, 3)),
             (128, TokenPass(64, 32, 4, 3)),
             (192, TokenPass(64, 32, 4, 3)),
             (224, TokenPass(64, 32, 4, 3)),
@@ -104,6 +104,7 @@ FORWARD = PassTable(
     TokenPass.and_fewer_stages,
     on_sm={
         (80, 2): {
+            96: TokenPass(32, 64, 8, 2),
             224: TokenPass(32, 64, 8, 1),
             448: TokenPass(64, 32, 8, 2),
         },
