@@ -394,7 +394,7 @@ def test_two_processes_count_each_image_once(folder, checkpoint, run, tmp_path):
     options = ["--data", str(folder), "--checkpoint", str(checkpoint), "--batch-size", "4"]
     done = torchrun(*options, "--json", str(output))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("23 images") == 1
+    assert done.stdout.count(", 23 images: ") == 1
     two = json.loads(output.read_text())
     assert (two["images"], two["processes"]) == (23, 2) and accuracies(two) == accuracies(one)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
