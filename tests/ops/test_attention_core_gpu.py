@@ -173,6 +173,14 @@ def test_one_token_far_from_zero(dtype: torch.dtype, mean: float, spread: float,
     check_rule(inputs, mask, dtype, 1e-6, gpu.name, gpu.device)
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_eps(dtype: torch.dtype, gpu: Gpu) -> None:
+    """The tokens that a tile is filled up with have no standard deviation to divide by."""
+    inputs, _ = make(2, 20, 4, gpu.width(192), dtype)
+    check_rule(inputs, None, dtype, 0.0, gpu.name, gpu.device)
+
+
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("mean, spread", [(5e18, 5e17), (-1e16, 1e15)])
 def test_large_bfloat16_tokens(mean: float, spread: float, gpu: Gpu) -> None:

@@ -29,7 +29,7 @@ from crossvit_kernels.ops.operator import OPERATIONS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: float16 takes the way of bfloat16.
 FIRST_DTYPES = (*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow_on_cpu))
-FUSION = configs.fusion(configs.FORWARD, 90, 192)
+FUSION = configs.fusion(configs.FORWARD, 192)
 
 
 @pytest.fixture(params=["one kernel", "three kernels"])

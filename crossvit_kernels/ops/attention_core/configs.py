@@ -46,9 +46,17 @@ class Shape(InChunks):
     align: int = tables.ALIGN
 
     @property
-    def statistics_by_products(self) -> bool:
-        """Whether forward's are, for bfloat16 tokens. More channels run out of registers."""
+    def forward_by_products(self) -> bool:
+        """Whether forward's statistics of bfloat16 tokens are products.
+
+        More channels run out of registers.
+        """
         return self.normalize and self.num_rows <= 8 and self.channels <= 448
+
+    @property
+    def backward_by_products(self) -> bool:
+        """Whether backward's are."""
+        return self.normalize and self.num_rows <= 8 and self.channels <= 384
 
     def describe(self) -> str:
         """Describe it, for the report of ``crossvit_kernels.inspect``."""
@@ -128,12 +136,7 @@ FORWARD = PassTable(
     "forward",
     {
         2: (
-            (96, TokenPass(32, 64, 4, 3)),
-            (128, TokenPass(32, 64, 4, 3)),
-            (192, TokenPass(32, 64, 4, 3)),
             (224, TokenPass(32, 64, 4, 3)),
-            (256, TokenPass(64, 32, 4, 3)),
-            (384, TokenPass(64, 32, 4, 3)),
             (448, TokenPass(64, 32, 4, 3)),
             (768, TokenPass(64, 16, 4, 3)),
             (1536, TokenPass(128, 16, 8, 2)),
@@ -151,14 +154,10 @@ BACKWARD = PassTable(
     "backward",
     {
         2: (
-            (96, TokenPass(32, 64, 4, 3)),
-            (128, TokenPass(32, 64, 4, 3)),
-            (192, TokenPass(32, 64, 4, 3)),
             (224, TokenPass(32, 64, 4, 3)),
-            (256, TokenPass(64, 32, 4, 3)),
             (384, TokenPass(64, 32, 4, 3)),
             (448, TokenPass(64, 16, 4, 3)),
-            (768, TokenPass(64, 16, 4, 3)),
+            (768, TokenPass(32, 16, 4, 2)),
             (1536, TokenPass(128, 16, 16, 2)),
         ),
         4: (
@@ -168,18 +167,7 @@ BACKWARD = PassTable(
         ),
     },
     TokenPass.and_smaller,
-    on_sm={
-        (80, 2): {  # where the tiles above spill, or are untried
-            96: TokenPass(32, 32, 8, 2),
-            128: TokenPass(128, 32, 8, 2),
-            192: TokenPass(64, 32, 4, 3),
-            224: TokenPass(128, 32, 8, 2),
-            256: TokenPass(64, 16, 4, 3),
-            384: TokenPass(64, 16, 4, 3),
-            448: TokenPass(64, 32, 8, 2),
-            768: TokenPass(128, 16, 8, 2),
-        },
-    },
+    on_sm={(80, 2): {224: TokenPass(64, 32, 4, 3)}},
 )
 
 

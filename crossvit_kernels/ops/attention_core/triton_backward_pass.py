@@ -1,7 +1,9 @@
 """attention_core's backward in Triton: one pass over the tokens. Symbols as in docs/derivation.md.
 
-It works as forward does, with dm rounded like u, but all statistics are sums in registers. Up to 8
-queries dm is stacked below u, so that one product gives s and dp, another one dx.
+It works as forward does, with dm rounded like u. Up to 8 queries dm is stacked below u, so that one
+product gives s and dp, another one dx. The statistics of bfloat16 tokens are products up to 384
+channels, and LayerNorm's gradient, a number plus a multiple of x, is where the sums of their dx
+start.
 
 ``backward_pass`` processes one range of one image; other kernels inline it.
 """
@@ -12,17 +14,23 @@ import triton
 import triton.language as tl
 
 from crossvit_kernels.ops.common.triton_tiles import (
+    INFINITY,
     LOG2E,
     centred,
+    doubt,
     filled,
     halves,
     load_mask,
     load_one_token,
     load_queries,
+    load_statistics,
     load_tile,
     load_token_tile,
+    mean_of_channels,
     statistics,
+    statistics_by_products,
     store_tile,
+    sums_by_product,
     weight_factor,
     weight_unit_of,
 )
@@ -93,38 +101,39 @@ def extra_token_backward(
 
 
 @triton.jit
-def backward_pass(
-    u_ptr,  # [R, C]
-    u_row_stride,
-    dm_ptr,  # [R, C]
-    dm_row_stride,
-    gain_ptr,  # [C] or None
-    m_ptr,  # [R, C]
-    m_row_stride,
-    lse_ptr,  # [R]
-    dlse_ptr,  # [R] or None
-    x_ptr,  # [N, C]
-    x_token_stride,
-    extra_ptr,  # [C] or None
-    mask_ptr,  # [N] or None
-    mask_token_stride,
-    du_ptr,  # [R, C]
-    du_row_stride,
-    dx_ptr,  # [N, C] or None
-    dx_token_stride,
-    dextra_ptr,  # [C] or None
+def attend_backward(
+    inputs,
     first,
     last,
     row,
-    eps,
     S: tl.constexpr,
     ADD: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    AGAIN: tl.constexpr = False,
 ):
-    """Computes du of one image from its tokens [first, last) and, unless dx_ptr is None, their dx.
-
-    gain_ptr, if given, applies to both u and dm. ADD: accumulate into dx and dextra, which hold the
-    contributions of other queries.
-    """
+    """Processes a range. PRODUCTS: returns how doubtful its statistics are; AGAIN: those were."""
+    (
+        u_ptr,
+        u_row_stride,
+        dm_ptr,
+        dm_row_stride,
+        gain_ptr,
+        m_ptr,
+        m_row_stride,
+        lse_ptr,
+        dlse_ptr,
+        x_ptr,
+        x_token_stride,
+        extra_ptr,
+        mask_ptr,
+        mask_token_stride,
+        du_ptr,
+        du_row_stride,
+        dx_ptr,
+        dx_token_stride,
+        dextra_ptr,
+        eps,
+    ) = inputs
     R: tl.constexpr = S.num_rows
     C: tl.constexpr = S.channels
     ROWS: tl.constexpr = S.rows
@@ -138,6 +147,10 @@ def backward_pass(
     # As in forward; dm is stacked below u.
     QUERIES: tl.constexpr = 8 if R <= 8 and dtype != tl.float32 else ROWS
     STACKED: tl.constexpr = QUERIES < ROWS
+    # float16 may not hold weights over a standard deviation, and is precise enough for x - mean.
+    FOLDED: tl.constexpr = NORMALIZE and x_ptr.dtype.element_ty == tl.bfloat16
+    TWICE: tl.constexpr = not (PRODUCTS or AGAIN or CENTRE)
+    STAGES: tl.constexpr = 1 if AGAIN else None
     rows = row + tl.arange(0, QUERIES)
     used = rows < R
 
@@ -175,20 +188,23 @@ def backward_pass(
             for _ in tl.static_range(NUM):
                 du = du[1:] + (du[0] * weight_unit,)
 
-    weighted_means = tl.zeros((QUERIES, TOKENS), tl.float32)  # added up at the end
+    # Squares of tiny tokens are not exact, which only an eps makes up for.
+    doubts = tl.full((QUERIES, TOKENS), 0, tl.uint32)
+    if PRODUCTS:
+        doubts = tl.where(eps < 1e-30, INFINITY, doubts)
     t = tl.arange(0, TOKENS)
     x_ptr += first.to(tl.int64) * x_token_stride
     if dx_ptr is not None:
         dx_ptr += first.to(tl.int64) * dx_token_stride
     if mask_ptr is not None:
         kept = load_mask(mask_ptr, mask_token_stride, first + t, last)
-    for n in range(first, last, TOKENS):
+    for n in tl.range(first, last, TOKENS, num_stages=STAGES):
         exists = n + t < last
         present = exists
         if mask_ptr is not None:
             present = kept != 0
             kept = load_mask(mask_ptr, mask_token_stride, n + TOKENS + t, last)
-        xs, raw = load_token_tile(x_ptr, t * x_token_stride, present, not CENTRE, S)
+        xs, raw = load_token_tile(x_ptr, t * x_token_stride, present, TWICE, S)
         s = tl.zeros((ROWS, TOKENS), tl.float32)
         dp = tl.zeros((ROWS, TOKENS), tl.float32)
         for i in tl.static_range(NUM):
@@ -199,57 +215,148 @@ def backward_pass(
                 dp = tl.dot(dms[i], tl.trans(xs[i]), dp, input_precision=PRECISION)
         if STACKED:
             s, dp = halves(s)
-        mean, variance, rstd = statistics(raw, eps, S)
-        factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)[None, :]
+        if PRODUCTS:
+            mean, variance, rstd = statistics_by_products(xs, sums_by_product(xs, S), eps, S)
+            doubts = tl.maximum(doubts, doubt(mean, variance))
+        else:
+            if AGAIN:
+                mean, variance, rstd = load_statistics(x_ptr, t * x_token_stride, present, eps, S)
+            else:
+                mean, variance, rstd = statistics(raw, eps, S)
+            mean, variance, rstd = mean[None, :], variance[None, :], rstd[None, :]
+        rstd = tl.where(present[None, :], rstd, 0.0)  # with an eps of 0, it is infinite
+        factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)
         if CENTRE:
             for i in tl.static_range(NUM):
-                xs = xs[1:] + (centred(xs[0], mean[:, None], i * CHUNK, C, CHUNK),)
+                xs = xs[1:] + (centred(xs[0], tl.trans(mean), i * CHUNK, C, CHUNK),)
                 x = tl.trans(xs[NUM - 1])
                 s = tl.dot(us[i], x, s, input_precision=PRECISION)
                 dp = tl.dot(dms[i], x, dp, input_precision=PRECISION)
             mean = tl.zeros_like(mean)
-        s = (s - u_sum[:, None] * mean[None, :]) * rstd[None, :]
-        dp = (dp - dm_sum[:, None] * mean[None, :]) * rstd[None, :]
+        s = (s - u_sum[:, None] * mean) * rstd
+        dp = (dp - dm_sum[:, None] * mean) * rstd
         p = tl.where(present[None, :], tl.exp2(s * LOG2E - lse[:, None]), 0.0)
         ds = p * (dp - delta[:, None])
 
         weights = (ds * factor).to(dtype)
-        weighted_means += weights.to(tl.float32) * mean[None, :]
-        weights = filled(weights, ROWS)
+        twice = filled(weights, ROWS)
         for i in tl.static_range(NUM):
-            du = du[1:] + (tl.dot(weights, xs[i], du[0], input_precision=PRECISION),)
+            du = du[1:] + (tl.dot(twice, xs[i], du[0], input_precision=PRECISION),)
 
         if dx_ptr is not None:
-            p = p.to(dtype)
-            ds = ds.to(dtype)
+            if FOLDED:
+                p, ds = (p * rstd).to(dtype), weights
+            else:
+                p, ds = p.to(dtype), ds.to(dtype)
             if NORMALIZE:
-                # Sums of one row: Triton has dx in a better layout if they come from a reduction.
-                mean_of, rstd_of = tl.sum(mean[None, :], axis=0), tl.sum(rstd[None, :], axis=0)
+                # LayerNorm's gradient is its xhat's, over the standard deviation, plus this:
+                # shift + slope (x - mean), one row each.
                 p_, ds_ = p.to(tl.float32), ds.to(tl.float32)
-                a = tl.sum(p_ * dm_sum[:, None] + ds_ * u_sum[:, None], axis=0) / C
-                b = tl.sum(p_ * dp + ds_ * s, axis=0) / C * rstd_of
+                slope = (p_ * dp + ds_ * s) * (rstd * (-1.0 / C))
+                shift = (p_ * dm_sum[:, None] + ds_ * u_sum[:, None]) * (-1.0 / C)
+                if FOLDED:
+                    shift -= mean * slope
+                else:
+                    # Sums of one row: Triton has dx in a better layout if they are reductions.
+                    mean_of, rstd_of = tl.sum(mean, axis=0), tl.sum(rstd, axis=0)
+                slope, shift = tl.sum(slope, axis=0), tl.sum(shift, axis=0)
             if STACKED:
                 weights = tl.trans(stacked(ds, p))
             for i in tl.static_range(NUM):
-                if STACKED:
-                    dx = tl.dot(weights, both[i])
+                if FOLDED:
+                    dx = shift[:, None] + xs[i].to(tl.float32) * slope[:, None]
                 else:
-                    dx = tl.dot(tl.trans(p), dms[i], input_precision=PRECISION)
+                    dx = tl.zeros((TOKENS, CHUNK), tl.float32)
+                if STACKED:
+                    dx = tl.dot(weights, both[i], dx)
+                else:
+                    dx = tl.dot(tl.trans(p), dms[i], dx, input_precision=PRECISION)
                     dx = tl.dot(tl.trans(ds), us[i], dx, input_precision=PRECISION)
-                if NORMALIZE:
+                if NORMALIZE and not FOLDED:
                     d = centred(xs[i], mean_of[:, None], i * CHUNK, C, CHUNK)
-                    dx = (dx - a[:, None] - d * b[:, None]) * rstd_of[:, None]
+                    dx = (dx + shift[:, None] + d * slope[:, None]) * rstd_of[:, None]
                 if ADD:
                     dx += load_tile(dx_ptr, t * dx_token_stride, exists, i * CHUNK, C, CHUNK)
                 store_tile(dx_ptr, t * dx_token_stride, exists, dx, i * CHUNK, C, CHUNK)
             dx_ptr += TOKENS * dx_token_stride
         x_ptr += TOKENS * x_token_stride
 
-    weighted_mean = filled(tl.sum(weighted_means, axis=1), ROWS)
+    if NORMALIZE and not CENTRE:
+        # Weighted sums of x - mean have no mean over channels; those of x have that of the means.
+        mean = mean_of_channels(du, S)
     rows = row + tl.arange(0, ROWS)
     used = rows < R
     for i in tl.static_range(NUM):
-        value = du[i] - weighted_mean[:, None]
+        value = du[i]
+        if NORMALIZE and not CENTRE:
+            value -= mean[:, None]
         if dtype == tl.float16:
             value = value / weight_unit
         store_tile(du_ptr, rows * du_row_stride, used, value, i * CHUNK, C, CHUNK)
+    return tl.max(doubts)
+
+
+@triton.jit
+def backward_pass(
+    u_ptr,  # [R, C]
+    u_row_stride,
+    dm_ptr,  # [R, C]
+    dm_row_stride,
+    gain_ptr,  # [C] or None
+    m_ptr,  # [R, C]
+    m_row_stride,
+    lse_ptr,  # [R]
+    dlse_ptr,  # [R] or None
+    x_ptr,  # [N, C]
+    x_token_stride,
+    extra_ptr,  # [C] or None
+    mask_ptr,  # [N] or None
+    mask_token_stride,
+    du_ptr,  # [R, C]
+    du_row_stride,
+    dx_ptr,  # [N, C] or None
+    dx_token_stride,
+    dextra_ptr,  # [C] or None
+    first,
+    last,
+    row,
+    eps,
+    S: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Computes du of one image from its tokens [first, last) and, unless dx_ptr is None, their dx.
+
+    gain_ptr, if given, applies to both u and dm. ADD: accumulate into dx and dextra, which hold the
+    contributions of other queries.
+    """
+    inputs = (
+        u_ptr,
+        u_row_stride,
+        dm_ptr,
+        dm_row_stride,
+        gain_ptr,
+        m_ptr,
+        m_row_stride,
+        lse_ptr,
+        dlse_ptr,
+        x_ptr,
+        x_token_stride,
+        extra_ptr,
+        mask_ptr,
+        mask_token_stride,
+        du_ptr,
+        du_row_stride,
+        dx_ptr,
+        dx_token_stride,
+        dextra_ptr,
+        eps,
+    )
+    if x_ptr.dtype.element_ty == tl.bfloat16 and S.backward_by_products:
+        tl.static_assert(not ADD, "a second pass would add twice")
+        doubtful = attend_backward(inputs, first, last, row, S, ADD, PRODUCTS=True)
+        if doubtful >= INFINITY:  # unlikely
+            zero = last >> 30  # as in forward
+            start, row_ = first + zero, row + zero
+            attend_backward(inputs, start, last, row_, S, ADD, PRODUCTS=False, AGAIN=True)
+    else:
+        attend_backward(inputs, first, last, row, S, ADD, PRODUCTS=False)

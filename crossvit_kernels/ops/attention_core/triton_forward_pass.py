@@ -5,11 +5,11 @@ chunks of CHUNK columns, held as tuples. Queries are padded to ROWS, the rows of
 Up to 8 are half of one: what is between products is done for 8 rows.
 
 16-bit tokens go to the tensor cores unmodified, with u and the weights rounded to their dtype. The
-corrections subtracted afterwards (token means times sums of u or weights) are computed from the
-rounded values, so that tokens with a mean far above their spread do not lose precision. float32
-tokens are centred first. The statistics of bfloat16 tokens are products as well, up to 8 queries
-and 448 channels; where squares cancel, the range is processed again with others. All else is in
-float32.
+corrections subtracted afterwards (token means times sums of u, the mean over channels of m) are
+those of the rounded values, so that tokens with a mean far above their spread do not lose
+precision. float32 tokens are centred first. The statistics of bfloat16 tokens are products as well,
+up to 8 queries and 448 channels; where squares cancel, the range is processed again with others.
+All else is in float32.
 
 ``forward_pass`` processes one range of one image; other kernels inline it.
 """
@@ -31,6 +31,7 @@ from crossvit_kernels.ops.common.triton_tiles import (
     load_queries,
     load_statistics,
     load_token_tile,
+    mean_of_channels,
     statistics,
     statistics_by_products,
     store_tile,
@@ -102,9 +103,7 @@ def attend(
     u_sum = upper_half(u_sum, QUERIES)
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)  # of the extra token
-    # Of each token of a tile, added up at the end.
-    totals = tl.zeros((QUERIES, TOKENS), tl.float32)
-    weighted_means = tl.zeros((QUERIES, TOKENS), tl.float32)
+    totals = tl.zeros((QUERIES, TOKENS), tl.float32)  # of each token of a tile, added up at the end
     if extra_ptr is not None:
         is_first = first == 0
         peak = tl.where(is_first, upper_half(score, QUERIES) * LOG2E, peak)
@@ -141,6 +140,7 @@ def attend(
             else:
                 mean, variance, rstd = statistics(raw, eps, S)
             mean, variance, rstd = mean[None, :], variance[None, :], rstd[None, :]
+        rstd = tl.where(present[None, :], rstd, 0.0)  # with an eps of 0, it is infinite
         factor = weight_factor(mean, variance, rstd, weight_unit, x_ptr, S)
         if CENTRE:
             for i in tl.static_range(NUM):
@@ -160,7 +160,6 @@ def attend(
         totals = totals * decay[:, None] + p
         peak = new_peak
         weights = (p * factor).to(dtype)
-        weighted_means = weighted_means * decay[:, None] + weights.to(tl.float32) * mean
         weights = filled(weights, ROWS)
         decay = filled(decay, ROWS)
         for i in tl.static_range(NUM):
@@ -180,10 +179,15 @@ def attend(
         scale = 1.0 / total
     if dtype == tl.float16:
         scale = scale / weight_unit
-    weighted_mean = filled(tl.sum(weighted_means, axis=1), ROWS)
     scale = filled(scale, ROWS)
+    if NORMALIZE and not CENTRE:
+        # Weighted sums of x - mean have no mean over channels; those of x have that of the means.
+        mean_of_m = mean_of_channels(acc, S)
     for i in tl.static_range(NUM):
-        m = (acc[i] - weighted_mean[:, None]) * scale[:, None]
+        m = acc[i]
+        if NORMALIZE and not CENTRE:
+            m -= mean_of_m[:, None]
+        m *= scale[:, None]
         store_tile(m_ptr, rows * m_row_stride, used, m, i * CHUNK, C, CHUNK)
     return tl.max(doubts)
 
@@ -228,7 +232,7 @@ def forward_pass(
         peak_ptr,
         eps,
     )
-    if x_ptr.dtype.element_ty == tl.bfloat16 and S.statistics_by_products:
+    if x_ptr.dtype.element_ty == tl.bfloat16 and S.forward_by_products:
         doubtful = attend(inputs, first, last, row, S, PRODUCTS=True)
         if doubtful >= INFINITY:  # unlikely
             # The compiler does not know that it is 0, so that it computes all else again: what both

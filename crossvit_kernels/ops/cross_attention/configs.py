@@ -86,12 +86,6 @@ FORWARD = PassTable(
     "fusion forward",
     {
         2: (
-            (96, TokenPass(64, 32, 4, 3)),
-            (128, TokenPass(64, 32, 4, 3)),
-            (192, TokenPass(64, 32, 4, 3)),
-            (224, TokenPass(64, 32, 4, 3)),
-            (256, TokenPass(64, 32, 4, 3)),
-            (384, TokenPass(64, 32, 4, 3)),
             (448, TokenPass(64, 32, 4, 3)),
             (768, TokenPass(128, 32, 8, 2)),
             (1536, TokenPass(128, 16, 8, 2)),
@@ -102,24 +96,15 @@ FORWARD = PassTable(
         ),
     },
     TokenPass.and_fewer_stages,
-    on_sm={
-        (80, 2): {
-            96: TokenPass(32, 64, 8, 2),
-            224: TokenPass(32, 64, 8, 1),
-            448: TokenPass(64, 32, 8, 2),
-        },
-    },
 )
 
 BACKWARD = PassTable(
     "fusion backward",
     {
         2: (
-            (96, TokenPass(32, 64, 4, 3)),
-            (128, TokenPass(64, 32, 4, 3)),
-            (192, TokenPass(64, 32, 4, 3)),
+            (224, TokenPass(32, 64, 4, 3)),
             (384, TokenPass(64, 32, 4, 3)),
-            (448, TokenPass(64, 16, 8, 2)),
+            (448, TokenPass(64, 16, 4, 3)),
             (768, TokenPass(128, 16, 8, 2)),
             (1536, TokenPass(128, 16, 16, 2)),
         ),
@@ -129,17 +114,7 @@ BACKWARD = PassTable(
         ),
     },
     TokenPass.and_fewer_stages,
-    on_sm={
-        (80, 2): {
-            96: TokenPass(32, 16, 8, 1),
-            128: TokenPass(128, 32, 8, 1),
-            192: TokenPass(64, 16, 8, 1),
-            384: TokenPass(128, 16, 8, 1),
-            448: TokenPass(64, 16, 8, 1),
-            1536: TokenPass(128, 16, 8, 2),
-        },
-        (90, 2): {448: TokenPass(64, 16, 4, 3)},
-    },
+    on_sm={(80, 2): {224: TokenPass(64, 32, 4, 3), 1536: TokenPass(128, 16, 8, 2)}},
 )
 
 
@@ -175,21 +150,14 @@ class Fusion:
 
 # The variant and its batch threshold are predicted (docs/performance.md), not measured.
 _FUSION = Fusion()
-# Whole rows of 16 images run out of registers on four warps.
-_FUSION_OF_EIGHT = Fusion(most_images=8)
 # Backward in one kernel runs out of registers, or has none for a large tile, as do whole rows of 16
 # images.
 _FUSION_IN_THREE = Fusion(one_kernel_up_to=0, most_images=8)
 
 
-@functools.cache
-def fusion(table: Table[TokenPass], sm: int, channels: int) -> Fusion:
+def fusion(table: Table[TokenPass], channels: int) -> Fusion:
     """Return the configuration around FORWARD's or BACKWARD's pass."""
-    if table is not BACKWARD or channels <= 192:
-        return _FUSION
-    if channels > 448 or sm != 80:
-        return _FUSION_IN_THREE
-    return Fusion(block_n=32) if channels > 384 else _FUSION_OF_EIGHT  # A100
+    return _FUSION_IN_THREE if table is BACKWARD and channels > 192 else _FUSION
 
 
 class Variant(NamedTuple):
@@ -215,9 +183,9 @@ def variant(
         dtype: The dtype of the weight matrices.
     """
     batch, num_tokens, channels = x.shape
-    gpu = sm(x.device)
-    passes = table.candidates(device_name(x.device), gpu, channels, x.element_size())
-    config = fusion(table, gpu, channels)
+    name = device_name(x.device)
+    passes = table.candidates(name, sm(x.device), channels, x.element_size())
+    config = fusion(table, channels)
     blocks = config.images(batch), config.block_k, config.block_n
     sizes = cls_dim, channels, num_heads, *blocks, precision(dtype)
     in_one_kernel = num_tokens <= MANY_TOKENS and config.in_one_kernel(batch)
