@@ -28,10 +28,10 @@ from fault import (
     wrong,
 )
 
-PLAN, STATISTICS, SCORES, PARTIALS, CHOOSE, FORWARD_PASS, BACKWARD_PASS = (
+PLAN, STATISTICS, SCORES, PARTIALS, CHOOSE, WARP_ROWS, FORWARD_PASS, BACKWARD_PASS = (
     f"attention_core/cuda/{name}.h"
     for name in (
-        *("plan", "statistics", "scores", "partials", "choose"),
+        *("plan", "statistics", "scores", "partials", "choose", "warp_rows"),
         *("forward_pass", "backward_pass"),
     )
 )
@@ -166,7 +166,8 @@ FAULTS: dict[str, Fault] = {
         CORE, no_warp_barrier(FORWARD_PASS, f"{WARP_BARRIER}\n    // A warp has four rows")
     ),
     "forward: sums of rows not seen": race(
-        CORE, no_barrier(FORWARD_PASS, f"clear();\n    {BARRIER}")
+        CORE,
+        no_barrier(FORWARD_PASS, f"if constexpr (!decltype(scores_)::kSumsOwnRows) {BARRIER}"),
     ),
     "forward: rows not seen": race(
         CORE_WIDE, no_barrier(FORWARD_PASS, f"{BARRIER}\n      scores_.sum_rows();")
@@ -181,7 +182,7 @@ FAULTS: dict[str, Fault] = {
         FUSION, no_barrier(BACKWARD_PASS, f"of_warp[row] = sum;\n    }}\n    {BARRIER}")
     ),
     "backward: sums of all rows not seen": race(
-        CORE, no_barrier(BACKWARD_PASS, f"{BARRIER}\n    for (int iteration")
+        CORE, no_barrier(BACKWARD_PASS, f"{BARRIER}\n    const auto token_of")
     ),
     "backward: weights not seen": race(
         CORE, no_warp_barrier(BACKWARD_PASS, f"{WARP_BARRIER}\n    if (wants_dx) write_dx(")
@@ -205,7 +206,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "copies of no group": race(CORE, left_out(PLAN, "copy_async_commit();")),
     "extra token not seen": race(
-        CORE, no_warp_barrier(PLAN, f"to[c] = extra[slice_.first + c];\n    {WARP_BARRIER}")
+        CORE, no_warp_barrier(PLAN, f"(extra + slice_.first + c);\n    }}\n    {WARP_BARRIER}")
     ),
     "a warp group does not sync": race(CORE_WIDE, left_out(PLAN, GROUP_BARRIER)),
     "warp groups share a barrier": race(
@@ -259,13 +260,19 @@ FAULTS: dict[str, Fault] = {
         ),
     ),
     "squares of another token": wrong(
-        CORE,
-        "m",
-        (
-            SCORES,
-            "sum_of_squares += own_column(of_turn[i]);",
-            "sum_of_squares += FAULT ? of_turn[i][0] : own_column(of_turn[i]);",
-        ),
+        CORE, "m", (STATISTICS, "own_column(upper)", "upper[FAULT ? 0 : lane_index() / 4 % 2]")
+    ),
+    "squares of half the channels": wrong(
+        CORE, "m", (STATISTICS, "own_column(lower + 2)", "own_column(lower + 2 * !FAULT)")
+    ),
+    "the sum of another row": wrong(
+        FUSION, "new_cls", (SCORES, "return g % 2 ?", "return g % 2 && !FAULT ?")
+    ),
+    "a tile of tokens twice": wrong(
+        CORE, "m", (PLAN, "tiles - 1 : tile - 1;", "tiles - 1 : tile - !FAULT;")
+    ),
+    "a row of u too many": overflow(
+        CORE, (WARP_ROWS, "row < rows.count_ ?", "row < rows.count_ + FAULT ?")
     ),
     "sum of another token": wrong(
         CORE,

@@ -304,6 +304,17 @@ def test_fragments_of_16_bits(formats: ctypes.CDLL, half: bool, transposed: bool
     np.testing.assert_allclose(c, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("half", (False, True))
+def test_fragments_of_half_the_depth(formats: ctypes.CDLL, half: bool) -> None:
+    generator = np.random.default_rng(0)
+    a = as_bits(generator.standard_normal((16, 8), np.float32), half)
+    b = as_bits(generator.standard_normal((8, 8), np.float32), half)
+    c = np.empty((16, 8), np.float32)
+    assert formats.multiply_half_depth(half, pointer(a), pointer(b), pointer(c)) == 0
+    expected = as_float(a, half).astype(np.float64) @ as_float(b, half)
+    np.testing.assert_allclose(c, expected, rtol=0, atol=1e-5)
+
+
 def test_tf32_reads_19_bits(formats: ctypes.CDLL) -> None:
     generator = np.random.default_rng(0)
     a = generator.standard_normal((16, 8), np.float32)

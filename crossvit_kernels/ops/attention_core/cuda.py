@@ -81,7 +81,7 @@ def forward_pass(
     if m.numel():
         assert extension.cuda_kernels is not None
         functions = extension.cuda_kernels.functions
-        u, x = extension.unit_stride(u), launcher.aligned_rows(x)
+        u, x = launcher.aligned_rows(u), launcher.aligned_rows(x)
         extra_token = None if extra_token is None else launcher.aligned_rows(extra_token)
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)
         blocks = blocks_of_image(problem, extension.multiprocessors(x.device))
@@ -120,9 +120,9 @@ def backward_pass(
     if m.numel():
         assert extension.cuda_kernels is not None
         functions = extension.cuda_kernels.functions
-        u, x, dm = extension.unit_stride(u), launcher.aligned_rows(x), extension.unit_stride(dm)
+        u, x, dm = map(launcher.aligned_rows, (u, x, dm))
         extra_token = None if extra_token is None else launcher.aligned_rows(extra_token)
-        m = extension.unit_stride(m)
+        m = launcher.aligned_rows(m)
         # Must stay alive until the kernel is launched.
         dlse = None if dlse is None else dlse.contiguous()
         problem = extension.core_problem(x, extra_token, num_rows, norm_eps)

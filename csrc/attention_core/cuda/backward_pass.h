@@ -104,8 +104,10 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
       sums_.clear();
     }
     __syncthreads();
-    for (int iteration = 0, token; (token = P::token_of(channels_, range, iteration)) < range.last;
-         ++iteration) {
+    const auto token_of = [&](int iteration) {
+      return P::template token_of<kAlone>(channels_, range, iteration);
+    };
+    for (int iteration = 0, token; (token = token_of(iteration)) < range.last; ++iteration) {
       ring_.wait();
       const bool extra = token == 0 && x.has_extra;
       if (extra) ring_.write_extra(iteration, x.extra);
@@ -190,7 +192,8 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
     if constexpr (!kAlone) group = used_from_here(group);
     float* to =
         Base::kPartialsInRings ? reinterpret_cast<float*>(ring_.memory()) : group_sums(group);
-    sums_.template store<true>(to, Base::sums_pitch(channels_), slice_);
+    sums_.subtract_means();
+    sums_.store(to, Base::sums_pitch(channels_), slice_);
   }
 
   __device__ void add_tile(int iteration, uint32_t attended, bool wants_dx) {

@@ -126,6 +126,10 @@ BlockSize block_of(DType dtype, int64_t rows, int64_t channels, int max_bytes) {
 template <template <class> class Pass, bool kBackward, class Run>
 void start(const char* name, const Problem& problem, DType dtype, int blocks, const Place& place,
            Run run) {
+  if (blocks < 1 || blocks > 8 || (blocks & (blocks - 1))) {
+    throw std::invalid_argument("blocks of a cluster: expected a power of two up to 8, found " +
+                                std::to_string(blocks));
+  }
   const DeviceGuard guard(place.device);
   check(guard.status, name);
   const int max_bytes = shared_bytes_of_block(place.device);

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   CROSSVIT_DYNAMIC_SHARED(memory);
   const int channels = static_cast<int>(a.problem.channels);
   const int num_rows = static_cast<int>(a.problem.num_rows);
-  const int64_t image = blockIdx.x / cluster_size(), split = blockIdx.y;
+  const int64_t image = blockIdx.x >> log2_of(cluster_size()), split = blockIdx.y;
   const int begin = static_cast<int>(blockIdx.z) * P::kRows;
   const int count = minimum(P::kRows, num_rows - begin);
   const Range range = range_of_split(a.problem, static_cast<int>(split));

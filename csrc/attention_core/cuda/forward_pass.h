@@ -45,10 +45,12 @@ class ForwardPass : public ForwardBase<P, kAlone> {
       scores_.sum_rows();
     }
     clear();
-    __syncthreads();
+    if constexpr (!decltype(scores_)::kSumsOwnRows) __syncthreads();
     if constexpr (kAlone) this->start_others(x, range);
-    for (int iteration = 0, token; (token = P::token_of(channels_, range, iteration)) < range.last;
-         ++iteration) {
+    const auto token_of = [&](int iteration) {
+      return P::template token_of<kAlone>(channels_, range, iteration);
+    };
+    for (int iteration = 0, token; (token = token_of(iteration)) < range.last; ++iteration) {
       ring_.wait();
       if (token == 0 && x.has_extra) ring_.write_extra(iteration, x.extra);
       add_tile(iteration, x.attended_bits(token, range.last));
@@ -113,7 +115,7 @@ class ForwardPass : public ForwardBase<P, kAlone> {
       int channel = begin;
       const float* from = group_sums(0) + SumsByChannel<P>::quad(channel, row / 4);
       float* to = m + row * stride + channel;
-#pragma unroll 2
+#pragma unroll 1  // else the compiler would divide by the step
       for (; channel < last; channel += step, from += step * P::kRows, to += step) {
         float4 result = {0, 0, 0, 0};
 #pragma unroll
@@ -319,21 +321,10 @@ class ForwardPass : public ForwardBase<P, kAlone> {
   // the total of row `lane`.
   __device__ RowTotal write_factors(float* factors, bool divides) const {
     constexpr int kGroups = P::kMaxWarpGroups;
-    const int warp_groups = P::warp_groups(channels_), row = lane_index() % P::kRows;
-    SoftmaxState states[kGroups], total;
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      if (i < warp_groups) states[i] = *group_state(i, row);
-    }
-    for (const SoftmaxState& state : states) total.peak = fmaxf(total.peak, state.peak);
-    const float finite = finite_or_zero(total.peak);
+    const int row = lane_index() % P::kRows;
     float decays[kGroups];
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      decays[i] = exp2_approx(states[i].peak - finite);
-      total.total = fmaf(states[i].total, decays[i], total.total);
-    }
-    const RowTotal of_row = RowTotal::of(total);
+    const RowTotal of_row = total_of_groups(P::warp_groups(channels_), decays,
+                                            [&](int i) { return *group_state(i, row); });
     const float factor = divides ? of_row.inverse * inverse_unit_ : inverse_unit_;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
@@ -352,7 +343,8 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     if constexpr (kAlone) {
       SumsByChannel<P>::store(sums, sums_, slice_);
     } else {
-      sums_.template store<true>(sums, Base::sums_pitch(channels_), slice_);
+      sums_.subtract_means();
+      sums_.store(sums, Base::sums_pitch(channels_), slice_);
     }
     if (lane_index() % 4 || P::group_lane(channels_)) return;
     auto* states = reinterpret_cast<SoftmaxState*>(sums + P::kRows * Base::sums_pitch(channels_));

@@ -41,8 +41,9 @@ constexpr int kMergeThreads = 128;
 // The minimum shared memory of a block, in bytes, for tokens of a width.
 int shared_bytes(DType dtype, int64_t channels);
 
-// u, m, lse and their gradients are floats. A cluster of `blocks` blocks, up to 8, shares the
-// tokens of a split; the results are bit-identical for any number of them.
+// u, m, lse and their gradients are floats, rows of u, m and dm 16 bytes aligned. A cluster of
+// `blocks` blocks, a power of two up to 8, shares the tokens of a split; the results are
+// bit-identical for any number of them.
 void forward(const ForwardParams& params, int blocks, float* workspace, const Place& place);
 void backward(const BackwardParams& params, int blocks, float* workspace, const Place& place);
 

@@ -47,6 +47,26 @@ struct RowTotal {
   }
 };
 
+// The total of a row that has a state in each warp group, and what each group's sums are multiplied
+// by to be relative to the row's peak: 0 beyond the last group.
+template <int kGroups, class StateOf>
+__device__ __forceinline__ RowTotal total_of_groups(int warp_groups, float (&decays)[kGroups],
+                                                    StateOf state_of) {
+  SoftmaxState states[kGroups], total;
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    if (i < warp_groups) states[i] = state_of(i);
+  }
+  for (const SoftmaxState& state : states) total.peak = fmaxf(total.peak, state.peak);
+  const float finite = finite_or_zero(total.peak);
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    decays[i] = exp2_approx(states[i].peak - finite);
+    total.total = fmaf(states[i].total, decays[i], total.total);
+  }
+  return RowTotal::of(total);
+}
+
 // A warp's sums over its tokens, for each unit's channels [g, g + 8] and a row group's rows
 // [2 t, 2 t + 1].
 template <class P>
@@ -65,22 +85,32 @@ struct WarpSums {
     }
   }
 
-  // Stores to [kRows, pitch]; with kFinal, minus the means.
-  template <bool kFinal>
+  // Subtracts the means, before the stores: none of these then waits for registers of the one
+  // before.
+  __device__ void subtract_means() {
+    const int t = lane_index() % 4;
+#pragma unroll
+    for (int group = 0; group < P::kRowGroups; ++group) {
+      float means[2];
+      for (int i = 0; i < 2; ++i) means[i] = __shfl_sync(~0u, mean[group], 8 * t + 4 * i);
+#pragma unroll
+      for (int unit = 0; unit < P::kUnits; ++unit) {
+        for (int i = 0; i < 4; ++i) sums[unit][group][i] -= means[i & 1];
+      }
+    }
+  }
+
+  // Stores to [kRows, pitch].
   __device__ void store(float* rows, int pitch, Slice slice) const {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int group = 0; group < P::kRowGroups; ++group) {
-      float means[2] = {0, 0};
-      if constexpr (kFinal) {
-        for (int i = 0; i < 2; ++i) means[i] = __shfl_sync(~0u, mean[group], 8 * t + 4 * i);
-      }
       float* to = rows + (8 * group + 2 * t) * pitch + slice.first + g;
 #pragma unroll
       for (int unit = 0; unit < P::kUnits; ++unit) {
         if (unit >= slice.units) break;
         for (int i = 0; i < 4; ++i) {
-          to[(i & 1) * pitch + unit * 16 + 8 * (i >> 1)] = sums[unit][group][i] - means[i & 1];
+          to[(i & 1) * pitch + unit * 16 + 8 * (i >> 1)] = sums[unit][group][i];
         }
       }
     }
@@ -145,7 +175,7 @@ class TilePartials {
 
   // Called by every warp of the tile's group, for its slice of the channels.
   __device__ void store(int tile, const WarpSums<P>& sums, Slice slice) const {
-    sums.template store<false>(sums_of(tile), channels_, slice);
+    sums.store(sums_of(tile), channels_, slice);
     if (lane_index() % 4) return;
     for (int group = 0; group < P::kRowGroups; ++group) {
       float* row_stats = row_stats_of(tile, 8 * group + lane_index() / 4);

@@ -87,15 +87,25 @@ struct Plan {
     return warp_index() & (group_warps(channels) - 1);
   }
 
-  // The group's tile in an iteration, counted from the start of the range, and its first token.
+  // The group's tile in an iteration, counted from the start of the range.
   __device__ static int tile_of(int channels, const Range& range, int iteration) {
     return (iteration * warp_groups(channels) + warp_group(channels)) * range.ranks + range.rank;
   }
   __device__ static int tiles_of(const Range& range) {
     return ceil_div(range.last - range.first, kTokens);
   }
+  // Its first token; range.last if there is no such tile. kLastFirst: tile 0 is the last tokens,
+  // which may be fewer than 16. A warp has it besides as many tiles as the others have, and is done
+  // with it while DRAM is busy with theirs.
+  template <bool kLastFirst>
   __device__ static int token_of(int channels, const Range& range, int iteration) {
-    return range.first + tile_of(channels, range, iteration) * kTokens;
+    int tile = tile_of(channels, range, iteration);
+    if constexpr (kLastFirst) {
+      const int tiles = tiles_of(range);
+      if (tile >= tiles) return range.last;
+      tile = tile == 0 ? tiles - 1 : tile - 1;
+    }
+    return range.first + tile * kTokens;
   }
 
   __device__ static void sync_warp_group(int channels) {
@@ -246,7 +256,7 @@ class TileRing {
 
   // Starts the copy of a tile, with zeros where a token is not attended to.
   __device__ void copy(const Image<T>& x, const Range& range, int iteration) {
-    const int token = P::token_of(channels_, range, iteration);
+    const int token = P::template token_of<kAlone>(channels_, range, iteration);
     if (token < range.last) copy_rows(x, iteration, token, range.last);
     copy_async_commit();
   }
@@ -266,10 +276,11 @@ class TileRing {
 
   // Writes the extra token to the first row of its tile.
   __device__ void write_extra(int iteration, const T* extra) {
-    const int lane = lane_index();
     T* to = tile(iteration);
-#pragma unroll 2
-    for (int c = lane; c < slice_.units * 16; c += 32) to[c] = extra[slice_.first + c];
+#pragma unroll 1
+    for (int c = kChunk * lane_index(); c < slice_.units * 16; c += 32 * kChunk) {
+      *reinterpret_cast<uint4*>(to + c) = *reinterpret_cast<const uint4*>(extra + slice_.first + c);
+    }
     __syncwarp();
   }
 

@@ -27,8 +27,12 @@ class TileScores {
   static constexpr bool kOnesInMemory =
       kAlone && kSets == 1 && P::kRowGroups == 1 && sizeof(T) == 2;
 
+  // Whether a warp sums the rows for itself, as products with ones: no barrier, and no reduction.
+  static constexpr bool kSumsOwnRows = !kAlone && kSets == 1 && !P::kWarpsShareTiles;
+
   __host__ __device__ static int bytes(int channels, int warp_groups) {
-    const int floats = (warp_groups * kBuffers * kFloats + kSums) * P::group_warps(channels);
+    const int sums = kSumsOwnRows ? 0 : kSums;
+    const int floats = (warp_groups * kBuffers * kFloats + sums) * P::group_warps(channels);
     return floats * static_cast<int>(sizeof(float));
   }
 
@@ -49,9 +53,13 @@ class TileScores {
   // Where a warp has all channels: notes the sum of a rounded row of a set. By one lane.
   __device__ void set_row_sum(int set, int row, float sum) { row_sums_[set * kRows + row] = sum; }
 
-  // Where warps share tiles: sums the rounded rows over each slice. Called by all threads; the
-  // caller then synchronizes.
+  // Else sums the rounded rows over each slice. Called by all threads; the caller then
+  // synchronizes, but for kSumsOwnRows.
   __device__ void sum_rows() {
+    if constexpr (kSumsOwnRows) {
+      own_row_sum_ = sum_of_own_row();
+      return;
+    }
     const int pitch = P::row_pitch(channels_);
     for (int i = warp_index(); i < P::group_warps(channels_) * kSums; i += block_warps()) {
       const int group_lane = i / kSums, row = i % kSums;
@@ -104,6 +112,34 @@ class TileScores {
     return partials_ + (warp * kBuffers + iteration % kBuffers) * kFloats;
   }
 
+  // The sum of row g.
+  __device__ float sum_of_own_row() const {
+    const FragmentA<T> ones = {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>};
+    const int pitch = P::row_pitch(channels_);
+    float sums[4][4] = {};  // so that products wait less for the ones before
+    slice_.template for_each_group<round_up(P::kUnits / 2, 2)>([&](int first, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      static_assert(kCount == 1 || kCount % 2 == 0);
+      const T* from = rows_ + slice_.first + first * 16;
+      if constexpr (kCount == 1) {
+        multiply(sums[0], ones, load_8_columns(from, pitch));
+      } else {
+        TwoSteps<T> rows[kCount / 2];
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) rows[i] = load_8_columns_twice(from + 32 * i, pitch);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) multiply(sums[i % 4], ones, rows[i / 2].step[i % 2]);
+      }
+    });
+    // Lane t has those of rows 2 t and 2 t + 1.
+    const int g = lane_index() / 4;
+    float pair[2];
+    for (int i = 0; i < 2; ++i) {
+      pair[i] = __shfl_sync(~0u, sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i]), g / 2);
+    }
+    return g % 2 ? pair[1] : pair[0];
+  }
+
   using Products = float[kOperands][2][4];  // of tokens 0 to 7 and 8 to 15
 
   // Of row 8 group + g of a set, and this lane's two tokens of a side.
@@ -137,7 +173,8 @@ class TileScores {
     const int pitch = P::tile_pitch(channels_);
     const float width = static_cast<float>(slice_.units * 16);
     Products others = {};
-    float squares[kTurns][2][4] = {}, sums[2][4] = {};
+    Squares squares[kTurns][2];
+    float sums[2][4] = {};
     slice_.template for_each_group<P::kUnroll>([&](int first, auto count) {
 #pragma unroll
       for (int i = 0; i < decltype(count)::value; ++i) {
@@ -152,7 +189,7 @@ class TileScores {
         }
         for (int side = 0; side < 2; ++side) {
           if (!kOnesBesideRows) multiply(sums[side], {{ones, ones, ones, ones}}, x.side[side]);
-          add_squares(squares[turn][side], x.side[side]);
+          squares[turn][side].add(x.side[side]);
         }
       }
     });
@@ -164,7 +201,7 @@ class TileScores {
     for (int i = 0; i < 2; ++i) {
       own_sums[i] = own_column(kOnesBesideRows ? products[0][i] + 2 : sums[i]);
       float sum_of_squares = 0;
-      for (const auto& of_turn : squares) sum_of_squares += own_column(of_turn[i]);
+      for (const auto& of_turn : squares) sum_of_squares += of_turn[i].own();
       slice.set(i, own_sums[i], own_sums[i] * inverse_width_, sum_of_squares, 0);
     }
     if (!normalize_) return slice;
@@ -238,7 +275,9 @@ class TileScores {
       own_rstd[i] = signed_rstd(slice.mean[i], slice.squares[i], is_attended);
     }
     float row_sums[kSets];
-    for (int set = 0; set < kSets; ++set) row_sums[set] = row_sums_[set * kRows + g];
+    for (int set = 0; set < kSets; ++set) {
+      row_sums[set] = kSumsOwnRows ? own_row_sum_ : row_sums_[set * kRows + g];
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       stats.signed_rstd[i] = from_owner(own_rstd, i);
@@ -350,6 +389,7 @@ class TileScores {
 
   float* partials_;
   float* row_sums_;
+  float own_row_sum_ = 0;  // of row g
   const T* rows_;
   int channels_;
   Slice slice_;

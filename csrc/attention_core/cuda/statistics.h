@@ -61,11 +61,21 @@ __device__ __forceinline__ float own_column(const float* columns) {
   return lane_index() / 4 % 2 ? columns[1] : columns[0];
 }
 
-// Adds up the squares of 8 tokens' channels, as the diagonal of x x^T. Rows 8 to 15 are of no use.
-template <class T>
-__device__ __forceinline__ void add_squares(float (&sums)[4], const FragmentB<T>& x) {
-  multiply(sums, {{x.pair[0], x.pair[1], x.pair[1], x.pair[1]}}, x);
-}
+// The sums of squares of 8 tokens' channels, as diagonals of products x x^T of half the usual
+// depth: a B of 16 channels is the A of two such products without a move, of which one has the
+// first eight channels' diagonal in its upper rows, the other one that of the rest in its lower
+// rows.
+struct Squares {
+  float upper[4] = {}, lower[4] = {};
+
+  template <class T>
+  __device__ __forceinline__ void add(const FragmentB<T>& x) {
+    mma_16x8x8<T>(upper, x.pair, x.pair[0]);
+    mma_16x8x8<T>(lower, x.pair, x.pair[1]);
+  }
+  // Of the token that the lane owns if it owns any.
+  __device__ float own() const { return own_column(upper) + own_column(lower + 2); }
+};
 
 // Sets the statistics of tokens whose squares cancel, from deviations from the mean, rounded.
 // Within a factor of two of it, where all channels but one must be, deviations are exact. own_sums:
@@ -77,13 +87,13 @@ __device__ void set_from_means(SliceStatistics& statistics, const T* tile, int p
   const Pair<T> of_row = __shfl_sync(~0u, own, (lane_index() & ~3) + lane_index() / 8);
   const Pair<T> centre[2] = {__byte_perm(of_row, of_row, 0x1010),
                              __byte_perm(of_row, of_row, 0x3232)};
-  float squares[2][4] = {};
+  Squares squares[2];
   slice.template for_each_unit<1>([&](int unit) {
     const ColumnsOfB<T> x = load_columns(tile + unit * 16, pitch);
     for (int side = 0; side < 2; ++side) {
       FragmentB<T> d = x.side[side];
       for (Pair<T>& pair : d.pair) pair = subtract<T>(pair, centre[side]);
-      add_squares(squares[side], d);
+      squares[side].add(d);
     }
   });
   const float width = static_cast<float>(slice.units * 16);
@@ -91,7 +101,7 @@ __device__ void set_from_means(SliceStatistics& statistics, const T* tile, int p
     if (!statistics.template cancels<T>(i, width)) continue;
     const float own_centre = unpack<T>(centre[i]).x;
     const float deviations = fmaf(-width, own_centre, own_sums[i]);
-    statistics.set(i, deviations, deviations / width, own_column(squares[i]), own_centre);
+    statistics.set(i, deviations, deviations / width, squares[i].own(), own_centre);
   }
 }
 

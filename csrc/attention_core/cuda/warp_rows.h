@@ -7,11 +7,11 @@
 
 namespace crossvit::attention_core {
 
-// Rows [0, count) of floats on their way to the rows of a pass. To be loaded before the copies of
-// tokens start, which would hold them up, and used afterwards: up to kInFlight numbers of each
-// lane, the others later, as many at a time. A warp has every block_warps()-th row and sums it: no
-// barrier is needed for a row's sum, and there are fewer instructions before the first copy than
-// RowLoads has. For all threads.
+// Rows [0, count) of floats, 16 bytes aligned, on their way to a pass. To be loaded before the
+// copies of tokens start, which would hold them up, and used afterwards: up to kInFlight numbers of
+// each lane, the others later, as many at a time. A warp has every block_warps()-th row and sums
+// it: no barrier is needed for a row's sum, and there are fewer instructions before the first copy
+// than RowLoads has. For all threads.
 template <class P, int kInFlight>
 class WarpRowLoads {
  public:
@@ -36,7 +36,7 @@ class WarpRowLoads {
       if (row(i) >= P::kRows) break;
       float sums[1 + sizeof...(Others)] = {};
       write_columns(to, row(i), 0, sums, values_[i], others.values_[i]...);
-      write_rest(to, row(i), 32 * kColumns, sums, others...);
+      write_rest(to, row(i), 128 * kQuads, sums, others...);
       visit(i, sums);
     }
 #pragma unroll 1
@@ -50,19 +50,23 @@ class WarpRowLoads {
  private:
   template <class, int>
   friend class WarpRowLoads;
-  static constexpr int kColumns = minimum(P::kMaxChannels / 32, kInFlight);
-  static constexpr int kRows = minimum(maximum(kInFlight / kColumns, 1), 2);
+  // Of four channels each: a lane's are 128 apart.
+  static constexpr int kQuads = minimum(ceil_div(P::kMaxChannels, 128), kInFlight / 4);
+  static constexpr int kRows = minimum(maximum(kInFlight / (4 * kQuads), 1), 2);
 
   // A lane's numbers of a row, in columns from `first` on.
   struct Values {
-    float loaded[kColumns];
+    float4 loaded[kQuads];
 
     __device__ __forceinline__ void load(const WarpRowLoads& rows, int row, int first) {
-      first += lane_index();
+      first += 4 * lane_index();
       const float* from = rows.from_ + row * rows.stride_ + first;
       const int width = row < rows.count_ ? rows.channels_ - first : 0;
 #pragma unroll
-      for (int k = 0; k < kColumns; ++k) loaded[k] = 32 * k < width ? from[32 * k] : 0.0f;
+      for (int k = 0; k < kQuads; ++k) {
+        loaded[k] = {0, 0, 0, 0};
+        if (128 * k < width) loaded[k] = *reinterpret_cast<const float4*>(from + 128 * k);
+      }
     }
   };
 
@@ -70,15 +74,19 @@ class WarpRowLoads {
   __device__ __forceinline__ void write_columns(T* to, int row, int first, float (&sums)[kSums],
                                                 const Values& values,
                                                 const Factors&... factors) const {
-    first += lane_index();
+    first += 4 * lane_index();
     T* to_row = to + row * P::row_pitch(channels_) + first;
 #pragma unroll
-    for (int k = 0; k < kColumns; ++k) {
-      const float element = rounded<T>(values.loaded[k]);  // without a branch: 0 beyond the row
-      if (first + 32 * k < channels_) to_row[32 * k] = from_float<T>(element);
-      sums[0] += element;
+    for (int k = 0; k < kQuads; ++k) {
+      const float4 quad = values.loaded[k];
+      const Pair<T> pairs[2] = {pack<T>(quad.x, quad.y), pack<T>(quad.z, quad.w)};
+      if (first + 128 * k < channels_) store_quad<T>(to_row + 128 * k, pairs);
+      const float2 low = unpack<T>(pairs[0]), high = unpack<T>(pairs[1]);  // 0 beyond the row
+      sums[0] += low.x + low.y + (high.x + high.y);
       int j = 1;
-      ((sums[j++] += element * factors.loaded[k]), ...);
+      ((sums[j++] += low.x * factors.loaded[k].x + low.y * factors.loaded[k].y +
+                     (high.x * factors.loaded[k].z + high.y * factors.loaded[k].w)),
+       ...);
     }
   }
 
@@ -86,7 +94,7 @@ class WarpRowLoads {
   __device__ void write_rest(T* to, int row, int first, float (&sums)[kSums],
                              const Others&... others) const {
 #pragma unroll 1
-    for (; first < channels_; first += 32 * kColumns) {
+    for (; first < channels_; first += 128 * kQuads) {
       Values values;
       values.load(*this, row, first);
       write_columns(to, row, first, sums, values, others.values_at(row, first)...);

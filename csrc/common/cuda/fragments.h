@@ -130,6 +130,16 @@ __device__ __forceinline__ void store_pair(T* to, Pair<T> pair) {
   *reinterpret_cast<Pair<T>*>(to) = pair;
 }
 
+// Stores four adjacent elements, which are aligned.
+template <class T>
+__device__ __forceinline__ void store_quad(T* to, const Pair<T> (&pairs)[2]) {
+  if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<float4*>(to) = {pairs[0].x, pairs[0].y, pairs[1].x, pairs[1].y};
+  } else {
+    *reinterpret_cast<uint2*>(to) = {pairs[0], pairs[1]};
+  }
+}
+
 // Loads 16 rows of 16 elements, `pitch` elements apart: as A, or as B of 16 columns (to_b).
 template <class T>
 __device__ __forceinline__ FragmentA<T> load_rows(const T* tile, int pitch) {
@@ -161,6 +171,27 @@ __device__ __forceinline__ ColumnsOfB<T> load_columns(const T* tile, int pitch) 
     const FragmentA<T> a = load_rows(tile, pitch);
     return {{{a.pair[0], a.pair[2]}, {a.pair[1], a.pair[3]}}};
   }
+}
+
+// Loads 8 rows of 16-bit elements as B of 8 columns.
+template <class T>
+__device__ __forceinline__ FragmentB<T> load_8_columns(const T* rows, int pitch) {
+  FragmentB<T> b;
+  load_matrix_x2(b.pair, rows + lane_index() % 8 * pitch + lane_index() / 8 % 2 * 8);
+  return b;
+}
+
+// The same of two k-steps.
+template <class T>
+struct TwoSteps {
+  FragmentB<T> step[2];
+};
+
+template <class T>
+__device__ __forceinline__ TwoSteps<T> load_8_columns_twice(const T* rows, int pitch) {
+  uint32_t pairs[4];
+  load_matrix_x4(pairs, rows + lane_index() % 8 * pitch + lane_index() / 8 * 8);
+  return {{{pairs[0], pairs[1]}, {pairs[2], pairs[3]}}};
 }
 
 // Loads 8 rows as A, with one number in rows 8 to 15.

@@ -61,6 +61,24 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4
   }
 }
 
+// The same of half the depth: a is 16x8, a[i] holds row g + 8 i, columns 2t and 2t + 1. b is 8x8:
+// it holds rows 2t and 2t + 1 of column g.
+template <class T>
+__device__ __forceinline__ void mma_16x8x8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+  } else {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+  }
+}
+
 // c += a b, reading the upper 19 bits of float32 a and b. a is 16x8: a[i] is row
 // g + 8 (i mod 2), column t + 4 (i / 2). b is 8x8: b[i] is row t + 4i of column g. c is as above.
 __device__ __forceinline__ void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4],
@@ -78,6 +96,7 @@ using testing::load_matrix_x2_transposed;
 using testing::load_matrix_x4;
 using testing::load_matrix_x4_transposed;
 using testing::mma_16x8x16;
+using testing::mma_16x8x8;
 using testing::mma_16x8x8_tf32;
 
 #endif

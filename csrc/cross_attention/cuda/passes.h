@@ -133,30 +133,19 @@ class ForwardTokens : public ForwardPass<P> {
   template <class Write, class WriteTotal>
   __device__ void results(int count, const Range& range, Write write,
                           WriteTotal write_total) const {
-    const int channels = partials_.channels;
-    const int warp_groups = P::warp_groups(channels), lane = lane_index() % kGroups;
+    const int channels = partials_.channels, warp_groups = P::warp_groups(channels);
     const ChannelShare share = ChannelShare::of(channels, range);
+    // By a warp that has no row if there are fewer rows than warps.
+    if (share.first == 0 && warp_index() + 1 == block_warps() && lane_index() < count) {
+      float decays[kGroups];
+      write_total(lane_index(), total_of(lane_index(), warp_groups, decays));
+    }
 #pragma unroll 1
     for (int row = warp_index(); row < count; row += block_warps()) {
-      SoftmaxState group;
-      if (lane < warp_groups) group = *group_state(lane, row);
-      SoftmaxState state = {group.peak, 0};
-#pragma unroll
-      for (int i = 1; i < kGroups; i *= 2) {
-        state.peak = fmaxf(state.peak, __shfl_xor_sync(~0u, state.peak, i));
-      }
-      const float decay = exp2_approx(group.peak - attention_core::finite_or_zero(state.peak));
-      state.total = group.total * decay;
-#pragma unroll
-      for (int i = 1; i < kGroups; i *= 2) {
-        state.total += __shfl_xor_sync(~0u, state.total, i);
-      }
-      const RowTotal total = RowTotal::of(state);
-      if (share.first == 0 && lane_index() == 0) write_total(row, total);
-      const float factor = decay * (inverse_unit_ * total.inverse);
       float factors[kGroups];
+      const float inverse = total_of(row, warp_groups, factors).inverse * inverse_unit_;
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) factors[i] = __shfl_sync(~0u, factor, i);
+      for (float& factor : factors) factor *= inverse;
       constexpr int kQuads = sizeof(typename P::Element) == 4 ? 1 : 3;  // in flight
 #pragma unroll 1
       for (int first = share.first + 4 * lane_index(); first < share.last; first += 128 * kQuads) {
@@ -200,6 +189,11 @@ class ForwardTokens : public ForwardPass<P> {
       add(tile.mean, other.tile.mean);
     }
   };
+
+  __device__ RowTotal total_of(int row, int warp_groups, float (&decays)[kGroups]) const {
+    return attention_core::total_of_groups(warp_groups, decays,
+                                           [&](int i) { return *group_state(i, row); });
+  }
 
   __device__ SoftmaxState* group_state(int warp_group, int row) const {
     return reinterpret_cast<SoftmaxState*>(partials_.state(warp_group, row));

@@ -158,10 +158,11 @@ class RowNormalization {
       }
       rstds[r] = squares;
     }
+    // Apart from the roots, whose branches would keep the rows' exchanges one behind the other.
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      rstds[r] = rsqrtf(fmaf(sum_of_warp(rstds[r]), inverse_width, eps));
-    }
+    for (int r = 0; r < kRows; ++r) rstds[r] = sum_of_warp(rstds[r]);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) rstds[r] = rsqrtf(fmaf(rstds[r], inverse_width, eps));
     const auto finish = [&](int r, int i, float4 centred, const LoadedQuad& weight,
                             const LoadedQuad& bias) {
       const int row = first + r * step_;

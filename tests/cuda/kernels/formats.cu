@@ -35,7 +35,21 @@ __global__ void multiply_16(const uint16_t* a, const uint16_t* b, float* c) {
 }
 
 // c = a b, a 16x8, b 8x8, c 16x8, row-major.
-__global__ void multiply_8(const uint32_t* a, const uint32_t* b, float* c) {
+template <class T>
+__global__ void multiply_8(const uint16_t* a, const uint16_t* b, float* c) {
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  const auto pair = [](uint16_t low, uint16_t high) { return low | uint32_t{high} << 16; };
+  const auto pair_of_row = [&](int row) {
+    return pair(a[row * 8 + 2 * t], a[row * 8 + 2 * t + 1]);
+  };
+  const uint32_t rows[2] = {pair_of_row(g), pair_of_row(g + 8)};
+  float sums[4] = {};
+  mma_16x8x8<T>(sums, rows, pair(b[2 * t * 8 + g], b[(2 * t + 1) * 8 + g]));
+  for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = sums[i];
+}
+
+// The same of tf32.
+__global__ void multiply_8_tf32(const uint32_t* a, const uint32_t* b, float* c) {
   const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
   const uint32_t rows[4] = {a[g * 8 + t], a[(g + 8) * 8 + t], a[g * 8 + t + 4],
                             a[(g + 8) * 8 + t + 4]};
@@ -71,8 +85,12 @@ int multiply(int half, int transposed, const uint16_t* a, const uint16_t* b, flo
   return launch(half ? half_kernel : bfloat16_kernel, {1, 32, kShared}, a, b, c);
 }
 
+int multiply_half_depth(int half, const uint16_t* a, const uint16_t* b, float* c) {
+  return launch(half ? multiply_8<__half> : multiply_8<__nv_bfloat16>, {1, 32, 0}, a, b, c);
+}
+
 int multiply_tf32(const uint32_t* a, const uint32_t* b, float* c) {
-  return launch(multiply_8, {1, 32, 0}, a, b, c);
+  return launch(multiply_8_tf32, {1, 32, 0}, a, b, c);
 }
 
 int count_blocks(int blocks, int* sum, int* finished, int* counted) {

@@ -123,24 +123,24 @@ void multiply(WarpSync& sync, const float (&a)[16][kDepth], const float (&b)[kDe
 }
 
 // m16n8k16: register i of a holds row g + 8 (i mod 2), columns from 2t + 8 (i / 2); of b, rows from
-// 2t + 8i of column g.
-template <class T>
+// 2t + 8i of column g. m16n8k8 has the first half of them.
+template <class T, int kDepth>
 struct Multiply16 {
   static constexpr const char* kName = "mma";
   static void run(WarpSync& sync) {
     require_whole_warp(sync, kName);
     Unwatched unwatched;
-    float a[16][16];
-    float b[16][8];
+    float a[16][kDepth];
+    float b[kDepth][8];
     for (int lane = 0; lane < kWarp; ++lane) {
       const auto& fragments = sync.argument<Fragments>(lane);
       const int g = lane / 4, t = 2 * (lane % 4);
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kDepth / 4; ++i) {
         float* to = &a[g + 8 * (i & 1)][t + 8 * (i >> 1)];
         to[0] = to_float<T>(static_cast<uint16_t>(fragments.a[i]));
         to[1] = to_float<T>(static_cast<uint16_t>(fragments.a[i] >> 16));
       }
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kDepth / 8; ++i) {
         b[t + 8 * i][g] = to_float<T>(static_cast<uint16_t>(fragments.b[i]));
         b[t + 8 * i + 1][g] = to_float<T>(static_cast<uint16_t>(fragments.b[i] >> 16));
       }
@@ -149,8 +149,8 @@ struct Multiply16 {
   }
 };
 
-// m16n8k8: register i of a holds row g + 8 (i mod 2), column t + 4 (i / 2); of b, row t + 4i of
-// column g.
+// m16n8k8 of tf32: register i of a holds row g + 8 (i mod 2), column t + 4 (i / 2); of b, row t +
+// 4i of column g.
 struct Multiply8 {
   static constexpr const char* kName = "mma";
   static float truncated(uint32_t bits) { return bits_as<float>(bits & 0xffffe000); }
@@ -173,7 +173,14 @@ template <class T>
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
   Fragments fragments{c, a, b};
-  sync_lanes<Multiply16<T>>(kAllLanes, fragments);
+  sync_lanes<Multiply16<T, 16>>(kAllLanes, fragments);
+}
+
+template <class T>
+void mma_16x8x8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  Fragments fragments{c, a, &b};
+  sync_lanes<Multiply16<T, 8>>(kAllLanes, fragments);
 }
 
 inline void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
