@@ -313,8 +313,10 @@ def test_inspect_prints_a_table() -> None:
     header, row, *_ = result.stdout.splitlines()
     assert header.split()[:2] == ["kernel", "configuration"]
     assert row.startswith("attention_core_forward ") and "bf16 C 96" in row
-    first, *_, last = result.stderr.splitlines()  # progress
-    assert "kernels on Triton " in first and re.match(r"inspect: (\d+) of \1, \d+ s", last)
+    first, *progress = result.stderr.splitlines()
+    assert "kernels on Triton " in first
+    # What the CUDA kernels lack may follow.
+    assert any(re.match(r"inspect: (\d+) of \1, \d+ s", line) for line in progress)
     assert inspect("--arch", "75").returncode == 2
     assert inspect("--dtype", "fp8").returncode == 2
 
