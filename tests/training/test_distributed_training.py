@@ -51,8 +51,9 @@ def keep_first_step(path: str) -> None:
 def first_step(data: Path, output: Path, more: str, processes: int) -> dict[str, Any]:
     command = runs.arguments(data, output, runs.TWO_STEPS, more)
     path = f"{output}.step"
-    assert runs.run(command, keep_first_step, path, processes=processes) == [0] * processes, (
-        runs.printed(output)
+    codes = runs.run(command, keep_first_step, path, processes=processes)
+    assert codes == [0] * processes, "\n".join(
+        runs.printed(output, rank) for rank in range(processes)
     )
     return torch.load(path, weights_only=True)
 
