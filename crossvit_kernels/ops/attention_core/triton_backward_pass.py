@@ -26,14 +26,27 @@ from crossvit_kernels.ops.common.triton_tiles import (
     load_statistics,
     load_tile,
     load_token_tile,
-    mean_of_channels,
     statistics,
     statistics_by_products,
     store_tile,
-    sums_by_product,
+    upper_half,
     weight_factor,
     weight_unit_of,
+    without_means,
 )
+
+
+@triton.jit
+def sums_by_product(xs, S: tl.constexpr):
+    """The sums of tokens over channels [8, TOKENS], as statistics_by_products takes them."""
+    CHUNK: tl.constexpr = S.chunk
+    TOKENS: tl.constexpr = S.tokens
+    NUM: tl.constexpr = S.num_chunks
+    ones = tl.full((16, CHUNK), 1.0, tl.float32).to(xs[0].dtype)
+    sums = tl.zeros((16, TOKENS), tl.float32)
+    for i in tl.static_range(NUM):
+        sums = tl.dot(ones, tl.trans(xs[i]), sums)
+    return upper_half(sums, 8)
 
 
 @triton.jit
@@ -282,14 +295,11 @@ def attend_backward(
         x_ptr += TOKENS * x_token_stride
 
     if NORMALIZE and not CENTRE:
-        # Weighted sums of x - mean have no mean over channels; those of x have that of the means.
-        mean = mean_of_channels(du, S)
+        du = without_means(du, S)
     rows = row + tl.arange(0, ROWS)
     used = rows < R
     for i in tl.static_range(NUM):
         value = du[i]
-        if NORMALIZE and not CENTRE:
-            value -= mean[:, None]
         if dtype == tl.float16:
             value = value / weight_unit
         store_tile(du_ptr, rows * du_row_stride, used, value, i * CHUNK, C, CHUNK)

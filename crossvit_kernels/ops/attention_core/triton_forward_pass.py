@@ -31,13 +31,13 @@ from crossvit_kernels.ops.common.triton_tiles import (
     load_queries,
     load_statistics,
     load_token_tile,
-    mean_of_channels,
     statistics,
     statistics_by_products,
     store_tile,
     upper_half,
     weight_factor,
     weight_unit_of,
+    without_means,
 )
 
 
@@ -181,13 +181,9 @@ def attend(
         scale = scale / weight_unit
     scale = filled(scale, ROWS)
     if NORMALIZE and not CENTRE:
-        # Weighted sums of x - mean have no mean over channels; those of x have that of the means.
-        mean_of_m = mean_of_channels(acc, S)
+        acc = without_means(acc, S)
     for i in tl.static_range(NUM):
-        m = acc[i]
-        if NORMALIZE and not CENTRE:
-            m -= mean_of_m[:, None]
-        m *= scale[:, None]
+        m = acc[i] * scale[:, None]
         store_tile(m_ptr, rows * m_row_stride, used, m, i * CHUNK, C, CHUNK)
     return tl.max(doubts)
 

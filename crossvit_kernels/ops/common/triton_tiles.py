@@ -175,19 +175,6 @@ def statistics(xs, eps, S: tl.constexpr):
 
 
 @triton.jit
-def sums_by_product(xs, S: tl.constexpr):
-    """The sums of tokens over channels [8, TOKENS], as statistics_by_products takes them."""
-    CHUNK: tl.constexpr = S.chunk
-    TOKENS: tl.constexpr = S.tokens
-    NUM: tl.constexpr = S.num_chunks
-    ones = tl.full((16, CHUNK), 1.0, tl.float32).to(xs[0].dtype)
-    sums = tl.zeros((16, TOKENS), tl.float32)
-    for i in tl.static_range(NUM):
-        sums = tl.dot(ones, tl.trans(xs[i]), sums)
-    return upper_half(sums, 8)
-
-
-@triton.jit
 def statistics_by_products(xs, sums, eps, S: tl.constexpr):
     """Mean, variance and 1 / standard deviation of tokens in bfloat16, all [QUERIES, TOKENS].
 
@@ -212,14 +199,17 @@ def statistics_by_products(xs, sums, eps, S: tl.constexpr):
 
 
 @triton.jit
-def mean_of_channels(sums, S: tl.constexpr):
-    """The means of rows held in chunks, whose padding columns are 0."""
+def without_means(sums, S: tl.constexpr):
+    """Weighted sums of x - mean, which have no mean over channels, from those of x (padding 0)."""
     C: tl.constexpr = S.channels
     NUM: tl.constexpr = S.num_chunks
     total = sums[0]
     for i in tl.static_range(1, NUM):
         total += sums[i]
-    return tl.sum(total, axis=1) / C
+    mean = tl.sum(total, axis=1) / C
+    for _ in tl.static_range(NUM):
+        sums = sums[1:] + (sums[0] - mean[:, None],)
+    return sums
 
 
 @triton.jit
