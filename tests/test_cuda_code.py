@@ -116,6 +116,19 @@ def test_what_attention_core_declines_does_not_fit(dtype: torch.dtype, sm: int) 
 
 
 @needs_cuda_code
+@pytest.mark.parametrize("blocks", [0, 3, 16])
+def test_clusters_that_no_kernel_divides_by(
+    blocks: int, sm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "blocks_of_image", lambda *_: blocks)
+    monkeypatch.setattr(extension, "multiprocessors", lambda device: None)
+    monkeypatch.setattr(extension, "place", lambda x: (0, 0))
+    u, x = torch.zeros(1, 3, 48), torch.zeros(1, 40, 48)
+    with pytest.raises(ValueError, match=f"expected a power of two up to 8, found {blocks}"):
+        core.forward_pass(u, x, None, None, 1e-6)
+
+
+@needs_cuda_code
 def test_99_kb_are_enough_for_the_named_models() -> None:
     """sm_86, 89 and 120: RTX 4090 and 5090, L4, A10."""
     most = machine_code.SHARED_BYTES_OF_PROGRAM[89]
