@@ -11,6 +11,7 @@ import atexit
 import itertools
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -296,7 +297,7 @@ class Loader:
         del self._loader
 
     def __iter__(self) -> Iterator[Batch]:
-        batches: Iterable[Batch] = self._loader
+        batches: Iterable[Batch] = _received(self._loader)
         if self.share is not None:
             batches = _turns(batches, *self.share)
         elif isinstance(self.images, StreamedImages):
@@ -312,9 +313,23 @@ class Loader:
 
 def reader_died(error: BaseException) -> str:
     """Say what a user can do if a worker process was killed; "" for other errors."""
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+    # An error of a transform says "Caught RuntimeError in DataLoader worker process".
+    if isinstance(error, RuntimeError) and str(error).startswith(_DEATHS_OF_READERS):
         return "a process that reads images was killed; is there enough memory? Try fewer --workers"
     return ""
+
+
+_DEATHS_OF_READERS = ("DataLoader worker (pid", "Pin memory thread exited")
+
+
+def _received(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches; if a worker was killed, the error that says so."""
+    try:
+        yield from batches
+    except Exception:
+        # A killed worker's sockets close before SIGCHLD comes, whose handler, torch's, raises here.
+        time.sleep(1)
+        raise
 
 
 @atexit.register

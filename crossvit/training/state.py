@@ -13,7 +13,10 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +35,7 @@ logger = logging.getLogger("crossvit.train")
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)\.pt")
 _UNFINISHED = ".unfinished"
+_UNREADABLE = (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError)
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -140,14 +144,38 @@ def _step(path: Path) -> int:
 
 
 def _torch_save(content: dict[str, Any], file: IO[bytes]) -> None:
+    with _signals_wait():
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # torch's writer hides the error of the file that it wrote to.
+            cause = error.__context__ or error.__cause__
+            if isinstance(cause, OSError):
+                raise cause from error
+            raise OSError(errno.EIO, str(error)) from error
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let Ctrl-C and the end of a worker wait: torch's writer ends the process if handlers raise.
+
+    torch.utils.data raises from its handler of SIGCHLD when a worker was killed.
+    """
+    if threading.current_thread() is not threading.main_thread():  # others run no handlers
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGCHLD, signal.SIGINT)
+    handlers = {n: handler for n in numbers if (handler := signal.getsignal(n)) is not None}
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
     try:
-        torch.save(content, file)
-    except RuntimeError as error:
-        # torch's writer hides the error of the file that it wrote to.
-        cause = error.__context__ or error.__cause__
-        if isinstance(cause, OSError):
-            raise cause from error
-        raise OSError(errno.EIO, str(error)) from error
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -156,10 +184,11 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: It is damaged, of another version, or holds more than tensors and numbers.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this trainer: {error}") from error
+    with _signals_wait():  # else the end of a worker makes a file look damaged
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except _UNREADABLE as error:
+            raise ValueError(f"{path}: not a checkpoint of this trainer: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this version of the trainer")
     return content

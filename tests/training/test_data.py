@@ -26,6 +26,7 @@ from crossvit.training.data import (
     _turns,
     collate,
     evaluation_loader,
+    reader_died,
 )
 from crossvit.training.recipes import IMAGENET
 from crossvit.training.sources import open_source
@@ -156,6 +157,17 @@ def numbered(count: int) -> list[Batch]:
     """Batches with the targets 0, 1, 2, ..."""
     image = torch.zeros(3, 2, 2)
     return [Batch(image[None], torch.tensor([i]), [], torch.tensor([i])) for i in range(count)]
+
+
+def test_an_error_of_a_transform_is_not_a_killed_worker(data: Path) -> None:
+    loader = evaluation_loader(open_source(str(data / "val")), broken, 5, workers=1)
+    with pytest.raises(RuntimeError, match="broken transform") as error:
+        next(iter(loader))
+    assert reader_died(error.value) == ""
+
+
+def broken(image: Image.Image) -> torch.Tensor:
+    raise RuntimeError("broken transform")
 
 
 @pytest.mark.parametrize("count", range(1, 8))
