@@ -59,6 +59,10 @@ REDUCED: list[Change] = [
         "  return run(Plan<T, 3, 2, 4, 8, 2>(), 1);\n#if 0\n",
     ),
     (CHOOSE, "    return run(PlanOf<T, kWide>(), 1);\n  }\n}\n", "#endif\n}\n"),
+    # Two warp groups swap their tiles in place of pairs of four.
+    (CHOOSE, "kNarrowGroups[2] = {6, 4}", "kNarrowGroups[2] = {4, 4}"),
+    (CHOOSE, "block_warps() % 4 == 0 &&", "block_warps() % 2 == 0 &&"),
+    (CHOOSE, "gridDim.x ? 2 : 0;", "gridDim.x ? 1 : 0;"),
     (
         BLOCK,
         "  if constexpr (sizeof(T) == 4) {\n",
@@ -87,11 +91,16 @@ FUSION, FUSION_ALIASED, FUSION_WIDE, FUSION_SHARED = (
     "fusion, shared",
 )
 
-STORE_PARTIALS = "if (!tiles) store_partials();"
+STORE_PARTIALS = "if (!tiles) store_partials(range);"
 
 
 def of_a_pass(
-    way: str, file: str, result: str, refilled: str, row_too_many: tuple[str, str]
+    way: str,
+    file: str,
+    result: str,
+    refilled: str,
+    overwrites: str,
+    row_too_many: tuple[str, str],
 ) -> dict[str, Fault]:
     """Faults common to forward_pass.h and backward_pass.h."""
     faults = {
@@ -99,7 +108,7 @@ def of_a_pass(
             refilled, no_warp_barrier(file, f"{WARP_BARRIER}\n      ring_.copy_next(x, range")
         ),
         "sums overwrite tiles in use": race(
-            CORE, no_barrier(file, f"{BARRIER}\n    {STORE_PARTIALS}")
+            overwrites, no_barrier(file, f"{BARRIER}\n    {STORE_PARTIALS}")
         ),
         "results read early": race(
             CORE_WIDE, no_barrier(file, f"{STORE_PARTIALS}\n    {BARRIER}\n  }}")
@@ -157,10 +166,16 @@ FAULTS: dict[str, Fault] = {
         FORWARD_PASS,
         "m",
         CORE_WIDE,
+        CORE_WIDE,  # else a warp's sums overwrite only its own tiles
         ("if (row + 1 < count)", "if (row + 1 < count + FAULT)"),
     ),
     **of_a_pass(
-        "backward", BACKWARD_PASS, "du", CORE, (PAIRS, PAIRS.replace("count", "count + FAULT"))
+        "backward",
+        BACKWARD_PASS,
+        "du",
+        CORE,
+        CORE,
+        (PAIRS, PAIRS.replace("count", "count + FAULT")),
     ),
     "forward: factors not seen": race(
         CORE, no_warp_barrier(FORWARD_PASS, f"{WARP_BARRIER}\n    // A warp has four rows")
@@ -235,9 +250,19 @@ FAULTS: dict[str, Fault] = {
         CORE,
         (
             FORWARD_PASS,
-            "if (first >= slice_.units) break;",
-            "if (first >= slice_.units && !FAULT) break;",
+            "if (kAlone && has_next) load(minimum(first + kCount, last_group), next);",
+            "if (kAlone && has_next) load(FAULT ? first + kCount : last_group, next);",
         ),
+    ),
+    "sums in an order that depends on the block": Fault(
+        [(PARTIALS, "(group ^ range.swap)", "(group ^ (FAULT ? 0 : range.swap))")],
+        CORE,
+        "wrong result: m, bits that depend on the batch",
+    ),
+    "half of a full tile left out": wrong(
+        FUSION,
+        "new_cls",
+        (SCORES, "kSkipsSide && attended < 256", "kSkipsSide && (FAULT || attended < 256)"),
     ),
     # The tensor cores' operands.
     "columns of B swapped": wrong(

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int num_rows = static_cast<int>(a.problem.num_rows);
   const int64_t image = blockIdx.x >> log2_of(cluster_size()), split = blockIdx.y;
   const int count = minimum(P::kRows, num_rows - begin);
-  const Range range = range_of_split(a.problem, static_cast<int>(split));
+  const Range range = range_of_split<P, true>(a.problem, static_cast<int>(split));
   const int64_t index = image * gridDim.y + split;
   const TilePartials<P> tiles = partials_of_split<P>(tile_memory, a.problem, index);
 

@@ -125,14 +125,14 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
     ring_.drain();
     after_tiles();
     if constexpr (!Base::kPartialsInRings) __syncthreads();
-    if (!tiles) store_partials();
+    if (!tiles) store_partials(range);
     __syncthreads();
   }
 
   // See forward_pass.h.
   __device__ void gather(const TilePartials<P>& tiles, int count, const Range& range) {
     const auto store = [&](int warp_group, int row, int channel, const Gathered& gathered) {
-      float2* to = reinterpret_cast<float2*>(group_sums(warp_group) +
+      float2* to = reinterpret_cast<float2*>(group_sums(range, warp_group) +
                                              row * Base::sums_pitch(channels_) + channel);
       *to = make_float2(gathered.sums.x - gathered.mean, gathered.sums.y - gathered.mean);
     };
@@ -153,7 +153,7 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
         float2 sum = {0, 0};
 #pragma unroll 4
         for (int i = 0; i < warp_groups; ++i) {
-          const float* from = group_sums(i) + row * Base::sums_pitch(channels_) + channel;
+          const float* from = group_sums(range, i) + row * Base::sums_pitch(channels_) + channel;
           const float2 sums = *reinterpret_cast<const float2*>(from);
           sum.x += sums.x, sum.y += sums.y;
         }
@@ -186,12 +186,12 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
   }
 
   // Overwrites the rows and the rings, to which no copy is in flight.
-  __device__ void store_partials() {
+  __device__ void store_partials(const Range& range) {
     int group = P::warp_group(channels_);
     // The compiler would compute all addresses ahead of the first image.
     if constexpr (!kAlone) group = used_from_here(group);
-    float* to =
-        Base::kPartialsInRings ? reinterpret_cast<float*>(ring_.memory()) : group_sums(group);
+    float* to = Base::kPartialsInRings ? reinterpret_cast<float*>(ring_.memory())
+                                       : group_sums(range, group);
     sums_.subtract_means();
     sums_.store(to, Base::sums_pitch(channels_), slice_);
   }

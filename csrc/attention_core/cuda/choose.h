@@ -16,12 +16,24 @@ inline int num_splits(const Problem& problem) {
   return static_cast<int>(maximum(int64_t{1}, ceil_div(problem.num_tokens, kSplitTokens)));
 }
 
+// Warp groups of a block, forward and backward, where a warp has whole tiles. At 384 channels
+// backward has three: with four, two blocks would need more shared memory than an sm_90
+// multiprocessor has.
+constexpr int kNarrowGroups[2] = {6, 4}, kMediumGroups[2] = {4, 3};
+
 // The tokens of a split, and this block's rank among the blocks that share them.
+template <class P, bool kBackward>
 __device__ inline Range range_of_split(const Problem& problem, int split) {
   const int first = split * kSplitTokens;
   const int64_t remaining = problem.num_tokens - first;
-  return {first, first + static_cast<int>(minimum(remaining, int64_t{kSplitTokens})),
-          cluster_rank(), cluster_size()};
+  Range range = {first, first + static_cast<int>(minimum(remaining, int64_t{kSplitTokens})),
+                 cluster_rank(), cluster_size()};
+  constexpr int kGroups = (P::kUnits > 12 ? kMediumGroups : kNarrowGroups)[kBackward];
+  if constexpr (!P::kWarpsShareTiles && kGroups % 4 == 0) {
+    // Where all blocks fit at once, those of one multiprocessor are half a grid apart.
+    range.swap = block_warps() % 4 == 0 && 2 * blockIdx.x >= gridDim.x ? 2 : 0;
+  }
+  return range;
 }
 
 // Rounds up to whole passes: one of 8 rows, or several, of 8 rows or of 16.
@@ -57,8 +69,7 @@ inline constexpr PlanShape kNarrowBackward = {12, 1, 1, 1, 3};
 inline constexpr PlanShape kMedium = {24, 1, 1, 1, 2};
 inline constexpr PlanShape kWide = {12, 1, 4, 8, 2};
 
-// Calls run(plan, warp_groups). At 384 channels backward has three warp groups: with four, two
-// blocks would need more shared memory than an sm_90 multiprocessor has.
+// Calls run(plan, warp_groups).
 template <class T, bool kBackward, class Run>
 void with_plan(int64_t rows, int64_t channels, Run&& run) {
   if constexpr (sizeof(T) == 4) {
@@ -66,12 +77,9 @@ void with_plan(int64_t rows, int64_t channels, Run&& run) {
   } else {
     constexpr int kMinManyRowsChannels = 16 * kManyRows.min_group_warps;  // a unit per warp
     if (rows > 8 && channels >= kMinManyRowsChannels) return run(PlanOf<T, kManyRows>(), 1);
-    if constexpr (kBackward) {
-      if (channels <= 192) return run(PlanOf<T, kNarrowBackward>(), 4);
-    } else {
-      if (channels <= 192) return run(PlanOf<T, kNarrow>(), 6);
-    }
-    if (channels <= 384) return run(PlanOf<T, kMedium>(), kBackward ? 3 : 4);
+    using Narrow = std::conditional_t<kBackward, PlanOf<T, kNarrowBackward>, PlanOf<T, kNarrow>>;
+    if (channels <= 192) return run(Narrow(), kNarrowGroups[kBackward]);
+    if (channels <= 384) return run(PlanOf<T, kMedium>(), kMediumGroups[kBackward]);
     return run(PlanOf<T, kWide>(), 1);
   }
 }

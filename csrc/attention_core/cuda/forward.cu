@@ -14,12 +14,20 @@ struct SplitPartials {
   SoftmaxState* states;  // [B, splits, R]
 };
 
+// What a block writes: an image's results, or those of a split before their division.
+struct Results {
+  float* m;
+  int64_t batch_stride;  // of a split
+  int64_t row_stride;
+  float* lse;  // or null
+  SoftmaxState* states;
+};
+
 // Grid: clusters of blocks that share an image, splits, groups of rows. tile_memory holds the
 // partials that the blocks of a cluster exchange.
 template <class P>
-__global__ void __launch_bounds__(P::kMaxThreads, 1)
-    attention_core_forward(const ForwardParams a, const SplitPartials partials,
-                           float* tile_memory) {
+__global__ void __launch_bounds__(P::kThreadsAlone, P::kBlocksAlone)
+    attention_core_forward(const ForwardParams a, const Results to, float* tile_memory) {
   using T = typename P::Element;
   CROSSVIT_DYNAMIC_SHARED(memory);
   const int channels = static_cast<int>(a.problem.channels);
@@ -27,15 +35,15 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
   const int64_t image = blockIdx.x >> log2_of(cluster_size()), split = blockIdx.y;
   const int begin = static_cast<int>(blockIdx.z) * P::kRows;
   const int count = minimum(P::kRows, num_rows - begin);
-  const Range range = range_of_split(a.problem, static_cast<int>(split));
-  const int64_t index = (image * gridDim.y + split) * gridDim.z + blockIdx.z;
-  const TilePartials<P> tiles = partials_of_split<P>(tile_memory, a.problem, index);
-
+  // Before anything else: behind the tiles of another block their loads would take long.
   const float* u = static_cast<const float*>(a.u.data) + image * a.u.batch_stride;
   const WarpRowLoads<P, 24> rows(u + begin * a.u.row_stride, a.u.row_stride, count, channels);
+  const Range range = range_of_split<P, false>(a.problem, static_cast<int>(split));
   Pass<P> pass(memory, channels, static_cast<float>(a.problem.eps), a.problem.normalize);
   const Image<T> x = image_of<T>(a.x, a.mask, image);
   pass.start_first(x, range);
+  const int64_t index = (image * gridDim.y + split) * gridDim.z + blockIdx.z;
+  const TilePartials<P> tiles = partials_of_split<P>(tile_memory, a.problem, index);
   pass.write_rows(0, rows, [](int, auto&) {});
   pass.run(x, range, tiles);
   if (tiles) {
@@ -43,17 +51,9 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
     pass.gather(tiles, count, range);
   }
 
-  if (gridDim.y > 1) {
-    const int64_t first = (image * gridDim.y + split) * num_rows + begin;
-    pass.write_results(
-        count, range, false, partials.sums + first * channels, channels,
-        [&](int row, const RowTotal& total) { partials.states[first + row] = total.state; });
-    return;
-  }
-  float* m = static_cast<float*>(a.m.data) + image * a.m.batch_stride + begin * a.m.row_stride;
-  float* lse = static_cast<float*>(a.lse) + image * num_rows + begin;
-  pass.write_results(count, range, true, m, a.m.row_stride,
-                     [&](int row, const RowTotal& total) { lse[row] = log_of_total(total.state); });
+  const int64_t part = image * gridDim.y + split, first = part * num_rows + begin;
+  pass.write_results(count, range, to.m + part * to.batch_stride + begin * to.row_stride,
+                     to.row_stride, to.lse ? to.lse + first : nullptr, to.states + first);
 }
 
 // Merges the splits of a row, in order. Grid: the rows of all images.
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kMergeThreads)
       sum = scales.join(sum, partials.sums[index * channels + c]);
     }
     m[c] = sum * RowTotal::of(state).inverse;
-    if (c == 0) static_cast<float*>(a.lse)[image * num_rows + row] = log_of_total(state);
+    if (c == 0) static_cast<float*>(a.lse)[image * num_rows + row] = log_of_total<float>(state);
   }
 }
 
@@ -80,13 +80,18 @@ template <class P>
 void run(const ForwardParams& params, LaunchConfig config, float* workspace) {
   const Problem& problem = params.problem;
   const int splits = num_splits(problem);
-  const int64_t results = problem.batch * splits * problem.num_rows;
+  const int64_t rows = problem.batch * splits * problem.num_rows;
   const SplitPartials partials = {
-      workspace, reinterpret_cast<SoftmaxState*>(workspace + results * problem.channels)};
+      workspace, reinterpret_cast<SoftmaxState*>(workspace + rows * problem.channels)};
   config.grid = dim3(static_cast<unsigned>(problem.batch * config.cluster), splits,
                      static_cast<unsigned>(ceil_div(problem.num_rows, P::kRows)));
   float* tiles = config.cluster > 1 ? workspace + forward_workspace(problem, 1) : nullptr;
-  check(launch(attention_core_forward<P>, config, params, partials, tiles),
+  const Results results =
+      splits == 1 ? Results{static_cast<float*>(params.m.data), params.m.batch_stride,
+                            params.m.row_stride, static_cast<float*>(params.lse), nullptr}
+                  : Results{partials.sums, problem.num_rows * problem.channels, problem.channels,
+                            nullptr, partials.states};
+  check(launch(attention_core_forward<P>, config, params, results, tiles),
         name_of<P>("attention_core_forward"));
   if (splits == 1) return;
   check(launch(attention_core_forward_merge, merge_config(problem, config.stream), params, partials,

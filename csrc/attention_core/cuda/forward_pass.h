@@ -9,9 +9,12 @@
 
 namespace crossvit::attention_core {
 
-// lse, for a total above 0.
-__device__ inline float log_of_total(const SoftmaxState& state) {
-  return (state.peak + log2f(state.total)) / kLog2e;
+// lse, for a total above 0. Scores of 16-bit tokens have far larger errors than the approximation.
+template <class T>
+__device__ float log_of_total(const SoftmaxState& state) {
+  constexpr float kLn2 = 0.69314718056f;
+  const float log2 = sizeof(T) == 2 ? log2_approx(state.total) : log2f(state.total);
+  return (state.peak + log2) * kLn2;
 }
 
 // A warp of a pass that is alone has a factor for each warp group and row.
@@ -51,9 +54,10 @@ class ForwardPass : public ForwardBase<P, kAlone> {
       return P::template token_of<kAlone>(channels_, range, iteration);
     };
     for (int iteration = 0, token; (token = token_of(iteration)) < range.last; ++iteration) {
+      const uint32_t attended = x.attended_bits(token, range.last);
       ring_.wait();
       if (token == 0 && x.has_extra) ring_.write_extra(iteration, x.extra);
-      add_tile(iteration, x.attended_bits(token, range.last));
+      add_tile(iteration, attended);
       __syncwarp();
       ring_.copy_next(x, range, iteration);
       if (tiles) {
@@ -66,7 +70,7 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     ring_.drain();
     after_tiles();
     if constexpr (!Base::kPartialsInRings) __syncthreads();
-    if (!tiles) store_partials();
+    if (!tiles) store_partials(range);
     __syncthreads();
   }
 
@@ -77,72 +81,86 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     const int first = this->first_in_share(range);
     const auto store = [&](int warp_group, int row, int channel, const Gathered& gathered) {
       const float2 sums = {gathered.sums.x - gathered.mean, gathered.sums.y - gathered.mean};
-      float* to = group_sums(warp_group);
+      float* to = group_sums(range, warp_group) + kSumsOffset;
       to[SumsByChannel<P>::element(channel, row)] = sums.x;
       to[SumsByChannel<P>::element(channel + 1, row)] = sums.y;
-      if (channel == first) *group_state(warp_group, row) = gathered.state;
+      if (channel == first) states_of(group_sums(range, warp_group))[row] = gathered.state;
     };
     this->template for_each_gathered<Gathered>(tiles, count, range, store);
     __syncthreads();
   }
 
   // After run() or gather(), for rows [0, count) and this block's share of the channels: writes m,
-  // rows `stride` apart, which with `divides` false is still to be divided by the row's total; also
-  // calls write_total(row, total) once for each row of the image.
-  template <class WriteTotal>
-  __device__ void write_results(int count, const Range& range, bool divides, float* m,
-                                int64_t stride, WriteTotal write_total) const {
+  // rows `stride` apart, and lse; or with lse null, m before the division by a row's total, and the
+  // states.
+  __device__ void write_results(int count, const Range& range, float* m, int64_t stride, float* lse,
+                                SoftmaxState* states) const {
     constexpr int kGroups = P::kMaxWarpGroups, kQuads = P::kRows / 4;
     constexpr int kGroupsAtOnce = kGroups % 3 == 0 ? 3 : minimum(kGroups, 4);
     const int warp_groups = P::warp_groups(channels_), lane = lane_index();
-    const int first_channel = this->first_in_share(range), last = this->last_in_share(range);
-    const int group_stride = Base::group_floats(channels_);
+    const int last = this->last_in_share(range);
     float* factors = factors_of_warp();
-    const RowTotal total = write_factors(factors, divides);
+    const RowTotal total = write_factors(range, factors, lse != nullptr);
+    // By each warp, without a branch: the last one stores it.
+    const float log = log_of_total<T>(total.state);
+    const bool stores = range.rank == 0 && warp_index() == block_warps() - 1 && lane < count;
+    if (stores && lse) lse[lane] = log;
+    if (stores && !lse) states[lane] = total.state;
     __syncwarp();
     // A warp has four rows, whose factors it loads once; in a block of few warps all rows in turn.
-    const bool divided = block_warps() % kQuads == 0;
-    const int step = 32 * (divided ? block_warps() / kQuads : block_warps());
-    const int begin = first_channel + lane + 32 * (divided ? warp_index() / kQuads : warp_index());
+    const uint32_t warps = block_warps(), warp = warp_index();
+    const bool divided = warps % kQuads == 0;
+    const int step = 32 * (divided ? warps / kQuads : warps);
+    const int begin = this->first_in_share(range) + lane + 32 * (divided ? warp / kQuads : warp);
 #pragma unroll 1
-    for (int row = divided ? 4 * (warp_index() % kQuads) : 0; row < count && begin < last;
+    for (int row = divided ? 4 * (warp % kQuads) : 0; row < count && begin < last;
          row += divided ? P::kRows : 4) {
       float4 factor[kGroups];
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         factor[i] = *reinterpret_cast<const float4*>(factors + i * P::kRows + row);
       }
-      int channel = begin;
-      const float* from = group_sums(0) + SumsByChannel<P>::quad(channel, row / 4);
-      float* to = m + row * stride + channel;
+      float* to[4] = {m + row * stride};
+      for (int i = 1; i < 4; ++i) to[i] = to[i - 1] + stride;
+      int from = SumsByChannel<P>::quad(begin, row / 4);
 #pragma unroll 1  // else the compiler would divide by the step
-      for (; channel < last; channel += step, from += step * P::kRows, to += step) {
-        float4 result = {0, 0, 0, 0};
+      for (int channel = begin; channel < last; channel += 2 * step, from += 2 * step * P::kRows) {
+        // Two channels, whose loads are in flight together; beyond the last one again the first.
+        const bool has_second = channel + step < last;
+        const int second = from + (has_second ? step * P::kRows : 0);
+        float4 result[2] = {};
 #pragma unroll
         for (int first = 0; first < kGroups; first += kGroupsAtOnce) {
           if (first >= warp_groups) break;
-          float4 sums[kGroupsAtOnce];
+          float4 sums[2][kGroupsAtOnce];
 #pragma unroll
           for (int i = 0; i < kGroupsAtOnce; ++i) {
             // Beyond the last group its sums, times 0.
-            const int offset = minimum(first + i, warp_groups - 1) * group_stride;
-            sums[i] = *reinterpret_cast<const float4*>(from + offset);
+            const float* group =
+                group_sums(range, minimum(first + i, warp_groups - 1)) + kSumsOffset;
+            sums[0][i] = *reinterpret_cast<const float4*>(group + from);
+            sums[1][i] = *reinterpret_cast<const float4*>(group + second);
           }
 #pragma unroll
           for (int i = 0; i < kGroupsAtOnce; ++i) {
-            result.x = fmaf(sums[i].x, factor[first + i].x, result.x);
-            result.y = fmaf(sums[i].y, factor[first + i].y, result.y);
-            result.z = fmaf(sums[i].z, factor[first + i].z, result.z);
-            result.w = fmaf(sums[i].w, factor[first + i].w, result.w);
+            for (int j = 0; j < 2; ++j) {
+              result[j].x = fmaf(sums[j][i].x, factor[first + i].x, result[j].x);
+              result[j].y = fmaf(sums[j][i].y, factor[first + i].y, result[j].y);
+              result[j].z = fmaf(sums[j][i].z, factor[first + i].z, result[j].z);
+              result[j].w = fmaf(sums[j][i].w, factor[first + i].w, result[j].w);
+            }
           }
         }
-        to[0] = result.x;
-        if (row + 1 < count) to[stride] = result.y;
-        if (row + 2 < count) to[2 * stride] = result.z;
-        if (row + 3 < count) to[3 * stride] = result.w;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (j && !has_second) break;
+          to[0][channel + j * step] = result[j].x;
+          if (row + 1 < count) to[1][channel + j * step] = result[j].y;
+          if (row + 2 < count) to[2][channel + j * step] = result[j].z;
+          if (row + 3 < count) to[3][channel + j * step] = result[j].w;
+        }
       }
     }
-    if (range.rank == 0 && warp_index() == 0 && lane < count) write_total(lane, total);
   }
 
  private:
@@ -164,9 +182,13 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     }
   };
 
-  __device__ SoftmaxState* group_state(int warp_group, int row) const {
-    float* states = group_sums(warp_group) + P::kRows * Base::sums_pitch(channels_);
-    return reinterpret_cast<SoftmaxState*>(states) + row;
+  // A warp group's partials are its sums, and a state for each row: behind them, or in front where
+  // addresses then have less to add.
+  static constexpr int kSumsOffset = kAlone ? P::kRows * sizeof(SoftmaxState) / sizeof(float) : 0;
+
+  __device__ SoftmaxState* states_of(float* partials) const {
+    const int offset = kAlone ? 0 : P::kRows * Base::sums_pitch(channels_);
+    return reinterpret_cast<SoftmaxState*>(partials + offset);
   }
 
   __device__ float* factors_of_warp() const {
@@ -219,16 +241,26 @@ class ForwardPass : public ForwardBase<P, kAlone> {
   __device__ __forceinline__ void for_each_product(const T* tile, const TokenStatistics& stats,
                                                    const FragmentB<T> (&weights)[P::kRowGroups],
                                                    Visit visit) {
+    constexpr int kCount = P::kUnitGroup;
+    const auto load = [&](int first, FragmentA<T>(&x)[kCount]) {
 #pragma unroll
-    for (int first = 0; first < P::kUnits; first += P::kUnitGroup) {
-      if (first >= slice_.units) break;
-      FragmentA<T> x[P::kUnitGroup];
-#pragma unroll
-      for (int i = 0; i < P::kUnitGroup; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         x[i] = channels_by_tokens(tile + (first + i) * 16, ring_.pitch(), stats);
       }
+    };
+    // A group is loaded ahead of the products before it if there are registers, else behind them;
+    // beyond the last group that one again.
+    const int last_group = ring_.pitch() / (16 * kCount) * kCount - kCount;
+    FragmentA<T> x[kCount];
+    load(0, x);
 #pragma unroll
-      for (int unit = 0; unit < P::kUnitGroup; ++unit) {
+    for (int first = 0; first < P::kUnits; first += kCount) {
+      if (first >= slice_.units) break;
+      FragmentA<T> next[kCount];
+      const bool has_next = first + kCount < P::kUnits;
+      if (kAlone && has_next) load(minimum(first + kCount, last_group), next);
+#pragma unroll
+      for (int unit = 0; unit < kCount; ++unit) {
 #pragma unroll
         for (int group = 0; group < P::kRowGroups; ++group) {
           float products[4] = {};
@@ -238,6 +270,8 @@ class ForwardPass : public ForwardBase<P, kAlone> {
           }
         }
       }
+      if (!kAlone && has_next) load(minimum(first + kCount, last_group), next);
+      for (int i = 0; has_next && i < kCount; ++i) x[i] = next[i];
     }
   }
 
@@ -272,10 +306,11 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     for (int i = 0; i < 4; ++i) {
       const float p = exp2_approx(s[i] - finite);
       step.total += p;
-      weights[i] = rounded<T>(p * stats.factor(i) * weight_unit_);
-      step.mean += weights[i] * (stats.mean[i] - stats.centre[i]);
+      weights[i] = p * stats.factor(i) * weight_unit_;
     }
-    return weights_as_b<T>(weights);
+    const FragmentB<T> b = round_as_b<T>(weights);
+    for (int i = 0; i < 4; ++i) step.mean += weights[i] * (stats.mean[i] - stats.centre[i]);
+    return b;
   }
 
   // The same of a pass that is not alone, which also joins the tile's sums and rescales earlier
@@ -294,16 +329,17 @@ class ForwardPass : public ForwardBase<P, kAlone> {
     for (int i = 0; i < 4; ++i) {
       const float p = exp2_approx(s[i] - finite);
       total += p;
-      weights[i] = rounded<T>(p * stats.factor(i) * weight_unit_);
-      mean += weights[i] * (stats.mean[i] - stats.centre[i]);
+      weights[i] = p * stats.factor(i) * weight_unit_;
     }
+    const FragmentB<T> b = round_as_b<T>(weights);
+    for (int i = 0; i < 4; ++i) mean += weights[i] * (stats.mean[i] - stats.centre[i]);
     tile.total = sum_of_row(total);
     const Scales scales = join(softmax_[group], tile);
     sums_.mean[group] = scales.join(sums_.mean[group], sum_of_row(mean));
     if (__any_sync(~0u, scales.old != 1.0f)) rescale(group, scales.old);
     const int t = lane_index() % 4;
     for (int i = 0; i < 2; ++i) added[i] = __shfl_sync(~0u, scales.added, 8 * t + 4 * i);
-    return weights_as_b<T>(weights);
+    return b;
   }
 
   // This lane has sums of rows 2 t and 2 t + 1, but the decay of row g.
@@ -319,12 +355,13 @@ class ForwardPass : public ForwardBase<P, kAlone> {
 
   // Writes what a row's sums of each warp group are multiplied by, [warp groups, kRows]; returns
   // the total of row `lane`.
-  __device__ RowTotal write_factors(float* factors, bool divides) const {
+  __device__ RowTotal write_factors(const Range& range, float* factors, bool divides) const {
     constexpr int kGroups = P::kMaxWarpGroups;
     const int row = lane_index() % P::kRows;
     float decays[kGroups];
-    const RowTotal of_row = total_of_groups(P::warp_groups(channels_), decays,
-                                            [&](int i) { return *group_state(i, row); });
+    const RowTotal of_row = total_of_groups(P::warp_groups(channels_), decays, [&](int i) {
+      return states_of(group_sums(range, i))[row];
+    });
     const float factor = divides ? of_row.inverse * inverse_unit_ : inverse_unit_;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
@@ -334,20 +371,19 @@ class ForwardPass : public ForwardBase<P, kAlone> {
   }
 
   // Overwrites the rows and the rings, to which no copy is in flight, or the warp's ring.
-  __device__ void store_partials() {
-    const int warp_group = P::warp_group(channels_);
-    float* sums =
-        Base::kPartialsInRings ? reinterpret_cast<float*>(ring_.memory()) : group_sums(warp_group);
+  __device__ void store_partials(const Range& range) {
+    float* partials = Base::kPartialsInRings ? reinterpret_cast<float*>(ring_.memory())
+                                             : group_sums(range, P::warp_group(channels_));
     // Before sm_90 the compiler would compute all addresses ahead of the first image.
-    if constexpr (!kHasClusters) sums = used_from_here(sums);
+    if constexpr (!kHasClusters) partials = used_from_here(partials);
     if constexpr (kAlone) {
-      SumsByChannel<P>::store(sums, sums_, slice_);
+      SumsByChannel<P>::store(partials + kSumsOffset, sums_, slice_);
     } else {
       sums_.subtract_means();
-      sums_.store(sums, Base::sums_pitch(channels_), slice_);
+      sums_.store(partials, Base::sums_pitch(channels_), slice_);
     }
     if (lane_index() % 4 || P::group_lane(channels_)) return;
-    auto* states = reinterpret_cast<SoftmaxState*>(sums + P::kRows * Base::sums_pitch(channels_));
+    SoftmaxState* states = states_of(partials);
     for (int group = 0; group < P::kRowGroups; ++group) {
       states[8 * group + lane_index() / 4] = softmax_[group];
     }

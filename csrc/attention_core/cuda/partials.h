@@ -1,6 +1,7 @@
 #pragma once
 
 #include "attention_core/cuda/scores.h"
+#include "common/cuda/cluster.h"
 #include "common/cuda/math.h"
 
 // Sums over an image's tokens: of a warp, of a block, and of blocks that share the image.
@@ -12,7 +13,7 @@
 namespace crossvit::attention_core {
 
 // Softmax over some of a row's tokens. Peaks are in base 2.
-struct SoftmaxState {
+struct alignas(8) SoftmaxState {
   float peak = -INFINITY;  // if nothing is attended to
   float total = 0;
 };
@@ -54,14 +55,13 @@ __device__ __forceinline__ RowTotal total_of_groups(int warp_groups, float (&dec
                                                     StateOf state_of) {
   SoftmaxState states[kGroups], total;
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    if (i < warp_groups) states[i] = state_of(i);
-  }
+  for (int i = 0; i < kGroups; ++i) states[i] = state_of(minimum(i, warp_groups - 1));
   for (const SoftmaxState& state : states) total.peak = fmaxf(total.peak, state.peak);
   const float finite = finite_or_zero(total.peak);
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
-    decays[i] = exp2_approx(states[i].peak - finite);
+    const float decay = exp2_approx(states[i].peak - finite);
+    decays[i] = i < warp_groups ? decay : 0.0f;
     total.total = fmaf(states[i].total, decays[i], total.total);
   }
   return RowTotal::of(total);
@@ -235,7 +235,7 @@ class TokenPass {
   static constexpr int kBytesOfWarp = kWarpBytes;
   static constexpr int kRowsOfPass = P::kRows;
   // Where a warp has whole tiles, it stores its partials to its ring, and waits for no other.
-  static constexpr bool kPartialsInRings = !kAlone && !P::kWarpsShareTiles;
+  static constexpr bool kPartialsInRings = !P::kWarpsShareTiles && (!kAlone || kSets == 1);
 
   // Of the warp groups' partials: the first one's place in memory, in bytes, and what lies between
   // one and the next, in floats.
@@ -243,7 +243,7 @@ class TokenPass {
     return kPartialsInRings ? rows_bytes(channels) : 0;
   }
   __host__ __device__ static int partials_stride(int channels) {
-    return kPartialsInRings ? Ring::tile_bytes(channels) / static_cast<int>(sizeof(float))
+    return kPartialsInRings ? Ring::stride(channels) / static_cast<int>(sizeof(float))
                             : group_floats(channels);
   }
 
@@ -350,8 +350,11 @@ class TokenPass {
   __host__ __device__ static int group_floats(int channels) {
     return P::kRows * (sums_pitch(channels) + kStateFloats);
   }
-  __device__ float* group_sums(int warp_group) const {
-    return reinterpret_cast<float*>(rows_) + warp_group * group_floats(channels_);
+  // The partials of the warp group that has a group's tiles.
+  __device__ float* group_sums(const Range& range, int group) const {
+    const int place = (group ^ range.swap) * partials_stride(channels_);
+    char* first = reinterpret_cast<char*>(rows_) + partials_offset(channels_);
+    return reinterpret_cast<float*>(first) + place;
   }
 
   // Adds up the tiles' partials in this block's share of the channels, for rows [0, count) of each
@@ -394,12 +397,12 @@ class TokenPass {
     }
   }
 
-  // This block's share of the channels.
+  // This block's share of the channels. Of several blocks there is a power of two.
   __device__ int first_in_share(const Range& range) const {
-    return kAlone && range.ranks == 1 ? 0 : channels_ * range.rank / range.ranks;
+    return channels_ * range.rank >> log2_of(range.ranks);
   }
   __device__ int last_in_share(const Range& range) const {
-    return kAlone && range.ranks == 1 ? channels_ : channels_ * (range.rank + 1) / range.ranks;
+    return channels_ * (range.rank + 1) >> log2_of(range.ranks);
   }
 
   T* rows_;

@@ -24,6 +24,9 @@ constexpr int kAnyChannels = 1 << 30;
 struct Range {
   int first, last;
   int rank = 0, ranks = 1;
+  // Warp group i has the tiles and sums of group i ^ swap. The first groups may have a tile more:
+  // they should not share a scheduler with those of another block of the multiprocessor.
+  int swap = 0;
 };
 
 // The parameters that a kernel is compiled for, besides the element type.
@@ -51,6 +54,10 @@ struct Plan {
   // At least as many as any launch has.
   static constexpr int kMaxWarpGroups =
       minimum(kMaxThreads / 32 / kMinGroupWarps, kUnits > 12 ? 4 : 6);
+  // Of attention_core's own kernels: a block's threads at most, and blocks that registers must not
+  // keep off a multiprocessor.
+  static constexpr int kThreadsAlone = kWarpsShareTiles ? kMaxThreads : 32 * kMaxWarpGroups;
+  static constexpr int kBlocksAlone = kWarpsShareTiles ? 1 : 2;
   // Units per iteration of loops whose results are not in registers.
   static constexpr int kUnroll = sizeof(T) == 4 ? 1 : kRowGroups > 1 ? 2 : 4;
   // Units whose loads are in flight together where results are in registers. Tiles are padded to
@@ -89,7 +96,8 @@ struct Plan {
 
   // The group's tile in an iteration, counted from the start of the range.
   __device__ static int tile_of(int channels, const Range& range, int iteration) {
-    return (iteration * warp_groups(channels) + warp_group(channels)) * range.ranks + range.rank;
+    const int tile = iteration * warp_groups(channels) + (warp_group(channels) ^ range.swap);
+    return tile * range.ranks + range.rank;
   }
   __device__ static int tiles_of(const Range& range) {
     return ceil_div(range.last - range.first, kTokens);
@@ -161,6 +169,50 @@ struct Slice {
     });
   }
 
+  // Calls use(i, operands) for the i-th unit of a group of kCount, or of what is left, after
+  // load(operands, unit); with kAhead half a group earlier.
+  template <int kCount, bool kAhead, class Operands, class Load, class Use>
+  __device__ __forceinline__ void for_each_ahead(Load load, Use use) const {
+    int unit = 0;
+    if constexpr (kAhead && kCount > 1) {
+      constexpr int kHalf = kCount / 2;
+      Operands even[kHalf], odd[kHalf];
+      if (units >= kCount) {
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) load(even[i], i);
+      }
+#pragma unroll 1
+      for (; unit + kCount <= units; unit += kCount) {
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) load(odd[i], unit + kHalf + i);
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) use(i, even[i]);
+        const int next = minimum(unit + kCount, units - kHalf);  // the last ones for nothing
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) load(even[i], next + i);
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) use(kHalf + i, odd[i]);
+      }
+    } else {
+#pragma unroll 1
+      for (; unit + kCount <= units; unit += kCount) {
+        Operands all[kCount];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) load(all[i], unit + i);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) use(i, all[i]);
+      }
+    }
+    if constexpr (kCount > 1) {
+#pragma unroll 1
+      for (; unit < units; ++unit) {
+        Operands one;
+        load(one, unit);
+        use(0, one);
+      }
+    }
+  }
+
   // The group lane of the warp that has a channel.
   __device__ static int lane_of(int channels, int channel, int group_warps) {
     return ((channel / 16 + 1) * group_warps - 1) / (channels / 16);
@@ -217,15 +269,18 @@ class TileRing {
   __host__ __device__ static int tile_bytes(int channels) {
     return P::kTokens * P::tile_pitch(channels) * static_cast<int>(sizeof(T));
   }
+  // Between a warp's first tile and the next one's.
+  __host__ __device__ static int stride(int channels) {
+    return (kAlone ? P::stages(channels) : 1) * tile_bytes(channels);
+  }
   // Of a block's rings.
   __host__ __device__ static int bytes(int channels, int warps, int second_stages) {
-    return (kAlone ? warps * P::stages(channels) : warps + second_stages) * tile_bytes(channels);
+    return warps * stride(channels) + (kAlone ? 0 : second_stages * tile_bytes(channels));
   }
 
   // memory: of the block's rings.
   __device__ TileRing(char* memory, int channels, Slice slice, int second_stages)
-      : memory_(reinterpret_cast<T*>(memory + warp_index() * (kAlone ? P::stages(channels) : 1) *
-                                                  tile_bytes(channels))),
+      : memory_(reinterpret_cast<T*>(memory + warp_index() * stride(channels))),
         channels_(channels),
         pitch_(P::tile_pitch(channels)),
         second_stages_(second_stages),

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "attention_core/cuda/statistics.h"
+#include "common/cuda/math.h"
 
 namespace crossvit::attention_core {
 
@@ -44,8 +45,8 @@ class TileScores {
         rows_(rows),
         channels_(channels),
         slice_(slice),
-        inverse_channels_(1.0f / channels),
-        inverse_width_(1.0f / (slice.units * 16)),
+        inverse_channels_(inverse(channels)),
+        inverse_width_(inverse(slice.units * 16)),
         // From a lane: else the compiler would convert the parameter, a double, in each tile.
         eps_(__shfl_sync(~0u, eps, 0)),
         normalize_(normalize) {}
@@ -96,7 +97,7 @@ class TileScores {
     if constexpr (kCentre) {
       slice = multiply_floats(tile, products);
     } else {
-      slice = multiply_pairs(tile, products);
+      slice = multiply_pairs(tile, attended, products);
     }
     if constexpr (P::kWarpsShareTiles) {
       store_partials(partials_of(warp_index(), iteration), slice, products);
@@ -140,6 +141,12 @@ class TileScores {
     return g % 2 ? pair[1] : pair[0];
   }
 
+  // Means of 16-bit tokens have far larger errors than the approximation.
+  __device__ static float inverse(int count) {
+    const float x = static_cast<float>(count);
+    return sizeof(T) == 2 ? reciprocal(x) : 1.0f / x;
+  }
+
   using Products = float[kOperands][2][4];  // of tokens 0 to 7 and 8 to 15
 
   // Of row 8 group + g of a set, and this lane's two tokens of a side.
@@ -164,35 +171,47 @@ class TileScores {
 
   // The tensor cores also add up a token's channels, as products with ones, and their squares, as
   // the diagonal of x x^T. One group of rows leaves room for the ones.
-  __device__ SliceStatistics multiply_pairs(const T* tile, Products& products) const {
+  __device__ SliceStatistics multiply_pairs(const T* tile, uint32_t attended,
+                                            Products& products) const {
     constexpr bool kOnesBesideRows = kSums == 8;
     // Where units are many, they take turns between two sums, so that products wait less for the
     // ones before.
     constexpr int kTurns = kAlone && kSets == 1 && P::kUnits > 12 ? 2 : 1;
+    constexpr bool kAhead = kSets == 1;
+    // Whether the second eight tokens' products are left out where none is attended to.
+    constexpr bool kSkipsSide = kSets == 1 && !kAlone && !P::kWarpsShareTiles;
     constexpr Pair<T> ones = kOnes<T>;
     const int pitch = P::tile_pitch(channels_);
     const float width = static_cast<float>(slice_.units * 16);
     Products others = {};
     Squares squares[kTurns][2];
     float sums[2][4] = {};
-    slice_.template for_each_group<P::kUnroll>([&](int first, auto count) {
-#pragma unroll
-      for (int i = 0; i < decltype(count)::value; ++i) {
-        const int unit = first + i, turn = i % kTurns;
-        const ColumnsOfB<T> x = load_columns(tile + unit * 16, pitch);
-#pragma unroll
-        for (int nth = 0; nth < kOperands; ++nth) {
-          const FragmentA<T> rows = rows_of(nth, unit, 1);
-          for (int side = 0; side < 2; ++side) {
-            multiply((turn ? others : products)[nth][side], rows, x.side[side]);
+    struct Operands {
+      ColumnsOfB<T> x;
+      FragmentA<T> rows[kOperands];
+    };
+    const auto load = [&](Operands& to, int unit) {
+      to.x = load_columns(tile + unit * 16, pitch);
+      for (int nth = 0; nth < kOperands; ++nth) to.rows[nth] = rows_of(nth, unit, 1);
+    };
+    const auto multiply_sides = [&](auto sides) {
+      const auto add = [&](int i, const Operands& from) {
+        for (int side = 0; side < decltype(sides)::value; ++side) {
+          const FragmentB<T>& x = from.x.side[side];
+          for (int nth = 0; nth < kOperands; ++nth) {
+            multiply((i % kTurns ? others : products)[nth][side], from.rows[nth], x);
           }
+          if (!kOnesBesideRows) multiply(sums[side], {{ones, ones, ones, ones}}, x);
+          squares[i % kTurns][side].add(x);
         }
-        for (int side = 0; side < 2; ++side) {
-          if (!kOnesBesideRows) multiply(sums[side], {{ones, ones, ones, ones}}, x.side[side]);
-          squares[turn][side].add(x.side[side]);
-        }
-      }
-    });
+      };
+      slice_.template for_each_ahead<P::kUnroll, kAhead, Operands>(load, add);
+    };
+    if (kSkipsSide && attended < 256) {
+      multiply_sides(std::integral_constant<int, 1>());
+    } else {
+      multiply_sides(std::integral_constant<int, 2>());
+    }
     if constexpr (kTurns > 1) {
       for (int i = 0; i < 8; ++i) products[0][i / 4][i % 4] += others[0][i / 4][i % 4];
     }
@@ -415,6 +434,17 @@ __device__ inline float weight_unit(float eps) {
 template <class T>
 __device__ __forceinline__ FragmentB<T> weights_as_b(const float (&weights)[4]) {
   return {pack<T>(weights[0], weights[1]), pack<T>(weights[2], weights[3])};
+}
+
+// The same, which rounds the weights to what it holds.
+template <class T>
+__device__ __forceinline__ FragmentB<T> round_as_b(float (&weights)[4]) {
+  const FragmentB<T> b = weights_as_b<T>(weights);
+  for (int side = 0; side < 2; ++side) {
+    const float2 held = unpack<T>(b.pair[side]);
+    weights[2 * side] = held.x, weights[2 * side + 1] = held.y;
+  }
+  return b;
 }
 
 // A transposed tile, 16 channels by 16 tokens, centred where the type requires it.

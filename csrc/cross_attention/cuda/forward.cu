@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(P::kMaxThreads, 1)
                          of_value(load_quad(gain), load_quad(gain + s.channels), m));
             },
             [&](int row, const RowTotal& total) {
-              v.lse[(s.first + image) * s.heads + first_head + row] = log_of_total(total.state);
+              v.lse[(s.first + image) * s.heads + first_head + row] = log_of_total<T>(total.state);
             });
     __syncthreads();
   };

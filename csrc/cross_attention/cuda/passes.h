@@ -154,10 +154,9 @@ class ForwardTokens : public ForwardPass<P> {
         for (int i = 0; i < kGroups; ++i) {
 #pragma unroll
           for (int j = 0; j < kQuads; ++j) {
-            sums[j][i] = make_float4(0, 0, 0, 0);
-            if (i < warp_groups && first + 128 * j < share.last) {
-              sums[j][i] = load_quad(partials_.of(i, row) + first + 128 * j);
-            }
+            // Beyond the last group its sums, times 0; beyond the share its first channels.
+            const int c = first + 128 * j < share.last ? first + 128 * j : first;
+            sums[j][i] = load_quad(partials_.of(minimum(i, warp_groups - 1), row) + c);
           }
         }
 #pragma unroll

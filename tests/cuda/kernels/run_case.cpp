@@ -80,6 +80,14 @@ class Results {
     passed_ = passed_ && passes;
     hash(actual);
   }
+  // The last image's results, which must have the same bits when it is computed alone.
+  void compare_last(const char* name, const Array& all, const Array& alone) {
+    if (!alone.bytes) return;
+    const char* last = all.as<char>() + all.bytes - alone.bytes;
+    if (std::memcmp(last, alone.as(), alone.bytes) == 0) return;
+    std::printf("wrong result: %s, bits that depend on the batch\n", name);
+    passed_ = false;
+  }
   void hash(const Array& actual) {
     for (int64_t i = 0; i < actual.bytes; ++i) {
       bits_ = (bits_ ^ static_cast<unsigned char>(actual.as<char>()[i])) * 0x100000001b3;
@@ -114,34 +122,56 @@ bool run_core(File& file, const int64_t* settings) {
   const Array expected_m = file.next(), expected_lse = file.next(), expected_du = file.next();
   const Array expected_dx = file.next(), expected_dextra = file.next();
 
-  const core::Problem problem = {batch, tokens + (extra.bytes > 0), rows, channels, normalize,
-                                 1e-6};
-  const auto tokens_of = [&](const Array& all, const Array& first) -> core::Tokens {
-    return {all.as(), DType::kBFloat16, tokens * channels, channels, first.as(), channels};
+  struct Computed {
+    Array m, lse, du, dx, dextra;
   };
-  const auto rows_of = [&](const Array& array) -> core::Rows {
-    return {array.as(), rows * channels, channels};
+  // Of `count` images from the first-th on.
+  const auto compute = [&](int64_t first, int64_t count) {
+    const core::Problem problem = {count, tokens + (extra.bytes > 0), rows, channels, normalize,
+                                   1e-6};
+    const int64_t m_bytes = count * rows * channels * int64_t{sizeof(float)};
+    const int64_t extra_bytes = extra.bytes / batch * count;
+    Computed to = {Array(m_bytes), Array(m_bytes / channels), Array(m_bytes),
+                   Array(x.bytes / batch * count), Array(extra_bytes)};
+    // What is given for these images; an omitted array is null.
+    const auto given = [&](const Array& array) -> void* {
+      return array.bytes ? array.as<char>() + array.bytes / batch * first : nullptr;
+    };
+    const auto tokens_of = [&](void* all, void* first_token) -> core::Tokens {
+      return {all, DType::kBFloat16, tokens * channels, channels, first_token, channels};
+    };
+    const auto rows_of = [&](void* all) -> core::Rows { return {all, rows * channels, channels}; };
+    const core::Mask mask_params = {static_cast<const bool*>(given(mask)), tokens, 1};
+    const core::Tokens x_params = tokens_of(given(x), given(extra));
+    const core::Rows u_params = rows_of(given(u)), m_params = rows_of(to.m.as());
+    {
+      const Array workspace(core::cuda::forward_workspace(problem, blocks) *
+                            int64_t{sizeof(float)});
+      core::cuda::forward({problem, x_params, u_params, mask_params, m_params, to.lse.as()}, blocks,
+                          workspace.as<float>(), {});
+    }
+    const Array workspace(core::cuda::backward_workspace(problem, blocks) * int64_t{sizeof(float)});
+    core::cuda::backward(
+        {problem, x_params, u_params, mask_params, m_params, to.lse.as(), rows_of(given(dm)),
+         given(dlse), rows_of(to.du.as()), tokens_of(to.dx.as(), to.dextra.as())},
+        blocks, workspace.as<float>(), {});
+    return to;
   };
-  const core::Mask mask_params = {mask.as<const bool>(), tokens, 1};
-  const Array m = like<float>(expected_m), lse = like<float>(expected_lse);
-  const Array du = like<float>(expected_du), dx = like<bf16>(expected_dx);
-  const Array dextra = like<bf16>(expected_dextra);
-  const core::Tokens x_params = tokens_of(x, extra);
-  {
-    const Array workspace(core::cuda::forward_workspace(problem, blocks) * int64_t{sizeof(float)});
-    core::cuda::forward({problem, x_params, rows_of(u), mask_params, rows_of(m), lse.as()}, blocks,
-                        workspace.as<float>(), {});
-  }
-  const Array workspace(core::cuda::backward_workspace(problem, blocks) * int64_t{sizeof(float)});
-  core::cuda::backward({problem, x_params, rows_of(u), mask_params, rows_of(m), lse.as(),
-                        rows_of(dm), dlse.as(), rows_of(du), tokens_of(dx, dextra)},
-                       blocks, workspace.as<float>(), {});
+  const Computed all = compute(0, batch);
   Results results;
-  results.compare<float>("m", m, expected_m);
-  results.compare<float>("lse", lse, expected_lse);
-  results.compare<float>("du", du, expected_du);
-  results.compare<bf16>("dx", dx, expected_dx);
-  results.compare<bf16>("dextra", dextra, expected_dextra);
+  results.compare<float>("m", all.m, expected_m);
+  results.compare<float>("lse", all.lse, expected_lse);
+  results.compare<float>("du", all.du, expected_du);
+  results.compare<bf16>("dx", all.dx, expected_dx);
+  results.compare<bf16>("dextra", all.dextra, expected_dextra);
+  if (batch > 1) {
+    const Computed alone = compute(batch - 1, 1);
+    results.compare_last("m", all.m, alone.m);
+    results.compare_last("lse", all.lse, alone.lse);
+    results.compare_last("du", all.du, alone.du);
+    results.compare_last("dx", all.dx, alone.dx);
+    results.compare_last("dextra", all.dextra, alone.dextra);
+  }
   return results.report();
 }
 
