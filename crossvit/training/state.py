@@ -16,7 +16,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,17 +49,18 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         OSError: It cannot be written; an earlier file of this name is untouched.
     """
     unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
-    try:
-        with unfinished.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with _signals_wait():
+        try:
+            with unfinished.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError) -> OSError:
@@ -144,15 +145,14 @@ def _step(path: Path) -> int:
 
 
 def _torch_save(content: dict[str, Any], file: IO[bytes]) -> None:
-    with _signals_wait():
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            # torch's writer hides the error of the file that it wrote to.
-            cause = error.__context__ or error.__cause__
-            if isinstance(cause, OSError):
-                raise cause from error
-            raise OSError(errno.EIO, str(error)) from error
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # torch's writer hides the error of the file that it wrote to.
+        cause = error.__context__ or error.__cause__
+        if isinstance(cause, OSError):
+            raise cause from error
+        raise OSError(errno.EIO, str(error)) from error
 
 
 @contextmanager
@@ -165,17 +165,15 @@ def _signals_wait() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    numbers = (signal.SIGCHLD, signal.SIGINT)
-    handlers = {n: handler for n in numbers if (handler := signal.getsignal(n)) is not None}
-    for number in handlers:
-        signal.signal(number, lambda number, _: came.append(number))
-    try:
+    with ExitStack() as stack:
+        for number in (signal.SIGCHLD, signal.SIGINT):
+            handler = signal.getsignal(number)
+            if handler is not None:
+                stack.callback(signal.signal, number, handler)
+                signal.signal(number, lambda number, _: came.append(number))
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for late in came:
-            signal.raise_signal(late)
+    for late in came:
+        signal.raise_signal(late)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -150,7 +150,7 @@ CASES = {
     "core": Core(2, 150, 10, 48, extra=True, masked=True),
     "core, squares that overflow": Core(2, 40, 4, 48, scale=5e17),
     "core, wide": Core(1, 70, 5, 112, extra=True, masked=True),
-    "core, not normalized": Core(1, 70, 5, 96, norm_eps=None),
+    "core, not normalized": Core(2, 70, 5, 96, norm_eps=None),
     "core, shared": Core(2, 150, 11, 48, extra=True, masked=True, blocks=4),
     "core, wide, shared": Core(1, 70, 10, 112, extra=True, masked=True, blocks=2),
     "fusion": Fusion(5, 70, 80, 32, 10, images=3, blocks=2),

@@ -55,14 +55,11 @@ REDUCED: list[Change] = [
     (
         CHOOSE,
         "  if constexpr (sizeof(T) == 4) {\n",
-        "  if (channels <= 96) return run(Plan<T, 6, 1, 1, 1, 3>(), 2);\n"
+        "  if (channels <= 96) return run(Plan<T, 6, 1, 1, 1, 3>(), channels < 96 ? 2 : 4);\n"
         "  return run(Plan<T, 3, 2, 4, 8, 2>(), 1);\n#if 0\n",
     ),
     (CHOOSE, "    return run(PlanOf<T, kWide>(), 1);\n  }\n}\n", "#endif\n}\n"),
-    # Two warp groups swap their tiles in place of pairs of four.
-    (CHOOSE, "kNarrowGroups[2] = {6, 4}", "kNarrowGroups[2] = {4, 4}"),
-    (CHOOSE, "block_warps() % 4 == 0 &&", "block_warps() % 2 == 0 &&"),
-    (CHOOSE, "gridDim.x ? 2 : 0;", "gridDim.x ? 1 : 0;"),
+    (CHOOSE, "kNarrowGroups[2] = {6, 4}", "kNarrowGroups[2] = {4, 4}"),  # so that both swap
     (
         BLOCK,
         "  if constexpr (sizeof(T) == 4) {\n",
@@ -84,6 +81,7 @@ REDUCED: list[Change] = [
 # Names in kernel_cases.CASES.
 CORE, CORE_WIDE, CORE_SHARED = "core", "core, wide", "core, shared"
 CORE_LARGE = "core, squares that overflow"
+CORE_FOUR_GROUPS = "core, not normalized"  # warp groups, which swap their tiles
 FUSION, FUSION_ALIASED, FUSION_WIDE, FUSION_SHARED = (
     "fusion",
     "fusion, aliased",
@@ -251,13 +249,25 @@ FAULTS: dict[str, Fault] = {
         (
             FORWARD_PASS,
             "if (kAlone && has_next) load(minimum(first + kCount, last_group), next);",
-            "if (kAlone && has_next) load(FAULT ? first + kCount : last_group, next);",
+            "if (kAlone && has_next) load("
+            "FAULT ? first + kCount : minimum(first + kCount, last_group), next);",
         ),
     ),
-    "sums in an order that depends on the block": Fault(
-        [(PARTIALS, "(group ^ range.swap)", "(group ^ (FAULT ? 0 : range.swap))")],
-        CORE,
+    "m in an order that depends on the block": Fault(
+        [(PARTIALS, "(group ^ range.swap) *", "(group ^ (FAULT ? 0 : range.swap)) *")],
+        CORE_FOUR_GROUPS,
         "wrong result: m, bits that depend on the batch",
+    ),
+    "du in an order that depends on the block": Fault(
+        [
+            (
+                BACKWARD_PASS,
+                "group_sums(range, group ^ range.swap)",
+                "group_sums(range, group ^ (FAULT ? 0 : range.swap))",
+            )
+        ],
+        CORE_FOUR_GROUPS,
+        "wrong result: du, bits that depend on the batch",
     ),
     "half of a full tile left out": wrong(
         FUSION,

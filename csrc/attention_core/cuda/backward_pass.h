@@ -191,7 +191,7 @@ class BackwardPass : public BackwardMemory<P, kAlone>::Base {
     // The compiler would compute all addresses ahead of the first image.
     if constexpr (!kAlone) group = used_from_here(group);
     float* to = Base::kPartialsInRings ? reinterpret_cast<float*>(ring_.memory())
-                                       : group_sums(range, group);
+                                       : group_sums(range, group ^ range.swap);
     sums_.subtract_means();
     sums_.store(to, Base::sums_pitch(channels_), slice_);
   }

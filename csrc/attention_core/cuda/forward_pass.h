@@ -372,8 +372,9 @@ class ForwardPass : public ForwardBase<P, kAlone> {
 
   // Overwrites the rows and the rings, to which no copy is in flight, or the warp's ring.
   __device__ void store_partials(const Range& range) {
-    float* partials = Base::kPartialsInRings ? reinterpret_cast<float*>(ring_.memory())
-                                             : group_sums(range, P::warp_group(channels_));
+    float* partials = Base::kPartialsInRings
+                          ? reinterpret_cast<float*>(ring_.memory())
+                          : group_sums(range, P::warp_group(channels_) ^ range.swap);
     // Before sm_90 the compiler would compute all addresses ahead of the first image.
     if constexpr (!kHasClusters) partials = used_from_here(partials);
     if constexpr (kAlone) {

@@ -350,7 +350,7 @@ class TokenPass {
   __host__ __device__ static int group_floats(int channels) {
     return P::kRows * (sums_pitch(channels) + kStateFloats);
   }
-  // The partials of the warp group that has a group's tiles.
+  // The partials of a group's tiles, which warp group `group ^ range.swap` has.
   __device__ float* group_sums(const Range& range, int group) const {
     const int place = (group ^ range.swap) * partials_stride(channels_);
     char* first = reinterpret_cast<char*>(rows_) + partials_offset(channels_);
