@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import block_faults
+import cluster_faults
 import host_build
 import host_compiler
 from fault import (
@@ -19,7 +20,6 @@ from fault import (
     Change,
     Fault,
     barrier_of_a_block,
-    barriers_of_blocks,
     left_out,
     no_barrier,
     no_warp_barrier,
@@ -39,10 +39,7 @@ ROW_NORMS, BLOCK, LAYERS, COLUMN_BLOCKS, PASSES, SENT_ROWS = (
     f"cross_attention/cuda/{name}.h"
     for name in ("row_norms", "block", "layers", "column_blocks", "passes", "sent_rows")
 )
-FUSION_FORWARD, FUSION_BACKWARD = (
-    "cross_attention/cuda/forward.cu",
-    "cross_attention/cuda/backward.cu",
-)
+FUSION_FORWARD, FUSION_BACKWARD = cluster_faults.FUSION_FORWARD, cluster_faults.FUSION_BACKWARD
 FRAGMENTS = "common/cuda/fragments.h"
 KERNELS = tuple(str(path.relative_to(host_build.CSRC)) for path in host_build.KERNELS)
 
@@ -126,34 +123,6 @@ def of_a_pass(
     return {f"{way}: {name}": fault for name, fault in faults.items()}
 
 
-# The context of each cluster barrier of a fusion, by what precedes it.
-CLUSTER_BARRIERS = {
-    FUSION_FORWARD: {
-        "m": f"{CLUSTER_BARRIER}\n  linear_of_heads(",
-    },
-    FUSION_BACKWARD: {
-        "dz": f"{CLUSTER_BARRIER}\n\n  const auto run",
-        "du": f"{CLUSTER_BARRIER}\n  linear_of_heads(",
-        "dq": f"{CLUSTER_BARRIER}\n  // The gradient of LN",
-        "dy0": f"{CLUSTER_BARRIER}  // also until",
-    },
-}
-# Those of which a block does something between its arrival and the wait: both contexts.
-SPLIT_BARRIERS = {
-    FUSION_FORWARD: {
-        "y0": ("{}\n  RowNormalization<T, false", "{}\n\n  norm.start("),
-        "o": ("{}\n  LinearTiles<T, Share> out(", "{}\n\n  // y = y0"),
-        "y": ("{}\n  RowNormalization<T, true, FloatRows>", "{}\n\n  // g"),
-        "kt": ("{}\n  if (starts_early)", "images.tokens);\n  {}\n\n  const auto run"),
-    },
-    FUSION_BACKWARD: {
-        "do": ("{}\n  if (starts_early)", "images.tokens);\n  {}\n  // dz_h"),
-        "start": ("{}\n\n  // g\n", "blocks to start.\n  {}"),
-        "g": ("{}\n\n  // dy of", "[] {{ {} }},\n      [&](int row, int c, float4 dy,"),
-        "the query": ("{}\n\n  // dy0 sums", "of_tokens,\n      [] {{ {} }},"),
-        "f": ("{}\n  normalize_rows_backward", "return 0; }}, [] {{ {} }},"),
-    },
-}
 GROUP_BARRIER = "barrier_of_warps(1 + warp_group(channels), 32 * group_warps(channels));"
 
 PAIRS = "row < count; row += block_warps()) {\n#pragma unroll 2"
@@ -440,20 +409,7 @@ FAULTS: dict[str, Fault] = {
         FUSION_SHARED, no_barrier(PASSES, f"gathered.mean);\n        }});\n    {BARRIER}")
     ),
     **block_faults.FAULTS,
-    **{
-        f"fusion {Path(file).stem}: no cluster sync after {name}": race(
-            FUSION_ALIASED, barrier_of_a_block(file, context)
-        )
-        for file, contexts in CLUSTER_BARRIERS.items()
-        for name, context in contexts.items()
-    },
-    **{
-        f"fusion {Path(file).stem}: no cluster barrier after {name}": race(
-            FUSION_ALIASED, *barriers_of_blocks(file, *contexts)
-        )
-        for file, barriers in SPLIT_BARRIERS.items()
-        for name, contexts in barriers.items()
-    },
+    **cluster_faults.FAULTS,
 }
 NUMBERS = {name: number for number, name in enumerate(FAULTS, 1)}
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "attention_core/cuda/scores.h"
+#include "attention_core/cuda/weights.h"
 #include "common/cuda/cluster.h"
 #include "common/cuda/math.h"
 
