@@ -311,15 +311,15 @@ class Loader:
             yield batch
 
 
+#: How torch's messages begin. That of a transform's error says "Caught ... in DataLoader worker".
+_DEATHS_OF_READERS = ("DataLoader worker (pid", "Pin memory thread exited")
+
+
 def reader_died(error: BaseException) -> str:
     """Say what a user can do if a worker process was killed; "" for other errors."""
-    # An error of a transform says "Caught RuntimeError in DataLoader worker process".
     if isinstance(error, RuntimeError) and str(error).startswith(_DEATHS_OF_READERS):
         return "a process that reads images was killed; is there enough memory? Try fewer --workers"
     return ""
-
-
-_DEATHS_OF_READERS = ("DataLoader worker (pid", "Pin memory thread exited")
 
 
 def _received(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -43,6 +43,10 @@ def wrong(case: str, result: str, *changes: Change) -> Fault:
     return Fault(changes, case, f"wrong result: {result}, error")
 
 
+def depends_on_batch(case: str, result: str, *changes: Change) -> Fault:
+    return Fault(changes, case, f"wrong result: {result}, bits that depend on the batch")
+
+
 def left_out(file: str, text: str, context: str | None = None) -> Change:
     """Remove a text that occurs once in the context."""
     context = context or text

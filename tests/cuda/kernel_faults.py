@@ -20,6 +20,7 @@ from fault import (
     Change,
     Fault,
     barrier_of_a_block,
+    depends_on_batch,
     left_out,
     no_barrier,
     no_warp_barrier,
@@ -222,21 +223,19 @@ FAULTS: dict[str, Fault] = {
             "FAULT ? first + kCount : minimum(first + kCount, last_group), next);",
         ),
     ),
-    "m in an order that depends on the block": Fault(
-        [(PARTIALS, "(group ^ range.swap) *", "(group ^ (FAULT ? 0 : range.swap)) *")],
+    "m in an order that depends on the block": depends_on_batch(
         CORE_FOUR_GROUPS,
-        "wrong result: m, bits that depend on the batch",
+        "m",
+        (PARTIALS, "(group ^ range.swap) *", "(group ^ (FAULT ? 0 : range.swap)) *"),
     ),
-    "du in an order that depends on the block": Fault(
-        [
-            (
-                BACKWARD_PASS,
-                "group_sums(range, group ^ range.swap)",
-                "group_sums(range, group ^ (FAULT ? 0 : range.swap))",
-            )
-        ],
+    "du in an order that depends on the block": depends_on_batch(
         CORE_FOUR_GROUPS,
-        "wrong result: du, bits that depend on the batch",
+        "du",
+        (
+            BACKWARD_PASS,
+            "group_sums(range, group ^ range.swap)",
+            "group_sums(range, group ^ (FAULT ? 0 : range.swap))",
+        ),
     ),
     "half of a full tile left out": wrong(
         FUSION,

@@ -235,7 +235,8 @@ class TokenPass {
 
   static constexpr int kBytesOfWarp = kWarpBytes;
   static constexpr int kRowsOfPass = P::kRows;
-  // Where a warp has whole tiles, it stores its partials to its ring, and waits for no other.
+  // Where a warp has whole tiles, it stores its partials to its ring, and waits for no other: but
+  // for the core's backward, which then takes longer.
   static constexpr bool kPartialsInRings = !P::kWarpsShareTiles && (!kAlone || kSets == 1);
 
   // Of the warp groups' partials: the first one's place in memory, in bytes, and what lies between

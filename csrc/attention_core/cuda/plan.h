@@ -145,11 +145,10 @@ struct Slice {
     return {begin * 16, (total * (group_lane + 1) >> log2_group_warps) - begin};
   }
 
-  // Calls visit(first, count) for groups of kCount units, and for the rest one at a time; count is
-  // a constant. No branch keeps a group's loads apart.
+  // Calls visit(first, count) for groups of kCount units from `unit` on, and for the rest one at a
+  // time; count is a constant. No branch keeps a group's loads apart.
   template <int kCount, class Visit>
-  __device__ __forceinline__ void for_each_group(Visit visit) const {
-    int unit = 0;
+  __device__ __forceinline__ void for_each_group(Visit visit, int unit = 0) const {
 #pragma unroll 1
     for (; unit + kCount <= units; unit += kCount) {
       visit(unit, std::integral_constant<int, kCount>());
@@ -169,18 +168,27 @@ struct Slice {
     });
   }
 
-  // Calls use(i, operands) for the i-th unit of a group of kCount, or of what is left, after
-  // load(operands, unit); with kAhead half a group earlier.
+  // Calls use(i, operands) for the i-th unit of a group, after load(operands, unit) for all of the
+  // group; with kAhead for half a group, behind the loads for the next half.
   template <int kCount, bool kAhead, class Operands, class Load, class Use>
-  __device__ __forceinline__ void for_each_ahead(Load load, Use use) const {
-    int unit = 0;
-    if constexpr (kAhead && kCount > 1) {
+  __device__ __forceinline__ void for_each_loaded(Load load, Use use) const {
+    const auto at_once = [&](int first, auto count) {
+      constexpr int kUnits = decltype(count)::value;
+      Operands all[kUnits];
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) load(all[i], first + i);
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) use(i, all[i]);
+    };
+    if constexpr (kAhead) {
+      static_assert(kCount % 2 == 0);
       constexpr int kHalf = kCount / 2;
       Operands even[kHalf], odd[kHalf];
       if (units >= kCount) {
 #pragma unroll
         for (int i = 0; i < kHalf; ++i) load(even[i], i);
       }
+      int unit = 0;
 #pragma unroll 1
       for (; unit + kCount <= units; unit += kCount) {
 #pragma unroll
@@ -193,23 +201,9 @@ struct Slice {
 #pragma unroll
         for (int i = 0; i < kHalf; ++i) use(kHalf + i, odd[i]);
       }
+      for_each_group<1>(at_once, unit);
     } else {
-#pragma unroll 1
-      for (; unit + kCount <= units; unit += kCount) {
-        Operands all[kCount];
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) load(all[i], unit + i);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) use(i, all[i]);
-      }
-    }
-    if constexpr (kCount > 1) {
-#pragma unroll 1
-      for (; unit < units; ++unit) {
-        Operands one;
-        load(one, unit);
-        use(0, one);
-      }
+      for_each_group<kCount>(at_once);
     }
   }
 

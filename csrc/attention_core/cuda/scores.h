@@ -205,7 +205,7 @@ class TileScores {
           squares[i % kTurns][side].add(x);
         }
       };
-      slice_.template for_each_ahead<P::kUnroll, kAhead, Operands>(load, add);
+      slice_.template for_each_loaded<P::kUnroll, kAhead, Operands>(load, add);
     };
     if (kSkipsSide && attended < 256) {
       multiply_sides(std::integral_constant<int, 1>());
